@@ -1,0 +1,56 @@
+"""diffrep: diffusion models as vision backbones.
+
+A diffusion U-Net that was trained to make images knows where the parts of objects are, how far away
+they are and how surfaces turn. diffrep taps that knowledge: `load_backbone` gives a network,
+its `extract` gives `FeatureMaps`, and everything else is what is done with them.
+
+The public names are imported when first used, so that ``import diffrep`` stays fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from diffrep import _checkout
+
+_checkout.install()
+
+if TYPE_CHECKING:
+    from diffrep.backbones import Backbone, TapInfo, load_backbone
+    from diffrep.features import ExtractConfig, FeatureMaps
+    from diffrep.images import Placement, Sizing, load_image
+
+__version__ = "0.1.0"
+
+_HOME = {  # public name -> module that defines it
+    "Backbone": "diffrep.backbones",
+    "ExtractConfig": "diffrep.features",
+    "FeatureMaps": "diffrep.features",
+    "Placement": "diffrep.images",
+    "Sizing": "diffrep.images",
+    "TapInfo": "diffrep.backbones",
+    "load_backbone": "diffrep.backbones",
+    "load_image": "diffrep.images",
+}
+
+__all__ = [  # noqa: RUF022  # in the order in which one meets them
+    "load_image",
+    "Sizing",
+    "Placement",
+    "load_backbone",
+    "Backbone",
+    "TapInfo",
+    "ExtractConfig",
+    "FeatureMaps",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'diffrep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,1 @@
+"""How results are counted: data sets, protocols, metrics, benchmarks."""
