@@ -1,0 +1,193 @@
+"""What every backbone is: a frozen network whose activations have names."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffrep.images import Sizing
+
+
+class TapError(ValueError):
+    """A tap that this backbone does not have."""
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be found or loaded; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class TapInfo:
+    """One activation of a backbone.
+
+    Attributes:
+        name: in the tap grammar, for example ``up.1`` or ``layer.11.key``.
+        channels: of its map.
+        stride: canvas pixels per cell.
+        module: path of the submodule whose output (or input) it is, for reading in the network's own code.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    module: str
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the cells of a map lie on the canvas, in canvas pixels, (x, y)."""
+
+    origin: tuple[float, float]  # the centre of cell (0, 0)
+    stride: tuple[float, float]  # between the centres of neighbouring cells
+
+    @classmethod
+    def covering(cls, canvas_size: tuple[int, int], map_size: tuple[int, int]) -> Grid:
+        """The cells tile the canvas: cell (0, 0) is its top left H/h by W/w pixels."""
+        x, y = canvas_size[1] / map_size[1], canvas_size[0] / map_size[0]
+        return cls(origin=((x - 1) / 2, (y - 1) / 2), stride=(x, y))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What a diffusion backbone is told beside the image. Other backbones ignore it."""
+
+    timestep: int = 0  # 0..999; -1: no noise and time embedding 0
+    clean: bool = False  # no noise whatever the timestep says (CleanDIFT)
+    prompt: str = ""
+    ensemble: int = 1  # noise draws; maps are averaged over them
+    seed: int = 0
+    posterior: Literal["mean", "sample"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.timestep < 1000:
+            raise ValueError(f"timestep must be in 0..999, or -1 for no noise, got {self.timestep}")
+        if self.ensemble < 1:
+            raise ValueError(f"ensemble must be at least 1, got {self.ensemble}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommended:
+    """The settings with which a backbone is used when none are given."""
+
+    taps: tuple[str, ...]
+    sizing: Sizing
+    conditions: Conditions = field(default_factory=Conditions)
+
+
+class Backbone(ABC):
+    """A frozen network that turns a batch of images into feature maps.
+
+    Attributes:
+        name: as `load_backbone` was asked for it.
+        source: where the weights came from: a folder, a hub id, or "random".
+        recommended: the settings used when none are given.
+    """
+
+    name: str
+    source: str
+    recommended: Recommended
+    network: nn.Module  # the part that is tapped
+
+    @abstractmethod
+    def taps(self) -> tuple[TapInfo, ...]:
+        """All taps in the order in which the network computes them."""
+
+    @abstractmethod
+    def maps(
+        self, pixels: Tensor, taps: Sequence[str], conditions: Conditions, *, batch_size: int = 8
+    ) -> dict[str, Tensor]:
+        """Read activations of images that already lie on the network's canvas.
+
+        Args:
+            pixels: (B, 3, H, W), RGB in [0, 1].
+            taps: names from `taps()`; the forward pass ends right after the deepest of them.
+            batch_size: images, or images x noise draws, that go through the network together.
+
+        Returns:
+            tap -> (B, C, h, w), in the backbone's dtype on its device.
+        """
+
+    def grid(self, tap: str, canvas_size: tuple[int, int], map_size: tuple[int, int]) -> Grid:
+        """Where the cells of a tap's map lie on a canvas of (H, W) pixels."""
+        return Grid.covering(canvas_size, map_size)
+
+    def tap(self, name: str) -> TapInfo:
+        """Look one tap up.
+
+        Raises:
+            TapError: there is no such tap; the message lists the near names.
+        """
+        known = {tap.name: tap for tap in self.taps()}
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or list(known)[:8]
+            raise TapError(f"{self.name} has no tap {name!r}; near names: {', '.join(near)} (`taps()` lists all)")
+        return known[name]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+
+class _Reached(Exception):
+    """Every tap has been read: the rest of the forward pass is not needed."""
+
+
+@contextmanager
+def reading(readers: Mapping[str, tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[dict[str, Tensor]]:
+    """Fill a dict with activations while the network runs in the body, and end the run after the last one.
+
+    The body is left right behind the deepest of the modules, however deep inside the call it is: what lies
+    behind it is never computed.
+
+    Args:
+        readers: tap -> (module, function from the module's (inputs, output) to the tapped tensor).
+    """
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def hook_for(tap: str, read: Callable[..., Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            found[tap] = read(inputs, output)
+            if len(found) == len(readers):
+                raise _Reached
+
+        return hook
+
+    try:
+        for tap, (module, read) in readers.items():
+            handles.append(module.register_forward_hook(hook_for(tap, read)))
+        yield found
+    except _Reached:
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = sorted(set(readers) - set(found))
+    raise TapError(f"the network ended without computing {', '.join(missing)}")
+
+
+def check_weights(module: nn.Module, name: str) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        BackboneError: naming the first tensor with NaN or infinite values.
+    """
+    for key, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BackboneError(f"{name}: weight {key} has NaN or infinite values")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float32 on CPU, bfloat16 on CUDA."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,359 @@
+"""`load_backbone`: one name or path in, one backbone out.
+
+Nothing is fetched unless the caller names something that lives on a hub. Only safetensors are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffrep.backbones.base import Backbone, BackboneError, Conditions, Recommended, check_weights, default_dtype
+from diffrep.backbones.latent_diffusion import LatentDiffusion
+from diffrep.backbones.text import TextEncoders
+from diffrep.backbones.vit import PositionRule, VisionTransformer, dinov2_backbone, timm_backbone
+from diffrep.images import Sizing
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+
+EMBEDDED = {  # trained by `diffrep train tiny`, part of the package
+    "tiny": "the embedded latent diffusion model",
+    "tiny-dino": "the embedded vision transformer",
+}
+HUB = {  # short name -> hub id of a diffusers folder
+    "sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sd2.1": "stabilityai/stable-diffusion-2-1",
+    "sd2.1-base": "stabilityai/stable-diffusion-2-1-base",
+    "sd-turbo": "stabilityai/sd-turbo",
+    "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sdxl-turbo": "stabilityai/sdxl-turbo",
+}
+TIMM = {  # short name -> timm architecture with its weights
+    "dino-small": "vit_small_patch8_224.dino",
+    "dino-base": "vit_base_patch8_224.dino",
+    "dinov2-small": "vit_small_patch14_dinov2.lvd142m",
+    "dinov2-base": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2-large": "vit_large_patch14_dinov2.lvd142m",
+    "dinov2-base-reg": "vit_base_patch14_reg4_dinov2.lvd142m",
+    "dinov2-large-reg": "vit_large_patch14_reg4_dinov2.lvd142m",
+    "dinov3-base": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3-large": "vit_large_patch16_dinov3.lvd1689m",
+}
+
+
+def load_backbone(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    stride: int | None = None,
+    variant: str | None = None,
+    channels_last: bool = False,
+    compile: bool = False,
+) -> Backbone:
+    """Load a frozen backbone.
+
+    Args:
+        name: an embedded model ("tiny", "tiny-dino"); a local folder (diffusers layout, timm's hub layout, or
+            a DINOv2 checkpoint with its config.json); a short name ("sd2.1", "dinov2-base", ...);
+            "timm:ARCHITECTURE"; "open_clip:MODEL/PRETRAINED"; or the hub id of a diffusers or timm model.
+        dtype: float32 on CPU and bfloat16 on CUDA where None.
+        stride: vision transformers only: pixels between patches, smaller than the patch for a finer map.
+        variant: of the weight files, for example "fp16"; found by itself in local folders.
+        channels_last: keep convolution weights channels-last (faster on some devices, same numbers up to rounding).
+        compile: compile the residual and transformer blocks with `torch.compile`.
+
+    Raises:
+        BackboneError: no such backbone, a component is missing, or weights are unreadable, do not fit or are
+            not finite.
+    """
+    name = os.fspath(name)
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackboneError(f"device {device} was asked for, but torch sees no CUDA device")
+    dtype = dtype or default_dtype(device)
+    try:
+        backbone = _find(name, device=device, dtype=dtype, stride=stride, variant=variant)
+    except SafetensorError as error:
+        raise BackboneError(f"{name}: a weight file is damaged ({error})") from None
+    except OSError as error:  # what the hub clients raise when something cannot be fetched
+        raise BackboneError(f"{name}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    modules = [backbone.network]
+    if isinstance(backbone, LatentDiffusion):
+        modules.append(backbone.vae)
+    for module in modules:
+        check_weights(module, name)
+        module.to(device=device, dtype=dtype)
+        if channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    if compile:
+        _compile_blocks(backbone)
+    return backbone
+
+
+def _find(
+    name: str, *, device: torch.device, dtype: torch.dtype, stride: int | None, variant: str | None
+) -> Backbone:
+    path = MODELS / name if name in EMBEDDED else Path(name)
+    if path.is_dir():
+        if (path / "model_index.json").is_file() or (path / "unet").is_dir():
+            return load_diffusers(str(path), device=device, dtype=dtype, variant=variant, name=name)
+        if (path / "open_clip_config.json").is_file():
+            return _load_open_clip(f"local-dir:{path}", None, name=name, stride=stride)
+        if (path / "config.json").is_file():
+            return _load_vit_folder(path, name=name, stride=stride)
+        raise BackboneError(
+            f"{path}: is no backbone folder: expected model_index.json (diffusers) or config.json (a ViT), found"
+            f" {', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'nothing'}"
+        )
+    if name in EMBEDDED:
+        raise BackboneError(f"{name}: the embedded weights are missing at {path}; reinstall, or `diffrep train tiny`")
+    if path.exists():
+        raise BackboneError(f"{path}: is a file; give the folder of a diffusers model or of a ViT")
+    if name in HUB:
+        return load_diffusers(HUB[name], device=device, dtype=dtype, variant=variant, name=name)
+    if name in TIMM or name.startswith("timm:"):
+        architecture = TIMM.get(name) or name.removeprefix("timm:")
+        return _load_timm(architecture, name=name, stride=stride)
+    if name.startswith("open_clip:"):
+        model, _, pretrained = name.removeprefix("open_clip:").partition("/")
+        return _load_open_clip(model, pretrained or None, name=name, stride=stride)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _load_hub_id(name, device=device, dtype=dtype, stride=stride, variant=variant)
+    known = [*EMBEDDED, *HUB, *TIMM]
+    near = difflib.get_close_matches(name, known, n=3) or known
+    raise BackboneError(
+        f"{name}: no such folder and no known backbone; near names: {', '.join(near)}; or give a folder, a hub id,"
+        " timm:NAME or open_clip:MODEL/PRETRAINED"
+    )
+
+
+def load_diffusers(
+    source: str, *, device: torch.device, dtype: torch.dtype, variant: str | None = None, name: str | None = None
+) -> LatentDiffusion:
+    """Load U-Net, VAE encoder and schedule of a Stable Diffusion folder or hub id; text encoders come later.
+
+    Raises:
+        BackboneError: a component is missing, or its weights are not safetensors or do not fit its config.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    name = name or source
+    index = _read_json(source, "model_index.json", required=False)
+    if folder := (Path(source) if Path(source).is_dir() else None):
+        missing = [
+            str(Path(part) / file)
+            for part, file in (("unet", "config.json"), ("vae", "config.json"), ("scheduler", "scheduler_config.json"))
+            if not (folder / part / file).is_file()
+        ]
+        if missing:
+            raise BackboneError(f"{folder}: is no complete diffusers folder: {', '.join(missing)} missing")
+        variant = variant or _local_variant(folder / "unet")
+    unet = _load_component(UNet2DConditionModel, source, "unet", dtype, variant)
+    vae = _load_component(AutoencoderKL, source, "vae", dtype, variant)
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise BackboneError(
+            f"{source}: the U-Net takes {unet.config.in_channels} channels but the VAE gives"
+            f" {vae.config.latent_channels} (an inpainting or depth-conditioned U-Net cannot be tapped this way)"
+        )
+    vae.decoder = None  # extraction only encodes: give its memory back
+    vae.post_quant_conv = None
+    parts = {p: c[1] for p, c in index.items() if p.startswith("text_encoder") and isinstance(c, list) and c[0]}
+    if not parts and (folder is None or (folder / "text_encoder").is_dir()):
+        parts = {"text_encoder": "CLIPTextModel"}
+    text = TextEncoders(source, parts, device=device, dtype=dtype, variant=variant) if parts else None
+    scheduler = _read_json(source, "scheduler/scheduler_config.json")
+    backbone = LatentDiffusion(
+        unet, vae, _alphas_cumprod(scheduler), text=text, name=name, source=source
+    )
+    extra = _read_json(source, "diffrep.json", required=False)  # our own folders say how they are best used
+    if extra:
+        backbone.recommended = _recommended(extra)
+    return backbone
+
+
+def _recommended(values: Mapping[str, Any]) -> Recommended:
+    return Recommended(
+        taps=tuple(values["taps"]),
+        sizing=Sizing(**values["sizing"]),
+        conditions=Conditions(**values.get("conditions", {})),
+    )
+
+
+def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """The schedule of a folder, whatever sampler it names."""
+    from diffusers import DDIMScheduler
+
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    return DDIMScheduler(**{k: config[k] for k in keys if k in config}).alphas_cumprod
+
+
+def _load_component(kind: Any, source: str, part: str, dtype: torch.dtype, variant: str | None) -> Any:
+    try:
+        module, info = kind.from_pretrained(
+            source,
+            subfolder=part,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            variant=variant,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (ValueError, RuntimeError) as error:  # a size mismatch
+        raise BackboneError(f"{source}: the weights of {part} do not fit its config ({_one_line(error)})") from None
+    except OSError as error:
+        raise BackboneError(f"{source}: {part} cannot be loaded as safetensors ({_one_line(error)})") from None
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            raise BackboneError(f"{source}: {part} has {what.replace('_', ' ')}: {str(sorted(info[what])[:3])}")
+    return module
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]
+
+
+def _local_variant(folder: Path) -> str | None:
+    """"fp16" where a folder has only ``diffusion_pytorch_model.fp16.safetensors``."""
+    names = [p.name for p in folder.glob("diffusion_pytorch_model*.safetensors*")]
+    if any(n.startswith(("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-")) for n in names):
+        return None
+    return "fp16" if any(".fp16." in n or ".fp16-" in n for n in names) else None
+
+
+def _read_json(source: str, file: str, *, required: bool = True) -> dict[str, Any]:
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / file
+        if not path.is_file():
+            if required:
+                raise BackboneError(f"{source}: {file} is missing")
+            return {}
+    else:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            path = Path(hf_hub_download(source, file))
+        except EntryNotFoundError:
+            if required:
+                raise BackboneError(f"{source}: {file} is missing") from None
+            return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise BackboneError(f"{path}: is no valid JSON ({error})") from None
+
+
+def _load_vit_folder(folder: Path, *, name: str, stride: int | None) -> VisionTransformer:
+    """timm's hub layout (``architecture``, ``model_args``, ``pretrained_cfg``) or a DINOv2 checkpoint."""
+    config = _read_json(str(folder), "config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        raise BackboneError(f"{folder}: expected one .safetensors file beside config.json, found {len(files)}")
+    weights = load_file(files[0])
+    if "architecture" in config:
+        return timm_backbone(
+            config["architecture"],
+            model_args=config.get("model_args"),
+            weights=weights,
+            config=config.get("pretrained_cfg"),
+            stride=stride,
+            positions=PositionRule(**config["diffrep_positions"]) if "diffrep_positions" in config else None,
+            name=name,
+            source=str(folder),
+        )
+    needed = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
+    if missing := sorted(needed - set(config)):
+        raise BackboneError(f"{folder / 'config.json'}: is neither timm's nor DINOv2's: {', '.join(missing)} missing")
+    return dinov2_backbone(weights, config, stride=stride, name=name, source=str(folder))
+
+
+def _load_timm(architecture: str, *, name: str, stride: int | None) -> VisionTransformer:
+    import timm
+
+    if architecture.split(".")[0] not in timm.list_models():
+        near = difflib.get_close_matches(architecture, timm.list_models(pretrained=True), n=3)
+        raise BackboneError(f"{name}: timm has no model {architecture}; near names: {', '.join(near) or 'none'}")
+    try:
+        return timm_backbone(architecture, pretrained=True, stride=stride, name=name, source=f"timm/{architecture}")
+    except RuntimeError as error:
+        raise BackboneError(f"{name}: {_one_line(error)}") from None
+
+
+def _load_open_clip(model: str, pretrained: str | None, *, name: str, stride: int | None) -> VisionTransformer:
+    import open_clip
+
+    if not model.startswith(("local-dir:", "hf-hub:")) and model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+        raise BackboneError(f"{name}: open_clip has no model {model}; near names: {', '.join(near) or 'none'}")
+    if pretrained is None and not model.startswith(("local-dir:", "hf-hub:")):
+        tags = open_clip.list_pretrained_tags_by_model(model)
+        raise BackboneError(f"{name}: say which weights, open_clip:{model}/TAG; it has {', '.join(tags[:6])}")
+    return open_clip_backbone(
+        open_clip.create_model(model, pretrained=pretrained), name=name, source=f"open_clip/{model}", stride=stride
+    )
+
+
+def open_clip_backbone(model: Any, *, name: str, source: str, stride: int | None = None) -> VisionTransformer:
+    """The image tower of an open_clip model.
+
+    Raises:
+        BackboneError: the tower is no ViT.
+    """
+    tower = model.visual
+    network = getattr(tower, "trunk", tower)
+    if not (hasattr(network, "transformer") or hasattr(network, "patch_embed")):
+        raise BackboneError(f"{name}: its image tower is a {type(network).__name__}; only ViTs can be tapped here")
+    if hasattr(network, "patch_embed"):  # a timm tower: let it take any size
+        network.dynamic_img_size = True
+        network.patch_embed.strict_img_size = False
+        network.patch_embed.flatten = False
+        network.patch_embed.output_fmt = type(network.patch_embed.output_fmt)("NHWC")
+    size = tower.image_size if hasattr(tower, "image_size") else 224
+    return VisionTransformer(
+        network,
+        mean=tower.image_mean or (0.48145466, 0.4578275, 0.40821073),
+        std=tower.image_std or (0.26862954, 0.26130258, 0.27577711),
+        stride=stride,
+        name=name,
+        source=source,
+        size=int(size[0] if isinstance(size, tuple | list) else size),
+    )
+
+
+def _load_hub_id(
+    name: str, *, device: torch.device, dtype: torch.dtype, stride: int | None, variant: str | None
+) -> Backbone:
+    """A hub id: a diffusers folder if it has an index, else whatever its config says."""
+    if _read_json(name, "model_index.json", required=False):
+        return load_diffusers(name, device=device, dtype=dtype, variant=variant)
+    if _read_json(name, "open_clip_config.json", required=False):
+        return _load_open_clip(f"hf-hub:{name}", None, name=name, stride=stride)
+    config = _read_json(name, "config.json")
+    if "architecture" not in config:
+        raise BackboneError(f"{name}: is neither a diffusers folder nor a timm or open_clip model")
+    return timm_backbone(f"hf-hub:{name}", pretrained=True, stride=stride, name=name, source=name)
+
+
+def _compile_blocks(backbone: Backbone) -> None:
+    """Compile what is called often and holds no tap inside: residual blocks, transformer blocks, the encoder.
+
+    The tap hooks sit on the modules, outside of what is compiled.
+    """
+    kinds = {"ResnetBlock2D", "BasicTransformerBlock", "Block", "EvaBlock", "ResidualAttentionBlock"}
+    modules = [m for m in backbone.network.modules() if type(m).__name__ in kinds]
+    if isinstance(backbone, LatentDiffusion):
+        modules.append(backbone.vae.encoder)
+    for module in modules:
+        module.forward = torch.compile(module.forward, dynamic=True)

@@ -1,0 +1,92 @@
+"""Prompts of Stable Diffusion folders: encoded once each, with text encoders that do not stay in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffrep.backbones.base import BackboneError
+
+
+@dataclass(frozen=True)
+class PromptEmbedding:
+    """What the U-Net is told of a prompt.
+
+    Attributes:
+        context: (1, tokens, C), attended to.
+        pooled: (1, C'), added to the time embedding (SDXL), or None.
+    """
+
+    context: Tensor
+    pooled: Tensor | None = None
+
+
+class TextEncoders:
+    """The one or two CLIP text encoders of a diffusers folder, loaded when a new prompt comes and freed after.
+
+    Args:
+        source: local folder or hub id with ``text_encoder/`` and ``tokenizer/`` (SDXL: also ``_2``).
+        parts: component folder -> class name, as in ``model_index.json``.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        parts: Mapping[str, str],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        variant: str | None = None,
+    ) -> None:
+        self.source, self.parts, self.device, self.dtype, self.variant = source, parts, device, dtype, variant
+        self.times_loaded = 0
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
+        """Encode prompts, each on its own (padded to the tokenizer's length, as the pipelines do)."""
+        self.times_loaded += 1
+        if "text_encoder_2" not in self.parts:
+            states, _ = self._run("tokenizer", "text_encoder", prompts, penultimate=False)
+            return {p: PromptEmbedding(s[None]) for p, s in zip(prompts, states, strict=True)}
+        # SDXL: the penultimate layers of both encoders side by side, and the second one's pooled projection
+        contexts, pooled = [], torch.empty(0)
+        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+            states, pooled = self._run(tokenizer, encoder, prompts, penultimate=True)
+            contexts.append(states)
+        context = torch.cat(contexts, dim=-1)
+        return {p: PromptEmbedding(context[i : i + 1], pooled[i : i + 1]) for i, p in enumerate(prompts)}
+
+    def _run(
+        self, tokenizer_part: str, encoder_part: str, prompts: list[str], *, penultimate: bool
+    ) -> tuple[Tensor, Tensor]:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+        kind = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+        if self.parts[encoder_part] not in kind:
+            raise BackboneError(
+                f"{self.source}: {encoder_part} is a {self.parts[encoder_part]}; prompts need a {' or '.join(kind)}"
+            )
+        if (folder := Path(self.source)).is_dir():
+            for part in (tokenizer_part, encoder_part):
+                if not (folder / part).is_dir():
+                    raise BackboneError(f"{folder}: the folder {part}/ is missing, prompts cannot be encoded")
+        tokenizer = CLIPTokenizer.from_pretrained(self.source, subfolder=tokenizer_part)
+        encoder = kind[self.parts[encoder_part]].from_pretrained(
+            self.source,
+            subfolder=encoder_part,
+            dtype=self.dtype,
+            use_safetensors=True,
+            variant=self.variant,
+        )
+        encoder = encoder.to(self.device).eval()
+        tokens = tokenizer(
+            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        )
+        mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        output = encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=penultimate)
+        # the first output: last_hidden_state, or for a model with projection its text_embeds
+        return (output.hidden_states[-2] if penultimate else output[0]), output[0]

@@ -1,0 +1,287 @@
+"""Features as data: what a backbone gives for images, and the way from a pixel to a feature and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from diffrep.backbones import Backbone, Conditions, Grid
+from diffrep.images import ImageLike, Placement, Sizing, fit_image, load_image, stack_pixels
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """Feature maps of a batch of B images, one map per tap.
+
+    Attributes:
+        maps: tap -> (B, C, h, w), floating point. C, h and w differ between taps; B does not.
+        placements: one per image: how it lay on the canvas that the network saw.
+        grids: tap -> where the cells of its map lie on that canvas.
+        settings: what made the features: backbone, dtype and every extraction setting, JSON-ready.
+    """
+
+    maps: Mapping[str, Tensor]
+    placements: tuple[Placement, ...]
+    grids: Mapping[str, Grid]
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shapes = {tap: tuple(m.shape) for tap, m in self.maps.items()}
+        if not shapes:
+            raise ValueError("FeatureMaps needs at least one map")
+        if any(len(s) != 4 or s[0] != len(self.placements) for s in shapes.values()):
+            raise ValueError(f"maps must be (B, C, h, w) with B = {len(self.placements)} placements, got {shapes}")
+        if set(self.grids) != set(self.maps):
+            raise ValueError(f"maps have taps {sorted(self.maps)} but grids {sorted(self.grids)}")
+        object.__setattr__(self, "maps", MappingProxyType(dict(self.maps)))
+        object.__setattr__(self, "grids", MappingProxyType(dict(self.grids)))
+        object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(self.maps)
+
+    def __len__(self) -> int:
+        return len(self.placements)
+
+    def __getitem__(self, index: int) -> FeatureMaps:
+        """Image `index` alone, as a batch of one (views, no copies)."""
+        index = range(len(self))[index]
+        maps = {tap: m[index : index + 1] for tap, m in self.maps.items()}
+        return dataclasses.replace(self, maps=maps, placements=(self.placements[index],))
+
+    def to(self, *args: torch.device | torch.dtype | str) -> FeatureMaps:
+        """Move or cast the maps, as `Tensor.to` does."""
+        return dataclasses.replace(self, maps={tap: m.to(*args) for tap, m in self.maps.items()})
+
+    def cells(self, tap: str, points: Tensor, image: int = 0) -> Tensor:
+        """Image points (..., 2) -> fractional cell coordinates (..., 2) as (column, row) of `tap`'s map."""
+        grid, canvas = self.grids[tap], self.placements[image].to_canvas(points)
+        return (canvas - canvas.new_tensor(grid.origin)) / canvas.new_tensor(grid.stride)
+
+    def points(self, tap: str, cells: Tensor, image: int = 0) -> Tensor:
+        """Fractional cell coordinates (..., 2) as (column, row) -> image points (..., 2) as (x, y)."""
+        grid = self.grids[tap]
+        cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
+        canvas = cells * cells.new_tensor(grid.stride) + cells.new_tensor(grid.origin)
+        return self.placements[image].to_image(canvas)
+
+    def cell_centres(self, tap: str, image: int = 0) -> Tensor:
+        """(h, w, 2): the image points (x, y) at the centres of the cells."""
+        height, width = self.maps[tap].shape[-2:]
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        return self.points(tap, torch.stack([columns, rows], dim=-1), image)
+
+    def content_mask(self, tap: str, image: int = 0) -> Tensor:
+        """(h, w) bool: the cells whose centre lies on the image and not on padding."""
+        height, width = self.placements[image].image_size
+        x, y = self.cell_centres(tap, image).unbind(-1)
+        return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
+
+    def at(self, tap: str, points: Tensor) -> Tensor:
+        """Features at image points, interpolated bilinearly between cell centres.
+
+        Args:
+            tap: which map to read.
+            points: (B, N, 2) as (x, y) in pixels of each original image.
+
+        Returns:
+            (B, N, C), in the dtype of the map. Beyond the outermost centres the border is repeated.
+        """
+        feature_map = self.maps[tap]
+        height, width = feature_map.shape[-2:]
+        cells = torch.stack([self.cells(tap, p, i) for i, p in enumerate(points)]).to(feature_map.device)
+        span = cells.new_tensor([width, height])
+        grid = (cells + 0.5) * (2.0 / span) - 1.0  # grid_sample's [-1, 1] runs between the outer edges
+        sampled = F.grid_sample(
+            feature_map.float(), grid[:, None].float(), padding_mode="border", align_corners=False
+        )
+        return sampled[:, :, 0].mT.to(feature_map.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """How features are read. Kept beside them, so that a number can be traced to its settings.
+
+    None means: as the backbone recommends (`diffrep info BACKBONE` prints it).
+    """
+
+    taps: tuple[str, ...] | None = None  # which activations to read
+    sizing: Sizing | None = None  # how the image is brought to the network's canvas
+    window: int | None = None  # side of square windows that go through the network on their own; None: no tiling
+    timestep: int | None = None  # 0..999: how much noise the image gets; -1: none at all
+    clean: bool | None = None  # give the network the image without noise, whatever the timestep says
+    prompt: str = ""  # the text condition
+    ensemble: int | None = None  # noise draws that are averaged per image
+    seed: int = 0  # of all noise
+    posterior: Literal["mean", "sample"] | None = None  # which latent the image becomes
+    batch_size: int = 8  # images, windows or ensemble members that go through the network together
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.window is not None and self.window < 8:
+            raise ValueError(f"window must be at least 8 pixels, got {self.window}")
+
+    def resolve(self, backbone: Backbone) -> ExtractConfig:
+        """Fill what is None with the backbone's recommendations."""
+        recommended = backbone.recommended
+        taps = tuple(self.taps) if self.taps else tuple(recommended.taps)
+        for tap in taps:
+            backbone.tap(tap)  # raises TapError with the near names
+        own = recommended.conditions
+        return dataclasses.replace(
+            self,
+            taps=taps,
+            sizing=self.sizing or recommended.sizing,
+            timestep=own.timestep if self.timestep is None else self.timestep,
+            clean=own.clean if self.clean is None else self.clean,
+            ensemble=own.ensemble if self.ensemble is None else self.ensemble,
+            posterior=own.posterior if self.posterior is None else self.posterior,
+        )
+
+    def conditions(self) -> Conditions:
+        """The settings that the network itself needs; call `resolve` first."""
+        assert self.timestep is not None
+        assert self.clean is not None
+        assert self.ensemble is not None
+        assert self.posterior is not None
+        return Conditions(
+            timestep=self.timestep,
+            clean=self.clean,
+            prompt=self.prompt,
+            ensemble=self.ensemble,
+            seed=self.seed,
+            posterior=self.posterior,
+        )
+
+
+@torch.inference_mode()
+def extract(backbone: Backbone, images: Sequence[ImageLike], config: ExtractConfig | None = None) -> FeatureMaps:
+    """Read features of images that share one canvas size, in batches.
+
+    A result does not depend on the other images, their order or the batch size beyond float rounding.
+
+    Args:
+        images: paths, PIL images, arrays or tensors; see `diffrep.images.load_image`.
+
+    Raises:
+        ImageError: an image cannot be read.
+        TapError: the backbone has no such tap.
+        ValueError: the images do not share one canvas size (use `extract_each`), or none is given.
+    """
+    maps = list(extract_each(backbone, images, config))
+    if not maps:
+        raise ValueError("extract needs at least one image")
+    sizes = {m.placements[0].canvas_size for m in maps}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"the images come to canvases of different sizes {sorted(sizes)}: use extract_each, or a Sizing with mode"
+            " 'squash' or 'pad'"
+        )
+    first = maps[0]
+    return dataclasses.replace(
+        first,
+        maps={tap: torch.cat([m.maps[tap] for m in maps]) for tap in first.taps},
+        placements=tuple(m.placements[0] for m in maps),
+    )
+
+
+@torch.inference_mode()
+def extract_each(
+    backbone: Backbone,
+    images: Sequence[ImageLike],
+    config: ExtractConfig | None = None,
+    *,
+    progress: bool = False,
+) -> Iterator[FeatureMaps]:
+    """Read features of images of any sizes; yields one `FeatureMaps` of batch size one per image, in order.
+
+    Neighbouring images that come to the same canvas size go through the network in one batch.
+    """
+    config = (config or ExtractConfig()).resolve(backbone)
+    assert config.sizing is not None
+    settings = {
+        "backbone": backbone.name,
+        "weights": backbone.source,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        **dataclasses.asdict(config),
+    }
+    waiting: list[tuple[Tensor, Placement]] = []
+    for image in tqdm(images, desc="extract", unit="image", disable=not progress):
+        fitted = fit_image(load_image(image), config.sizing)
+        if waiting and (waiting[0][0].shape != fitted[0].shape or len(waiting) >= config.batch_size):
+            yield from _extract_batch(backbone, waiting, config, settings)
+            waiting = []
+        waiting.append(fitted)
+    if waiting:
+        yield from _extract_batch(backbone, waiting, config, settings)
+
+
+def _extract_batch(
+    backbone: Backbone,
+    fitted: Sequence[tuple[Tensor, Placement]],
+    config: ExtractConfig,
+    settings: Mapping[str, object],
+) -> Iterator[FeatureMaps]:
+    pixels, placements = stack_pixels([canvas for canvas, _ in fitted]), [p for _, p in fitted]
+    taps = tuple(config.taps or ())
+    if config.window is None:
+        maps = backbone.maps(pixels, taps, config.conditions(), batch_size=config.batch_size)
+        grids = {tap: backbone.grid(tap, placements[0].canvas_size, maps[tap].shape[-2:]) for tap in taps}
+    else:
+        maps, grids = _tiled_maps(backbone, pixels, taps, config)
+    for i, placement in enumerate(placements):
+        yield FeatureMaps({t: m[i : i + 1] for t, m in maps.items()}, (placement,), grids, settings)
+
+
+def window_origins(side: int, window: int) -> list[int]:
+    """Where windows start along a side: steps of one window, the last one shifted back inside.
+
+    >>> window_origins(960, 512)
+    [0, 448]
+    """
+    window = min(window, side)
+    return sorted({min(start, side - window) for start in range(0, side, window)})
+
+
+def _tiled_maps(
+    backbone: Backbone, pixels: Tensor, taps: Sequence[str], config: ExtractConfig
+) -> tuple[dict[str, Tensor], dict[str, Grid]]:
+    """Run every window through the network on its own and average the maps where windows overlap.
+
+    This is how sd-dino and GeoAware run Stable Diffusion over a 960 canvas (four windows of 512).
+    """
+    assert config.window is not None
+    batch, _, height, width = pixels.shape
+    window_height, window_width = min(config.window, height), min(config.window, width)
+    corners = [(y, x) for y in window_origins(height, config.window) for x in window_origins(width, config.window)]
+    windows = torch.cat([pixels[..., y : y + window_height, x : x + window_width] for y, x in corners])
+    maps = backbone.maps(windows, taps, config.conditions(), batch_size=config.batch_size)
+    merged, grids = {}, {}
+    for tap, tiles in maps.items():
+        grid = backbone.grid(tap, (window_height, window_width), tiles.shape[-2:])
+        columns, rows = round(width / grid.stride[0]), round(height / grid.stride[1])
+        total = tiles.new_zeros(batch, tiles.shape[1], rows, columns, dtype=torch.float32)
+        count = tiles.new_zeros(rows, columns, dtype=torch.float32)
+        for (y, x), tile in zip(corners, tiles.split(batch), strict=True):
+            row, column = int(y // grid.stride[1]), int(x // grid.stride[0])
+            bottom, right = row + tile.shape[-2], column + tile.shape[-1]
+            if bottom > rows or right > columns or y % grid.stride[1] or x % grid.stride[0]:
+                raise ValueError(
+                    f"windows of {config.window} on a {height} x {width} canvas do not fall on the cells of {tap}"
+                    f" (stride {grid.stride[0]:g}): choose sides and windows that are multiples of the stride"
+                )
+            total[..., row:bottom, column:right] += tile
+            count[row:bottom, column:right] += 1
+        merged[tap] = (total / count).to(tiles.dtype)
+        grids[tap] = grid
+    return merged, grids

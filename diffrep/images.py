@@ -1,0 +1,250 @@
+"""Pixels in and out: reading images, bringing them to a network's canvas, and finding the way back.
+
+Inside diffrep an image is RGB, float in [0, 1], (3, H, W). Files, PIL images and arrays come in through
+`load_image`; `fit_image` resizes and pads as a `Sizing` says and returns the `Placement` that maps
+points of the original image to the canvas and back.
+
+Points are (x, y) in pixels; (0, 0) is the centre of the first pixel, (W - 1, H - 1) that of the last.
+Sizes are (H, W).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
+
+MAX_PIXELS = 2**28  # 268 megapixels: above this a file is taken for a decompression bomb
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+
+_RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be read or used; the message names it."""
+
+
+def load_image(
+    source: ImageLike, *, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Read an image as 8-bit RGB.
+
+    The EXIF orientation is applied, transparency is composited on `background`, greyscale, palette, CMYK
+    and 16-bit images are converted.
+
+    Args:
+        source: a path; a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16 or
+            float in [0, 1]; or a tensor (3, H, W), float in [0, 1] or uint8.
+        max_pixels: larger images are refused before they are decoded.
+
+    Raises:
+        ImageError: the file is missing, empty, truncated, no image or too large, or the array has another
+            shape, type or range.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, background, "the image")
+    if isinstance(source, Tensor):
+        array = source.detach().cpu()
+        if array.ndim != 3 or array.shape[0] not in (1, 3):
+            raise ImageError(f"an image tensor must be (3, H, W), got {tuple(array.shape)}")
+        return _from_array(array.permute(1, 2, 0).numpy(), background)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, background)
+    return _from_file(Path(source), background, max_pixels)
+
+
+def _from_file(path: Path, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
+    if not path.is_file():
+        raise ImageError(f"{path}: no such image file" if not path.exists() else f"{path}: is not a file")
+    if path.stat().st_size == 0:
+        raise ImageError(f"{path}: the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
+            with Image.open(path) as image:
+                if image.width * image.height > max_pixels:
+                    raise ImageError(
+                        f"{path}: {image.width} x {image.height} pixels are more than the limit of {max_pixels:,}"
+                    )
+                image.load()
+                return _to_rgb(image, background, str(path))
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path}: more pixels than the limit of {max_pixels:,}") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{path}: is not an image that Pillow can read") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken files
+        raise ImageError(f"{path}: cannot be decoded ({error})") from None
+
+
+def _from_array(array: np.ndarray, background: tuple[int, int, int]) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+        raise ImageError(f"an image array must be (H, W), (H, W, 3) or (H, W, 4), got {array.shape}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype == np.uint16:
+        array = np.round(array / 257.0).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # written so that NaN fails too
+            raise ImageError(f"a float image must lie in [0, 1], got [{low:.4g}, {high:.4g}]")
+        array = np.round(np.clip(array, 0, 1) * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ImageError(f"an image array must be uint8, uint16 or float, got {array.dtype}")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), background, "the array")
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int], name: str) -> Image.Image:
+    if 0 in image.size:
+        raise ImageError(f"{name}: has no pixels, its size is {image.width} x {image.height}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 or 32 bits of integer; what is larger than 16 bits has no known range
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name}: integer pixels must lie in 0..65535, got up to {values.max()}")
+        image = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
+    elif image.mode == "F":
+        return _from_array(np.asarray(image), background)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files named by paths, folders (searched recursively, by suffix) and glob patterns, in sorted order.
+
+    Raises:
+        ImageError: a path does not exist, or a folder or pattern has no image.
+    """
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        elif path.exists():
+            files = [path]
+        elif any(c in str(source) for c in "*?["):
+            files = sorted(p for p in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if p.is_file())
+        else:
+            raise ImageError(f"{path}: no such file or folder")
+        if not files:
+            raise ImageError(f"{source}: no image found (looked for {', '.join(sorted(SUFFIXES))})")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How an image lies on a network's canvas after resizing and padding."""
+
+    image_size: tuple[int, int]  # (H, W) of the original image
+    canvas_size: tuple[int, int]  # (H, W) of what the network saw
+    content_box: tuple[float, float, float, float]  # x0, y0, x1, y1: the image's edges on the canvas, in pixels
+
+    @classmethod
+    def identity(cls, size: tuple[int, int]) -> Placement:
+        """The canvas is the image itself."""
+        return cls(size, size, (0.0, 0.0, float(size[1]), float(size[0])))
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Canvas pixels per image pixel, (x, y)."""
+        x0, y0, x1, y1 = self.content_box
+        return (x1 - x0) / self.image_size[1], (y1 - y0) / self.image_size[0]
+
+    def to_canvas(self, points: Tensor) -> Tensor:
+        """Map (..., 2) points in image pixels to canvas pixels, float32 or wider."""
+        points = points.to(torch.promote_types(points.dtype, torch.float32))
+        scale, offset = points.new_tensor(self.scale), points.new_tensor(self.content_box[:2])
+        return (points + 0.5) * scale + offset - 0.5
+
+    def to_image(self, points: Tensor) -> Tensor:
+        """Map (..., 2) points in canvas pixels to image pixels; what lies on the padding falls outside."""
+        points = points.to(torch.promote_types(points.dtype, torch.float32))
+        scale, offset = points.new_tensor(self.scale), points.new_tensor(self.content_box[:2])
+        return (points + 0.5 - offset) / scale - 0.5
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The rule that brings an image to the network's canvas.
+
+    Modes: ``squash`` resizes to exactly `size`; ``pad`` keeps the aspect, the long side becomes `size`, the
+    image is centred on a square canvas; ``fit`` keeps the aspect, the long side becomes `size`; ``native``
+    keeps the image's size. After ``fit`` and ``native`` the right and bottom edges are
+    repeated until both sides are multiples of `multiple`.
+    """
+
+    mode: Literal["squash", "pad", "fit", "native"] = "squash"
+    size: int | tuple[int, int] | None = 512  # pixels: the side of a square, or (height, width) for squash
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    fill: Literal["black", "edge"] = "black"  # what pad puts around the image
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        sides = self.size if isinstance(self.size, tuple) else (self.size,)
+        if self.mode != "native" and any(s is None or s < 1 for s in sides):
+            raise ValueError(f"Sizing(mode={self.mode!r}) needs a size of at least 1 pixel, got {self.size}")
+        if isinstance(self.size, tuple) and (self.mode != "squash" or len(self.size) != 2):
+            raise ValueError(f"a size of (height, width) goes with mode 'squash', got {self.size} for {self.mode!r}")
+        if self.multiple < 1:
+            raise ValueError(f"Sizing.multiple must be at least 1, got {self.multiple}")
+
+
+def fit_image(image: Image.Image, sizing: Sizing) -> tuple[Tensor, Placement]:
+    """Bring an RGB image to the canvas.
+
+    Returns:
+        uint8 (3, H, W) canvas, and where the image lies on it.
+    """
+    width, height = image.size
+    resized_height, resized_width = _resized_size(height, width, sizing)
+    if (resized_width, resized_height) != image.size:
+        image = image.resize((resized_width, resized_height), _RESAMPLE[sizing.resample])
+    pixels = np.array(image)
+    top = left = bottom = right = 0
+    if sizing.mode == "pad":
+        side = int(sizing.size)  # type: ignore[arg-type]  # pad has an int size, checked by Sizing
+        top, left = (side - resized_height) // 2, (side - resized_width) // 2
+        bottom, right = side - resized_height - top, side - resized_width - left
+    elif sizing.mode in ("fit", "native"):
+        bottom, right = -resized_height % sizing.multiple, -resized_width % sizing.multiple
+    if top or left or bottom or right:
+        edge = sizing.mode != "pad" or sizing.fill == "edge"
+        pixels = np.pad(pixels, ((top, bottom), (left, right), (0, 0)), mode="edge" if edge else "constant")
+    box = (float(left), float(top), float(left + resized_width), float(top + resized_height))
+    placement = Placement((height, width), pixels.shape[:2], box)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), placement
+
+
+def _resized_size(height: int, width: int, sizing: Sizing) -> tuple[int, int]:
+    if sizing.mode == "native":
+        return height, width
+    if sizing.mode == "squash":
+        return sizing.size if isinstance(sizing.size, tuple) else (int(sizing.size), int(sizing.size))  # type: ignore[arg-type]
+    side = int(sizing.size)  # type: ignore[arg-type]
+    long = max(height, width)
+    # Python's round goes half to even, as the published loaders' numpy does
+    return max(1, round(side * height / long)), max(1, round(side * width / long))
+
+
+def stack_pixels(canvases: Sequence[Tensor]) -> Tensor:
+    """uint8 canvases (3, H, W) of one size -> (B, 3, H, W) float32 in [0, 1]."""
+    return torch.stack(list(canvases)).float() / 255
