@@ -92,7 +92,9 @@ def load_backbone(
         modules.append(backbone.vae)
     for module in modules:
         check_weights(module, name)
-        module.to(device=device, dtype=dtype)
+        module.to(device)
+        if next(module.parameters()).dtype != dtype:  # diffusers warns about a cast even when it is none
+            module.to(dtype)
         if channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     if compile:

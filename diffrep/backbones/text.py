@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,20 @@ class PromptEmbedding:
 
     context: Tensor
     pooled: Tensor | None = None
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a bar for the milliseconds of loading a text encoder."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 class TextEncoders:
@@ -75,14 +90,11 @@ class TextEncoders:
                 if not (folder / part).is_dir():
                     raise BackboneError(f"{folder}: the folder {part}/ is missing, prompts cannot be encoded")
         tokenizer = CLIPTokenizer.from_pretrained(self.source, subfolder=tokenizer_part)
-        encoder = kind[self.parts[encoder_part]].from_pretrained(
-            self.source,
-            subfolder=encoder_part,
-            dtype=self.dtype,
-            use_safetensors=True,
-            variant=self.variant,
-        )
-        encoder = encoder.to(self.device).eval()
+        with _no_progress_bar():
+            encoder = kind[self.parts[encoder_part]].from_pretrained(
+                self.source, subfolder=encoder_part, use_safetensors=True, variant=self.variant
+            )
+        encoder = encoder.to(self.device, self.dtype).eval()
         tokens = tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )

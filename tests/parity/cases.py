@@ -1,0 +1,53 @@
+"""Finding parity cases: folders with a ``case.json``, made with the papers' official code.
+
+`$DIFFREP_PARITY` names a folder of systems, of one system's cases, or one case; without it the committed
+choice under ``tests/parity/data`` is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(os.environ.get("DIFFREP_PARITY") or Path(__file__).parent / "data")
+
+
+def cases_of(system: str) -> list[Any]:
+    """pytest parameters (folder, case), one for each case of a system; a failing one where there are none."""
+    found = []
+    for file in sorted(ROOT.rglob("case.json")):
+        case = json.loads(file.read_text())
+        if case.get("system") == system:
+            found.append(pytest.param(file.parent, case, id=file.parent.name))
+    return found or [pytest.param(ROOT, {"kind": "none", "system": system}, id="no-case-found")]
+
+
+def assert_near(got: Tensor, expected: Tensor, *, relative: float, what: str) -> None:
+    """Largest difference within `relative` times the largest magnitude of `expected`."""
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    scale = float(expected.abs().max())
+    difference = float((got.float() - expected.float()).abs().max())
+    assert difference <= relative * scale, f"{what}: differs by {difference / max(scale, 1e-30):.2e} of the maximum"
+
+
+def assert_within(got: Tensor, expected: Tensor, *, atol: float, what: str) -> None:
+    """Largest difference within `atol`."""
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    difference = float(torch.as_tensor((got.double() - expected.double()).abs().max()))
+    assert difference <= atol, f"{what}: differs by {difference:.2e}, allowed {atol:.0e}"
+
+
+def number_in(text: str) -> float:
+    """The first number in a tolerance text such as ``max abs diff <= 2e-4 x max abs``."""
+    for word in text.replace("<=", " ").split():
+        try:
+            return float(word)
+        except ValueError:
+            continue
+    raise ValueError(f"no number in {text!r}")

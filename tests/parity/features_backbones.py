@@ -1,0 +1,98 @@
+"""Checkers for the kinds of system `features` that are about backbones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffrep.backbones import Conditions, LatentDiffusion, load_backbone
+from diffrep.backbones.loading import dinov2_backbone
+from diffrep.binning import log_bin
+from diffrep.features import window_origins
+from diffrep.images import Sizing, fit_image, load_image, stack_pixels
+
+from .cases import assert_near, assert_within, number_in
+
+
+def _tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    return load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+
+
+def check_dift_sd_taps(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    backbone = load_backbone(folder / "model")
+    assert isinstance(backbone, LatentDiffusion)
+    image = load_image(given["image"].numpy())
+    tolerance = {key: number_in(text) for key, text in case["tolerance"].items()}
+    for number, run in enumerate(case["runs"]):
+        name = f"run{number}"
+        size = run["img_size"]
+        sizing = Sizing("native", None) if size is None else Sizing("squash", (size[1], size[0]))
+        pixels = stack_pixels([fit_image(image, sizing)[0]])
+
+        embeds = backbone.embed(run["prompt"]).context
+        assert_within(embeds, expected[f"{name}.prompt_embeds"], atol=tolerance["prompt_embeds"], what="prompt")
+        mean, std = backbone.encode(pixels)
+        assert list(mean.shape[-2:]) == run["latent_hw"]
+        assert_within(mean, expected[f"{name}.posterior_mean"], atol=tolerance["posterior"], what="mean")
+        assert_within(std, expected[f"{name}.posterior_std"], atol=tolerance["posterior"], what="std")
+        posterior_noise, noise = given[f"{name}.posterior_eps"], given[f"{name}.noise"]
+        latents = backbone.noisy_latents(mean, std * posterior_noise, noise, run["t"])
+        assert_within(
+            latents, expected[f"{name}.noisy_latents"], atol=tolerance["noisy_latents"], what="noisy latents"
+        )
+
+        indices = run["up_ft_index"] if isinstance(run["up_ft_index"], list) else [run["up_ft_index"]]
+        maps = backbone.maps(
+            pixels,
+            [f"up.{k}" for k in indices],
+            Conditions(
+                timestep=run["t"], prompt=run["prompt"], ensemble=run["ensemble_size"], posterior="sample"
+            ),
+            posterior_noise=posterior_noise,
+            noise=noise,
+            average=not run["api"].startswith("OneStepSDPipeline"),
+        )
+        for k in indices:
+            assert_near(
+                maps[f"up.{k}"],
+                expected[f"{name}.up_ft{k}"],
+                relative=tolerance["up_ft"],
+                what=f"{name} up.{k}",
+            )
+    assert len({k.split(".")[0] for k in expected}) == len(case["runs"])
+
+
+def check_dinov2_extractor(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    weights = load_file(folder / "model" / "dinov2.safetensors")
+    image = Image.fromarray(given["image"].numpy())
+    relative = number_in(case["tolerance"]["run"])
+    for number, run in enumerate(case["runs"]):
+        name = f"run{number}"
+        backbone = dinov2_backbone(weights, config, stride=run["stride"], name=name, source=str(folder))
+        width, height = run["size_wh"]
+        pixels = stack_pixels([fit_image(image, Sizing("squash", (height, width), resample="lanczos"))[0]])
+        if f"preprocessed_{name}" in expected:
+            normalised = (pixels - backbone.mean[:, None, None]) / backbone.std[:, None, None]
+            assert_near(normalised, expected[f"preprocessed_{name}"], relative=relative, what="preprocessed")
+        facet = "" if run["facet"] == "token" else f".{run['facet']}"
+        tap = f"layer.{run['layer']}{facet}"
+        if run.get("bin"):
+            binned = log_bin(backbone.maps(pixels, [tap])[tap])
+            got = binned.flatten(2).mT
+        else:
+            got = backbone.tokens(pixels, [tap])[tap][:, 1:]  # the official extractor keeps the registers
+            feature_map = backbone.maps(pixels, [tap])[tap]
+            assert list(feature_map.shape[-2:]) == run["num_patches_hw"]
+            assert torch.equal(feature_map.flatten(2).mT, got[:, backbone.prefix - 1 :])
+        assert_near(got[:, None], expected[name], relative=relative, what=f"{name} {tap}")
+    assert all(np.isfinite(t.numpy()).all() for t in expected.values())
+    assert window_origins(960, 512) == [0, 448]
