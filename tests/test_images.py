@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffrep.images import ImageError, Placement, Sizing, find_images, fit_image, load_image
+
+
+def gradient(height: int, width: int) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([rows * 255 // height, columns * 255 // width, 0 * rows + 40], -1).astype(np.uint8)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    image = Image.fromarray(gradient(20, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to view
+    image.save(tmp_path / "turned.png", exif=exif)
+    loaded = load_image(tmp_path / "turned.png")
+    assert loaded.size == (20, 30)
+    np.testing.assert_array_equal(np.asarray(loaded), np.rot90(gradient(20, 30), k=-1))
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    loaded = np.asarray(load_image(tmp_path / "deep.png"))
+    assert loaded.shape == (8, 8, 3)
+    np.testing.assert_array_equal(loaded[..., 0], np.round(values / 257).astype(np.uint8))
+
+
+def test_transparency_is_composited(tmp_path: Path) -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[:2, :, 0], rgba[:2, :, 3] = 200, 255
+    Image.fromarray(rgba).save(tmp_path / "cut.png")
+    loaded = np.asarray(load_image(tmp_path / "cut.png", background=(0, 255, 0)))
+    assert (loaded[:2] == (200, 0, 0)).all()
+    assert (loaded[2:] == (0, 255, 0)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA"])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    loaded = load_image(Image.fromarray(gradient(9, 7)).convert("RGBA").convert(mode) if mode != "CMYK"
+                        else Image.fromarray(gradient(9, 7)).convert(mode))
+    assert (loaded.mode, loaded.size) == ("RGB", (7, 9))
+
+
+def test_arrays_and_tensors_agree() -> None:
+    array = gradient(11, 13)
+    tensor = torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    for source in (array, array / 255.0, tensor, Image.fromarray(array)):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), array)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(whole)
+    cut, empty, text = tmp_path / "cut.jpg", tmp_path / "empty.png", tmp_path / "text.png"
+    cut.write_bytes(whole.read_bytes()[:900])
+    empty.touch()
+    text.write_text("no image")
+    for path, what in (
+        (tmp_path / "gone.png", "no such image"),
+        (empty, "empty"),
+        (cut, "cannot be decoded"),
+        (text, "not an image"),
+        (tmp_path, "not a file"),
+    ):
+        with pytest.raises(ImageError, match=what) as caught:
+            load_image(path)
+        assert str(path) in str(caught.value)
+    with pytest.raises(ImageError, match="limit of 1,000"):
+        load_image(whole, max_pixels=1000)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.full((4, 4), 3.0), np.full((4, 4), np.nan),
+     np.zeros((4, 4), np.int32)],
+)
+def test_bad_arrays_are_refused(array: np.ndarray) -> None:
+    with pytest.raises(ImageError):
+        load_image(array)
+
+
+def test_find_images(tmp_path: Path) -> None:
+    for name in ("b.png", "a.jpg", "notes.txt", "sub/c.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.name for p in find_images([tmp_path])] == ["a.jpg", "b.png", "c.webp"]
+    assert [p.name for p in find_images([str(tmp_path / "*.png"), tmp_path / "b.png"])] == ["b.png"]
+    with pytest.raises(ImageError, match="no such file"):
+        find_images([tmp_path / "nothing"])
+    with pytest.raises(ImageError, match="no image found"):
+        find_images([str(tmp_path / "*.gif")])
+
+
+SIZINGS = st.sampled_from(
+    [Sizing("squash", 96), Sizing("squash", (64, 120)), Sizing("pad", 96), Sizing("pad", 77, fill="edge"),
+     Sizing("fit", 90, multiple=16), Sizing("native", None, multiple=8), Sizing("native", None, multiple=1)]
+)
+
+
+@given(st.integers(1, 150), st.integers(1, 150), SIZINGS)
+def test_points_survive_the_way_to_the_canvas_and_back(height: int, width: int, sizing: Sizing) -> None:
+    canvas, placement = fit_image(Image.fromarray(gradient(height, width)), sizing)
+    assert canvas.shape[1:] == placement.canvas_size
+    points = torch.tensor([[0.0, 0.0], [width - 1.0, height - 1.0], [width / 3, height / 2]], dtype=torch.float64)
+    torch.testing.assert_close(placement.to_image(placement.to_canvas(points)), points)
+    x0, y0, x1, y1 = placement.content_box
+    corners = torch.tensor([[-0.5, -0.5], [width - 0.5, height - 0.5]], dtype=torch.float64)
+    expected = torch.tensor([[x0, y0], [x1, y1]], dtype=torch.float64) - 0.5
+    torch.testing.assert_close(placement.to_canvas(corners), expected)  # edges map to edges
+    if sizing.mode in ("fit", "native"):
+        assert all(side % sizing.multiple == 0 for side in placement.canvas_size)
+
+
+def test_pad_centres_as_sd_dino_does() -> None:
+    canvas, placement = fit_image(Image.fromarray(gradient(97, 200)), Sizing("pad", 60, resample="lanczos"))
+    height = round(60 * 97 / 200)
+    assert placement.content_box == (0.0, (60 - height) // 2, 60.0, (60 - height) // 2 + height)
+    assert (canvas[:, : (60 - height) // 2] == 0).all()
+
+
+def test_native_repeats_the_edge_and_keeps_the_pixels() -> None:
+    array = gradient(13, 21)
+    canvas, placement = fit_image(Image.fromarray(array), Sizing("native", None, multiple=8))
+    assert placement == Placement((13, 21), (16, 24), (0.0, 0.0, 21.0, 13.0))
+    np.testing.assert_array_equal(canvas[:, :13, :21].permute(1, 2, 0).numpy(), array)
+    assert (canvas[:, 13:, :21] == canvas[:, 12:13, :21]).all()
+    assert Placement.identity((13, 21)).to_canvas(torch.tensor([3.0, 4.0])).tolist() == [3.0, 4.0]
+
+
+@pytest.mark.parametrize("arguments", [("pad", None), ("squash", 0), ("pad", (8, 8)), ("fit", 8, "bicubic", "black", 0)])
+def test_impossible_sizings_are_refused(arguments: tuple) -> None:
+    with pytest.raises(ValueError, match=r"size|multiple"):
+        Sizing(*arguments)
