@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,18 @@ from torch import Tensor
 ROOT = Path(os.environ.get("DIFFREP_PARITY") or Path(__file__).parent / "data")
 
 
-def cases_of(system: str) -> list[Any]:
-    """pytest parameters (folder, case), one for each case of a system; a failing one where there are none."""
+def cases_of(system: str, kinds: Collection[str]) -> list[Any]:
+    """pytest parameters (folder, case), one for each case of a system.
+
+    Cases of kinds that are not among `kinds` are there too, to fail; `$DIFFREP_PARITY_KINDS` = "built" leaves
+    them out. Where no case is found, a parameter of the kind "none" stands for it, to fail as well.
+    """
     found = []
     for file in sorted(ROOT.rglob("case.json")):
         case = json.loads(file.read_text())
-        if case.get("system") == system:
+        if case.get("system") != system:
+            continue
+        if os.environ.get("DIFFREP_PARITY_KINDS") != "built" or case["kind"] in kinds:
             found.append(pytest.param(file.parent, case, id=file.parent.name))
     return found or [pytest.param(ROOT, {"kind": "none", "system": system}, id="no-case-found")]
 

@@ -17,7 +17,7 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 }
 
 
-@pytest.mark.parametrize(("folder", "case"), cases_of("features"))
+@pytest.mark.parametrize(("folder", "case"), cases_of("features", CHECKS))
 def test_case(folder: Path, case: dict[str, Any]) -> None:
     assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
     CHECKS[case["kind"]](folder, case)

@@ -1,0 +1,173 @@
+"""The rules of the house that a machine can hold."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Imports go down only: a module may import its own floor and those below. Longest prefix counts.
+FLOORS = {
+    "diffrep": 9,  # the package itself only re-exports
+    "diffrep._checkout": 0,
+    "diffrep.images": 0,
+    "diffrep.scenes": 0,
+    "diffrep.backbones": 1,
+    "diffrep.binning": 2,
+    "diffrep.features": 2,
+    "diffrep.fusion": 2,
+    "diffrep.matching": 3,
+    "diffrep.index": 3,
+    "diffrep.draw": 3,
+    "diffrep.manifold": 3,
+    "diffrep.training": 3,
+    "diffrep.heads": 4,
+    "diffrep.eval": 5,
+    "diffrep.demo": 6,
+    "diffrep.cli": 6,
+}
+
+
+def floor_of(module: str) -> int | None:
+    parts = module.split(".")
+    if parts[0] != "diffrep":
+        return None
+    for end in range(len(parts), 0, -1):
+        if (name := ".".join(parts[:end])) in FLOORS:
+            return FLOORS[name]
+    return None
+
+
+def sources() -> list[tuple[str, Path]]:
+    """(module name, file) of everything that is packaged."""
+    found = []
+    for folder, package in (("diffrep", "diffrep"), ("heads", "diffrep.heads"), ("eval", "diffrep.eval")):
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = file.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join([package, *parts]).removesuffix(".__init__")
+            found.append((name, file))
+    assert len(found) > 10
+    return found
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: relative import"
+        return [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return []
+
+
+@pytest.mark.parametrize(("name", "file"), sources(), ids=[name for name, _ in sources()])
+def test_imports_go_down_only(name: str, file: Path) -> None:
+    own = floor_of(name)
+    assert own is not None, f"{name} has no floor: give it one in FLOORS"
+    if name == "diffrep":
+        return
+    for node in ast.walk(ast.parse(file.read_text())):
+        for target in imported(node):
+            floor = floor_of(target)
+            if target == "diffrep":  # `from diffrep import x` is judged by x below
+                continue
+            assert floor is None or floor == 9 or floor <= own, f"{file}: floor {own} imports {target} of floor {floor}"
+
+
+def listed_packages() -> dict[str, str]:
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {"diffrep.heads": "heads", "diffrep.eval": "eval"}
+    assert tools["package-dir"] == folders
+    places = {}
+    for package in tools["packages"]:
+        head = next((h for h in folders if package == h or package.startswith(f"{h}.")), None)
+        path = folders[head] + package[len(head) :].replace(".", "/") if head else package.replace(".", "/")
+        places[package] = path
+    return places
+
+
+def test_every_package_is_listed_for_the_wheel() -> None:
+    on_disk = {
+        str(init.parent.relative_to(ROOT))
+        for folder in ("diffrep", "heads", "eval")
+        for init in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(listed_packages().values()) == on_disk
+
+
+@pytest.mark.slow
+def test_the_wheel_has_one_top_level_and_everything_in_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"diffrep"}
+    for expected in ("diffrep/heads/__init__.py", "diffrep/eval/__init__.py", "diffrep/py.typed",
+                     "diffrep/models/tiny/unet/config.json", "diffrep/models/tiny-dino/model.safetensors"):
+        assert expected in names
+    assert wheel.stat().st_size < 45 * 2**20
+
+
+def run_python(code: str, cwd: Path) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def test_a_checkout_finds_heads_and_eval_and_installs_nothing_generic() -> None:
+    code = (
+        "import diffrep.heads, diffrep.eval, sys;"
+        "print([m for m in sys.modules if m.split('.')[0] in ('heads', 'eval')])"
+    )
+    assert run_python(code, ROOT) == "[]"
+    assert not [m for m in sys.modules if m.split(".")[0] in ("heads", "eval")]
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = "torch", "faiss", "diffusers", "transformers", "sklearn", "matplotlib", "timm", "open_clip", "scipy"
+    code = f"import diffrep, diffrep.cli, sys; print([m for m in {heavy} if m in sys.modules])"
+    assert run_python(code, ROOT) == "[]"
+
+
+def test_every_public_name_can_be_imported() -> None:
+    import diffrep
+
+    for name in diffrep.__all__:
+        assert getattr(diffrep, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        diffrep.nothing  # noqa: B018
+
+
+def test_doctests() -> None:
+    tried = 0
+    for name in ("diffrep", "diffrep.heads", "diffrep.eval"):
+        package = importlib.import_module(name)
+        for info in pkgutil.walk_packages(package.__path__, f"{name}."):
+            if info.name.endswith("__main__"):
+                continue
+            result = doctest.testmod(importlib.import_module(info.name))
+            assert result.failed == 0, info.name
+            tried += result.attempted
+    assert tried > 0
+
+
+def test_weights_are_read_by_safe_readers_only() -> None:
+    for name, file in sources():
+        text = file.read_text()
+        assert not re.search(r"\b(import pickle|pickle\.loads?|joblib|np\.load\(.*allow_pickle=True)", text), name
+        for call in text.split("torch.load(")[1:]:
+            assert "weights_only=True" in call.split(")")[0], name
