@@ -1,0 +1,39 @@
+"""``python -m diffrep.eval.benchmarks NAME``: run one benchmark."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import tyro
+
+BENCHMARKS = {  # name -> (module:class, one line)
+    "features": (
+        "diffrep.eval.benchmarks.features:FeaturesBenchmark",
+        "extraction against a plain full forward pass with hooks",
+    ),
+    "matching": (
+        "diffrep.eval.benchmarks.matching:MatchingBenchmark",
+        "matching and joint PCA against one product, loops and full-resolution features",
+    ),
+    "manifold": (
+        "diffrep.eval.benchmarks.manifold:ManifoldBenchmark",
+        "heat-geodesic embedding against PHATE, UMAP and Isomap over n",
+    ),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark that the first argument names; the others are its settings."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        lines = [f"  {name:<10} {text}" for name, (_, text) in BENCHMARKS.items()]
+        print("\n".join(["usage: python -m diffrep.eval.benchmarks NAME [options]", *lines]), file=sys.stderr)
+        return 2
+    module, _, attribute = BENCHMARKS[arguments[0]][0].partition(":")
+    kind = getattr(importlib.import_module(module), attribute)
+    tyro.cli(kind, args=arguments[1:], prog=f"diffrep.eval.benchmarks {arguments[0]}").run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

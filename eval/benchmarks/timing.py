@@ -1,0 +1,77 @@
+"""Timing two sides of a claim in one process: alternated, medians, ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one side over the repeats."""
+
+    median: float
+    low: float  # first quartile
+    high: float  # third quartile
+
+
+def interleave(
+    sides: Mapping[str, Callable[[], object]], *, repeats: int = 5, warmups: int = 2, device: str = "cpu"
+) -> dict[str, Timing]:
+    """Time functions in turns, so that a busy machine slows all of them alike.
+
+    On CPU the clock is the process's own CPU time, which hardly moves when others compute; run it with one
+    thread. On CUDA it is wall time between synchronisations.
+    """
+
+    def clock() -> float:
+        if device != "cpu":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for round_number in range(warmups + repeats):
+        for name, run in sides.items():
+            start = clock()
+            run()
+            if round_number >= warmups:
+                seconds[name].append(clock() - start)
+    return {name: _summary(values) for name, values in seconds.items()}
+
+
+def _summary(values: Sequence[float]) -> Timing:
+    if len(values) < 2:
+        return Timing(values[0], values[0], values[0])
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(statistics.median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One claim: what is compared, both times, and how equal the results were."""
+
+    claim: str
+    plain: Timing
+    ours: Timing
+    equality: str  # measured in the same run
+    flops: str = ""  # counted for both sides, where that says something
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.plain.median / self.ours.median
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text, ratio first."""
+    lines = [f"{'ratio':>9}  {'plain s (quartiles)':>27}  {'ours s (quartiles)':>27}  claim"]
+    for row in rows:
+        sides = [f"{t.median:.4g} ({t.low:.3g}..{t.high:.3g})" for t in (row.plain, row.ours)]
+        lines.append(f"{row.ratio:>8.2f}x  {sides[0]:>27}  {sides[1]:>27}  {row.claim}")
+        lines.append(f"{'':>11}{row.equality}{'; ' + row.flops if row.flops else ''}")
+    return "\n".join(lines)
