@@ -1,0 +1,175 @@
+"""PCK, the percentage of correct keypoints: counted per pair, then aggregated under its four names.
+
+A keypoint is correct when it lands within ``alpha * scale`` of its target; `scale` is the longer side of the
+target's box or of the image, as the benchmark says. The same counts give very different numbers, depending on
+what is averaged, and papers often do not say which; every aggregate here has a name:
+
+    per image               mean over pairs of the pair's share of correct points
+    per point               correct points over all points of all pairs
+    category mean           mean over categories of the category's per-point value
+    pair-weighted category  the same mean, weighted by the category's number of pairs
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Aggregate = Literal["per image", "per point", "category mean", "pair-weighted category"]
+AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
+
+
+def within(
+    predicted: Tensor,
+    target: Tensor,
+    scale: float | Tensor,
+    alphas: Sequence[float],
+    *,
+    inclusive: bool = True,
+) -> Tensor:
+    """Which keypoints land within ``alpha * scale`` of their target.
+
+    Args:
+        predicted, target: (N, 2) points in one frame of coordinates.
+        scale: the length that alpha is a share of, in the same coordinates; one or (N,).
+        inclusive: whether a point exactly on the threshold counts (``<=``), or not (``<``).
+
+    Returns:
+        (A, N) bool, one row per alpha. Points that are not finite are wrong.
+
+    Raises:
+        ValueError: `predicted` and `target` differ in shape, or are not (N, 2).
+    """
+    if predicted.shape != target.shape or predicted.ndim != 2 or predicted.shape[-1] != 2:
+        raise ValueError(
+            "predicted and target must both be (N, 2),"
+            f" got {tuple(predicted.shape)} and {tuple(target.shape)}"
+        )
+    distance = torch.linalg.vector_norm(predicted.double() - target.double(), dim=-1)
+    limit = torch.tensor(alphas, dtype=torch.float64)[:, None] * torch.as_tensor(scale, dtype=torch.float64)
+    return distance <= limit if inclusive else distance < limit
+
+
+@dataclass(frozen=True)
+class PairCount:
+    """How many keypoints of one pair were right: all that any aggregate needs."""
+
+    pair: str
+    category: str
+    points: int  # that count: visible in both images
+    correct: tuple[float, ...]  # per alpha; whole numbers, except where an expectation stands for a method
+
+    @classmethod
+    def of(cls, pair: str, category: str, hits: Tensor) -> PairCount:
+        """From (A, N) bool, as `within` gives it."""
+        return cls(pair, category, hits.shape[-1], tuple(hits.sum(-1).tolist()))
+
+
+@dataclass(frozen=True)
+class Pck:
+    """PCK over a set of pairs, for each alpha.
+
+    The state is the pairs' counts: sets counted apart are joined with `+`, in any order, without loss.
+    """
+
+    alphas: tuple[float, ...]
+    pairs: tuple[PairCount, ...]
+
+    def __post_init__(self) -> None:
+        for pair in self.pairs:
+            if len(pair.correct) != len(self.alphas):
+                counts = f"{len(pair.correct)} counts for {len(self.alphas)} alphas {self.alphas}"
+                raise ValueError(f"pair {pair.pair} has {counts}")
+
+    def __add__(self, other: Pck) -> Pck:
+        if other.alphas != self.alphas:
+            raise ValueError(f"cannot join counts at alphas {self.alphas} and {other.alphas}")
+        return Pck(self.alphas, self.pairs + other.pairs)
+
+    @property
+    def points(self) -> int:
+        """Keypoints counted."""
+        return sum(pair.points for pair in self.pairs)
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Categories that occur, sorted."""
+        return tuple(sorted({pair.category for pair in self.pairs}))
+
+    def where(self, keep: Callable[[PairCount], bool]) -> Pck:
+        """The same over some of the pairs."""
+        return Pck(self.alphas, tuple(pair for pair in self.pairs if keep(pair)))
+
+    def of(self, category: str) -> Pck:
+        """The same over one category."""
+        return self.where(lambda pair: pair.category == category)
+
+    def value(self, aggregate: Aggregate = "per point") -> tuple[float, ...]:
+        """PCK in [0, 1] per alpha; NaN where no keypoint was counted. Pairs without keypoints count nowhere.
+
+        Raises:
+            ValueError: there is no such aggregate.
+        """
+        counted = [pair for pair in self.pairs if pair.points]
+        if aggregate == "per point":
+            points = sum(pair.points for pair in counted)
+            return self._each(lambda i: _ratio((pair.correct[i] for pair in counted), points))
+        if aggregate == "per image":
+            shares = [[c / pair.points for c in pair.correct] for pair in counted]
+            return self._each(lambda i: _ratio((share[i] for share in shares), len(counted)))
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"no aggregate {aggregate!r}; there are {', '.join(map(repr, AGGREGATES))}")
+        groups = [[pair for pair in counted if pair.category == category] for category in self.categories]
+        groups = [group for group in groups if group]
+        pooled = [Pck(self.alphas, tuple(group)).value() for group in groups]
+        weights = [1 if aggregate == "category mean" else len(group) for group in groups]
+        return self._each(
+            lambda i: _ratio((w * value[i] for w, value in zip(weights, pooled, strict=True)), sum(weights))
+        )
+
+    def interval(
+        self, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    ) -> tuple[tuple[float, float], ...]:
+        """Percentile bootstrap over pairs of the per-point value, (low, high) per alpha.
+
+        Pairs are drawn, not points, since the points of a pair succeed and fail together.
+        """
+        counted = [pair for pair in self.pairs if pair.points]
+        if not counted:
+            return ((math.nan, math.nan),) * len(self.alphas)
+        uniform = np.full(len(counted), 1 / len(counted))
+        times = np.random.default_rng(seed).multinomial(len(counted), uniform, size=draws)  # (draws, pairs)
+        points = times @ np.array([pair.points for pair in counted])
+        values = times @ np.array([pair.correct for pair in counted]) / points[:, None]
+        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        return tuple(zip(low.tolist(), high.tolist(), strict=True))
+
+    def _each(self, value: Callable[[int], float]) -> tuple[float, ...]:
+        return tuple(value(i) for i in range(len(self.alphas)))
+
+
+def _ratio(values: Iterable[float], count: int) -> float:
+    return math.fsum(values) / count if count else math.nan  # fsum: the same in any order
+
+
+def chance_within(target: Tensor, scale: float, alphas: Sequence[float], size: tuple[int, int]) -> Tensor:
+    """Exact probability that a pixel drawn uniformly from the image counts as correct.
+
+    Args:
+        target: (N, 2) points (x, y) in pixels.
+        size: (H, W) of the image.
+
+    Returns:
+        (A, N) float64.
+    """
+    height, width = size
+    x = torch.arange(width, dtype=torch.float64) - target[:, :1].double()  # (N, W)
+    y = torch.arange(height, dtype=torch.float64) - target[:, 1:].double()
+    squared = y.square()[:, :, None] + x.square()[:, None, :]
+    return torch.stack([(squared <= (alpha * scale) ** 2).double().mean((-2, -1)) for alpha in alphas])
