@@ -1,0 +1,217 @@
+"""Neighbourhood graphs and their Laplacians.
+
+A graph is its affinity matrix W: (n, n), CSR, float64, symmetric, non-negative, zero diagonal.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components, dijkstra
+
+from diffrep.manifold.neighbors import NeighborSearch
+
+LaplacianKind = Literal["normalized", "combinatorial"]
+Csr = sp.csr_matrix
+
+
+def alpha_decay_graph(
+    search: NeighborSearch,
+    n_neighbors: int = 10,
+    *,
+    decay: float = 40.0,
+    thresh: float = 1e-4,
+    anisotropy: float = 0.0,
+    threshold_average: bool = True,
+) -> Csr:
+    """The alpha-decay affinity of PHATE (Moon et al. 2019) between the points of `search`.
+
+    K_ij = exp(-(|x_i - x_j| / eps_i)^decay) with eps_i the distance to the `n_neighbors`-th neighbour,
+    averaged with its transpose. With a decay of 40 this is nearly a plain nearest-neighbour graph.
+
+    Args:
+        thresh: smaller affinities are dropped.
+        anisotropy: a in K_ij / (d_i d_j)^a, which takes out the density of the sample (1: completely).
+        threshold_average: drop affinities below `thresh` once more after averaging and anisotropy, as HeatGeo
+            does by handing the kernel on as a precomputed affinity; PHATE itself does not.
+    """
+    rows, columns, distances, bandwidth = neighbor_pairs(search, n_neighbors, reach_of(decay, thresh))
+    kernel = _kernel(rows, columns, distances / bandwidth[rows], len(bandwidth), decay, thresh, anisotropy)
+    if threshold_average:
+        kernel.data[kernel.data < thresh] = 0
+    return clean_affinity(kernel)
+
+
+def alpha_decay_graph_from_distances(
+    distances: NDArray[np.float64] | Csr,
+    n_neighbors: int = 10,
+    *,
+    decay: float = 40.0,
+    thresh: float = 1e-4,
+    anisotropy: float = 0.0,
+) -> Csr:
+    """`alpha_decay_graph` from (n, n) distances; pairs that a sparse matrix leaves out are far."""
+    n = distances.shape[0]
+    if sp.issparse(distances):
+        pairs = sp.coo_matrix(distances)
+        off = pairs.row != pairs.col
+        rows, columns, lengths = pairs.row[off], pairs.col[off], pairs.data[off].astype(np.float64)
+        order = np.lexsort((lengths, rows))
+        rows, columns, lengths = rows[order], columns[order], lengths[order]
+        first = np.searchsorted(rows, np.arange(n))
+        count = np.bincount(rows, minlength=n)
+        at = first + np.minimum(n_neighbors, np.maximum(count, 1)) - 1
+        bandwidth = np.where(
+            count > 0, lengths[np.minimum(at, max(len(lengths) - 1, 0))] if len(lengths) else 1, 1
+        )
+    else:
+        dense = np.array(distances, dtype=np.float64)
+        np.fill_diagonal(dense, 0.0)
+        bandwidth = np.partition(dense, n_neighbors, axis=1)[:, n_neighbors]
+        bandwidth = np.maximum(bandwidth, np.finfo(np.float64).eps)
+        rows, columns = np.nonzero(dense <= bandwidth[:, None] * reach_of(decay, thresh))
+        lengths = dense[rows, columns]
+    bandwidth = np.maximum(bandwidth, np.finfo(np.float64).eps)
+    kernel = _kernel(rows, columns, lengths / bandwidth[rows], n, decay, thresh, anisotropy)
+    kernel.data[kernel.data < thresh] = 0
+    return clean_affinity(kernel)
+
+
+def reach_of(decay: float, thresh: float) -> float:
+    """How many bandwidths away the alpha-decay kernel falls to `thresh`."""
+    return float((-np.log(thresh)) ** (1.0 / decay))
+
+
+def neighbor_pairs(
+    search: NeighborSearch, n_neighbors: int, reach: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Every pair (i, j) with j within `reach` bandwidths of i.
+
+    Returns:
+        rows, columns and distances of the pairs, and the bandwidths (n,): the distance of each point to its
+        `n_neighbors`-th neighbour, itself not counted.
+    """
+    n = search.points.shape[0]
+    k = min(n, 2 * n_neighbors + 1)
+    distances, indices = search.query(search.points, k)
+    bandwidth = np.maximum(distances[:, min(n_neighbors, n - 1)], np.finfo(np.float64).eps)
+    radius = bandwidth * reach
+    found = [_within(np.arange(n), distances, indices, radius)]
+    open_rows = np.flatnonzero(distances[:, -1] <= radius) if k < n else np.array([], dtype=np.int64)
+    if len(open_rows):  # the kernel reaches beyond the neighbours asked for: ask again, for these rows only
+        complete = np.ones(n, dtype=bool)
+        complete[open_rows] = False
+        found = [tuple(part[complete[found[0][0]]] for part in found[0])]  # type: ignore[list-item]
+    while len(open_rows):
+        k = min(n, 4 * k)
+        distances, indices = search.query(search.points[open_rows], k)
+        done = (distances[:, -1] > radius[open_rows]) | (k == n)
+        found.append(_within(open_rows[done], distances[done], indices[done], radius))
+        open_rows = open_rows[~done]
+    rows, columns, lengths = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rows, columns, lengths, bandwidth
+
+
+def _within(
+    rows: NDArray[np.int64],
+    distances: NDArray[np.float64],
+    indices: NDArray[np.int64],
+    radius: NDArray[np.float64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    near = distances <= radius[rows, None]
+    return np.repeat(rows, near.sum(axis=1)), indices[near], distances[near]
+
+
+def _kernel(
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    scaled: NDArray[np.float64],
+    n: int,
+    decay: float,
+    thresh: float,
+    anisotropy: float,
+) -> Csr:
+    weights = np.exp(-(scaled**decay))
+    keep = (weights >= thresh) & (rows != columns)
+    directed = sp.csr_matrix((weights[keep], (rows[keep], columns[keep])), shape=(n, n))
+    kernel = ((directed + directed.T) * 0.5 + sp.identity(n)).tocsr()
+    if anisotropy:
+        scale = sp.diags(np.asarray(kernel.sum(axis=1)).ravel() ** -anisotropy)
+        kernel = (scale @ kernel @ scale).tocsr()
+    return kernel
+
+
+def clean_affinity(affinity: Any) -> Csr:
+    """CSR, float64, zero diagonal, no stored zeros, sorted indices; raises for what is no affinity."""
+    graph = sp.csr_matrix(affinity, dtype=np.float64, copy=True)
+    if graph.shape[0] != graph.shape[1]:
+        raise ValueError(f"an affinity must be a square matrix, got shape {graph.shape}")
+    if graph.nnz and not graph.data.min() >= 0:  # written so that NaN fails too
+        raise ValueError(f"affinities must be non-negative numbers, got {graph.data.min():.4g}")
+    asymmetry = abs(graph - graph.T)
+    if asymmetry.nnz and asymmetry.max() > 1e-6 * graph.max():
+        raise ValueError(
+            f"an affinity must be symmetric, but W and its transpose differ by {asymmetry.max():.4g}"
+        )
+    graph.setdiag(0)
+    graph.eliminate_zeros()
+    graph.sort_indices()
+    return graph
+
+
+def scaled_neighbor_graph(points: NDArray[np.float64], n_neighbors: int = 5) -> Csr:
+    """PyGSP's graph: weights exp(-dist^2 / 0.1) on k neighbours of centred, rescaled points."""
+    n, dims = points.shape
+    centred = points - points.mean(axis=0)
+    half_diagonal = 0.5 * np.linalg.norm(centred.max(axis=0) - centred.min(axis=0))
+    centred = centred * (n ** (1.0 / min(dims, 3)) / 10.0 / max(half_diagonal, np.finfo(np.float64).tiny))
+    distances, indices = NeighborSearch(centred, backend="sklearn").query(centred, n_neighbors + 1)
+    rows = np.repeat(np.arange(n), distances.shape[1])
+    weights = np.exp(-(distances.ravel() ** 2) / 0.1)
+    directed = sp.csr_matrix((weights, (rows, indices.ravel())), shape=(n, n))
+    return clean_affinity((directed + directed.T) * 0.5)
+
+
+def laplacian(affinity: Csr, kind: LaplacianKind = "normalized") -> Csr:
+    """Laplacian of a graph: I - D^-1/2 W D^-1/2 ("normalized") or D - W ("combinatorial").
+
+    A point without any neighbour gets a zero row: heat stays on it.
+    """
+    degree = np.asarray(affinity.sum(axis=1)).ravel()
+    if kind == "combinatorial":
+        return (sp.diags(degree) - affinity).tocsr()
+    if kind != "normalized":
+        raise ValueError(f"laplacian must be 'normalized' or 'combinatorial', got {kind!r}")
+    scale = sp.diags(np.where(degree > 0, 1.0 / np.sqrt(np.maximum(degree, np.finfo(np.float64).tiny)), 0.0))
+    return (sp.diags((degree > 0).astype(np.float64)) - scale @ affinity @ scale).tocsr()
+
+
+def largest_eigenvalue(matrix: Csr, *, tolerance: float = 0.0) -> float:
+    """Largest eigenvalue of a Laplacian; `tolerance` is relative, 0 means to machine precision."""
+    n = matrix.shape[0]
+    if n <= 600:
+        return float(max(np.linalg.eigvalsh(matrix.toarray())[-1], 0.0))
+    start = np.random.default_rng(0).standard_normal(n)
+    from scipy.sparse.linalg import eigsh
+
+    found = eigsh(matrix, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
+    return float(max(found[0], 0.0))
+
+
+def hop_diameter(affinity: Csr, sweeps: int = 4) -> int:
+    """Longest shortest path of the largest component, in edges; by repeated sweeps, so a lower bound."""
+    _, labels = connected_components(affinity, directed=False)
+    sizes = np.bincount(labels)
+    start = int(np.flatnonzero(labels == sizes.argmax())[0])
+    longest = 0
+    for _ in range(sweeps):
+        hops = dijkstra(affinity, directed=False, unweighted=True, indices=start)
+        hops[~np.isfinite(hops)] = -1
+        farthest = int(hops.argmax())
+        if hops[farthest] <= longest:
+            break
+        longest, start = int(hops[farthest]), farthest
+    return longest

@@ -1,0 +1,136 @@
+"""Nearest neighbours of a fixed set of points: exact by scikit-learn, or FAISS for many points."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+Backend = Literal["auto", "faiss", "sklearn"]
+BACKENDS = ("auto", "faiss", "sklearn")
+
+_TREE_DIMENSIONS = 10  # up to here a k-d tree beats a scan, at any number of points
+_EXACT_POINTS = 5_000  # below, an exact float64 scan takes no time
+_FLAT_POINTS = 20_000  # above, FAISS searches cells of an inverted file instead of all points
+_CHUNK = 1 << 22  # numbers per block when distances are recomputed
+
+
+class NeighborSearch:
+    """Euclidean nearest neighbours among `points`.
+
+    FAISS works in float32, and its inverted file may miss a neighbour; the distances that come back are
+    always recomputed from the differences of coordinates, in float64.
+
+    Args:
+        points: array or CSR matrix of shape (n, d).
+        backend: "sklearn" is exact; "faiss" scans up to 20,000 points and searches an inverted file above;
+            "auto" takes scikit-learn for few points, few dimensions or sparse input, and FAISS otherwise.
+        n_jobs: threads; None leaves each library's own default, -1 takes all cores.
+    """
+
+    def __init__(self, points: Any, *, backend: Backend = "auto", n_jobs: int | None = None) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"knn_backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        if backend == "faiss" and sp.issparse(points):
+            raise ValueError("knn_backend='faiss' needs a dense array: use 'sklearn', or set n_pca")
+        few = points.shape[0] <= _EXACT_POINTS or points.shape[1] <= _TREE_DIMENSIONS or sp.issparse(points)
+        self.backend = backend if backend != "auto" else ("sklearn" if few else "faiss")
+        self.points = points
+        self.n_jobs = n_jobs
+        self._index: Any = None
+        self._centre: NDArray[np.float32] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "_index": None,
+        }  # a FAISS index does not pickle; it is built again when asked
+
+    def query(self, queries: Any, k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """The `k` nearest points of each query, nearest first; one of the points finds itself.
+
+        Returns:
+            distances (q, k) and indices (q, k).
+        """
+        k = min(k, self.points.shape[0])
+        if self.backend == "sklearn":
+            indices = self._sklearn(queries, k)
+        else:
+            indices = self._faiss(np.asarray(queries), min(k + 4, self.points.shape[0]))
+        distances = _distances(queries, self.points, indices)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
+
+    def _sklearn(self, queries: Any, k: int) -> NDArray[np.int64]:
+        if self._index is None:
+            from sklearn.neighbors import NearestNeighbors
+
+            tree = not sp.issparse(self.points) and self.points.shape[1] <= _TREE_DIMENSIONS
+            algorithm = "kd_tree" if tree else "brute"
+            self._index = NearestNeighbors(algorithm=algorithm, n_jobs=self.n_jobs).fit(self.points)
+        return self._index.kneighbors(queries, k, return_distance=False)
+
+    def _faiss(self, queries: NDArray[Any], k: int) -> NDArray[np.int64]:
+        try:
+            import faiss
+        except ImportError:
+            raise ImportError(
+                "knn_backend='faiss' needs faiss: pip install faiss-cpu, or use knn_backend='sklearn'"
+            ) from None
+        threads = faiss.omp_get_max_threads()
+        if self.n_jobs is not None:
+            faiss.omp_set_num_threads(self.n_jobs if self.n_jobs > 0 else threads)
+        try:
+            if self._index is None:
+                # centred, because FAISS takes |x|^2 - 2xy + |y|^2 apart in float32
+                self._centre = self.points.mean(axis=0, dtype=np.float64).astype(np.float32)
+                self._index = _faiss_index(np.ascontiguousarray(self.points - self._centre, dtype=np.float32))
+            shifted = np.ascontiguousarray(queries - self._centre, dtype=np.float32)
+            indices = self._index.search(shifted, k)[1]
+        finally:
+            faiss.omp_set_num_threads(threads)
+        short = np.flatnonzero(indices.min(axis=1) < 0)  # an inverted file can run out of points
+        if len(short):
+            indices[short] = self._exact(queries[short], k)
+        return indices
+
+    def _exact(self, queries: NDArray[Any], k: int) -> NDArray[np.int64]:
+        from sklearn.neighbors import NearestNeighbors
+
+        search = NearestNeighbors(algorithm="brute", n_jobs=self.n_jobs).fit(self.points)
+        return search.kneighbors(queries, k, return_distance=False)
+
+
+def _faiss_index(points: NDArray[np.float32]) -> Any:
+    import faiss
+
+    n, dims = points.shape
+    if n <= _FLAT_POINTS:
+        index: Any = faiss.IndexFlatL2(dims)
+    else:
+        cells = int(4 * np.sqrt(n))
+        index = faiss.IndexIVFFlat(faiss.IndexFlatL2(dims), dims, cells, faiss.METRIC_L2)
+        index.nprobe = max(16, cells // 64)
+        index.cp.seed, index.cp.niter, index.cp.max_points_per_centroid = 0, 8, 64
+        index.cp.min_points_per_centroid = 1
+        index.train(points)
+    index.add(points)
+    return index
+
+
+def _distances(queries: Any, points: Any, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Distances between each query (q, d) and the points that its row of `indices` (q, k) names."""
+    distances = np.empty(indices.shape)
+    rows = max(1, _CHUNK // (indices.shape[1] * max(1, queries.shape[1])))
+    for start in range(0, len(indices), rows):
+        block = slice(start, start + rows)
+        if sp.issparse(points):
+            for i in range(start, min(start + rows, len(indices))):
+                difference = points[indices[i]] - sp.csr_matrix(np.ones((indices.shape[1], 1))) @ queries[[i]]
+                distances[i] = np.sqrt(np.asarray(difference.multiply(difference).sum(axis=1)).ravel())
+        else:
+            difference = points[indices[block]].astype(np.float64) - np.asarray(queries[block])[:, None]
+            distances[block] = np.sqrt(np.einsum("qkd,qkd->qk", difference, difference))
+    return distances
