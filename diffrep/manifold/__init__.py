@@ -1,0 +1,15 @@
+"""Heat-geodesic embeddings: maps of feature sets in which distance is distance along the data."""
+
+from diffrep.manifold.distances import heat_geodesic_distances
+from diffrep.manifold.embedding import PRESETS, HeatGeodesicEmbedding
+from diffrep.manifold.graphs import alpha_decay_graph, laplacian
+from diffrep.manifold.mds import stress
+
+__all__ = [
+    "PRESETS",
+    "HeatGeodesicEmbedding",
+    "alpha_decay_graph",
+    "heat_geodesic_distances",
+    "laplacian",
+    "stress",
+]

@@ -79,35 +79,6 @@ def cluster_transitions(
     return to_points @ to_clusters, to_clusters
 
 
-def out_of_sample_transitions(
-    search: NeighborSearch, new: Array, n_neighbors: int, *, decay: float = 40.0, thresh: float = 1e-4
-) -> Csr:
-    """Row-stochastic weights (new, n) of new points on the points of `search`.
-
-    They are the alpha-decay kernel with a bandwidth of their own. It is the distance to the
-    `n_neighbors`-th point, so that at least one weight is positive; each row depends on its own point only.
-    """
-    from diffrep.manifold.graphs import reach_of
-
-    n = search.points.shape[0]
-    k, reach = min(n, 2 * n_neighbors), reach_of(decay, thresh)
-    distances, indices = search.query(new, k)
-    bandwidth = np.maximum(distances[:, min(n_neighbors, n) - 1], np.finfo(np.float64).eps)
-    rows = np.repeat(np.arange(len(distances)), k)
-    weights = np.exp(-((distances / bandwidth[:, None]) ** decay))
-    weights[weights < thresh] = 0
-    open_rows = (
-        np.flatnonzero(distances[:, -1] <= bandwidth * reach) if k < n else np.array([], dtype=np.int64)
-    )
-    kernel = sp.csr_matrix((weights.ravel(), (rows, indices.ravel())), shape=(len(distances), n)).tolil()
-    for i in open_rows:  # the kernel reaches beyond the neighbours asked for
-        all_distances, all_indices = search.query(new[[i]], n)
-        row = np.exp(-((all_distances[0] / bandwidth[i]) ** decay))
-        kernel[i, all_indices[0]] = np.where(row >= thresh, row, 0)
-    kernel = kernel.tocsr()
-    return (sp.diags(1.0 / np.asarray(kernel.sum(axis=1)).ravel()) @ kernel).tocsr()
-
-
 def diffusion_map(affinity: Csr, t: float, n_components: int | None = None) -> NDArray[np.float64]:
     """Diffusion map coordinates lambda^t phi (n, components), the trivial constant one first; all where None.
 

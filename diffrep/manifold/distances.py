@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 
 Array = NDArray[Any]
 Volume = Literal["geometric", "arithmetic"]
@@ -99,26 +100,20 @@ def multiscale_weights(times: Sequence[float] | NDArray[np.float64]) -> NDArray[
     return weights / weights.sum()
 
 
-def triplet_distances(distances: Array, others: Array | None = None) -> Array:
+def triplet_distances(distances: Array, others: Array | None = None, *, scale: float = 1.0) -> Array:
     """T_ij = || D[i, :] - D[j, :] ||, how differently two points see all columns.
 
     Args:
         distances: (n, m).
         others: (k, m), the rows of the points j; the same as `distances` where None.
+        scale: factor on the result: sqrt(n / m) where m columns stand for n.
 
     Returns:
-        (n, k), scaled by sqrt(k / m), which is 1 for a whole matrix.
+        (n, k), in the dtype of `distances`.
     """
     others = distances if others is None else others
     a, b = distances.astype(np.float64), others.astype(np.float64)
-    if a.shape[0] * a.shape[1] * b.shape[0] <= 1 << 28:
-        from scipy.spatial.distance import cdist
-
-        rows = cdist(a, b)  # differences first: exact for near rows
-    else:
-        squared = (a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T
-        rows = np.sqrt(np.maximum(squared, 0))
-    return (rows * np.sqrt(len(b) / b.shape[1])).astype(distances.dtype)
+    return (cdist(a, b) * scale).astype(distances.dtype)
 
 
 def truncate_heat(heat: Array, threshold: float) -> Array:

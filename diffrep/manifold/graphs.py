@@ -38,7 +38,9 @@ def alpha_decay_graph(
         threshold_average: drop affinities below `thresh` once more after averaging and anisotropy, as HeatGeo
             does by handing the kernel on as a precomputed affinity; PHATE itself does not.
     """
-    rows, columns, distances, bandwidth = neighbor_pairs(search, n_neighbors, reach_of(decay, thresh))
+    rows, columns, distances, bandwidth = neighbor_pairs(
+        search, search.points, n_neighbors + 1, reach_of(decay, thresh)
+    )
     kernel = _kernel(rows, columns, distances / bandwidth[rows], len(bandwidth), decay, thresh, anisotropy)
     if threshold_average:
         kernel.data[kernel.data < thresh] = 0
@@ -86,43 +88,36 @@ def reach_of(decay: float, thresh: float) -> float:
 
 
 def neighbor_pairs(
-    search: NeighborSearch, n_neighbors: int, reach: float
+    search: NeighborSearch, queries: Any, rank: int, reach: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Every pair (i, j) with j within `reach` bandwidths of i.
+    """Every pair (query i, point j) with j within `reach` bandwidths of i.
+
+    Args:
+        queries: (q, d).
+        rank: the bandwidth of a query is the distance to its nearest point of this rank, counted from 1; one
+            of the points counts itself.
 
     Returns:
-        rows, columns and distances of the pairs, and the bandwidths (n,): the distance of each point to its
-        `n_neighbors`-th neighbour, itself not counted.
+        rows, columns and distances of the pairs, and the bandwidths (q,).
     """
     n = search.points.shape[0]
-    k = min(n, 2 * n_neighbors + 1)
-    distances, indices = search.query(search.points, k)
-    bandwidth = np.maximum(distances[:, min(n_neighbors, n - 1)], np.finfo(np.float64).eps)
-    radius = bandwidth * reach
-    found = [_within(np.arange(n), distances, indices, radius)]
-    open_rows = np.flatnonzero(distances[:, -1] <= radius) if k < n else np.array([], dtype=np.int64)
-    if len(open_rows):  # the kernel reaches beyond the neighbours asked for: ask again, for these rows only
-        complete = np.ones(n, dtype=bool)
-        complete[open_rows] = False
-        found = [tuple(part[complete[found[0][0]]] for part in found[0])]  # type: ignore[list-item]
+    k = min(n, 2 * rank)
+    open_rows = np.arange(queries.shape[0])
+    bandwidth = np.zeros(len(open_rows))
+    found = []
     while len(open_rows):
-        k = min(n, 4 * k)
-        distances, indices = search.query(search.points[open_rows], k)
-        done = (distances[:, -1] > radius[open_rows]) | (k == n)
-        found.append(_within(open_rows[done], distances[done], indices[done], radius))
-        open_rows = open_rows[~done]
+        distances, indices = search.query(queries[open_rows], k)
+        if not found:
+            bandwidth = np.maximum(distances[:, min(rank, n) - 1], np.finfo(np.float64).eps)
+        # where the kernel reaches beyond the neighbours found, ask again for more
+        done = (distances[:, -1] > reach * bandwidth[open_rows]) | (k == n)
+        near = distances[done] <= reach * bandwidth[open_rows[done], None]
+        found.append(
+            (np.repeat(open_rows[done], near.sum(axis=1)), indices[done][near], distances[done][near])
+        )
+        open_rows, k = open_rows[~done], min(n, 4 * k)
     rows, columns, lengths = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return rows, columns, lengths, bandwidth
-
-
-def _within(
-    rows: NDArray[np.int64],
-    distances: NDArray[np.float64],
-    indices: NDArray[np.int64],
-    radius: NDArray[np.float64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    near = distances <= radius[rows, None]
-    return np.repeat(rows, near.sum(axis=1)), indices[near], distances[near]
 
 
 def _kernel(
@@ -142,6 +137,21 @@ def _kernel(
         scale = sp.diags(np.asarray(kernel.sum(axis=1)).ravel() ** -anisotropy)
         kernel = (scale @ kernel @ scale).tocsr()
     return kernel
+
+
+def out_of_sample_transitions(
+    search: NeighborSearch, new: Any, n_neighbors: int, *, decay: float = 40.0, thresh: float = 1e-4
+) -> Csr:
+    """Row-stochastic weights (new, n) of new points on the points of `search`.
+
+    They are the alpha-decay kernel with a bandwidth of their own. It is the distance to the
+    `n_neighbors`-th point, so that at least one weight is positive; each row depends on its own point only.
+    """
+    shape = (new.shape[0], search.points.shape[0])
+    rows, columns, distances, bandwidth = neighbor_pairs(search, new, n_neighbors, reach_of(decay, thresh))
+    weights = np.exp(-((distances / bandwidth[rows]) ** decay))
+    kernel = sp.csr_matrix((weights, (rows, columns)), shape=shape)
+    return (sp.diags(1.0 / np.asarray(kernel.sum(axis=1)).ravel()) @ kernel).tocsr()
 
 
 def clean_affinity(affinity: Any) -> Csr:

@@ -183,6 +183,30 @@ def smacof(
     return x
 
 
+def metric_mds(
+    distances: Array,
+    start: Array,
+    *,
+    weights: Array | None = None,
+    rng: np.random.Generator,
+    progress: Callable[[int], object] | None = None,
+) -> NDArray[np.float64]:
+    """Stress minimised by `sgd_mds`, which finds the right valley, then `smacof`, which finds its floor."""
+    found = sgd_mds(distances, start, weights=weights, rng=rng, progress=progress)
+    return smacof(distances, found, weights=weights, max_iter=100)
+
+
+def placement_stress(distances: Array, points: Array, anchors: Array, *, chunk: int = 1 << 22) -> float:
+    """sqrt( sum (D - E)^2 / sum D^2 ) over points (n, k) and anchors (m, k), for distances (n, m)."""
+    off = total = 0.0
+    rows = max(1, chunk // max(len(anchors), 1))
+    for begin in range(0, len(points), rows):
+        d = np.asarray(distances[begin : begin + rows], dtype=np.float64)
+        off += float(((d - cdist(points[begin : begin + rows], anchors)) ** 2).sum())
+        total += float((d**2).sum())
+    return float(np.sqrt(off / total)) if total > 0 else 0.0
+
+
 def place_points(
     distances: Array,
     anchors: NDArray[np.float64],

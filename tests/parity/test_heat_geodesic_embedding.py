@@ -33,6 +33,7 @@ from diffrep.manifold.graphs import (
     alpha_decay_graph,
     laplacian,
     largest_eigenvalue,
+    out_of_sample_transitions,
     scaled_neighbor_graph,
 )
 from diffrep.manifold.heat import (
@@ -295,7 +296,7 @@ def check_embedding(folder: Path, case: Params) -> None:
             if components > 2:  # noqa: B023  # called within the loop only
                 return mds.smacof(distances, start, max_iter=3000)  # noqa: B023
             rng = np.random.default_rng(seed)
-            return mds.sgd_mds(distances, start, weights=weights, rng=rng)  # noqa: B023
+            return mds.metric_mds(distances, start, weights=weights, rng=rng)  # noqa: B023
 
         runs = [run(seed, start) for seed in (0, 1)]
         for embedding in runs:
@@ -319,10 +320,9 @@ def check_phate(folder: Path, case: Params) -> None:
     operator_atol, entropy_rtol = tolerance(case, "atol"), tolerance(case, "vne rtol")
     for name, setting in case["settings"].items():
         params = setting["params"]
-        graph = alpha_decay_graph(
-            search, params.get("knn", 5), decay=params.get("decay", 40), threshold_average=False
-        )
-        to_new = baselines.out_of_sample_transitions(search, new, params.get("knn", 5)).toarray()
+        knn, decay = params.get("knn", 5), params.get("decay", 40)
+        to_new = out_of_sample_transitions(search, new, knn, decay=decay).toarray()
+        graph = alpha_decay_graph(search, knn, decay=decay, threshold_average=False)
         member = np.arange(len(points))
         if f"{name}.clusters" in expected:
             clusters = expected[f"{name}.clusters"]
@@ -349,7 +349,7 @@ def check_phate(folder: Path, case: Params) -> None:
             what=f"{name}: potential",
         )
         distances = squareform(pdist(potential))
-        anchors = mds.sgd_mds(distances, mds.squared_axes_start(distances), rng=np.random.default_rng(0))
+        anchors = mds.metric_mds(distances, mds.squared_axes_start(distances), rng=np.random.default_rng(0))
         got = mds.stress(distances, anchors)
         limit = tolerance(case, "official x") * setting["stress"]
         assert got <= limit, f"{name}: stress {got:.4f}, official {setting['stress']:.4f}"

@@ -1,0 +1,597 @@
+"""The estimator: heat-geodesic embeddings with scikit-learn's contract."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy.sparse.csgraph import connected_components, shortest_path
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+from tqdm import tqdm
+
+from diffrep.manifold import mds as scaling
+from diffrep.manifold.baselines import neighbor_lengths
+from diffrep.manifold.bridges import connect_components
+from diffrep.manifold.distances import Volume, mds_weights
+from diffrep.manifold.geodesics import (
+    HEAT_METHODS,
+    GeodesicSettings,
+    HeatGraph,
+    HeatMethod,
+    landmark_distances,
+    whole_distances,
+)
+from diffrep.manifold.graphs import (
+    Csr,
+    LaplacianKind,
+    alpha_decay_graph,
+    alpha_decay_graph_from_distances,
+    clean_affinity,
+    out_of_sample_transitions,
+)
+from diffrep.manifold.heat import knee
+from diffrep.manifold.landmarks import choose_landmarks
+from diffrep.manifold.neighbors import BACKENDS, Backend, NeighborSearch
+
+logger = logging.getLogger(__name__)
+Array = NDArray[Any]
+
+EXACT_POINTS = 1500  # with n_landmarks="auto": up to here all pairs are computed
+
+# what reproduces other methods; the rest of the settings as by default
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "heat-geodesic": {},
+        "reference": {  # the defaults of the official code
+            "n_neighbors": 5,
+            "t": 10.0,
+            "heat_method": "chebyshev",
+            "order": 32,
+            "floor": 1e-16,
+            "volume": None,
+            "far_field": "floor",
+            "on_disconnected": "keep",
+            "n_landmarks": None,
+            "init": "squared",
+        },
+        "phate": {"n_neighbors": 5, "t": "auto", "scale_power": 2.0, "volume": None, "triplet_weight": 1.0},
+        "sne": {"scale_power": 2.0, "volume": None, "mds_weights": "heat"},
+        "diffusion-map": {"dissimilarity": "diffusion", "mds": "classical"},
+        "shortest-path": {"dissimilarity": "shortest-path"},
+    }
+)
+
+_CHOICES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "metric": ("euclidean", "cosine", "precomputed", "affinity"),
+        "knn_backend": BACKENDS,
+        "laplacian": ("normalized", "combinatorial"),
+        "heat_method": HEAT_METHODS,
+        "dissimilarity": ("heat", "diffusion", "shortest-path"),
+        "volume": ("geometric", "arithmetic", None),
+        "mds": ("sgd", "smacof", "classical"),
+        "mds_weights": ("heat", "inverse", "gaussian", None),
+        "far_field": ("stitch", "floor"),
+        "on_disconnected": ("warn", "connect", "raise", "keep"),
+        "dtype": ("auto", "float32", "float64"),
+    }
+)
+
+
+class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+    """Embedding that keeps geodesic distances, measured by how heat spreads over a neighbourhood graph.
+
+    Heat started at x has reached y after time t in the amount h_t(x, y), and -4t log h_t tends to the squared
+    geodesic distance (Varadhan). Distances are taken from there and embedded by metric multidimensional scaling
+    (Huguet et al., "A Heat Diffusion Perspective on Geodesic Preserving Dimensionality Reduction", NeurIPS 2023).
+
+    Up to 1,500 points all pairs are computed. Above, heat is computed from some hundred landmarks only, these are
+    embedded, and every point is placed by its distances to them: time and memory grow linearly. `path_` says
+    which way was taken, and `n_landmarks` chooses it.
+
+    Parameters
+    ----------
+    n_components : dimensions of the embedding.
+    n_neighbors : neighbours that set the bandwidth of each point; cut with a warning where there are not as many.
+    decay : exponent of the kernel exp(-(distance / bandwidth)^decay).
+    thresh : affinities below are dropped.
+    anisotropy : 0 to 1, how much of the sampling density is divided out of the affinities.
+    n_pca : principal components to which the data are reduced first; None: no reduction.
+    metric : "euclidean"; "cosine" (Euclidean between rows of unit length); "precomputed" distances (n, n), dense
+        or sparse; "affinity", a precomputed symmetric graph (n, n), dense or sparse.
+    knn_backend : "auto", "faiss" or "sklearn", see `NeighborSearch`.
+    laplacian : "normalized" or "combinatorial"; heat of the latter spreads faster by about the mean degree.
+    t : diffusion time; "auto" takes the knee of the entropy of the heat; several times are averaged, short ones
+        counting more.
+    heat_method : "auto" squares a short-time kernel for all pairs and uses "chebyshev" for landmarks; also
+        "squaring", "euler", "crank-nicolson", "exact" (eigenvectors).
+    order : degree of the Chebyshev polynomial or number of implicit steps; "auto": as needed.
+    floor : heat below counts as this much.
+    dissimilarity : "heat"; "diffusion" (distance of rows of the heat kernel); "shortest-path" (as Isomap).
+    volume : what normalises heat for the volume around both points, "geometric", "arithmetic" or None.
+    volume_weight : its weight.
+    triplet_weight : 0 to 1, share of the distance between rows of the distance matrix (denoising).
+    scale_power : the distances are raised to this power; 2 gives squared ones.
+    mds : "sgd" (stochastic gradient, then majorisation), "smacof" (majorisation) or "classical".
+    mds_weights : weights of pairs in the stress: None, "heat", "inverse" or "gaussian".
+    mds_weights_argument : exponent of "inverse", width of "gaussian".
+    n_landmarks : "auto" (all pairs up to 1,500 points, then 2 sqrt(n) between 256 and 512), a number, or None:
+        all pairs, whatever the size.
+    far_field : "stitch" gives pairs that heat did not reach the shortest path through others; "floor" leaves them
+        at the largest distance that `floor` allows.
+    on_disconnected : "warn" connects the components of the graph by shortest edges and says so, "connect" does it
+        silently, "raise" refuses, "keep" leaves them apart, at a common large distance.
+    init : start of the scaling: "classical", "squared" (the official code's), or an array (n, n_components);
+        landmarks take their rows of it.
+    random_state : seed of landmarks and of stochastic scaling.
+    n_jobs : threads of the neighbour search.
+    device : "cpu", or a torch device for the Chebyshev series.
+    dtype : of heat columns; "auto" is float64 for all pairs and float32 for landmarks.
+    verbose : progress bars on standard error.
+
+    Attributes
+    ----------
+    embedding_ : (n, n_components), centred, along its principal axes, in the units of the distances.
+    path_ : "exact" or "landmarks".
+    landmark_indices_ : (m,) rows that are landmarks, or None.
+    distances_ : (n', n') between all different points, or (n', m) to the landmarks.
+    stress_ : root of the relative squared error of the distances in the embedding.
+    t_ : the diffusion times used. t_grid_, entropy_ : what t="auto" chose from, or None.
+    affinity_ : the graph, CSR. n_connected_components_ : before any connecting. lmax_ : largest eigenvalue.
+
+    Examples
+    --------
+    >>> from diffrep.manifold import HeatGeodesicEmbedding
+    >>> from sklearn.datasets import make_swiss_roll
+    >>> points, _ = make_swiss_roll(300, random_state=0)
+    >>> HeatGeodesicEmbedding(random_state=0).fit_transform(points).shape
+    (300, 2)
+    """
+
+    def __init__(
+        self,
+        n_components: int = 2,
+        *,
+        n_neighbors: int = 10,
+        decay: float = 40.0,
+        thresh: float = 1e-4,
+        anisotropy: float = 0.0,
+        n_pca: int | None = None,
+        metric: Literal["euclidean", "cosine", "precomputed", "affinity"] = "euclidean",
+        knn_backend: Backend = "auto",
+        laplacian: LaplacianKind = "normalized",
+        t: float | Sequence[float] | Literal["auto"] = 50.0,
+        heat_method: HeatMethod = "auto",
+        order: int | Literal["auto"] = "auto",
+        floor: float = 1e-300,
+        dissimilarity: Literal["heat", "diffusion", "shortest-path"] = "heat",
+        volume: Volume | None = "geometric",
+        volume_weight: float = 1.0,
+        triplet_weight: float = 0.0,
+        scale_power: float = 1.0,
+        mds: Literal["sgd", "smacof", "classical"] = "sgd",
+        mds_weights: Literal["heat", "inverse", "gaussian"] | None = None,
+        mds_weights_argument: float = 1.0,
+        n_landmarks: int | Literal["auto"] | None = "auto",
+        far_field: Literal["stitch", "floor"] = "stitch",
+        on_disconnected: Literal["warn", "connect", "raise", "keep"] = "warn",
+        init: Literal["classical", "squared"] | Array = "classical",
+        random_state: int | np.random.RandomState | None = None,
+        n_jobs: int | None = None,
+        device: str = "cpu",
+        dtype: Literal["auto", "float32", "float64"] = "auto",
+        verbose: bool = False,
+    ) -> None:
+        self.n_components = n_components
+        self.n_neighbors = n_neighbors
+        self.decay = decay
+        self.thresh = thresh
+        self.anisotropy = anisotropy
+        self.n_pca = n_pca
+        self.metric = metric
+        self.knn_backend = knn_backend
+        self.laplacian = laplacian
+        self.t = t
+        self.heat_method = heat_method
+        self.order = order
+        self.floor = floor
+        self.dissimilarity = dissimilarity
+        self.volume = volume
+        self.volume_weight = volume_weight
+        self.triplet_weight = triplet_weight
+        self.scale_power = scale_power
+        self.mds = mds
+        self.mds_weights = mds_weights
+        self.mds_weights_argument = mds_weights_argument
+        self.n_landmarks = n_landmarks
+        self.far_field = far_field
+        self.on_disconnected = on_disconnected
+        self.init = init
+        self.random_state = random_state
+        self.n_jobs = n_jobs
+        self.device = device
+        self.dtype = dtype
+        self.verbose = verbose
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> HeatGeodesicEmbedding:
+        """An estimator with the settings of `PRESETS[name]`, changed by `settings`."""
+        if name not in PRESETS:
+            raise ValueError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **settings})
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        tags.input_tags.pairwise = self.metric in ("precomputed", "affinity")
+        return tags
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.embedding_.shape[1]
+
+    def fit(self, X: Any, y: Any = None) -> HeatGeodesicEmbedding:
+        """Embed the rows of X, array or sparse matrix of shape (n_samples, n_features)."""
+        self._check_settings()
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
+        random = check_random_state(self.random_state)
+        rng = np.random.default_rng(random.randint(2**31 - 1))
+        self._search = None
+        if self.metric in ("precomputed", "affinity"):
+            self._original = np.arange(X.shape[0])
+            self._copy_of = np.arange(X.shape[0])
+            space = self._from_matrix(X)
+        else:
+            space = self._from_features(X)
+        n = self.affinity_.shape[0]
+        self._join_components(space)
+        count = self._landmark_count(n)
+        self.path_ = "exact" if count is None else "landmarks"
+        self.landmark_indices_: NDArray[np.int64] | None = None
+        landmarks = None if count is None else choose_landmarks(self.affinity_, count, rng)
+        logger.info("%d points, %s", n, "all pairs" if landmarks is None else f"{len(landmarks)} landmarks")
+        heat = self._measure(landmarks, rng)
+        if landmarks is not None:
+            self.landmark_indices_ = self._original[landmarks]
+        self._anchors, placed = self._embed(landmarks, heat, rng)
+        self.embedding_ = placed[self._copy_of]
+        return self
+
+    def fit_transform(self, X: Any, y: Any = None) -> Array:
+        """Embed the rows of X; the same as `fit(X).embedding_`."""
+        return self.fit(X, y).embedding_
+
+    def transform(self, X: Any) -> Array:
+        """Place new rows, each on its own, by the distances that its neighbours have to the anchors.
+
+        A row that equals a row of the training data gets its coordinates.
+
+        Raises
+        ------
+        ValueError : the estimator was fitted on a precomputed matrix.
+        """
+        check_is_fitted(self)
+        points, distances, indices = self._neighbors_of(X)
+        placed = np.empty((points.shape[0], self.embedding_.shape[1]))
+        known = distances[:, 0] == 0
+        placed[known] = self.embedding_[self._original[indices[known, 0]]]
+        if not known.all():
+            placed[~known] = scaling.place_points(
+                self._distances_of(points[np.flatnonzero(~known)]), self._anchors
+            )
+        return placed
+
+    def heat_distances(self, X: Any = None, *, indices: Array | None = None) -> Array:
+        """Distances in the units of the embedding.
+
+        Parameters
+        ----------
+        X : new rows; None: the training data.
+        indices : only these rows of the training data.
+
+        Returns
+        -------
+        (rows, n') to all different training points, or (rows, m) to the landmarks.
+        """
+        check_is_fitted(self)
+        if X is None:
+            rows = self._copy_of if indices is None else self._copy_of[np.asarray(indices)]
+            return self.distances_[rows]
+        points, distances, nearest = self._neighbors_of(X)
+        result = self._distances_of(points)
+        known = distances[:, 0] == 0
+        result[known] = self.distances_[nearest[known, 0]]
+        return result
+
+    def _check_settings(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        for name, least in {"n_components": 1, "n_neighbors": 1}.items():
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name in ("decay", "thresh", "floor"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if not 0 <= self.triplet_weight <= 1:
+            raise ValueError(f"triplet_weight must lie in [0, 1], got {self.triplet_weight!r}")
+        if not (isinstance(self.t, str) and self.t == "auto") and not np.all(
+            np.asarray(self.t, dtype=float) > 0
+        ):
+            raise ValueError(f"t must be 'auto' or positive, got {self.t!r}")
+        if isinstance(self.n_landmarks, str) and self.n_landmarks != "auto":
+            raise ValueError(f"n_landmarks must be 'auto', None or a number, got {self.n_landmarks!r}")
+
+    def _from_features(self, X: Any) -> NeighborSearch:
+        """The graph of feature rows, each different row once."""
+        points = self._reduced(X, fit=True)
+        n = points.shape[0]
+        k = self._clipped_neighbors(n)
+        search = NeighborSearch(points, backend=self.knn_backend, n_jobs=self.n_jobs)
+        self._original, self._copy_of = _different_rows(search)
+        if len(self._original) < n:
+            points = points[self._original]
+            k = self._clipped_neighbors(len(self._original))
+            search = NeighborSearch(points, backend=self.knn_backend, n_jobs=self.n_jobs)
+        self._search = search
+        self.affinity_ = (
+            alpha_decay_graph(search, k, decay=self.decay, thresh=self.thresh, anisotropy=self.anisotropy)
+            if len(self._original) > 1
+            else sp.csr_matrix((1, 1))
+        )
+        return search
+
+    def _reduced(self, X: Any, *, fit: bool) -> Any:
+        """Features as the graph sees them: of unit length for the cosine, and reduced to `n_pca` components."""
+        if self.metric == "cosine":
+            from sklearn.preprocessing import normalize
+
+            X = normalize(X)
+        if self.n_pca is None or self.n_pca >= min(X.shape):
+            self._pca = None if fit else self._pca
+        elif fit:
+            from sklearn.decomposition import PCA, TruncatedSVD
+
+            seed = 42  # the published one
+            sparse = sp.issparse(X)
+            reduce = TruncatedSVD if sparse else PCA
+            how = {} if sparse else {"svd_solver": "randomized"}
+            self._pca = reduce(self.n_pca, random_state=seed, **how).fit(X)
+        return X if self._pca is None else self._pca.transform(X)
+
+    def _clipped_neighbors(self, n: int) -> int:
+        if self.n_neighbors >= n:
+            warnings.warn(
+                f"n_neighbors={self.n_neighbors} needs more than {n} different points: using {n - 1}",
+                UserWarning,
+                stacklevel=4,
+            )
+        return max(1, min(self.n_neighbors, n - 1))
+
+    def _from_matrix(self, X: Any) -> Array | None:
+        """The graph of a precomputed matrix; the distances where it holds distances."""
+        if X.shape[0] != X.shape[1]:
+            raise ValueError(f"metric={self.metric!r} needs a square matrix, got shape {X.shape}")
+        if self.metric == "affinity":
+            self.affinity_ = clean_affinity(X)
+            return None
+        values = X.data if sp.issparse(X) else X
+        if values.size and values.min() < 0:
+            raise ValueError(f"distances must not be negative, got {values.min():.4g}")
+        self.affinity_ = alpha_decay_graph_from_distances(
+            X,
+            self._clipped_neighbors(X.shape[0]),
+            decay=self.decay,
+            thresh=self.thresh,
+            anisotropy=self.anisotropy,
+        )
+        return None if sp.issparse(X) else np.asarray(X, dtype=np.float64)
+
+    def _join_components(self, space: NeighborSearch | Array | None) -> None:
+        count, labels = connected_components(self.affinity_, directed=False)
+        self.n_connected_components_ = int(count)
+        if count == 1 or self.on_disconnected == "keep":
+            return
+        sizes = ", ".join(map(str, sorted(np.bincount(labels), reverse=True)[:5]))
+        found = f"the neighbourhood graph has {count} components (the largest of {sizes} points)"
+        if self.on_disconnected == "raise" or (space is None and self.on_disconnected == "connect"):
+            raise ValueError(f"{found}: raise n_neighbors, or set on_disconnected to 'connect' or 'keep'")
+        if self.on_disconnected == "warn":
+            what = "connecting them by their shortest edges" if space is not None else "leaving them apart"
+            warnings.warn(f"{found}: {what}", UserWarning, stacklevel=4)
+        if space is not None:
+            self.affinity_ = connect_components(self.affinity_, space, thresh=self.thresh)
+
+    def _landmark_count(self, n: int) -> int | None:
+        if self.n_landmarks == "auto":
+            return None if n <= EXACT_POINTS else int(np.clip(2 * np.sqrt(n), 256, 512))
+        if self.n_landmarks is None or self.n_landmarks >= n:
+            return None
+        least = max(self.n_components + 1, 3)
+        if self.n_landmarks < least:
+            raise ValueError(f"n_landmarks must be at least {least} for {self.n_components} dimensions")
+        return int(self.n_landmarks)
+
+    def _measure(self, landmarks: NDArray[np.int64] | None, rng: np.random.Generator) -> Array | None:
+        """Set `distances_`, `t_` and what belongs to them; return the heat among the anchors."""
+        dtype = self.dtype if self.dtype != "auto" else ("float64" if landmarks is None else "float32")
+        self.t_: NDArray[np.float64] | None = None
+        self.t_grid_ = self.entropy_ = self.lmax_ = None
+        if self.dissimilarity == "shortest-path":
+            lengths = self._edge_lengths()
+            found = shortest_path(lengths, method="D", directed=False, indices=landmarks)
+            self.distances_ = _finite(found.T.astype(dtype))
+            return None
+        settings = GeodesicSettings(
+            laplacian=self.laplacian,
+            heat_method=self.heat_method,
+            order=None if self.order == "auto" else int(self.order),
+            floor=self.floor,
+            volume=self.volume,
+            volume_weight=self.volume_weight,
+            triplet_weight=self.triplet_weight,
+            scale_power=self.scale_power,
+            far_field=self.far_field,
+            diffusion=self.dissimilarity == "diffusion",
+            dtype=np.dtype(dtype).type,
+            device=self.device,
+        )
+        graph = HeatGraph(self.affinity_, settings)
+        self.lmax_ = graph.lmax
+        self.t_ = self._times(graph, rng)
+        if landmarks is None:
+            distances, heat = whole_distances(graph, self.t_.tolist(), rng=rng, progress=self._progress)
+        else:
+            distances, heat = landmark_distances(graph, landmarks, self.t_.tolist(), progress=self._progress)
+        self.distances_ = _finite(distances)
+        return heat
+
+    def _times(self, graph: HeatGraph, rng: np.random.Generator) -> NDArray[np.float64]:
+        if not isinstance(self.t, str):
+            return np.atleast_1d(np.asarray(self.t, dtype=np.float64))
+        n = self.affinity_.shape[0]
+        self.t_grid_ = graph.times()
+        columns = np.sort(rng.choice(n, min(n, 256), replace=False))
+        self.entropy_ = graph.entropies(self.t_grid_.tolist(), columns)
+        found = knee(np.log(self.t_grid_), self.entropy_)
+        return self.t_grid_[[len(self.t_grid_) // 2 if found is None else found]]
+
+    def _edge_lengths(self) -> Csr:
+        """Lengths of the graph's edges: those of the features, or -log of an affinity."""
+        if self._search is None:
+            lengths = self.affinity_.copy()
+            lengths.data = -np.log(np.minimum(lengths.data / lengths.data.max(), 1 - 1e-9))
+            return lengths
+        return neighbor_lengths(self._search, self._clipped_neighbors(self._search.points.shape[0]))
+
+    def _embed(
+        self, landmarks: NDArray[np.int64] | None, heat: Array | None, rng: np.random.Generator
+    ) -> tuple[Array, Array]:
+        """Coordinates of the anchors and of all different points."""
+        distances = self.distances_ if landmarks is None else self.distances_[landmarks].astype(np.float64)
+        distances = (distances + distances.T) / 2
+        if len(distances) == 1 or not distances.any():
+            self.stress_ = 0.0
+            zeros = np.zeros((len(distances), self.n_components))
+            return zeros, np.zeros((len(self.distances_), self.n_components))
+        weights = None
+        if self.mds_weights is not None:
+            if heat is None:
+                heat = np.zeros_like(distances)
+            weights = mds_weights(self.mds_weights, distances, heat, self.mds_weights_argument)
+        anchors = self._scaled(distances, weights, landmarks, rng)
+        if landmarks is None:
+            anchors = scaling.principal_axes(anchors)
+            self.stress_ = scaling.stress(distances, anchors, weights=weights, rescale=False)
+            return anchors, anchors
+        step = self._progress("placement", len(self.distances_))
+        placed = scaling.place_points(self.distances_, anchors, progress=step)
+        placed[landmarks] = anchors
+        placed, anchors = _along_principal_axes(placed, anchors)
+        self.stress_ = scaling.placement_stress(self.distances_, placed, anchors)
+        return anchors, placed
+
+    def _scaled(
+        self,
+        distances: Array,
+        weights: Array | None,
+        landmarks: NDArray[np.int64] | None,
+        rng: np.random.Generator,
+    ) -> Array:
+        zero_diagonal = distances.copy()
+        np.fill_diagonal(zero_diagonal, 0.0)
+        if not isinstance(self.init, str):
+            start = check_array(self.init)
+            if start.shape != (len(self._copy_of), self.n_components):
+                raise ValueError(
+                    f"init must have shape {(len(self._copy_of), self.n_components)}, got {start.shape}"
+                )
+            start = start[self._original if landmarks is None else self._original[landmarks]]
+        elif self.init == "squared":
+            start = scaling.squared_axes_start(distances, self.n_components)
+        elif self.init == "classical":
+            start = scaling.classical_mds(zero_diagonal, self.n_components)
+        else:
+            raise ValueError(f"init must be 'classical', 'squared' or an array, got {self.init!r}")
+        if self.mds == "classical":
+            return start
+        start = scaling.best_scale(zero_diagonal, start, weights)
+        if self.mds == "smacof":
+            return scaling.smacof(zero_diagonal, start, weights=weights)
+        step = self._progress("scaling", 30)
+        return scaling.metric_mds(zero_diagonal, start, weights=weights, rng=rng, progress=step)
+
+    def _neighbors_of(self, X: Any) -> tuple[Any, Array, NDArray[np.int64]]:
+        """New rows as the graph sees them, with distance and index of their nearest training point."""
+        if self._search is None:
+            raise ValueError(
+                f"transform needs features, but this embedding was fitted with metric={self.metric!r}"
+            )
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        points = self._reduced(X, fit=False)
+        return points, *self._search.query(points, 1)
+
+    def _distances_of(self, points: Any) -> Array:
+        """Root mean squared distances of the neighbours of new points, weighted by affinity."""
+        assert self._search is not None
+        k = max(1, min(self.n_neighbors, self._search.points.shape[0] - 1))
+        weights = out_of_sample_transitions(self._search, points, k, decay=self.decay, thresh=self.thresh)
+        used = np.unique(weights.indices)
+        return np.sqrt(weights[:, used] @ self.distances_[used].astype(np.float64) ** 2)
+
+    def _progress(self, what: str, total: int) -> Callable[[int], object]:
+        bar = tqdm(total=total, desc=what, disable=not self.verbose, leave=True)
+
+        def step(done: int) -> None:
+            bar.update(done)
+            if bar.n >= total:
+                bar.close()
+
+        return step
+
+
+def _different_rows(search: NeighborSearch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows that are no copies of earlier ones (n',), and for each row its position among these (n,)."""
+    n = search.points.shape[0]
+    distances, indices = search.query(search.points, 2)
+    twins = (
+        np.flatnonzero((distances == 0).all(axis=1))
+        if distances.shape[1] > 1
+        else np.array([], dtype=np.int64)
+    )
+    first = np.arange(n)
+    if len(twins):
+        rows = search.points[twins]
+        dense = rows.toarray() if sp.issparse(rows) else np.asarray(rows)
+        _, leader, member = np.unique(dense, axis=0, return_index=True, return_inverse=True)
+        first[twins] = twins[leader[member.ravel()]]
+    original, copy_of = np.unique(first, return_inverse=True)
+    return original, copy_of.ravel()
+
+
+def _finite(distances: Array) -> Array:
+    """Infinite distances, those between components left apart, become twice the largest finite one."""
+    infinite = ~np.isfinite(distances)
+    if infinite.any():
+        distances[infinite] = 2 * distances[~infinite].max(initial=0.5)
+    return distances
+
+
+def _along_principal_axes(placed: Array, anchors: Array) -> tuple[Array, Array]:
+    """Centre the placed points, rotate them to their principal axes, and move the anchors along."""
+    centre = placed.mean(axis=0)
+    _, _, axes = np.linalg.svd((placed - centre).T @ (placed - centre))
+    turned = (placed - centre) @ axes.T
+    signs = np.sign(turned[np.abs(turned).argmax(axis=0), np.arange(turned.shape[1])])
+    signs = np.where(signs == 0, 1.0, signs)
+    return turned * signs, (anchors - centre) @ axes.T * signs
