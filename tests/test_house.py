@@ -32,6 +32,7 @@ FLOORS = {
     "diffrep.features": 2,
     "diffrep.fusion": 2,
     "diffrep.matching": 3,
+    "diffrep.similarity": 3,
     "diffrep.index": 3,
     "diffrep.draw": 3,
     "diffrep.manifold": 3,

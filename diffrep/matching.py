@@ -1,0 +1,310 @@
+"""Matching: from places in one image to the same places in another.
+
+`match_points` carries single points, `match_dense` every location of the source, `mutual_matches` gives the pairs
+that are best in both directions. All work on `Descriptors`, in pixels of the original images, whatever resizing and
+padding the backbones needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffrep.fusion import Descriptors, Rows
+from diffrep.index import FAISS_FROM, Backend, FaissIndex, search
+from diffrep.similarity import CHUNK_BYTES, Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchConfig:
+    """How a match is found."""
+
+    # cell: the best cell's centre; pixel: the best pixel, as if features had been upsampled to the image (DIFT);
+    # soft: the expected place in a window around the best cell (GeoAware)
+    mode: Literal["cell", "pixel", "soft"] = "cell"
+    metric: Metric = "cosine"
+    source: Literal["bilinear", "cell"] = "bilinear"  # a point's descriptor: interpolated, or that of its cell
+    mutual: bool = False  # also say which matches lead back to the cell they came from
+    window: int = 7  # soft: cells to each side; 0: all; negative: Gaussian of that sigma
+    temperature: float = 0.02  # soft: similarities are divided by it
+    outside: Literal["exclude", "zero"] = "exclude"  # soft: zero is what GeoAware's released code does
+    backend: Backend = "auto"  # of dense searches for cells; auto takes FAISS from 50,000 target cells on
+    memory_mb: int = 64  # of similarity maps held at once
+
+    def __post_init__(self) -> None:
+        if self.mode == "soft" and (self.temperature <= 0 or self.metric != "cosine"):
+            raise ValueError(
+                "mode 'soft' needs metric 'cosine' and a temperature above 0,"
+                f" got {self.metric!r} and {self.temperature}"
+            )
+        if self.memory_mb < 1:
+            raise ValueError(f"memory_mb must be at least 1, got {self.memory_mb}")
+
+
+@dataclass(frozen=True)
+class Matches:
+    """N points of the source and where they went.
+
+    Attributes:
+        points: (N, 2) float32, (x, y) in pixels of the target image.
+        scores: (N,) float32, cosine (or minus the squared distance) of the best cell or pixel.
+        mutual: (N,) bool: the target's own best match is the cell the point lies in; None where not asked for.
+    """
+
+    points: Tensor
+    scores: Tensor
+    mutual: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DenseMatches:
+    """Where each of the source's h x w locations went.
+
+    Attributes:
+        sources: (h, w, 2), the image points (x, y) of the locations.
+        points: (h, w, 2), (x, y) in pixels of the target image; NaN where `valid` is not.
+        scores: (h, w); NaN where `valid` is not.
+        valid: (h, w) bool: the location lies on the image and in the mask.
+        mutual: (h, w) bool, or None where not asked for.
+    """
+
+    sources: Tensor
+    points: Tensor
+    scores: Tensor
+    valid: Tensor
+    mutual: Tensor | None = None
+
+
+@torch.no_grad()
+def match_points(
+    source: Descriptors,
+    target: Descriptors,
+    points: Tensor,
+    config: MatchConfig | None = None,
+    *,
+    mask: Tensor | None = None,
+    source_mask: Tensor | None = None,
+) -> Matches:
+    """Find the places in the target image that correspond to points of the source image.
+
+    Args:
+        points: (N, 2) as (x, y) in pixels of the source image.
+        mask: (H', W') bool or 0/1 over the whole target image, at any resolution: where matches may lie. Padding
+            is left out in any case.
+        source_mask: the same for the source; only `mutual` looks at it.
+
+    Raises:
+        ValueError: a point lies outside the source image, a mask is no map or leaves nothing, or the two sides
+            were not fused alike.
+    """
+    config = config or MatchConfig()
+    points = check_points(points, source.placement.image_size).to(source.device)
+    queries = source.at(points) if config.source == "bilinear" else source.rows()[source.nearest_cells(points)]
+    allowed = open_cells(target, mask)
+    found, scores = _find(queries, target, allowed, mask, config)
+    if not config.mutual:
+        return Matches(found, scores)
+    back = open_cells(source, source_mask)
+    home = nearest(target.rows()[target.nearest_cells(found)], source.rows()[back], config.metric)
+    return Matches(found, scores, back[home.indices] == source.nearest_cells(points))
+
+
+@torch.no_grad()
+def match_dense(
+    source: Descriptors,
+    target: Descriptors,
+    config: MatchConfig | None = None,
+    *,
+    mask: Tensor | None = None,
+    source_mask: Tensor | None = None,
+) -> DenseMatches:
+    """Find the corresponding place for every location of the source.
+
+    Args and errors as in `match_points`; locations outside `source_mask` are not matched.
+    """
+    config = config or MatchConfig()
+    cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
+    queries, targets = source.rows()[cells], target.rows()[allowed]
+    best: Nearest | None = None
+    if config.mode == "cell" or config.mutual:
+        best = _best_cells(queries, targets, config)
+    if config.mode == "cell":
+        assert best is not None
+        found, scores = _place(target, allowed[best.indices]), best.scores
+    else:
+        found, scores = _find(queries, target, allowed, mask, config)
+
+    def spread(values: Tensor, empty: float | bool) -> Tensor:
+        full = values.new_full((source.size[0] * source.size[1], *values.shape[1:]), empty)
+        full[cells] = values
+        return full.unflatten(0, source.size)
+
+    valid = spread(torch.ones_like(cells, dtype=torch.bool), False)
+    mutual = None if best is None or best.mutual is None else spread(best.mutual, False)
+    return DenseMatches(
+        source.cell_centres(), spread(found, torch.nan), spread(scores, torch.nan), valid, mutual
+    )
+
+
+@torch.no_grad()
+def mutual_matches(
+    source: Descriptors,
+    target: Descriptors,
+    metric: Metric = "cosine",
+    *,
+    mask: Tensor | None = None,
+    source_mask: Tensor | None = None,
+) -> tuple[Tensor, Matches]:
+    """The pairs of cells that are each other's best, best score first.
+
+    Returns:
+        (N, 2) source points and their matches, both at the centres of cells.
+    """
+    cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
+    best = nearest(source.rows()[cells], target.rows()[allowed], metric, mutual=True)
+    assert best.mutual is not None
+    kept = best.mutual.nonzero()[:, 0]
+    kept = kept[best.scores[kept].argsort(descending=True, stable=True)]
+    scores = best.scores[kept]
+    found = _place(target, allowed[best.indices[kept]])
+    return _place(source, cells[kept]), Matches(found, scores, torch.ones_like(scores, dtype=torch.bool))
+
+
+def check_points(points: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """(N, 2) float32 points that lie on an image of (H, W) pixels.
+
+    Raises:
+        ValueError: they do not; the message names the first that does not.
+    """
+    points = torch.as_tensor(points)
+    if points.ndim != 2 or points.shape[1] != 2:
+        raise ValueError(f"points must be (N, 2) as (x, y), got {tuple(points.shape)}")
+    points = points.float()
+    height, width = image_size
+    inside = (points >= -0.5) & (points <= points.new_tensor([width - 0.5, height - 0.5]))  # false for NaN too
+    if not bool(inside.all()):
+        x, y = points[~inside.all(1)][0].tolist()
+        raise ValueError(f"point ({x:g}, {y:g}) lies outside the image of {width} x {height} pixels (width x height)")
+    return points
+
+
+def open_cells(descriptors: Descriptors, mask: Tensor | None) -> Tensor:
+    """(M,) int64: the cells that lie on the image and in the mask, in order.
+
+    A cell is in the mask if the mask is set at its centre, or at the image's edge next to it.
+    """
+    allowed = descriptors.on_image()
+    if mask is not None:
+        allowed = allowed & read_mask(mask, descriptors.cell_centres(), descriptors.placement.image_size)
+    if not bool(allowed.any()):
+        raise ValueError("the mask leaves no cell of the image: it is empty, or thinner than the cells")
+    return allowed.flatten().nonzero()[:, 0]
+
+
+def read_mask(mask: Tensor, points: Tensor, image_size: tuple[int, int]) -> Tensor:
+    """Read a mask (H', W') over the whole image of (H, W) pixels at image points (..., 2): bool (...)."""
+    if mask.ndim != 2 or 0 in mask.shape:
+        raise ValueError(f"a mask must be (height, width) over the whole image, got {tuple(mask.shape)}")
+    scale = points.new_tensor([mask.shape[1] / image_size[1], mask.shape[0] / image_size[0]])
+    columns, rows = ((points + 0.5) * scale).floor().long().unbind(-1)
+    return mask.to(points.device)[rows.clamp(0, mask.shape[0] - 1), columns.clamp(0, mask.shape[1] - 1)] > 0
+
+
+def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:
+    wanted = "faiss" if config.backend == "auto" and len(targets) >= FAISS_FROM else config.backend
+    if wanted != "faiss" or config.mutual or config.metric != "cosine":
+        return nearest(queries, targets, config.metric, mutual=config.mutual, memory=CHUNK_BYTES)
+    found = search(FaissIndex(F.normalize(targets.joined(), dim=1)), F.normalize(queries.joined(), dim=1))
+    return Nearest(found.indices[:, 0], found.scores[:, 0])
+
+
+def _place(descriptors: Descriptors, cells: Tensor) -> Tensor:
+    """(N, 2) image points of cells given by number; those half on padding are drawn in to the image's edge."""
+    width = descriptors.size[1]
+    return _onto_image(descriptors, torch.stack([cells % width, cells // width], dim=-1))
+
+
+def _onto_image(descriptors: Descriptors, cells: Tensor) -> Tensor:
+    height, width = descriptors.placement.image_size
+    points = descriptors.points(cells)
+    return torch.minimum(points.clamp(min=0), points.new_tensor([width - 1, height - 1]))
+
+
+def _find(
+    queries: Rows, target: Descriptors, allowed: Tensor, mask: Tensor | None, config: MatchConfig
+) -> tuple[Tensor, Tensor]:
+    """(N, 2) target points and (N,) scores of queries, in the mode asked for."""
+    if config.mode == "cell":
+        best = nearest(queries, target.rows()[allowed], config.metric)
+        return _place(target, allowed[best.indices]), best.scores
+    memory = config.memory_mb * 2**20
+    points, scores = [queries.parts[0].new_empty(0, 2)], [queries.parts[0].new_empty(0)]
+    if config.mode == "pixel":
+        scorer = PixelScorer(target, config.metric)
+        height, width = scorer.size
+        barred = None
+        if mask is not None:
+            rows, columns = torch.meshgrid(*(torch.arange(n, device=target.device) for n in scorer.size), indexing="ij")
+            barred = ~read_mask(mask, torch.stack([columns, rows], dim=-1).float(), scorer.size)
+        for _, maps in scorer.chunks(queries, memory):
+            if barred is not None:
+                maps.masked_fill_(barred, -torch.inf)
+            values, indices = maps.flatten(1).max(1)
+            points.append(torch.stack([indices % width, indices // width], dim=-1).float())
+            scores.append(values)
+    else:
+        closed = torch.ones(len(target.rows()), dtype=torch.bool, device=target.device)
+        closed[allowed] = False
+        for _, chunk in Scorer(target.rows(), config.metric).chunks(queries, memory):
+            chunk.masked_fill_(closed, -torch.inf)
+            places = soft_argmax(
+                chunk.unflatten(1, target.size),
+                window=config.window,
+                temperature=config.temperature,
+                outside=config.outside,
+            )
+            points.append(_onto_image(target, places))
+            scores.append(chunk.amax(1))
+    return torch.cat(points), torch.cat(scores)
+
+
+@torch.no_grad()
+def mutual_distance(source: Descriptors, target: Descriptors) -> Tensor:
+    """GeoAware's instance distance without masks: mean Euclidean distance over mutually nearest cells, ()."""
+    sources, targets = source.rows(), target.rows()
+    best = nearest(sources, targets, "euclidean", mutual=True)
+    assert best.mutual is not None
+    return _distances(sources.joined(), targets.joined()[best.indices])[best.mutual].mean()
+
+
+@torch.no_grad()
+def masked_distance(
+    source: Descriptors, target: Descriptors, source_mask: Tensor, mask: Tensor, *, side: int = 64
+) -> Tensor:
+    """GeoAware's instance distance with masks: mean distance of the source's foreground to the target's, ().
+
+    Both maps are resized bilinearly to `side` x `side`, the masks (H', W') by nearest neighbour. Masks cover the
+    whole map, padding included.
+
+    Raises:
+        ValueError: a mask leaves nothing.
+    """
+    foreground = []
+    for descriptors, shape in ((source, source_mask), (target, mask)):
+        vectors = descriptors.vectors().movedim(-1, 0)[None]
+        resized = F.interpolate(vectors, size=(side, side), mode="bilinear")[0].flatten(1).T
+        inside = F.interpolate(shape[None, None].float(), size=(side, side), mode="nearest").flatten() > 0
+        if not bool(inside.any()):
+            raise ValueError(f"a mask of {tuple(shape.shape)} leaves nothing at {side} x {side}")
+        foreground.append(resized[inside.to(resized.device)])
+    sources, targets = foreground
+    best = nearest(Rows((sources,), (1.0,)), Rows((targets,), (1.0,)), "euclidean")
+    return _distances(sources, targets[best.indices]).mean()
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a - b, dim=1)
