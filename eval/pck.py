@@ -93,6 +93,11 @@ class Pck:
         return Pck(self.alphas, self.pairs + other.pairs)
 
     @property
+    def counted(self) -> tuple[PairCount, ...]:
+        """The pairs that have keypoints to count."""
+        return tuple(pair for pair in self.pairs if pair.points)
+
+    @property
     def points(self) -> int:
         """Keypoints counted."""
         return sum(pair.points for pair in self.pairs)
@@ -116,7 +121,7 @@ class Pck:
         Raises:
             ValueError: there is no such aggregate.
         """
-        counted = [pair for pair in self.pairs if pair.points]
+        counted = self.counted
         if aggregate == "per point":
             points = sum(pair.points for pair in counted)
             return self._each(lambda i: _ratio((pair.correct[i] for pair in counted), points))
@@ -140,18 +145,39 @@ class Pck:
 
         Pairs are drawn, not points, since the points of a pair succeed and fail together.
         """
-        counted = [pair for pair in self.pairs if pair.points]
-        if not counted:
-            return ((math.nan, math.nan),) * len(self.alphas)
-        uniform = np.full(len(counted), 1 / len(counted))
-        times = np.random.default_rng(seed).multinomial(len(counted), uniform, size=draws)  # (draws, pairs)
-        points = times @ np.array([pair.points for pair in counted])
-        values = times @ np.array([pair.correct for pair in counted]) / points[:, None]
+        values = self._resampled(draws, seed)
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
+    def _resampled(self, draws: int, seed: int) -> np.ndarray:
+        """(draws, A): the per-point value over pairs drawn with replacement; NaN if nothing was counted."""
+        counted = self.counted
+        if not counted:
+            return np.full((draws, len(self.alphas)), np.nan)
+        uniform = np.full(len(counted), 1 / len(counted))
+        times = np.random.default_rng(seed).multinomial(len(counted), uniform, size=draws)  # (draws, pairs)
+        points = times @ np.array([pair.points for pair in counted])
+        return times @ np.array([pair.correct for pair in counted]) / points[:, None]
+
     def _each(self, value: Callable[[int], float]) -> tuple[float, ...]:
         return tuple(value(i) for i in range(len(self.alphas)))
+
+
+def difference_interval(
+    ours: Pck, theirs: Pck, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> tuple[tuple[float, float], ...]:
+    """Percentile bootstrap of ``ours - theirs`` per point, over the same pairs; (low, high) per alpha.
+
+    Raises:
+        ValueError: the two did not count the same pairs.
+    """
+    if [(p.pair, p.points) for p in ours.pairs] != [(p.pair, p.points) for p in theirs.pairs]:
+        raise ValueError("a difference needs both sides counted over the same pairs in the same order")
+    values = ours._resampled(draws, seed) - theirs._resampled(
+        draws, seed
+    )  # one seed: the same draws of pairs
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def _ratio(values: Iterable[float], count: int) -> float:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffrep.eval.pck import AGGREGATES, PairCount, Pck, chance_within, within
+from diffrep.eval.pck import AGGREGATES, PairCount, Pck, chance_within, difference_interval, within
 
 COUNTS = st.lists(
     st.builds(
@@ -105,3 +105,24 @@ def test_chance_is_the_share_of_pixels_in_the_disc() -> None:
     quarter = sum(x * x + y * y <= 100 for x in range(11) for y in range(11))
     assert centre == pytest.approx(disc / (81 * 101))
     assert corner == pytest.approx(quarter / (81 * 101))
+
+
+def test_a_difference_over_the_same_pairs_is_sharper_than_two_intervals() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.rand(200, 1, generator=generator)  # what makes a pair hard is hard for both
+    ours, theirs = (
+        Pck(
+            (0.1,),
+            tuple(
+                PairCount.of(str(i), "cat", h[None])
+                for i, h in enumerate(torch.rand(200, 8, generator=generator) < share * hard)
+            ),
+        )
+        for share in (1.0, 0.8)
+    )
+    ((low, high),) = difference_interval(ours, theirs)
+    assert 0 < low < ours.value()[0] - theirs.value()[0] < high
+    assert high - low < sum(b - a for a, b in (*ours.interval(), *theirs.interval())) / 2
+    assert difference_interval(ours, ours) == ((0.0, 0.0),)
+    with pytest.raises(ValueError, match="the same pairs"):
+        difference_interval(ours, theirs.where(lambda pair: pair.pair != "3"))

@@ -1,0 +1,1 @@
+"""Readers for the published correspondence benchmarks, in the folder layouts in which they are released."""

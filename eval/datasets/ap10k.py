@@ -1,0 +1,97 @@
+"""AP-10K as a correspondence benchmark: animals of 54 species, three test sets (GeoAware-SC, arXiv
+2311.17034).
+
+Layout (made once from the released AP-10K): ``JPEGImages/<family>/<species>/<image>.jpg``,
+``ImageAnnotation/<family>/<species>/<image>.json`` with COCO fields (keypoints, bbox as left, top, width,
+height, width, height), ``PairAnnotation/<set>/<a>-<b>:<name>.json`` with src_json_path and trg_json_path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from diffrep.eval.datasets.pairs import (
+    AnnotatedImage,
+    AnnotatedPair,
+    DatasetError,
+    PairSet,
+    collect,
+    need_folder,
+    read_json,
+)
+
+KEYPOINTS = (
+    "left eye", "right eye", "nose", "neck", "tail root", "left shoulder", "left elbow", "left front paw",
+    "right shoulder", "right elbow", "right front paw", "left hip", "left knee", "left back paw", "right hip",
+    "right knee", "right back paw",
+)  # fmt: skip
+
+Ap10kSet = Literal["trn", "val", "test", "test_cross_species", "test_cross_family"]
+
+
+def read_ap10k(
+    root: str | Path, *, split: Ap10kSet = "test", categories: Sequence[str] | None = None
+) -> PairSet:
+    """Read AP-10K pairs. A category is a species, a family or a pair of families, as the set has it.
+
+    Raises:
+        DatasetError: the folders are missing, or that set has no pair.
+        ValueError: that set has no such category.
+    """
+    root = Path(root)
+    need_folder(root, "ImageAnnotation", "JPEGImages", f"PairAnnotation/{split}")
+    files = sorted((root / "PairAnnotation" / split).glob("*.json"))
+    if not files:
+        raise DatasetError(f"{root / 'PairAnnotation' / split}: no pair annotation (*.json) in it")
+    found = sorted({_category(file) for file in files})
+    wanted = tuple(categories or found)
+    if unknown := sorted(set(wanted) - set(found)):
+        raise ValueError(f"AP-10K {split} has no category {', '.join(unknown)}; it has {', '.join(found)}")
+    image_notes = lru_cache(maxsize=None)(read_json)  # an image is in many pairs
+
+    def read(file: Path) -> AnnotatedPair:
+        pair = read_json(file)
+        source, target = (
+            _image(inside, image_notes(root / inside))
+            for inside in (_below(str(pair[key])) for key in ("src_json_path", "trg_json_path"))
+        )
+        ids = tuple(i for i in source.keypoints if i in target.keypoints)
+        return AnnotatedPair(file.stem, _category(file), source, target, ids)
+
+    entries = [
+        (file.name, lambda file=file: read(file))  # type: ignore[misc]  # mypy cannot type a bound default
+        for file in files
+        if _category(file) in wanted
+    ]
+    return collect(f"AP-10K {split}", root, wanted, entries)
+
+
+def _category(file: Path) -> str:
+    return file.stem.rpartition(":")[2]
+
+
+def _below(path: str) -> str:
+    """The part of a stored path from ImageAnnotation on; what is before it is another machine's folder."""
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    if "ImageAnnotation" not in parts:
+        raise ValueError(f"the path {path!r} does not lead into ImageAnnotation")
+    return "/".join(parts[parts.index("ImageAnnotation") :])
+
+
+def _image(note_path: str, note: Mapping[str, Any]) -> AnnotatedImage:
+    values = note["keypoints"]
+    if len(values) != 3 * len(KEYPOINTS):
+        raise ValueError(f"{note_path} has {len(values)} keypoint numbers, expected {3 * len(KEYPOINTS)}")
+    keypoints = {
+        i: (float(values[3 * i]), float(values[3 * i + 1]))
+        for i in range(len(KEYPOINTS))
+        if values[3 * i + 2] > 0
+    }
+    left, top, width, height = (float(v) for v in note["bbox"])
+    path = str(PurePosixPath(note_path.replace("ImageAnnotation", "JPEGImages", 1)).with_suffix(".jpg"))
+    return AnnotatedImage(
+        path, (int(note["height"]), int(note["width"])), keypoints, (left, top, left + width, top + height)
+    )

@@ -1,0 +1,117 @@
+"""SPair-71k: 1800 images, 70,958 pairs, 18 categories (Min et al. 2019, arXiv 1908.10543).
+
+Layout: ``{JPEGImages,ImageAnnotation}/<category>/<image>.{jpg,json}`` and
+``PairAnnotation/{trn,val,test}/<id>-<source>-<target>:<category>.json``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from diffrep.eval.datasets.pairs import (
+    AnnotatedImage,
+    AnnotatedPair,
+    DatasetError,
+    PairSet,
+    collect,
+    need_folder,
+    read_json,
+)
+
+CATEGORIES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "train", "tvmonitor",
+)  # fmt: skip
+
+
+def read_spair(
+    root: str | Path,
+    *,
+    split: Literal["trn", "val", "test"] = "test",
+    categories: Sequence[str] | None = None,
+    keypoints: Literal["pair", "image"] = "pair",
+) -> PairSet:
+    """Read SPair-71k as released.
+
+    Args:
+        categories: all 18 where None.
+        keypoints: ``pair`` takes the common keypoints that the pair's file lists (DIFT, sd-dino); ``image``
+            takes all keypoints of both images from their own files (GeoAware), so that what is visible in
+            only one of them is known too.
+
+    Raises:
+        DatasetError: this is not a folder of SPair-71k, or has no pair of that split.
+        ValueError: there is no such category.
+    """
+    root = Path(root)
+    need_folder(
+        root, f"PairAnnotation/{split}", "JPEGImages", *(["ImageAnnotation"] if keypoints == "image" else [])
+    )
+    wanted = tuple(categories or CATEGORIES)
+    if unknown := sorted(set(wanted) - set(CATEGORIES)):
+        raise ValueError(f"SPair-71k has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
+    files = sorted((root / "PairAnnotation" / split).glob("*.json"))
+    if not files:
+        raise DatasetError(f"{root / 'PairAnnotation' / split}: no pair annotation (*.json) in it")
+    image_notes = lru_cache(maxsize=None)(read_json)  # an image is in many pairs
+
+    def read(file: Path) -> AnnotatedPair:
+        pair = read_json(file)
+        category, (source_name, target_name) = str(pair["category"]), (pair["src_imname"], pair["trg_imname"])
+        if keypoints == "image":
+            notes = [
+                image_notes(root / "ImageAnnotation" / category / f"{Path(str(name)).stem}.json")
+                for name in (source_name, target_name)
+            ]
+            source, target = (_image_from_own_note(category, note) for note in notes)
+            ids = tuple(i for i in source.keypoints if i in target.keypoints)
+        else:
+            ids = tuple(int(i) for i in _list(pair["kps_ids"]))
+            source, target = (_image_from_pair(category, pair, side, ids) for side in ("src", "trg"))
+        return AnnotatedPair(file.stem, category, source, target, ids)
+
+    entries = [
+        (file.name, lambda file=file: read(file))  # type: ignore[misc]  # mypy cannot type a bound default
+        for file in files
+        if file.stem.rpartition(":")[2] in wanted
+    ]
+    return collect(f"SPair-71k {split}", root, wanted, entries)
+
+
+def _image_from_pair(category: str, pair: Mapping[str, Any], side: str, ids: Sequence[int]) -> AnnotatedImage:
+    width, height = (int(v) for v in pair[f"{side}_imsize"][:2])
+    points = pair[f"{side}_kps"]
+    if len(points) != len(ids):
+        raise ValueError(f"{side}_kps has {len(points)} points for {len(ids)} kps_ids")
+    keypoints = {i: _point(p) for i, p in zip(ids, points, strict=True)}
+    path = f"JPEGImages/{category}/{pair[f'{side}_imname']}"
+    return AnnotatedImage(path, (height, width), keypoints, _box(pair[f"{side}_bndbox"]))
+
+
+def _image_from_own_note(category: str, note: Mapping[str, Any]) -> AnnotatedImage:
+    keypoints = {
+        int(i): _point(p) for i, p in sorted(note["kps"].items(), key=lambda kv: int(kv[0])) if p is not None
+    }
+    size = (int(note["image_height"]), int(note["image_width"]))
+    return AnnotatedImage(f"JPEGImages/{category}/{note['filename']}", size, keypoints, _box(note["bndbox"]))
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"a list was expected, got {value!r}")
+    return value
+
+
+def _point(value: Sequence[float]) -> tuple[float, float]:
+    x, y = value
+    return float(x), float(y)
+
+
+def _box(value: Sequence[float]) -> tuple[float, float, float, float]:
+    x0, y0, x1, y1 = (float(v) for v in value)
+    if not (x1 > x0 and y1 > y0):
+        raise ValueError(f"the box {list(value)} is empty")
+    return x0, y0, x1, y1

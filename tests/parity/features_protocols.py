@@ -1,0 +1,285 @@
+"""Checkers for the kinds of system `features` that are whole evaluation protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffrep.backbones import Grid
+from diffrep.eval.datasets.pairs import AnnotatedPair
+from diffrep.eval.datasets.pf import read_pf_pascal
+from diffrep.eval.datasets.spair import read_spair
+from diffrep.eval.datasets.tss import SUBSETS, read_tss
+from diffrep.eval.flow import count_flow, mean_error, mean_pck, nearest_flow
+from diffrep.eval.pck import PairCount, Pck
+from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
+from diffrep.features import FeatureMaps
+from diffrep.fusion import Descriptors, Fusion, Part, fuse, joint_pca
+from diffrep.images import Placement
+from diffrep.matching import MatchConfig, match_points
+
+from .cases import assert_within, number_in
+
+SD_PARTS = ("s5", "s4", "s3")  # coarse to fine, the order in which sd-dino reduces them
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    return load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+
+
+def _dataset(folder: Path, case: Mapping[str, Any]) -> Path:
+    return folder / str(case["dataset"]).split("/")[0]
+
+
+def _key(path: str) -> str:
+    """'JPEGImages/cat/1.jpg' -> 'cat/1', as the cases name their maps."""
+    return path.removeprefix("JPEGImages/").rpartition(".")[0]
+
+
+def check_pck_dift_spair(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    printed = case["results_percent_printed_with_2_decimals"]
+    pairs = read_spair(_dataset(folder, case))
+    protocol = PROTOCOLS["spair-dift"]
+    counts = []
+    for pair in pairs.pairs:
+        source, target = (
+            Descriptors.from_vectors(given[_key(image.path)].movedim(0, -1), image.size)
+            for image in (pair.source, pair.target)
+        )
+        found = match_points(source, target, pair.source.points(pair.ids), MatchConfig(mode="pixel")).points
+        assert torch.equal(found, expected[f"{pair.name}.pred_xy"].float()), pair.name
+        counts.append(protocol.count(pair, found))
+    assert len(counts) == len(expected)
+    pck = Pck(protocol.alphas, tuple(counts))
+    tolerance = float(case["tolerance"]["percent"])
+    checked = 0
+    for name, percent in printed.items():
+        group, _, aggregate = name.partition(" per ")
+        part = pck if group == "All" else pck.of(group)
+        value = part.value("per image" if aggregate == "image" else "per point")[0]
+        assert 100 * value == pytest.approx(percent, abs=tolerance + 1e-9), name
+        checked += 1
+    assert checked == 2 * (len(pck.categories) + 1)
+
+
+def _square_maps(given: Mapping[str, Tensor], key: str, side: int) -> FeatureMaps:
+    """The case's maps of one image; each covers the whole padded square."""
+    maps = {part: given[f"{key}.{part}"][None] for part in (*SD_PARTS, "dino")}
+    grids = {part: Grid.covering((side, side), (m.shape[-2], m.shape[-1])) for part, m in maps.items()}
+    return FeatureMaps(maps, (Placement.identity((side, side)),), grids)
+
+
+def _reduce(
+    pair: Sequence[FeatureMaps], dims: Sequence[int], generator: torch.Generator
+) -> list[FeatureMaps]:
+    """sd-dino's joint PCA; its draws go on from pair to pair, so the generator comes from outside."""
+    reduced = [dict(features.maps) for features in pair]
+    for part, kept in zip(SD_PARTS, dims, strict=True):
+        values = joint_pca([features.maps[part][0] for features in pair], kept, generator=generator)
+        for maps, value in zip(reduced, values, strict=True):
+            maps[part] = value[None]
+    return [replace(features, maps=maps) for features, maps in zip(pair, reduced, strict=True)]
+
+
+def _sddino_fusion(config: Mapping[str, Any]) -> Fusion:
+    w1, w2, w3, w_sd, w_dino = config["weights"]
+    unit = config["dist"] != "cos"
+    chunks = tuple(zip(config["pca_dims"], (w1, w2, w3), strict=True))
+    sd = Part(taps=SD_PARTS, chunk_weights=chunks, normalise=unit, weight=w_sd)
+    dino = Part(taps=("dino",), normalise=unit, weight=w_dino)
+    if config["only_dino"]:
+        return Fusion(parts=(dino,), reference="s3")
+    return Fusion(parts=(sd, dino) if config["fuse"] else (sd,), reference="s3")
+
+
+def _sddino_search(config: Mapping[str, Any]) -> CellSearch:
+    return CellSearch(metric="cosine" if config["dist"] == "cos" else "euclidean")
+
+
+def _check_sddino_category(
+    pairs: Sequence[AnnotatedPair],
+    given: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    protocol: Protocol,
+    prefix: str,
+    *,
+    key_of: Any,
+) -> list[PairCount]:
+    """Match one category's pairs; at most one point may lie elsewhere than the official code puts it."""
+    generator = torch.Generator().manual_seed(config["seed"])
+    fusion, search, side = _sddino_fusion(config), _sddino_search(config), protocol.frame
+    assert side is not None
+    counts, elsewhere = [], 0
+    for number, pair in enumerate(pairs):
+        pair = replace(pair, ids=tuple(sorted(pair.ids)))
+        features = [_square_maps(given, key_of(image.path), side) for image in (pair.source, pair.target)]
+        if not config["only_dino"]:
+            features = _reduce(features, config["pca_dims"], generator)
+        source, target = fuse(features, fusion)
+        queries, truth = (
+            protocol.to_frame(image.points(pair.ids), image) for image in (pair.source, pair.target)
+        )
+        name = f"{prefix}.pair{number}"
+        assert_within(queries.flip(-1), expected[f"{name}.src_yx"], atol=1e-3, what=f"{name} source points")
+        assert_within(truth.flip(-1), expected[f"{name}.gt_yx"], atol=1e-3, what=f"{name} true points")
+        found = search(source, target, queries, side)
+        elsewhere += int((found.flip(-1) != expected[f"{name}.pred_yx"]).any(-1).sum())
+        counts.append(protocol.count(pair, found))
+    assert elsewhere <= 1, f"{prefix}: {elsewhere} points differ"
+    return counts
+
+
+def check_pck_sddino_spair(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    protocols = {
+        box: replace(PROTOCOLS["spair-sd-dino"], threshold="box" if box else "image") for box in (True, False)
+    }
+    counted: dict[int, list[PairCount]] = {}
+    for result in case["results"]:
+        config, category = case["configs"][result["cfg"]], result["category"]
+        protocol = protocols[config["bbox"]]
+        pairs = read_spair(_dataset(folder, case), categories=[category]).pairs
+        for pair, noted in zip(pairs, result["pairs"], strict=True):
+            assert (pair.source.path, pair.target.path) == (noted["src"], noted["trg"])
+            assert protocol.scale(pair) == pytest.approx(noted["threshold_px_at_840"])
+        prefix = f"cfg{result['cfg']}.{category}"
+        counts = _check_sddino_category(pairs, given, expected, config, protocol, prefix, key_of=_key)
+        counted.setdefault(result["cfg"], []).extend(counts)
+        pck = Pck(protocol.alphas, tuple(counts))
+        assert pck.points == result["n_points"]
+        official = [result["pck"][f"{alpha:.2f}"] for alpha in protocol.alphas]
+        assert pck.value() == pytest.approx(official, abs=1 / pck.points + 1e-6), prefix
+    for number, counts in counted.items():
+        config = case["configs"][number]
+        pck = Pck(PROTOCOLS["spair-sd-dino"].alphas, tuple(counts))
+        slack = max(1 / pck.of(category).points for category in pck.categories) + 1e-6
+        assert pck.value("category mean") == pytest.approx(config["average_over_categories"], abs=slack)
+        assert pck.value("pair-weighted category") == pytest.approx(
+            config["average_weighted_by_pairs"], abs=slack
+        )
+    assert counted.keys() == set(range(len(case["configs"])))
+
+
+def check_pck_sddino_pascal(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    protocol, config = PROTOCOLS["pf-pascal-sd-dino"], case["config"]
+    for result in case["results"]:
+        category = result["category"]
+        pairs = read_pf_pascal(_dataset(folder, case), categories=[category]).pairs
+        assert [[Path(p.source.path).name, Path(p.target.path).name] for p in pairs] == result["pairs"]
+        counts = _check_sddino_category(pairs, given, expected, config, protocol, category, key_of=_key)
+        pck = Pck(protocol.alphas, tuple(counts))
+        official = [result["pck"][f"{alpha:.2f}"] for alpha in protocol.alphas]
+        assert pck.value() == pytest.approx(official, abs=1 / pck.points + 1e-6), category
+    assert case["results"]
+
+
+def check_pck_hyperfeatures(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    params = case["params"]
+    sizes = {side: params[f"{side}_size_wh"][::-1] for side in ("load", "output", "source", "target")}
+    source, target = (
+        Descriptors.from_vectors(given[name][0].movedim(0, -1), tuple(sizes["load"]))
+        for name in ("feat1", "feat2")
+    )
+    cosine = source.rows().joined()
+    cosine = torch.nn.functional.normalize(cosine) @ torch.nn.functional.normalize(target.rows().joined()).T
+    assert_within(cosine[None], expected["cosine"], atol=1e-4, what="cosine")
+    best = cosine.argmax(1)
+    columns = sizes["output"][1]
+    assert_within(
+        torch.stack([best // columns, best % columns], dim=-1)[None],
+        expected["nn_points2_yx"],
+        atol=0,
+        what="nn",
+    )
+
+    queries = rounded_points(given["source_points_xy"], sizes["source"], sizes["load"])
+    cells = rounded_points(given["source_points_xy"], sizes["source"], sizes["output"])
+    index = cells[:, 1] * columns + cells[:, 0]
+    assert_within(index, expected["source_index_output"], atol=0, what="source index")
+    found = match_points(source, target, queries, MatchConfig(mode="pixel")).points
+    assert torch.equal(found.flip(-1), expected["predicted_yx_load"])
+    scale = torch.tensor([sizes["target"][1] / sizes["load"][1], sizes["target"][0] / sizes["load"][0]])
+    predicted = found * scale
+    within = number_in(case["tolerance"]["points"].partition("rescaled")[2])
+    assert_within(predicted.flip(-1), expected["predicted_yx_target"], atol=within, what="rescaled")
+    truth = given["target_points_xy"].float()
+    distances = torch.linalg.vector_norm(predicted - truth, dim=-1)
+    assert_within(distances, expected["distances"], atol=10 * within, what="distances")
+    left, top, right, bottom = params["target_bounding_box_ltrb"]
+    for name, scale_length in (
+        ("image", max(sizes["target"])),
+        ("bbox", max(right - left, bottom - top)),
+    ):
+        hits = distances <= params["pck_threshold"] * scale_length
+        assert torch.equal(hits, expected[f"correct_{name}"].bool()), name
+        assert float(hits.double().mean()) == pytest.approx(case["pck"][name], abs=1e-9)
+
+
+def rounded_points(points: Tensor, size: Sequence[int], onto: Sequence[int]) -> Tensor:
+    """Hyperfeatures' way to a smaller grid: scale, round half to even, clip; (x, y), sizes (H, W)."""
+    scale = np.array([onto[1] / size[1], onto[0] / size[0]])
+    rounded = np.round(points.numpy() * scale)
+    return torch.from_numpy(np.clip(rounded, 0, np.array([onto[1] - 1, onto[0] - 1]))).float()
+
+
+def check_flow_sddino_tss(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    root = _dataset(folder, case)
+    tss = read_tss(root, subsets=[subset for subset in SUBSETS if (root / subset).is_dir()])
+    assert not tss.problems
+    tolerance = {key: number_in(text) for key, text in case["tolerance"].items()}
+    counts, pooled, pair_of = [], [], {}
+    for item, noted in zip(tss.items, case["items"], strict=True):
+        assert Path(item.source).parent.name == noted["folder"]
+        assert (Path(item.source).name, Path(item.target).name) == (noted["source"], noted["target"])
+        assert (Path(item.flow_file).name, item.category) == (noted["flow"], noted["category"])
+        assert list(item.padded_size) == noted["padded_hw"]
+        assert max(item.source_size) == noted["pck_threshold_base"]
+        name = f"item{noted['item']}"
+        truth, mask = item.flow(tss.root), item.mask(tss.root)
+        assert_within(truth, expected[f"{name}.flow_gt_padded"], atol=0, what=f"{name} true flow")
+        assert torch.equal(mask, expected[f"{name}.mask"].bool()), f"{name} mask"
+
+        # the descriptors are numbered, and the case does not say which number is which folder
+        official = expected[f"{name}.flow"][0]
+        agreeing = {}
+        for pair in sorted({key.split(".")[0] for key in given}):
+            source, target = (
+                Descriptors.from_vectors(given[f"{pair}.{Path(path).stem}.desc"].movedim(0, -1))
+                for path in (item.source, item.target)
+            )
+            flow = nearest_flow(source, target, item.padded_size, rounding="official")
+            assert flow.shape == official.shape
+            if float(((flow - official).abs() <= tolerance["flow"]).all(0).float().mean()) >= 0.999:
+                agreeing[pair] = flow
+        assert len(agreeing) == 1, f"{name}: flow agrees with that of {len(agreeing)} pairs"
+        ((pair, flow),) = agreeing.items()
+        assert pair_of.setdefault(noted["folder"], pair) == pair
+        counts.append(count_flow(item, flow, truth, mask))
+        pooled.append(torch.linalg.vector_norm(flow - truth, dim=0)[mask])
+    assert len(set(pair_of.values())) == len(pair_of)
+
+    results = case["results"]
+    for alpha, value in results["pck_curve_per_image"].items():
+        assert mean_pck(counts, float(alpha)) == pytest.approx(value, abs=tolerance["pck"]), alpha
+    assert mean_error(counts) == pytest.approx(results["AEPE"], abs=tolerance["AEPE"])
+    # the script's "per_dataset" figures pool all pixels and judge them by the last item's threshold
+    base = max(tss.items[-1].source_size)
+    for key, value in results.items():
+        if key.startswith("PCK_"):
+            alpha = float(key.removeprefix("PCK_").rpartition("_per_")[0].replace("_", "."))
+            official_way = float((torch.cat(pooled) <= alpha * base).double().mean())
+            got = official_way if key.endswith("_per_dataset") else mean_pck(counts, alpha)
+            assert got == pytest.approx(value, abs=tolerance["pck"]), key
