@@ -1,0 +1,517 @@
+"""Drawing a scene: camera, ray casting, light, labels.
+
+Camera axes are x right, y down, z forward; a pixel's ray is ((x - cx) / fx, (y - cy) / fy, 1) t, so t is the depth.
+All samples of a pixel are cast together: arrays are (S, rows, columns), the last sample lies at the pixel's centre
+and is the one that labels are taken from. Large images are drawn in bands of rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffrep.scenes.build import Body, Keypoint, Primitive, turn
+from diffrep.scenes.categories import CATEGORIES, CATEGORY, PART_ID, SEEN, build
+from diffrep.scenes.look import Look, Texture, describe, distractor_paint, draw_look, view_name
+from diffrep.scenes.scene import Scene
+from diffrep.scenes.shapes import MISS, Array, Rays
+
+_BAND = 100_000  # samples drawn at once: about what stays in a core's cache
+_SKY, _FLOOR, _WALL, _FIRST = 0, 1, 2, 3  # surface numbers; primitives follow
+_DEPTH_TOLERANCE = 0.015  # of the depth, between a keypoint and the surface that its pixel shows
+_SHADOW_CELLS = 112
+
+
+@dataclass(frozen=True, eq=False)
+class Camera:
+    """Pose and pinhole: camera point = rotation @ world point + shift; one focal length in shares of the short side."""
+
+    rotation: Array  # (3, 3)
+    shift: Array  # (3,)
+    focal: float
+    yaw: float
+
+    @property
+    def position(self) -> Array:
+        return -self.rotation.T @ self.shift
+
+    def intrinsics(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """fx, fy, cx, cy in pixels for an image of (H, W)."""
+        focal = self.focal * min(size)
+        return focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class _Surface:
+    """A primitive of the object (with its template) or of a distractor (without), ready to be drawn."""
+
+    primitive: Primitive
+    template: Primitive | None
+    part: int
+    texture: Texture
+    gloss: float
+    matrix: Array  # camera -> local
+    eye: Array  # the camera in local coordinates
+    pivot: float
+    reach: tuple[float, float, float, float]  # x0, y0, x1, y1 on the plane z = 1 of the camera
+
+
+@dataclass(frozen=True, eq=False)
+class _Stage:
+    """Everything about a scene but its resolution."""
+
+    category: str
+    body: Body
+    camera: Camera
+    look: Look
+    surfaces: tuple[_Surface, ...]
+    sun: Array  # (3,) world axes
+    floor_height: float
+    shadow: Array  # (n, n) light that reaches the floor, rows z, columns x
+    shadow_reach: float
+    size: float
+
+
+def _outlines(primitives: list[Primitive], camera_rotation: Array, shift: Array) -> Array:
+    """(n, 4) x0, y0, x1, y1 of each primitive on the plane z = 1; infinite where it reaches behind the camera."""
+    linears, centres, starts = [], [], []
+    for p in primitives:
+        starts.append(len(linears))
+        for linear, centre in p.shape.outline():
+            linears.append(p.linear @ linear)
+            centres.append(p.at(centre))
+    a = camera_rotation @ np.array(linears)
+    t = np.array(centres) @ camera_rotation.T + shift
+    # An ellipsoid's silhouette is a conic; the dual of that conic is a a^T - t t^T.
+    dual = a @ np.swapaxes(a, 1, 2) - t[:, :, None] * t[:, None, :]
+    depth = dual[:, 2, 2]
+    behind = (t[:, 2] <= 0) | (depth >= 0)
+    depth = np.where(behind, -1.0, depth)
+    low, high = [], []
+    for axis in (0, 1):
+        root = np.sqrt(np.maximum(dual[:, axis, 2] ** 2 - dual[:, axis, axis] * depth, 0))
+        ends = np.stack([(dual[:, axis, 2] + root) / depth, (dual[:, axis, 2] - root) / depth])
+        low.append(np.minimum.reduceat(np.where(behind, -np.inf, ends.min(0)), starts))
+        high.append(np.maximum.reduceat(np.where(behind, np.inf, ends.max(0)), starts))
+    return np.stack([*low, *high], axis=1)
+
+
+def _draw_camera(body: Body, rng: np.random.Generator) -> Camera:
+    """A camera that sees the whole object, from any side, at 55-90 % of the frame's short side."""
+    yaw = rng.uniform(0, 2 * np.pi)
+    elevation = np.radians(rng.uniform(0, 1) ** 0.8 * 40)
+    roll = np.radians(rng.uniform(-4, 4))
+    focal = rng.uniform(1.3, 2.4)
+    fill = rng.uniform(0.55, 0.90)
+    place = rng.uniform(-1, 1, 2)
+    towards = np.array([np.sin(yaw) * np.cos(elevation), np.sin(elevation), np.cos(yaw) * np.cos(elevation)])
+    forward = -towards
+    right = np.cross(forward, [0, 1, 0])
+    right /= np.linalg.norm(right)
+    rotation = turn("z", roll) @ np.stack([right, np.cross(forward, right), forward])
+    low, high = body.bounds()
+    middle = rotation @ ((low + high) / 2)
+    distance = focal * np.linalg.norm(high - low) / fill
+    shift = np.zeros(3)
+    for _ in range(4):
+        shift = np.array([0, 0, distance]) - middle
+        boxes = _outlines(body.primitives, rotation, shift)
+        x0, y0 = boxes[:, :2].min(0)
+        x1, y1 = boxes[:, 2:].max(0)
+        distance *= focal * max(x1 - x0, y1 - y0) / fill
+    for _ in range(3):  # sliding the camera changes the perspective a little, so the offset is found in steps
+        room = np.maximum(0.97 - focal * np.array([x1 - x0, y1 - y0]), 0) / 2
+        wanted = place * room / focal
+        shift[:2] += (wanted - [(x0 + x1) / 2, (y0 + y1) / 2]) * shift[2]
+        boxes = _outlines(body.primitives, rotation, shift)
+        (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+    return Camera(rotation, shift, focal, yaw)
+
+
+def _set_stage(seed: int, category: str | None) -> _Stage:
+    pick, form, look_rng, view = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
+    if category is None:
+        category = SEEN[int(pick.integers(len(SEEN)))]
+    body, template = build(category, form)
+    camera = _draw_camera(body, view)
+    low, high = body.bounds()
+    size = float((high - low).max())
+    place = body.places[int(look_rng.integers(len(body.places)))]
+    radius = float(np.linalg.norm(np.maximum(np.abs(low), np.abs(high))[[0, 2]]))
+    look = draw_look(place, size, radius, look_rng)
+    floor = float(low[1]) if place == "ground" else 0.0
+
+    spin = turn("y", camera.yaw)
+    things = [
+        Primitive(p.shape, spin @ p.linear, spin @ p.centre + [0, floor, 0], "", p.paint)
+        for p in look.distractors.primitives
+    ]
+    paints = {name: distractor_paint(look_rng) for name in dict.fromkeys(p.paint for p in things)}
+    primitives = body.primitives + things
+    boxes = _outlines(primitives, camera.rotation, camera.shift)
+    linear = np.linalg.inv(camera.rotation @ np.array([p.linear for p in primitives]))
+    centres = np.array([p.centre for p in primitives]) @ camera.rotation.T + camera.shift
+    eyes = -np.einsum("nij,nj->ni", linear, centres)
+    surfaces = []
+    for i, p in enumerate(primitives):
+        own = i < len(body.primitives)
+        surfaces.append(
+            _Surface(
+                primitive=p,
+                template=template.primitives[i] if own else None,
+                part=PART_ID[category, p.part] if own else 0,
+                texture=look.paints[p.paint] if own else paints[p.paint],
+                gloss=look.gloss[p.paint] if own else 0.1,
+                matrix=linear[i],
+                eye=eyes[i],
+                pivot=max(float(centres[i, 2]), 0.0),
+                reach=tuple(boxes[i]),
+            )
+        )
+    sun = spin @ look.sun_direction
+    reach = radius * 2.6
+    shadow = _cast_shadow(primitives, sun, floor, reach) if look.floor is not None else np.ones((1, 1))
+    return _Stage(category, body, camera, look, tuple(surfaces), sun, floor, shadow, reach, size)
+
+
+def _cast_shadow(primitives: list[Primitive], sun: Array, floor: float, reach: float) -> Array:
+    """Light that reaches the floor around the origin, in [0, 1]: soft shadows of ellipsoids in the shapes' places.
+
+    The sun's shadow, times a wide one straight below that stands for the sky's light.
+    """
+    n = _SHADOW_CELLS
+    ticks = np.linspace(-reach, reach, n, dtype=np.float32)
+    dark = np.zeros((2, n, n), dtype=np.float32)
+    for p in primitives:
+        inverse = np.linalg.inv(p.linear)
+        radius = np.linalg.norm(p.linear, axis=1)
+        for layer, (light, edge, share) in enumerate(((sun, 1.25, 1.0), (np.array([0, 1.0, 0]), 2.6, 0.8))):
+            drop = (p.centre[1] - floor) / light[1]
+            if drop < 0:
+                continue
+            at = p.centre - light * drop
+            along = np.abs(light[[0, 2]]) / light[1] * radius[1]
+            wide = (radius[[0, 2]] + along) * np.sqrt(edge) * 1.05
+            i0, i1 = np.searchsorted(ticks, [at[2] - wide[1], at[2] + wide[1]])
+            j0, j1 = np.searchsorted(ticks, [at[0] - wide[0], at[0] + wide[0]])
+            if i0 >= i1 or j0 >= j1:
+                continue
+            x, z = ticks[None, j0:j1] - np.float32(p.centre[0]), ticks[i0:i1, None] - np.float32(p.centre[2])
+            rows = inverse.astype(np.float32)
+            below = np.float32(floor - p.centre[1])
+            u = [row[0] * x + row[2] * z + row[1] * below for row in rows]
+            d = (inverse @ light).astype(np.float32)
+            d /= np.linalg.norm(d)
+            along_light = u[0] * d[0] + u[1] * d[1] + u[2] * d[2]
+            miss = u[0] * u[0] + u[1] * u[1] + u[2] * u[2] - along_light * along_light
+            fade = np.float32(share)
+            if layer:  # the sky is hidden less by what is high above
+                fade = np.float32(share / (1 + 3 * (drop / radius[[0, 2]].max()) ** 2))
+            cover = np.clip((np.float32(edge) - miss) * np.float32(1.4 / edge), 0, 1) * fade
+            target = dark[layer, i0:i1, j0:j1]
+            np.maximum(target, cover, out=target)
+    return (1 - 0.62 * dark[0]) * (1 - 0.5 * dark[1])
+
+
+def _lookup(table: Array, reach: float, x: Array, z: Array) -> Array:
+    """Bilinear values of the shadow table at floor points; 1 beyond it."""
+    n = len(table)
+    u = np.clip((x / np.float32(2 * reach) + np.float32(0.5)) * np.float32(n - 1), 0, n - 1.001)
+    v = np.clip((z / np.float32(2 * reach) + np.float32(0.5)) * np.float32(n - 1), 0, n - 1.001)
+    i, j = v.astype(np.int32), u.astype(np.int32)
+    a, b = u - j, v - i
+    flat, at = table.ravel(), i * n + j
+    top = flat[at] * (1 - a) + flat[at + 1] * a
+    bottom = flat[at + n] * (1 - a) + flat[at + n + 1] * a
+    return top * (1 - b) + bottom * b
+
+
+@dataclass(eq=False)
+class _Band:
+    """Rows of the picture while they are drawn; arrays over (S, rows, columns)."""
+
+    image: Array  # (rows, W, 3) float32 in [0, 1]
+    depth: Array
+    normals: Array
+    part: Array
+    canonical: Array
+
+
+def _offsets(supersample: int) -> Array:
+    """(S, 2) of the samples in a pixel; the last is its centre."""
+    ticks = (np.arange(supersample) + 0.5) / supersample - 0.5
+    grid = np.array([(x, y) for y in ticks for x in ticks])
+    grid = grid[np.abs(grid).max(1) > 1e-9]
+    return np.concatenate([grid, np.zeros((1, 2))])
+
+
+def _draw_band(stage: _Stage, size: tuple[int, int], rows: slice, offsets: Array) -> _Band:
+    fx, fy, cx, cy = stage.camera.intrinsics(size)
+    height, width = rows.stop - rows.start, size[1]
+    columns = np.arange(width)
+    x = ((columns[None, None, :] + offsets[:, 0, None, None] - cx) / fx).astype(np.float32)
+    y = ((np.arange(rows.start, rows.stop)[None, :, None] + offsets[:, 1, None, None] - cy) / fy).astype(np.float32)
+    depth = np.full((len(offsets), height, width), MISS)
+    surface = np.zeros(depth.shape, dtype=np.uint8)
+    _cast_surroundings(stage, x, y, depth, surface)
+    for number, s in enumerate(stage.surfaces, start=_FIRST):
+        # half a pixel of margin holds every sample of the pixels that the outline touches
+        if not np.isfinite(s.reach).all():
+            i0, i1, j0, j1 = 0, height, 0, width
+        else:
+            j0 = max(int(np.floor(s.reach[0] * fx + cx - 0.5)), 0)
+            j1 = min(int(np.ceil(s.reach[2] * fx + cx + 0.5)) + 1, width)
+            i0 = max(int(np.floor(s.reach[1] * fy + cy - 0.5)) - rows.start, 0)
+            i1 = min(int(np.ceil(s.reach[3] * fy + cy + 0.5)) + 1 - rows.start, height)
+        if i0 >= i1 or j0 >= j1:
+            continue
+        t = s.primitive.shape.hit(Rays(x[:, :, j0:j1], y[:, i0:i1], s.matrix, s.eye, s.pivot))
+        window = depth[:, i0:i1, j0:j1]
+        closer = t < window
+        np.copyto(window, t, where=closer)
+        np.copyto(surface[:, i0:i1, j0:j1], np.uint8(number), where=closer)
+    return _shade(stage, x, y, depth, surface)
+
+
+def _cast_surroundings(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> None:
+    """Floor and wall into `depth` and `surface`."""
+    camera, position = stage.camera, stage.camera.position
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if stage.look.floor is not None:
+            row = camera.rotation[:, 1].astype(np.float32)
+            t = np.float32(stage.floor_height - position[1]) / (row[0] * x + row[1] * y + row[2])
+            below = (t > 0) & (t < 400 * stage.size)
+            np.copyto(depth, t, where=below)
+            np.copyto(surface, np.uint8(_FLOOR), where=below)
+        if stage.look.wall is not None:
+            normal = turn("y", camera.yaw)[:, 2]
+            row = (camera.rotation @ normal).astype(np.float32)
+            t = np.float32(-stage.look.wall_distance - normal @ position) / (row[0] * x + row[1] * y + row[2])
+            closer = (t > 0) & (t < depth)
+            np.copyto(depth, t, where=closer)
+            np.copyto(surface, np.uint8(_WALL), where=closer)
+
+
+def _shade(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> _Band:
+    look, rotation = stage.look, stage.camera.rotation.astype(np.float32)
+    samples, height, width = depth.shape
+    # Samples are sorted by surface, so that each surface is one slice of every array.
+    order = np.argsort(surface.ravel(), kind="stable")
+    counts = np.bincount(surface.ravel(), minlength=_FIRST + len(stage.surfaces))
+    ends = np.cumsum(counts)
+    ray = np.ones((3, order.size), dtype=np.float32)
+    ray[0] = np.broadcast_to(x, depth.shape).ravel()[order]
+    ray[1] = np.broadcast_to(y, depth.shape).ravel()[order]
+    t = depth.ravel()[order]
+    normal, albedo = np.zeros_like(ray), np.empty_like(ray)
+    gloss, light = np.zeros_like(t), np.ones_like(t)
+    canonical = np.zeros_like(ray)
+    part = np.zeros(t.shape, dtype=np.uint8)
+    frame = CATEGORY[stage.category].frame
+
+    for number, s in enumerate(stage.surfaces, start=_FIRST):
+        here = slice(ends[number - 1], ends[number])
+        if here.start == here.stop:
+            continue
+        points = (s.matrix.astype(np.float32) @ ray[:, here]) * t[here] + s.eye.astype(np.float32)[:, None]
+        local = s.primitive.shape.normals(points)
+        facing = s.matrix.T.astype(np.float32) @ local
+        facing *= 1 / np.sqrt((facing * facing).sum(0))
+        facing *= np.where((facing * ray[:, here]).sum(0) > 0, np.float32(-1), np.float32(1))  # insides of shells
+        normal[:, here] = facing
+        gloss[here] = s.gloss
+        place = s.primitive if s.template is None else s.template
+        at = place.linear.astype(np.float32) @ points + place.centre.astype(np.float32)[:, None]
+        albedo[:, here] = s.texture.colour(at)
+        if s.template is not None:
+            part[here] = s.part
+            centred = (at - frame[0].astype(np.float32)[:, None]) / frame[1].astype(np.float32)[:, None]
+            canonical[:, here] = np.clip(centred, -1, 1)
+
+    position = stage.camera.position.astype(np.float32)[:, None]
+    ground = slice(ends[_FLOOR - 1], ends[_FLOOR])
+    if look.floor is not None and ground.start < ground.stop:
+        points = rotation.T @ ray[:, ground] * t[ground] + position
+        albedo[:, ground] = look.floor.colour(points)
+        normal[:, ground] = rotation[:, 1:2]
+        light[ground] = _lookup(stage.shadow.astype(np.float32), stage.shadow_reach, points[0], points[2])
+    wall = slice(ends[_WALL - 1], ends[_WALL])
+    if look.wall is not None and wall.start < wall.stop:
+        spin = turn("y", stage.camera.yaw).astype(np.float32)
+        points = rotation.T @ ray[:, wall] * t[wall] + position
+        albedo[:, wall] = look.wall.colour(spin.T @ points)
+        normal[:, wall] = (rotation @ spin[:, 2])[:, None]
+
+    colour = _light(stage, ray, normal, albedo, gloss, light)
+    sky = slice(0, ends[_SKY])
+    horizon, overhead = look.sky.astype(np.float32)
+    colour[:, sky] = _sky(stage, rotation.T @ ray[:, sky])
+    if look.wall is None and look.floor is not None:  # the floor fades into the horizon
+        away = np.float32(2.2 * np.linalg.norm(stage.camera.shift))
+        fade = 1 - np.exp(-np.maximum(t[ground] / away - np.float32(0.7), 0))
+        colour[:, ground] += (horizon[:, None] - colour[:, ground]) * fade
+    if look.place == "water":
+        solid = slice(ends[_SKY], None)
+        fade = 1 - np.exp(-t[solid] * np.float32(0.45 / np.linalg.norm(stage.camera.shift)))
+        colour[:, solid] += (horizon[:, None] - colour[:, solid]) * fade
+
+    def unsorted(values: Array) -> Array:
+        back = np.empty_like(values)
+        back[..., order] = values
+        return back.reshape(*values.shape[:-1], samples, height, width)
+
+    def centre(values: Array) -> Array:
+        return np.moveaxis(unsorted(values)[:, -1], 0, -1)
+
+    return _Band(
+        image=np.moveaxis(unsorted(colour).mean(axis=1), 0, -1),
+        depth=depth[-1],
+        normals=centre(normal),
+        part=unsorted(part)[-1],
+        canonical=centre(canonical),
+    )
+
+
+def _light(stage: _Stage, ray: Array, normal: Array, albedo: Array, gloss: Array, light: Array) -> Array:
+    """Sun, sky light from above, a little light back from the ground, and a highlight."""
+    rotation = stage.camera.rotation
+    sun, up = (rotation @ stage.sun).astype(np.float32), rotation[:, 1].astype(np.float32)
+    direct = np.maximum(sun @ normal, 0)
+    upward = up @ normal
+    ambient = (np.float32(0.78) + np.float32(0.30) * upward) * (np.float32(0.45) + np.float32(0.55) * light)
+    look = stage.look
+    colour = look.sun.astype(np.float32)[:, None] * (direct * light)
+    colour += look.ambient.astype(np.float32)[:, None] * ambient
+    colour *= albedo
+    view = 1 / np.sqrt((ray * ray).sum(0))
+    towards = -(normal * ray).sum(0) * view
+    shine = np.maximum(2 * direct * towards + (sun @ ray) * view, 0) * (direct > 0)
+    shine = shine * shine
+    shine = shine * shine
+    shine = shine * shine
+    shine = shine * shine
+    rim = 1 - np.maximum(towards, 0)
+    rim = rim * rim * rim
+    colour += gloss * light * (shine + np.float32(0.25) * rim)
+    return colour
+
+
+def _sky(stage: _Stage, directions: Array) -> Array:
+    """(3, n) colour of the sky in world directions (3, n)."""
+    horizon, overhead = stage.look.sky.astype(np.float32)
+    rise = directions[1] / np.sqrt((directions * directions).sum(0))
+    blend = np.clip(rise * np.float32(1.3) + np.float32(0.12), 0, 1)
+    colour = horizon[:, None] + (overhead - horizon)[:, None] * blend
+    if stage.look.clouds:
+        spin = turn("y", stage.camera.yaw).astype(np.float32)
+        a, _, b = (spin.T @ directions) * np.float32(5)
+        c = rise * np.float32(11)
+        phase = np.float32(stage.look.clouds * 40)
+        wave = np.sin(a * 1.1 + phase + 1.5 * np.sin(c * 0.9 + phase)) + 0.6 * np.sin(a * 2.9 - c * 2.1 + 2 * phase)
+        wave = wave + 0.35 * np.sin(a * 6.3 + c * 5.1 + 1.3 * np.sin(b * 3 + a * 2))
+        cloud = np.clip((wave - np.float32(1.3 - stage.look.clouds)) * np.float32(0.45), 0, np.float32(0.85))
+        colour += (np.float32(0.97) - colour) * cloud
+    return colour
+
+
+def render_scene(
+    seed: int, *, category: str | None = None, size: int | tuple[int, int] = 128, supersample: int = 2
+) -> Scene:
+    """Render one scene. The same seed and category give the same scene at every size, up to sampling.
+
+    Args:
+        seed: 0 or more; `scene_seed` gives those of a split.
+        category: one of `CATEGORIES`; None lets the seed choose among `SEEN`.
+        size: side or (H, W) in pixels, at least 8.
+        supersample: colour samples along each side of a pixel, 1 to 8.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    if category is not None and category not in CATEGORY:
+        raise ValueError(f"no category {category!r}; there are {', '.join(CATEGORIES)}")
+    if seed < 0:
+        raise ValueError(f"a seed is 0 or more, got {seed}")
+    height, width = shape = (size, size) if isinstance(size, int) else size
+    if min(shape) < 8:
+        raise ValueError(f"an image is at least 8 pixels wide and high, got {height} x {width}")
+    if not 1 <= supersample <= 8:
+        raise ValueError(f"supersample is 1 to 8, got {supersample}")
+    stage = _set_stage(seed, category)
+    offsets = _offsets(supersample)
+    step = max(_BAND // (width * len(offsets)), 1)
+    bands = [
+        _draw_band(stage, shape, slice(start, min(start + step, height)), offsets)
+        for start in range(0, height, step)
+    ]
+    image = np.concatenate([b.image for b in bands])
+    depth = np.concatenate([b.depth for b in bands])
+    normals = np.concatenate([b.normals for b in bands])
+    part = np.concatenate([b.part for b in bands])
+    canonical = np.concatenate([b.canonical for b in bands])
+    mask = part > 0
+    intrinsics = stage.camera.intrinsics(shape)
+    keypoints, visible = _place_keypoints(stage, intrinsics, depth, part)
+    attributes = {"variant": stage.body.variant, "view": view_name(stage.camera.yaw), **stage.look.attributes}
+    return Scene(
+        image=(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8),
+        depth=depth,
+        normals=normals,
+        mask=mask,
+        edge=outline_of(mask),
+        part=part,
+        canonical=canonical,
+        keypoint_names=CATEGORY[stage.category].keypoint_names,
+        keypoints=keypoints,
+        visible=visible,
+        category=stage.category,
+        caption=describe(stage.category, attributes["view"], attributes),
+        attributes=attributes,
+        box=_box_of(mask),
+        intrinsics=intrinsics,
+        seed=seed,
+    )
+
+
+def outline_of(mask: Array) -> Array:
+    """Pixels of a mask (H, W) with a 4-neighbour outside it; the frame is no outside."""
+    padded = np.pad(mask, 1, mode="edge")
+    inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask & ~inner
+
+
+def _box_of(mask: Array) -> tuple[float, float, float, float]:
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return (
+        float(columns[0]) - 0.5,
+        float(rows[0]) - 0.5,
+        float(columns[-1]) + 0.5,
+        float(rows[-1]) + 0.5,
+    )
+
+
+def _place_keypoints(
+    stage: _Stage, intrinsics: tuple[float, float, float, float], depth: Array, part: Array
+) -> tuple[Array, Array]:
+    """Keypoints (N, 2) in pixels, in the category's order, and which of them the picture shows."""
+    fx, fy, cx, cy = intrinsics
+    height, width = depth.shape
+    named: dict[str, Keypoint] = {k.name: k for k in stage.body.keypoints}
+    points, shown = [], []
+    for name in CATEGORY[stage.category].keypoint_names:
+        keypoint = named[name]
+        at = stage.camera.rotation @ keypoint.primitive.at(keypoint.local) + stage.camera.shift
+        x, y = fx * at[0] / at[2] + cx, fy * at[1] / at[2] + cy
+        points.append((x, y))
+        j, i = round(x), round(y)
+        if not (0 <= i < height and 0 <= j < width):
+            shown.append(False)
+            continue
+        faces = keypoint.primitive.faces(keypoint.local) @ stage.camera.rotation.T
+        turned_here = (faces @ at < 0.05 * np.linalg.norm(at)).any()
+        around = slice(max(i - 1, 0), i + 2), slice(max(j - 1, 0), j + 2)
+        close = np.abs(depth[around] - at[2]) <= _DEPTH_TOLERANCE * at[2]
+        own = part[around] == PART_ID[stage.category, keypoint.primitive.part]
+        shown.append(bool(turned_here and (close & own).any()))
+    return np.array(points, dtype=np.float32), np.array(shown)
