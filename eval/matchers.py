@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones import Grid
-from diffrep.features import FeatureMaps
+from diffrep.features import FeatureMaps, extract_each
 from diffrep.fusion import Fusion, fuse
 from diffrep.images import Placement
 from diffrep.matching import MatchConfig, match_points
+from diffrep.recipes import Correspondence, alone
 
 
 @dataclass(frozen=True)
@@ -104,3 +105,31 @@ class ColourPatches:
         grid = Grid(origin=(float(first), float(first)), stride=(float(self.stride), float(self.stride)))
         placement = Placement.identity((size[0], size[1]))
         return FeatureMaps({"patch": maps}, (placement,), {"patch": grid}, {"patch": self.side})
+
+
+def baselines(*, box: bool) -> tuple[dict[str, Matcher], dict[str, Extractor]]:
+    """Matchers without a network, by name, and the extractors that they need; `box`: views have an object."""
+    patches = FeatureMatcher(("colours",), Fusion.of("patch"), MatchConfig(mode="pixel"))
+    oracle: dict[str, Matcher] = {"same place in the box (oracle)": same_place_in_box} if box else {}
+    matchers: dict[str, Matcher] = {"same position": same_position, **oracle, "colour patches": patches}
+    return matchers, {"colours": ColourPatches()}
+
+
+def matchers_of(correspondence: Correspondence) -> tuple[dict[str, Matcher], dict[str, Extractor]]:
+    """Each backbone of a recipe alone and, where there are several, all of them fused.
+
+    Returns:
+        Matchers and extractors by name: a backbone's name is both; the fused one joins them with " + ".
+    """
+    recipe = correspondence.recipe
+    names = [reading.backbone for reading in recipe.readings]
+    extractors: dict[str, Extractor] = {}
+    matchers: dict[str, Matcher] = {}
+    for number, (name, backbone) in enumerate(zip(names, correspondence.backbones, strict=True)):
+        config = recipe.readings[number].extract
+        extractors[name] = lambda images, b=backbone, c=config: list(extract_each(b, images, c))  # type: ignore[misc]
+        own = recipe if len(names) == 1 else alone(recipe, number, name)
+        matchers[name] = FeatureMatcher((name,), own.fusion, recipe.matching)
+    if len(names) > 1:
+        matchers[" + ".join(names)] = FeatureMatcher(tuple(names), recipe.fusion, recipe.matching)
+    return matchers, extractors
