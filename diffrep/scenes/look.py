@@ -97,10 +97,32 @@ class Texture:
             joint = (np.abs(np.sin(q[0])) < 0.05) | (np.abs(np.sin(q[1])) < 0.05)
             tone = 0.5 + 0.5 * np.sin(np.floor(q[0] / np.pi) * 5.3 + np.floor(q[1] / np.pi) * 9.1)
             return np.where(joint, np.float32(1), 0.22 * tone)
-        # marbled, grass, waves: a few warped sines
-        wave = np.sin(q[0] + 1.7 * np.sin(q[1] * 0.83 + 0.6 * np.sin(q[2] * 1.9)))
-        wave = wave + 0.55 * np.sin(q[2] * 2.3 + q[1] * 1.3 + 1.2 * np.sin(q[0] * 1.7))
-        return np.clip(0.5 + 0.36 * wave, 0, 1)
+        if self.kind == "grain":  # fine, for grounds: over the plane of the first two axes
+            return 0.6 * noise(q[0], q[1]) + 0.4 * noise(q[0] * 0.31 + 5, q[1] * 0.31)
+        if self.kind == "waves":
+            return 0.65 * noise(q[0], q[1] * 0.45) + 0.35 * noise(q[0] * 2.7, q[1] * 1.3)
+        warp = noise(q[0] * 0.35 + 0.6 * q[2], q[1] * 0.35 - 0.4 * q[2])  # marbled
+        return _step(np.sin(q[0] * 0.6 + 9 * warp), 0.55)
+
+
+def _noise_table(n: int = 256) -> Array:
+    """Smooth random values in [0, 1] that repeat every n cells; features of 8 to 32 cells."""
+    rng = np.random.default_rng(20240)
+    waves = np.fft.fft2(rng.normal(size=(n, n)))
+    k = np.hypot(*np.meshgrid(np.fft.fftfreq(n), np.fft.fftfreq(n)))
+    band = np.exp(-((k * 14) ** 2)) * (k > 0.5 / n * 8)
+    field = np.fft.ifft2(waves * band).real
+    return np.clip(0.5 + field / (5 * field.std()), 0, 1).astype(np.float32)
+
+
+_NOISE = _noise_table()
+
+
+def noise(u: Array, v: Array) -> Array:
+    """Smooth noise in [0, 1] with features of about one unit of (u, v)."""
+    i = np.rint(v * np.float32(12)).astype(np.int32) & 255
+    j = np.rint(u * np.float32(12)).astype(np.int32) & 255
+    return _NOISE.ravel()[(i << 8) | j]
 
 
 def _step(value: Array, width: float) -> Array:
@@ -226,10 +248,10 @@ def draw_look(place: str, size: float, ground: float, rng: np.random.Generator) 
             "wooden floor": ("planks", 3.6, tone * 0.55),
             "tiled floor": ("tiles", 2.4, tone * 0.6),
             "plain floor": ("plain", 1.0, tone),
-            "carpet": (str(rng.choice(("marbled", "striped", "squares"))), 4.0, change),
-            "grass": ("marbled", 14.0, tone * np.array([0.7, 0.72, 0.6])),
-            "sand": ("marbled", 9.0, tone * 0.86),
-            "road": ("marbled", 18.0, tone * 0.88),
+            "carpet": (str(rng.choice(("grain", "striped", "squares"))), 4.0, change),
+            "grass": ("grain", 14.0, tone * np.array([0.45, 0.55, 0.4])),
+            "sand": ("grain", 7.0, tone * 0.72),
+            "road": ("grain", 18.0, tone * 0.7),
         }
         kind, frequency, partner = kinds[floor_name]
         floor = _texture(kind, tone, partner, spin * scale * frequency, rng)
@@ -262,8 +284,8 @@ def draw_look(place: str, size: float, ground: float, rng: np.random.Generator) 
         clouds = float(rng.uniform(0.2, 1))
     elif place == "sea":
         tone = np.array([0.12, 0.36, 0.50]) * rng.uniform(0.75, 1.25, 3)
-        frame = turn("y", rng.uniform(0, np.pi))[[0, 1, 2]] * 16 / size
-        floor = _texture("marbled", tone, tone * 1.25 + 0.05, frame, rng)
+        frame = turn("y", rng.uniform(0, np.pi))[[0, 2, 1]] * 9 / size
+        floor = _texture("waves", tone * 0.8, tone * 1.35 + 0.08, frame, rng)
         clouds = float(rng.uniform(0, 1))
         if rng.random() < 0.25:
             horizon, overhead = np.array([0.98, 0.76, 0.55]), np.array([0.48, 0.48, 0.70])
@@ -271,10 +293,11 @@ def draw_look(place: str, size: float, ground: float, rng: np.random.Generator) 
         horizon = np.array([0.10, 0.42, 0.56]) * rng.uniform(0.75, 1.3, 3)
         overhead = horizon * 1.5 + 0.08
         tone = np.array([0.72, 0.66, 0.48]) * rng.uniform(0.7, 1.0)
-        floor = _texture("marbled", tone, tone * 0.8, random_rotation(rng) * 12 / size, rng)
+        frame = turn("y", rng.uniform(0, np.pi))[[0, 2, 1]] * 8 / size
+        floor = _texture("waves", tone, tone * 0.65, frame, rng)
 
     warm = rng.uniform(-0.06, 0.06)
-    strength = rng.uniform(0.62, 0.88)
+    strength = rng.uniform(0.55, 0.78)
     azimuth, height = rng.uniform(-1.35, 1.35), rng.uniform(0.55, 1.15)
     direction = np.array([np.sin(azimuth) * np.cos(height), np.sin(height), np.cos(azimuth) * np.cos(height)])
     attributes |= {"floor": floor_name, "back": back}
@@ -287,7 +310,7 @@ def draw_look(place: str, size: float, ground: float, rng: np.random.Generator) 
         sky=np.stack([np.clip(horizon, 0, 1), np.clip(overhead, 0, 1)]),
         clouds=clouds,
         sun=np.array([1 + warm, 1.0, 1 - warm]) * strength,
-        ambient=np.array([1 - warm, 1.0, 1 + warm]) * rng.uniform(0.40, 0.52),
+        ambient=np.array([1 - warm, 1.0, 1 + warm]) * rng.uniform(0.40, 0.50),
         sun_direction=direction,
         distractors=_distractors(place, size, ground, rng),
         place=place,

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffrep.scenes.build import Body, Keypoint, Primitive, turn
 from diffrep.scenes.categories import CATEGORIES, CATEGORY, PART_ID, SEEN, build
-from diffrep.scenes.look import Look, Texture, describe, distractor_paint, draw_look, view_name
+from diffrep.scenes.look import Look, Texture, describe, distractor_paint, draw_look, noise, view_name
 from diffrep.scenes.scene import Scene
 from diffrep.scenes.shapes import MISS, Array, Rays
 
@@ -102,7 +102,7 @@ def _draw_camera(body: Body, rng: np.random.Generator) -> Camera:
     yaw = rng.uniform(0, 2 * np.pi)
     elevation = np.radians(rng.uniform(0, 1) ** 0.8 * 40)
     roll = np.radians(rng.uniform(-4, 4))
-    focal = rng.uniform(1.3, 2.4)
+    closeness = rng.uniform(2.4, 4.8)  # distance in shares of the radius: how strong the perspective is
     fill = rng.uniform(0.55, 0.90)
     place = rng.uniform(-1, 1, 2)
     towards = np.array([np.sin(yaw) * np.cos(elevation), np.sin(elevation), np.cos(yaw) * np.cos(elevation)])
@@ -111,22 +111,17 @@ def _draw_camera(body: Body, rng: np.random.Generator) -> Camera:
     right /= np.linalg.norm(right)
     rotation = turn("z", roll) @ np.stack([right, np.cross(forward, right), forward])
     low, high = body.bounds()
-    middle = rotation @ ((low + high) / 2)
-    distance = focal * np.linalg.norm(high - low) / fill
-    shift = np.zeros(3)
-    for _ in range(4):
-        shift = np.array([0, 0, distance]) - middle
+    shift = np.array([0, 0, closeness * np.linalg.norm(high - low) / 2]) - rotation @ ((low + high) / 2)
+    for _ in range(4):  # panning changes the outline a little, so the offset is found in steps
         boxes = _outlines(body.primitives, rotation, shift)
-        x0, y0 = boxes[:, :2].min(0)
-        x1, y1 = boxes[:, 2:].max(0)
-        distance *= focal * max(x1 - x0, y1 - y0) / fill
-    for _ in range(3):  # sliding the camera changes the perspective a little, so the offset is found in steps
-        room = np.maximum(0.97 - focal * np.array([x1 - x0, y1 - y0]), 0) / 2
-        wanted = place * room / focal
-        shift[:2] += (wanted - [(x0 + x1) / 2, (y0 + y1) / 2]) * shift[2]
-        boxes = _outlines(body.primitives, rotation, shift)
-        (x0, y0), (x1, y1) = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-    return Camera(rotation, shift, focal, yaw)
+        low_end, high_end = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+        extent = high_end - low_end
+        focal = fill / extent.max()
+        room = np.maximum(0.97 - focal * extent, 0) / 2
+        x, y = np.arctan(place * room / focal) - np.arctan((low_end + high_end) / 2)
+        pan = turn("y", x) @ turn("x", -y)
+        rotation, shift = pan @ rotation, pan @ shift
+    return Camera(rotation, shift, float(focal), yaw)
 
 
 def _set_stage(seed: int, category: str | None) -> _Stage:
@@ -405,12 +400,10 @@ def _sky(stage: _Stage, directions: Array) -> Array:
     colour = horizon[:, None] + (overhead - horizon)[:, None] * blend
     if stage.look.clouds:
         spin = turn("y", stage.camera.yaw).astype(np.float32)
-        a, _, b = (spin.T @ directions) * np.float32(5)
-        c = rise * np.float32(11)
-        phase = np.float32(stage.look.clouds * 40)
-        wave = np.sin(a * 1.1 + phase + 1.5 * np.sin(c * 0.9 + phase)) + 0.6 * np.sin(a * 2.9 - c * 2.1 + 2 * phase)
-        wave = wave + 0.35 * np.sin(a * 6.3 + c * 5.1 + 1.3 * np.sin(b * 3 + a * 2))
-        cloud = np.clip((wave - np.float32(1.3 - stage.look.clouds)) * np.float32(0.45), 0, np.float32(0.85))
+        across = (spin.T @ directions)[0]
+        offset = np.float32(stage.look.clouds * 40)
+        wave = noise(across * 1.3 + offset, rise * 3.2 + offset) + 0.5 * noise(across * 3.7 - offset, rise * 8.3)
+        cloud = np.clip((wave - np.float32(1.05 - 0.5 * stage.look.clouds)) * np.float32(2.2), 0, np.float32(0.85))
         colour += (np.float32(0.97) - colour) * cloud
     return colour
 
@@ -446,6 +439,8 @@ def render_scene(
         for start in range(0, height, step)
     ]
     image = np.concatenate([b.image for b in bands])
+    bright = np.maximum(image - np.float32(0.75), 0)  # highlights are compressed, not clipped
+    image += bright / (1 + np.float32(2.2) * bright) - bright
     depth = np.concatenate([b.depth for b in bands])
     normals = np.concatenate([b.normals for b in bands])
     part = np.concatenate([b.part for b in bands])
