@@ -1,11 +1,11 @@
 """From feature maps to descriptors: joint PCA, resampling to one grid, normalisation, weights.
 
-A `Fusion` says, as data, how the maps of one or several backbones become one descriptor per location. It covers
-sd-dino ("A Tale of Two Features", 2023: joint PCA of a pair, the chain s5 -> s4 -> s3, DINO beside it),
-GeoAware-SC ("Telling Left from Right", 2024) and any other choice of taps.
+A `Fusion` says, as data, how the maps of one or several backbones become one descriptor per location. It
+covers sd-dino ("A Tale of Two Features", 2023: joint PCA of a pair, the chain s5 -> s4 -> s3, DINO beside
+it), GeoAware-SC ("Telling Left from Right", 2024) and any other choice of taps.
 
-`Descriptors` keep their parts apart: the similarity of two fused descriptors is the weighted sum of the parts'
-similarities, so nothing has to be concatenated, and weights can be changed at no cost.
+`Descriptors` keep their parts apart: the similarity of two fused descriptors is the weighted sum of the
+parts' similarities, so nothing has to be concatenated, and weights can be changed at no cost.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Rows:
         return self.parts[0].shape[0]
 
     def __getitem__(self, index: Tensor | slice) -> Rows:
+        """Some of the rows, by numbers or a slice."""
         return replace(self, parts=tuple(part[index] for part in self.parts))
 
     def joined(self) -> Tensor:
@@ -50,8 +51,8 @@ class Rows:
 
     def squared_norms(self) -> Tensor:
         """(N,): squared lengths of the joined descriptors, float32."""
-        squares = [part.float().square().sum(1) * w**2 for part, w in zip(self.parts, self.weights, strict=True)]
-        return torch.stack(squares).sum(0)
+        weighted = zip(self.parts, self.weights, strict=True)
+        return torch.stack([part.float().square().sum(1) * w**2 for part, w in weighted]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,7 @@ class Descriptors:
 
     def cell_centres(self) -> Tensor:
         """(h, w, 2): the image points (x, y) at the centres of the locations."""
-        rows, columns = torch.meshgrid(*(torch.arange(n, device=self.device) for n in self.size), indexing="ij")
-        return self.points(torch.stack([columns, rows], dim=-1))
+        return self.points(lattice(self.size, self.device))
 
     def nearest_cells(self, points: Tensor) -> Tensor:
         """Image points (N, 2) -> (N,) int64: the location that each lies in, as row * w + column."""
@@ -141,7 +141,7 @@ class Descriptors:
         return inside_y[:, None] & inside_x
 
     def at(self, points: Tensor) -> Rows:
-        """Descriptors at image points (N, 2), each part interpolated bilinearly; beyond the border repeated."""
+        """Descriptors at image points (N, 2), each part bilinear; beyond the border it is repeated."""
         cells = self.cells(points.to(self.device))
         parts = tuple(sample(part.movedim(-1, 0), cells) for part in self.parts)
         return Rows(tuple(part.T for part in parts), self.weights)
@@ -152,12 +152,13 @@ class Part:
     """One share of a descriptor: the maps of one or more taps of one backbone.
 
     The taps are a chain from coarse to fine: the first map is resampled to the cells of the second and joined
-    behind it, the result to the third, and so on, so that the channels run from the finest tap to the coarsest.
+    behind it, the result to the third, and so on, so that the channels run from the finest tap to the
+    coarsest.
     """
 
     taps: tuple[str, ...]
     dims: tuple[int, ...] | None = None  # joint PCA: channels kept of each tap, in the order of the taps
-    chunk_weights: tuple[tuple[int, float], ...] = ()  # (channels, weight) of consecutive chunks of the channels
+    chunk_weights: tuple[tuple[int, float], ...] = ()  # (channels, weight) of consecutive chunks
     normalise: bool = True  # to unit length, per location
     weight: float = 1.0
 
@@ -165,7 +166,9 @@ class Part:
         if not self.taps:
             raise ValueError("a part needs at least one tap")
         if self.dims is not None and (len(self.dims) != len(self.taps) or min(self.dims) < 1):
-            raise ValueError(f"taps {', '.join(self.taps)} need as many PCA dimensions, at least 1, got {self.dims}")
+            raise ValueError(
+                f"taps {', '.join(self.taps)} need as many PCA dimensions, at least 1, got {self.dims}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +209,7 @@ GEOAWARE_ZERO_SHOT = Fusion(parts=(Part(taps=SD_TAPS), Part(taps=("layer.11",)))
 
 
 def fuse(images: Sequence[ImageFeatures], fusion: Fusion) -> tuple[Descriptors, ...]:
-    """Turn the features of images that belong together, usually a pair, into descriptors that can be compared.
+    """Turn the features of images that belong together, usually a pair, into comparable descriptors.
 
     Args:
         images: one entry per image; each holds batches of one (index a larger `FeatureMaps` to get them).
@@ -216,15 +219,16 @@ def fuse(images: Sequence[ImageFeatures], fusion: Fusion) -> tuple[Descriptors, 
         One `Descriptors` per image, float32, in the order given.
 
     Raises:
-        ValueError: a tap is missing or found twice, an entry holds several images, the images' channels differ,
-            or more PCA dimensions are asked for than there are channels or cells.
+        ValueError: a tap is missing or found twice, an entry holds several images, the images' channels
+            differ, or more PCA dimensions are asked for than there are channels or cells.
     """
     if not images:
         raise ValueError("fuse needs the features of at least one image")
     features = [(entry,) if isinstance(entry, FeatureMaps) else tuple(entry) for entry in images]
     for number, entry in enumerate(features):
-        if any(len(maps) != 1 for maps in entry):
-            raise ValueError(f"image {number}: features must be batches of one, got {[len(m) for m in entry]}")
+        counts = [len(maps) for maps in entry]
+        if set(counts) != {1}:
+            raise ValueError(f"image {number}: features must be batches of one, got {counts}")
     generator = torch.Generator().manual_seed(fusion.seed)
     parts = [_part(features, part, fusion.pca, generator) for part in fusion.parts]
     return tuple(_join(features[i], fusion, [part[i] for part in parts]) for i in range(len(features)))
@@ -279,7 +283,8 @@ def _weigh(joined: _Map, part: Part) -> _Map:
         sizes = [size for size, _ in part.chunk_weights]
         if sum(sizes) != values.shape[0]:
             raise ValueError(
-                f"chunk_weights cover {sum(sizes)} channels, the taps {', '.join(part.taps)} have {values.shape[0]}"
+                f"chunk_weights cover {sum(sizes)} channels,"
+                f" the taps {', '.join(part.taps)} have {values.shape[0]}"
             )
         weights = [weight for _, weight in part.chunk_weights]
         values = torch.cat([chunk * w for chunk, w in zip(values.split(sizes), weights, strict=True)])
@@ -311,11 +316,17 @@ def _join(features: Sequence[FeatureMaps], fusion: Fusion, maps: Sequence[_Map])
 def _resample(own: _Map, onto: _Map) -> Tensor:
     """Read a map at the cell centres of another; the places are compared on the image, not on a canvas."""
     same_canvas = own.source.placements == onto.source.placements
-    if same_canvas and own.source.grids[own.tap] == onto.source.grids[onto.tap]:
-        if own.values.shape[1:] == onto.values.shape[1:]:
-            return own.values
+    same_grid = own.source.grids[own.tap] == onto.source.grids[onto.tap]
+    if same_canvas and same_grid and own.values.shape[1:] == onto.values.shape[1:]:
+        return own.values
     cells = own.source.cells(own.tap, onto.source.cell_centres(onto.tap))
     return sample(own.values, cells.to(own.values.device))
+
+
+def lattice(size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """(h, w, 2) int64: the (column, row) of every place of an h x w map."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in size), indexing="ij")
+    return torch.stack([columns, rows], dim=-1)
 
 
 def sample(values: Tensor, cells: Tensor) -> Tensor:
@@ -333,14 +344,16 @@ def sample(values: Tensor, cells: Tensor) -> Tensor:
 def joint_pca(maps: Sequence[Tensor], dims: int, *, generator: torch.Generator | None = None) -> list[Tensor]:
     """Project the maps of several images on the leading principal directions of all their cells together.
 
-    The default is exact: an eigen-decomposition of the smaller of covariance and Gram matrix, in float64 where
-    that is small. Signs are fixed (the largest coordinate of each direction is positive), so two machines agree.
+    The default is exact: an eigen-decomposition of the smaller of covariance and Gram matrix, in float64
+    where that is small. Signs are fixed (the largest coordinate of each direction is positive), so two
+    machines agree.
 
     Args:
         maps: each (C, h, w), one C; sizes may differ.
         dims: directions kept.
-        generator: use sd-dino's randomised PCA (two power iterations, Halko et al. 2009) with the draw of this
-            generator. On a flat spectrum it is up to a fifth of the maximum away from the exact distances.
+        generator: use sd-dino's randomised PCA (two power iterations, Halko et al. 2009) with the draw of
+            this generator. On a flat spectrum it is up to a fifth of the maximum away from the exact
+            distances.
 
     Returns:
         (dims, h, w) each, centred on the common mean, not whitened, float32.
@@ -350,7 +363,9 @@ def joint_pca(maps: Sequence[Tensor], dims: int, *, generator: torch.Generator |
     """
     cells = torch.cat([m.flatten(1).T.float() for m in maps])
     if not 1 <= dims <= min(cells.shape):
-        raise ValueError(f"a PCA of {cells.shape[0]} cells with {cells.shape[1]} channels cannot keep {dims} dimensions")
+        raise ValueError(
+            f"a PCA of {cells.shape[0]} cells with {cells.shape[1]} channels cannot keep {dims} dimensions"
+        )
     cells = cells - cells.mean(0, keepdim=True)
     scores = _exact_scores(cells, dims) if generator is None else _lowrank_scores(cells, dims, generator)
     sizes = [m.shape[1] * m.shape[2] for m in maps]
@@ -366,8 +381,8 @@ def _exact_scores(cells: Tensor, dims: int) -> Tensor:
     else:  # the coordinates are the Gram matrix's eigenvectors, scaled: the directions are never needed
         values, vectors = torch.linalg.eigh(wide @ wide.T)
         scores = vectors.flip(1)[:, :dims] * values.flip(0)[:dims].clamp(min=0).sqrt()
-    largest = scores.gather(0, scores.abs().argmax(0, keepdim=True))
-    return (scores * torch.where(largest < 0, -1, 1)).float()
+    flipped = -scores.amin(0) > scores.amax(0)
+    return (scores * torch.where(flipped, -1, 1)).float()
 
 
 def _lowrank_scores(cells: Tensor, dims: int, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,9 @@
 """Nearest neighbours in galleries: one interface, two backends with the same answers.
 
-`TorchIndex` is an exact product in chunks on the tensor's own device; `FaissIndex` is FAISS's flat inner product
-index, on the GPU where FAISS was built for it and the gallery lies there. Float32 products of two libraries differ
-in their last bits, so whatever they leave undecided is settled in float64, and equals go to the lowest index.
+`TorchIndex` is an exact product in chunks on the tensor's own device; `FaissIndex` is FAISS's flat inner
+product index, on the GPU where FAISS was built for it and the gallery lies there. Float32 products of two
+libraries differ in their last bits, so whatever they leave undecided is settled in float64, and equals go to
+the lowest index.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def build_index(gallery: Tensor, backend: Backend = "auto") -> TorchIndex | Fais
     """Make an index of (N, C) gallery vectors; ``auto`` takes FAISS from 50,000 vectors on.
 
     Raises:
-        ValueError: the gallery is no matrix, is empty, has values that are not finite, or the backend is unknown.
+        ValueError: the gallery is no matrix, is empty, has values that are not finite, or the backend is
+            unknown.
         ImportError: ``faiss`` was asked for and is not installed.
     """
     if backend == "auto":
@@ -147,5 +149,6 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise ImportError("backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch'") from None
+        message = "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch'"
+        raise ImportError(message) from None
     return faiss

@@ -1,8 +1,8 @@
 """Matching: from places in one image to the same places in another.
 
-`match_points` carries single points, `match_dense` every location of the source, `mutual_matches` gives the pairs
-that are best in both directions. All work on `Descriptors`, in pixels of the original images, whatever resizing and
-padding the backbones needed.
+`match_points` carries single points, `match_dense` every location of the source, `mutual_matches` gives the
+pairs that are best in both directions. All work on `Descriptors`, in pixels of the original images, whatever
+resizing and padding the backbones needed.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.fusion import Descriptors, Rows
+from diffrep.fusion import Descriptors, Rows, lattice
 from diffrep.index import FAISS_FROM, Backend, FaissIndex, search
-from diffrep.similarity import CHUNK_BYTES, Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
+from diffrep.similarity import Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
 
 
 @dataclass(frozen=True, kw_only=True)
 class MatchConfig:
     """How a match is found."""
 
-    # cell: the best cell's centre; pixel: the best pixel, as if features had been upsampled to the image (DIFT);
-    # soft: the expected place in a window around the best cell (GeoAware)
+    # cell: the best cell's centre; pixel: the best pixel, as if features had been upsampled to the image
+    # (DIFT); soft: the expected place in a window around the best cell (GeoAware)
     mode: Literal["cell", "pixel", "soft"] = "cell"
     metric: Metric = "cosine"
-    source: Literal["bilinear", "cell"] = "bilinear"  # a point's descriptor: interpolated, or that of its cell
+    source: Literal["bilinear", "cell"] = "bilinear"  # a point's descriptor: interpolated, or its cell's
     mutual: bool = False  # also say which matches lead back to the cell they came from
     window: int = 7  # soft: cells to each side; 0: all; negative: Gaussian of that sigma
     temperature: float = 0.02  # soft: similarities are divided by it
@@ -41,6 +41,11 @@ class MatchConfig:
                 "mode 'soft' needs metric 'cosine' and a temperature above 0,"
                 f" got {self.metric!r} and {self.temperature}"
             )
+        if self.backend == "faiss" and (self.mode, self.metric) != ("cell", "cosine"):
+            raise ValueError(
+                "backend 'faiss' finds cells by cosine: it needs mode 'cell' and metric 'cosine',"
+                f" got {self.mode!r} and {self.metric!r}"
+            )
         if self.memory_mb < 1:
             raise ValueError(f"memory_mb must be at least 1, got {self.memory_mb}")
 
@@ -52,7 +57,7 @@ class Matches:
     Attributes:
         points: (N, 2) float32, (x, y) in pixels of the target image.
         scores: (N,) float32, cosine (or minus the squared distance) of the best cell or pixel.
-        mutual: (N,) bool: the target's own best match is the cell the point lies in; None where not asked for.
+        mutual: (N,) bool: the target's own best match is the cell the point lies in; None: not asked for.
     """
 
     points: Tensor
@@ -93,23 +98,26 @@ def match_points(
 
     Args:
         points: (N, 2) as (x, y) in pixels of the source image.
-        mask: (H', W') bool or 0/1 over the whole target image, at any resolution: where matches may lie. Padding
-            is left out in any case.
+        mask: (H', W') bool or 0/1 over the whole target image, at any resolution: where matches may lie.
+            Padding is left out in any case.
         source_mask: the same for the source; only `mutual` looks at it.
 
     Raises:
-        ValueError: a point lies outside the source image, a mask is no map or leaves nothing, or the two sides
-            were not fused alike.
+        ValueError: a point lies outside the source image, a mask is no map or leaves nothing, or the two
+            sides were not fused alike.
     """
     config = config or MatchConfig()
     points = check_points(points, source.placement.image_size).to(source.device)
-    queries = source.at(points) if config.source == "bilinear" else source.rows()[source.nearest_cells(points)]
+    if config.source == "bilinear":
+        queries = source.at(points)
+    else:
+        queries = source.rows()[source.nearest_cells(points)]
     allowed = open_cells(target, mask)
     found, scores = _find(queries, target, allowed, mask, config)
     if not config.mutual:
         return Matches(found, scores)
     back = open_cells(source, source_mask)
-    home = nearest(target.rows()[target.nearest_cells(found)], source.rows()[back], config.metric)
+    home = nearest(target.rows()[target.nearest_cells(found)], _take(source, back), config.metric)
     return Matches(found, scores, back[home.indices] == source.nearest_cells(points))
 
 
@@ -128,7 +136,7 @@ def match_dense(
     """
     config = config or MatchConfig()
     cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
-    queries, targets = source.rows()[cells], target.rows()[allowed]
+    queries, targets = _take(source, cells), _take(target, allowed)
     best: Nearest | None = None
     if config.mode == "cell" or config.mutual:
         best = _best_cells(queries, targets, config)
@@ -165,7 +173,7 @@ def mutual_matches(
         (N, 2) source points and their matches, both at the centres of cells.
     """
     cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
-    best = nearest(source.rows()[cells], target.rows()[allowed], metric, mutual=True)
+    best = nearest(_take(source, cells), _take(target, allowed), metric, mutual=True)
     assert best.mutual is not None
     kept = best.mutual.nonzero()[:, 0]
     kept = kept[best.scores[kept].argsort(descending=True, stable=True)]
@@ -185,10 +193,11 @@ def check_points(points: Tensor, image_size: tuple[int, int]) -> Tensor:
         raise ValueError(f"points must be (N, 2) as (x, y), got {tuple(points.shape)}")
     points = points.float()
     height, width = image_size
-    inside = (points >= -0.5) & (points <= points.new_tensor([width - 0.5, height - 0.5]))  # false for NaN too
+    last = points.new_tensor([width - 0.5, height - 0.5])
+    inside = (points >= -0.5) & (points <= last)  # false for NaN too
     if not bool(inside.all()):
         x, y = points[~inside.all(1)][0].tolist()
-        raise ValueError(f"point ({x:g}, {y:g}) lies outside the image of {width} x {height} pixels (width x height)")
+        raise ValueError(f"point ({x:g}, {y:g}) lies outside the image of {width} x {height} pixels")
     return points
 
 
@@ -205,6 +214,12 @@ def open_cells(descriptors: Descriptors, mask: Tensor | None) -> Tensor:
     return allowed.flatten().nonzero()[:, 0]
 
 
+def _take(descriptors: Descriptors, cells: Tensor) -> Rows:
+    """The rows of some cells; all of them are not copied."""
+    rows = descriptors.rows()
+    return rows if len(cells) == len(rows) else rows[cells]
+
+
 def read_mask(mask: Tensor, points: Tensor, image_size: tuple[int, int]) -> Tensor:
     """Read a mask (H', W') over the whole image of (H, W) pixels at image points (..., 2): bool (...)."""
     if mask.ndim != 2 or 0 in mask.shape:
@@ -216,14 +231,20 @@ def read_mask(mask: Tensor, points: Tensor, image_size: tuple[int, int]) -> Tens
 
 def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:
     wanted = "faiss" if config.backend == "auto" and len(targets) >= FAISS_FROM else config.backend
-    if wanted != "faiss" or config.mutual or config.metric != "cosine":
-        return nearest(queries, targets, config.metric, mutual=config.mutual, memory=CHUNK_BYTES)
-    found = search(FaissIndex(F.normalize(targets.joined(), dim=1)), F.normalize(queries.joined(), dim=1))
-    return Nearest(found.indices[:, 0], found.scores[:, 0])
+    if wanted != "faiss" or config.metric != "cosine":
+        return nearest(queries, targets, config.metric, mutual=config.mutual)
+    sources, gallery = (F.normalize(rows.joined(), dim=1) for rows in (queries, targets))
+    found = search(FaissIndex(gallery), sources)
+    indices = found.indices[:, 0]
+    if not config.mutual:
+        return Nearest(indices, found.scores[:, 0])
+    back = search(FaissIndex(sources), gallery).indices[:, 0]
+    order = torch.arange(len(indices), device=indices.device)
+    return Nearest(indices, found.scores[:, 0], back[indices] == order)
 
 
 def _place(descriptors: Descriptors, cells: Tensor) -> Tensor:
-    """(N, 2) image points of cells given by number; those half on padding are drawn in to the image's edge."""
+    """(N, 2) image points of cells given by number; those half on padding are drawn to the image's edge."""
     width = descriptors.size[1]
     return _onto_image(descriptors, torch.stack([cells % width, cells // width], dim=-1))
 
@@ -239,17 +260,16 @@ def _find(
 ) -> tuple[Tensor, Tensor]:
     """(N, 2) target points and (N,) scores of queries, in the mode asked for."""
     if config.mode == "cell":
-        best = nearest(queries, target.rows()[allowed], config.metric)
+        best = nearest(queries, _take(target, allowed), config.metric)
         return _place(target, allowed[best.indices]), best.scores
     memory = config.memory_mb * 2**20
     points, scores = [queries.parts[0].new_empty(0, 2)], [queries.parts[0].new_empty(0)]
     if config.mode == "pixel":
         scorer = PixelScorer(target, config.metric)
-        height, width = scorer.size
+        width = scorer.size[1]
         barred = None
         if mask is not None:
-            rows, columns = torch.meshgrid(*(torch.arange(n, device=target.device) for n in scorer.size), indexing="ij")
-            barred = ~read_mask(mask, torch.stack([columns, rows], dim=-1).float(), scorer.size)
+            barred = ~read_mask(mask, lattice(scorer.size, target.device).float(), scorer.size)
         for _, maps in scorer.chunks(queries, memory):
             if barred is not None:
                 maps.masked_fill_(barred, -torch.inf)
@@ -287,8 +307,8 @@ def masked_distance(
 ) -> Tensor:
     """GeoAware's instance distance with masks: mean distance of the source's foreground to the target's, ().
 
-    Both maps are resized bilinearly to `side` x `side`, the masks (H', W') by nearest neighbour. Masks cover the
-    whole map, padding included.
+    Both maps are resized bilinearly to `side` x `side`, the masks (H', W') by nearest neighbour. Masks cover
+    the whole map, padding included.
 
     Raises:
         ValueError: a mask leaves nothing.

@@ -1,7 +1,7 @@
 """Similarities between descriptors: exact products in float32, in chunks, at cells or at every pixel.
 
-Reduced precision breaks nearest neighbours of smooth maps (a bfloat16 product keeps 29 to 83 % of them), so every
-product here is float32, with TF32 and autocast off whatever the caller's settings are.
+Reduced precision breaks nearest neighbours of smooth maps (a bfloat16 product keeps 29 to 83 % of them), so
+every product here is float32, with TF32 and autocast off whatever the caller's settings are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 from diffrep.fusion import Descriptors, Rows
 
 Metric: TypeAlias = Literal["cosine", "euclidean"]
-CHUNK_BYTES = 2**24  # of the similarities held at once: larger chunks only leave the caches
+# of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
 
 
 @contextmanager
@@ -35,8 +36,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 class Scorer:
     """Scores sources against a fixed set of targets.
 
-    ``cosine``: cosine of the joined descriptors. ``euclidean``: minus the squared distance, which orders as the
-    distance does. Both come from one product per part, without joining the parts.
+    ``cosine``: cosine of the joined descriptors. ``euclidean``: minus the squared distance, which orders as
+    the distance does. Both come from one product per part, without joining the parts.
     """
 
     def __init__(self, targets: Rows, metric: Metric) -> None:
@@ -55,9 +56,13 @@ class Scorer:
         """
         own = [part.shape[1] for part in sources.parts]
         if own != [part.shape[1] for part in self.parts]:
-            raise ValueError(f"source parts have {own} channels, target parts {[p.shape[1] for p in self.parts]}")
+            raise ValueError(
+                f"source parts have {own} channels, target parts {[p.shape[1] for p in self.parts]}"
+            )
         squares = sources.squared_norms()
-        scale = 1 / squares.sqrt().clamp(min=1e-12) if self.metric == "cosine" else torch.full_like(squares, 2.0)
+        scale = (
+            1 / squares.sqrt().clamp(min=1e-12) if self.metric == "cosine" else torch.full_like(squares, 2.0)
+        )
         folded = [
             part.float() * (a * b * scale[:, None])
             for part, a, b in zip(sources.parts, sources.weights, self.weights, strict=True)
@@ -71,8 +76,10 @@ class Scorer:
             total.addmm_(part, targets.T)
         return total
 
-    def chunks(self, sources: Rows, memory: int = CHUNK_BYTES) -> Iterator[tuple[slice, Tensor]]:
+    def chunks(self, sources: Rows, memory: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, scores (n, M)); the scores' memory is used again for the next chunk."""
+        if memory is None:
+            memory = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         step = max(1, min(len(sources), memory // (4 * self.count)))
         buffer = torch.empty(step, self.count, device=self.device)
         lengths = 1 / self.squares.sqrt().clamp(min=1e-12)
@@ -101,7 +108,8 @@ class Nearest:
     Attributes:
         indices: (N,) int64.
         scores: (N,) float32.
-        mutual: (N,) bool: the source is the target's best as well, the first of equals; None where not asked for.
+        mutual: (N,) bool: the source is the target's best as well, the first of equals; None where not asked
+            for.
     """
 
     indices: Tensor
@@ -111,13 +119,18 @@ class Nearest:
 
 @torch.no_grad()
 def nearest(
-    sources: Rows, targets: Rows, metric: Metric = "cosine", *, mutual: bool = False, memory: int = CHUNK_BYTES
+    sources: Rows,
+    targets: Rows,
+    metric: Metric = "cosine",
+    *,
+    mutual: bool = False,
+    memory: int | None = None,
 ) -> Nearest:
     """Best target of every source, in one pass that never holds all similarities.
 
     Args:
         mutual: also say which matches are best in both directions, from a running maximum of the columns.
-        memory: bytes of similarities held at once.
+        memory: bytes of similarities held at once; None: what is fast on the device.
 
     Raises:
         ValueError: there is no target, or the two sides have other parts.
@@ -159,8 +172,8 @@ def soft_argmax(
         window: half-size in cells of the square around the maximum that counts. 0: all cells. Negative: all
             cells, after multiplication with a Gaussian of sigma -window around the maximum.
         temperature: scores are divided by it before the softmax.
-        outside: what becomes of the scores outside the window. ``exclude`` leaves them out; ``zero`` sets them
-            to 0 as the released code does, so that they leak in where the peak is weak.
+        outside: what becomes of the scores outside the window. ``exclude`` leaves them out; ``zero`` sets
+            them to 0 as the released code does, so that they leak in where the peak is weak.
 
     Returns:
         (..., 2) as fractional (column, row).
@@ -184,11 +197,12 @@ def soft_argmax(
 
 
 class PixelScorer:
-    """Scores at every pixel of the target image, as if its descriptors had been upsampled to it. They are not.
+    """Scores at every pixel of the target image, as if its descriptors had been upsampled to it. They are
+    not.
 
     Bilinear interpolation is linear: the product with an interpolated descriptor is the interpolated product,
-    and the squared length of an interpolated descriptor is a quadratic form in products of neighbouring cells.
-    So maps of h x w products are resampled, never h x w x C descriptors.
+    and the squared length of an interpolated descriptor is a quadratic form in products of neighbouring
+    cells. So maps of h x w products are resampled, never h x w x C descriptors.
     """
 
     def __init__(self, target: Descriptors, metric: Metric = "cosine") -> None:

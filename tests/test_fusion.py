@@ -108,7 +108,9 @@ def test_normalising_the_joined_descriptor_gives_unit_length() -> None:
 def test_chunk_weights_scale_consecutive_channels() -> None:
     part = Part(taps=("s4", "s3"), chunk_weights=((3, 2.0), (6, 0.5)), normalise=False)
     (got,) = fuse([maps_of(1, s4=(5, 4, 4), s3=(4, 8, 8))], Fusion(parts=(part,)))
-    (plain,) = fuse([maps_of(1, s4=(5, 4, 4), s3=(4, 8, 8))], Fusion(parts=(replace(part, chunk_weights=()),)))
+    (plain,) = fuse(
+        [maps_of(1, s4=(5, 4, 4), s3=(4, 8, 8))], Fusion(parts=(replace(part, chunk_weights=()),))
+    )
     factors = torch.tensor([2.0] * 3 + [0.5] * 6)
     torch.testing.assert_close(got.vectors(), plain.vectors() * factors)
     with pytest.raises(ValueError, match="chunk_weights cover 8 channels, the taps s4, s3 have 9"):
@@ -183,12 +185,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
         fuse([(maps_of(1, a=(3, 4, 4)), maps_of(2, a=(3, 4, 4)))], Fusion.of("a"))
     with pytest.raises(ValueError, match=r"tap 'a' have different channels: \[3, 4\]"):
         fuse([maps_of(1, a=(3, 4, 4)), maps_of(2, a=(4, 4, 4))], Fusion.of("a"))
-    with pytest.raises(ValueError, match="image 0: features must be batches of one"):
-        two = FeatureMaps(
-            {"a": torch.zeros(2, 3, 4, 4)},
-            (Placement.identity(CANVAS),) * 2,
-            {"a": Grid.covering(CANVAS, (4, 4))},
-        )
+    placements, grids = (Placement.identity(CANVAS),) * 2, {"a": Grid.covering(CANVAS, (4, 4))}
+    two = FeatureMaps({"a": torch.zeros(2, 3, 4, 4)}, placements, grids)
+    with pytest.raises(ValueError, match=r"image 0: features must be batches of one, got \[2\]"):
         fuse([two], Fusion.of("a"))
     with pytest.raises(ValueError, match="at least one image"):
         fuse([], Fusion.of("a"))

@@ -1,4 +1,4 @@
-"""Checker of cases of kind `copca_fusion`: joint PCA of a pair, weights, normalisation, fusion, similarity."""
+"""Checker of cases of kind `copca_fusion`: joint PCA of a pair, weights, fusion, similarity."""
 
 from __future__ import annotations
 
@@ -50,7 +50,12 @@ def check(folder: Path, case: dict[str, Any]) -> None:
     for name, descriptors in zip(("sd1", "sd2"), fuse(pair, plain), strict=True):
         assert_near(_flat(descriptors), expected[name], relative=tolerance.same_draw, what=name)
     exact = [d.rows().joined() for d in fuse(pair, replace(plain, pca="exact"))]
-    assert_near(torch.cdist(*exact), expected["exact_sd_dist"], relative=tolerance.exact_distance, what="exact distances")
+    assert_near(
+        torch.cdist(*exact),
+        expected["exact_sd_dist"],
+        relative=tolerance.exact_distance,
+        what="exact distances",
+    )
 
     # the released code weights chunks of dims[0], dims[1], dims[2] channels, which start at s3
     *layers, first, second = params["weights"]
@@ -71,7 +76,9 @@ def check(folder: Path, case: dict[str, Any]) -> None:
     judged |= {"cosine", "similarity", "nn_1_to_2"}
     assert judged == set(expected), f"the case stores more than is judged: {sorted(set(expected) - judged)}"
 
-    if "low rank" in params["spectrum"]:  # there the exact PCA, our default, has to give the official answers too
+    if (
+        "low rank" in params["spectrum"]
+    ):  # there the exact PCA, our default, has to give the official answers too
         one, two = fuse(pair, replace(fusion, pca="exact"))
         _check_similarities(one, two, params["dist"], expected, tolerance)
 
@@ -87,7 +94,9 @@ def _check_similarities(
         got = -(-similarities(one.rows(), two.rows(), "euclidean")).clamp(min=0).sqrt()
     else:
         got = cosines
-    assert_near(got, expected["similarity"], relative=tolerance.low_rank_distance, what=f"similarity ({dist})")
+    assert_near(
+        got, expected["similarity"], relative=tolerance.low_rank_distance, what=f"similarity ({dist})"
+    )
     if dist == "l1":
         indices = got.argmax(1)
     else:

@@ -73,7 +73,7 @@ def _similarity_maps(pair: dict[str, Descriptors]) -> Tensor:
 
 
 def _keypoint_window(expected: dict[str, Tensor], windows: list[int], side: int, cell: float) -> int:
-    """The case does not name the window of its keypoints: it is the one whose stored flow they were made from."""
+    """The case does not name its keypoints' window: it is the one whose stored flow they were made from."""
 
     def distance(window: int) -> float:
         keypoints = expected[f"flow60_w{window}"].clamp(0, side - 1) * cell + cell / 2
