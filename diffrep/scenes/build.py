@@ -16,7 +16,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from diffrep.scenes.shapes import Array, Ball, Shape, Tube
+from diffrep.scenes.shapes import Array, Ball, Shape, Tube, cross
 
 T = TypeVar("T")
 Vector = Sequence[float]
@@ -151,9 +151,9 @@ class Body:
         up = half / length
         # A reference in the mirror plane: the frames of a left and a right limb are then mirror images.
         reference = np.array([0.0, 0.0, 1.0]) if abs(up[2]) < 0.9 else np.array([0.0, 1.0, 0.0])
-        side = np.cross(up, reference)
+        side = cross(up, reference)
         side /= np.linalg.norm(side)
-        linear = np.stack([side * big * flat, half, np.cross(side, up) * big], axis=1)
+        linear = np.stack([side * big * flat, half, cross(side, up) * big], axis=1)
         shape = Tube(radii[0] / big, radii[1] / big, inner)
         primitive = Primitive(shape, linear, (first + last) / 2, part, paint)
         self.primitives.append(primitive)

@@ -15,9 +15,9 @@ from diffrep.scenes.build import Body, Keypoint, Primitive, turn
 from diffrep.scenes.categories import CATEGORIES, CATEGORY, PART_ID, SEEN, build
 from diffrep.scenes.look import Look, Texture, describe, distractor_paint, draw_look, noise, view_name
 from diffrep.scenes.scene import Scene
-from diffrep.scenes.shapes import MISS, Array, Rays
+from diffrep.scenes.shapes import MISS, Array, Rays, cross
 
-_BAND = 100_000  # samples drawn at once: about what stays in a core's cache
+_BAND = 42_000  # samples drawn at once: about what stays in a core's cache
 _SKY, _FLOOR, _WALL, _FIRST = 0, 1, 2, 3  # surface numbers; primitives follow
 _DEPTH_TOLERANCE = 0.015  # of the depth, between a keypoint and the surface that its pixel shows
 _SHADOW_CELLS = 112
@@ -107,12 +107,12 @@ def _draw_camera(body: Body, rng: np.random.Generator) -> Camera:
     place = rng.uniform(-1, 1, 2)
     towards = np.array([np.sin(yaw) * np.cos(elevation), np.sin(elevation), np.cos(yaw) * np.cos(elevation)])
     forward = -towards
-    right = np.cross(forward, [0, 1, 0])
+    right = cross(forward, np.array([0.0, 1.0, 0.0]))
     right /= np.linalg.norm(right)
-    rotation = turn("z", roll) @ np.stack([right, np.cross(forward, right), forward])
+    rotation = turn("z", roll) @ np.stack([right, cross(forward, right), forward])
     low, high = body.bounds()
     shift = np.array([0, 0, closeness * np.linalg.norm(high - low) / 2]) - rotation @ ((low + high) / 2)
-    for _ in range(4):  # panning changes the outline a little, so the offset is found in steps
+    for _ in range(3):  # panning changes the outline a little, so the offset is found in steps
         boxes = _outlines(body.primitives, rotation, shift)
         low_end, high_end = boxes[:, :2].min(0), boxes[:, 2:].max(0)
         extent = high_end - low_end
@@ -338,32 +338,36 @@ def _shade(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> _
         albedo[:, wall] = look.wall.colour(spin.T @ points)
         normal[:, wall] = (rotation @ spin[:, 2])[:, None]
 
-    colour = _light(stage, ray, normal, albedo, gloss, light)
-    sky = slice(0, ends[_SKY])
-    horizon, overhead = look.sky.astype(np.float32)
+    sky, solid = slice(0, ends[_SKY]), slice(ends[_SKY], None)
+    colour = np.empty_like(ray)
     colour[:, sky] = _sky(stage, rotation.T @ ray[:, sky])
+    colour[:, solid] = _light(stage, ray[:, solid], normal[:, solid], albedo[:, solid], gloss[solid], light[solid])
+    horizon = look.sky[0].astype(np.float32)
     if look.wall is None and look.floor is not None:  # the floor fades into the horizon
         away = np.float32(2.2 * np.linalg.norm(stage.camera.shift))
         fade = 1 - np.exp(-np.maximum(t[ground] / away - np.float32(0.7), 0))
         colour[:, ground] += (horizon[:, None] - colour[:, ground]) * fade
     if look.place == "water":
-        solid = slice(ends[_SKY], None)
         fade = 1 - np.exp(-t[solid] * np.float32(0.45 / np.linalg.norm(stage.camera.shift)))
         colour[:, solid] += (horizon[:, None] - colour[:, solid]) * fade
 
-    def unsorted(values: Array) -> Array:
-        back = np.empty_like(values)
-        back[..., order] = values
-        return back.reshape(*values.shape[:-1], samples, height, width)
+    back = np.empty_like(colour)
+    back[:, order] = colour
+    image = back.reshape(3, samples, height * width).mean(axis=1)
+    first = (samples - 1) * height * width
+    central = np.flatnonzero(order >= first)
+    pixel = order[central] - first
 
     def centre(values: Array) -> Array:
-        return np.moveaxis(unsorted(values)[:, -1], 0, -1)
+        found = np.empty((height * width, *values.shape[:-1]), values.dtype)
+        found[pixel] = values[..., central].T
+        return found.reshape(height, width, *values.shape[:-1])
 
     return _Band(
-        image=np.moveaxis(unsorted(colour).mean(axis=1), 0, -1),
+        image=image.T.reshape(height, width, 3),
         depth=depth[-1],
         normals=centre(normal),
-        part=unsorted(part)[-1],
+        part=centre(part),
         canonical=centre(canonical),
     )
 

@@ -22,6 +22,12 @@ _NEAR = 1e-3  # t below this lies behind the camera
 _TOUCH = 1e-3  # how close to a face, in local units, a point lies on it
 
 
+def cross(a: Array, b: Array) -> Array:
+    """Cross product of two single vectors; np.cross takes ten times as long for one."""
+    (ax, ay, az), (bx, by, bz) = a.tolist(), b.tolist()
+    return np.array([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx])
+
+
 @dataclass(frozen=True, eq=False)
 class Rays:
     """Camera rays (x, y, 1) t as a shape sees them: matrix @ (x, y, 1) t + eye in its local coordinates.
@@ -292,7 +298,7 @@ def prism(
         low_p, low_q = np.array([p[1], -1, p[0]]), np.array([q[1], -1, q[0]])
         high = np.array([p[1] * scale[1], 1, p[0] * scale[0]])
         high_q = np.array([q[1] * scale[1], 1, q[0] * scale[0]])
-        normal = np.cross(low_q - low_p, (high + high_q) / 2 - (low_p + low_q) / 2)
+        normal = cross(low_q - low_p, (high + high_q) / 2 - (low_p + low_q) / 2)
         normal /= np.linalg.norm(normal)
         if normal @ low_p < 0:
             normal = -normal
