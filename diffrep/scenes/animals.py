@@ -49,7 +49,8 @@ def dog(b: Body) -> None:
     b.ball("body", "main", (0, height + girth * 0.08, length * 0.55), (girth * 1.02, girth * 1.12, length * 0.44))
     b.ball("body", "main", (0, height + girth * 0.02, -length * 0.6), (girth * 0.98, girth, length * 0.38))
     b.point("back", body, (0, 1, -0.08))
-    b.point("belly", body, (0, -1, -0.08))
+    for s, side in SIDES:
+        b.point(f"{side} flank", body, (s, 0.15, 0))
     for end, z, rest in (("front", length * 0.66, 0.0), ("hind", -length * 0.7, 0.0)):
         for s, side in SIDES:
             hip = np.array([s * girth * 0.62, height - girth * 0.2, z])
@@ -107,7 +108,8 @@ def giraffe(b: Body) -> None:
     body = b.ball("body", "main", (0, height, 0), (girth, girth * 1.05, length))
     b.ball("body", "main", (0, height + girth * 0.2, length * 0.5), (girth * 0.96, girth * 1.2, length * 0.46))
     b.point("back", body, (0, 1, -0.25))
-    b.point("belly", body, (0, -1, -0.08))
+    for s, side in SIDES:
+        b.point(f"{side} flank", body, (s, 0.15, 0))
     for end, z in (("front", length * 0.62), ("hind", -length * 0.66)):
         for s, side in SIDES:
             hip = np.array([s * girth * 0.62, height - girth * 0.2, z])
@@ -150,7 +152,7 @@ def giraffe(b: Body) -> None:
     end = rump + tail * (turn("y", d.angle(20)) @ np.array([0, np.sin(drop), -np.cos(drop)]))
     b.limb("tail", "main", [rump, end], [girth * 0.16, girth * 0.09], last_ball=False)
     brush = b.ball("tail", "dark", end, (girth * 0.16, girth * 0.34, girth * 0.16))
-    b.point("tail tip", brush, (0, -1, 0))
+    b.point("tail tip", brush, (0, -0.4, -1))
     b.point("tail root", b.primitives[-2], (0, -0.5, -1))
 
 
@@ -163,7 +165,7 @@ def bird(b: Body) -> None:
     length, girth = d.between(0.36, 0.50), d.between(0.17, 0.25)
     legs = d.between(0.16, 0.34)
     height = legs + girth * 1.1
-    pitch = d.angle(10, 6 if flying else 26)  # chest up
+    pitch = d.angle(10, d.form(6 if flying else 26, 16))  # chest up
     lean = turn("x", -pitch)
     centre = np.array([0.0, height, 0.0])
     body = b.ball("body", "main", centre, (girth, girth * 1.02, length), lean)
@@ -171,7 +173,6 @@ def bird(b: Body) -> None:
            (girth * 0.93, girth * 0.94, length * 0.62), lean)
     b.point("breast", b.primitives[-1], (0, -0.25, 1))
     b.point("back", body, (0, 1, -0.1))
-    b.point("belly", body, (0, -1, -0.35))
     yaw = d.angle(30)
     size = girth * d.between(0.62, 0.82)
     head = centre + lean @ np.array([0, girth * 0.75, length * 0.86])
@@ -203,15 +204,19 @@ def bird(b: Body) -> None:
         else:
             fold = lean @ turn("y", s * 0.1) @ turn("x", -0.1) @ turn("z", s * -0.22)
             at = centre + lean @ np.array([s * girth * 0.84, girth * 0.22, -length * 0.16])
-            wing = b.ball(name, "second", at, (girth * 0.26, girth * 0.62, length * 0.78), fold)
+            spread = lean @ turn("z", s * dihedral) @ turn("x", -0.12)
+            reach = np.stack([[0, 0.022, 0], [0, 0, chord], [-s * span / 2, 0, 0]], axis=1)
+            rest = spread @ reach, shoulder + spread @ np.array([s * span / 2, 0, 0])
+            half = (girth * 0.26, girth * 0.62, length * 0.78)
+            wing = b.add(Ball(), name, "second", at, half, fold, rest)
             b.point(f"{side} wing tip", wing, (s * 0.3, 0, -1))
             b.point(f"{side} wing front", wing, (s * 0.7, 0, 0.8))
         foot = centre + lean @ np.array([s * girth * 0.42, -girth * 0.75, -length * 0.1])
-        if flying:
+        swing = d.angle(14)
+        if d.form(flying, False):
             ankle = foot + np.array([0, -legs * 0.35, -legs * 0.55])
             toe = ankle + np.array([0, -0.02, -0.1])
         else:
-            swing = d.angle(14)
             ankle = np.array([foot[0], 0.03, foot[2] + np.sin(swing) * legs])
             toe = ankle + np.array([0, -0.015, 0.15])
         b.limb(f"{side} leg", "bright", [foot, ankle], [girth * 0.13, girth * 0.09])
@@ -235,7 +240,8 @@ def fish(b: Body) -> None:
     centre = np.array([0.0, 0.75, 0.0])
     body = b.ball("body", "main", centre, (wide, tall, length))
     b.point("back", body, (0, 1, -0.35))
-    b.point("belly", body, (0, -1, 0.0))
+    for s, side in SIDES:
+        b.point(f"{side} flank", body, (s, 0, -0.25))
     b.ball("head", "second", centre + [0, 0, length * 0.42], (wide * 0.97, tall * 0.84, length * 0.52))
     radii, at = np.array([wide * 0.97, tall * 0.84, length * 0.52]), centre + [0, 0, length * 0.42]
     mouth = b.ball("head", "bright", centre + [0, -tall * 0.06, length * 0.93], (wide * 0.4, tall * 0.13, 0.05))
@@ -309,7 +315,7 @@ def person(b: Body) -> None:
         b.tube(f"{side} arm", "skin", bow, wrist, thick * 0.78, thick * 0.6)
         b.point(f"{side} elbow", sleeves[0], (0, 1, -1))
         hand = b.ball(f"{side} hand", "skin", wrist + fore * 0.06, (thick * 0.75, thick * 1.15, thick * 0.95))
-        b.point(f"{side} hand", hand, (s * 0.6, -1, 0))
+        b.point(f"{side} hand", hand, (s, -0.5, 0))
         b.point(f"{side} shoulder", b.primitives[-4], (s * 0.7, 1, 0))
     size = d.between(0.125, 0.160)
     head = np.array([0, top + size * 1.18, 0.01])

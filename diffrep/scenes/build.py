@@ -33,6 +33,12 @@ class Primitive:
     centre: Array  # (3,)
     part: str
     paint: str
+    rest: tuple[Array, Array] | None = None  # linear and centre in the rest pose, where that is another one
+
+    @property
+    def resting(self) -> tuple[Array, Array]:
+        """Linear map and centre in the rest pose."""
+        return self.rest or (self.linear, self.centre)
 
     def at(self, local: Vector) -> Array:
         """World point (3,) of a local one."""
@@ -68,6 +74,10 @@ class Draw:
     def angle(self, spread: float, rest: float = 0.0) -> float:
         """A joint angle in radians, `rest` +- `spread` given in degrees."""
         return np.radians(self.between(rest - spread, rest + spread))
+
+    def form(self, value: float, mean: float) -> float:
+        """A value that a discrete choice fixed; `mean` in a template, which knows no such choice."""
+        return mean if self._rng is None else value
 
     def choice(self, options: Sequence[T]) -> T:
         """One of the options; a template repeats the object's choice, or takes the first."""
@@ -113,13 +123,20 @@ class Body:
     places: tuple[str, ...] = ("ground",)  # where it may be: "ground", "sky", "water" (under it), "sea" (on it)
 
     def add(
-        self, shape: Shape, part: str, paint: str, centre: Vector, half: Vector, rotation: Array | None = None
+        self,
+        shape: Shape,
+        part: str,
+        paint: str,
+        centre: Vector,
+        half: Vector,
+        rotation: Array | None = None,
+        rest: tuple[Array, Array] | None = None,
     ) -> Primitive:
         """Place a shape: local axes scaled by `half`, then turned, then moved to `centre`."""
         linear = np.diag(np.asarray(half, dtype=float))
         if rotation is not None:
             linear = rotation @ linear
-        primitive = Primitive(shape, linear, np.asarray(centre, dtype=float), part, paint)
+        primitive = Primitive(shape, linear, np.asarray(centre, dtype=float), part, paint, rest)
         self.primitives.append(primitive)
         return primitive
 

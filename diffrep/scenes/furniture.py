@@ -27,6 +27,7 @@ def chair(b: Body) -> None:
             post = b.tube(f"{side} {end} leg", "wood", foot, top, leg * 0.85, leg)
             b.point(f"{side} {end} foot", post, (0, -0.96, np.sign(z)))
         b.point(f"{side} front seat corner", seat, (s, 1, 1))
+        b.point(f"{side} edge of the seat", seat, (s, 0, 0))
     if d.chance(0.6):
         for s, side in SIDES:
             b.tube("stretcher", "wood", (s * half * 0.88, height * 0.4, -depth * 0.86), (s * half * 0.88, height * 0.4, depth * 0.86), leg * 0.6)
@@ -126,6 +127,7 @@ def mug(b: Body) -> None:
         local = into @ np.array([x, 0, z])
         b.point(f"{name} of the rim", wall, (local[0], 1, local[2]))
         b.point(f"{name} of the foot", wall, (local[0], -1, local[2]))
+        b.point(f"{name} of the wall", wall, (local[0], 0.62, local[2]))
     size, middle = tall * d.between(0.52, 0.66), tall * d.between(0.95, 1.08)
     attach = -radius * (taper + 1) / 2
     if kind == "round handle":
@@ -135,12 +137,11 @@ def mug(b: Body) -> None:
         handle = b.add(ring, "handle", "second", (0, middle, attach + 0.02), (size * reach, 0.06, size), frame)
         b.point("handle top", handle, (0, 0, 1))
         b.point("handle rear", handle, (-1, 0, 0))
-        b.point("handle bottom", handle, (0, 0, -1))
     else:
         back = attach - size * 0.85
-        for y, name in ((middle + size * 0.8, "top"), (middle - size * 0.8, "bottom")):
+        for y in (middle - size * 0.8, middle + size * 0.8):
             bar = b.add(block(), "handle", "second", (0, y, (attach + back) / 2 + 0.04), (0.055, 0.05, -(back - attach) / 2 + 0.06))
-            b.point(f"handle {name}", bar, (0, 1 if name == "top" else -1, -0.5))
+        b.point("handle top", bar, (0, 1, -0.5))
         bar = b.add(block(), "handle", "second", (0, middle, back + 0.03), (0.055, size * 0.8 + 0.05, 0.05))
         b.point("handle rear", bar, (0, 0, -1))
 
@@ -179,4 +180,3 @@ def teapot(b: Body) -> None:
     handle = b.add(ring, "handle", "second", (0, middle + tall * 0.1, attach), (size * 0.9, 0.055, size), frame)
     b.point("handle top", handle, (0, 0, 1))
     b.point("handle rear", handle, (-1, 0, 0))
-    b.point("handle bottom", handle, (0, 0, -1))

@@ -183,7 +183,7 @@ def _cast_shadow(primitives: list[Primitive], sun: Array, floor: float, reach: f
         radius = np.linalg.norm(p.linear, axis=1)
         for layer, (light, edge, share) in enumerate(((sun, 1.25, 1.0), (np.array([0, 1.0, 0]), 2.6, 0.8))):
             drop = (p.centre[1] - floor) / light[1]
-            if drop < 0:
+            if drop < 0 or (layer and radius.max() < 0.02 * reach):
                 continue
             at = p.centre - light * drop
             along = np.abs(light[[0, 2]]) / light[1] * radius[1]
@@ -316,8 +316,8 @@ def _shade(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> _
         facing *= np.where((facing * ray[:, here]).sum(0) > 0, np.float32(-1), np.float32(1))  # insides of shells
         normal[:, here] = facing
         gloss[here] = s.gloss
-        place = s.primitive if s.template is None else s.template
-        at = place.linear.astype(np.float32) @ points + place.centre.astype(np.float32)[:, None]
+        linear, middle = (s.template or s.primitive).resting
+        at = linear.astype(np.float32) @ points + middle.astype(np.float32)[:, None]
         albedo[:, here] = s.texture.colour(at)
         if s.template is not None:
             part[here] = s.part

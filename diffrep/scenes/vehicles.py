@@ -36,11 +36,13 @@ def car(b: Body) -> None:
     lower = prism([(-0.98, -1.0), (0.97, -1.0), (1.0, -0.1), (0.93, 0.62), (0.4, 1.0), (-0.9, 1.0), (-1.0, 0.5)],
                   axis="x", taper=(0.9, 1.0))
     b.add(lower, "body", "main", (0, (deck + low) / 2, 0), (half, (deck - low) / 2, long))
-    b.add(block(), "bumper", "dark", (0, low + 0.03, long * 0.98), (half * 0.94, 0.045, 0.045))
-    b.add(block(), "bumper", "dark", (0, low + 0.03, -long * 0.98), (half * 0.94, 0.045, 0.045))
+    for end, s in (("front", 1), ("rear", -1)):
+        bumper = b.add(block(), "bumper", "dark", (0, low + 0.03, s * long * 0.98), (half * 0.94, 0.045, 0.045))
+        b.point(f"{end} bumper", bumper, (0, 0, s))
     tall = d.between(0.23, 0.30)
     front = d.between(0.36, 0.46)
     back, rake = {"sedan": (-0.62, 0.24), "hatchback": (-0.86, 0.26), "wagon": (-0.94, 0.10), "pickup": (-0.16, 0.06)}[form]
+    back, rake = d.form(back, -0.66), d.form(rake, 0.17)
     slope = d.between(0.26, 0.36)
     profile = [(front, -1.0), (front - slope, 1.0), (back + rake, 1.0), (back, -1.0)]
     b.add(prism(profile, axis="x", taper=(0.80, 1.0)), "windows", "glass", (0, deck + tall / 2, 0),
@@ -132,11 +134,11 @@ def plane(b: Body) -> None:
     b.tube("body", "main", (0, y + girth * 0.45, -long), (0, y, -long * 0.45), girth * 0.3, girth)
     b.ball("windows", "glass", (0, y + girth * 0.5, long * 0.66), (girth * 0.72, girth * 0.55, long * 0.12))
     b.point("nose", nose, (0, 0, 1))
-    b.point("belly", b.primitives[0], (0, -0.1, -1))
+    b.point("tail end", b.primitives[2], (0, -1, 0))
     b.point("cockpit", b.primitives[-1], (0, 0.8, 0.5))
     span, chord, sweep = d.between(0.78, 1.02), d.between(0.17, 0.25), d.between(0.02, 0.34)
     dihedral = d.angle(4, 5)
-    mount = y + d.choice((-0.55, 0.6)) * girth
+    mount = y + d.form(d.choice((-0.55, 0.6)), 0) * girth
     tip, ratio = -sweep / chord, d.between(0.40, 0.70)
     tail_span, tail_chord = span * d.between(0.32, 0.42), chord * 0.6
     for s, side in SIDES:
@@ -193,7 +195,8 @@ def boat(b: Body) -> None:
         b.point(f"{side} widest point", rim, (s * 1.0, 1, -0.2))
     b.add(prism(polygon, axis="y"), "deck", "wood", (0, high + 0.022, -0.02), (half * 0.9, 0.016, long * 0.9))
     tall, size = d.between(0.15, 0.24), d.between(0.20, 0.30)
-    z = d.between(-0.36, -0.10) * long if kind == "sailing boat" else d.between(-0.22, 0.08) * long
+    sails = kind == "sailing boat"
+    z = (d.between(-0.13, 0.13) + d.form(-0.23 if sails else -0.07, -0.15)) * long
     profile = [(1.0, -1.0), (0.6, 1.0), (-0.92, 1.0), (-1.0, -1.0)]
     b.add(prism(profile, axis="x", taper=(0.86, 1.0)), "cabin", "light", (0, high + 0.03 + tall / 2, z), (half * 0.6, tall / 2, size))
     cabin = b.primitives[-1]
@@ -205,10 +208,10 @@ def boat(b: Body) -> None:
     b.tube("rudder", "dark", (0, low, -long * 1.02), (0, high + 0.05, -long * 1.02), 0.03)
     b.point("rudder", b.primitives[-1], (0, 1, -1))
     foot = z + size + 0.09
-    mast = d.between(0.95, 1.25) if kind == "sailing boat" else d.between(0.40, 0.55)
+    mast = d.form(1.1 if sails else 0.48, 0.8) * d.between(0.86, 1.14)
     pole = b.tube("mast", "wood", (0, high, foot), (0, high + mast, foot), 0.026, 0.017)
     b.point("mast top", pole, (0, 1, 0))
-    if kind == "sailing boat":
+    if sails:
         boom = d.between(0.45, 0.62)
         swing = turn("y", d.angle(18))
         sail = prism([(0.0, -1.0), (0.0, 1.0), (-1.0, -1.0)], axis="x")
@@ -278,4 +281,5 @@ def motorbike(b: Body) -> None:
         pipe = b.tube(f"{label} exhaust", "metal", (s * 0.12, wheel * 0.62, base * 0.05), (s * 0.15, wheel * 0.80, -base * 1.02), 0.034, 0.046)
         b.point(f"{label} exhaust end", pipe, (0, 1, 0))
         b.tube(f"{label} mirror", "dark", grip, grip + [s * 0.03, 0.15, 0], 0.010)
-        b.ball(f"{label} mirror", "dark", grip + [s * 0.04, 0.17, 0], (0.055, 0.035, 0.015))
+        glass = b.ball(f"{label} mirror", "dark", grip + [s * 0.04, 0.17, 0], (0.055, 0.035, 0.015))
+        b.point(f"{label} mirror", glass, (s, 0, 0))
