@@ -101,7 +101,7 @@ class Texture:
             return 0.6 * noise(q[0], q[1]) + 0.4 * noise(q[0] * 0.31 + 5, q[1] * 0.31)
         if self.kind == "waves":
             return 0.65 * noise(q[0], q[1] * 0.45) + 0.35 * noise(q[0] * 2.7, q[1] * 1.3)
-        warp = noise(q[0] * 0.35 + 0.6 * q[2], q[1] * 0.35 - 0.4 * q[2])  # marbled
+        warp = smooth_noise(q[0] * 0.35 + 0.6 * q[2], q[1] * 0.35 - 0.4 * q[2])  # marbled
         return _step(np.sin(q[0] * 0.6 + 9 * warp), 0.55)
 
 
@@ -119,10 +119,26 @@ _NOISE = _noise_table()
 
 
 def noise(u: Array, v: Array) -> Array:
-    """Smooth noise in [0, 1] with features of about one unit of (u, v)."""
+    """Smooth noise in [0, 1] with features of about one unit of (u, v); not interpolated, so for fine grain."""
     i = np.rint(v * np.float32(12)).astype(np.int32) & 255
     j = np.rint(u * np.float32(12)).astype(np.int32) & 255
     return _NOISE.ravel()[(i << 8) | j]
+
+
+def smooth_noise(u: Array, v: Array) -> Array:
+    """`noise`, interpolated, for features of many pixels."""
+    u, v = u * np.float32(12), v * np.float32(12)
+    x, y = np.floor(u), np.floor(v)
+    a, b = u - x, v - y
+    j0, i0 = x.astype(np.int32) & 255, y.astype(np.int32) & 255
+    j1, i1 = (j0 + 1) & 255, (i0 + 1) & 255
+    i0 <<= 8
+    i1 <<= 8
+    flat = _NOISE.ravel()
+    top, bottom = flat[i0 | j0], flat[i1 | j0]
+    top = top + (flat[i0 | j1] - top) * a
+    bottom = bottom + (flat[i1 | j1] - bottom) * a
+    return top + (bottom - top) * b
 
 
 def _step(value: Array, width: float) -> Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from diffrep.scenes.build import Body, Keypoint, Primitive, turn
 from diffrep.scenes.categories import CATEGORIES, CATEGORY, PART_ID, SEEN, build
-from diffrep.scenes.look import Look, Texture, describe, distractor_paint, draw_look, noise, view_name
+from diffrep.scenes.look import Look, Texture, describe, distractor_paint, draw_look, smooth_noise, view_name
 from diffrep.scenes.scene import Scene
 from diffrep.scenes.shapes import MISS, Array, Rays, cross
 
@@ -405,9 +405,9 @@ def _sky(stage: _Stage, directions: Array) -> Array:
     if stage.look.clouds:
         spin = turn("y", stage.camera.yaw).astype(np.float32)
         across = (spin.T @ directions)[0]
-        offset = np.float32(stage.look.clouds * 40)
-        wave = noise(across * 1.3 + offset, rise * 3.2 + offset) + 0.5 * noise(across * 3.7 - offset, rise * 8.3)
-        cloud = np.clip((wave - np.float32(1.05 - 0.5 * stage.look.clouds)) * np.float32(2.2), 0, np.float32(0.85))
+        u, v = across * 2.6 + rise * 1.1 + stage.look.clouds * 40, rise * 6.5 - across * 0.9
+        wave = smooth_noise(u, v) + 0.5 * smooth_noise(u * 2.7 - v * 0.8, v * 2.7 + u * 0.8)
+        cloud = np.clip((wave - np.float32(1.02 - 0.42 * stage.look.clouds)) * np.float32(1.9), 0, np.float32(0.85))
         colour += (np.float32(0.97) - colour) * cloud
     return colour
 
