@@ -7,6 +7,7 @@ all of it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,6 +127,25 @@ class Protocol:
     def count(self, pair: AnnotatedPair, predicted: Tensor) -> PairCount:
         """The pair's counts."""
         return PairCount.of(pair.name, pair.category, self.hits(pair, predicted))
+
+    def count_shared(
+        self, pair: AnnotatedPair, predicted: Tensor, groups: Sequence[frozenset[int]]
+    ) -> PairCount:
+        """The pair's counts over the keypoints that `shares_part` picks."""
+        return PairCount.of(
+            pair.name, pair.category, self.hits(pair, predicted)[:, shares_part(pair, groups)]
+        )
+
+
+def shares_part(pair: AnnotatedPair, groups: Sequence[frozenset[int]]) -> Tensor:
+    """Which of a pair's keypoints are one of several alike: (N,) bool (GeoAware-SC's geometry-aware subset).
+
+    A keypoint counts where the target shows at least two of its group, so that the right one has to be told
+    from another by where it is on the object. Needs all keypoints of the target (``keypoints="image"``).
+    """
+    shown = pair.target.keypoints.keys()
+    alike = [any(i in group and len(group & shown) >= 2 for group in groups) for i in pair.ids]
+    return torch.tensor(alike, dtype=torch.bool)
 
 
 def square_placement(size: tuple[int, int], side: int) -> tuple[float, tuple[int, int]]:

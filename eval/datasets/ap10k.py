@@ -9,7 +9,7 @@ height, width, height), ``PairAnnotation/<set>/<a>-<b>:<name>.json`` with src_js
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ def read_ap10k(
     wanted = tuple(categories or found)
     if unknown := sorted(set(wanted) - set(found)):
         raise ValueError(f"AP-10K {split} has no category {', '.join(unknown)}; it has {', '.join(found)}")
-    image_notes = lru_cache(maxsize=None)(read_json)  # an image is in many pairs
+    image_notes = cache(read_json)  # an image is in many pairs
 
     def read(file: Path) -> AnnotatedPair:
         pair = read_json(file)
@@ -61,11 +61,7 @@ def read_ap10k(
         ids = tuple(i for i in source.keypoints if i in target.keypoints)
         return AnnotatedPair(file.stem, _category(file), source, target, ids)
 
-    entries = [
-        (file.name, lambda file=file: read(file))  # type: ignore[misc]  # mypy cannot type a bound default
-        for file in files
-        if _category(file) in wanted
-    ]
+    entries = [(file.name, partial(read, file)) for file in files if _category(file) in wanted]
     return collect(f"AP-10K {split}", root, wanted, entries)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +65,7 @@ def read_pf_pascal(
         return PASCAL_CATEGORIES[int(row[2]) - 1] if known else None
 
     entries = [
-        (name, lambda name=name, row=row: read(name, row))  # type: ignore[misc]  # mypy cannot type bound defaults
+        (name, partial(read, name, row))
         for name, row in rows
         if category_of(row)
         in (*wanted, None)  # a row without a readable class is a problem, not another class
@@ -97,7 +98,7 @@ def read_pf_willow(root: str | Path, *, categories: Sequence[str] | None = None)
         return _pair(root, name, category_of(row), row[0], row[1], *map(_numbers, numbers))
 
     entries = [
-        (name, lambda name=name, row=row: read(name, row))  # type: ignore[misc]  # mypy cannot type bound defaults
+        (name, partial(read, name, row))
         for name, row in _rows(root / "test_pairs_pf.csv", ("source_image", "target_image"))
         if category_of(row) in wanted
     ]

@@ -7,7 +7,7 @@ Layout: ``{JPEGImages,ImageAnnotation}/<category>/<image>.{jpg,json}`` and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ def read_spair(
     files = sorted((root / "PairAnnotation" / split).glob("*.json"))
     if not files:
         raise DatasetError(f"{root / 'PairAnnotation' / split}: no pair annotation (*.json) in it")
-    image_notes = lru_cache(maxsize=None)(read_json)  # an image is in many pairs
+    image_notes = cache(read_json)  # an image is in many pairs
 
     def read(file: Path) -> AnnotatedPair:
         pair = read_json(file)
@@ -73,11 +73,7 @@ def read_spair(
             source, target = (_image_from_pair(category, pair, side, ids) for side in ("src", "trg"))
         return AnnotatedPair(file.stem, category, source, target, ids)
 
-    entries = [
-        (file.name, lambda file=file: read(file))  # type: ignore[misc]  # mypy cannot type a bound default
-        for file in files
-        if file.stem.rpartition(":")[2] in wanted
-    ]
+    entries = [(file.name, partial(read, file)) for file in files if file.stem.rpartition(":")[2] in wanted]
     return collect(f"SPair-71k {split}", root, wanted, entries)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from diffrep.backbones import Grid
 from diffrep.eval.datasets.pairs import AnnotatedPair
 from diffrep.eval.datasets.pf import read_pf_pascal
 from diffrep.eval.datasets.spair import read_spair
+from diffrep.eval.datasets.spair_keypoints import released_mirror_ids, released_part_groups
 from diffrep.eval.datasets.tss import SUBSETS, read_tss
 from diffrep.eval.flow import count_flow, mean_error, mean_pck, nearest_flow
 from diffrep.eval.pck import PairCount, Pck
-from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
+from diffrep.eval.pose import predict_posed
+from diffrep.eval.protocols import PROTOCOLS, SQUARE, CellSearch, Protocol
 from diffrep.features import FeatureMaps
 from diffrep.fusion import Descriptors, Fusion, Part, fuse, joint_pca
 from diffrep.images import Placement
@@ -283,3 +286,75 @@ def check_flow_sddino_tss(folder: Path, case: dict[str, Any]) -> None:
             official_way = float((torch.cat(pooled) <= alpha * base).double().mean())
             got = official_way if key.endswith("_per_dataset") else mean_pck(counts, alpha)
             assert got == pytest.approx(value, abs=tolerance["pck"]), key
+
+
+def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    network = aggregation_network(folder / "model")
+    pixels = float(case["tolerance"]["pred"].removeprefix("soft ").partition(" ")[0])
+    for name in (key for key in expected if key.startswith("aggregated.")):
+        whole = network(_geoaware_maps(given, name.removeprefix("aggregated.")))
+        assert_within(whole[..., ::6, ::6], expected[name], atol=1e-4, what=name)
+    for result in case["results"]:
+        config, category = case["configs"][result["cfg"]], result["category"]
+        name = f"cfg{result['cfg']}.{category}"
+        base = PROTOCOLS["spair-geoaware"]
+        assert base.search is not None
+        search = replace(base.search, window=config["window"] if config["soft"] else None)
+        protocol = replace(base, search=search)
+        pairs = read_spair(_dataset(folder, case), categories=[category], keypoints="image").pairs
+        used = sorted({i for p in pairs for image in (p.source, p.target) for i in image.keypoints})
+        assert used == result["used_points"]
+        partners, groups = released_mirror_ids(category, used), released_part_groups(category, used)
+        counts, shared, elsewhere = [], [], 0
+        for number, (pair, paths) in enumerate(zip(pairs, result["pairs"], strict=True)):
+            assert [Path(image.path).name for image in (pair.source, pair.target)] == paths
+            assert protocol.scale(pair) == pytest.approx(result["thresholds"][number])
+            source, target = _key(pair.source.path), _key(pair.target.path)
+            described = {
+                key: _geoaware_descriptors(given, key, None if config["identity"] else network)
+                for key in (source, target, *([f"{source}_flip"] if config["adapt_flip"] else []))
+            }
+            if config["adapt_flip"]:
+                masks = (
+                    None if config["mutual_nn"] else tuple(given[f"{k}.mask"] > 127 for k in (source, target))
+                )
+                views = (described[key] for key in (source, f"{source}_flip", target))
+                found = predict_posed(pair, protocol, *views, partners, masks=masks)
+            else:
+                queries = protocol.to_frame(pair.source.points(pair.ids), pair.source)
+                found = search(described[source], described[target], queries, SQUARE)
+            official = expected[f"{name}.pair{number}.pred_xy30"][list(pair.ids)]
+            elsewhere += int(((found - official).abs() > (pixels if config["soft"] else 0)).any(-1).sum())
+            counts.append(protocol.count(pair, found))
+            shared.append(protocol.count_shared(pair, found, groups))
+        assert elsewhere <= 1, f"{name}: {elsewhere} points differ"
+        pck, parts = Pck(protocol.alphas, tuple(counts)), Pck(protocol.alphas, tuple(shared))
+        slack = 1 / pck.points + 1e-6
+        for aggregate, key in (("per point", "per_point"), ("per image", "per_image")):
+            if result[key] is not None:
+                official = [result[key][f"{alpha:.2f}"] for alpha in protocol.alphas]
+                assert pck.value(aggregate) == pytest.approx(official, abs=slack), f"{name} {aggregate}"
+        assert result["per_point"]["n_points"] == pck.points
+        geo = result["geo"]
+        assert parts.points == geo["n"], f"{name}: keypoints that share a part"
+        assert parts.points / pck.points == pytest.approx(geo["point_ratio"])
+        assert len(parts.counted) / len(pck.counted) == pytest.approx(geo["image_ratio"])
+        official = [geo[f"pck_{alpha:.2f}".replace("0.", "0")] for alpha in protocol.alphas]
+        assert parts.value() == pytest.approx(official, abs=1 / parts.points + 1e-6), f"{name} shared parts"
+
+
+def _geoaware_maps(given: Mapping[str, Tensor], key: str) -> list[Tensor]:
+    """s3, s4, s5 and DINO, each (1, C, 60, 60): GeoAware brings every map to the finest grid at once."""
+    maps = [given[f"{key}.{part}"][None] for part in ("s3", "s4", "s5", "dino")]
+    size = maps[0].shape[-2:]
+    return [F.interpolate(m, size=size, mode="bilinear") if m.shape[-2:] != size else m for m in maps]
+
+
+def _geoaware_descriptors(given: Mapping[str, Tensor], key: str, network: Any) -> Descriptors:
+    *sd, dino = _geoaware_maps(given, key)
+    if network is None:
+        joined = torch.cat([F.normalize(torch.cat(sd, dim=1)), F.normalize(dino)], dim=1)
+    else:
+        joined = network([*sd, dino])
+    return Descriptors.from_vectors(F.normalize(joined)[0].movedim(0, -1), (SQUARE, SQUARE))
