@@ -147,6 +147,14 @@ def truncate_distances(
     return np.maximum(result, result.T)
 
 
+def finite_distances(distances: Array) -> Array:
+    """Infinite distances, between components that were left apart, become twice the largest finite one."""
+    infinite = ~np.isfinite(distances)
+    if infinite.any():
+        distances[infinite] = 2 * distances[~infinite].max(initial=0.5)
+    return distances
+
+
 def mds_weights(
     kind: Literal["heat", "inverse", "gaussian"], distances: Array, heat: Array, argument: float = 1.0
 ) -> NDArray[np.float64]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import numbers
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,9 +19,8 @@ from tqdm import tqdm
 from diffrep.manifold import mds as scaling
 from diffrep.manifold.baselines import neighbor_lengths
 from diffrep.manifold.bridges import connect_components
-from diffrep.manifold.distances import Volume, mds_weights
+from diffrep.manifold.distances import Volume, finite_distances, mds_weights
 from diffrep.manifold.geodesics import (
-    HEAT_METHODS,
     GeodesicSettings,
     HeatGraph,
     HeatMethod,
@@ -39,79 +36,43 @@ from diffrep.manifold.graphs import (
     out_of_sample_transitions,
 )
 from diffrep.manifold.heat import knee
+from diffrep.manifold.inputs import FeatureSpace
 from diffrep.manifold.landmarks import choose_landmarks
-from diffrep.manifold.neighbors import BACKENDS, Backend, NeighborSearch
+from diffrep.manifold.neighbors import Backend, NeighborSearch
+from diffrep.manifold.settings import PRESETS, check_settings
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 EXACT_POINTS = 1500  # with n_landmarks="auto": up to here all pairs are computed
 
-# what reproduces other methods; the rest of the settings as by default
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "heat-geodesic": {},
-        "reference": {  # the defaults of the official code
-            "n_neighbors": 5,
-            "t": 10.0,
-            "heat_method": "chebyshev",
-            "order": 32,
-            "floor": 1e-16,
-            "volume": None,
-            "far_field": "floor",
-            "on_disconnected": "keep",
-            "n_landmarks": None,
-            "init": "squared",
-        },
-        "phate": {"n_neighbors": 5, "t": "auto", "scale_power": 2.0, "volume": None, "triplet_weight": 1.0},
-        "sne": {"scale_power": 2.0, "volume": None, "mds_weights": "heat"},
-        "diffusion-map": {"dissimilarity": "diffusion", "mds": "classical"},
-        "shortest-path": {"dissimilarity": "shortest-path"},
-    }
-)
-
-_CHOICES: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "metric": ("euclidean", "cosine", "precomputed", "affinity"),
-        "knn_backend": BACKENDS,
-        "laplacian": ("normalized", "combinatorial"),
-        "heat_method": HEAT_METHODS,
-        "dissimilarity": ("heat", "diffusion", "shortest-path"),
-        "volume": ("geometric", "arithmetic", None),
-        "mds": ("sgd", "smacof", "classical"),
-        "mds_weights": ("heat", "inverse", "gaussian", None),
-        "far_field": ("stitch", "floor"),
-        "on_disconnected": ("warn", "connect", "raise", "keep"),
-        "dtype": ("auto", "float32", "float64"),
-    }
-)
-
 
 class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Embedding that keeps geodesic distances, measured by how heat spreads over a neighbourhood graph.
 
     Heat started at x has reached y after time t in the amount h_t(x, y), and -4t log h_t tends to the squared
-    geodesic distance (Varadhan). Distances are taken from there and embedded by metric multidimensional scaling
-    (Huguet et al., "A Heat Diffusion Perspective on Geodesic Preserving Dimensionality Reduction", NeurIPS 2023).
+    geodesic distance (Varadhan). Distances are taken from there and embedded by metric multidimensional
+    scaling (Huguet et al., "A Heat Diffusion Perspective on Geodesic Preserving Dimensionality Reduction",
+    NeurIPS 2023).
 
-    Up to 1,500 points all pairs are computed. Above, heat is computed from some hundred landmarks only, these are
-    embedded, and every point is placed by its distances to them: time and memory grow linearly. `path_` says
-    which way was taken, and `n_landmarks` chooses it.
+    Up to 1,500 points all pairs are computed. Above, heat is computed from some hundred landmarks only, these
+    are embedded, and every point is placed by its distances to them: time and memory grow linearly. `path_`
+    says which way was taken, and `n_landmarks` chooses it.
 
     Parameters
     ----------
     n_components : dimensions of the embedding.
-    n_neighbors : neighbours that set the bandwidth of each point; cut with a warning where there are not as many.
+    n_neighbors : neighbours that set the bandwidth of each point; cut, with a warning, to what there is.
     decay : exponent of the kernel exp(-(distance / bandwidth)^decay).
     thresh : affinities below are dropped.
     anisotropy : 0 to 1, how much of the sampling density is divided out of the affinities.
     n_pca : principal components to which the data are reduced first; None: no reduction.
-    metric : "euclidean"; "cosine" (Euclidean between rows of unit length); "precomputed" distances (n, n), dense
-        or sparse; "affinity", a precomputed symmetric graph (n, n), dense or sparse.
+    metric : "euclidean"; "cosine" (Euclidean between rows of unit length); "precomputed" distances (n, n),
+        dense or sparse; "affinity", a precomputed symmetric graph (n, n), dense or sparse.
     knn_backend : "auto", "faiss" or "sklearn", see `NeighborSearch`.
     laplacian : "normalized" or "combinatorial"; heat of the latter spreads faster by about the mean degree.
-    t : diffusion time; "auto" takes the knee of the entropy of the heat; several times are averaged, short ones
-        counting more.
+    t : diffusion time; "auto" takes the knee of the entropy of the heat between 1 and 300, often about 40;
+        several times are averaged, short ones counting more.
     heat_method : "auto" squares a short-time kernel for all pairs and uses "chebyshev" for landmarks; also
         "squaring", "euler", "crank-nicolson", "exact" (eigenvectors).
     order : degree of the Chebyshev polynomial or number of implicit steps; "auto": as needed.
@@ -124,12 +85,12 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     mds : "sgd" (stochastic gradient, then majorisation), "smacof" (majorisation) or "classical".
     mds_weights : weights of pairs in the stress: None, "heat", "inverse" or "gaussian".
     mds_weights_argument : exponent of "inverse", width of "gaussian".
-    n_landmarks : "auto" (all pairs up to 1,500 points, then 2 sqrt(n) between 256 and 512), a number, or None:
+    n_landmarks : "auto" (all pairs up to 1,500 points, then sqrt(n), between 256 and 512), a number, or None:
         all pairs, whatever the size.
-    far_field : "stitch" gives pairs that heat did not reach the shortest path through others; "floor" leaves them
-        at the largest distance that `floor` allows.
-    on_disconnected : "warn" connects the components of the graph by shortest edges and says so, "connect" does it
-        silently, "raise" refuses, "keep" leaves them apart, at a common large distance.
+    far_field : "stitch" gives pairs that heat did not reach the shortest path through others; "floor"
+        leaves them at the largest distance that `floor` allows.
+    on_disconnected : "warn" connects the components of the graph by shortest edges and says so, "connect"
+        does it silently, "raise" refuses, "keep" leaves them apart, at a common large distance.
     init : start of the scaling: "classical", "squared" (the official code's), or an array (n, n_components);
         landmarks take their rows of it.
     random_state : seed of landmarks and of stochastic scaling.
@@ -169,7 +130,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         metric: Literal["euclidean", "cosine", "precomputed", "affinity"] = "euclidean",
         knn_backend: Backend = "auto",
         laplacian: LaplacianKind = "normalized",
-        t: float | Sequence[float] | Literal["auto"] = 50.0,
+        t: float | Sequence[float] | Literal["auto"] = "auto",
         heat_method: HeatMethod = "auto",
         order: int | Literal["auto"] = "auto",
         floor: float = 1e-300,
@@ -241,11 +202,11 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def fit(self, X: Any, y: Any = None) -> HeatGeodesicEmbedding:
         """Embed the rows of X, array or sparse matrix of shape (n_samples, n_features)."""
-        self._check_settings()
+        check_settings(self.get_params(deep=False))
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
         random = check_random_state(self.random_state)
         rng = np.random.default_rng(random.randint(2**31 - 1))
-        self._search = None
+        self._space: FeatureSpace | None = None
         if self.metric in ("precomputed", "affinity"):
             self._original = np.arange(X.shape[0])
             self._copy_of = np.arange(X.shape[0])
@@ -312,62 +273,19 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         result[known] = self.distances_[nearest[known, 0]]
         return result
 
-    def _check_settings(self) -> None:
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        for name, least in {"n_components": 1, "n_neighbors": 1}.items():
-            value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name in ("decay", "thresh", "floor"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
-        if not 0 <= self.triplet_weight <= 1:
-            raise ValueError(f"triplet_weight must lie in [0, 1], got {self.triplet_weight!r}")
-        if not (isinstance(self.t, str) and self.t == "auto") and not np.all(
-            np.asarray(self.t, dtype=float) > 0
-        ):
-            raise ValueError(f"t must be 'auto' or positive, got {self.t!r}")
-        if isinstance(self.n_landmarks, str) and self.n_landmarks != "auto":
-            raise ValueError(f"n_landmarks must be 'auto', None or a number, got {self.n_landmarks!r}")
-
     def _from_features(self, X: Any) -> NeighborSearch:
         """The graph of feature rows, each different row once."""
-        points = self._reduced(X, fit=True)
-        n = points.shape[0]
-        k = self._clipped_neighbors(n)
-        search = NeighborSearch(points, backend=self.knn_backend, n_jobs=self.n_jobs)
-        self._original, self._copy_of = _different_rows(search)
-        if len(self._original) < n:
-            points = points[self._original]
-            k = self._clipped_neighbors(len(self._original))
-            search = NeighborSearch(points, backend=self.knn_backend, n_jobs=self.n_jobs)
-        self._search = search
-        self.affinity_ = (
-            alpha_decay_graph(search, k, decay=self.decay, thresh=self.thresh, anisotropy=self.anisotropy)
-            if len(self._original) > 1
-            else sp.csr_matrix((1, 1))
-        )
-        return search
-
-    def _reduced(self, X: Any, *, fit: bool) -> Any:
-        """Features as the graph sees them: of unit length for the cosine, and reduced to `n_pca` components."""
-        if self.metric == "cosine":
-            from sklearn.preprocessing import normalize
-
-            X = normalize(X)
-        if self.n_pca is None or self.n_pca >= min(X.shape):
-            self._pca = None if fit else self._pca
-        elif fit:
-            from sklearn.decomposition import PCA, TruncatedSVD
-
-            seed = 42  # the published one
-            sparse = sp.issparse(X)
-            reduce = TruncatedSVD if sparse else PCA
-            how = {} if sparse else {"svd_solver": "randomized"}
-            self._pca = reduce(self.n_pca, random_state=seed, **how).fit(X)
-        return X if self._pca is None else self._pca.transform(X)
+        metric: Literal["euclidean", "cosine"] = "cosine" if self.metric == "cosine" else "euclidean"
+        space = FeatureSpace(X, metric=metric, n_pca=self.n_pca, backend=self.knn_backend, n_jobs=self.n_jobs)
+        self._space, self._original, self._copy_of = space, space.original, space.copy_of
+        n = len(space.original)
+        self.affinity_ = sp.csr_matrix((n, n))
+        if n > 1:
+            k = self._clipped_neighbors(n)
+            self.affinity_ = alpha_decay_graph(
+                space.search, k, decay=self.decay, thresh=self.thresh, anisotropy=self.anisotropy
+            )
+        return space.search
 
     def _clipped_neighbors(self, n: int) -> int:
         if self.n_neighbors >= n:
@@ -376,7 +294,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 UserWarning,
                 stacklevel=4,
             )
-        return max(1, min(self.n_neighbors, n - 1))
+        return min(self.n_neighbors, n - 1)
 
     def _from_matrix(self, X: Any) -> Array | None:
         """The graph of a precomputed matrix; the distances where it holds distances."""
@@ -414,12 +332,13 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def _landmark_count(self, n: int) -> int | None:
         if self.n_landmarks == "auto":
-            return None if n <= EXACT_POINTS else int(np.clip(2 * np.sqrt(n), 256, 512))
+            return None if n <= EXACT_POINTS else int(np.clip(np.sqrt(n), 256, 512))
         if self.n_landmarks is None or self.n_landmarks >= n:
             return None
-        least = max(self.n_components + 1, 3)
-        if self.n_landmarks < least:
-            raise ValueError(f"n_landmarks must be at least {least} for {self.n_components} dimensions")
+        if self.n_landmarks <= self.n_components:
+            raise ValueError(
+                f"n_landmarks must be more than n_components={self.n_components}, got {self.n_landmarks}"
+            )
         return int(self.n_landmarks)
 
     def _measure(self, landmarks: NDArray[np.int64] | None, rng: np.random.Generator) -> Array | None:
@@ -430,7 +349,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.dissimilarity == "shortest-path":
             lengths = self._edge_lengths()
             found = shortest_path(lengths, method="D", directed=False, indices=landmarks)
-            self.distances_ = _finite(found.T.astype(dtype))
+            self.distances_ = finite_distances(found.T.astype(dtype))
             return None
         settings = GeodesicSettings(
             laplacian=self.laplacian,
@@ -453,7 +372,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             distances, heat = whole_distances(graph, self.t_.tolist(), rng=rng, progress=self._progress)
         else:
             distances, heat = landmark_distances(graph, landmarks, self.t_.tolist(), progress=self._progress)
-        self.distances_ = _finite(distances)
+        self.distances_ = distances
         return heat
 
     def _times(self, graph: HeatGraph, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -461,18 +380,20 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             return np.atleast_1d(np.asarray(self.t, dtype=np.float64))
         n = self.affinity_.shape[0]
         self.t_grid_ = graph.times()
-        columns = np.sort(rng.choice(n, min(n, 256), replace=False))
+        columns = np.sort(rng.choice(n, min(n, 64 if n <= 20_000 else 32), replace=False))
         self.entropy_ = graph.entropies(self.t_grid_.tolist(), columns)
-        found = knee(np.log(self.t_grid_), self.entropy_)
-        return self.t_grid_[[len(self.t_grid_) // 2 if found is None else found]]
+        found = knee(self.t_grid_, self.entropy_)
+        if found is None:  # heat has mixed from the beginning, or still spreads at the end
+            found = 0 if np.ptp(self.entropy_) < 0.05 else len(self.t_grid_) // 2
+        return self.t_grid_[[found]]
 
     def _edge_lengths(self) -> Csr:
         """Lengths of the graph's edges: those of the features, or -log of an affinity."""
-        if self._search is None:
+        if self._space is None:
             lengths = self.affinity_.copy()
             lengths.data = -np.log(np.minimum(lengths.data / lengths.data.max(), 1 - 1e-9))
             return lengths
-        return neighbor_lengths(self._search, self._clipped_neighbors(self._search.points.shape[0]))
+        return neighbor_lengths(self._space.search, min(self.n_neighbors, self.affinity_.shape[0] - 1))
 
     def _embed(
         self, landmarks: NDArray[np.int64] | None, heat: Array | None, rng: np.random.Generator
@@ -491,13 +412,13 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             weights = mds_weights(self.mds_weights, distances, heat, self.mds_weights_argument)
         anchors = self._scaled(distances, weights, landmarks, rng)
         if landmarks is None:
-            anchors = scaling.principal_axes(anchors)
+            (anchors,) = scaling.principal_axes(anchors)
             self.stress_ = scaling.stress(distances, anchors, weights=weights, rescale=False)
             return anchors, anchors
         step = self._progress("placement", len(self.distances_))
         placed = scaling.place_points(self.distances_, anchors, progress=step)
         placed[landmarks] = anchors
-        placed, anchors = _along_principal_axes(placed, anchors)
+        placed, anchors = scaling.principal_axes(placed, anchors)
         self.stress_ = scaling.placement_stress(self.distances_, placed, anchors)
         return anchors, placed
 
@@ -533,19 +454,20 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def _neighbors_of(self, X: Any) -> tuple[Any, Array, NDArray[np.int64]]:
         """New rows as the graph sees them, with distance and index of their nearest training point."""
-        if self._search is None:
+        if self._space is None:
             raise ValueError(
                 f"transform needs features, but this embedding was fitted with metric={self.metric!r}"
             )
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        points = self._reduced(X, fit=False)
-        return points, *self._search.query(points, 1)
+        points = self._space.points_of(X)
+        return points, *self._space.search.query(points, 1)
 
     def _distances_of(self, points: Any) -> Array:
         """Root mean squared distances of the neighbours of new points, weighted by affinity."""
-        assert self._search is not None
-        k = max(1, min(self.n_neighbors, self._search.points.shape[0] - 1))
-        weights = out_of_sample_transitions(self._search, points, k, decay=self.decay, thresh=self.thresh)
+        assert self._space is not None
+        search = self._space.search
+        k = max(1, min(self.n_neighbors, search.points.shape[0] - 1))
+        weights = out_of_sample_transitions(search, points, k, decay=self.decay, thresh=self.thresh)
         used = np.unique(weights.indices)
         return np.sqrt(weights[:, used] @ self.distances_[used].astype(np.float64) ** 2)
 
@@ -558,40 +480,3 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 bar.close()
 
         return step
-
-
-def _different_rows(search: NeighborSearch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that are no copies of earlier ones (n',), and for each row its position among these (n,)."""
-    n = search.points.shape[0]
-    distances, indices = search.query(search.points, 2)
-    twins = (
-        np.flatnonzero((distances == 0).all(axis=1))
-        if distances.shape[1] > 1
-        else np.array([], dtype=np.int64)
-    )
-    first = np.arange(n)
-    if len(twins):
-        rows = search.points[twins]
-        dense = rows.toarray() if sp.issparse(rows) else np.asarray(rows)
-        _, leader, member = np.unique(dense, axis=0, return_index=True, return_inverse=True)
-        first[twins] = twins[leader[member.ravel()]]
-    original, copy_of = np.unique(first, return_inverse=True)
-    return original, copy_of.ravel()
-
-
-def _finite(distances: Array) -> Array:
-    """Infinite distances, those between components left apart, become twice the largest finite one."""
-    infinite = ~np.isfinite(distances)
-    if infinite.any():
-        distances[infinite] = 2 * distances[~infinite].max(initial=0.5)
-    return distances
-
-
-def _along_principal_axes(placed: Array, anchors: Array) -> tuple[Array, Array]:
-    """Centre the placed points, rotate them to their principal axes, and move the anchors along."""
-    centre = placed.mean(axis=0)
-    _, _, axes = np.linalg.svd((placed - centre).T @ (placed - centre))
-    turned = (placed - centre) @ axes.T
-    signs = np.sign(turned[np.abs(turned).argmax(axis=0), np.arange(turned.shape[1])])
-    signs = np.where(signs == 0, 1.0, signs)
-    return turned * signs, (anchors - centre) @ axes.T * signs

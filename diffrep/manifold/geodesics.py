@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import connected_components, reverse_cuthill_mckee
 
 from diffrep.manifold import heat as kernels
 from diffrep.manifold.baselines import row_distances
 from diffrep.manifold.distances import (
     Volume,
+    finite_distances,
     heat_geodesic_distances,
     multiscale_weights,
     triplet_distances,
@@ -34,7 +35,6 @@ HEAT_METHODS = ("auto", "chebyshev", "squaring", "euler", "crank-nicolson", "exa
 Progress = Callable[[str, int], Callable[[int], object]]  # (what, total) -> called with what was done
 
 _HUBS = 256  # points over which far pairs are stitched where all pairs are computed
-_TIME_COLUMNS = 256  # heat columns whose entropy stands for all
 _BLOCK_NUMBERS = 1 << 24  # numbers in a block of heat columns
 
 
@@ -73,19 +73,33 @@ class HeatGraph:
             self.degree = np.where(degree > 0, degree, 1.0)
         # an overestimate by a percent costs a percent; an underestimate would let the series diverge
         exact = affinity.shape[0] <= 2000
+        self._local: tuple[Csr, NDArray[np.int64]] | None = None
         self.lmax = largest_eigenvalue(self.laplacian, tolerance=0.0 if exact else 1e-3) * (
             1.0 if exact else 1.01
         )
 
     @property
     def phi(self) -> float:
-        return max(self.lmax, np.finfo(np.float64).tiny) / 2
+        return max(self.lmax, 1e-6) / 2  # a graph without edges has no largest eigenvalue
+
+    def local_laplacian(self) -> tuple[Csr, NDArray[np.int64]]:
+        """The Laplacian with points that are neighbours close in memory, and the place of each point in it.
+
+        Products with it are several times faster when there are many points.
+        """
+        if self._local is None:
+            order = reverse_cuthill_mckee(self.laplacian, symmetric_mode=True)
+            place = np.empty(len(order), dtype=np.int64)
+            place[order] = np.arange(len(order))
+            self._local = self.laplacian[order][:, order].tocsr(), place
+            self._local[0].sort_indices()
+        return self._local
 
     def smallest_heat(self) -> float:
         """Heat below this has not arrived: the number format ends, or what is cut from the series begins."""
         return max(self.settings.floor, 1e-34 if self.settings.dtype == np.float32 else 1e-290)
 
-    def times(self, count: int = 24) -> NDArray[np.float64]:
+    def times(self, count: int = 20) -> NDArray[np.float64]:
         """A geometric grid of diffusion times, 1 to 300 for the normalised Laplacian."""
         grid = np.geomspace(1.0, 300.0, count)
         if self.settings.laplacian == "combinatorial":  # diffuses faster by about the mean degree
@@ -94,15 +108,19 @@ class HeatGraph:
 
     def entropies(self, times: Sequence[float], columns: NDArray[np.int64]) -> NDArray[np.float64]:
         """Mean entropy of the heat that starts from single points, one for each time."""
-        order = series_order(max(times), self.phi, 1e-12)
+        order = series_order(max(times), self.phi, 1e-9)
+        lap, place = self.local_laplacian()
         totals = np.zeros(len(times))
-        for block in np.array_split(columns, max(1, len(columns) // 32)):
-            signals = np.zeros((self.affinity.shape[0], len(block)))
+        width = int(np.clip(_BLOCK_NUMBERS // (self.affinity.shape[0] * len(times)), 4, 32))
+        for block in np.array_split(place[columns], -(-len(columns) // width)):
+            signals = np.zeros((self.affinity.shape[0], len(block)), dtype=self.settings.dtype)
             signals[block, np.arange(len(block))] = 1
-            heats = kernels.chebyshev_heat(self.laplacian, signals, list(times), order=order, lmax=self.lmax)
+            heats = kernels.chebyshev_heat(
+                lap, signals, list(times), order=order, lmax=self.lmax, device=self.settings.device
+            )
             for k, heat in enumerate(np.maximum(heats, 0)):
                 share = heat / heat.sum(axis=0)
-                totals[k] -= (share * np.log(np.maximum(share, 1e-300))).sum()
+                totals[k] -= (share * np.log(np.maximum(share, np.finfo(heat.dtype).tiny))).sum()
         return totals / len(columns)
 
     def kernel(self, t: float) -> NDArray[np.float64]:
@@ -128,6 +146,7 @@ class HeatGraph:
             raise ValueError(f"heat_method={method!r} makes the whole kernel: use 'chebyshev' with landmarks")
         width = int(np.clip(_BLOCK_NUMBERS // n, 16, 64))
         floor = self.smallest_heat()
+        lap, place = self.local_laplacian()
         if method in ("auto", "chebyshev"):
             order = order or series_order(t, self.phi, max(floor, 1e-40))
             step = progress(f"heat, t = {t:.4g}, order {order}", (order - 1) * -(-m // width))
@@ -135,7 +154,7 @@ class HeatGraph:
 
             def apply(signals: Array) -> Array:
                 return kernels.chebyshev_heat(
-                    self.laplacian,
+                    lap,
                     signals,
                     t,
                     order=order,
@@ -149,9 +168,9 @@ class HeatGraph:
 
             def apply(signals: Array) -> Array:
                 step(1)
-                return kernels.implicit_heat(self.laplacian, signals, t, steps=order or 32, theta=theta)
+                return kernels.implicit_heat(lap, signals, t, steps=order or 32, theta=theta)
 
-        return column_blocks(n, landmarks, apply, dtype=dtype, width=width), floor
+        return column_blocks(place, landmarks, apply, dtype=dtype, width=width), floor
 
 
 def whole_distances(
@@ -172,7 +191,7 @@ def whole_distances(
             distances **= settings.scale_power
         total += share * distances
         step(1)
-    total = (total + total.T) / 2
+    total = finite_distances((total + total.T) / 2)
     if settings.triplet_weight:
         total = (1 - settings.triplet_weight) * total + settings.triplet_weight * triplet_distances(total)
     return total, kernel
@@ -221,6 +240,7 @@ def landmark_distances(
         else:
             total = share * columns if total is None else total + share * columns
     assert total is not None
+    total = finite_distances(total)
     if settings.triplet_weight:
         rho, anchors = settings.triplet_weight, total[landmarks]
         for block in row_blocks(n, m):
@@ -246,7 +266,9 @@ def _stitch_whole(
 ) -> Array:
     """Stitch the pairs of one component that heat did not reach, over some hundred points as hubs."""
     _, labels = connected_components(graph.affinity, directed=False)
-    if (near | (labels[:, None] != labels)).all():
+    apart = labels[:, None] != labels
+    distances[apart] = np.inf
+    if (near | apart).all():
         return distances
     n = len(distances)
     hubs = np.sort(rng.choice(n, min(_HUBS, n), replace=False))
@@ -257,4 +279,4 @@ def _stitch_whole(
     to_hubs = stitching.complete(distances[:, hubs], near[:, hubs], voronoi.owner, voronoi.hops)
     own = to_hubs[np.arange(n), np.maximum(voronoi.owner, 0)]
     path = own[:, None] + to_hubs[:, np.maximum(voronoi.owner, 0)].T  # i to its hub, and from there to j
-    return np.where(near, distances, np.minimum(path, path.T))
+    return np.where(near | apart, distances, np.minimum(path, path.T))

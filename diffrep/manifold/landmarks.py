@@ -1,8 +1,8 @@
 """Heat-geodesic distances from every point to a few landmarks, in memory linear in the number of points.
 
-Only the landmarks' columns of the heat kernel are computed. Heat that has not arrived, because a polynomial of
-degree K sees K edges far and numbers have a smallest value, says only that a pair is far; such a pair gets the
-length of the shortest path through other landmarks ("stitching").
+Only the landmarks' columns of the heat kernel are computed. Heat that has not arrived, because a polynomial
+of degree K sees K edges far and numbers have a smallest value, says only that a pair is far; such a pair
+gets the length of the shortest path through other landmarks ("stitching").
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Voronoi:
         )
         position = np.full(affinity.shape[0], -1)
         position[landmarks] = np.arange(len(landmarks))
-        owner = np.where(sources >= 0, position[sources], -1)
+        owner = np.where(sources >= 0, position[np.maximum(sources, 0)], -1)
         return cls(landmarks, owner, hops)
 
     def links(self, affinity: Csr) -> Csr:
@@ -70,7 +70,9 @@ class Voronoi:
 
 
 def choose_landmarks(affinity: Csr, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Three quarters at random, at least one in each component, and the rest where landmarks are farthest away.
+    """Landmarks: three quarters at random, with every component having one, the rest where they are missing.
+
+    Missing is where the next landmark is most edges away.
 
     Returns:
         (count,) sorted indices.
@@ -107,9 +109,9 @@ def landmark_diagonal(
 ) -> NDArray[np.float64]:
     """H_ii of points from that of landmarks, interpolated where heat says that they are near.
 
-    H_ii / degree_i (H_ii itself for the combinatorial Laplacian, pass ones) varies smoothly along the manifold;
-    the eight nearest landmarks are averaged with weights 1 / s^2, s the squared distance up to a constant. At a
-    landmark the value is exact.
+    H_ii / degree_i (H_ii itself for the combinatorial Laplacian, pass ones) varies smoothly along the
+    manifold; the eight nearest landmarks are averaged with weights 1 / s^2, s the squared distance up to a
+    constant. At a landmark the value is exact.
 
     Args:
         columns: (r, m) rows of heat columns; landmark_rows: (m, m) those of the landmarks.
@@ -190,18 +192,23 @@ def row_blocks(n: int, m: int, numbers: int = 1 << 22) -> list[slice]:
 
 
 def column_blocks(
-    n: int,
+    place: NDArray[np.int64],
     landmarks: NDArray[np.int64],
     apply: Callable[[Array], Array],
     *,
     dtype: Any,
     width: int,
 ) -> Array:
-    """`apply` to unit signals at the landmarks, `width` of them at a time: (n, m)."""
+    """`apply` to unit signals at the landmarks, `width` of them at a time: (n, m).
+
+    Args:
+        place: (n,) where `apply` keeps each point.
+    """
+    n = len(place)
     columns = np.empty((n, len(landmarks)), dtype=dtype)
     for start in range(0, len(landmarks), width):
         block = landmarks[start : start + width]
         signals = np.zeros((n, len(block)), dtype=dtype)
-        signals[block, np.arange(len(block))] = 1
-        columns[:, start : start + len(block)] = apply(signals)
+        signals[place[block], np.arange(len(block))] = 1
+        columns[:, start : start + len(block)] = apply(signals)[place]
     return columns

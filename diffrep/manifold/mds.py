@@ -38,11 +38,13 @@ def fix_signs(vectors: Array) -> Array:
     return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
 
 
-def principal_axes(embedding: Array) -> Array:
-    """Centre an embedding and rotate it to its principal axes, with fixed signs."""
-    centred = embedding - embedding.mean(axis=0)
-    _, _, axes = np.linalg.svd(centred.T @ centred)
-    return fix_signs(centred @ axes.T)
+def principal_axes(points: Array, *others: Array) -> tuple[Array, ...]:
+    """Centre points and rotate them to their principal axes, with fixed signs; `others` move along."""
+    centre = points.mean(axis=0)
+    _, _, axes = np.linalg.svd((points - centre).T @ (points - centre))
+    turned = (points - centre) @ axes.T
+    signs = np.where(turned[np.abs(turned).argmax(axis=0), np.arange(turned.shape[1])] < 0, -1.0, 1.0)
+    return turned * signs, *((other - centre) @ axes.T * signs for other in others)
 
 
 def classical_mds(distances: Array, n_components: int = 2) -> NDArray[np.float64]:
