@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -358,3 +359,28 @@ def _geoaware_descriptors(given: Mapping[str, Tensor], key: str, network: Any) -
     else:
         joined = network([*sd, dino])
     return Descriptors.from_vectors(F.normalize(joined)[0].movedim(0, -1), (SQUARE, SQUARE))
+
+
+def aggregation_network(folder: Path) -> Callable[[Sequence[Tensor]], Tensor]:
+    """GeoAware's post-processor from its weights: one bottleneck per map, mixed by a softmax."""
+    weights = load_file(folder / "aggregation_network.safetensors")
+    groups = json.loads((folder / "config.json").read_text())["num_norm_groups"]
+
+    def conv(x: Tensor, name: str) -> Tensor:
+        kernel = weights[f"{name}.weight"]
+        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        return F.group_norm(x, groups, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"])
+
+    def bottleneck(x: Tensor, name: str) -> Tensor:
+        inner = F.relu(conv(F.relu(conv(x, f"{name}.conv1")), f"{name}.conv2"))
+        short = conv(x, f"{name}.shortcut") if f"{name}.shortcut.weight" in weights else x
+        return F.relu(conv(inner, f"{name}.conv3") + short)
+
+    mixing = weights["mixing_weights"].softmax(0)
+    return lambda maps: sum(
+        (
+            w * bottleneck(x, f"bottleneck_layers.{i}.0")
+            for i, (w, x) in enumerate(zip(mixing, maps, strict=True))
+        ),
+        torch.zeros(()),
+    )

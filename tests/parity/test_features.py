@@ -11,6 +11,14 @@ import pytest
 from .cases import cases_of
 from .features_backbones import check_dift_sd_taps, check_dinov2_extractor
 from .features_fusion import check as check_copca_fusion
+from .features_protocols import (
+    check_flow_sddino_tss,
+    check_pck_dift_spair,
+    check_pck_geoaware_spair,
+    check_pck_hyperfeatures,
+    check_pck_sddino_pascal,
+    check_pck_sddino_spair,
+)
 from .features_soft_argmax import check as check_soft_argmax_window
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
@@ -18,6 +26,12 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "dinov2_extractor": check_dinov2_extractor,
     "copca_fusion": check_copca_fusion,
     "soft_argmax_window": check_soft_argmax_window,
+    "pck_dift_spair": check_pck_dift_spair,
+    "pck_sddino_spair": check_pck_sddino_spair,
+    "pck_sddino_pascal": check_pck_sddino_pascal,
+    "pck_geoaware_spair": check_pck_geoaware_spair,
+    "pck_hyperfeatures": check_pck_hyperfeatures,
+    "flow_sddino_tss": check_flow_sddino_tss,
 }
 
 
