@@ -260,7 +260,7 @@ def fish(b: Body) -> None:
         lobe = prism([(z, sign * y) for z, y in plan], axis="x")
         at = root + sway @ np.array([0, 0, -length * 0.1 - chord * 0.8])
         part = b.add(lobe, "tail", "second", at, (0.02, span, chord), sway)
-        b.point(f"{name} tail tip", part, (1, sign * reach, -0.75))
+        b.point(f"{name} tail tip", part, (0, sign * reach, -0.75))
     high = tall * d.between(0.45, 0.8)
     dorsal = prism([(1.0, -0.6), (0.25, 0.75), (-0.55, 1.0), (-1.0, 0.5), (-0.9, -0.6)], axis="x")
     back = b.add(dorsal, "dorsal fin", "second", centre + [0, tall * 0.93, -length * 0.12], (0.02, high, length * 0.42))

@@ -501,14 +501,16 @@ def _place_keypoints(
     for name in CATEGORY[stage.category].keypoint_names:
         keypoint = named[name]
         at = stage.camera.rotation @ keypoint.primitive.at(keypoint.local) + stage.camera.shift
-        x, y = fx * at[0] / at[2] + cx, fy * at[1] / at[2] + cy
+        # on a grid of 1/1024 pixel, where mirroring twice is exact
+        x, y = (round(v * 1024) / 1024 for v in (fx * at[0] / at[2] + cx, fy * at[1] / at[2] + cy))
         points.append((x, y))
         j, i = round(x), round(y)
         if not (0 <= i < height and 0 <= j < width):
             shown.append(False)
             continue
         faces = keypoint.primitive.faces(keypoint.local) @ stage.camera.rotation.T
-        turned_here = (faces @ at < 0.05 * np.linalg.norm(at)).any()
+        # an edge or a corner is seen past the faces that meet in it, the middle of a face is not
+        turned_here = (faces @ at < (0.05 if len(faces) == 1 else 0.5) * np.linalg.norm(at)).any()
         around = slice(max(i - 1, 0), i + 2), slice(max(j - 1, 0), j + 2)
         close = np.abs(depth[around] - at[2]) <= _DEPTH_TOLERANCE * at[2]
         own = part[around] == PART_ID[stage.category, keypoint.primitive.part]

@@ -162,8 +162,10 @@ class Tube:
                 root = np.sqrt(b * b - a * (off_axis - radius * radius))
                 for t in ((-b - root) / a, (root - b) / a):
                     best = nearer(best, t, (np.abs(oy + t * y) <= 1) & (t > least))
-            if abs(rays.eye[1]) > 1:  # only the end that faces the camera can be met first
-                end = np.float32(np.sign(rays.eye[1]))
+            # Only the end that faces the camera can be met first, unless a cut lets the ray in elsewhere.
+            for end in (np.float32(-1), np.float32(1)):
+                if end * rays.eye[1] <= 1 and not self.clips:
+                    continue
                 radius = np.float32(middle) + np.float32(slope) * end
                 t = (end - oy) / y
                 distance = (ox + t * x) ** 2 + (oz + t * z) ** 2
@@ -171,7 +173,7 @@ class Tube:
                 if self.inner:
                     good &= distance >= (radius * np.float32(self.inner)) ** 2
                 best = nearer(best, t, good)
-        return best + np.float32(rays.pivot)
+        return np.asarray(best) + np.float32(rays.pivot)
 
     def normals(self, points: Array) -> Array:
         x, y, z = points
