@@ -1,0 +1,35 @@
+"""Writing results so that nothing is ever half there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+
+def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> None:
+    """Refuse an output path before any work is done for it.
+
+    Raises:
+        ValueError: the ending is none that can be written, or the path is a folder.
+        OSError: its folder cannot be written to.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: the output must end in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, give a file name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"{path}: the folder {folder} cannot be written to")
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write a picture; what was there is replaced only by a whole one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        image.save(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
