@@ -196,15 +196,21 @@ def evaluate_pairs(
         ValueError: the folder is from other settings, or the protocol's search does not fit the recipe.
     """
     folder = Path(folder)
-    settings = {"recipe": asdict(correspondence.recipe), "dataset": pairs.name, "batch_size": batch_size}
+    recipe = correspondence.recipe
+    settings = {
+        "readings": [asdict(reading) for reading in recipe.readings],
+        "weights": [backbone.source for backbone in correspondence.backbones],
+        "dataset": pairs.name,
+        "batch_size": batch_size,
+    }
     cache = FeatureCache(folder / "features", settings, dtype=keep)
     unreadable = extract_images(pairs, correspondence, cache, batch_size=batch_size, progress=progress)
     usable = tuple(p for p in pairs.pairs if not {p.source.path, p.target.path} & unreadable.keys())
     problems = [*pairs.problems, *(Problem(path, what) for path, what in unreadable.items())]
-    used = choose_search(usable, protocol, correspondence.recipe, cache, search)
+    used = choose_search(usable, protocol, recipe, cache, search)
     matches = list(
         match_pairs(
-            usable, protocol, correspondence.recipe, cache, folder / "matches" / protocol.name,
+            usable, protocol, recipe, cache, folder / "matches" / f"{protocol.name} by {used}",
             by_protocol=used == "protocol", pairs_per_file=pairs_per_file, progress=progress,
         )
     )  # fmt: skip
@@ -216,12 +222,12 @@ def evaluate_pairs(
     return CorrespondenceReport(
         dataset=pairs.name,
         protocol=protocol,
-        recipe=correspondence.recipe.name,
+        recipe=recipe.name,
         search=used,
         pck=Pck(protocol.alphas, counts),
         by_part=parts,
         problems=tuple(problems),
-        settings={**settings, "kept_as": keep, "backbones": [b.source for b in correspondence.backbones]},
+        settings={**settings, "recipe": asdict(recipe), "kept_as": keep},
     )
 
 

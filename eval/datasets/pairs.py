@@ -96,6 +96,9 @@ def collect(
         except json.JSONDecodeError as error:
             noted.append(Problem(where, f"is not JSON ({error})"))
             continue
+        except FileNotFoundError as error:
+            noted.append(Problem(where, f"{error.filename} is missing" if error.filename else str(error)))
+            continue
         except (TypeError, ValueError, OSError) as error:
             noted.append(Problem(where, f"malformed annotation ({error})"))
             continue

@@ -1,0 +1,178 @@
+"""Readers of the released layouts, and what they say about folders that are not in order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffrep.eval.datasets.ap10k import read_ap10k
+from diffrep.eval.datasets.pairs import DatasetError
+from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
+from diffrep.eval.datasets.spair import CATEGORIES, read_spair
+from diffrep.eval.datasets.spair_keypoints import KEYPOINTS, mirror_ids, part_groups
+from diffrep.eval.datasets.tss import read_flo, read_tss, tss_category
+
+from .benchmark_folders import write_ap10k, write_pf_pascal, write_pf_willow, write_spair, write_tss
+
+TWO = ("bus", "cat")
+
+
+def test_spair_both_ways_of_reading_agree(tmp_path: Path) -> None:
+    root = write_spair(tmp_path)
+    own, listed = (read_spair(root, categories=TWO, keypoints=kind) for kind in ("image", "pair"))
+    assert len(own.pairs) == len(listed.pairs) == 12
+    assert not own.problems
+    assert len(own.images()) == 6
+    for a, b in zip(own.pairs, listed.pairs, strict=True):
+        assert (a.name, a.ids, a.source.path, a.target.size, a.target.box) == (
+            b.name, b.ids, b.source.path, b.target.size, b.target.box
+        )  # fmt: skip
+        assert torch.equal(a.target.points(a.ids), b.target.points(b.ids))
+    extra = [set(pair.target.keypoints) - set(pair.ids) for pair in own.pairs]
+    assert any(extra), "the images' own annotations know keypoints that the pair does not share"
+
+
+def test_spair_says_what_it_lacks(tmp_path: Path) -> None:
+    root = write_spair(tmp_path)
+    pairs = sorted((root / "PairAnnotation/test").glob("*:cat.json"))
+    note = json.loads(pairs[0].read_text())
+    pairs[0].write_text("{")
+    pairs[1].write_text(
+        json.dumps({k: v for k, v in json.loads(pairs[1].read_text()).items() if k != "src_kps"})
+    )
+    pairs[2].write_text(json.dumps({**json.loads(pairs[2].read_text()), "trg_bndbox": [5, 5, 5, 9]}))
+    pairs[3].write_text(json.dumps({**json.loads(pairs[3].read_text()), "kps_ids": ["0"]}))
+    missing = root / "JPEGImages/cat" / note["trg_imname"]
+    missing.unlink()
+    read = read_spair(root, categories=("cat", "dog"))
+    what = {problem.where: problem.what for problem in read.problems}
+    assert "is not JSON" in what[pairs[0].name]
+    assert what[pairs[1].name] == "has no field 'src_kps'"
+    assert "the box [5, 5, 5, 9] is empty" in what[pairs[2].name]
+    assert "points for 1 kps_ids" in what[pairs[3].name]
+    assert what["dog"] == "the category has no usable pair"
+    assert any(str(Path("JPEGImages/cat") / missing.name) in text for text in what.values())
+    assert len(read.pairs) + len(what) == 6 + 1
+    assert all(missing.name not in path for path in read.images())
+
+
+def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match="no such folder; the data set needs PairAnnotation/test, JPEGImages"
+    ):
+        read_spair(tmp_path)
+    with pytest.raises(ValueError, match="no category zebra"):
+        read_spair(write_spair(tmp_path), categories=["zebra"])
+    with pytest.raises(DatasetError, match="list of pairs is missing"):
+        read_pf_pascal(write_pf_pascal(tmp_path), split="val")
+    (tmp_path / "PF-dataset-PASCAL/test_pairs_pf_pascal.csv").write_text("a,b,c\n1,2,3\n")
+    with pytest.raises(DatasetError, match="columns should begin with source_image"):
+        read_pf_pascal(tmp_path / "PF-dataset-PASCAL")
+    with pytest.raises(DatasetError, match="none of the folders FG3DCar, JODS, PASCAL"):
+        read_tss(tmp_path)
+    with pytest.raises(DatasetError, match="ImageAnnotation"):
+        read_ap10k(tmp_path)
+
+
+def test_pf_pascal(tmp_path: Path) -> None:
+    read = read_pf_pascal(write_pf_pascal(tmp_path), categories=("bottle", "sofa"))
+    assert [pair.category for pair in read.pairs] == ["bottle", "bottle", "sofa"]
+    pair = read.pairs[1]
+    assert (pair.source.size, pair.target.size) == ((44, 60), (44, 50))
+    assert pair.source.points(pair.ids).tolist() == [[6, 6], [13.5, 13.5], [31, 31]]
+    assert pair.target.box is None
+    assert not read.problems
+
+
+def test_pf_pascal_says_what_it_lacks(tmp_path: Path) -> None:
+    root = write_pf_pascal(tmp_path)
+    table = root / "test_pairs_pf_pascal.csv"
+    rows = table.read_text().splitlines()
+    (root / "JPEGImages/2009_000000.jpg").unlink()
+    table.write_text(
+        "\n".join([*rows[:2], rows[2].replace("13.5000;", "", 1), rows[3], "x,y,nine,1,2,3,4"]) + "\n"
+    )
+    read = read_pf_pascal(root, categories=("bottle", "sofa"))
+    assert [str(problem) for problem in read.problems] == [
+        "test_pairs_pf_pascal.csv row 1: image JPEGImages/2009_000000.jpg is missing",
+        "test_pairs_pf_pascal.csv row 2: malformed annotation (XA, YA, XB, YB have 2, 3, 3, 3 numbers)",
+        "test_pairs_pf_pascal.csv row 4: malformed annotation (invalid literal for int() with base 10: 'nine')",
+        "bottle: the category has no usable pair",
+    ]
+    assert len(read.pairs) == 1
+
+
+def test_pf_willow(tmp_path: Path) -> None:
+    read = read_pf_willow(write_pf_willow(tmp_path), categories=("car", "duck"))
+    assert [pair.category for pair in read.pairs] == ["car", "duck"]
+    assert not read.problems
+    assert read.pairs[0].source.path == "car(G)/6000.png"
+    assert read.pairs[1].source.points([0, 9]).tolist() == [[1.5, 1.5], [28.5, 28.5]]
+
+
+def test_ap10k(tmp_path: Path) -> None:
+    read = read_ap10k(write_ap10k(tmp_path))
+    assert not read.problems
+    assert read.categories == ("fox",)
+    assert len(read.pairs) == 6
+    pair = read.pairs[0]
+    assert pair.source.path == "JPEGImages/Canidae/fox/000000000000.jpg"
+    assert pair.source.box == (4, 5, 54, 35)
+    assert set(range(17)) - set(pair.ids) == {5, 6}  # each image hides one
+    with pytest.raises(ValueError, match="no category wolf; it has fox"):
+        read_ap10k(tmp_path / "ap-10k", categories=["wolf"])
+
+
+def test_tss_flow_leads_from_target_to_source(tmp_path: Path) -> None:
+    read = read_tss(write_tss(tmp_path), subsets=("FG3DCar", "JODS", "PASCAL"))
+    assert [str(problem) for problem in read.problems] == ["PASCAL: the subset's folder is missing"]
+    assert [(item.name, item.category) for item in read.items] == [
+        ("FG3DCar/Car_01/1to2", "car"), ("FG3DCar/Car_01/2to1", "car"),
+        ("JODS/plane_2_5/1to2", "aeroplane"), ("JODS/plane_2_5/2to1", "aeroplane"),
+    ]  # fmt: skip
+    item = read.items[0]
+    assert item.padded_size == (36, 48)
+    flow, mask = item.flow(read.root), item.mask(read.root)
+    assert flow.shape == (2, 36, 48)
+    assert flow[:, 10, 47].tolist() == [-4, -2]  # padded by repetition
+    assert int(mask.sum()) == 20 * 24
+    assert tss_category("busd_3") == "bus"
+
+
+def test_broken_flow_is_named(tmp_path: Path) -> None:
+    root = write_tss(tmp_path)
+    file = root / "JODS/plane_2_5/flow1.flo"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match=r"flow1.flo: cut off"):
+        read_flo(file)
+    file.write_bytes(b"PNG!" + whole)
+    with pytest.raises(ValueError, match=r"flow1.flo: not a .flo file"):
+        read_flo(file)
+    (root / "JODS/plane_2_5/mask2.png").unlink()
+    read = read_tss(root)
+    assert "JODS/plane_2_5: mask2.png missing" in map(str, read.problems)
+    assert {item.subset for item in read.items} == {"FG3DCar"}
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_a_mirror_twice_is_no_mirror_and_groups_are_apart(category: str) -> None:
+    partner = mirror_ids(category)
+    assert partner.keys() == KEYPOINTS[category].keys()
+    assert all(partner[partner[i]] == i for i in partner)
+    groups = part_groups(category)
+    assert sum(map(len, groups)) == len(set().union(*groups))
+    for group in groups:
+        assert {partner[i] for i in group} == group  # left and right of a part are in one group
+    assert len(set(KEYPOINTS[category].values())) == len(KEYPOINTS[category])
+
+
+def test_keypoints_mean_what_they_say() -> None:
+    assert mirror_ids("cat")[9] == 10
+    assert frozenset({9, 10, 11, 12}) in part_groups("cat")  # four paws
+    assert frozenset({0, 2, 4, 6}) in part_groups("tvmonitor")  # the frame's corners
+    assert mirror_ids("car")[11] == 21  # right and left back wheel
+    assert 11 not in KEYPOINTS["bicycle"]
