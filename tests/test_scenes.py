@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -304,7 +305,7 @@ def test_labels_do_not_depend_on_supersampling_or_bands(monkeypatch: pytest.Monk
 def test_seeds_of_splits_never_meet() -> None:
     last = 2**40 - 1
     ranges = [(scene_seed(split, 0), scene_seed(split, last)) for split in ("train", "val", "test")]
-    assert all(end < start for (_, end), (start, _) in zip(ranges, ranges[1:], strict=False))
+    assert all(end < start for (_, end), (start, _) in pairwise(ranges))
     with pytest.raises(ValueError, match=r"\[0, 2\*\*40\), got 1099511627776"):
         scene_seed("train", last + 1)
     with pytest.raises(ValueError, match="no split 'dev'; there are train, val, test"):
@@ -495,7 +496,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match="holds a set with count 1, not 2; size 16, not 24; choose another"):
         render_set(tmp_path, "val", 2, size=24, workers=1, progress=False)
     monkeypatch.setattr(sets, "renderer_version", lambda: "another")
-    with pytest.raises(ValueError, match="renderer '[0-9a-f]{16}', not 'another'"):
+    with pytest.raises(ValueError, match=r"renderer '[0-9a-f]{16}', not 'another'"):
         render_set(tmp_path, "val", 1, size=16, workers=1, progress=False)
     with pytest.raises(ValueError, match="no set of scenes"):
         SceneSet(tmp_path / "empty")

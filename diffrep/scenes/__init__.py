@@ -1,4 +1,8 @@
-"""Procedural scenes with exact ground truth: images, depth, normals, masks, parts, canonical coordinates, keypoints."""
+"""Procedural scenes with exact ground truth.
+
+`render_scene` draws one object of a category with depth, normals, mask, parts, canonical coordinates and
+named keypoints; `render_set` draws many to disk; `scene_pairs` chooses pairs for matching.
+"""
 
 from diffrep.scenes.categories import (
     CATEGORIES,

@@ -2,24 +2,24 @@
 
 Object frame: x to the object's own left, y up, z to its front; metres, the ground at y = 0.
 
-A category is a function that builds an object from draws. It is called twice: once with random draws, once with
-the middle of every range (the template: mean proportions, rest pose) and the same discrete choices. Primitive
-number i of both is the same piece of the same part, so a surface point's local coordinates carry over, and the
-template's frame gives the canonical coordinates.
+A category is a function that builds an object from draws. It is called twice: once with random draws, once
+with the middle of every range (the template: mean proportions, rest pose) and the same discrete choices.
+Primitive number i of both is the same piece of the same part, so a surface point's local coordinates carry
+over, and the template's frame gives the canonical coordinates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 
 from diffrep.scenes.shapes import Array, Ball, Shape, Tube, cross
 
 T = TypeVar("T")
-Vector = Sequence[float]
+Vector: TypeAlias = "Sequence[float] | np.ndarray"
 
 SIDES = ((1.0, "left"), (-1.0, "right"))
 
@@ -102,6 +102,11 @@ class Draw:
         return Draw(None, self.chosen)
 
 
+def xyz(x: float, y: float, z: float) -> Array:
+    """A vector (3,)."""
+    return np.array([x, y, z], dtype=float)
+
+
 def turn(axis: str, angle: float) -> Array:
     """Rotation matrix about a coordinate axis, radians, right-handed."""
     c, s = np.cos(angle), np.sin(angle)
@@ -120,7 +125,9 @@ class Body:
     primitives: list[Primitive] = field(default_factory=list)
     keypoints: list[Keypoint] = field(default_factory=list)
     variant: str = "plain"
-    places: tuple[str, ...] = ("ground",)  # where it may be: "ground", "sky", "water" (under it), "sea" (on it)
+    places: tuple[str, ...] = (
+        "ground",
+    )  # where it may be: "ground", "sky", "water" (under it), "sea" (on it)
 
     def add(
         self,
@@ -177,7 +184,13 @@ class Body:
         return primitive
 
     def limb(
-        self, part: str, paint: str, points: Sequence[Vector], radii: Sequence[float], *, last_ball: bool = True
+        self,
+        part: str,
+        paint: str,
+        points: Sequence[Vector],
+        radii: Sequence[float],
+        *,
+        last_ball: bool = True,
     ) -> list[Primitive]:
         """Frustums through the points with balls at the joints; returns the frustums, then the balls."""
         tubes = [
@@ -190,8 +203,8 @@ class Body:
     def point(self, name: str, primitive: Primitive, local: Vector) -> None:
         """Name a surface point by local coordinates.
 
-        For a ball a direction is enough; for a tube x and z are a direction from its axis to its wall, or 0 for
-        the axis at one of its ends; a hull takes the point as it is.
+        For a ball a direction is enough; for a tube x and z are a direction from its axis to its wall, or 0
+        for the axis at one of its ends; a hull takes the point as it is.
         """
         at = np.asarray(local, dtype=float)
         if isinstance(primitive.shape, Ball):

@@ -1,8 +1,8 @@
 """The categories, their parts and their keypoints, and what each becomes in a mirror.
 
-Part ids are global: 0 is the background, every (category, part) has its own id. `PART_CLASSES` groups parts that
-mean the same in different categories (leg, wheel, head, ...), which is what a category never seen in training
-shares with those that were.
+Part ids are global: 0 is the background, every (category, part) has its own id. `PART_CLASSES` groups parts
+that mean the same in different categories (leg, wheel, head, ...), which is what a category never seen in
+training shares with those that were.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 
 from diffrep.scenes import animals, furniture, vehicles
 from diffrep.scenes.build import Body, Draw
+from diffrep.scenes.motorbike import motorbike
+from diffrep.scenes.person import person
 from diffrep.scenes.shapes import Array
 
 
@@ -100,11 +102,18 @@ _TABLE = (
     Category(
         "fish",
         animals.fish,
-        {"body": "body", "head": "head", "tail": "tail", "dorsal fin": "fin", "* fin": "fin", "anal fin": "fin"},
+        {
+            "body": "body",
+            "head": "head",
+            "tail": "tail",
+            "dorsal fin": "fin",
+            "* fin": "fin",
+            "anal fin": "fin",
+        },
     ),
     Category(
         "person",
-        animals.person,
+        person,
         {
             "torso": "body",
             "hips": "body",
@@ -154,7 +163,7 @@ _TABLE = (
     ),
     Category(
         "motorbike",
-        vehicles.motorbike,
+        motorbike,
         {
             "front wheel": "wheel",
             "rear wheel": "wheel",

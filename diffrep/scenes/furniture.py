@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffrep.scenes.build import SIDES, Body, turn
+from diffrep.scenes.build import SIDES, Body, turn, xyz
 from diffrep.scenes.shapes import Clip, Tube, block
 
 
@@ -22,41 +22,70 @@ def chair(b: Body) -> None:
         b.ball("seat", "second", (0, height + thick * 0.7, 0.01), (half * 0.88, 0.055, depth * 0.86))
     for s, side in SIDES:
         for end, z in (("front", 0.86), ("rear", -0.86)):
-            top = np.array([s * half * 0.86, height - thick * 0.5, z * depth])
+            top = xyz(s * half * 0.86, height - thick * 0.5, z * depth)
             foot = np.array([s * (half * 0.86 + splay), 0.0, z * depth + np.sign(z) * splay])
             post = b.tube(f"{side} {end} leg", "wood", foot, top, leg * 0.85, leg)
             b.point(f"{side} {end} foot", post, (0, -0.96, np.sign(z)))
         b.point(f"{side} front seat corner", seat, (s, 1, 1))
         b.point(f"{side} edge of the seat", seat, (s, 0, 0))
     if d.chance(0.6):
-        for s, side in SIDES:
-            b.tube("stretcher", "wood", (s * half * 0.88, height * 0.4, -depth * 0.86), (s * half * 0.88, height * 0.4, depth * 0.86), leg * 0.6)
+        for s, _ in SIDES:
+            b.tube(
+                "stretcher",
+                "wood",
+                (s * half * 0.88, height * 0.4, -depth * 0.86),
+                (s * half * 0.88, height * 0.4, depth * 0.86),
+                leg * 0.6,
+            )
     tilt = turn("x", -lean)
-    root = np.array([0, height, -depth * 0.88])
+    root = xyz(0, height, -depth * 0.88)
 
     def on_back(x: float, y: float) -> np.ndarray:
-        return root + tilt @ np.array([x, y, 0.0])
+        return root + tilt @ xyz(x, y, 0.0)
 
     for s, side in SIDES:
-        post = b.tube(f"{side} back post", "wood", on_back(s * half * 0.86, -0.02), on_back(s * half * 0.86, back), leg)
+        post = b.tube(
+            f"{side} back post", "wood", on_back(s * half * 0.86, -0.02), on_back(s * half * 0.86, back), leg
+        )
         b.point(f"{side} top corner of the back", post, (0, 1, 0))
     if kind == "panel":
         b.add(block(), "back rest", "main", on_back(0, back * 0.56), (half * 0.86, back * 0.36, 0.024), tilt)
     elif kind == "slats":
         for share in (0.32, 0.6, 0.88):
-            b.add(block(), "back rest", "main", on_back(0, back * share), (half * 0.86, back * 0.09, 0.018), tilt)
+            b.add(
+                block(),
+                "back rest",
+                "main",
+                on_back(0, back * share),
+                (half * 0.86, back * 0.09, 0.018),
+                tilt,
+            )
     else:
         for x in (-0.48, -0.16, 0.16, 0.48):
             b.tube("back rest", "wood", on_back(x * half, 0), on_back(x * half, back * 0.86), leg * 0.6)
-    rail = b.add(block(), "back rest", "main", on_back(0, back * 0.90), (half * 0.86, back * 0.10, 0.028), tilt)
+    rail = b.add(
+        block(), "back rest", "main", on_back(0, back * 0.90), (half * 0.86, back * 0.10, 0.028), tilt
+    )
     b.point("middle of the back, front", rail, (0, 0, 1))
     b.point("middle of the back, rear", rail, (0, 0, -1))
     b.point("front edge of the seat", seat, (0, 0, 1))
     if d.chance(0.4):
         for s, side in SIDES:
             high = height + back * 0.36
-            b.tube(f"{side} arm rest", "wood", (s * half * 0.94, height, depth * 0.72), (s * half * 0.94, high, depth * 0.72), leg * 0.8)
-            b.add(block(), f"{side} arm rest", "wood", (s * half * 0.94, high, -depth * 0.05), (0.035, 0.02, depth * 0.88))
+            b.tube(
+                f"{side} arm rest",
+                "wood",
+                (s * half * 0.94, height, depth * 0.72),
+                (s * half * 0.94, high, depth * 0.72),
+                leg * 0.8,
+            )
+            b.add(
+                block(),
+                f"{side} arm rest",
+                "wood",
+                (s * half * 0.94, high, -depth * 0.05),
+                (0.035, 0.02, depth * 0.88),
+            )
 
 
 def lamp(b: Body) -> None:
@@ -75,20 +104,20 @@ def lamp(b: Body) -> None:
     b.point("rear of the base", foot, (0, 0, -0.96))
     for s, side in SIDES:
         b.point(f"{side} of the base", foot, (s * 0.96, 0, 0))
-    root = np.array([0, 0.07, -base * 0.45])
+    root = xyz(0, 0.07, -base * 0.45)
     b.ball("joint", "dark", root, 0.05)
-    elbow = root + lower * np.array([0, np.cos(first), np.sin(first)])
-    wrist = elbow + upper * np.array([0, np.cos(second), np.sin(second)])
+    elbow = root + lower * xyz(0, np.cos(first), np.sin(first))
+    wrist = elbow + upper * xyz(0, np.cos(second), np.sin(second))
     double = d.chance(0.5)
-    for s, side in SIDES if double else ((0.0, ""),):
-        off = np.array([s * 0.035, 0, 0])
+    for s in (1.0, -1.0) if double else (0.0,):
+        off = xyz(s * 0.035, 0, 0)
         b.tube("lower arm", "metal", root + off, elbow + off, thick)
         b.tube("upper arm", "metal", elbow + off, wrist + off, thick)
-    joint = b.tube("joint", "dark", elbow - [0.065, 0, 0], elbow + [0.065, 0, 0], 0.045)
+    joint = b.tube("joint", "dark", elbow - xyz(0.065, 0, 0), elbow + xyz(0.065, 0, 0), 0.045)
     for s, side in SIDES:
         b.point(f"{side} of the elbow", joint, (0, s, 0))
-    look = np.array([0, np.cos(nod), np.sin(nod)])
-    across = np.array([0, -np.sin(nod), np.cos(nod)])
+    look = xyz(0, np.cos(nod), np.sin(nod))
+    across = xyz(0, -np.sin(nod), np.cos(nod))
     wide, deep = d.between(0.17, 0.24), d.between(0.24, 0.32)
     neck = wrist + look * 0.02
     shade = b.tube("shade", "second", neck, neck + look * deep, wide * 0.36, wide, inner=0.92)
@@ -97,8 +126,12 @@ def lamp(b: Body) -> None:
     bulb = b.ball("bulb", "light", neck + look * deep * 0.62, wide * 0.34)
     b.point("bulb", bulb, look)
     inverse = np.linalg.inv(shade.linear[:, [0, 2]].T @ shade.linear[:, [0, 2]]) @ shade.linear[:, [0, 2]].T
-    for name, direction in (("left of the rim", [1.0, 0, 0]), ("right of the rim", [-1.0, 0, 0]),
-                            ("front of the rim", across), ("rear of the rim", -across)):
+    for name, direction in (
+        ("left of the rim", [1.0, 0, 0]),
+        ("right of the rim", [-1.0, 0, 0]),
+        ("front of the rim", across),
+        ("rear of the rim", -across),
+    ):
         x, z = inverse @ np.asarray(direction)
         b.point(name, shade, (x, 0.94, z))
     b.ball("joint", "dark", wrist, 0.045)
@@ -124,7 +157,7 @@ def mug(b: Body) -> None:
     around = (("front", (0.0, 1.0)), ("rear", (0.0, -1.0)), ("left", (1.0, 0.0)), ("right", (-1.0, 0.0)))
     into = np.linalg.inv(wall.linear)
     for name, (x, z) in around:
-        local = into @ np.array([x, 0, z])
+        local = into @ xyz(x, 0, z)
         b.point(f"{name} of the rim", wall, (local[0], 1, local[2]))
         b.point(f"{name} of the foot", wall, (local[0], -1, local[2]))
         b.point(f"{name} of the wall", wall, (local[0], 0.62, local[2]))
@@ -134,13 +167,21 @@ def mug(b: Body) -> None:
         reach = d.between(0.75, 1.0)
         ring = Tube(1.0, 1.0, 0.72, (Clip((1.0, 0.0, 0.0), 0.15),))
         frame = np.stack([[0, 0, 1.0], [1.0, 0, 0], [0, 1.0, 0]], axis=1)
-        handle = b.add(ring, "handle", "second", (0, middle, attach + 0.02), (size * reach, 0.06, size), frame)
+        handle = b.add(
+            ring, "handle", "second", (0, middle, attach + 0.02), (size * reach, 0.06, size), frame
+        )
         b.point("handle top", handle, (0, 0, 1))
         b.point("handle rear", handle, (-1, 0, 0))
     else:
         back = attach - size * 0.85
         for y in (middle - size * 0.8, middle + size * 0.8):
-            bar = b.add(block(), "handle", "second", (0, y, (attach + back) / 2 + 0.04), (0.055, 0.05, -(back - attach) / 2 + 0.06))
+            bar = b.add(
+                block(),
+                "handle",
+                "second",
+                (0, y, (attach + back) / 2 + 0.04),
+                (0.055, 0.05, -(back - attach) / 2 + 0.06),
+            )
         b.point("handle top", bar, (0, 1, -0.5))
         bar = b.add(block(), "handle", "second", (0, middle, back + 0.03), (0.055, size * 0.8 + 0.05, 0.05))
         b.point("handle rear", bar, (0, 0, -1))
@@ -154,7 +195,14 @@ def teapot(b: Body) -> None:
     b.variant = kind
     middle = tall * 0.95
     b.ball("body", "main", (0, middle, 0), (radius, tall, radius))
-    rim = b.tube("body", "main", (0, middle + tall * 0.62, 0), (0, middle + tall * 1.02, 0), radius * 0.66, radius * 0.52)
+    rim = b.tube(
+        "body",
+        "main",
+        (0, middle + tall * 0.62, 0),
+        (0, middle + tall * 1.02, 0),
+        radius * 0.66,
+        radius * 0.52,
+    )
     foot = b.tube("body", "main", (0, 0, 0), (0, tall * 0.32, 0), radius * 0.62, radius * 0.66)
     high = tall * (0.28 if kind == "low lid" else 0.55)
     top = middle + tall * 1.0
@@ -164,12 +212,12 @@ def teapot(b: Body) -> None:
     around = (("front", (0.0, 1.0)), ("rear", (0.0, -1.0)), ("left", (1.0, 0.0)), ("right", (-1.0, 0.0)))
     for name, (x, z) in around:
         for primitive, where, y in ((rim, "rim", 1), (foot, "foot", -1)):
-            local = np.linalg.inv(primitive.linear) @ np.array([x, 0, z])
+            local = np.linalg.inv(primitive.linear) @ xyz(x, 0, z)
             b.point(f"{name} of the {where}", primitive, (local[0], y, local[2]))
     reach, rise = d.between(0.34, 0.46), d.between(0.34, 0.50)
-    start = np.array([0, middle - tall * 0.25, radius * 0.72])
-    bend = start + [0, rise * 0.35, reach * 0.62]
-    end = bend + [0, rise * 0.72, reach * 0.36]
+    start = xyz(0, middle - tall * 0.25, radius * 0.72)
+    bend = start + xyz(0, rise * 0.35, reach * 0.62)
+    end = bend + xyz(0, rise * 0.72, reach * 0.36)
     b.tube("spout", "main", start, bend, 0.15, 0.09)
     b.ball("spout", "main", bend, 0.09)
     tip = b.tube("spout", "main", bend, end, 0.09, 0.06, inner=0.7)
@@ -177,6 +225,8 @@ def teapot(b: Body) -> None:
     size, attach = tall * d.between(0.62, 0.78), -radius * 0.86
     ring = Tube(1.0, 1.0, 0.76, (Clip((1.0, 0.0, 0.0), 0.15),))
     frame = np.stack([[0, 0, 1.0], [1.0, 0, 0], [0, 1.0, 0]], axis=1)
-    handle = b.add(ring, "handle", "second", (0, middle + tall * 0.1, attach), (size * 0.9, 0.055, size), frame)
+    handle = b.add(
+        ring, "handle", "second", (0, middle + tall * 0.1, attach), (size * 0.9, 0.055, size), frame
+    )
     b.point("handle top", handle, (0, 0, 1))
     b.point("handle rear", handle, (-1, 0, 0))

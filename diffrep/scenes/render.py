@@ -1,8 +1,8 @@
 """Drawing a scene: camera, ray casting, light, labels.
 
-Camera axes are x right, y down, z forward; a pixel's ray is ((x - cx) / fx, (y - cy) / fy, 1) t, so t is the depth.
-All samples of a pixel are cast together: arrays are (S, rows, columns), the last sample lies at the pixel's centre
-and is the one that labels are taken from. Large images are drawn in bands of rows.
+Camera axes are x right, y down, z forward; a pixel's ray is ((x - cx) / fx, (y - cy) / fy, 1) t, so t is the
+depth. All samples of a pixel are cast together: arrays are (S, rows, columns), the last sample lies at the
+pixel's centre and is the one that labels are taken from. Large images are drawn in bands of rows.
 """
 
 from __future__ import annotations
@@ -11,206 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffrep.scenes.build import Body, Keypoint, Primitive, turn
-from diffrep.scenes.categories import CATEGORIES, CATEGORY, PART_ID, SEEN, build
-from diffrep.scenes.look import Look, Texture, describe, distractor_paint, draw_look, smooth_noise, view_name
+from diffrep.scenes.build import Keypoint, turn
+from diffrep.scenes.categories import CATEGORIES, CATEGORY, PART_ID
+from diffrep.scenes.look import describe, view_name
 from diffrep.scenes.scene import Scene
-from diffrep.scenes.shapes import MISS, Array, Rays, cross
+from diffrep.scenes.shapes import MISS, Array, Rays
+from diffrep.scenes.stage import Stage, set_stage
+from diffrep.scenes.texture import smooth_noise
 
 _BAND = 42_000  # samples drawn at once: about what stays in a core's cache
 _SKY, _FLOOR, _WALL, _FIRST = 0, 1, 2, 3  # surface numbers; primitives follow
 _DEPTH_TOLERANCE = 0.015  # of the depth, between a keypoint and the surface that its pixel shows
-_SHADOW_CELLS = 112
-
-
-@dataclass(frozen=True, eq=False)
-class Camera:
-    """Pose and pinhole: camera point = rotation @ world point + shift; one focal length in shares of the short side."""
-
-    rotation: Array  # (3, 3)
-    shift: Array  # (3,)
-    focal: float
-    yaw: float
-
-    @property
-    def position(self) -> Array:
-        return -self.rotation.T @ self.shift
-
-    def intrinsics(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """fx, fy, cx, cy in pixels for an image of (H, W)."""
-        focal = self.focal * min(size)
-        return focal, focal, (size[1] - 1) / 2, (size[0] - 1) / 2
-
-
-@dataclass(frozen=True, eq=False)
-class _Surface:
-    """A primitive of the object (with its template) or of a distractor (without), ready to be drawn."""
-
-    primitive: Primitive
-    template: Primitive | None
-    part: int
-    texture: Texture
-    gloss: float
-    matrix: Array  # camera -> local
-    eye: Array  # the camera in local coordinates
-    pivot: float
-    reach: tuple[float, float, float, float]  # x0, y0, x1, y1 on the plane z = 1 of the camera
-
-
-@dataclass(frozen=True, eq=False)
-class _Stage:
-    """Everything about a scene but its resolution."""
-
-    category: str
-    body: Body
-    camera: Camera
-    look: Look
-    surfaces: tuple[_Surface, ...]
-    sun: Array  # (3,) world axes
-    floor_height: float
-    shadow: Array  # (n, n) light that reaches the floor, rows z, columns x
-    shadow_reach: float
-    size: float
-
-
-def _outlines(primitives: list[Primitive], camera_rotation: Array, shift: Array) -> Array:
-    """(n, 4) x0, y0, x1, y1 of each primitive on the plane z = 1; infinite where it reaches behind the camera."""
-    linears, centres, starts = [], [], []
-    for p in primitives:
-        starts.append(len(linears))
-        for linear, centre in p.shape.outline():
-            linears.append(p.linear @ linear)
-            centres.append(p.at(centre))
-    a = camera_rotation @ np.array(linears)
-    t = np.array(centres) @ camera_rotation.T + shift
-    # An ellipsoid's silhouette is a conic; the dual of that conic is a a^T - t t^T.
-    dual = a @ np.swapaxes(a, 1, 2) - t[:, :, None] * t[:, None, :]
-    depth = dual[:, 2, 2]
-    behind = (t[:, 2] <= 0) | (depth >= 0)
-    depth = np.where(behind, -1.0, depth)
-    low, high = [], []
-    for axis in (0, 1):
-        root = np.sqrt(np.maximum(dual[:, axis, 2] ** 2 - dual[:, axis, axis] * depth, 0))
-        ends = np.stack([(dual[:, axis, 2] + root) / depth, (dual[:, axis, 2] - root) / depth])
-        low.append(np.minimum.reduceat(np.where(behind, -np.inf, ends.min(0)), starts))
-        high.append(np.maximum.reduceat(np.where(behind, np.inf, ends.max(0)), starts))
-    return np.stack([*low, *high], axis=1)
-
-
-def _draw_camera(body: Body, rng: np.random.Generator) -> Camera:
-    """A camera that sees the whole object, from any side, at 55-90 % of the frame's short side."""
-    yaw = rng.uniform(0, 2 * np.pi)
-    elevation = np.radians(rng.uniform(0, 1) ** 0.8 * 40)
-    roll = np.radians(rng.uniform(-4, 4))
-    closeness = rng.uniform(2.4, 4.8)  # distance in shares of the radius: how strong the perspective is
-    fill = rng.uniform(0.55, 0.90)
-    place = rng.uniform(-1, 1, 2)
-    towards = np.array([np.sin(yaw) * np.cos(elevation), np.sin(elevation), np.cos(yaw) * np.cos(elevation)])
-    forward = -towards
-    right = cross(forward, np.array([0.0, 1.0, 0.0]))
-    right /= np.linalg.norm(right)
-    rotation = turn("z", roll) @ np.stack([right, cross(forward, right), forward])
-    low, high = body.bounds()
-    shift = np.array([0, 0, closeness * np.linalg.norm(high - low) / 2]) - rotation @ ((low + high) / 2)
-    for _ in range(3):  # panning changes the outline a little, so the offset is found in steps
-        boxes = _outlines(body.primitives, rotation, shift)
-        low_end, high_end = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-        extent = high_end - low_end
-        focal = fill / extent.max()
-        room = np.maximum(0.97 - focal * extent, 0) / 2
-        x, y = np.arctan(place * room / focal) - np.arctan((low_end + high_end) / 2)
-        pan = turn("y", x) @ turn("x", -y)
-        rotation, shift = pan @ rotation, pan @ shift
-    return Camera(rotation, shift, float(focal), yaw)
-
-
-def _set_stage(seed: int, category: str | None) -> _Stage:
-    pick, form, look_rng, view = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(4))
-    if category is None:
-        category = SEEN[int(pick.integers(len(SEEN)))]
-    body, template = build(category, form)
-    camera = _draw_camera(body, view)
-    low, high = body.bounds()
-    size = float((high - low).max())
-    place = body.places[int(look_rng.integers(len(body.places)))]
-    radius = float(np.linalg.norm(np.maximum(np.abs(low), np.abs(high))[[0, 2]]))
-    look = draw_look(place, size, radius, look_rng)
-    floor = float(low[1]) if place == "ground" else 0.0
-
-    spin = turn("y", camera.yaw)
-    things = [
-        Primitive(p.shape, spin @ p.linear, spin @ p.centre + [0, floor, 0], "", p.paint)
-        for p in look.distractors.primitives
-    ]
-    paints = {name: distractor_paint(look_rng) for name in dict.fromkeys(p.paint for p in things)}
-    primitives = body.primitives + things
-    boxes = _outlines(primitives, camera.rotation, camera.shift)
-    linear = np.linalg.inv(camera.rotation @ np.array([p.linear for p in primitives]))
-    centres = np.array([p.centre for p in primitives]) @ camera.rotation.T + camera.shift
-    eyes = -np.einsum("nij,nj->ni", linear, centres)
-    surfaces = []
-    for i, p in enumerate(primitives):
-        own = i < len(body.primitives)
-        surfaces.append(
-            _Surface(
-                primitive=p,
-                template=template.primitives[i] if own else None,
-                part=PART_ID[category, p.part] if own else 0,
-                texture=look.paints[p.paint] if own else paints[p.paint],
-                gloss=look.gloss[p.paint] if own else 0.1,
-                matrix=linear[i],
-                eye=eyes[i],
-                pivot=max(float(centres[i, 2]), 0.0),
-                reach=tuple(boxes[i]),
-            )
-        )
-    sun = spin @ look.sun_direction
-    reach = radius * 2.6
-    shadow = _cast_shadow(primitives, sun, floor, reach) if look.floor is not None else np.ones((1, 1))
-    return _Stage(category, body, camera, look, tuple(surfaces), sun, floor, shadow, reach, size)
-
-
-def _cast_shadow(primitives: list[Primitive], sun: Array, floor: float, reach: float) -> Array:
-    """Light that reaches the floor around the origin, in [0, 1]: soft shadows of ellipsoids in the shapes' places.
-
-    The sun's shadow, times a wide one straight below that stands for the sky's light.
-    """
-    n = _SHADOW_CELLS
-    ticks = np.linspace(-reach, reach, n, dtype=np.float32)
-    dark = np.zeros((2, n, n), dtype=np.float32)
-    for p in primitives:
-        inverse = np.linalg.inv(p.linear)
-        radius = np.linalg.norm(p.linear, axis=1)
-        for layer, (light, edge, share) in enumerate(((sun, 1.25, 1.0), (np.array([0, 1.0, 0]), 2.6, 0.8))):
-            drop = (p.centre[1] - floor) / light[1]
-            if drop < 0 or (layer and radius.max() < 0.02 * reach):
-                continue
-            at = p.centre - light * drop
-            along = np.abs(light[[0, 2]]) / light[1] * radius[1]
-            wide = (radius[[0, 2]] + along) * np.sqrt(edge) * 1.05
-            i0, i1 = np.searchsorted(ticks, [at[2] - wide[1], at[2] + wide[1]])
-            j0, j1 = np.searchsorted(ticks, [at[0] - wide[0], at[0] + wide[0]])
-            if i0 >= i1 or j0 >= j1:
-                continue
-            x, z = ticks[None, j0:j1] - np.float32(p.centre[0]), ticks[i0:i1, None] - np.float32(p.centre[2])
-            rows = inverse.astype(np.float32)
-            below = np.float32(floor - p.centre[1])
-            u = [row[0] * x + row[2] * z + row[1] * below for row in rows]
-            d = (inverse @ light).astype(np.float32)
-            d /= np.linalg.norm(d)
-            along_light = u[0] * d[0] + u[1] * d[1] + u[2] * d[2]
-            miss = u[0] * u[0] + u[1] * u[1] + u[2] * u[2] - along_light * along_light
-            fade = np.float32(share)
-            if layer:  # the sky is hidden less by what is high above
-                fade = np.float32(share / (1 + 3 * (drop / radius[[0, 2]].max()) ** 2))
-            cover = np.clip((np.float32(edge) - miss) * np.float32(1.4 / edge), 0, 1) * fade
-            target = dark[layer, i0:i1, j0:j1]
-            np.maximum(target, cover, out=target)
-    return (1 - 0.62 * dark[0]) * (1 - 0.5 * dark[1])
 
 
 def _lookup(table: Array, reach: float, x: Array, z: Array) -> Array:
-    """Bilinear values of the shadow table at floor points; 1 beyond it."""
+    """Bilinear values of the shadow table at floor points; those of its border beyond it."""
     n = len(table)
     u = np.clip((x / np.float32(2 * reach) + np.float32(0.5)) * np.float32(n - 1), 0, n - 1.001)
     v = np.clip((z / np.float32(2 * reach) + np.float32(0.5)) * np.float32(n - 1), 0, n - 1.001)
@@ -222,11 +37,11 @@ def _lookup(table: Array, reach: float, x: Array, z: Array) -> Array:
     return top * (1 - b) + bottom * b
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Band:
-    """Rows of the picture while they are drawn; arrays over (S, rows, columns)."""
+    """Some rows of a finished picture and its labels."""
 
-    image: Array  # (rows, W, 3) float32 in [0, 1]
+    image: Array  # (rows, W, 3) float32, 1 is white but not the most
     depth: Array
     normals: Array
     part: Array
@@ -241,12 +56,13 @@ def _offsets(supersample: int) -> Array:
     return np.concatenate([grid, np.zeros((1, 2))])
 
 
-def _draw_band(stage: _Stage, size: tuple[int, int], rows: slice, offsets: Array) -> _Band:
+def _draw_band(stage: Stage, size: tuple[int, int], rows: slice, offsets: Array) -> _Band:
     fx, fy, cx, cy = stage.camera.intrinsics(size)
     height, width = rows.stop - rows.start, size[1]
     columns = np.arange(width)
     x = ((columns[None, None, :] + offsets[:, 0, None, None] - cx) / fx).astype(np.float32)
-    y = ((np.arange(rows.start, rows.stop)[None, :, None] + offsets[:, 1, None, None] - cy) / fy).astype(np.float32)
+    lines = np.arange(rows.start, rows.stop)
+    y = ((lines[None, :, None] + offsets[:, 1, None, None] - cy) / fy).astype(np.float32)
     depth = np.full((len(offsets), height, width), MISS)
     surface = np.zeros(depth.shape, dtype=np.uint8)
     _cast_surroundings(stage, x, y, depth, surface)
@@ -269,7 +85,7 @@ def _draw_band(stage: _Stage, size: tuple[int, int], rows: slice, offsets: Array
     return _shade(stage, x, y, depth, surface)
 
 
-def _cast_surroundings(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> None:
+def _cast_surroundings(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> None:
     """Floor and wall into `depth` and `surface`."""
     camera, position = stage.camera, stage.camera.position
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -288,7 +104,7 @@ def _cast_surroundings(stage: _Stage, x: Array, y: Array, depth: Array, surface:
             np.copyto(surface, np.uint8(_WALL), where=closer)
 
 
-def _shade(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> _Band:
+def _shade(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> _Band:
     look, rotation = stage.look, stage.camera.rotation.astype(np.float32)
     samples, height, width = depth.shape
     # Samples are sorted by surface, so that each surface is one slice of every array.
@@ -313,7 +129,9 @@ def _shade(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> _
         local = s.primitive.shape.normals(points)
         facing = s.matrix.T.astype(np.float32) @ local
         facing *= 1 / np.sqrt((facing * facing).sum(0))
-        facing *= np.where((facing * ray[:, here]).sum(0) > 0, np.float32(-1), np.float32(1))  # insides of shells
+        facing *= np.where(
+            (facing * ray[:, here]).sum(0) > 0, np.float32(-1), np.float32(1)
+        )  # insides of shells
         normal[:, here] = facing
         gloss[here] = s.gloss
         linear, middle = (s.template or s.primitive).resting
@@ -341,7 +159,9 @@ def _shade(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> _
     sky, solid = slice(0, ends[_SKY]), slice(ends[_SKY], None)
     colour = np.empty_like(ray)
     colour[:, sky] = _sky(stage, rotation.T @ ray[:, sky])
-    colour[:, solid] = _light(stage, ray[:, solid], normal[:, solid], albedo[:, solid], gloss[solid], light[solid])
+    colour[:, solid] = _light(
+        stage, ray[:, solid], normal[:, solid], albedo[:, solid], gloss[solid], light[solid]
+    )
     horizon = look.sky[0].astype(np.float32)
     if look.wall is None and look.floor is not None:  # the floor fades into the horizon
         away = np.float32(2.2 * np.linalg.norm(stage.camera.shift))
@@ -372,7 +192,7 @@ def _shade(stage: _Stage, x: Array, y: Array, depth: Array, surface: Array) -> _
     )
 
 
-def _light(stage: _Stage, ray: Array, normal: Array, albedo: Array, gloss: Array, light: Array) -> Array:
+def _light(stage: Stage, ray: Array, normal: Array, albedo: Array, gloss: Array, light: Array) -> Array:
     """Sun, sky light from above, a little light back from the ground, and a highlight."""
     rotation = stage.camera.rotation
     sun, up = (rotation @ stage.sun).astype(np.float32), rotation[:, 1].astype(np.float32)
@@ -396,7 +216,7 @@ def _light(stage: _Stage, ray: Array, normal: Array, albedo: Array, gloss: Array
     return colour
 
 
-def _sky(stage: _Stage, directions: Array) -> Array:
+def _sky(stage: Stage, directions: Array) -> Array:
     """(3, n) colour of the sky in world directions (3, n)."""
     horizon, overhead = stage.look.sky.astype(np.float32)
     rise = directions[1] / np.sqrt((directions * directions).sum(0))
@@ -407,7 +227,9 @@ def _sky(stage: _Stage, directions: Array) -> Array:
         across = (spin.T @ directions)[0]
         u, v = across * 2.6 + rise * 1.1 + stage.look.clouds * 40, rise * 6.5 - across * 0.9
         wave = smooth_noise(u, v) + 0.5 * smooth_noise(u * 2.7 - v * 0.8, v * 2.7 + u * 0.8)
-        cloud = np.clip((wave - np.float32(1.02 - 0.42 * stage.look.clouds)) * np.float32(1.9), 0, np.float32(0.85))
+        cloud = np.clip(
+            (wave - np.float32(1.02 - 0.42 * stage.look.clouds)) * np.float32(1.9), 0, np.float32(0.85)
+        )
         colour += (np.float32(0.97) - colour) * cloud
     return colour
 
@@ -435,7 +257,7 @@ def render_scene(
         raise ValueError(f"an image is at least 8 pixels wide and high, got {height} x {width}")
     if not 1 <= supersample <= 8:
         raise ValueError(f"supersample is 1 to 8, got {supersample}")
-    stage = _set_stage(seed, category)
+    stage = set_stage(seed, category)
     offsets = _offsets(supersample)
     step = max(_BAND // (width * len(offsets)), 1)
     bands = [
@@ -491,7 +313,7 @@ def _box_of(mask: Array) -> tuple[float, float, float, float]:
 
 
 def _place_keypoints(
-    stage: _Stage, intrinsics: tuple[float, float, float, float], depth: Array, part: Array
+    stage: Stage, intrinsics: tuple[float, float, float, float], depth: Array, part: Array
 ) -> tuple[Array, Array]:
     """Keypoints (N, 2) in pixels, in the category's order, and which of them the picture shows."""
     fx, fy, cx, cy = intrinsics

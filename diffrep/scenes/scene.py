@@ -13,9 +13,9 @@ from diffrep.scenes.shapes import Array
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One rendered object with exact labels. Labels are taken at pixel centres, colour is supersampled.
+    """One rendered object with exact labels: colour is supersampled, labels are those of pixel centres.
 
-    Points are (x, y) in pixels, (0, 0) the centre of the first pixel. Camera axes: x right, y down, z forward.
+    Points are (x, y) in pixels, (0, 0) the centre of the first. Camera axes: x right, y down, z forward.
 
     Attributes:
         image: (H, W, 3) uint8, RGB.
@@ -24,8 +24,8 @@ class Scene:
         mask: (H, W) bool, the object.
         edge: (H, W) bool, pixels of the object with a 4-neighbour outside it.
         part: (H, W) uint8, index into `PARTS`, 0 outside the object.
-        canonical: (H, W, 3) float32 in [-1, 1]: the surface point's place in the category's template, x to the
-            object's left, y up, z to its front; 0 outside the object.
+        canonical: (H, W, 3) float32 in [-1, 1]: the surface point's place in the category's template, x to
+            the object's left, y up, z to its front; 0 outside the object.
         keypoint_names: the category's N keypoints, in an order that is the same in all its scenes.
         keypoints: (N, 2) float32.
         visible: (N,) bool: in the frame, on the surface that the pixel shows, and of its part.

@@ -1,11 +1,13 @@
 """Many scenes: disjoint seeds of the splits, pairs to match, and sets rendered to disk once.
 
-A set is a folder of .npy files, one per label, memory-mapped, beside settings.json. It is rendered chunk by chunk;
-a chunk counts once its captions file is there, which is written last, so a killed render goes on where it was.
+A set is a folder of .npy files, one per label, memory-mapped, beside settings.json. It is rendered chunk by
+chunk; a chunk counts once its captions file is there, which is written last, so a killed render goes on where
+it was.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -50,10 +52,10 @@ def scene_seed(split: Split, index: int) -> int:
 def scene_pairs(
     split: Split, per_category: int, *, categories: Sequence[str] = SEEN, seed: int = 0
 ) -> list[tuple[int, int, str, bool]]:
-    """Pairs of different objects of one category: (seed of a, seed of b, category, whether b is to be mirrored).
+    """Pairs of different objects of one category: (seed of a, seed of b, category, whether to mirror b).
 
-    No seed comes twice; every third pair is mirrored. A category's pairs do not depend on the other categories,
-    and the first pairs stay the same when more are asked for.
+    No seed comes twice; every third pair is mirrored. A category's pairs do not depend on the other
+    categories, and the first pairs stay the same when more are asked for.
     """
     _check_categories(categories)
     pairs = []
@@ -90,8 +92,9 @@ class SetSettings:
 def renderer_version() -> str:
     """A hash of the code that draws; sets drawn by another version are not continued."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    own = [f for f in files if f.name not in ("__init__.py", "sets.py")]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in own)).hexdigest()[:16]
+    drawing = [f for f in files if f.name not in ("__init__.py", "sets.py")]
+    code = "\n".join(ast.unparse(ast.parse(f.read_text(encoding="utf-8"))) for f in drawing)  # not its layout
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def _layout(settings: SetSettings) -> dict[str, tuple[type, tuple[int, ...]]]:
@@ -220,12 +223,16 @@ def render_set(
     _prepare(folder, settings)
     missing = _missing_chunks(folder, settings)
     done = count - sum(stop - start for start, stop in missing)
-    with tqdm(total=count, initial=done, desc=f"rendering {split}", unit="scene", disable=not progress) as bar:
+    with tqdm(
+        total=count, initial=done, desc=f"rendering {split}", unit="scene", disable=not progress
+    ) as bar:
         if workers == 1:
             for chunk in missing:
                 bar.update(_render_chunk(folder, settings, chunk))
         elif missing:
-            context = get_context("spawn")  # a forked child would inherit the threads' locks of other libraries
+            context = get_context(
+                "spawn"
+            )  # a forked child would inherit the threads' locks of other libraries
             with ProcessPoolExecutor(workers, mp_context=context) as pool:
                 jobs = [pool.submit(_render_chunk, folder, settings, chunk) for chunk in missing]
                 for job in as_completed(jobs):

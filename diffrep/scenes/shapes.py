@@ -1,8 +1,7 @@
 """Analytic shapes: where a ray meets them, and which way their surface faces.
 
 Every shape lives in local coordinates of its own, about [-1, 1]^3; a primitive places it in the world by an
-affine map, so one ray test serves all sizes. Rays are origin + t * direction with the direction not normalised,
-so t is the same number in every frame.
+affine map, so one ray test serves all sizes. Directions are not normalised, so t is the same in every frame.
 
 Arrays of points and directions have the coordinate first: (3, ...), float32.
 """
@@ -79,11 +78,11 @@ class Clip:
     offset: float
 
     def keeps(self, middles: Sequence[Array], directions: Sequence[Array], t: Array) -> Array:
-        inside = np.float32(-self.offset)
+        inside: Array = np.zeros_like(t) - np.float32(self.offset)
         for n, middle, direction in zip(self.normal, middles, directions, strict=True):
             if n:
                 inside = inside + np.float32(n) * (middle + t * direction)
-        return inside <= 0
+        return np.asarray(inside <= 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +126,7 @@ class Ball:
 class Tube:
     """A frustum about the y axis from y = -1 (radius `bottom`) to y = 1 (radius `top`), with flat ends.
 
-    `inner` is the radius of the hole as a share of the outer radius: 0 is solid, 0.9 a thin wall (rings, cups).
+    `inner` is the radius of the hole as a share of the outer radius: 0 is solid, 0.9 a thin wall.
     """
 
     bottom: float = 1.0
@@ -142,7 +141,8 @@ class Tube:
     def hit(self, rays: Rays) -> Array:
         x, y, z = directions = rays.directions()
         ox, oy, oz = middles = rays.middles()
-        least, best = np.float32(_NEAR - rays.pivot), MISS
+        least = np.float32(_NEAR - rays.pivot)
+        best: Array = np.full(np.broadcast_shapes(rays.x.shape, rays.y.shape), MISS)
         middle, slope = (self.top + self.bottom) / 2, (self.top - self.bottom) / 2
 
         def nearer(best: Array, t: Array, good: Array) -> Array:
@@ -154,11 +154,10 @@ class Tube:
         with np.errstate(invalid="ignore", divide="ignore"):
             for scale in (1.0, self.inner) if self.inner else (1.0,):
                 m, g = np.float32(middle * scale), np.float32(slope * scale)
+                radius: Array = m + g * oy
+                a, b = across, to_axis
                 if g:
-                    radius = m + g * oy
-                    a, b = across - g * g * (y * y), to_axis - g * radius * y
-                else:
-                    radius, a, b = m, across, to_axis
+                    a, b = a - g * g * (y * y), b - g * radius * y
                 root = np.sqrt(b * b - a * (off_axis - radius * radius))
                 for t in ((-b - root) / a, (root - b) / a):
                     best = nearer(best, t, (np.abs(oy + t * y) <= 1) & (t > least))
@@ -166,14 +165,14 @@ class Tube:
             for end in (np.float32(-1), np.float32(1)):
                 if end * rays.eye[1] <= 1 and not self.clips:
                     continue
-                radius = np.float32(middle) + np.float32(slope) * end
+                rim = np.float32(middle + slope * end)
                 t = (end - oy) / y
                 distance = (ox + t * x) ** 2 + (oz + t * z) ** 2
-                good = (t > least) & (distance <= radius * radius)
+                good = (t > least) & (distance <= rim * rim)
                 if self.inner:
-                    good &= distance >= (radius * np.float32(self.inner)) ** 2
+                    good &= distance >= (rim * np.float32(self.inner)) ** 2
                 best = nearer(best, t, good)
-        return np.asarray(best) + np.float32(rays.pivot)
+        return best + np.float32(rays.pivot)
 
     def normals(self, points: Array) -> Array:
         x, y, z = points
@@ -181,13 +180,13 @@ class Tube:
         radius = middle + slope * y
         distance = np.sqrt(x * x + z * z)
         wall = np.abs(distance - radius)
-        sign = np.ones_like(y)
+        normal = np.stack([x, -slope * distance, z])
         if self.inner:
-            inside = np.abs(distance - self.inner * radius)
-            sign = np.where(inside < wall, np.float32(-1), np.float32(1))
-            wall = np.minimum(wall, inside)
-            slope = np.where(sign < 0, slope * self.inner, slope)
-        normal = np.stack([x, -slope * distance, z]) * sign
+            hole = np.abs(distance - self.inner * radius)
+            within = hole < wall
+            wall = np.minimum(wall, hole)
+            normal[1, within] *= self.inner
+            normal[:, within] *= -1
         cap = 1 - np.abs(y) < wall
         normal[0, cap] = normal[2, cap] = 0
         normal[1, cap] = np.sign(y[cap])
@@ -217,7 +216,9 @@ class Hull:
     corners: Array  # (n, 3), a box around them holds the body
 
     def hit(self, rays: Rays) -> Array:
-        near, far = np.float32(_NEAR), MISS
+        shape = np.broadcast_shapes(rays.x.shape, rays.y.shape)
+        near: Array = np.full(shape, np.float32(_NEAR))
+        far: Array = np.full(shape, MISS)
         with np.errstate(divide="ignore", invalid="ignore"):
             for plane in self.planes:
                 gap = np.float32(plane[3] - plane[:3] @ rays.eye)
@@ -272,8 +273,8 @@ def prism(
         polygon: corners in order, either way round. For axis "x" they are (z, y), a profile seen from the
             side; for axis "y" they are (z, x), a plan seen from above.
         axis: the axis along which the polygon is drawn out.
-        taper: for axis "x": how large the half width is at the top and at the bottom of the profile, as a share;
-            for axis "y": how much smaller in (z, x) the polygon is at y = 1.
+        taper: for axis "x": the half width at the top and at the bottom of the profile, as shares; for axis
+            "y": the size of the polygon at y = 1 in (z, x), as shares of that at y = -1.
     """
     points = np.array(polygon, dtype=float)
     area = np.sum(points[:, 0] * np.roll(points[:, 1], -1) - points[:, 1] * np.roll(points[:, 0], -1))
