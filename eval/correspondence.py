@@ -8,166 +8,38 @@ is named in the report. All averages are printed, with the papers' numbers and t
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
+import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval.cache import FeatureCache, claim_folder, fingerprint, write_text
+from diffrep.eval.correspondence_report import CorrespondenceReport, PairMatches
+from diffrep.eval.datasets.ap10k import Ap10kSet, read_ap10k
 from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet, Problem
+from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
+from diffrep.eval.datasets.spair import read_spair
 from diffrep.eval.datasets.spair_keypoints import part_groups
-from diffrep.eval.pck import AGGREGATES, Pck
-from diffrep.eval.protocols import Protocol
-from diffrep.eval.published import Published, published
+from diffrep.eval.datasets.tss import read_tss
+from diffrep.eval.extraction import cache_key, extract_images, images_by_prompt, prompts_by_category
+from diffrep.eval.failures import save_failures
+from diffrep.eval.pck import Pck
+from diffrep.eval.protocols import PROTOCOLS, Protocol
+from diffrep.eval.scenes import EvalScenes, ScenesReport
+from diffrep.eval.tss import FlowReport, evaluate_flow
 from diffrep.features import FeatureMaps
 from diffrep.fusion import Descriptors, fuse
-from diffrep.images import ImageError, load_image
+from diffrep.images import load_image
 from diffrep.matching import match_points
 from diffrep.recipes import Correspondence, Recipe
 
 Search = Literal["auto", "protocol", "recipe"]
-CATEGORY = "{category}"  # in a prompt: stands for the name of the image's category
-
-
-@dataclass(frozen=True)
-class CorrespondenceReport:
-    """What a recipe got on a benchmark."""
-
-    dataset: str
-    protocol: Protocol
-    recipe: str
-    search: str  # "protocol" or "recipe": whose way from keypoints to matches was used
-    pck: Pck
-    by_part: Pck | None  # over the keypoints that share a part with another one visible in the target
-    problems: tuple[Problem, ...]
-    settings: Mapping[str, object]
-
-    def rows(self) -> tuple[Published, ...]:
-        """The papers' rows that count like this protocol."""
-        return published(self.protocol.benchmark, threshold=self.protocol.threshold)
-
-    def table(self) -> str:
-        """The report as text."""
-        return "\n".join([*self._averages(), "", *self._categories(), *self._papers(), *self._notes()])
-
-    def to_json(self) -> str:
-        """Everything in the tables as numbers, with the settings that made them."""
-        averages = {name: _by_alpha(self.pck, name) for name in AGGREGATES}
-        document: dict[str, object] = {
-            "dataset": self.dataset,
-            "protocol": asdict(self.protocol),
-            "recipe": self.recipe,
-            "search": self.search,
-            "pairs": len(self.pck.counted),
-            "points": self.pck.points,
-            "pck": averages,
-            "categories": {
-                category: {
-                    "pairs": len(self.pck.of(category).counted),
-                    "points": self.pck.of(category).points,
-                    "per point": _by_alpha(self.pck.of(category), "per point"),
-                    "per image": _by_alpha(self.pck.of(category), "per image"),
-                }
-                for category in self.pck.categories
-            },
-            "published": [asdict(row) for row in self.rows()],
-            "problems": [asdict(problem) for problem in self.problems],
-            "settings": dict(self.settings),
-        }
-        if self.by_part is not None:
-            document["by_part"] = {
-                "points": self.by_part.points,
-                "share": self.by_part.points / max(self.pck.points, 1),
-                "pck": {name: _by_alpha(self.by_part, name) for name in AGGREGATES},
-            }
-        return json.dumps(document, indent=2, default=str)
-
-    def _averages(self) -> list[str]:
-        alphas = self.protocol.alphas
-        frame = (
-            "original pixels" if self.protocol.frame is None else f"a square of {self.protocol.frame} pixels"
-        )
-        sign = "<=" if self.protocol.inclusive else "<"
-        lines = [
-            f"{self.recipe} on {self.dataset}: {len(self.pck.counted)} pairs, {self.pck.points} points",
-            f"protocol {self.protocol.name}: {sign} alpha * {self.protocol.threshold}, in {frame};"
-            f" matches by the {self.search}",
-            f"{'PCK, %':<26}" + "".join(f"{f'@{alpha:g}':>8}" for alpha in alphas),
-        ]
-        for name in AGGREGATES:
-            mark = " *" if name == self.protocol.aggregate else ""
-            lines.append(f"{name + mark:<26}" + "".join(f"{100 * v:>8.2f}" for v in self.pck.value(name)))
-        if self.by_part is not None and self.by_part.points:
-            share = 100 * self.by_part.points / self.pck.points
-            lines.append(
-                f"{f'shared parts ({share:.1f} %)':<26}"
-                + "".join(f"{100 * v:>8.2f}" for v in self.by_part.value())
-            )
-        return [*lines, "* the paper's headline number"]
-
-    def _categories(self) -> list[str]:
-        first = self.protocol.alphas[0]
-        lines = [f"{'category':<16}{'pairs':>7}{'points':>8}{f'@{first:g} per point':>18}{'per image':>11}"]
-        for category in self.pck.categories:
-            own = self.pck.of(category)
-            point, image = own.value()[0], own.value("per image")[0]
-            lines.append(
-                f"{category:<16}{len(own.counted):>7}{own.points:>8}{100 * point:>18.2f}{100 * image:>11.2f}"
-            )
-        return lines
-
-    def _papers(self) -> list[str]:
-        rows = [row for row in self.rows() if set(row.values) & set(self.protocol.alphas)]
-        if not rows:
-            return []
-        lines = [
-            "",
-            f"{'published (ours minus theirs)':<40}"
-            + "".join(f"{f'@{a:g}':>16}" for a in self.protocol.alphas),
-        ]
-        for row in rows:
-            ours = self.pck.value(row.aggregate or self.protocol.aggregate)
-            cells = [
-                f"{row.values[a]:.1f} ({100 * own - row.values[a]:+.1f})" if a in row.values else ""
-                for a, own in zip(self.protocol.alphas, ours, strict=True)
-            ]
-            name = f"{row.method}{' [this recipe]' if row.recipe == self.recipe else ''}"
-            averaged = row.aggregate or "average not stated"
-            lines.append(f"{name:<40}" + "".join(f"{c:>16}" for c in cells) + f"  {averaged}; {row.source}")
-        return lines
-
-    def _notes(self) -> list[str]:
-        if not self.problems:
-            return []
-        shown = [f"  {problem}" for problem in self.problems[:20]]
-        more = (
-            [f"  ... and {len(self.problems) - 20} more, all in the JSON"] if len(self.problems) > 20 else []
-        )
-        return [
-            "",
-            f"{len(self.problems)} problems; what they concern is left out of every number:",
-            *shown,
-            *more,
-        ]
-
-
-def _by_alpha(pck: Pck, aggregate: Any) -> dict[str, float | None]:
-    values = zip(pck.alphas, pck.value(aggregate), strict=True)
-    return {f"{alpha:g}": None if math.isnan(value) else value for alpha, value in values}
-
-
-@dataclass(frozen=True)
-class PairMatches:
-    """Where one pair's keypoints were found, in the protocol's frame."""
-
-    pair: AnnotatedPair
-    predicted: Tensor  # (N, 2) float32
 
 
 def evaluate_pairs(
@@ -204,7 +76,14 @@ def evaluate_pairs(
         "batch_size": batch_size,
     }
     cache = FeatureCache(folder / "features", settings, dtype=keep)
-    unreadable = extract_images(pairs, correspondence, cache, batch_size=batch_size, progress=progress)
+    unreadable = extract_images(
+        images_by_prompt(pairs, recipe),
+        lambda image: load_image(pairs.root / image),
+        correspondence,
+        cache,
+        batch_size=batch_size,
+        progress=progress,
+    )
     usable = tuple(p for p in pairs.pairs if not {p.source.path, p.target.path} & unreadable.keys())
     problems = [*pairs.problems, *(Problem(path, what) for path, what in unreadable.items())]
     used = choose_search(usable, protocol, recipe, cache, search)
@@ -228,70 +107,8 @@ def evaluate_pairs(
         by_part=parts,
         problems=tuple(problems),
         settings={**settings, "recipe": asdict(recipe), "kept_as": keep},
+        matches=tuple(matches),
     )
-
-
-def extract_images(
-    pairs: PairSet, correspondence: Correspondence, cache: FeatureCache, *, batch_size: int, progress: bool
-) -> dict[str, str]:
-    """Extract every image of a data set that the cache lacks.
-
-    Batches are fixed by the sorted list of images, and a batch that is not complete is extracted as a
-    whole, so that a run in two halves gives the very numbers of a run in one.
-
-    Returns:
-        Path -> what was wrong, for the images that cannot be read.
-    """
-    unreadable: dict[str, str] = {}
-    groups = _images_by_prompt(pairs, correspondence.recipe)
-    total = sum(map(len, groups.values()))
-    with tqdm(total=total, desc="extract", unit="image", disable=not progress) as bar:
-        for category, images in groups.items():
-            own = _with_prompt(correspondence, category)
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
-                if not all(cache_key(category, image) in cache for image in batch):
-                    readable = []
-                    for image in batch:
-                        try:
-                            readable.append((image, load_image(pairs.root / image)))
-                        except ImageError as error:
-                            unreadable[image] = str(error)
-                    for (image, _), features in zip(
-                        readable, own.features([picture for _, picture in readable]), strict=True
-                    ):
-                        cache.save(cache_key(category, image), features)
-                bar.update(len(batch))
-    return unreadable
-
-
-def cache_key(category: str, image: str) -> str:
-    """The name of an image's features: with the category where the prompt depends on it."""
-    return f"{category}/{image}" if category else image
-
-
-def _prompts_by_category(recipe: Recipe) -> bool:
-    return any(CATEGORY in reading.extract.prompt for reading in recipe.readings)
-
-
-def _images_by_prompt(pairs: PairSet, recipe: Recipe) -> dict[str, list[str]]:
-    """Category -> its images, sorted; one entry "" with all images where the prompt is the same for all."""
-    if not _prompts_by_category(recipe):
-        return {"": list(pairs.images())}
-    names = sorted({pair.category for pair in pairs.pairs})
-    return {name: list(replace(pairs, pairs=pairs.of(name)).images()) for name in names}
-
-
-def _with_prompt(correspondence: Correspondence, category: str) -> Correspondence:
-    if not category:
-        return correspondence
-    recipe = correspondence.recipe
-    readings = tuple(
-        replace(r, extract=replace(r.extract, prompt=r.extract.prompt.replace(CATEGORY, category)))
-        for r in recipe.readings
-    )
-    backbones = {r.backbone: b for r, b in zip(readings, correspondence.backbones, strict=True)}
-    return Correspondence(replace(recipe, readings=readings), backbones=backbones)
 
 
 def choose_search(
@@ -309,7 +126,7 @@ def choose_search(
         raise ValueError(f"the protocol {protocol.name} leaves matching to the recipe: search='recipe'")
     if not pairs:
         return "protocol"
-    category = pairs[0].category if _prompts_by_category(recipe) else ""
+    category = pairs[0].category if prompts_by_category(recipe) else ""
     (descriptors,) = fuse([cache.load(cache_key(category, pairs[0].source.path))], recipe.fusion)
     placement, cells = descriptors.placement, protocol.search.cells
     square = placement.canvas_size[0] == placement.canvas_size[1]
@@ -361,7 +178,7 @@ def match_pairs(
             "pairs_per_file": pairs_per_file,
         },
     )
-    by_category = _prompts_by_category(recipe)
+    by_category = prompts_by_category(recipe)
     load = lru_cache(maxsize=16)(cache.load)  # an image is in many pairs, usually in neighbouring ones
     with tqdm(total=len(pairs), desc="match", unit="pair", disable=not progress) as bar:
         for start in range(0, len(pairs), pairs_per_file):
@@ -401,3 +218,108 @@ def predict(
     # annotations that count pixels from 1 reach beyond the last pixel's centre
     points = torch.minimum(points.clamp(min=-0.5), points.new_tensor([width - 0.5, height - 0.5]))
     return protocol.to_frame(match_points(a, b, points, recipe.matching).points.cpu(), pair.target)
+
+
+Benchmark = Literal["scenes", "spair", "pf-pascal", "pf-willow", "ap-10k", "tss"]
+_USUAL = {  # benchmark -> protocol where the recipe has none of its own
+    "spair": "spair-dift",
+    "pf-pascal": "pf-pascal-sd-dino",
+    "pf-willow": "pf-willow",
+    "ap-10k": "ap-10k-geoaware",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCorrespondence:
+    """Evaluate a recipe on a published correspondence benchmark, or on rendered scenes."""
+
+    benchmark: Benchmark
+    data: Path | None = None  # the data set's folder, in the layout in which it is released; scenes need none
+    recipe: str = "tiny"
+    protocol: str | None = None  # how it is counted; none: that of the recipe's paper, or the usual one
+    split: str = (
+        "test"  # of spair, pf-pascal (trn, val, test) and ap-10k (also test_cross_species, ..._family)
+    )
+    categories: tuple[str, ...] = ()  # or, for tss, subsets; none: all
+    search: Search = "auto"  # whose way from keypoints to matches: the protocol's, the recipe's, or what fits
+    keep: Literal["float32", "float16"] = "float32"  # in which features are kept on disk
+    batch_size: int = 8  # images extracted together
+    failures: int = 12  # pictures of the worst pairs
+    device: str = "cpu"
+    # features, matches, report.json, report.txt and failures/ go here; the same folder again goes on
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("correspondence")
+
+    def run(self) -> CorrespondenceReport | FlowReport | ScenesReport:
+        """Evaluate, print the tables, write the files and return the report.
+
+        Raises:
+            DatasetError: the folder is not that data set.
+            ValueError: an unknown protocol, recipe, split or category, or a folder with other settings.
+        """
+        if self.benchmark == "scenes":
+            return EvalScenes(recipe=self.recipe, device=self.device, out=self.out / "report.json").run()
+        if self.data is None:
+            raise ValueError(f"benchmark {self.benchmark} needs --data, the folder of the data set")
+        report: CorrespondenceReport | FlowReport
+        if self.benchmark == "tss":
+            flows = read_tss(self.data, subsets=self.categories or None)
+            report = evaluate_flow(
+                flows,
+                Correspondence(self.recipe, device=self.device),
+                self.out,
+                search="sd-dino" if self.search == "protocol" else "recipe",
+                keep=self.keep,
+                batch_size=self.batch_size,
+            )
+        else:
+            protocol = self.chosen_protocol()
+            pairs = self.read(self.data, protocol)
+            report = evaluate_pairs(
+                pairs,
+                protocol,
+                Correspondence(self.recipe, device=self.device),
+                self.out,
+                search=self.search,
+                keep=self.keep,
+                batch_size=self.batch_size,
+            )
+            save_failures(report.failures(self.failures, pairs.root), self.out / "failures")
+        print(report.table())
+        write_text(self.out / "report.json", report.to_json())
+        write_text(self.out / "report.txt", report.table() + "\n")
+        return report
+
+    def chosen_protocol(self) -> Protocol:
+        """The protocol that is asked for, or that goes with benchmark and recipe.
+
+        Raises:
+            ValueError: there is none of that name for the benchmark.
+        """
+        fitting = [name for name, protocol in PROTOCOLS.items() if protocol.benchmark == self.benchmark]
+        own = f"{self.benchmark}-{self.recipe}"
+        name = self.protocol or (own if own in fitting else _USUAL[self.benchmark])
+        if name not in fitting:
+            raise ValueError(f"{self.benchmark} has no protocol {name!r}; it has {', '.join(fitting)}")
+        return PROTOCOLS[name]
+
+    def read(self, data: Path, protocol: Protocol) -> PairSet:
+        """The data set's pairs.
+
+        Raises:
+            DatasetError: the folder is not that data set.
+            ValueError: the benchmark has no such split or category.
+        """
+        splits = {"ap-10k": get_args(Ap10kSet), "pf-willow": ("test",)}.get(
+            self.benchmark, ("trn", "val", "test")
+        )
+        if self.split not in splits:
+            raise ValueError(f"{self.benchmark} has no split {self.split!r}; it has {', '.join(splits)}")
+        categories = self.categories or None
+        split: Any = self.split  # checked above
+        if self.benchmark == "spair":
+            return read_spair(data, split=split, categories=categories, keypoints=protocol.keypoints)
+        if self.benchmark == "pf-pascal":
+            return read_pf_pascal(data, split=split, categories=categories)
+        if self.benchmark == "pf-willow":
+            return read_pf_willow(data, categories=categories)
+        return read_ap10k(data, split=split, categories=categories)

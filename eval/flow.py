@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.eval.datasets.tss import FlowItem
-from diffrep.fusion import Descriptors
+from diffrep.fusion import Descriptors, lattice, sample
+from diffrep.matching import MatchConfig, match_dense
 from diffrep.similarity import Metric, nearest
 
 ALPHAS = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
@@ -59,6 +60,20 @@ def nearest_flow(
     )
     top, left = ((long - side) // 2 for side in size)
     return dense[:, top : top + size[0], left : left + size[1]]
+
+
+def dense_flow(source: Descriptors, target: Descriptors, matching: MatchConfig) -> Tensor:
+    """Flow from each pixel of the target to the source, interpolated between centres of the target's cells.
+
+    Returns:
+        (2, H, W) float32, (x, y) in pixels, over the target's image.
+    """
+    found = match_dense(target, source, matching)
+    rows, columns = found.valid.any(1).nonzero()[:, 0], found.valid.any(0).nonzero()[:, 0]
+    top, left = int(rows[0]), int(columns[0])  # cells on padding match nothing, and are left out
+    flow = (found.points - found.sources)[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].cpu()
+    pixels = target.cells(lattice(target.placement.image_size).float())
+    return sample(flow, pixels - pixels.new_tensor([left, top])).movedim(-1, 0)
 
 
 @dataclass(frozen=True)

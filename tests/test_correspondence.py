@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import Backbone, Conditions, load_backbone
 from diffrep.eval.cache import FeatureCache
-from diffrep.eval.correspondence import CorrespondenceReport, evaluate_pairs
+from diffrep.eval.correspondence import EvalCorrespondence, evaluate_pairs
+from diffrep.eval.correspondence_report import CorrespondenceReport
 from diffrep.eval.datasets.spair import read_spair
 from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
 from diffrep.features import ExtractConfig, extract
@@ -221,3 +223,43 @@ def test_features_come_back_as_they_were(tmp_path: Path, vit: Backbone) -> None:
     cache.file("2.jpg").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a file of kept features"):
         cache.load("2.jpg")
+
+
+def test_the_command_writes_reports_and_pictures(
+    tmp_path: Path, vit: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffrep import recipes
+    from diffrep.backbones import loading
+
+    monkeypatch.setitem(recipes.RECIPES, "small", recipe())
+    monkeypatch.setattr(recipes, "load_backbone", lambda name, **_: vit)
+    assert loading.load_backbone is not recipes.load_backbone
+    root = write_spair(tmp_path)
+    command = EvalCorrespondence(
+        benchmark="spair", data=root, recipe="small", categories=TWO, out=tmp_path / "out", failures=3
+    )
+    report = command.run()
+    assert isinstance(report, CorrespondenceReport)
+    assert "small on SPair-71k test" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/report.json").read_text())["pairs"] == 12
+    pictures = sorted((tmp_path / "out/failures").iterdir())
+    assert [p.name for p in pictures] == ["01.png", "02.png", "03.png"]
+    shares = [float(failure.right.float().mean()) for failure in report.failures(12, root)]
+    assert shares == sorted(shares)
+    with Image.open(pictures[0]) as picture:
+        assert picture.width > 2 * 300
+
+
+def test_wrong_names_are_refused_before_any_work(tmp_path: Path) -> None:
+    def command(**options: object) -> EvalCorrespondence:
+        return EvalCorrespondence(**{"benchmark": "spair", "data": tmp_path, **options})  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="spair needs --data"):
+        command(data=None).run()
+    with pytest.raises(ValueError, match="spair has no protocol 'pf-willow'; it has spair-dift"):
+        command(protocol="pf-willow").run()
+    with pytest.raises(ValueError, match="pf-pascal has no split 'large'; it has trn, val, test"):
+        command(benchmark="pf-pascal", split="large").run()
+    assert command(recipe="sd-dino").chosen_protocol().name == "spair-sd-dino"
+    assert command(recipe="hyperfeatures").chosen_protocol().name == "spair-dift"
+    assert command(benchmark="ap-10k").chosen_protocol().name == "ap-10k-geoaware"
