@@ -24,10 +24,11 @@ def connect_components(
 ) -> Csr:
     """Join the components of a graph by edges between closest points, as a minimum spanning tree would.
 
-    In rounds, each component but the largest is joined to the point nearest to it outside. The new edge has
-    the weight of a Gaussian kernel whose bandwidth is the longest edge that its ends already have, and at
-    least `thresh`. In components of more than 256 points the nearest pair is found by alternating
-    nearest-point steps from 16 random points, which may miss the very nearest.
+    In rounds, each component but the largest is joined to the point nearest to it outside. The weight of
+    the new edge is 1 / (1 + r^2), r being its length over the longest edge that its ends already have, and
+    at least `thresh`: it falls slowly, so that a wider gap is farther, but not out of all proportion. In
+    components of more than 256 points the nearest pair is found by alternating nearest-point steps from 16
+    random points, which may miss the very nearest.
 
     Args:
         space: the search over the points of the graph, or their (n, n) distances.
@@ -43,7 +44,7 @@ def connect_components(
         for label in np.delete(np.arange(count), sizes.argmax()):
             i, j, length = _nearest_outside(space, labels, np.flatnonzero(labels == label), rng)
             scale = max(_longest_edge(space, graph, i), _longest_edge(space, graph, j))
-            weight = float(np.exp(-((length / scale) ** 2))) if scale > 0 else thresh
+            weight = 1.0 / (1.0 + (length / scale) ** 2) if scale > 0 else thresh
             bridges[i, j] = bridges[j, i] = max(weight, thresh)
         graph = clean_affinity(graph + bridges.tocsr())
 

@@ -229,9 +229,10 @@ def landmark_distances(
             for block in row_blocks(n, m):
                 rows = np.asarray(columns[block], dtype=np.float64)
                 diagonal = landmark_diagonal(rows, between_heat, graph.degree[landmarks], graph.degree[block])
+                owner, hops = voronoi.owner[block], voronoi.hops[block]
+                diagonal[hops == 0] = own[owner[hops == 0]]
                 distances = _formula(rows, t, settings, diagonal, own)
                 if settings.far_field == "stitch":
-                    owner, hops = voronoi.owner[block], voronoi.hops[block]
                     distances = stitching.complete(distances, rows > floor, owner, hops)
                 columns[block] = distances**settings.scale_power
                 step(len(rows))

@@ -8,6 +8,7 @@ absolute error of about 1e-15, so that far pairs, whose heat is smaller, are noi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from scipy.special import gammaln, ive
 from diffrep.manifold.graphs import Csr, largest_eigenvalue
 
 Array = NDArray[Any]
+
+_TERMS = 24  # of the short-time series; far pairs need more of them than the largest entries do
 
 
 def chebyshev_coefficients(t: float, phi: float, order: int) -> NDArray[np.float64]:
@@ -126,14 +129,12 @@ def _chebyshev_torch(
 ) -> Array:
     import torch
 
-    indptr, indices = torch.from_numpy(operator.indptr.astype(np.int64)), operator.indices.astype(np.int64)
-    matrix = torch.sparse_csr_tensor(
-        indptr,
-        torch.from_numpy(indices),
-        torch.from_numpy(operator.data),
-        operator.shape,
-        check_invariants=False,
-    ).to(device)
+    parts = operator.indptr.astype(np.int64), operator.indices.astype(np.int64), operator.data
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        matrix = torch.sparse_csr_tensor(
+            *map(torch.from_numpy, parts), operator.shape, check_invariants=False
+        ).to(device)
     before = torch.from_numpy(signals).to(device)
     now = matrix @ before * 0.5
     sums = [c[0] / 2 * before + (c[1] * now if len(c) > 1 else 0.0) for c in coefficients.tolist()]
@@ -180,7 +181,7 @@ def squared_heat(lap: Csr, t: float) -> NDArray[np.float64]:
 
     exp(-tL) = e^-tc sum_k (tc)^k/k! (I - L/c)^k has non-negative terms only (uniformisation), so nothing
     cancels; a short time is summed and squared until it has grown to t, which also multiplies how far the
-    kernel sees: beyond 18 * 2^squarings edges the result is zero.
+    kernel sees: beyond 24 * 2^squarings edges the result is zero.
     """
     rate = max(float(lap.diagonal().max(initial=0.0)), np.finfo(np.float64).tiny)
     squarings = max(0, int(np.ceil(np.log2(max(t * rate, 1e-9)))))
@@ -188,7 +189,7 @@ def squared_heat(lap: Csr, t: float) -> NDArray[np.float64]:
     step = (sp.identity(lap.shape[0]) - lap / rate).tocsr() * short
     term = np.identity(lap.shape[0])
     heat = term.copy()
-    for k in range(1, 19):  # 1 / 19! is below the precision of float64
+    for k in range(1, _TERMS + 1):
         term = (step / k) @ term
         heat += term
     heat *= np.exp(-short)

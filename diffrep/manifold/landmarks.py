@@ -83,13 +83,12 @@ def choose_landmarks(affinity: Csr, count: int, rng: np.random.Generator) -> NDA
     first = np.sort(np.unique(labels[order], return_index=True)[1])
     chosen = np.concatenate([order[first], np.delete(order, first)])[: max(3 * count // 4, 1)]
     while len(chosen) < count:
-        hops = Voronoi.of(affinity, chosen).hops
-        hops[~np.isfinite(hops)] = n
-        batch = min(count - len(chosen), max(4, count // 16))
-        far = np.argsort(-(hops + rng.random(n)))[: 32 * batch]
-        far = np.setdiff1d(rng.permutation(far)[:batch], chosen)
-        rest = np.setdiff1d(order[: 2 * count], chosen)[:1]
-        chosen = np.concatenate([chosen, far if len(far) else rest])
+        cells = Voronoi.of(affinity, chosen)
+        hops = np.where(np.isfinite(cells.hops), cells.hops, n)
+        far = np.argsort(-hops, kind="stable")
+        _, first = np.unique(cells.owner[far], return_index=True)  # the farthest point of each cell
+        batch = 1 if n <= 5_000 else max(4, count // 16)
+        chosen = np.concatenate([chosen, far[np.sort(first)][: min(batch, count - len(chosen))]])
     return np.sort(chosen[:count])
 
 
@@ -111,7 +110,7 @@ def landmark_diagonal(
 
     H_ii / degree_i (H_ii itself for the combinatorial Laplacian, pass ones) varies smoothly along the
     manifold; the eight nearest landmarks are averaged with weights 1 / s^2, s the squared distance up to a
-    constant. At a landmark the value is exact.
+    constant.
 
     Args:
         columns: (r, m) rows of heat columns; landmark_rows: (m, m) those of the landmarks.
@@ -123,7 +122,7 @@ def landmark_diagonal(
     k = min(_SHEPARD, columns.shape[1])
     near = np.argpartition(-ratio, k - 1, axis=1)[:, :k]
     gap = -np.log(np.maximum(np.take_along_axis(ratio, near, axis=1), np.finfo(np.float32).tiny))
-    weights = 1.0 / np.maximum(gap, 1e-9) ** 2
+    weights = 1.0 / np.maximum(gap, 1e-2) ** 2
     logs = (weights * np.log(own[near])).sum(axis=1) / weights.sum(axis=1)
     return np.exp(logs) * degree
 

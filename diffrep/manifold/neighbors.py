@@ -40,7 +40,8 @@ class NeighborSearch:
         self.points = points
         self.n_jobs = n_jobs
         self._index: Any = None
-        self._centre: NDArray[np.float32] | None = None
+        # centred, because |x|^2 - 2xy + |y|^2 loses digits far from the origin
+        self._centre = None if sp.issparse(points) else points.mean(axis=0, dtype=np.float64)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -54,23 +55,28 @@ class NeighborSearch:
         Returns:
             distances (q, k) and indices (q, k).
         """
-        k = min(k, self.points.shape[0])
-        if self.backend == "sklearn":
-            indices = self._sklearn(queries, k)
-        else:
-            indices = self._faiss(np.asarray(queries), min(k + 4, self.points.shape[0]))
+        n = self.points.shape[0]
+        k = min(k, n)
+        more = min(k + 4, n)  # rounding may have swapped neighbours at equal distances
+        indices = self._sklearn(queries, more) if self.backend == "sklearn" else self._faiss(queries, more)
         distances = _distances(queries, self.points, indices)
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
+    def _shifted(self, points: Any, dtype: Any = np.float64) -> Any:
+        return points if self._centre is None else np.ascontiguousarray(points - self._centre, dtype=dtype)
+
     def _sklearn(self, queries: Any, k: int) -> NDArray[np.int64]:
         if self._index is None:
-            from sklearn.neighbors import NearestNeighbors
-
             tree = not sp.issparse(self.points) and self.points.shape[1] <= _TREE_DIMENSIONS
-            algorithm = "kd_tree" if tree else "brute"
-            self._index = NearestNeighbors(algorithm=algorithm, n_jobs=self.n_jobs).fit(self.points)
-        return self._index.kneighbors(queries, k, return_distance=False)
+            self._index = self._exact_search("kd_tree" if tree else "brute")
+        return self._index.kneighbors(self._shifted(queries), k, return_distance=False)
+
+    def _exact_search(self, algorithm: str) -> Any:
+        from sklearn.neighbors import NearestNeighbors
+
+        search = NearestNeighbors(algorithm=algorithm, n_jobs=self.n_jobs)
+        return search.fit(self._shifted(self.points))
 
     def _faiss(self, queries: NDArray[Any], k: int) -> NDArray[np.int64]:
         try:
@@ -84,23 +90,15 @@ class NeighborSearch:
             faiss.omp_set_num_threads(self.n_jobs if self.n_jobs > 0 else threads)
         try:
             if self._index is None:
-                # centred, because FAISS takes |x|^2 - 2xy + |y|^2 apart in float32
-                self._centre = self.points.mean(axis=0, dtype=np.float64).astype(np.float32)
-                self._index = _faiss_index(np.ascontiguousarray(self.points - self._centre, dtype=np.float32))
-            shifted = np.ascontiguousarray(queries - self._centre, dtype=np.float32)
-            indices = self._index.search(shifted, k)[1]
+                self._index = _faiss_index(self._shifted(self.points, np.float32))
+            indices = self._index.search(self._shifted(queries, np.float32), k)[1]
         finally:
             faiss.omp_set_num_threads(threads)
         short = np.flatnonzero(indices.min(axis=1) < 0)  # an inverted file can run out of points
         if len(short):
-            indices[short] = self._exact(queries[short], k)
+            exact = self._exact_search("brute")
+            indices[short] = exact.kneighbors(self._shifted(queries[short]), k, return_distance=False)
         return indices
-
-    def _exact(self, queries: NDArray[Any], k: int) -> NDArray[np.int64]:
-        from sklearn.neighbors import NearestNeighbors
-
-        search = NearestNeighbors(algorithm="brute", n_jobs=self.n_jobs).fit(self.points)
-        return search.kneighbors(queries, k, return_distance=False)
 
 
 def _faiss_index(points: NDArray[np.float32]) -> Any:
