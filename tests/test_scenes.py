@@ -34,6 +34,7 @@ from diffrep.scenes import (
 from diffrep.scenes.build import Body, Draw
 from diffrep.scenes.categories import CATEGORY, mirrored_name
 from diffrep.scenes.shapes import Ball, Clip, Hull, Rays, Shape, Tube, block, prism
+from diffrep.scenes.stage import set_stage
 
 every_category = pytest.mark.parametrize("category", CATEGORIES)
 
@@ -193,16 +194,30 @@ def test_normals_are_those_of_the_depth(category: str) -> None:
 
 @every_category
 def test_visible_keypoints_lie_on_the_surface_that_their_pixel_shows(category: str) -> None:
-    part_of = {k.name: PART_ID[category, k.primitive.part] for k in CATEGORY[category].template.keypoints}
-    seen = 0
-    for seed in (2, 3, 4):
-        s = render_scene(seed, category=category, size=128, supersample=1)
-        for name, (x, y), visible in zip(s.keypoint_names, s.keypoints, s.visible, strict=True):
+    seen = hidden = 0
+    for seed in range(2, 8):
+        s, stage = render_scene(seed, category=category, size=128, supersample=1), set_stage(seed, category)
+        named = {k.name: k for k in stage.body.keypoints}
+        y, x = np.mgrid[:128, :128]
+        points = unproject(s, x, y, np.where(s.mask, s.depth, 1e3))
+        for name, (u, v), visible in zip(s.keypoint_names, s.keypoints, s.visible, strict=True):
+            keypoint = named[name]
+            at = stage.camera.rotation @ keypoint.primitive.at(keypoint.local) + stage.camera.shift
+            around = np.s_[round(v) - 1 : round(v) + 2, round(u) - 1 : round(u) + 2]
+            own = s.part[around] == PART_ID[category, keypoint.primitive.part]
+            distance = np.linalg.norm(points[around] - at, axis=-1) / at[2]
             if visible:
-                window = s.part[max(round(y) - 1, 0) : round(y) + 2, max(round(x) - 1, 0) : round(x) + 2]
-                assert part_of[name] in window, name
+                assert distance[own].min() < 0.02, name
                 seen += 1
-    assert seen > 8
+            elif own.any():  # its part is there, but another side or piece of it
+                faces = keypoint.primitive.faces(keypoint.local) @ stage.camera.rotation.T
+                away = (faces @ at > 0).all()
+                assert away or distance[own].min() > 0.01, name
+                hidden += 1
+            else:
+                hidden += 1
+    assert seen > 16
+    assert hidden > 3
 
 
 @every_category

@@ -161,29 +161,25 @@ def mug(b: Body) -> None:
         b.point(f"{name} of the rim", wall, (local[0], 1, local[2]))
         b.point(f"{name} of the foot", wall, (local[0], -1, local[2]))
         b.point(f"{name} of the wall", wall, (local[0], 0.62, local[2]))
+    # The handle leans with the wall and ends inside it.
     size, middle = tall * d.between(0.52, 0.66), tall * d.between(0.95, 1.08)
-    attach = -radius * (taper + 1) / 2
+    lean = turn("x", -np.arctan(radius * (1 - taper) / (2 * tall)))
+    root = xyz(0, middle, -radius * (taper + (1 - taper) * middle / (2 * tall)))
+    inside = radius * 0.05
+    reach = size * d.between(0.75, 1.0)
     if kind == "round handle":
-        reach = d.between(0.75, 1.0)
-        ring = Tube(1.0, 1.0, 0.72, (Clip((1.0, 0.0, 0.0), 0.15),))
-        frame = np.stack([[0, 0, 1.0], [1.0, 0, 0], [0, 1.0, 0]], axis=1)
-        handle = b.add(
-            ring, "handle", "second", (0, middle, attach + 0.02), (size * reach, 0.06, size), frame
-        )
-        b.point("handle top", handle, (0, 0, 1))
+        ring = Tube(1.0, 1.0, 0.72, (Clip((1.0, 0.0, 0.0), 0.0),))
+        frame = lean @ np.stack([[0, 0, 1.0], [1.0, 0, 0], [0, 1.0, 0]], axis=1)
+        handle = b.add(ring, "handle", "second", root + xyz(0, 0, inside), (reach, 0.06, size), frame)
+        b.point("handle top", handle, (-0.2, 0, 1))
         b.point("handle rear", handle, (-1, 0, 0))
     else:
-        back = attach - size * 0.85
-        for y in (middle - size * 0.8, middle + size * 0.8):
-            bar = b.add(
-                block(),
-                "handle",
-                "second",
-                (0, y, (attach + back) / 2 + 0.04),
-                (0.055, 0.05, -(back - attach) / 2 + 0.06),
-            )
+        for y in (-size * 0.8, size * 0.8):
+            at = root + lean @ xyz(0, y, (inside - reach) / 2)
+            bar = b.add(block(), "handle", "second", at, (0.055, 0.05, (inside + reach) / 2), lean)
         b.point("handle top", bar, (0, 1, -0.5))
-        bar = b.add(block(), "handle", "second", (0, middle, back + 0.03), (0.055, size * 0.8 + 0.05, 0.05))
+        at = root + lean @ xyz(0, 0, -reach)
+        bar = b.add(block(), "handle", "second", at, (0.055, size * 0.8 + 0.05, 0.05), lean)
         b.point("handle rear", bar, (0, 0, -1))
 
 
@@ -223,7 +219,7 @@ def teapot(b: Body) -> None:
     tip = b.tube("spout", "main", bend, end, 0.09, 0.06, inner=0.7)
     b.point("spout tip", tip, (0, 1, 1))
     size, attach = tall * d.between(0.62, 0.78), -radius * 0.86
-    ring = Tube(1.0, 1.0, 0.76, (Clip((1.0, 0.0, 0.0), 0.15),))
+    ring = Tube(1.0, 1.0, 0.76, (Clip((1.0, 0.0, 0.0), 0.65),))
     frame = np.stack([[0, 0, 1.0], [1.0, 0, 0], [0, 1.0, 0]], axis=1)
     handle = b.add(
         ring, "handle", "second", (0, middle + tall * 0.1, attach), (size * 0.9, 0.055, size), frame

@@ -74,7 +74,7 @@ def person(b: Body) -> None:
     )
     b.point("top of the head", crown, (0, 1, -0.12))
     if hair == "hat":
-        b.tube("hair", "bright", head + xyz(0, size * 0.38, 0), head + xyz(0, size * 0.46, 0), size * 1.55)
+        b.tube("hair", "bright", head + xyz(0, size * 0.58, 0), head + xyz(0, size * 0.66, 0), size * 1.55)
     elif hair == "long hair":
         b.ball(
             "hair",
