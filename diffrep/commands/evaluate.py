@@ -1,0 +1,74 @@
+"""``diffrep eval``: run a benchmark and print its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Protocol
+
+import tyro
+
+from diffrep.commands.output import check_writable, write_text
+from diffrep.eval.homography import HomographySettings, evaluate_homographies
+from diffrep.eval.matchers import baselines, matchers_of
+from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
+from diffrep.recipes import Correspondence
+
+
+class Report(Protocol):
+    """What every benchmark gives."""
+
+    def table(self) -> str: ...
+
+    def to_json(self) -> str: ...
+
+
+def show(report: Report, output: Path | None, *, json: bool) -> None:
+    """Print a report as a table or as JSON, and keep the JSON where asked."""
+    if output is not None:
+        write_text(output, report.to_json() + "\n")
+    print(report.to_json() if json else report.table())
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Match parts of rendered objects: held-out pairs of different instances, seen and unseen categories."""
+
+    recipe: str = "tiny"  # each of its backbones alone and all of them fused are compared
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = (
+        None  # also keep the report as this JSON file
+    )
+    json: bool = False  # print JSON instead of the table
+    settings: ScenesSettings = field(default_factory=ScenesSettings)
+
+    def run(self) -> None:
+        if self.output is not None:
+            check_writable(self.output, (".json",))
+        plain, ours = baselines(box=True), matchers_of(Correspondence(self.recipe))
+        report = evaluate_scenes(plain[0] | ours[0], plain[1] | ours[1], self.settings)
+        show(report, self.output, json=self.json)
+
+
+@dataclass(frozen=True)
+class Homography:
+    """Match points of real photographs in views of them that a known homography gives."""
+
+    recipe: str = "tiny"  # each of its backbones alone and all of them fused are compared
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = (
+        None  # also keep the report as this JSON file
+    )
+    json: bool = False  # print JSON instead of the table
+    settings: HomographySettings = field(default_factory=HomographySettings)
+
+    def run(self) -> None:
+        if self.output is not None:
+            check_writable(self.output, (".json",))
+        plain, ours = baselines(box=False), matchers_of(Correspondence(self.recipe))
+        report = evaluate_homographies(plain[0] | ours[0], plain[1] | ours[1], self.settings)
+        show(report, self.output, json=self.json)
+
+
+Evaluate = (
+    Annotated[Scenes, tyro.conf.subcommand("scenes")]
+    | Annotated[Homography, tyro.conf.subcommand("homography")]
+)

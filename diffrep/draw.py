@@ -1,0 +1,223 @@
+"""Pictures of features and matches, as PIL images that are pleasant to look at."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from diffrep.fusion import Descriptors
+from diffrep.matching import DenseMatches, Matches
+
+HEIGHT = 360  # of each image in a picture, pixels
+_GAP = 14
+_PAPER = (250, 250, 248)
+_INK = (32, 36, 40)
+RIGHT, WRONG = (46, 160, 98), (214, 69, 65)
+
+
+def point_colours(count: int) -> list[tuple[int, int, int]]:
+    """`count` colours that are easy to tell apart, always the same ones."""
+    golden = 0.61803398875  # steps of the golden ratio never come near an earlier hue
+    return [_hsv(0.02 + golden * i, 0.78, 0.95) for i in range(count)]
+
+
+def _hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+    r, g, b = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+def side_by_side(
+    images: Sequence[Image.Image], *, titles: Sequence[str] = (), height: int = HEIGHT
+) -> tuple[Image.Image, list[tuple[float, float, float]]]:
+    """Images of one height in a row, with titles above.
+
+    Returns:
+        The picture, and for each image (left, top, scale): image point p lies at (left, top) + scale * (p + 0.5).
+    """
+    title_height = 30 if titles else 0
+    scales = [height / image.height for image in images]
+    widths = [max(1, round(image.width * scale)) for image, scale in zip(images, scales, strict=True)]
+    total = sum(widths) + _GAP * (len(images) - 1)
+    picture = Image.new("RGB", (total, height + title_height), _PAPER)
+    pen, places, left = ImageDraw.Draw(picture), [], 0
+    for i, (image, width, scale) in enumerate(zip(images, widths, scales, strict=True)):
+        enlarged = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        picture.paste(enlarged, (left, title_height))
+        if i < len(titles):
+            pen.text((left + 2, 6), titles[i], fill=_INK, font=_font(17))
+        places.append((float(left), float(title_height), scale))
+        left += width + _GAP
+    return picture, places
+
+
+def draw_matches(
+    source: Image.Image,
+    target: Image.Image,
+    points: Tensor,
+    matches: Matches,
+    *,
+    truth: Tensor | None = None,
+    tolerance: float | None = None,
+    titles: Sequence[str] = (),
+    height: int = HEIGHT,
+) -> Image.Image:
+    """The points of the source and where they went, numbered, joined by lines.
+
+    Args:
+        points: (N, 2) in pixels of the source.
+        truth: (N, 2) where they should have gone. A match is then ringed green within `tolerance` pixels and
+            red beyond, with a thin line to where it belongs.
+    """
+    picture, ((left_a, top_a, scale_a), (left_b, top_b, scale_b)) = side_by_side(
+        [source, target], titles=titles, height=height
+    )
+    scale = 2  # drawn twice as large and reduced: PIL's lines have no antialiasing of their own
+    layer = Image.new("RGBA", (picture.width * scale, picture.height * scale), (0, 0, 0, 0))
+    pen = ImageDraw.Draw(layer)
+
+    def on_source(p: Sequence[float]) -> tuple[float, float]:
+        return (left_a + scale_a * (p[0] + 0.5)) * scale, (top_a + scale_a * (p[1] + 0.5)) * scale
+
+    def on_target(p: Sequence[float]) -> tuple[float, float]:
+        return (left_b + scale_b * (p[0] + 0.5)) * scale, (top_b + scale_b * (p[1] + 0.5)) * scale
+
+    colours = point_colours(len(points))
+    for point, match, colour in zip(points.tolist(), matches.points.tolist(), colours, strict=True):
+        pen.line([on_source(point), on_target(match)], fill=(*colour, 130), width=2 * scale)
+    for i, (point, match) in enumerate(zip(points.tolist(), matches.points.tolist(), strict=True)):
+        ring = (255, 255, 255)
+        if truth is not None:
+            goal = truth[i].tolist()
+            good = tolerance is not None and math.dist(match, goal) <= tolerance
+            ring = RIGHT if good else WRONG
+            if not good:
+                pen.line([on_target(match), on_target(goal)], fill=(*WRONG, 230), width=2 * scale)
+                _dot(pen, on_target(goal), 3 * scale, WRONG, (255, 255, 255), scale)
+        _dot(pen, on_source(point), 8 * scale, colours[i], (255, 255, 255), 2 * scale, str(i + 1))
+        _dot(pen, on_target(match), 8 * scale, colours[i], ring, (3 if truth is not None else 2) * scale, str(i + 1))
+    reduced = layer.resize(picture.size, Image.Resampling.LANCZOS)
+    return Image.alpha_composite(picture.convert("RGBA"), reduced).convert("RGB")
+
+
+def _dot(
+    pen: ImageDraw.ImageDraw,
+    centre: tuple[float, float],
+    radius: float,
+    colour: tuple[int, int, int],
+    ring: tuple[int, int, int],
+    width: int,
+    label: str = "",
+) -> None:
+    x, y = centre
+    outer = radius + width
+    pen.ellipse([x - outer, y - outer, x + outer, y + outer], fill=(*ring, 255))
+    pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(*colour, 255))
+    if label:
+        pen.text((x, y), label, fill=(20, 20, 20, 255), font=_font(round(radius * 1.25)), anchor="mm")
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def colour_wheel(points: Tensor, box: tuple[float, float, float, float]) -> np.ndarray:
+    """Colours (..., 3) uint8 of places (..., 2): the hue turns around the middle of a box, paler inside."""
+    x0, y0, x1, y1 = box
+    x = (points[..., 0].numpy() - (x0 + x1) / 2) / max(x1 - x0, 1e-6) * 2
+    y = (points[..., 1].numpy() - (y0 + y1) / 2) / max(y1 - y0, 1e-6) * 2
+    hue, radius = np.arctan2(y, x) / (2 * np.pi) % 1.0, np.clip(np.hypot(x, y), 0, 1)
+    sector = (hue[..., None] * 6 + np.array([0.0, 4.0, 2.0])) % 6
+    full = np.clip(np.abs(sector - 3) - 1, 0, 1)
+    saturation = (0.25 + 0.75 * radius)[..., None]
+    return np.nan_to_num(255 * (0.97 * (1 - saturation * (1 - full)))).astype(np.uint8)
+
+
+def draw_field(
+    source: Image.Image,
+    target: Image.Image,
+    dense: DenseMatches,
+    *,
+    mask: Tensor | None = None,
+    titles: Sequence[str] = (),
+    height: int = HEIGHT,
+) -> Image.Image:
+    """A dense field: the target wears a colour wheel, every place of the source the colour of where it went.
+
+    Args:
+        mask: (H, W) bool over the target: the wheel is laid over this region only.
+    """
+    width, tall = target.size
+    rows, columns = np.mgrid[:tall, :width]
+    places = torch.from_numpy(np.stack([columns, rows], axis=-1).astype(np.float32))
+    inside = np.ones((tall, width), bool) if mask is None else mask.cpu().numpy().astype(bool)
+    if not inside.any():
+        raise ValueError("the mask of a dense picture is empty")
+    box = (*places[inside].amin(0).tolist(), *places[inside].amax(0).tolist())
+    wheel = colour_wheel(places, (box[0], box[1], box[2], box[3]))
+    on_target = _tint(target, wheel, inside)
+    field = colour_wheel(dense.points.cpu(), (box[0], box[1], box[2], box[3]))
+    valid = dense.valid.cpu().numpy()
+    layers = np.concatenate([np.where(valid[..., None], field, 255), 255 * valid[..., None]], axis=-1)
+    spread = spread_over(layers, dense.sources.cpu(), source.size)
+    on_source = _tint(source, spread[..., :3], spread[..., 3] > 127)
+    picture, _ = side_by_side([on_source, on_target], titles=titles, height=height)
+    return picture
+
+
+def spread_over(values: np.ndarray, places: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Values (h, w, C) of a regular grid of image points (h, w, 2) -> (H, W, C) for every pixel, bilinearly.
+
+    Args:
+        size: (width, height) of the image; the grid may reach beyond it (padding) or end inside.
+    """
+    rows, columns = np.mgrid[: size[1], : size[0]]
+    pixels = torch.from_numpy(np.stack([columns, rows], axis=-1).astype(np.float32))
+    step = (places[-1, -1] - places[0, 0]) / torch.tensor([places.shape[1] - 1, places.shape[0] - 1]).clamp(min=1)
+    cells = (pixels - places[0, 0]) / step.clamp(min=1e-6)
+    grid = (cells + 0.5) * (2 / torch.tensor([values.shape[1], values.shape[0]])) - 1
+    layers = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None]
+    spread = F.grid_sample(layers, grid[None], padding_mode="border", align_corners=False)
+    return spread[0].permute(1, 2, 0).numpy()
+
+
+def _tint(image: Image.Image, colours: np.ndarray, where: np.ndarray) -> Image.Image:
+    """Colours laid over the greys of an image, so that its shapes stay visible."""
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
+    shaded = colours * (0.35 + 0.65 * grey)
+    faded = 255 * (0.55 + 0.45 * grey)
+    return Image.fromarray(np.where(where[..., None], shaded, faded).clip(0, 255).astype(np.uint8))
+
+
+def draw_components(
+    images: Sequence[Image.Image], descriptors: Sequence[Descriptors], *, height: int = HEIGHT
+) -> Image.Image:
+    """Three joint principal components of the images' descriptors as red, green and blue, below the images.
+
+    Equal colours mean similar features, across images too.
+    """
+    cells = [d.rows().joined() for d in descriptors]
+    together = torch.cat(cells)
+    centred = together - together.mean(0)
+    _, _, directions = torch.linalg.svd(centred.double(), full_matrices=False)
+    directions = directions[:3]
+    signs = torch.where(directions.gather(1, directions.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
+    scores = centred.double() @ (directions * signs).T
+    low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
+    colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    maps = []
+    for image, own, d in zip(images, colours.split([len(c) for c in cells]), descriptors, strict=True):
+        pixels = (255 * own).byte().unflatten(0, d.size).cpu().numpy()
+        maps.append(Image.fromarray(pixels).resize(image.size, Image.Resampling.BICUBIC))
+    top, _ = side_by_side(images, height=height)
+    bottom, _ = side_by_side(maps, height=height)
+    picture = Image.new("RGB", (top.width, top.height + bottom.height + _GAP), _PAPER)
+    picture.paste(top, (0, 0))
+    picture.paste(bottom, (0, top.height + _GAP))
+    return picture
