@@ -103,7 +103,7 @@ def test_a_ray_meets_a_shape_where_marching_along_it_does(name: str, shape: Shap
             for j in range(0, n, 5):
                 points = eye[:, None] + directions[:, i, j, None] * steps
                 inside = signed(shape, points)
-                if getattr(shape, "clips", ()):
+                if isinstance(shape, (Ball, Tube)) and shape.clips:
                     # clipped shapes are shells: their surface is where inside changes, on the kept side
                     (clip,) = shape.clips
                     change = np.flatnonzero(inside[1:] != inside[:-1])
@@ -153,7 +153,7 @@ def test_types_shapes_and_ranges(category: str) -> None:
 
 @every_category
 def test_the_object_fills_the_frame_as_told_and_shows_keypoints(category: str) -> None:
-    for seed in range(12):
+    for seed in range(4):
         s = render_scene(seed, category=category, size=64, supersample=1)
         longer = max(s.box[2] - s.box[0], s.box[3] - s.box[1]) / 64
         assert 0.5 < longer < 0.93
@@ -195,7 +195,7 @@ def test_normals_are_those_of_the_depth(category: str) -> None:
 @every_category
 def test_visible_keypoints_lie_on_the_surface_that_their_pixel_shows(category: str) -> None:
     seen = hidden = 0
-    for seed in range(2, 8):
+    for seed in range(2, 5):
         s, stage = render_scene(seed, category=category, size=128, supersample=1), set_stage(seed, category)
         named = {k.name: k for k in stage.body.keypoints}
         y, x = np.mgrid[:128, :128]
@@ -216,8 +216,8 @@ def test_visible_keypoints_lie_on_the_surface_that_their_pixel_shows(category: s
                 hidden += 1
             else:
                 hidden += 1
-    assert seen > 16
-    assert hidden > 3
+    assert seen > 8
+    assert hidden > 1
 
 
 @every_category
@@ -248,7 +248,7 @@ def test_canonical_coordinates_know_left_from_right(category: str) -> None:
     sides = {p.id: 1 if "left" in p.name else -1 for p in PARTS if re.search("left|right", p.name)}
     part_of = {k.name: PART_ID[category, k.primitive.part] for k in CATEGORY[category].template.keypoints}
     checked = 0
-    for seed in range(6):
+    for seed in range(3):
         s = render_scene(50 + seed, category=category, size=96, supersample=1)
         for part in np.unique(s.part):
             if part in sides:
@@ -260,7 +260,7 @@ def test_canonical_coordinates_know_left_from_right(category: str) -> None:
                 sign = 1 if "left" in name else -1
                 assert s.canonical[round(y), round(x), 0] * sign > -0.15, name
                 checked += 1
-    assert checked > 5
+    assert checked > 2
 
 
 @every_category
@@ -268,8 +268,8 @@ def test_a_keypoint_has_one_canonical_place_in_all_objects(category: str) -> Non
     """Far below the distance of different keypoints: that is what makes them correspond."""
     part_of = {k.name: PART_ID[category, k.primitive.part] for k in CATEGORY[category].template.keypoints}
     places: dict[str, list[np.ndarray]] = {name: [] for name in KEYPOINTS[category]}
-    for seed in range(16):
-        s = render_scene(200 + seed, category=category, size=128, supersample=1)
+    for seed in range(7):
+        s = render_scene(200 + seed, category=category, size=96, supersample=1)
         for name, (x, y), visible in zip(s.keypoint_names, s.keypoints, s.visible, strict=True):
             if visible and s.part[round(y), round(x)] == part_of[name]:
                 places[name].append(s.canonical[round(y), round(x)])
@@ -290,9 +290,9 @@ def test_the_same_seed_gives_the_same_scene() -> None:
 
 
 def test_rendering_draws_nothing_from_the_global_generator() -> None:
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    before = str(np.random.get_state())  # noqa: NPY002
     render_scene(1, size=32)
-    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    assert str(np.random.get_state()) == before  # noqa: NPY002
 
 
 @pytest.mark.parametrize("category", ["person", "plane", "mug"])
@@ -328,7 +328,7 @@ def test_seeds_of_splits_never_meet() -> None:
 
 
 def test_scenes_without_a_category_are_of_seen_ones() -> None:
-    found = {render_scene(seed, size=16, supersample=1).category for seed in range(80)}
+    found = {render_scene(seed, size=8, supersample=1).category for seed in range(30)}
     assert found <= set(SEEN)
     assert len(found) > 6
 
