@@ -18,20 +18,26 @@ _checkout.install()
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, TapInfo, load_backbone
-    from diffrep.features import ExtractConfig, FeatureMaps
+    from diffrep.features import ExtractConfig, FeatureMaps, extract, extract_each
     from diffrep.images import Placement, Sizing, load_image
+    from diffrep.recipes import Correspondence, Recipe, recipe
 
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
     "Backbone": "diffrep.backbones",
+    "Correspondence": "diffrep.recipes",
     "ExtractConfig": "diffrep.features",
     "FeatureMaps": "diffrep.features",
     "Placement": "diffrep.images",
+    "Recipe": "diffrep.recipes",
     "Sizing": "diffrep.images",
     "TapInfo": "diffrep.backbones",
+    "extract": "diffrep.features",
+    "extract_each": "diffrep.features",
     "load_backbone": "diffrep.backbones",
     "load_image": "diffrep.images",
+    "recipe": "diffrep.recipes",
 }
 
 __all__ = [  # noqa: RUF022  # in the order in which one meets them
@@ -41,8 +47,13 @@ __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "load_backbone",
     "Backbone",
     "TapInfo",
+    "extract",
+    "extract_each",
     "ExtractConfig",
     "FeatureMaps",
+    "Correspondence",
+    "Recipe",
+    "recipe",
 ]
 
 
