@@ -59,14 +59,28 @@ def test_claimed_channels_and_strides_are_true(sd: LatentDiffusion, vit: VisionT
             assert maps[tap.name].shape == (1, tap.channels, 64 // tap.stride, 64 // tap.stride), tap
 
 
-@pytest.mark.parametrize("tap", ["conv_in", "down.1.resnet.0", "down.2", "mid.attention.0", "up.0", "up.1.attention.1.block.0",
-                                 "up.1", "up.2.resnet.1.increment", "up.3"])
+@pytest.mark.parametrize(
+    "tap",
+    [
+        "conv_in",
+        "down.1.resnet.0",
+        "down.2",
+        "mid.attention.0",
+        "up.0",
+        "up.1.attention.1.block.0",
+        "up.1",
+        "up.2.resnet.1.increment",
+        "up.3",
+    ],
+)
 def test_nothing_runs_behind_the_deepest_tap_and_the_numbers_are_those_of_a_full_pass(
     sd: LatentDiffusion, tap: str
 ) -> None:
     full = sd.maps(PIXELS[:1], [t.name for t in sd.taps()], NOISY)
     ran = modules_that_run(sd.network, lambda: sd.unet_maps(torch.zeros(1, 4, 8, 8), [tap], NOISY))
-    whole = modules_that_run(sd.network, lambda: sd.network(torch.zeros(1, 4, 8, 8), 200, sd.embed("a cat").context))
+    whole = modules_that_run(
+        sd.network, lambda: sd.network(torch.zeros(1, 4, 8, 8), 200, sd.embed("a cat").context)
+    )
     path = sd.tap(tap).module
     last = max(i for i, name in enumerate(whole) if name == path or name.startswith(f"{path}."))
     assert ran == whole[: last + 1]
@@ -81,13 +95,17 @@ def test_order_and_batch_size_do_not_matter(sd: LatentDiffusion) -> None:
         for tap, value in alone.items():
             torch.testing.assert_close(together[tap][i : i + 1], value, rtol=1e-4, atol=1e-5)
     other_seed = sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=200, seed=1))
-    assert not torch.allclose(other_seed["up.1"], sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=200))["up.1"])
+    assert not torch.allclose(
+        other_seed["up.1"], sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=200))["up.1"]
+    )
 
 
 def test_an_ensemble_is_the_mean_of_its_members(sd: LatentDiffusion) -> None:
     members = sd.maps(PIXELS[:2], ["up.1"], NOISY, average=False)["up.1"]
     assert members.shape[0] == 4
-    torch.testing.assert_close(sd.maps(PIXELS[:2], ["up.1"], NOISY)["up.1"], members.unflatten(0, (2, 2)).mean(1))
+    torch.testing.assert_close(
+        sd.maps(PIXELS[:2], ["up.1"], NOISY)["up.1"], members.unflatten(0, (2, 2)).mean(1)
+    )
     assert not torch.allclose(members[0], members[1])
 
 
@@ -125,13 +143,17 @@ def test_text_encoder_is_loaded_once_for_many_prompts(sd_folder: Path) -> None:
 
 def test_clean_latents_take_no_noise(sd: LatentDiffusion) -> None:
     first = sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=261, clean=True, seed=0))["up.1"]
-    assert torch.equal(first, sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=261, clean=True, seed=9))["up.1"])
+    assert torch.equal(
+        first, sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=261, clean=True, seed=9))["up.1"]
+    )
     no_time = sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=-1))["up.1"]
     assert torch.equal(no_time, sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=0, clean=True))["up.1"])
 
 
 def test_noise_is_a_function_of_seed_and_draw() -> None:
-    assert torch.equal(draw_noise((4, 6, 6), 42), torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(42)))
+    assert torch.equal(
+        draw_noise((4, 6, 6), 42), torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(42))
+    )
     draws = torch.cat([draw_noise((64,), s, k, stream=r) for s in (0, 1) for k in (0, 1, 2) for r in (0, 1)])
     assert len(draws.unique(dim=0)) == len(draws)
 
@@ -144,7 +166,9 @@ def test_explicit_noise_of_another_shape_is_refused(sd: LatentDiffusion) -> None
 
 
 def test_odd_latents_give_maps_that_cover_the_canvas(sd: LatentDiffusion) -> None:
-    maps = sd.maps(torch.rand(1, 3, 120, 136), ["up.0", "up.1", "up.3", "up.1.attention.0.block.0.self.k"], NOISY)
+    maps = sd.maps(
+        torch.rand(1, 3, 120, 136), ["up.0", "up.1", "up.3", "up.1.attention.0.block.0.self.k"], NOISY
+    )
     assert [tuple(m.shape[-2:]) for m in maps.values()] == [(4, 5), (8, 9), (15, 17), (4, 5)]
 
 
@@ -183,7 +207,9 @@ def test_positions_at_the_trained_size_are_untouched() -> None:
     table = torch.randn(1, 25, 6)
     assert PositionRule(False, 0.1).resample(table, (5, 5)) is table
     assert PositionRule(False, 0.1).resample(table, (7, 9)).shape == (1, 63, 6)
-    assert not torch.allclose(PositionRule(False, 0.1).resample(table, (10, 10)), PositionRule().resample(table, (10, 10)))
+    assert not torch.allclose(
+        PositionRule(False, 0.1).resample(table, (10, 10)), PositionRule().resample(table, (10, 10))
+    )
 
 
 def test_open_clip_towers_are_tapped() -> None:
@@ -201,7 +227,9 @@ def test_open_clip_towers_are_tapped() -> None:
         normalised = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         expected = tower.transformer(tower._embeds(normalised))  # before our embedding step takes its place
     backbone = open_clip_backbone(model, name="tower", source="random")
-    torch.testing.assert_close(backbone.tokens(pixels, ["layer.2"])["layer.2"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        backbone.tokens(pixels, ["layer.2"])["layer.2"], expected, rtol=1e-5, atol=1e-5
+    )
     assert backbone.maps(torch.rand(1, 3, 64, 48), ["layer.1.key"])["layer.1.key"].shape == (1, 24, 8, 6)
 
 
@@ -228,6 +256,47 @@ def test_cuda_gives_the_same_features_and_defaults_to_bfloat16(sd_folder: Path, 
     assert load_backbone(sd_folder, device="cuda").dtype == torch.bfloat16
     got = load_backbone(sd_folder, device="cuda", dtype=torch.float32).maps(PIXELS, ["up.1"], NOISY)["up.1"]
     torch.testing.assert_close(got.cpu(), sd.maps(PIXELS, ["up.1"], NOISY)["up.1"], rtol=1e-2, atol=1e-3)
+
+
+def test_sdxl_is_told_what_its_pipeline_tells_it(sdxl_folder: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder, add_watermarker=False)
+    context, _, pooled, _ = pipeline.encode_prompt("a cat", do_classifier_free_guidance=False)
+    backbone = load_backbone(sdxl_folder)
+    assert isinstance(backbone, LatentDiffusion)
+    embedding = backbone.embed("a cat")
+    torch.testing.assert_close(embedding.context, context)
+    assert embedding.pooled is not None
+    torch.testing.assert_close(embedding.pooled, pooled)
+
+    latents = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(2))
+    ids = pipeline._get_add_time_ids((64, 96), (0, 0), (64, 96), torch.float32, text_encoder_projection_dim=16)
+    seen = {}
+    handle = pipeline.unet.up_blocks[0].register_forward_hook(lambda m, i, o: seen.update(up=o))
+    added = {"text_embeds": pooled.expand(2, -1), "time_ids": ids.expand(2, -1)}
+    pipeline.unet(latents, 200, context.expand(2, -1, -1), added_cond_kwargs=added)
+    handle.remove()
+    got = backbone.unet_maps(latents, ["up.0", "up.0.attention.1.block.1.cross.q"], NOISY)
+    torch.testing.assert_close(got["up.0"], seen["up"])
+    assert got["up.0.attention.1.block.1.cross.q"].shape == (2, 32, 2, 3)
+
+
+def test_dinov3_has_rotary_positions_and_registers() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model(
+        "vit_small_patch16_dinov3", embed_dim=32, depth=2, num_heads=4, num_classes=0, dynamic_img_size=True
+    )
+    backbone = VisionTransformer(network, name="small dinov3")
+    pixels = torch.rand(1, 3, 64, 96)
+    normalised = (pixels - backbone.mean[:, None, None]) / backbone.std[:, None, None]
+    with torch.inference_mode():
+        expected = network.forward_intermediates(normalised, indices=[1], norm=False, intermediates_only=True)[0]
+    torch.testing.assert_close(backbone.maps(pixels, ["layer.1"])["layer.1"], expected)
+    assert backbone.prefix == 5
+    assert backbone.maps(pixels, ["layer.0.key"])["layer.0.key"].shape == (1, 32, 4, 6)
 
 
 class TestBadFolders:
@@ -275,7 +344,9 @@ class TestBadFolders:
 
     def test_weights_that_do_not_fit(self, broken: Path) -> None:
         config = json.loads((broken / "unet" / "config.json").read_text())
-        (broken / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [16, 16, 32, 64]}))
+        (broken / "unet" / "config.json").write_text(
+            json.dumps(config | {"block_out_channels": [16, 16, 32, 64]})
+        )
         self.fails(broken, "unet.*fit")
 
     def test_missing_keys(self, broken: Path) -> None:
@@ -289,7 +360,9 @@ class TestBadFolders:
         from diffusers import UNet2DConditionModel
 
         config = json.loads((broken / "unet" / "config.json").read_text()) | {"in_channels": 9}
-        UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}).save_pretrained(broken / "unet")
+        UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}).save_pretrained(
+            broken / "unet"
+        )
         self.fails(broken, "takes 9 channels but the VAE gives 4")
 
     def test_broken_json(self, broken: Path) -> None:
