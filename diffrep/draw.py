@@ -101,7 +101,15 @@ def draw_matches(
                 pen.line([on_target(match), on_target(goal)], fill=(*WRONG, 230), width=2 * scale)
                 _dot(pen, on_target(goal), 3 * scale, WRONG, (255, 255, 255), scale)
         _dot(pen, on_source(point), 8 * scale, colours[i], (255, 255, 255), 2 * scale, str(i + 1))
-        _dot(pen, on_target(match), 8 * scale, colours[i], ring, (3 if truth is not None else 2) * scale, str(i + 1))
+        _dot(
+            pen,
+            on_target(match),
+            8 * scale,
+            colours[i],
+            ring,
+            (3 if truth is not None else 2) * scale,
+            str(i + 1),
+        )
     reduced = layer.resize(picture.size, Image.Resampling.LANCZOS)
     return Image.alpha_composite(picture.convert("RGBA"), reduced).convert("RGB")
 
@@ -179,7 +187,9 @@ def spread_over(values: np.ndarray, places: Tensor, size: tuple[int, int]) -> np
     """
     rows, columns = np.mgrid[: size[1], : size[0]]
     pixels = torch.from_numpy(np.stack([columns, rows], axis=-1).astype(np.float32))
-    step = (places[-1, -1] - places[0, 0]) / torch.tensor([places.shape[1] - 1, places.shape[0] - 1]).clamp(min=1)
+    step = (places[-1, -1] - places[0, 0]) / torch.tensor([places.shape[1] - 1, places.shape[0] - 1]).clamp(
+        min=1
+    )
     cells = (pixels - places[0, 0]) / step.clamp(min=1e-6)
     grid = (cells + 0.5) * (2 / torch.tensor([values.shape[1], values.shape[0]])) - 1
     layers = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None]

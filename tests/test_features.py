@@ -47,13 +47,19 @@ def pixels_as_features(height: int, width: int, cells: tuple[int, int], sizing: 
     st.integers(20, 200),
     st.integers(20, 200),
     st.sampled_from([(12, 12), (7, 11), (15, 17)]),
-    st.sampled_from([Sizing("squash", 96), Sizing("pad", 120), Sizing("fit", 100, multiple=8), Sizing("squash", (90, 61))]),
+    st.sampled_from(
+        [Sizing("squash", 96), Sizing("pad", 120), Sizing("fit", 100, multiple=8), Sizing("squash", (90, 61))]
+    ),
 )
-def test_a_point_reads_the_feature_at_its_place(height: int, width: int, cells: tuple[int, int], sizing: Sizing) -> None:
+def test_a_point_reads_the_feature_at_its_place(
+    height: int, width: int, cells: tuple[int, int], sizing: Sizing
+) -> None:
     maps = pixels_as_features(height, width, cells, sizing)
     points = torch.tensor([[width * 0.5, height * 0.5], [width * 0.4, height * 0.6]])[None]
     # interpolation of the coordinates between cell centres gives the coordinates themselves
-    torch.testing.assert_close(maps.at("xy", points)[0], maps.placements[0].to_canvas(points[0]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        maps.at("xy", points)[0], maps.placements[0].to_canvas(points[0]), rtol=0, atol=1e-3
+    )
     torch.testing.assert_close(maps.points("xy", maps.cells("xy", points[0])), points[0], rtol=0, atol=1e-3)
     inside = maps.content_mask("xy")
     centres = maps.cell_centres("xy")[inside]
@@ -64,7 +70,9 @@ def test_a_point_reads_the_feature_at_its_place(height: int, width: int, cells: 
 
 def test_at_on_a_map_of_the_images_own_size_returns_its_pixels() -> None:
     values = torch.rand(1, 3, 9, 14)
-    maps = FeatureMaps({"rgb": values}, (Placement.identity((9, 14)),), {"rgb": Grid.covering((9, 14), (9, 14))})
+    maps = FeatureMaps(
+        {"rgb": values}, (Placement.identity((9, 14)),), {"rgb": Grid.covering((9, 14), (9, 14))}
+    )
     points = torch.tensor([[0.0, 0.0], [13.0, 8.0], [5.0, 2.0]])
     torch.testing.assert_close(maps.at("rgb", points[None])[0], values[0, :, [0, 8, 2], [0, 13, 5]].T)
 
@@ -130,20 +138,26 @@ def test_bad_requests_are_named(sd: Backbone, tmp_path: Path) -> None:
         ExtractConfig(batch_size=0)
 
 
-@pytest.mark.parametrize(("side", "window", "origins"), [(960, 512, [0, 448]), (64, 64, [0]), (40, 64, [0]), (200, 64, [0, 64, 128, 136])])
+@pytest.mark.parametrize(
+    ("side", "window", "origins"),
+    [(960, 512, [0, 448]), (64, 64, [0]), (40, 64, [0]), (200, 64, [0, 64, 128, 136])],
+)
 def test_windows_cover_the_side(side: int, window: int, origins: list[int]) -> None:
     assert window_origins(side, window) == origins
 
 
 def test_windows_are_averaged_where_they_overlap(sd: Backbone) -> None:
     image = picture(96, 96)
-    tiled = extract(sd, [image], ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), window=64, timestep=50))
+    tiled = extract(
+        sd, [image], ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), window=64, timestep=50)
+    )
     assert tiled.maps["up.3"].shape[-2:] == (12, 12)
     total, count = torch.zeros(1, tiled.maps["up.3"].shape[1], 12, 12), torch.zeros(12, 12)
     for y in (0, 32):
         for x in (0, 32):
             part = extract(
-                sd, [image.crop((x, y, x + 64, y + 64))],
+                sd,
+                [image.crop((x, y, x + 64, y + 64))],
                 ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), timestep=50),
             ).maps["up.3"]
             total[..., y // 8 : y // 8 + 8, x // 8 : x // 8 + 8] += part
@@ -152,16 +166,26 @@ def test_windows_are_averaged_where_they_overlap(sd: Backbone) -> None:
     assert tiled.grids["up.3"] == Grid((3.5, 3.5), (8.0, 8.0))
     one = ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), window=96, timestep=50)
     whole = ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), timestep=50)
-    torch.testing.assert_close(extract(sd, [image], one).maps["up.3"], extract(sd, [image], whole).maps["up.3"])
+    torch.testing.assert_close(
+        extract(sd, [image], one).maps["up.3"], extract(sd, [image], whole).maps["up.3"]
+    )
 
 
 def test_windows_that_miss_the_cells_are_refused(sd: Backbone) -> None:
     with pytest.raises(ValueError, match="multiples of the stride"):
-        extract(sd, [picture(96, 96)], ExtractConfig(taps=("up.0.resnet.0",), sizing=Sizing("native", None), window=64))
+        extract(
+            sd,
+            [picture(96, 96)],
+            ExtractConfig(taps=("up.0.resnet.0",), sizing=Sizing("native", None), window=64),
+        )
 
 
 def test_a_vit_needs_no_conditions(vit: Backbone) -> None:
-    maps = extract(vit, [picture(30, 90)], ExtractConfig(taps=("layer.1", "layer.2.key"), sizing=Sizing("squash", (32, 96))))
+    maps = extract(
+        vit,
+        [picture(30, 90)],
+        ExtractConfig(taps=("layer.1", "layer.2.key"), sizing=Sizing("squash", (32, 96))),
+    )
     assert maps.maps["layer.2.key"].shape == (1, 24, 4, 12)
     assert maps.at("layer.1", torch.tensor([[[44.5, 14.5]]])).shape == (1, 1, 24)
     centre = torch.tensor([[44.5, 14.5]])  # the image's centre lies between the middle cells

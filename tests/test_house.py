@@ -86,7 +86,9 @@ def test_imports_go_down_only(name: str, file: Path) -> None:
             floor = floor_of(target)
             if target == "diffrep":  # `from diffrep import x` is judged by x below
                 continue
-            assert floor is None or floor == 9 or floor <= own, f"{file}: floor {own} imports {target} of floor {floor}"
+            assert floor is None or floor == 9 or floor <= own, (
+                f"{file}: floor {own} imports {target} of floor {floor}"
+            )
 
 
 def listed_packages() -> dict[str, str]:
@@ -112,13 +114,27 @@ def test_every_package_is_listed_for_the_wheel() -> None:
 
 @pytest.mark.slow
 def test_the_wheel_has_one_top_level_and_everything_in_it(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"diffrep"}
-    for expected in ("diffrep/heads/__init__.py", "diffrep/eval/__init__.py", "diffrep/py.typed",
-                     "diffrep/models/tiny/unet/config.json", "diffrep/models/tiny-dino/model.safetensors"):
+    for expected in (
+        "diffrep/heads/__init__.py",
+        "diffrep/eval/__init__.py",
+        "diffrep/py.typed",
+        "diffrep/models/tiny/unet/config.json",
+        "diffrep/models/tiny-dino/model.safetensors",
+    ):
         assert expected in names
     assert wheel.stat().st_size < 45 * 2**20
 
@@ -139,7 +155,17 @@ def test_a_checkout_finds_heads_and_eval_and_installs_nothing_generic() -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    heavy = "torch", "faiss", "diffusers", "transformers", "sklearn", "matplotlib", "timm", "open_clip", "scipy"
+    heavy = (
+        "torch",
+        "faiss",
+        "diffusers",
+        "transformers",
+        "sklearn",
+        "matplotlib",
+        "timm",
+        "open_clip",
+        "scipy",
+    )
     code = f"import diffrep, diffrep.cli, sys; print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code, ROOT) == "[]"
 
@@ -169,6 +195,8 @@ def test_doctests() -> None:
 def test_weights_are_read_by_safe_readers_only() -> None:
     for name, file in sources():
         text = file.read_text()
-        assert not re.search(r"\b(import pickle|pickle\.loads?|joblib|np\.load\(.*allow_pickle=True)", text), name
+        assert not re.search(
+            r"\b(import pickle|pickle\.loads?|joblib|np\.load\(.*allow_pickle=True)", text
+        ), name
         for call in text.split("torch.load(")[1:]:
             assert "weights_only=True" in call.split(")")[0], name

@@ -46,8 +46,11 @@ def test_transparency_is_composited(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "1", "LA", "RGBA"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    loaded = load_image(Image.fromarray(gradient(9, 7)).convert("RGBA").convert(mode) if mode != "CMYK"
-                        else Image.fromarray(gradient(9, 7)).convert(mode))
+    loaded = load_image(
+        Image.fromarray(gradient(9, 7)).convert("RGBA").convert(mode)
+        if mode != "CMYK"
+        else Image.fromarray(gradient(9, 7)).convert(mode)
+    )
     assert (loaded.mode, loaded.size) == ("RGB", (7, 9))
 
 
@@ -81,8 +84,13 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "array",
-    [np.zeros((4, 4, 5), np.uint8), np.zeros((0, 4, 3), np.uint8), np.full((4, 4), 3.0), np.full((4, 4), np.nan),
-     np.zeros((4, 4), np.int32)],
+    [
+        np.zeros((4, 4, 5), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.full((4, 4), 3.0),
+        np.full((4, 4), np.nan),
+        np.zeros((4, 4), np.int32),
+    ],
 )
 def test_bad_arrays_are_refused(array: np.ndarray) -> None:
     with pytest.raises(ImageError):
@@ -102,8 +110,15 @@ def test_find_images(tmp_path: Path) -> None:
 
 
 SIZINGS = st.sampled_from(
-    [Sizing("squash", 96), Sizing("squash", (64, 120)), Sizing("pad", 96), Sizing("pad", 77, fill="edge"),
-     Sizing("fit", 90, multiple=16), Sizing("native", None, multiple=8), Sizing("native", None, multiple=1)]
+    [
+        Sizing("squash", 96),
+        Sizing("squash", (64, 120)),
+        Sizing("pad", 96),
+        Sizing("pad", 77, fill="edge"),
+        Sizing("fit", 90, multiple=16),
+        Sizing("native", None, multiple=8),
+        Sizing("native", None, multiple=1),
+    ]
 )
 
 
@@ -111,7 +126,9 @@ SIZINGS = st.sampled_from(
 def test_points_survive_the_way_to_the_canvas_and_back(height: int, width: int, sizing: Sizing) -> None:
     canvas, placement = fit_image(Image.fromarray(gradient(height, width)), sizing)
     assert canvas.shape[1:] == placement.canvas_size
-    points = torch.tensor([[0.0, 0.0], [width - 1.0, height - 1.0], [width / 3, height / 2]], dtype=torch.float64)
+    points = torch.tensor(
+        [[0.0, 0.0], [width - 1.0, height - 1.0], [width / 3, height / 2]], dtype=torch.float64
+    )
     torch.testing.assert_close(placement.to_image(placement.to_canvas(points)), points)
     x0, y0, x1, y1 = placement.content_box
     corners = torch.tensor([[-0.5, -0.5], [width - 0.5, height - 0.5]], dtype=torch.float64)
@@ -137,7 +154,9 @@ def test_native_repeats_the_edge_and_keeps_the_pixels() -> None:
     assert Placement.identity((13, 21)).to_canvas(torch.tensor([3.0, 4.0])).tolist() == [3.0, 4.0]
 
 
-@pytest.mark.parametrize("arguments", [("pad", None), ("squash", 0), ("pad", (8, 8)), ("fit", 8, "bicubic", "black", 0)])
+@pytest.mark.parametrize(
+    "arguments", [("pad", None), ("squash", 0), ("pad", (8, 8)), ("fit", 8, "bicubic", "black", 0)]
+)
 def test_impossible_sizings_are_refused(arguments: tuple) -> None:
     with pytest.raises(ValueError, match=r"size|multiple"):
         Sizing(*arguments)

@@ -37,7 +37,9 @@ def check_dift_sd_taps(folder: Path, case: dict[str, Any]) -> None:
         pixels = stack_pixels([fit_image(image, sizing)[0]])
 
         embeds = backbone.embed(run["prompt"]).context
-        assert_within(embeds, expected[f"{name}.prompt_embeds"], atol=tolerance["prompt_embeds"], what="prompt")
+        assert_within(
+            embeds, expected[f"{name}.prompt_embeds"], atol=tolerance["prompt_embeds"], what="prompt"
+        )
         mean, std = backbone.encode(pixels)
         assert list(mean.shape[-2:]) == run["latent_hw"]
         assert_within(mean, expected[f"{name}.posterior_mean"], atol=tolerance["posterior"], what="mean")
