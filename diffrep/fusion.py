@@ -143,8 +143,7 @@ class Descriptors:
     def at(self, points: Tensor) -> Rows:
         """Descriptors at image points (N, 2), each part bilinear; beyond the border it is repeated."""
         cells = self.cells(points.to(self.device))
-        parts = tuple(sample(part.movedim(-1, 0), cells) for part in self.parts)
-        return Rows(tuple(part.T for part in parts), self.weights)
+        return Rows(tuple(sample(part, cells) for part in self.parts), self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +319,7 @@ def _resample(own: _Map, onto: _Map) -> Tensor:
     if same_canvas and same_grid and own.values.shape[1:] == onto.values.shape[1:]:
         return own.values
     cells = own.source.cells(own.tap, onto.source.cell_centres(onto.tap))
-    return sample(own.values, cells.to(own.values.device))
+    return sample(own.values.movedim(0, -1), cells.to(own.values.device)).movedim(-1, 0)
 
 
 def lattice(size: tuple[int, int], device: torch.device | None = None) -> Tensor:
@@ -330,15 +329,20 @@ def lattice(size: tuple[int, int], device: torch.device | None = None) -> Tensor
 
 
 def sample(values: Tensor, cells: Tensor) -> Tensor:
-    """Read a (C, h, w) map at fractional cells (..., 2) as (column, row), bilinearly: (C, ...), float32.
+    """Read a (h, w, C) map at fractional cells (..., 2) as (column, row), bilinearly: (..., C), float32.
 
-    Beyond the outermost centres the border is repeated. At cell centres of a grid twice as fine this is what
-    `interpolate(mode="bilinear", align_corners=False)` gives.
+    Beyond the outermost centres the border is repeated. At the cell centres of a finer grid this is what
+    `interpolate(mode="bilinear", align_corners=False)` gives; for a few places it reads only their cells.
     """
-    span = cells.new_tensor([values.shape[2], values.shape[1]])
-    grid = ((cells + 0.5) * (2.0 / span) - 1.0).reshape(1, 1, -1, 2)
-    read = F.grid_sample(values[None].float(), grid.float(), padding_mode="border", align_corners=False)
-    return read[0, :, 0].unflatten(1, cells.shape[:-1])
+    height, width, channels = values.shape
+    rows = values.reshape(-1, channels)
+    x, y = cells[..., 0].clamp(0, width - 1), cells[..., 1].clamp(0, height - 1)
+    left, top = x.floor().long(), y.floor().long()
+    right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
+    across, down = (x - left)[..., None], (y - top)[..., None]
+    upper = torch.lerp(rows[top * width + left].float(), rows[top * width + right].float(), across)
+    lower = torch.lerp(rows[bottom * width + left].float(), rows[bottom * width + right].float(), across)
+    return torch.lerp(upper, lower, down)
 
 
 def joint_pca(maps: Sequence[Tensor], dims: int, *, generator: torch.Generator | None = None) -> list[Tensor]:
