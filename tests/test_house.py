@@ -35,12 +35,14 @@ FLOORS = {
     "diffrep.similarity": 3,
     "diffrep.index": 3,
     "diffrep.draw": 3,
+    "diffrep.recipes": 3,
     "diffrep.manifold": 3,
     "diffrep.training": 3,
     "diffrep.heads": 4,
     "diffrep.eval": 5,
-    "diffrep.demo": 6,
     "diffrep.cli": 6,
+    "diffrep.commands": 6,
+    "diffrep.__main__": 6,
 }
 
 
@@ -48,10 +50,10 @@ def floor_of(module: str) -> int | None:
     parts = module.split(".")
     if parts[0] != "diffrep":
         return None
-    for end in range(len(parts), 0, -1):
+    for end in range(len(parts), 1, -1):
         if (name := ".".join(parts[:end])) in FLOORS:
             return FLOORS[name]
-    return None
+    return FLOORS["diffrep"] if len(parts) == 1 else None
 
 
 def sources() -> list[tuple[str, Path]]:
