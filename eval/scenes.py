@@ -126,11 +126,9 @@ class ScenesReport:
         heads = [f"{name}*" if name in UNSEEN else name for name in names]
         lines.append(f"{'':<{width}}" + "".join(f"  {head:>{max(5, len(head))}}" for head in heads))
         for matcher, counts_of in self.rows.items():
-            cells = [
-                f"{100 * counts_of.of(name).value()[last]:>{max(5, len(head))}.1f}"
-                for name, head in zip(names, heads, strict=True)
-            ]
-            lines.append(f"{matcher:<{width}}" + "".join(f"  {cell}" for cell in cells))
+            values = (100 * counts_of.of(name).value()[last] for name in names)
+            cells = (f"  {v:>{max(5, len(head))}.1f}" for v, head in zip(values, heads, strict=True))
+            lines.append(f"{matcher:<{width}}" + "".join(cells))
         return "\n".join(lines)
 
     def to_json(self) -> str:
