@@ -33,6 +33,7 @@ FLOORS = {
     "diffrep.fusion": 2,
     "diffrep.matching": 3,
     "diffrep.similarity": 3,
+    "diffrep.swap": 3,
     "diffrep.index": 3,
     "diffrep.draw": 3,
     "diffrep.recipes": 3,
