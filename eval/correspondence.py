@@ -29,9 +29,10 @@ from diffrep.eval.datasets.spair_keypoints import part_groups
 from diffrep.eval.datasets.tss import read_tss
 from diffrep.eval.extraction import cache_key, extract_images, images_by_prompt, prompts_by_category
 from diffrep.eval.failures import save_failures
+from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.pck import Pck
 from diffrep.eval.protocols import PROTOCOLS, Protocol
-from diffrep.eval.scenes import EvalScenes, ScenesReport
+from diffrep.eval.scenes import ScenesReport, evaluate_scenes
 from diffrep.eval.tss import FlowReport, evaluate_flow
 from diffrep.features import FeatureMaps
 from diffrep.fusion import Descriptors, fuse
@@ -237,9 +238,7 @@ class EvalCorrespondence:
     data: Path | None = None  # the data set's folder, in the layout in which it is released; scenes need none
     recipe: str = "tiny"
     protocol: str | None = None  # how it is counted; none: that of the recipe's paper, or the usual one
-    split: str = (
-        "test"  # of spair, pf-pascal (trn, val, test) and ap-10k (also test_cross_species, ..._family)
-    )
+    split: str = "test"  # of spair, pf-pascal (trn, val, test) and ap-10k (also test_cross_species, ..._family)
     categories: tuple[str, ...] = ()  # or, for tss, subsets; none: all
     search: Search = "auto"  # whose way from keypoints to matches: the protocol's, the recipe's, or what fits
     keep: Literal["float32", "float16"] = "float32"  # in which features are kept on disk
@@ -256,12 +255,13 @@ class EvalCorrespondence:
             DatasetError: the folder is not that data set.
             ValueError: an unknown protocol, recipe, split or category, or a folder with other settings.
         """
+        report: CorrespondenceReport | FlowReport | ScenesReport
         if self.benchmark == "scenes":
-            return EvalScenes(recipe=self.recipe, device=self.device, out=self.out / "report.json").run()
-        if self.data is None:
+            plain, ours = baselines(box=True), matchers_of(Correspondence(self.recipe, device=self.device))
+            report = evaluate_scenes(plain[0] | ours[0], plain[1] | ours[1])
+        elif self.data is None:
             raise ValueError(f"benchmark {self.benchmark} needs --data, the folder of the data set")
-        report: CorrespondenceReport | FlowReport
-        if self.benchmark == "tss":
+        elif self.benchmark == "tss":
             flows = read_tss(self.data, subsets=self.categories or None)
             report = evaluate_flow(
                 flows,
@@ -285,6 +285,7 @@ class EvalCorrespondence:
             )
             save_failures(report.failures(self.failures, pairs.root), self.out / "failures")
         print(report.table())
+        self.out.mkdir(parents=True, exist_ok=True)
         write_text(self.out / "report.json", report.to_json())
         write_text(self.out / "report.txt", report.table() + "\n")
         return report
@@ -309,9 +310,7 @@ class EvalCorrespondence:
             DatasetError: the folder is not that data set.
             ValueError: the benchmark has no such split or category.
         """
-        splits = {"ap-10k": get_args(Ap10kSet), "pf-willow": ("test",)}.get(
-            self.benchmark, ("trn", "val", "test")
-        )
+        splits = {"ap-10k": get_args(Ap10kSet), "pf-willow": ("test",)}.get(self.benchmark, ("trn", "val", "test"))
         if self.split not in splits:
             raise ValueError(f"{self.benchmark} has no split {self.split!r}; it has {', '.join(splits)}")
         categories = self.categories or None

@@ -11,22 +11,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.cache import write_text
-from diffrep.eval.matchers import Extractor, FeatureMatcher, Matcher, View, baselines, matchers_of
-from diffrep.images import find_images, load_image
-from diffrep.recipes import Correspondence
+from diffrep.eval.matchers import Extractor, FeatureMatcher, Matcher, View
+from diffrep.images import load_image
 
 _PHOTOGRAPHS = {  # file name -> (package, path inside it)
     "china.jpg": ("sklearn", "datasets/images/china.jpg"),
@@ -55,9 +51,7 @@ class HomographySettings:
     zoom: tuple[float, float] = (0.6, 0.85)  # side of the view as a share of the photograph's
     rotation: float = 25.0  # degrees, at most, to either side
     perspective: float = 0.12  # how far each corner moves, at most, as a share of the view's sides
-    points: int = (
-        14  # per side: queries lie on a grid over the photograph; those outside the view do not count
-    )
+    points: int = 14  # per side: queries lie on a grid over the photograph; those outside the view do not count
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,9 +126,7 @@ class Errors:
     """Distances between matches and truth, in pixels of the view."""
 
     pixels: Mapping[str, tuple[float, ...]]  # photograph -> distance of each point
-    strides: Mapping[
-        str, float
-    ]  # photograph -> pixels between cells of its descriptors; empty for what has none
+    strides: Mapping[str, float]  # photograph -> pixels between cells of its descriptors; empty for what has none
 
     def numbers(self, photograph: str | None = None) -> dict[str, float]:
         """Quantiles over the points of one photograph, or of all."""
@@ -253,27 +245,3 @@ def queries(size: tuple[int, int], matrix: Tensor, per_side: int) -> tuple[Tenso
     truth = carry(matrix, points)
     inside = (truth >= 0).all(-1) & (truth[:, 0] <= width - 1) & (truth[:, 1] <= height - 1)
     return points[inside], truth[inside]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalHomography:
-    """Measure how far matches land from the truth on photographs seen through known homographies."""
-
-    recipe: str = "tiny"
-    images: tuple[Path, ...] = ()  # photographs, folders or patterns; none: three that dependencies carry
-    views: HomographySettings = field(default_factory=HomographySettings)
-    device: str = "cpu"
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # where the numbers go, as JSON
-
-    def run(self) -> HomographyReport:
-        """Evaluate, print the tables and return the report."""
-        matchers, extractors = matchers_of(Correspondence(self.recipe, device=self.device))
-        plain, simple = baselines(box=False)
-        images = {path.name: path for path in find_images(self.images)} if self.images else None
-        report = evaluate_homographies(
-            {**plain, **matchers}, {**simple, **extractors}, self.views, images=images
-        )
-        print(report.table())
-        if self.out is not None:
-            write_text(self.out, report.to_json())
-        return report

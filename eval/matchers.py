@@ -44,6 +44,9 @@ Matcher: TypeAlias = Callable[[View, View, Tensor], Tensor]
 """(source, target, points (N, 2) of the source) -> points (N, 2) of the target, both (x, y) in pixels."""
 
 
+FUSED = " + "  # between the parts in the name of a fused matcher
+
+
 def same_position(source: View, target: View, points: Tensor) -> Tensor:
     """The same place in the frame: what a matcher gets for knowing nothing but the layout of photographs."""
     scale = points.new_tensor([target.size[1] / source.size[1], target.size[0] / source.size[0]])
@@ -88,9 +91,7 @@ class ColourPatches:
 
     def __post_init__(self) -> None:
         if self.side < 1 or self.side % 2 == 0 or self.stride < 1:
-            raise ValueError(
-                f"side must be odd and stride at least 1, got side {self.side} and stride {self.stride}"
-            )
+            raise ValueError(f"side must be odd and stride at least 1, got side {self.side} and stride {self.stride}")
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[FeatureMaps]:
         return [self._describe(image) for image in images]
@@ -119,7 +120,7 @@ def matchers_of(correspondence: Correspondence) -> tuple[dict[str, Matcher], dic
     """Each backbone of a recipe alone and, where there are several, all of them fused.
 
     Returns:
-        Matchers and extractors by name: a backbone's name is both; the fused one joins them with " + ".
+        Matchers and extractors by name: a backbone's name is both; the fused one joins them with `FUSED`.
     """
     recipe = correspondence.recipe
     names = [reading.backbone for reading in recipe.readings]
@@ -131,5 +132,5 @@ def matchers_of(correspondence: Correspondence) -> tuple[dict[str, Matcher], dic
         own = recipe if len(names) == 1 else alone(recipe, number, name)
         matchers[name] = FeatureMatcher((name,), own.fusion, recipe.matching)
     if len(names) > 1:
-        matchers[" + ".join(names)] = FeatureMatcher(tuple(names), recipe.fusion, recipe.matching)
+        matchers[FUSED.join(names)] = FeatureMatcher(tuple(names), recipe.fusion, recipe.matching)
     return matchers, extractors

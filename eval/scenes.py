@@ -8,26 +8,23 @@ interval is a bootstrap over pairs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.cache import write_text
-from diffrep.eval.matchers import Extractor, Matcher, View, baselines, matchers_of
+from diffrep.eval.matchers import FUSED, Extractor, Matcher, View
 from diffrep.eval.pck import PairCount, Pck, chance_within, difference_interval, within
-from diffrep.recipes import Correspondence
 from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, mirror, render_scene, scene_pairs
 
 CHANCE = "chance"
@@ -51,8 +48,7 @@ class ScenesSettings:
             raise ValueError(f"no category {', '.join(unknown)}; there are {', '.join(CATEGORIES)}")
         if self.per_category < 1 or self.batch_size < 1:
             raise ValueError(
-                "per_category and batch_size must be at least 1,"
-                f" got {self.per_category} and {self.batch_size}"
+                f"per_category and batch_size must be at least 1, got {self.per_category} and {self.batch_size}"
             )
 
 
@@ -129,7 +125,21 @@ class ScenesReport:
             values = (100 * counts_of.of(name).value()[last] for name in names)
             cells = (f"  {v:>{max(5, len(head))}.1f}" for v, head in zip(values, heads, strict=True))
             lines.append(f"{matcher:<{width}}" + "".join(cells))
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._gains()])
+
+    def _gains(self) -> list[str]:
+        """How much each fused matcher ("a + b") gains over its parts."""
+        lines = []
+        for fused in self.rows:
+            parts = [part for part in fused.split(FUSED) if part != fused and part in self.rows]
+            for part, group in itertools.product(parts, self.groups()):
+                gain = self.difference(fused, part, group)[-1]
+                low, value, high = (100 * gain[key] for key in ("low", "value", "high"))
+                alpha = f"PCK@{gain['alpha']:g}"
+                lines.append(
+                    f"  {group:<16}  {fused} over {part}: {value:+.1f} ({low:+.1f}..{high:+.1f}) points of {alpha}"
+                )
+        return ["", "Gain of fusion on the same pairs (95 % interval)", *lines] if lines else []
 
     def to_json(self) -> str:
         """Everything in the tables as numbers, with the settings that made them."""
@@ -195,9 +205,7 @@ def evaluate_scenes(
     counts: dict[str, list[PairCount]] = {name: [] for name in (CHANCE, *matchers)}
     made: dict[str, Mapping[str, object]] = {}
     mirrored = set()
-    pairs = scene_pairs(
-        settings.split, settings.per_category, categories=settings.categories, seed=settings.seed
-    )
+    pairs = scene_pairs(settings.split, settings.per_category, categories=settings.categories, seed=settings.seed)
     with tqdm(total=len(pairs), desc="scenes", unit="pair", disable=not progress) as bar:
         for batch in _batches(_rendered(pairs, settings), settings.batch_size):
             images = [view.image for pair in batch for view in pair.views]
@@ -213,9 +221,7 @@ def evaluate_scenes(
                 if pair.mirrored:
                     mirrored.add(pair.name)
                 expected = chance_within(truth, scale, settings.alphas, target.size).sum(-1)
-                counts[CHANCE].append(
-                    PairCount(pair.name, pair.category, len(points), tuple(expected.tolist()))
-                )
+                counts[CHANCE].append(PairCount(pair.name, pair.category, len(points), tuple(expected.tolist())))
                 for name, match in matchers.items():
                     hits = within(match(source, target, points), truth, scale, settings.alphas)
                     counts[name].append(PairCount.of(pair.name, pair.category, hits))
@@ -241,11 +247,7 @@ def render_pair(job: tuple[int, int, str, bool, int]) -> ScenePair:
     b = render_scene(seed_b, category=category, size=size)
     if mirrored:
         b = mirror(b)
-    shown = {
-        name: point
-        for name, point, seen in zip(b.keypoint_names, b.keypoints, b.visible, strict=True)
-        if seen
-    }
+    shown = {name: point for name, point, seen in zip(b.keypoint_names, b.keypoints, b.visible, strict=True) if seen}
     both = [
         (point, shown[name])
         for name, point, seen in zip(a.keypoint_names, a.keypoints, a.visible, strict=True)
@@ -262,36 +264,3 @@ def render_pair(job: tuple[int, int, str, bool, int]) -> ScenePair:
 def _batches(pairs: Iterator[ScenePair], size: int) -> Iterator[list[ScenePair]]:
     while batch := list(islice(pairs, size)):
         yield batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalScenes:
-    """Count PCK on held-out rendered pairs: baselines, each backbone of a recipe alone, all of them fused."""
-
-    recipe: str = "tiny"
-    scenes: ScenesSettings = field(default_factory=ScenesSettings)
-    device: str = "cpu"
-    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # where the numbers go, as JSON
-
-    def run(self) -> ScenesReport:
-        """Evaluate, print the tables and return the report."""
-        matchers, extractors = matchers_of(Correspondence(self.recipe, device=self.device))
-        plain, simple = baselines(box=True)
-        report = evaluate_scenes({**plain, **matchers}, {**simple, **extractors}, self.scenes)
-        print(report.table())
-        *single, last = matchers
-        for group in report.groups():
-            for other in single:
-                print(_difference(report, last, other, group))
-        if self.out is not None:
-            write_text(self.out, report.to_json())
-        return report
-
-
-def _difference(report: ScenesReport, matcher: str, other: str, group: str) -> str:
-    numbers = report.difference(matcher, other, group)[-1]
-    low, high = 100 * numbers["low"], 100 * numbers["high"]
-    return (
-        f"{group}: {matcher} over {other} {100 * numbers['value']:+.1f} ({low:+.1f}..{high:+.1f})"
-        f" points of PCK@{numbers['alpha']:g}"
-    )

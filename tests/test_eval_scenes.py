@@ -24,16 +24,12 @@ from diffrep.fusion import Fusion
 from diffrep.matching import MatchConfig
 from diffrep.scenes import scene_pairs
 
-SETTINGS = ScenesSettings(
-    per_category=3, categories=("car", "dog", "giraffe"), size=64, batch_size=2, workers=0
-)
+SETTINGS = ScenesSettings(per_category=3, categories=("car", "dog", "giraffe"), size=64, batch_size=2, workers=0)
 
 
 def truths(settings: ScenesSettings) -> dict[bytes, Tensor]:
     """Source image -> where its keypoints lie in the target."""
-    pairs = scene_pairs(
-        settings.split, settings.per_category, categories=settings.categories, seed=settings.seed
-    )
+    pairs = scene_pairs(settings.split, settings.per_category, categories=settings.categories, seed=settings.seed)
     rendered = [render_pair((*pair, settings.size)) for pair in pairs]
     return {pair.views[0].image.tobytes(): pair.points[1] for pair in rendered}
 
@@ -108,6 +104,19 @@ def test_the_report_says_everything_as_text_and_as_json() -> None:
     perfect = document["rows"]["perfect"]["groups"]["seen"]
     assert perfect["pairs"] == 6
     assert perfect["pck"][1] == {"alpha": 0.1, "per_point": 1, "per_image": 1, "low": 1, "high": 1}
+
+
+def test_gains_of_a_fused_matcher_over_its_parts_are_printed() -> None:
+    known = truths(SETTINGS)
+    matchers = {
+        "a": same_position,
+        "b": lambda source, target, points: points + 1000,
+        "a + b": lambda source, target, points: known[source.image.tobytes()],
+    }
+    report = evaluate_scenes(matchers, {}, SETTINGS, progress=False)
+    text = report.table()
+    assert "a + b over b: +100.0 (+100.0..+100.0) points of PCK@0.1" in text
+    assert text.count("a + b over a: ") == len(report.groups())
 
 
 def test_bad_settings_are_named() -> None:

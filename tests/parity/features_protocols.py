@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,8 +28,9 @@ from diffrep.eval.pose import predict_posed
 from diffrep.eval.protocols import PROTOCOLS, SQUARE, CellSearch, Protocol
 from diffrep.features import FeatureMaps
 from diffrep.fusion import Descriptors, Fusion, Part, fuse, joint_pca
-from diffrep.images import Placement
+from diffrep.images import Placement, Sizing, fit_image
 from diffrep.matching import MatchConfig, match_points
+from diffrep.similarity import nearest
 
 from .cases import assert_within, number_in
 
@@ -82,9 +84,7 @@ def _square_maps(given: Mapping[str, Tensor], key: str, side: int) -> FeatureMap
     return FeatureMaps(maps, (Placement.identity((side, side)),), grids)
 
 
-def _reduce(
-    pair: Sequence[FeatureMaps], dims: Sequence[int], generator: torch.Generator
-) -> list[FeatureMaps]:
+def _reduce(pair: Sequence[FeatureMaps], dims: Sequence[int], generator: torch.Generator) -> list[FeatureMaps]:
     """sd-dino's joint PCA; its draws go on from pair to pair, so the generator comes from outside."""
     reduced = [dict(features.maps) for features in pair]
     for part, kept in zip(SD_PARTS, dims, strict=True):
@@ -130,9 +130,7 @@ def _check_sddino_category(
         if not config["only_dino"]:
             features = _reduce(features, config["pca_dims"], generator)
         source, target = fuse(features, fusion)
-        queries, truth = (
-            protocol.to_frame(image.points(pair.ids), image) for image in (pair.source, pair.target)
-        )
+        queries, truth = (protocol.to_frame(image.points(pair.ids), image) for image in (pair.source, pair.target))
         name = f"{prefix}.pair{number}"
         assert_within(queries.flip(-1), expected[f"{name}.src_yx"], atol=1e-3, what=f"{name} source points")
         assert_within(truth.flip(-1), expected[f"{name}.gt_yx"], atol=1e-3, what=f"{name} true points")
@@ -145,9 +143,7 @@ def _check_sddino_category(
 
 def check_pck_sddino_spair(folder: Path, case: dict[str, Any]) -> None:
     given, expected = _tensors(folder)
-    protocols = {
-        box: replace(PROTOCOLS["spair-sd-dino"], threshold="box" if box else "image") for box in (True, False)
-    }
+    protocols = {box: replace(PROTOCOLS["spair-sd-dino"], threshold="box" if box else "image") for box in (True, False)}
     counted: dict[int, list[PairCount]] = {}
     for result in case["results"]:
         config, category = case["configs"][result["cfg"]], result["category"]
@@ -168,9 +164,7 @@ def check_pck_sddino_spair(folder: Path, case: dict[str, Any]) -> None:
         pck = Pck(PROTOCOLS["spair-sd-dino"].alphas, tuple(counts))
         slack = max(1 / pck.of(category).points for category in pck.categories) + 1e-6
         assert pck.value("category mean") == pytest.approx(config["average_over_categories"], abs=slack)
-        assert pck.value("pair-weighted category") == pytest.approx(
-            config["average_weighted_by_pairs"], abs=slack
-        )
+        assert pck.value("pair-weighted category") == pytest.approx(config["average_weighted_by_pairs"], abs=slack)
     assert counted.keys() == set(range(len(case["configs"])))
 
 
@@ -193,8 +187,7 @@ def check_pck_hyperfeatures(folder: Path, case: dict[str, Any]) -> None:
     params = case["params"]
     sizes = {side: params[f"{side}_size_wh"][::-1] for side in ("load", "output", "source", "target")}
     source, target = (
-        Descriptors.from_vectors(given[name][0].movedim(0, -1), tuple(sizes["load"]))
-        for name in ("feat1", "feat2")
+        Descriptors.from_vectors(given[name][0].movedim(0, -1), tuple(sizes["load"])) for name in ("feat1", "feat2")
     )
     cosine = source.rows().joined()
     cosine = torch.nn.functional.normalize(cosine) @ torch.nn.functional.normalize(target.rows().joined()).T
@@ -317,9 +310,7 @@ def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
                 for key in (source, target, *([f"{source}_flip"] if config["adapt_flip"] else []))
             }
             if config["adapt_flip"]:
-                masks = (
-                    None if config["mutual_nn"] else tuple(given[f"{k}.mask"] > 127 for k in (source, target))
-                )
+                masks = None if config["mutual_nn"] else tuple(given[f"{k}.mask"] > 127 for k in (source, target))
                 views = (described[key] for key in (source, f"{source}_flip", target))
                 found = predict_posed(pair, protocol, *views, partners, masks=masks)
             else:
@@ -378,9 +369,47 @@ def aggregation_network(folder: Path) -> Callable[[Sequence[Tensor]], Tensor]:
 
     mixing = weights["mixing_weights"].softmax(0)
     return lambda maps: sum(
-        (
-            w * bottleneck(x, f"bottleneck_layers.{i}.0")
-            for i, (w, x) in enumerate(zip(mixing, maps, strict=True))
-        ),
+        (w * bottleneck(x, f"bottleneck_layers.{i}.0") for i, (w, x) in enumerate(zip(mixing, maps, strict=True))),
         torch.zeros(()),
     )
+
+
+def check_swap_nearest_patch(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = _tensors(folder)
+    side = case["params"]["resolution"]
+    padded = {}
+    for name in (key for key in expected if "padded_image" in key):
+        edge, _, number = name.rpartition("padded_image")
+        image = Image.fromarray(given[f"image{number}"].numpy())
+        assert list(image.size) == case["params"][f"image{number}_wh"]
+        sizing = Sizing("pad", side, resample="lanczos", fill="edge" if edge else "black")
+        canvas, _ = fit_image(image, sizing)
+        assert torch.equal(canvas.movedim(0, -1), expected[name]), name
+        padded[name] = canvas.movedim(0, -1)
+    resized = [
+        Descriptors.from_vectors(
+            F.interpolate(given[f"features{k}"], size=(side, side), mode="bilinear")[0].movedim(0, -1)
+        )
+        for k in (1, 2)
+    ]
+    keep, take = (F.interpolate(given[f"mask{k}"][None, None], size=(side, side))[0, 0] > 0 for k in (1, 2))
+    colours = padded["padded_image2"].float() * take[..., None]
+    colours = (colours - colours.min()) / (colours.max() - colours.min())
+    assert_within(colours, expected["image2_masked"], atol=1e-6, what="masked image")
+
+    # what lies outside the first mask takes the colour outside the second
+    outside = colours[~take][0] if bool((~take).any()) else colours.new_zeros(3)
+    replaced = outside.expand(side, side, 3).clone()
+    replaced[keep] = colours[take][_nearest_rows(resized, keep, take)]
+    whole = torch.ones_like(keep)
+    for name, got in (
+        ("replaced", replaced),
+        ("replaced_nomask_features", colours.flatten(0, 1)[_nearest_rows(resized, whole, whole)].view(side, side, 3)),
+    ):
+        equal = ((got - expected[name]).abs() <= 1e-6).all(-1)
+        assert float(equal.float().mean()) >= 0.998, name
+
+
+def _nearest_rows(pair: Sequence[Descriptors], keep: Tensor, take: Tensor) -> Tensor:
+    queries, targets = (d.rows()[mask.flatten()] for d, mask in zip(pair, (keep, take), strict=True))
+    return nearest(queries, targets, "euclidean").indices

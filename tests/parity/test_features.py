@@ -18,11 +18,15 @@ from .features_protocols import (
     check_pck_hyperfeatures,
     check_pck_sddino_pascal,
     check_pck_sddino_spair,
+    check_swap_nearest_patch,
 )
 from .features_soft_argmax import check as check_soft_argmax_window
+from .features_unets import check_gdf_layer_names, check_sd_taps_tiled
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "dift_sd_taps": check_dift_sd_taps,
+    "sd_taps_tiled": check_sd_taps_tiled,
+    "gdf_layer_names": check_gdf_layer_names,
     "dinov2_extractor": check_dinov2_extractor,
     "copca_fusion": check_copca_fusion,
     "soft_argmax_window": check_soft_argmax_window,
@@ -32,6 +36,7 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "pck_geoaware_spair": check_pck_geoaware_spair,
     "pck_hyperfeatures": check_pck_hyperfeatures,
     "flow_sddino_tss": check_flow_sddino_tss,
+    "swap_nearest_patch": check_swap_nearest_patch,
 }
 
 
