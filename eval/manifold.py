@@ -87,9 +87,7 @@ def neighbor_accuracy(embedding: Array, labels: Array, *, k: int = 10, seed: int
     from sklearn.model_selection import train_test_split
     from sklearn.neighbors import KNeighborsClassifier
 
-    train, test, train_labels, test_labels = train_test_split(
-        embedding, labels, test_size=1 / 3, random_state=seed
-    )
+    train, test, train_labels, test_labels = train_test_split(embedding, labels, test_size=1 / 3, random_state=seed)
     return float(KNeighborsClassifier(min(k, len(train))).fit(train, train_labels).score(test, test_labels))
 
 
@@ -114,9 +112,7 @@ def transport_cost(cost: Array) -> float:
     marginals = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
     solved = linprog(cost.ravel(), A_eq=sp.vstack([rows, columns]).tocsr(), b_eq=marginals, method="highs")
     if not solved.success:
-        raise RuntimeError(
-            f"the transport problem between {n} and {m} points was not solved: {solved.message}"
-        )
+        raise RuntimeError(f"the transport problem between {n} and {m} points was not solved: {solved.message}")
     return float(solved.fun)
 
 
@@ -198,9 +194,7 @@ def interpolate_times(
     """
     order = np.unique(times)
     if len(order) < 3:
-        raise ValueError(
-            f"interpolation needs at least three time points, got {len(order)}: {order.tolist()}"
-        )
+        raise ValueError(f"interpolation needs at least three time points, got {len(order)}: {order.tolist()}")
     rng = np.random.default_rng(seed)
     points = standardized(np.asarray(embedding, dtype=np.float64))
     per_time = {}
@@ -216,6 +210,4 @@ def interpolate_times(
                 for cloud in (predicted, held_out)
             )
         per_time[now.item() if hasattr(now, "item") else now] = interpolation_scores(predicted, held_out)
-    return TimeInterpolation(
-        per_time, {"regularization": regularization, "max_points": max_points, "seed": seed}
-    )
+    return TimeInterpolation(per_time, {"regularization": regularization, "max_points": max_points, "seed": seed})

@@ -86,9 +86,7 @@ def test_wide_kernels_ask_for_more_neighbours(points: np.ndarray) -> None:
     np.testing.assert_allclose(narrow.toarray(), wide.toarray(), rtol=1e-9)
     nearest = np.where(distances <= np.sort(distances, axis=1)[:, [20]], distances, 0)
     sparse = alpha_decay_graph_from_distances(sp.csr_matrix(nearest), 4, decay=40)
-    np.testing.assert_allclose(
-        sparse.toarray(), alpha_decay_graph(NeighborSearch(points), 4).toarray(), rtol=1e-9
-    )
+    np.testing.assert_allclose(sparse.toarray(), alpha_decay_graph(NeighborSearch(points), 4).toarray(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("dims", [3, 24])
@@ -152,9 +150,7 @@ def test_crank_nicolson_is_of_second_order(graph: sp.csr_matrix) -> None:
     lap = laplacian(graph)
     exact = expm(-2.0 * lap.toarray())
     errors = {
-        theta: [
-            np.abs(implicit_heat(lap, np.eye(90), 2.0, steps=s, theta=theta) - exact).max() for s in (16, 32)
-        ]
+        theta: [np.abs(implicit_heat(lap, np.eye(90), 2.0, steps=s, theta=theta) - exact).max() for s in (16, 32)]
         for theta in (1.0, 0.5)
     }
     assert 1.7 < errors[1.0][0] / errors[1.0][1] < 2.3

@@ -61,9 +61,7 @@ def phate_potential(operator: Array, t: int, *, gamma: float = 1.0) -> NDArray[n
     return power**exponent / exponent
 
 
-def cluster_transitions(
-    affinity: Csr, clusters: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def cluster_transitions(affinity: Csr, clusters: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """PHATE's landmark operator for a given clustering of the points.
 
     Returns:

@@ -87,9 +87,7 @@ def _longest_edge(space: NeighborSearch | NDArray[np.float64], graph: Csr, i: in
     ends = graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
     if not len(ends):
         return 0.0
-    return float(
-        (_lengths(space.points, i, ends) if isinstance(space, NeighborSearch) else space[i, ends]).max()
-    )
+    return float((_lengths(space.points, i, ends) if isinstance(space, NeighborSearch) else space[i, ends]).max())
 
 
 def _lengths(points: Any, one: int, many: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -246,9 +246,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         known = distances[:, 0] == 0
         placed[known] = self.embedding_[self._original[indices[known, 0]]]
         if not known.all():
-            placed[~known] = scaling.place_points(
-                self._distances_of(points[np.flatnonzero(~known)]), self._anchors
-            )
+            placed[~known] = scaling.place_points(self._distances_of(points[np.flatnonzero(~known)]), self._anchors)
         return placed
 
     def heat_distances(self, X: Any = None, *, indices: Array | None = None) -> Array:
@@ -336,9 +334,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.n_landmarks is None or self.n_landmarks >= n:
             return None
         if self.n_landmarks <= self.n_components:
-            raise ValueError(
-                f"n_landmarks must be more than n_components={self.n_components}, got {self.n_landmarks}"
-            )
+            raise ValueError(f"n_landmarks must be more than n_components={self.n_components}, got {self.n_landmarks}")
         return int(self.n_landmarks)
 
     def _measure(self, landmarks: NDArray[np.int64] | None, rng: np.random.Generator) -> Array | None:
@@ -434,9 +430,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if not isinstance(self.init, str):
             start = check_array(self.init)
             if start.shape != (len(self._copy_of), self.n_components):
-                raise ValueError(
-                    f"init must have shape {(len(self._copy_of), self.n_components)}, got {start.shape}"
-                )
+                raise ValueError(f"init must have shape {(len(self._copy_of), self.n_components)}, got {start.shape}")
             start = start[self._original if landmarks is None else self._original[landmarks]]
         elif self.init == "squared":
             start = scaling.squared_axes_start(distances, self.n_components)
@@ -455,9 +449,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def _neighbors_of(self, X: Any) -> tuple[Any, Array, NDArray[np.int64]]:
         """New rows as the graph sees them, with distance and index of their nearest training point."""
         if self._space is None:
-            raise ValueError(
-                f"transform needs features, but this embedding was fitted with metric={self.metric!r}"
-            )
+            raise ValueError(f"transform needs features, but this embedding was fitted with metric={self.metric!r}")
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
         points = self._space.points_of(X)
         return points, *self._space.search.query(points, 1)

@@ -28,9 +28,7 @@ class EmbedConfig:
     """How a table is embedded and drawn. What is None is as the method has it."""
 
     method: Method = "heat-geodesic"  # a preset of HeatGeodesicEmbedding
-    features: tuple[
-        str, ...
-    ] = ()  # columns to embed, or the array of an .npz or .h5ad file; empty: all numbers
+    features: tuple[str, ...] = ()  # columns to embed, or the array of an .npz or .h5ad file; empty: all numbers
     exclude: tuple[str, ...] = ()  # columns that are no features, but shown on the page
     color: str | None = None  # column that colours the points, or an .npy file of values; then no feature
     standardize: bool = False  # bring every feature to zero mean and unit variance first
@@ -40,9 +38,7 @@ class EmbedConfig:
     n_pca: int | None = None  # principal components to which the features are reduced first
     metric: Literal["euclidean", "cosine"] = "euclidean"
     n_landmarks: int | None = None  # landmarks; as many as there are points: all pairs are computed
-    on_disconnected: Literal["warn", "connect", "raise", "keep"] | None = (
-        None  # what if the graph falls apart
-    )
+    on_disconnected: Literal["warn", "connect", "raise", "keep"] | None = None  # what if the graph falls apart
     n_jobs: int | None = None  # threads of the neighbour search
     device: str = "cpu"  # where heat is computed: cpu or cuda
     seed: int = 0  # of landmarks and scaling

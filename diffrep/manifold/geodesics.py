@@ -74,9 +74,7 @@ class HeatGraph:
         # an overestimate by a percent costs a percent; an underestimate would let the series diverge
         exact = affinity.shape[0] <= 2000
         self._local: tuple[Csr, NDArray[np.int64]] | None = None
-        self.lmax = largest_eigenvalue(self.laplacian, tolerance=0.0 if exact else 1e-3) * (
-            1.0 if exact else 1.01
-        )
+        self.lmax = largest_eigenvalue(self.laplacian, tolerance=0.0 if exact else 1e-3) * (1.0 if exact else 1.01)
 
     @property
     def phi(self) -> float:
@@ -262,9 +260,7 @@ def _formula(heat: Array, t: float, settings: GeodesicSettings, rows: Array, col
     )
 
 
-def _stitch_whole(
-    graph: HeatGraph, distances: Array, near: NDArray[np.bool_], rng: np.random.Generator
-) -> Array:
+def _stitch_whole(graph: HeatGraph, distances: Array, near: NDArray[np.bool_], rng: np.random.Generator) -> Array:
     """Stitch the pairs of one component that heat did not reach, over some hundred points as hubs."""
     _, labels = connected_components(graph.affinity, directed=False)
     apart = labels[:, None] != labels
@@ -274,9 +270,7 @@ def _stitch_whole(
     n = len(distances)
     hubs = np.sort(rng.choice(n, min(_HUBS, n), replace=False))
     voronoi = Voronoi.of(graph.affinity, hubs)
-    stitching = Stitching.of(
-        distances[np.ix_(hubs, hubs)], near[np.ix_(hubs, hubs)], voronoi.links(graph.affinity)
-    )
+    stitching = Stitching.of(distances[np.ix_(hubs, hubs)], near[np.ix_(hubs, hubs)], voronoi.links(graph.affinity))
     to_hubs = stitching.complete(distances[:, hubs], near[:, hubs], voronoi.owner, voronoi.hops)
     own = to_hubs[np.arange(n), np.maximum(voronoi.owner, 0)]
     path = own[:, None] + to_hubs[:, np.maximum(voronoi.owner, 0)].T  # i to its hub, and from there to j

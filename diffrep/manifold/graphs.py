@@ -66,9 +66,7 @@ def alpha_decay_graph_from_distances(
         first = np.searchsorted(rows, np.arange(n))
         count = np.bincount(rows, minlength=n)
         at = first + np.minimum(n_neighbors, np.maximum(count, 1)) - 1
-        bandwidth = np.where(
-            count > 0, lengths[np.minimum(at, max(len(lengths) - 1, 0))] if len(lengths) else 1, 1
-        )
+        bandwidth = np.where(count > 0, lengths[np.minimum(at, max(len(lengths) - 1, 0))] if len(lengths) else 1, 1)
     else:
         dense = np.array(distances, dtype=np.float64)
         np.fill_diagonal(dense, 0.0)
@@ -112,9 +110,7 @@ def neighbor_pairs(
         # where the kernel reaches beyond the neighbours found, ask again for more
         done = (distances[:, -1] > reach * bandwidth[open_rows]) | (k == n)
         near = distances[done] <= reach * bandwidth[open_rows[done], None]
-        found.append(
-            (np.repeat(open_rows[done], near.sum(axis=1)), indices[done][near], distances[done][near])
-        )
+        found.append((np.repeat(open_rows[done], near.sum(axis=1)), indices[done][near], distances[done][near]))
         open_rows, k = open_rows[~done], min(n, 4 * k)
     rows, columns, lengths = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return rows, columns, lengths, bandwidth
@@ -163,9 +159,7 @@ def clean_affinity(affinity: Any) -> Csr:
         raise ValueError(f"affinities must be non-negative numbers, got {graph.data.min():.4g}")
     asymmetry = abs(graph - graph.T)
     if asymmetry.nnz and asymmetry.max() > 1e-6 * graph.max():
-        raise ValueError(
-            f"an affinity must be symmetric, but W and its transpose differ by {asymmetry.max():.4g}"
-        )
+        raise ValueError(f"an affinity must be symmetric, but W and its transpose differ by {asymmetry.max():.4g}")
     graph.setdiag(0)
     graph.eliminate_zeros()
     graph.sort_indices()

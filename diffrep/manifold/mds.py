@@ -13,9 +13,7 @@ Array = NDArray[Any]
 _TINY = 1e-12
 
 
-def stress(
-    distances: Array, embedding: Array, *, weights: Array | None = None, rescale: bool = True
-) -> float:
+def stress(distances: Array, embedding: Array, *, weights: Array | None = None, rescale: bool = True) -> float:
     """sqrt( sum_i<j w (D - s E)^2 / sum_i<j w D^2 ), E the distances in the embedding.
 
     Args:
@@ -120,9 +118,7 @@ def sgd_mds(
     if n < 2:
         return x
     off_diagonal = ~np.eye(n, dtype=bool)
-    w_min, w_max = (
-        (1.0, 1.0) if weights is None else (weights[off_diagonal].min(), weights[off_diagonal].max())
-    )
+    w_min, w_max = (1.0, 1.0) if weights is None else (weights[off_diagonal].min(), weights[off_diagonal].max())
     steps = np.geomspace(1.0 / w_min, 0.01 / w_max, epochs)
     seats = n + n % 2  # an odd player out sits a round out
     for eta in steps:
@@ -247,9 +243,7 @@ def place_points(
     return placed
 
 
-def _place_block(
-    d: Array, anchors: Array, w: Array | None, max_iter: int, shortest_move: float
-) -> NDArray[np.float64]:
+def _place_block(d: Array, anchors: Array, w: Array | None, max_iter: int, shortest_move: float) -> NDArray[np.float64]:
     near = 1.0 / np.maximum(d, 1e-6 * max(float(d.max(initial=0.0)), _TINY)) ** 4
     x = (near @ anchors) / near.sum(axis=1, keepdims=True)
     moving = np.arange(len(d))

@@ -24,9 +24,7 @@ def is_categorical(values: Array) -> bool:
         return len(np.unique(values)) <= _MOST_CATEGORIES
     if values.dtype.kind == "f":
         finite = values[np.isfinite(values)]
-        return len(np.unique(finite)) <= min(_MOST_CATEGORIES, len(values) // 5) and bool(
-            (finite % 1 == 0).all()
-        )
+        return len(np.unique(finite)) <= min(_MOST_CATEGORIES, len(values) // 5) and bool((finite % 1 == 0).all())
     return True
 
 
@@ -128,9 +126,7 @@ def hover_page(
         "palette": palette.tolist(),
         "columns": {key: [_cell(v) for v in column[shown]] for key, column in columns.items()},
     }
-    marks = "".join(
-        f'<span><i style="background:{colour}"></i>{html.escape(text)}</span>' for text, colour in legend
-    )
+    marks = "".join(f'<span><i style="background:{colour}"></i>{html.escape(text)}</span>' for text, colour in legend)
     note = f"{len(shown):,} of {n:,} points" if len(shown) < n else f"{n:,} points"
     data = json.dumps(content, allow_nan=False).replace("</", "<\\/")
     return (

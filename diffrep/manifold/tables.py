@@ -76,9 +76,7 @@ def read_table(path: str | Path, *, features: Sequence[str] = (), exclude: Seque
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(
-            f"{path}: cannot read {path.suffix or 'a file without ending'}, only {', '.join(readers)}"
-        )
+        raise ValueError(f"{path}: cannot read {path.suffix or 'a file without ending'}, only {', '.join(readers)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")
     table = reader(path, tuple(features), tuple(exclude))
@@ -108,9 +106,7 @@ def _read_npz(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) -
     if len(chosen) != 1 or chosen[0] not in tables:
         raise ValueError(f"{path}: name one two-dimensional array, it has {', '.join(tables) or 'none'}")
     values = _as_float(arrays[chosen[0]], path)
-    columns = {
-        k: v for k, v in arrays.items() if v.shape in ((len(values),), (len(values), 1)) and k not in chosen
-    }
+    columns = {k: v for k, v in arrays.items() if v.shape in ((len(values),), (len(values), 1)) and k not in chosen}
     return Table(values, (), {k: v.reshape(len(values)) for k, v in columns.items()})
 
 
@@ -118,9 +114,7 @@ def _read_csv(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) -
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            first = [
-                row for row, _ in zip(csv.reader(file, delimiter=delimiter), range(_SNIFF_ROWS), strict=False)
-            ]
+            first = [row for row, _ in zip(csv.reader(file, delimiter=delimiter), range(_SNIFF_ROWS), strict=False)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: is no text table ({error})") from None
     first = [row for row in first if row]
@@ -194,14 +188,10 @@ def _read_h5ad(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) 
         raise ValueError(f"{path}: is no readable .h5ad file ({error})") from None
     if len(features) > 1 or any(name not in data.obsm for name in features):
         known = ", ".join(data.obsm.keys()) or "none"
-        raise ValueError(
-            f"{path}: features of an .h5ad file are X or one obsm entry ({known}), got {features}"
-        )
+        raise ValueError(f"{path}: features of an .h5ad file are X or one obsm entry ({known}), got {features}")
     values = data.obsm[features[0]] if features else data.X
     if values is None:
-        raise ValueError(
-            f"{path}: has no X; name an obsm entry: {', '.join(data.obsm.keys()) or 'there is none'}"
-        )
+        raise ValueError(f"{path}: has no X; name an obsm entry: {', '.join(data.obsm.keys()) or 'there is none'}")
     names = () if features else tuple(map(str, data.var_names))
     columns = {str(name): np.asarray(data.obs[name]) for name in data.obs.columns}
     return Table(_as_float(values, path), names, {k: _plain(v) for k, v in columns.items()})

@@ -1,0 +1,199 @@
+"""Time and memory of embeddings against the number of points: ours, PHATE, UMAP, Isomap, side by side.
+
+Every measurement is a process of its own, because the peak memory of a process never falls. The methods take
+turns at each size, so that a busy machine slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LIMITS = {"ours": 10**9, "ours, all pairs": 4_000, "PHATE": 10**9, "UMAP": 10**9, "Isomap": 8_000}  # most points
+_MODULES = {"ours": "sklearn", "ours, all pairs": "sklearn", "PHATE": "phate", "UMAP": "umap", "Isomap": "sklearn"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One method on one data set.
+
+    Attributes:
+        seconds, processor: wall and processor time of the fit, imports left out.
+        megabytes: how much the peak memory of the process grew over that with the data loaded.
+        spearman: mean rank correlation of distances in the embedding with the true ones, rows of 500 points.
+    """
+
+    method: str
+    points: int
+    seconds: float
+    processor: float
+    megabytes: float
+    spearman: float
+
+
+@dataclass(frozen=True)
+class ManifoldBenchmark:
+    """Embed noisy swiss rolls of growing size."""
+
+    sizes: tuple[int, ...] = (500, 1_000, 2_000, 4_000, 8_000, 20_000)
+    dim: int = 50
+    noise: float = 0.5
+    methods: tuple[str, ...] = ()  # empty: all that are installed
+    repeats: int = 1
+    threads: int = 1
+    timeout: float = 3600.0  # seconds after which one fit counts as not done
+    json: bool = False  # print JSON instead of the table
+
+    def run(self) -> list[Measured]:
+        """Measure, print the table and the growth exponents, and return the rows."""
+        rows = run(
+            self.sizes,
+            dim=self.dim,
+            noise=self.noise,
+            methods=self.methods,
+            repeats=self.repeats,
+            threads=self.threads,
+            timeout=self.timeout,
+        )
+        print(json.dumps([vars(row) for row in rows], indent=2) if self.json else table(rows))
+        return rows
+
+
+def available() -> list[str]:
+    """The methods whose libraries are installed."""
+    return [name for name, module in _MODULES.items() if importlib.util.find_spec(module)]
+
+
+def run(
+    sizes: Sequence[int] = (500, 1_000, 2_000, 4_000, 8_000, 20_000),
+    *,
+    dim: int = 50,
+    noise: float = 0.5,
+    methods: Sequence[str] = (),
+    repeats: int = 1,
+    threads: int = 1,
+    timeout: float = 3600.0,
+) -> list[Measured]:
+    """Measure every method at every size that it can take, each in a process of its own.
+
+    Args:
+        sizes: numbers of points.
+        dim, noise: of the swiss roll.
+        methods: names out of `LIMITS`; all that are installed where empty.
+        repeats: the median by processor time is kept.
+        threads: of BLAS, OpenMP and Numba.
+        timeout: seconds after which a method is given up, also at larger sizes.
+
+    Raises:
+        ValueError: a method is unknown or not installed.
+        RuntimeError: a method failed.
+    """
+    chosen = list(methods) or available()
+    if missing := sorted(set(chosen) - set(available())):
+        raise ValueError(f"{', '.join(missing)}: not installed or unknown, there is {', '.join(available())}")
+    variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+    environment = {**os.environ, **{name: str(threads) for name in variables}}
+    rows, too_slow = [], set()
+    for n in sizes:
+        for method in chosen:
+            if n > LIMITS[method] or method in too_slow:
+                continue
+            task = json.dumps({"method": method, "points": n, "dim": dim, "noise": noise, "threads": threads})
+            command = [sys.executable, "-W", "ignore", "-m", "diffrep.eval.benchmarks.manifold", task]
+            tries = []
+            for _ in range(repeats):
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
+                except subprocess.TimeoutExpired:
+                    too_slow.add(method)
+                    break
+                if done.returncode:
+                    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                    raise RuntimeError(f"{method} at {n} points failed: {last}")
+                tries.append(Measured(**json.loads(done.stdout.strip().splitlines()[-1])))
+            if tries:
+                rows.append(sorted(tries, key=lambda row: row.processor)[len(tries) // 2])
+    return rows
+
+
+def growth(rows: Sequence[Measured], of: str = "processor", above: int = 2_000) -> dict[str, float]:
+    """Exponent p of the power law n^p that fits best from `above` points on, for every method with two sizes."""
+    found = {}
+    for method in dict.fromkeys(row.method for row in rows):
+        curve = [(row.points, max(getattr(row, of), 1e-3)) for row in rows if row.method == method]
+        curve = [(n, value) for n, value in curve if n >= above]
+        if len(curve) >= 2:
+            n, value = np.log(np.array(curve, dtype=np.float64)).T
+            found[method] = float(np.polyfit(n, value, 1)[0])
+    return found
+
+
+def table(rows: Sequence[Measured]) -> str:
+    """Processor seconds, memory and quality, one line per method and size, and the growth exponents."""
+    lines = [f"{'method':16} {'points':>9} {'seconds':>8} {'cpu s':>8} {'MB':>7} {'spearman':>9}"]
+    for row in rows:
+        lines.append(
+            f"{row.method:16} {row.points:9,} {row.seconds:8.1f} {row.processor:8.1f} {row.megabytes:7.0f}"
+            f" {row.spearman:9.3f}"
+        )
+    times, memory = growth(rows), growth(rows, "megabytes")
+    lines += [
+        f"{method:16} grows as n^{times[method]:.2f} in time, n^{memory[method]:.2f} in memory" for method in times
+    ]
+    return "\n".join(lines)
+
+
+def _embedder(method: str, n: int, threads: int) -> Callable[[Any], Any]:
+    if method.startswith("ours"):
+        from diffrep.manifold import HeatGeodesicEmbedding
+
+        count = "auto" if method == "ours" else None
+        return HeatGeodesicEmbedding(random_state=0, n_landmarks=count, n_jobs=threads).fit_transform
+    if method == "PHATE":
+        import phate
+
+        return phate.PHATE(random_state=0, verbose=0, n_jobs=threads).fit_transform
+    if method == "UMAP":
+        import umap
+
+        return umap.UMAP(random_state=0, n_jobs=1).fit_transform
+    from sklearn.manifold import Isomap
+
+    return Isomap(n_neighbors=10, n_jobs=threads).fit_transform
+
+
+def _measure(task: Mapping[str, Any]) -> Measured:
+    """What the child process does."""
+    import resource
+    import time
+
+    from scipy.spatial.distance import pdist, squareform
+
+    from diffrep.eval.manifold import row_spearman
+    from diffrep.eval.toy_manifolds import swiss_roll
+
+    n = task["points"]
+    embed = _embedder(task["method"], n, task["threads"])
+    warm = swiss_roll(200, noise=task["noise"], dim=task["dim"], seed=1)
+    embed(warm.points)  # imports, and what Numba compiles
+    toy = swiss_roll(n, noise=task["noise"], dim=task["dim"], seed=47)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wall, processor = time.perf_counter(), time.process_time()
+    embedding = embed(toy.points)
+    wall, processor = time.perf_counter() - wall, time.process_time() - processor
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    some = np.sort(np.random.default_rng(0).choice(n, min(n, 500), replace=False))
+    quality = row_spearman(squareform(pdist(np.asarray(embedding)[some])), toy.geodesic(some)[:, some])
+    return Measured(task["method"], n, wall, processor, grown, quality)
+
+
+if __name__ == "__main__":
+    print(json.dumps(vars(_measure(json.loads(sys.argv[1])))))
