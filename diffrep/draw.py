@@ -25,7 +25,7 @@ RIGHT, WRONG = (46, 160, 98), (214, 69, 65)
 def point_colours(count: int) -> list[tuple[int, int, int]]:
     """`count` colours that are easy to tell apart, always the same ones."""
     golden = 0.61803398875  # steps of the golden ratio never come near an earlier hue
-    return [_hsv(0.02 + golden * i, 0.78, 0.95) for i in range(count)]
+    return [_hsv(0.58 + golden * i, 0.78, 0.95) for i in range(count)]
 
 
 def _hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
@@ -126,6 +126,8 @@ def _dot(
     x, y = centre
     outer = radius + width
     pen.ellipse([x - outer, y - outer, x + outer, y + outer], fill=(*ring, 255))
+    inner = radius + width // 3  # a white line keeps the ring's colour apart from the dot's
+    pen.ellipse([x - inner, y - inner, x + inner, y + inner], fill=(255, 255, 255, 255))
     pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(*colour, 255))
     if label:
         pen.text((x, y), label, fill=(20, 20, 20, 255), font=_font(round(radius * 1.25)), anchor="mm")
@@ -187,9 +189,7 @@ def spread_over(values: np.ndarray, places: Tensor, size: tuple[int, int]) -> np
     """
     rows, columns = np.mgrid[: size[1], : size[0]]
     pixels = torch.from_numpy(np.stack([columns, rows], axis=-1).astype(np.float32))
-    step = (places[-1, -1] - places[0, 0]) / torch.tensor([places.shape[1] - 1, places.shape[0] - 1]).clamp(
-        min=1
-    )
+    step = (places[-1, -1] - places[0, 0]) / torch.tensor([places.shape[1] - 1, places.shape[0] - 1]).clamp(min=1)
     cells = (pixels - places[0, 0]) / step.clamp(min=1e-6)
     grid = (cells + 0.5) * (2 / torch.tensor([values.shape[1], values.shape[0]])) - 1
     layers = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None]
@@ -231,3 +231,75 @@ def draw_components(
     picture.paste(top, (0, 0))
     picture.paste(bottom, (0, top.height + _GAP))
     return picture
+
+
+def draw_heat(
+    image: Image.Image,
+    values: Tensor,
+    places: Tensor,
+    *,
+    limits: tuple[float, float] | None = None,
+    points: Tensor | None = None,
+    height: int = HEIGHT,
+) -> Image.Image:
+    """A map of numbers laid over an image, with its scale beside it: similarities to a point, errors, scores.
+
+    Args:
+        values: (h, w); where they are not finite the image stays grey.
+        places: (h, w, 2), the image points (x, y) at which the values stand, as `cell_centres` gives them.
+        limits: what the darkest and the brightest colour stand for; the smallest and largest value where None.
+        points: (N, 2), places of the image that get a ring.
+
+    Raises:
+        ValueError: no value is finite, or the shapes do not go together.
+    """
+    if values.shape != places.shape[:2]:
+        raise ValueError(f"values are {tuple(values.shape)}, their places {tuple(places.shape)}")
+    finite = values.isfinite()
+    if not bool(finite.any()):
+        raise ValueError("a heat map needs at least one finite value")
+    low, high = limits or (float(values[finite].min()), float(values[finite].max()))
+    shares = ((values.float() - low) / max(high - low, 1e-12)).clamp(0, 1).nan_to_num(0.0)
+    layers = torch.stack([shares * finite, finite.float()], dim=-1)
+    spread = spread_over(layers.cpu().numpy(), places.cpu(), image.size)
+    weight = spread[..., 1]
+    heat = heat_colours(spread[..., 0] / np.maximum(weight, 1e-6))
+    picture, ((left, top, scale),) = side_by_side([_tint(image, heat, weight > 0.5)], height=height)
+    pen = ImageDraw.Draw(picture)
+    for x, y in [] if points is None else points.tolist():
+        _ring(pen, (left + scale * (x + 0.5), top + scale * (y + 0.5)))
+    return _with_scale(picture, low, high)
+
+
+def heat_colours(shares: np.ndarray) -> np.ndarray:
+    """Shares (...) in [0, 1] -> (..., 3) uint8, from near black over violet and orange to pale yellow.
+
+    The lightness rises evenly, so that the order survives in grey and for colour-blind eyes.
+    """
+    stops = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(shares, stops, channel) for channel in np.array(_HEAT).T]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+_HEAT = ((12, 8, 38), (66, 10, 104), (128, 31, 108), (188, 55, 84), (237, 105, 37), (251, 165, 27), (252, 245, 164))
+
+
+def _ring(pen: ImageDraw.ImageDraw, centre: tuple[float, float]) -> None:
+    x, y = centre
+    for radius, colour, width in ((9, _INK, 5), (8, (255, 255, 255), 3)):
+        pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour, width=width)
+
+
+def _with_scale(picture: Image.Image, low: float, high: float) -> Image.Image:
+    """The picture with a bar of the heat colours at its right, labelled with both ends."""
+    bar, labels = 16, (f"{high:.3g}", f"{low:.3g}")
+    room = _GAP + bar + 8 + max(round(_font(14).getlength(label)) for label in labels) + 6
+    wide = Image.new("RGB", (picture.width + room, picture.height), _PAPER)
+    wide.paste(picture, (0, 0))
+    shares = np.linspace(1, 0, picture.height)[:, None].repeat(bar, axis=1)
+    left = picture.width + _GAP
+    wide.paste(Image.fromarray(heat_colours(shares)), (left, 0))
+    pen = ImageDraw.Draw(wide)
+    pen.text((left + bar + 8, 4), labels[0], fill=_INK, font=_font(14))
+    pen.text((left + bar + 8, picture.height - 20), labels[1], fill=_INK, font=_font(14))
+    return wide

@@ -28,7 +28,7 @@ class MatchConfig:
     mode: Literal["cell", "pixel", "soft"] = "cell"
     metric: Metric = "cosine"
     source: Literal["bilinear", "cell"] = "bilinear"  # a point's descriptor: interpolated, or its cell's
-    mutual: bool = False  # also say which matches lead back to the cell they came from
+    mutual: bool = False  # also say which matches lead back to where they came from
     window: int = 7  # soft: cells to each side; 0: all; negative: Gaussian of that sigma
     temperature: float = 0.02  # soft: similarities are divided by it
     outside: Literal["exclude", "zero"] = "exclude"  # soft: zero is what GeoAware's released code does
@@ -57,7 +57,7 @@ class Matches:
     Attributes:
         points: (N, 2) float32, (x, y) in pixels of the target image.
         scores: (N,) float32, cosine (or minus the squared distance) of the best cell or pixel.
-        mutual: (N,) bool: the target's own best match is the cell the point lies in; None: not asked for.
+        mutual: (N,) bool: the target's own best match lies within one cell of the point; None: not asked for.
     """
 
     points: Tensor
@@ -74,7 +74,7 @@ class DenseMatches:
         points: (h, w, 2), (x, y) in pixels of the target image; NaN where `valid` is not.
         scores: (h, w); NaN where `valid` is not.
         valid: (h, w) bool: the location lies on the image and in the mask.
-        mutual: (h, w) bool, or None where not asked for.
+        mutual: (h, w) bool: the location is the best of its best location too; None: not asked for.
     """
 
     sources: Tensor
@@ -118,7 +118,10 @@ def match_points(
         return Matches(found, scores)
     back = open_cells(source, source_mask)
     home = nearest(target.rows()[target.nearest_cells(found)], _take(source, back), config.metric)
-    return Matches(found, scores, back[home.indices] == source.nearest_cells(points))
+    cells = back[home.indices]
+    returned = torch.stack([cells % source.size[1], cells // source.size[1]], dim=-1)
+    # not the very cell: a point at a cell's edge is as near to the next
+    return Matches(found, scores, ((returned - source.cells(points)).abs() <= 1).all(-1))
 
 
 @torch.no_grad()
@@ -153,9 +156,7 @@ def match_dense(
 
     valid = spread(torch.ones_like(cells, dtype=torch.bool), False)
     mutual = None if best is None or best.mutual is None else spread(best.mutual, False)
-    return DenseMatches(
-        source.cell_centres(), spread(found, torch.nan), spread(scores, torch.nan), valid, mutual
-    )
+    return DenseMatches(source.cell_centres(), spread(found, torch.nan), spread(scores, torch.nan), valid, mutual)
 
 
 @torch.no_grad()

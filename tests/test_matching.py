@@ -26,9 +26,7 @@ from diffrep.similarity import PixelScorer, Rows, full_precision, nearest, simil
 from .fields import generator, random_maps, smooth_field
 
 
-def describe(
-    image_size: tuple[int, int], cells: tuple[int, int], sizing: Sizing, seed: int = 0
-) -> Descriptors:
+def describe(image_size: tuple[int, int], cells: tuple[int, int], sizing: Sizing, seed: int = 0) -> Descriptors:
     return fuse([random_maps(image_size, cells, sizing, seed=seed)], Fusion.of("a"))[0]
 
 
@@ -108,9 +106,7 @@ def test_a_known_shift_is_found(mode: str) -> None:
     )
     points = torch.tensor([[80.0, 50.0], [61.0, 40.0], [100.0, 77.0]])
     config = MatchConfig(mode=mode, window=2, temperature=0.05)  # type: ignore[arg-type]
-    error = (
-        match_points(source, target, points, config).points - (points - torch.tensor([37.0, -21.0]))
-    ).abs()
+    error = (match_points(source, target, points, config).points - (points - torch.tensor([37.0, -21.0]))).abs()
     assert error.max() <= {"cell": 4.01, "pixel": 2.0, "soft": 2.5}[mode]
 
 
@@ -122,9 +118,7 @@ def upsampled(descriptors: Descriptors) -> Tensor:
     return descriptors.at(points).joined().unflatten(0, (height, width))
 
 
-@pytest.mark.parametrize(
-    "sizing", [Sizing("native", None, multiple=1), Sizing("pad", 64), Sizing("squash", (40, 90))]
-)
+@pytest.mark.parametrize("sizing", [Sizing("native", None, multiple=1), Sizing("pad", 64), Sizing("squash", (40, 90))])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 def test_pixel_scores_are_those_of_upsampled_features(sizing: Sizing, metric: str) -> None:
     target = smooth((45, 61), (6, 8), sizing=sizing)
@@ -134,9 +128,7 @@ def test_pixel_scores_are_those_of_upsampled_features(sizing: Sizing, metric: st
         target.placement,
         target.grid,
     )
-    queries = Rows(
-        (torch.randn(3, 96, generator=generator(4)), torch.randn(3, 5, generator=generator(5))), (1.0, 0.4)
-    )
+    queries = Rows((torch.randn(3, 96, generator=generator(4)), torch.randn(3, 5, generator=generator(5))), (1.0, 0.4))
     dense, joined = upsampled(target), queries.joined()
     if metric == "cosine":
         expected = torch.einsum("nc,hwc->nhw", F.normalize(joined, dim=1), F.normalize(dense, dim=-1))
@@ -153,18 +145,11 @@ def test_the_best_pixel_is_that_of_upsampled_features_on_smooth_fields() -> None
     source, target = smooth((75, 100), (12, 12)), smooth((75, 100), (12, 12), (3.3, 1.7))
     points = torch.rand(30, 2, generator=generator()) * torch.tensor([99.0, 74.0])
     matches = match_points(source, target, points, MatchConfig(mode="pixel"))
-    scores = (
-        F.normalize(source.at(points).joined(), dim=1)
-        @ F.normalize(upsampled(target), dim=-1).flatten(0, 1).T
-    )
+    scores = F.normalize(source.at(points).joined(), dim=1) @ F.normalize(upsampled(target), dim=-1).flatten(0, 1).T
     best = scores.argmax(1)
     got = (matches.points[:, 1] * 100 + matches.points[:, 0]).long()
-    assert (
-        got == best
-    ).float().mean() > 0.8  # the others are as good to float rounding, at a repeated border
-    torch.testing.assert_close(
-        scores.gather(1, got[:, None]), scores.amax(1, keepdim=True), atol=1e-6, rtol=0
-    )
+    assert (got == best).float().mean() > 0.8  # the others are as good to float rounding, at a repeated border
+    torch.testing.assert_close(scores.gather(1, got[:, None]), scores.amax(1, keepdim=True), atol=1e-6, rtol=0)
 
 
 def test_one_row_or_column_of_cells_is_enough_for_pixels() -> None:
@@ -288,7 +273,10 @@ def test_a_dense_field_is_what_single_points_give(mode: str) -> None:
     torch.testing.assert_close(dense.scores[dense.valid][inside], points.scores)
     if mode == "cell":
         assert dense.mutual is not None
-        assert torch.equal(dense.mutual[dense.valid][inside], points.mutual)
+        assert points.mutual is not None
+        strict = dense.mutual[dense.valid][inside]
+        assert 3 < strict.sum() <= points.mutual.sum() < len(strict)
+        assert not (strict & ~points.mutual).any()
 
 
 def test_mutual_matches_lead_both_ways_and_come_best_first() -> None:
@@ -345,9 +333,7 @@ def test_soft_argmax_follows_its_window() -> None:
     weak[1, 1] = -0.05
     leaking = soft_argmax(weak, window=1, temperature=0.02, outside="zero")
     assert leaking.max() > 4  # the zeros outside are larger than the peak: what the released code does
-    torch.testing.assert_close(
-        soft_argmax(weak, window=1, temperature=0.02), torch.ones(2), atol=0.01, rtol=0
-    )
+    torch.testing.assert_close(soft_argmax(weak, window=1, temperature=0.02), torch.ones(2), atol=0.01, rtol=0)
     barred = scores.masked_fill(scores == 0, -torch.inf)
     for kind in ("exclude", "zero"):
         got = soft_argmax(barred, window=1, temperature=0.02, outside=kind)  # type: ignore[arg-type]
