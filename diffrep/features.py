@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.backbones import Backbone, Conditions, Grid
+from diffrep.backbones import Backbone, Conditions, FreeU, Grid
 from diffrep.images import ImageLike, Placement, Sizing, fit_image, load_image, stack_pixels
 
 
@@ -127,6 +127,9 @@ class ExtractConfig:
     ensemble: int | None = None  # noise draws that are averaged per image
     seed: int = 0  # of all noise
     posterior: Literal["mean", "sample"] | None = None  # which latent the image becomes
+    freeu: FreeU | None = None  # amplify the decoder, damp its skips (GeoAware-SC)
+    label: int | None = None  # class-conditional networks: the class
+    discard: tuple[int, ...] = ()  # transformers: channels set to 0 before modulated taps are normalised
     batch_size: int = 8  # images, windows or ensemble members that go through the network together
 
     def __post_init__(self) -> None:
@@ -165,6 +168,9 @@ class ExtractConfig:
             ensemble=self.ensemble,
             seed=self.seed,
             posterior=self.posterior,
+            freeu=self.freeu,
+            label=self.label,
+            discard=self.discard,
         )
 
 

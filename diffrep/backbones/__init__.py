@@ -1,5 +1,6 @@
-"""Networks that give features: latent diffusion in diffusers' folder layout, vision transformers."""
+"""Networks that give features: latent diffusion, pixel diffusion, diffusion transformers, vision transformers."""
 
+from diffrep.backbones.adm import AdmArchitecture, load_adm
 from diffrep.backbones.base import (
     Backbone,
     BackboneError,
@@ -10,17 +11,24 @@ from diffrep.backbones.base import (
     TapInfo,
     check_weights,
 )
-from diffrep.backbones.latent_diffusion import LatentDiffusion, draw_noise
+from diffrep.backbones.freeu import FreeU
+from diffrep.backbones.gdf import gdf_tap
+from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.loading import load_backbone
+from diffrep.backbones.noise import draw_noise
+from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.text import PromptEmbedding
 from diffrep.backbones.vit import PositionRule, VisionTransformer
 
 __all__ = [
+    "AdmArchitecture",
     "Backbone",
     "BackboneError",
     "Conditions",
+    "FreeU",
     "Grid",
     "LatentDiffusion",
+    "PixelDiffusion",
     "PositionRule",
     "PromptEmbedding",
     "Recommended",
@@ -29,5 +37,7 @@ __all__ = [
     "VisionTransformer",
     "check_weights",
     "draw_noise",
+    "gdf_tap",
+    "load_adm",
     "load_backbone",
 ]

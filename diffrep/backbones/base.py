@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from diffrep.backbones.freeu import FreeU
 from diffrep.images import Sizing
 
 
@@ -29,7 +30,7 @@ class TapInfo:
 
     Attributes:
         name: in the tap grammar, for example ``up.1`` or ``layer.11.key``.
-        channels: of its map.
+        channels: of its map; 0 where they follow from the canvas or the prompt (attention maps).
         stride: canvas pixels per cell.
         module: path of the submodule whose output (or input) it is, for reading in the network's own code.
     """
@@ -64,6 +65,10 @@ class Conditions:
     ensemble: int = 1  # noise draws; maps are averaged over them
     seed: int = 0
     posterior: Literal["mean", "sample"] = "mean"
+    freeu: FreeU | None = None  # U-Nets: amplify the decoder, damp its skips (GeoAware-SC)
+    label: int | None = None  # class-conditional networks: the class; None: their null class, if they have one
+    discard: tuple[int, ...] = ()  # transformers: channels set to 0 before the modulated taps are normalised
+    guidance: float = 3.5  # guidance-distilled transformers (FLUX): the scale that they are told
 
     def __post_init__(self) -> None:
         if not -1 <= self.timestep < 1000:
@@ -143,30 +148,52 @@ class _Reached(Exception):
     """Every tap has been read: the rest of the forward pass is not needed."""
 
 
+@dataclass(frozen=True)
+class Reader:
+    """Where a tap is read.
+
+    Attributes:
+        module: the one that is watched.
+        read: from its (inputs, named inputs, output) to the tapped tensor.
+        before: read when the module is about to run; its output is None then.
+    """
+
+    module: nn.Module
+    read: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Tensor]
+    before: bool = False
+
+
 @contextmanager
-def reading(readers: Mapping[str, tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[dict[str, Tensor]]:
+def reading(readers: Mapping[str, Reader]) -> Iterator[dict[str, Tensor]]:
     """Fill a dict with activations while the network runs in the body, and end the run after the last one.
 
     The body is left right behind the deepest of the modules, however deep inside the call it is: what lies
     behind it is never computed.
-
-    Args:
-        readers: tap -> (module, function from the module's (inputs, output) to the tapped tensor).
     """
     found: dict[str, Tensor] = {}
     handles = []
 
-    def hook_for(tap: str, read: Callable[..., Tensor]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            found[tap] = read(inputs, output)
-            if len(found) == len(readers):
-                raise _Reached
-
-        return hook
+    def keep(tap: str, value: Tensor) -> None:
+        found[tap] = value
+        if len(found) == len(readers):
+            raise _Reached
 
     try:
-        for tap, (module, read) in readers.items():
-            handles.append(module.register_forward_hook(hook_for(tap, read)))
+        for tap, reader in readers.items():
+            if reader.before:
+
+                def enter(module: nn.Module, inputs: Any, named: Any, tap: str = tap, read: Any = reader.read) -> None:
+                    keep(tap, read(inputs, named, None))
+
+                handles.append(reader.module.register_forward_pre_hook(enter, with_kwargs=True))
+            else:
+
+                def leave(
+                    module: nn.Module, inputs: Any, named: Any, output: Any, tap: str = tap, read: Any = reader.read
+                ) -> None:
+                    keep(tap, read(inputs, named, output))
+
+                handles.append(reader.module.register_forward_hook(leave, with_kwargs=True))
         yield found
     except _Reached:
         return

@@ -15,19 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones.base import Backbone, Conditions, Recommended, TapInfo, reading
+from diffrep.backbones.freeu import applying
+from diffrep.backbones.noise import draw_noise
 from diffrep.backbones.text import PromptEmbedding, TextEncoders
 from diffrep.backbones.unet_taps import cross_attentions, tap_readers, tokens_to_map, unet_taps
 from diffrep.images import Sizing
-
-
-def draw_noise(shape: Sequence[int], seed: int, draw: int = 0, *, stream: int = 0) -> Tensor:
-    """Standard normal noise (1, *shape) that depends on the seed and the number of the draw only.
-
-    Drawn contiguously on the CPU, so that it is the same on every device and in every batch. Draw 0 of
-    stream 0 is the plain generator seeded with `seed`, as sd-dino draws it.
-    """
-    mixed = (seed + draw * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03) % 2**63
-    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(mixed))
 
 
 class LatentDiffusion(Backbone):
@@ -221,7 +213,7 @@ class LatentDiffusion(Backbone):
         """Run the U-Net on (B, c, h, w) latents, up to the deepest tap."""
         infos = {tap: self.tap(tap) for tap in taps}
         batch, size = latents.shape[0], (int(latents.shape[-2]), int(latents.shape[-1]))
-        with self._constant_context(conditions.prompt) as context:
+        with self._constant_context(conditions.prompt) as context, applying(self.network, conditions.freeu):
             arguments = self._added_conditions(conditions.prompt, batch, size)
             with reading(tap_readers(self.network, infos)) as found:
                 self.network(

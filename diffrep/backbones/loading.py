@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffrep.backbones.adm import load_adm
 from diffrep.backbones.base import Backbone, BackboneError, Conditions, Recommended, check_weights, default_dtype
 from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.text import TextEncoders
@@ -59,18 +60,22 @@ def load_backbone(
     variant: str | None = None,
     channels_last: bool = False,
     compile: bool = False,
+    adm: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """Load a frozen backbone.
 
     Args:
         name: an embedded model ("tiny", "tiny-dino"); a local folder (diffusers layout, timm's hub layout, or
-            a DINOv2 checkpoint with its config.json); a short name ("sd2.1", "dinov2-base", ...);
+            a DINOv2 or guided-diffusion checkpoint with its config.json); a guided-diffusion (ADM) checkpoint,
+            ``.pt`` or safetensors; a short name ("sd2.1", "dinov2-base", ...);
             "timm:ARCHITECTURE"; "open_clip:MODEL/PRETRAINED"; or the hub id of a diffusers or timm model.
         dtype: float32 on CPU and bfloat16 on CUDA where None.
         stride: vision transformers only: pixels between patches, smaller than the patch for a finer map.
         variant: of the weight files, for example "fp16"; found by itself in local folders.
         channels_last: keep convolution weights channels-last (faster on some devices, same numbers up to rounding).
         compile: compile the residual and transformer blocks with `torch.compile`.
+        adm: ADM checkpoints only: flags of guided-diffusion for what the tensors' shapes do not tell, for example
+            {"num_head_channels": 64, "noise_schedule": "linear"}.
 
     Raises:
         BackboneError: no such backbone, a component is missing, or weights are unreadable, do not fit or are
@@ -82,7 +87,7 @@ def load_backbone(
         raise BackboneError(f"device {device} was asked for, but torch sees no CUDA device")
     dtype = dtype or default_dtype(device)
     try:
-        backbone = _find(name, device=device, dtype=dtype, stride=stride, variant=variant)
+        backbone = _find(name, device=device, dtype=dtype, stride=stride, variant=variant, adm=adm)
     except SafetensorError as error:
         raise BackboneError(f"{name}: a weight file is damaged ({error})") from None
     except OSError as error:  # what the hub clients raise when something cannot be fetched
@@ -103,7 +108,13 @@ def load_backbone(
 
 
 def _find(
-    name: str, *, device: torch.device, dtype: torch.dtype, stride: int | None, variant: str | None
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    stride: int | None,
+    variant: str | None,
+    adm: Mapping[str, Any] | None,
 ) -> Backbone:
     path = MODELS / name if name in EMBEDDED else Path(name)
     if path.is_dir():
@@ -112,15 +123,20 @@ def _find(
         if (path / "open_clip_config.json").is_file():
             return _load_open_clip(f"local-dir:{path}", None, name=name, stride=stride)
         if (path / "config.json").is_file():
-            return _load_vit_folder(path, name=name, stride=stride)
+            config = _read_json(str(path), "config.json")
+            if "num_res_blocks" in config:
+                return load_adm(_only_weights(path), {**config, **(adm or {})}, name=name)
+            return _load_vit_folder(path, config, name=name, stride=stride)
         raise BackboneError(
             f"{path}: is no backbone folder: expected model_index.json (diffusers) or config.json (a ViT), found"
             f" {', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'nothing'}"
         )
     if name in EMBEDDED:
         raise BackboneError(f"{name}: the embedded weights are missing at {path}; reinstall, or `diffrep train tiny`")
-    if path.exists():
-        raise BackboneError(f"{path}: is a file; give the folder of a diffusers model or of a ViT")
+    if path.is_file():
+        if path.suffix not in (".pt", ".pth", ".safetensors"):
+            raise BackboneError(f"{path}: is a file, but no checkpoint (.pt, .pth, .safetensors); give a model's folder")
+        return load_adm(path, adm, name=name)
     if name in HUB:
         return load_diffusers(HUB[name], device=device, dtype=dtype, variant=variant, name=name)
     if name in TIMM or name.startswith("timm:"):
@@ -216,7 +232,7 @@ def _load_component(kind: Any, source: str, part: str, dtype: torch.dtype, varia
         raise BackboneError(f"{source}: {part} cannot be loaded as safetensors ({_one_line(error)})") from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
-            raise BackboneError(f"{source}: {part} has {what.replace('_', ' ')}: {str(sorted(info[what])[:3])}")
+            raise BackboneError(f"{source}: {part} has {what.replace('_', ' ')}: {sorted(info[what])[:3]}")
     return module
 
 
@@ -257,13 +273,22 @@ def _read_json(source: str, file: str, *, required: bool = True) -> dict[str, An
         raise BackboneError(f"{path}: is no valid JSON ({error})") from None
 
 
-def _load_vit_folder(folder: Path, *, name: str, stride: int | None) -> VisionTransformer:
-    """timm's hub layout (``architecture``, ``model_args``, ``pretrained_cfg``) or a DINOv2 checkpoint."""
-    config = _read_json(str(folder), "config.json")
+def _only_weights(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise BackboneError(f"{folder}: expected one .safetensors file beside config.json, found {len(files)}")
-    weights = load_file(files[0])
+    return files[0]
+
+
+def _load_vit_folder(
+    folder: Path, config: Mapping[str, Any], *, name: str, stride: int | None
+) -> VisionTransformer:
+    """timm's hub layout (``architecture``, ``model_args``, ``pretrained_cfg``) or a DINOv2 checkpoint."""
+    if config.get("time_embedding_type") == "adm":
+        raise BackboneError(
+            f"{folder}: is an ADM in the layout of a modified diffusers; give openai's original checkpoint instead"
+        )
+    weights = load_file(_only_weights(folder))
     if "architecture" in config:
         return timm_backbone(
             config["architecture"],
@@ -278,7 +303,7 @@ def _load_vit_folder(folder: Path, *, name: str, stride: int | None) -> VisionTr
     needed = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
     if missing := sorted(needed - set(config)):
         raise BackboneError(f"{folder / 'config.json'}: is neither timm's nor DINOv2's: {', '.join(missing)} missing")
-    return dinov2_backbone(weights, config, stride=stride, name=name, source=str(folder))
+    return dinov2_backbone(weights, dict(config), stride=stride, name=name, source=str(folder))
 
 
 def _load_timm(architecture: str, *, name: str, stride: int | None) -> VisionTransformer:

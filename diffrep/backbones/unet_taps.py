@@ -1,6 +1,7 @@
-"""The tap grammar of diffusers' conditional U-Nets.
+"""The tap grammar of diffusers' U-Nets.
 
 ==============================  =====================================================================
+``in``, ``out``                 what goes into the U-Net, and what comes out
 ``conv_in``                     the first convolution
 ``down.2``, ``mid``, ``up.1``   output of a whole block, with its down- or upsampler
 ``up.1.resnet.2``               output of a residual block
@@ -9,6 +10,8 @@
 ``up.1.attention.0.block.0``    output of one of its transformer blocks
 ``...block.0.self.q``           queries of self-attention before the heads are split; also ``k``, ``v``
 ``...block.0.cross.q``          queries of cross-attention (its keys and values have no place in the image)
+``...block.0.self.map``         attention of every place (cell) to every place: channel head * places + place;
+                                ``cross.map``: to every token of the prompt
 ``...block.0.ff``               inner activation of the feed-forward network
 ``down.0.downsampler``          the resampling convolution; also ``up.0.upsampler``
 ==============================  =====================================================================
@@ -20,19 +23,20 @@ sd-dino's s5, s4, s3 are ``up.0.resnet.1``, ``up.1.attention.1``, ``up.2.attenti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from diffrep.backbones.base import TapInfo
+from diffrep.backbones.base import Reader, TapInfo
 
 
 def unet_taps(unet: nn.Module, vae_stride: int) -> dict[str, TapInfo]:
-    """All taps of a `UNet2DConditionModel` in the order in which they are computed.
+    """All taps of a `UNet2DConditionModel` or `UNet2DModel` in the order in which they are computed.
 
     Args:
-        vae_stride: image pixels per latent cell.
+        vae_stride: image pixels per latent cell; 1 where the U-Net sees the pixels.
     """
     taps: dict[str, TapInfo] = {}
     stride = vae_stride
@@ -43,7 +47,7 @@ def unet_taps(unet: nn.Module, vae_stride: int) -> dict[str, TapInfo]:
     def add_layers(stage: str, block: nn.Module, path: str) -> int:
         """Resnets with the attention behind each (in the mid block: resnet, attention, resnet)."""
         channels = 0
-        attentions = list(getattr(block, "attentions", None) or [])
+        attentions = [a for a in getattr(block, "attentions", None) or [] if a is not None]
         offset = 1 if stage == "mid" else 0
         for j, resnet in enumerate(block.resnets):
             if stage == "mid" and j > 0 and j <= len(attentions):
@@ -55,6 +59,7 @@ def unet_taps(unet: nn.Module, vae_stride: int) -> dict[str, TapInfo]:
                 _add_attention(add, f"{stage}.attention.{j}", attentions[j], f"{path}.attentions.{j}")
         return channels
 
+    add("in", unet.config.in_channels, "conv_in")
     add("conv_in", unet.conv_in.out_channels, "conv_in")
     for i, block in enumerate(unet.down_blocks):
         channels = add_layers(f"down.{i}", block, f"down_blocks.{i}")
@@ -70,33 +75,62 @@ def unet_taps(unet: nn.Module, vae_stride: int) -> dict[str, TapInfo]:
             stride //= 2
             add(f"up.{i}.upsampler", channels, f"up_blocks.{i}.upsamplers.0")
         add(f"up.{i}", channels, f"up_blocks.{i}")
+    add("out", unet.config.out_channels, "conv_out")
     return taps
 
 
 def _add_attention(add: Callable[[str, int, str], None], name: str, transformer: nn.Module, path: str) -> None:
+    if not hasattr(transformer, "transformer_blocks"):  # the bare self-attention of pixel U-Nets
+        add(name, transformer.to_out[0].out_features, path)
+        return
     for n, block in enumerate(transformer.transformer_blocks):
         inner, where = f"{name}.block.{n}", f"{path}.transformer_blocks.{n}"
         for projection in ("q", "k", "v"):
             linear = getattr(block.attn1, f"to_{projection}")
             add(f"{inner}.self.{projection}", linear.out_features, f"{where}.attn1.to_{projection}")
+        add(f"{inner}.self.map", 0, f"{where}.attn1")
         if getattr(block, "attn2", None) is not None:
             add(f"{inner}.cross.q", block.attn2.to_q.out_features, f"{where}.attn2.to_q")
+            add(f"{inner}.cross.map", 0, f"{where}.attn2")
         add(f"{inner}.ff", block.ff.net[-1].in_features, f"{where}.ff.net.0")
         add(inner, block.ff.net[-1].out_features, where)
     add(name, getattr(transformer, "out_channels", None) or transformer.in_channels, path)
 
 
-def tap_readers(
-    unet: nn.Module, taps: dict[str, TapInfo]
-) -> dict[str, tuple[nn.Module, Callable[..., Tensor]]]:
-    """tap -> (module to watch, function that reads its map from the module's inputs and output)."""
-    return {name: (unet.get_submodule(tap.module), _read_map) for name, tap in taps.items()}
+def tap_readers(unet: nn.Module, taps: Mapping[str, TapInfo]) -> dict[str, Reader]:
+    """tap -> where it is read."""
+    readers = {}
+    for name, tap in taps.items():
+        module = unet.get_submodule(tap.module)
+        if name == "in":
+            readers[name] = Reader(module, _read_input, before=True)
+        elif name.endswith(".map"):
+            readers[name] = Reader(module, partial(_attention_map, module), before=True)
+        else:
+            readers[name] = Reader(module, _read_output)
+    return readers
 
 
-def _read_map(inputs: Any, output: Any) -> Tensor:
+def _read_input(inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
+    value: Tensor = inputs[0]
+    return value
+
+
+def _read_output(inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
-    return output.sample if hasattr(output, "sample") else output[0]  # down blocks also return their skips
+    value: Tensor = output.sample if hasattr(output, "sample") else output[0]  # down blocks also return their skips
+    return value
+
+
+def _attention_map(attention: Any, inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
+    """softmax(q k^T / sqrt(d)), which fused attention never writes down: (B, places, heads * keys)."""
+    places = inputs[0]
+    seen = named.get("encoder_hidden_states")
+    queries, keys = attention.to_q(places), attention.to_k(places if seen is None else seen)
+    queries, keys = (t.float().unflatten(2, (attention.heads, -1)).transpose(1, 2) for t in (queries, keys))
+    weights = (queries @ keys.mT * attention.scale).softmax(-1)
+    return weights.transpose(1, 2).flatten(2).to(places.dtype)
 
 
 def tokens_to_map(tokens: Tensor, latent_size: tuple[int, int]) -> Tensor:

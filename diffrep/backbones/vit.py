@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.backbones.base import Backbone, BackboneError, Conditions, Grid, Recommended, TapInfo, reading
+from diffrep.backbones.base import Backbone, BackboneError, Conditions, Grid, Reader, Recommended, TapInfo, reading
 from diffrep.images import Sizing
 
 FACETS = ("query", "key", "value")
@@ -141,7 +141,7 @@ class VisionTransformer(Backbone):
             block = self._blocks[int(layer)]
             # a facet is read behind the norm, before any attention is computed
             norm = block.norm1 if self._is_timm else block.ln_1
-            readers[tap] = (norm, partial(self._facet, block, facet[0])) if facet else (block, self._output)
+            readers[tap] = Reader(norm, partial(self._facet, block, facet[0])) if facet else Reader(block, self._output)
         results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         mean, std = (v[:, None, None].to(self.device) for v in (self.mean, self.std))
         for chunk in pixels.split(batch_size):
@@ -152,10 +152,10 @@ class VisionTransformer(Backbone):
                 results[tap].append(value)
         return {tap: torch.cat(values) for tap, values in results.items()}
 
-    def _output(self, inputs: Any, output: Tensor) -> Tensor:
+    def _output(self, inputs: Any, named: Any, output: Tensor) -> Tensor:
         return output
 
-    def _facet(self, block: nn.Module, facet: str, inputs: Any, normalised: Tensor) -> Tensor:
+    def _facet(self, block: nn.Module, facet: str, inputs: Any, named: Any, normalised: Tensor) -> Tensor:
         """One third of the joint projection, its heads interleaved: channel d * heads + head."""
         index = FACETS.index(facet)
         weight, bias, heads = _qkv(block.attn)

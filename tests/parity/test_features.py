@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from .cases import cases_of
+from .features_adm import check_dift_adm
 from .features_backbones import check_dift_sd_taps, check_dinov2_extractor
 from .features_fusion import check as check_copca_fusion
 from .features_protocols import (
@@ -25,6 +26,7 @@ from .features_unets import check_gdf_layer_names, check_sd_taps_tiled
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "dift_sd_taps": check_dift_sd_taps,
+    "dift_adm": check_dift_adm,
     "sd_taps_tiled": check_sd_taps_tiled,
     "gdf_layer_names": check_gdf_layer_names,
     "dinov2_extractor": check_dinov2_extractor,

@@ -1,0 +1,171 @@
+"""Pixel diffusion as a backbone: a diffusers `UNet2DModel`, such as a converted ADM.
+
+Beside the names of `unet_taps`, taps are ``block.N``, N = 1, 2, ... in the order of guided-diffusion: the input
+blocks, the middle block, the output blocks, each behind its attention and its resampling. With six levels of two
+layers that is 1..37; DIFT's index k, which counts output blocks from 0, is ``block.(20 + k)``, see `dift_tap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from diffrep.backbones.base import Backbone, Conditions, Recommended, TapError, TapInfo, reading
+from diffrep.backbones.noise import draw_noise
+from diffrep.backbones.unet_taps import tap_readers, tokens_to_map, unet_taps
+from diffrep.images import Sizing
+
+
+def numbered_blocks(unet: nn.Module) -> list[str]:
+    """Paths of the modules whose outputs guided-diffusion numbers, in its order."""
+
+    def layers(block: nn.Module, path: str) -> Iterator[str]:
+        kind = "attentions" if getattr(block, "attentions", None) else "resnets"
+        yield from (f"{path}.{kind}.{r}" for r in range(len(block.resnets)))
+
+    paths = ["conv_in"]
+    for i, block in enumerate(unet.down_blocks):
+        paths += layers(block, f"down_blocks.{i}")
+        if block.downsamplers:
+            paths.append(f"down_blocks.{i}.downsamplers.0")
+    paths.append("mid_block")
+    for i, block in enumerate(unet.up_blocks):
+        paths += layers(block, f"up_blocks.{i}")
+        if block.upsamplers:
+            paths[-1] = f"up_blocks.{i}.upsamplers.0"
+    return paths
+
+
+class PixelDiffusion(Backbone):
+    """A frozen U-Net that denoises pixels.
+
+    Args:
+        unet: diffusers `UNet2DModel`; its pixels run from -1 to 1.
+        alphas_cumprod: (T,) the schedule's cumulative product, indexed by the timestep.
+    """
+
+    def __init__(
+        self, unet: nn.Module, alphas_cumprod: Tensor, *, name: str = "pixel diffusion", source: str = "random"
+    ) -> None:
+        self.network = unet.eval().requires_grad_(False)
+        self.alphas_cumprod = alphas_cumprod.float()
+        self.name, self.source = name, source
+        self.classes: int | None = unet.config.num_class_embeds
+        self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
+        paths = numbered_blocks(unet)
+        self._first_output = paths.index("mid_block") + 2
+        self._output_blocks = len(paths) - paths.index("mid_block") - 1
+        self._taps = {tap.name: tap for tap in _with_numbers(unet_taps(unet, 1).values(), paths)}
+        # DIFT: index 4 at twice the training size, t = 101, eight draws
+        self.recommended = Recommended(
+            taps=(self.dift_tap(min(4, self._output_blocks - 1)),),
+            sizing=Sizing("squash", 2 * int(unet.config.sample_size or 256), multiple=self.multiple),
+            conditions=Conditions(timestep=101, ensemble=8),
+        )
+
+    def taps(self) -> tuple[TapInfo, ...]:
+        return tuple(self._taps.values())
+
+    def dift_tap(self, index: int) -> str:
+        """The tap of DIFT's `up_ft_index`: the output blocks counted from 0.
+
+        Raises:
+            TapError: there are fewer output blocks.
+        """
+        if not 0 <= index < self._output_blocks:
+            raise TapError(f"{self.name} has output blocks 0..{self._output_blocks - 1}, got index {index}")
+        return f"block.{self._first_output + index}"
+
+    def noisy_pixels(self, pixels: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x + sqrt(1 - abar_t) noise, x in [-1, 1].
+
+        Args:
+            pixels: (B, 3, H, W), RGB in [0, 1].
+            noise: (B or 1, 3, H, W).
+            timestep: one, or (B,) one per image.
+        """
+        alpha = self.alphas_cumprod[timestep].view(-1, 1, 1, 1).to(noise)
+        return alpha.sqrt() * (pixels.to(noise) * 2 - 1) + (1 - alpha).sqrt() * noise
+
+    @torch.inference_mode()
+    def maps(
+        self,
+        pixels: Tensor,
+        taps: Sequence[str],
+        conditions: Conditions,
+        *,
+        batch_size: int = 8,
+        noise: Tensor | None = None,
+        average: bool = True,
+    ) -> dict[str, Tensor]:
+        """Read activations of images on the canvas; see `Backbone.maps`.
+
+        Args:
+            noise: (E, 3, H, W), the noise of each ensemble member instead of drawn one.
+            average: over the ensemble; False keeps the members, (B * E, C, h, w), the members of an image
+                next to each other.
+
+        Raises:
+            ValueError: the canvas is no multiple of the coarsest stride, noise has another shape, or a
+                class-conditional network is told no class.
+        """
+        if pixels.shape[-2] % self.multiple or pixels.shape[-1] % self.multiple:
+            raise ValueError(
+                f"{self.name} needs sides that are multiples of {self.multiple}, got {tuple(pixels.shape[-2:])}"
+            )
+        shape, members = tuple(pixels.shape[1:]), conditions.ensemble
+        clean = conditions.clean or conditions.timestep < 0
+        if noise is None and not clean:
+            noise = torch.cat([draw_noise(shape, conditions.seed, k) for k in range(members)])
+        if noise is not None and noise.shape != (members, *shape):
+            raise ValueError(f"noise must be {(members, *shape)} for this ensemble, got {tuple(noise.shape)}")
+        jobs = [(image, member) for image in range(len(pixels)) for member in range(members)]
+        results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
+        timestep = max(conditions.timestep, 0)
+        for start in range(0, len(jobs), batch_size):
+            images, draws = zip(*jobs[start : start + batch_size], strict=True)
+            chosen = pixels[list(images)].float()
+            if clean or noise is None:
+                noisy = chosen * 2 - 1
+            else:
+                noisy = self.noisy_pixels(chosen, noise[list(draws)].to(chosen), timestep)
+            labels = None if conditions.label is None else torch.full((len(images),), conditions.label)
+            for tap, value in self.unet_maps(noisy, taps, timestep, labels=labels).items():
+                results[tap].append(value)
+        maps = {tap: torch.cat(values) for tap, values in results.items()}
+        if average and members > 1:
+            maps = {tap: m.unflatten(0, (-1, members)).float().mean(1).to(m.dtype) for tap, m in maps.items()}
+        return maps
+
+    @torch.inference_mode()
+    def unet_maps(
+        self, noisy: Tensor, taps: Sequence[str], timestep: int | Tensor, *, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Run the U-Net on (B, 3, H, W) noisy pixels in [-1, 1], up to the deepest tap.
+
+        Args:
+            timestep: one, or (B,) one per image.
+            labels: (B,) classes; needed by class-conditional networks, ignored by others.
+        """
+        infos = {tap: self.tap(tap) for tap in taps}
+        if self.classes is not None:
+            if labels is None:
+                raise ValueError(f"{self.name} is class-conditional: say a label, 0..{self.classes - 1}")
+            if not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+                raise ValueError(f"{self.name} has the classes 0..{self.classes - 1}, got {sorted(set(labels.tolist()))}")
+        told = {} if self.classes is None or labels is None else {"class_labels": labels.to(self.device)}
+        if isinstance(timestep, Tensor):
+            timestep = timestep.to(self.device)
+        with reading(tap_readers(self.network, infos)) as found:
+            self.network(noisy.to(self.device, self.dtype), timestep, **told)
+        return {tap: tokens_to_map(found[tap], (int(noisy.shape[-2]), int(noisy.shape[-1]))) for tap in taps}
+
+
+def _with_numbers(taps: Iterable[TapInfo], paths: Sequence[str]) -> Iterator[TapInfo]:
+    for tap in taps:
+        yield tap
+        if tap.module in paths and tap.name != "in":
+            yield replace(tap, name=f"block.{paths.index(tap.module) + 1}")
