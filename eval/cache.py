@@ -66,9 +66,7 @@ class FeatureCache:
         tensors, notes = {}, []
         for number, maps in enumerate(features):
             for tap, values in maps.maps.items():
-                tensors[f"{number}/{tap}"] = (
-                    values.detach().to("cpu", getattr(torch, self.dtype)).contiguous()
-                )
+                tensors[f"{number}/{tap}"] = values.detach().to("cpu", getattr(torch, self.dtype)).contiguous()
             notes.append(
                 {
                     "placement": asdict(maps.placements[0]),

@@ -105,9 +105,7 @@ class CorrespondenceReport:
 
     def _averages(self) -> list[str]:
         alphas = self.protocol.alphas
-        frame = (
-            "original pixels" if self.protocol.frame is None else f"a square of {self.protocol.frame} pixels"
-        )
+        frame = "original pixels" if self.protocol.frame is None else f"a square of {self.protocol.frame} pixels"
         sign = "<=" if self.protocol.inclusive else "<"
         lines = [
             f"{self.recipe} on {self.dataset}: {len(self.pck.counted)} pairs, {self.pck.points} points",
@@ -121,8 +119,7 @@ class CorrespondenceReport:
         if self.by_part is not None and self.by_part.points:
             share = 100 * self.by_part.points / self.pck.points
             lines.append(
-                f"{f'shared parts ({share:.1f} %)':<26}"
-                + "".join(f"{100 * v:>8.2f}" for v in self.by_part.value())
+                f"{f'shared parts ({share:.1f} %)':<26}" + "".join(f"{100 * v:>8.2f}" for v in self.by_part.value())
             )
         return [*lines, "* the paper's headline number"]
 
@@ -132,9 +129,7 @@ class CorrespondenceReport:
         for category in self.pck.categories:
             own = self.pck.of(category)
             point, image = own.value()[0], own.value("per image")[0]
-            lines.append(
-                f"{category:<16}{len(own.counted):>7}{own.points:>8}{100 * point:>18.2f}{100 * image:>11.2f}"
-            )
+            lines.append(f"{category:<16}{len(own.counted):>7}{own.points:>8}{100 * point:>18.2f}{100 * image:>11.2f}")
         return lines
 
     def _papers(self) -> list[str]:
@@ -143,8 +138,7 @@ class CorrespondenceReport:
             return []
         lines = [
             "",
-            f"{'published (ours minus theirs)':<40}"
-            + "".join(f"{f'@{a:g}':>16}" for a in self.protocol.alphas),
+            f"{'published (ours minus theirs)':<40}" + "".join(f"{f'@{a:g}':>16}" for a in self.protocol.alphas),
         ]
         for row in rows:
             ours = self.pck.value(row.aggregate or self.protocol.aggregate)
@@ -161,9 +155,7 @@ class CorrespondenceReport:
         if not self.problems:
             return []
         shown = [f"  {problem}" for problem in self.problems[:20]]
-        more = (
-            [f"  ... and {len(self.problems) - 20} more, all in the JSON"] if len(self.problems) > 20 else []
-        )
+        more = [f"  ... and {len(self.problems) - 20} more, all in the JSON"] if len(self.problems) > 20 else []
         return [
             "",
             f"{len(self.problems)} problems; what they concern is left out of every number:",

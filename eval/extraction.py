@@ -38,9 +38,7 @@ def extract_images(
         Image -> what was wrong, for those that cannot be read.
     """
     unreadable: dict[str, str] = {}
-    with tqdm(
-        total=sum(map(len, groups.values())), desc="extract", unit="image", disable=not progress
-    ) as bar:
+    with tqdm(total=sum(map(len, groups.values())), desc="extract", unit="image", disable=not progress) as bar:
         for category, images in groups.items():
             own = _with_prompt(correspondence, category)
             for start in range(0, len(images), batch_size):

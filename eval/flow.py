@@ -55,9 +55,7 @@ def nearest_flow(
     found_row = best / columns if rounding == "official" else (best // columns).float()
     flow = torch.stack([(best % columns).float() - column, found_row - row])
     long = max(size)
-    dense = F.interpolate(flow[None], size=(long, long), mode="bilinear", align_corners=False)[0] * (
-        long / columns
-    )
+    dense = F.interpolate(flow[None], size=(long, long), mode="bilinear", align_corners=False)[0] * (long / columns)
     top, left = ((long - side) // 2 for side in size)
     return dense[:, top : top + size[0], left : left + size[1]]
 
@@ -104,9 +102,7 @@ def count_flow(item: FlowItem, flow: Tensor, truth: Tensor, mask: Tensor) -> Flo
     y = flow.diff(dim=1).abs().sum(0)[mask[1:] & mask[:-1]]
     steps = torch.cat([x, y])
     smoothness = float(steps.mean()) if len(steps) else 0.0
-    return FlowCount(
-        item.name, item.subset, item.category, len(distance), correct, float(distance.mean()), smoothness
-    )
+    return FlowCount(item.name, item.subset, item.category, len(distance), correct, float(distance.mean()), smoothness)
 
 
 def mean_pck(counts: Sequence[FlowCount], alpha: float) -> float:

@@ -48,8 +48,7 @@ def within(
     """
     if predicted.shape != target.shape or predicted.ndim != 2 or predicted.shape[-1] != 2:
         raise ValueError(
-            "predicted and target must both be (N, 2),"
-            f" got {tuple(predicted.shape)} and {tuple(target.shape)}"
+            f"predicted and target must both be (N, 2), got {tuple(predicted.shape)} and {tuple(target.shape)}"
         )
     distance = torch.linalg.vector_norm(predicted.double() - target.double(), dim=-1)
     limit = torch.tensor(alphas, dtype=torch.float64)[:, None] * torch.as_tensor(scale, dtype=torch.float64)
@@ -138,9 +137,7 @@ class Pck:
             lambda i: _ratio((w * value[i] for w, value in zip(weights, pooled, strict=True)), sum(weights))
         )
 
-    def interval(
-        self, *, level: float = 0.95, draws: int = 2000, seed: int = 0
-    ) -> tuple[tuple[float, float], ...]:
+    def interval(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[tuple[float, float], ...]:
         """Percentile bootstrap over pairs of the per-point value, (low, high) per alpha.
 
         Pairs are drawn, not points, since the points of a pair succeed and fail together.
@@ -173,9 +170,7 @@ def difference_interval(
     """
     if [(p.pair, p.points) for p in ours.pairs] != [(p.pair, p.points) for p in theirs.pairs]:
         raise ValueError("a difference needs both sides counted over the same pairs in the same order")
-    values = ours._resampled(draws, seed) - theirs._resampled(
-        draws, seed
-    )  # one seed: the same draws of pairs
+    values = ours._resampled(draws, seed) - theirs._resampled(draws, seed)  # one seed: the same draws of pairs
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return tuple(zip(low.tolist(), high.tolist(), strict=True))
 

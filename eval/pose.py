@@ -60,13 +60,9 @@ def predict_posed(
         ValueError: the protocol does not match on a square.
     """
     if protocol.search is None or protocol.frame is None:
-        raise ValueError(
-            f"pose alignment needs a protocol that matches on a square, {protocol.name} does not"
-        )
+        raise ValueError(f"pose alignment needs a protocol that matches on a square, {protocol.name} does not")
     side = protocol.frame
-    found = protocol.search(
-        source, target, protocol.to_frame(pair.source.points(pair.ids), pair.source), side
-    )
+    found = protocol.search(source, target, protocol.to_frame(pair.source.points(pair.ids), pair.source), side)
     asked = [partners.get(i, i) for i in pair.ids]
     there = torch.tensor([i in pair.ids for i in asked], dtype=torch.bool)
     if not bool(there.any()) or not mirrored_is_nearer(source, mirrored, target, masks=masks):

@@ -128,13 +128,9 @@ class Protocol:
         """The pair's counts."""
         return PairCount.of(pair.name, pair.category, self.hits(pair, predicted))
 
-    def count_shared(
-        self, pair: AnnotatedPair, predicted: Tensor, groups: Sequence[frozenset[int]]
-    ) -> PairCount:
+    def count_shared(self, pair: AnnotatedPair, predicted: Tensor, groups: Sequence[frozenset[int]]) -> PairCount:
         """The pair's counts over the keypoints that `shares_part` picks."""
-        return PairCount.of(
-            pair.name, pair.category, self.hits(pair, predicted)[:, shares_part(pair, groups)]
-        )
+        return PairCount.of(pair.name, pair.category, self.hits(pair, predicted)[:, shares_part(pair, groups)])
 
 
 def shares_part(pair: AnnotatedPair, groups: Sequence[frozenset[int]]) -> Tensor:

@@ -45,9 +45,7 @@ def _table_3(method: str, row: Sequence[float], *, trained: bool = False, recipe
         categories=dict(zip(SPAIR_COLUMNS, categories, strict=True)),
         trained=trained,
         recipe=recipe,
-        note=""
-        if trained
-        else "the caption says per point; the row's mean and pair-weighted mean differ from it",
+        note="" if trained else "the caption says per point; the row's mean and pair-weighted mean differ from it",
     )
 
 
@@ -205,9 +203,7 @@ class PublishedFlow:
 
 _TSS = ("FG3DCar", "JODS", "PASCAL")
 PUBLISHED_FLOW: tuple[PublishedFlow, ...] = tuple(
-    PublishedFlow(
-        method, dict(zip(_TSS, pck, strict=True)), dict(zip(_TSS, smooth, strict=True)), recipe=recipe
-    )
+    PublishedFlow(method, dict(zip(_TSS, pck, strict=True)), dict(zip(_TSS, smooth, strict=True)), recipe=recipe)
     for method, pck, smooth, recipe in (
         ("DINOv2-B/14", (82.8, 73.9, 53.9), (6.99, 10.09, 15.14), ""),
         ("SD1.5", (93.9, 69.4, 57.7), (3.48, 7.87, 8.44), ""),
@@ -216,9 +212,7 @@ PUBLISHED_FLOW: tuple[PublishedFlow, ...] = tuple(
 )
 
 
-def published(
-    benchmark: str, *, threshold: str = "box", trained: bool | None = None
-) -> tuple[Published, ...]:
+def published(benchmark: str, *, threshold: str = "box", trained: bool | None = None) -> tuple[Published, ...]:
     """The rows of one benchmark that count with the same threshold; `trained` None: trained or not."""
     return tuple(
         row

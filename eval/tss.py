@@ -80,9 +80,7 @@ class FlowReport:
             "recipe": self.recipe,
             "search": self.search,
             "pck": {
-                subset: {f"{HEADLINE:g}": mean_pck(self.of(subset), HEADLINE)}
-                for subset in SUBSETS
-                if self.of(subset)
+                subset: {f"{HEADLINE:g}": mean_pck(self.of(subset), HEADLINE)} for subset in SUBSETS if self.of(subset)
             },
             "flows": [asdict(count) for count in self.counts],
             "published": [asdict(row) for row in PUBLISHED_FLOW],
