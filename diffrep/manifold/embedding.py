@@ -455,13 +455,20 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return points, *self._space.search.query(points, 1)
 
     def _distances_of(self, points: Any) -> Array:
-        """Root mean squared distances of the neighbours of new points, weighted by affinity."""
+        """Distances of new points, from those of their neighbours weighted by affinity.
+
+        The mean of the neighbours' squared distances is that of their centre plus their spread around it, which
+        is taken out as it shows in the embedding.
+        """
         assert self._space is not None
         search = self._space.search
         k = max(1, min(self.n_neighbors, search.points.shape[0] - 1))
         weights = out_of_sample_transitions(search, points, k, decay=self.decay, thresh=self.thresh)
         used = np.unique(weights.indices)
-        return np.sqrt(weights[:, used] @ self.distances_[used].astype(np.float64) ** 2)
+        weights, near = weights[:, used], self.embedding_[self._original[used]]
+        spread = weights @ (near**2).sum(axis=1) - ((weights @ near) ** 2).sum(axis=1)
+        squared = weights @ self.distances_[used].astype(np.float64) ** 2 - spread[:, None]
+        return np.sqrt(np.maximum(squared, 0))
 
     def _progress(self, what: str, total: int) -> Callable[[int], object]:
         bar = tqdm(total=total, desc=what, disable=not self.verbose, leave=True)
