@@ -1,0 +1,246 @@
+"""One training loop for every network here: bf16, moving average, schedule, checkpoints that resume exactly.
+
+What makes it resume exactly is that a batch is a function of (seed, step) alone: everything random, from the
+choice of images to the noise, is drawn while the batch is made, from a generator of that step. The state of a run
+is then weights, their moving average, the optimiser's moments, the step and the time spent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """How one network is trained."""
+
+    steps: int  # optimiser steps; the run ends after them
+    minutes: float | None = None  # or after this many minutes of training, whichever comes first
+    learning_rate: float = 1e-3  # the highest
+    warmup: int = 100  # steps in which the learning rate rises from 0
+    final_rate: float = 0.02  # share of the learning rate that is left at the end of the cosine
+    weight_decay: float = 0.02  # of matrices and convolutions, not of biases and norms
+    clip: float = 1.0  # largest norm of the gradient
+    ema_decay: float = 0.999  # of the moving average that is kept; it starts faster
+    bf16: bool = True  # autocast to bfloat16
+    seed: int = 0
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+    def rate(self, progress: float, step: int) -> float:
+        """Learning rate at a share `progress` of the run: linear warm-up, then half a cosine."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return self.learning_rate * min((step + 1) / (self.warmup + 1), 1.0) * (
+            self.final_rate + (1 - self.final_rate) * cosine
+        )
+
+
+class Loss(Protocol):
+    """The losses of a batch, scalars by name; "loss" is the one that is minimised.
+
+    `ema` is the moving average of the module so far, for losses that have a teacher.
+    """
+
+    def __call__(self, module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str, Tensor]: ...
+
+
+def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
+    """The generator from which everything random of one step is drawn."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + process * 0x8CB92BA72F3D8DD7) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+def fit(
+    module: nn.Module,
+    batches: Callable[[torch.Generator], Batch],
+    loss: Loss,
+    settings: FitSettings,
+    folder: str | os.PathLike[str],
+    *,
+    validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
+    validate_every: int = 1000,
+    progress: bool = True,
+) -> nn.Module:
+    """Train a module and return the moving average of its weights, in eval mode.
+
+    Called again with the same folder, an interrupted run goes on and ends with the same weights (as long as no
+    time limit ended it), and a finished one returns at once. Losses go to ``log.jsonl`` in the folder.
+
+    Args:
+        module: trained in place.
+        batches: makes the batch of a step from that step's generator.
+        loss: see `Loss`.
+        folder: of the checkpoint and the log; made where missing.
+        validate: given the moving average and the step, every `validate_every` steps and at the end; what it
+            returns is logged.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: the folder's checkpoint was made with other settings or for another module.
+        FloatingPointError: the loss is not finite.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator()
+    device = accelerator.device
+    ema = deepcopy(module).to(device).eval().requires_grad_(False)
+    trained = module.to(device).train()
+    decayed = [p for p in trained.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in trained.parameters() if p.requires_grad and p.ndim < 2]
+    optimiser = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.99),
+        fused=True,
+    )
+    step, spent = _load_checkpoint(folder, trained, ema, optimiser, settings)
+    called, optimiser = accelerator.prepare(trained, optimiser)
+    log = _Log(folder / "log.jsonl", step)
+    bar = tqdm(total=settings.steps, initial=step, desc=folder.name, unit="step", disable=not progress)
+    saved = started = time.monotonic()
+    spent_before = spent
+
+    def done() -> float:
+        share = step / settings.steps
+        return share if settings.minutes is None else max(share, spent / (60 * settings.minutes))
+
+    while done() < 1:
+        batch = batches(step_generator(settings.seed, step, accelerator.process_index))
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+            losses = loss(called, ema, batch)
+        if not bool(torch.isfinite(losses["loss"])):
+            raise FloatingPointError(f"{folder.name}: the loss is {losses['loss'].item()} at step {step}")
+        accelerator.backward(losses["loss"])
+        accelerator.clip_grad_norm_(trained.parameters(), settings.clip)
+        for group in optimiser.param_groups:
+            group["lr"] = settings.rate(done(), step)
+        optimiser.step()
+        optimiser.zero_grad()
+        step += 1
+        update_average(ema, trained, min(settings.ema_decay, (1 + step) / (10 + step)))
+        now = time.monotonic()
+        spent = spent_before + now - started
+        log.add(losses)
+        bar.update(1)
+        if step % 50 == 0 or done() >= 1:
+            row = log.write(step, spent)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in ("step", "seconds")})
+        if validate is not None and (step % validate_every == 0 or done() >= 1):
+            log.write(step, spent, validate(ema, step))
+        if accelerator.is_main_process and (now - saved > settings.checkpoint_seconds or done() >= 1):
+            _save_checkpoint(folder, trained, ema, optimiser, settings, step, spent)
+            saved = now
+    bar.close()
+    return ema
+
+
+@torch.no_grad()
+def update_average(ema: nn.Module, module: nn.Module, decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * module, for every floating-point parameter and buffer."""
+    averages, values = [], []
+    for average, value in zip(ema.state_dict().values(), module.state_dict().values(), strict=True):
+        if average.is_floating_point():
+            averages.append(average)
+            values.append(value)
+        else:
+            average.copy_(value)
+    torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+class _Log:
+    """Mean losses of the steps since the last line, one JSON object a line."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        lines = path.read_text().splitlines() if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        self.count += 1
+
+    def write(self, step: int, seconds: float, values: Mapping[str, float] | None = None) -> dict[str, float]:
+        if values is None:
+            values = {name: total.item() / self.count for name, total in self.sums.items()}
+            self.sums, self.count = {}, 0
+        row = {"step": step, "seconds": round(seconds, 1), **{k: round(v, 5) for k, v in values.items()}}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write a safetensors file so that it is either the old or the new one, never half of it."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata or None)
+    os.replace(partial, path)
+
+
+def _identity(settings: FitSettings) -> dict[str, Any]:
+    """The settings that a run cannot change on the way."""
+    free = ("checkpoint_seconds", "minutes")
+    return {k: v for k, v in asdict(settings).items() if k not in free}
+
+
+def _save_checkpoint(
+    folder: Path, module: nn.Module, ema: nn.Module, optimiser: Any, settings: FitSettings, step: int, spent: float
+) -> None:
+    tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
+    tensors |= {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for index, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{k}": v for k, v in moments.items()}
+    tensors = {k: v.clone() if v.ndim == 0 else v for k, v in tensors.items()}
+    about = json.dumps({"step": step, "spent": spent, "settings": _identity(settings)})
+    save_weights(folder / "checkpoint.safetensors", tensors, run=about)
+
+
+def _load_checkpoint(
+    folder: Path, module: nn.Module, ema: nn.Module, optimiser: Any, settings: FitSettings
+) -> tuple[int, float]:
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0, 0.0
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["run"])
+        tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  # not a mapping
+    ours = json.loads(json.dumps(_identity(settings)))
+    if changed := [f"{k} {v!r}, not {ours.get(k)!r}" for k, v in about["settings"].items() if ours.get(k) != v]:
+        raise ValueError(f"{path}: was made with {'; '.join(changed)}; choose another folder or delete it")
+    for part, target in (("module", module), ("ema", ema)):
+        state = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
+        try:
+            target.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: is of another network ({' '.join(str(error).split())[:200]})") from None
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimiser."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    return int(about["step"]), float(about["spent"])
