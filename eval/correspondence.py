@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from diffrep.eval.extraction import cache_key, extract_images, images_by_prompt,
 from diffrep.eval.failures import save_failures
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.pck import Pck
+from diffrep.eval.pose import partners_of, predict_posed
 from diffrep.eval.protocols import PROTOCOLS, Protocol
 from diffrep.eval.scenes import ScenesReport, evaluate_scenes
 from diffrep.eval.tss import FlowReport, evaluate_flow
@@ -50,6 +52,7 @@ def evaluate_pairs(
     folder: str | Path,
     *,
     search: Search = "auto",
+    pose: bool = False,
     keep: Literal["float32", "float16"] = "float32",
     batch_size: int = 8,
     pairs_per_file: int = 50,
@@ -62,11 +65,14 @@ def evaluate_pairs(
             pairs).
         search: ``protocol`` matches as the paper's script does, ``recipe`` as the recipe does; ``auto`` takes
             the protocol's way where the recipe's descriptors lie on the cells that it needs.
+        pose: also extract the sources' mirror images and match from those where they are nearer (GeoAware's
+            adaptive pose alignment, without masks).
         keep: the type in which features are kept.
         batch_size: images that are extracted together; all that is lost when a run is killed.
 
     Raises:
-        ValueError: the folder is from other settings, or the protocol's search does not fit the recipe.
+        ValueError: the folder is from other settings, the protocol's search does not fit the recipe, or pose
+            alignment is asked for without it.
     """
     folder = Path(folder)
     recipe = correspondence.recipe
@@ -77,21 +83,30 @@ def evaluate_pairs(
         "batch_size": batch_size,
     }
     cache = FeatureCache(folder / "features", settings, dtype=keep)
+    groups = images_by_prompt(pairs, recipe)
+    if pose:
+        groups = {c: [*images, *(MIRRORED + image for image in images)] for c, images in groups.items()}
     unreadable = extract_images(
-        images_by_prompt(pairs, recipe),
-        lambda image: load_image(pairs.root / image),
+        groups,
+        lambda image: _load(pairs.root, image),
         correspondence,
         cache,
         batch_size=batch_size,
         progress=progress,
     )
     usable = tuple(p for p in pairs.pairs if not {p.source.path, p.target.path} & unreadable.keys())
-    problems = [*pairs.problems, *(Problem(path, what) for path, what in unreadable.items())]
+    problems = [
+        *pairs.problems,
+        *(Problem(image, what) for image, what in unreadable.items() if not image.startswith(MIRRORED)),
+    ]
     used = choose_search(usable, protocol, recipe, cache, search)
+    if pose and used != "protocol":
+        raise ValueError(f"pose alignment goes with a protocol's search; {recipe.name} matches by itself here")
+    kept = f"{protocol.name} by {used}{' posed' if pose else ''}"
     matches = list(
         match_pairs(
-            usable, protocol, recipe, cache, folder / "matches" / f"{protocol.name} by {used}",
-            by_protocol=used == "protocol", pairs_per_file=pairs_per_file, progress=progress,
+            usable, protocol, recipe, cache, folder / "matches" / kept,
+            by_protocol=used == "protocol", pose=pose, pairs_per_file=pairs_per_file, progress=progress,
         )
     )  # fmt: skip
     counts = tuple(protocol.count(found.pair, found.predicted) for found in matches)
@@ -110,6 +125,14 @@ def evaluate_pairs(
         settings={**settings, "recipe": asdict(recipe), "kept_as": keep},
         matches=tuple(matches),
     )
+
+
+MIRRORED = "mirrored/"  # before the path of an image whose mirror image is meant
+
+
+def _load(root: Path, image: str) -> Image.Image:
+    picture = load_image(root / image.removeprefix(MIRRORED))
+    return ImageOps.mirror(picture) if image.startswith(MIRRORED) else picture
 
 
 def choose_search(
@@ -159,6 +182,7 @@ def match_pairs(
     folder: Path,
     *,
     by_protocol: bool,
+    pose: bool = False,
     pairs_per_file: int = 50,
     progress: bool = True,
 ) -> Iterator[PairMatches]:
@@ -190,7 +214,8 @@ def match_pairs(
                 for pair in chunk:
                     category = pair.category if by_category else ""
                     source, target = (load(cache_key(category, i.path)) for i in (pair.source, pair.target))
-                    points = predict(pair, source, target, protocol, recipe, by_protocol=by_protocol)
+                    mirrored = load(cache_key(category, MIRRORED + pair.source.path)) if pose else None
+                    points = predict(pair, source, target, protocol, recipe, by_protocol=by_protocol, mirrored=mirrored)
                     found.append(points.tolist())
                 write_text(file, json.dumps(found))
             # read back also what was just written: a run in two halves sees the same numbers
@@ -207,8 +232,17 @@ def predict(
     recipe: Recipe,
     *,
     by_protocol: bool,
+    mirrored: Sequence[FeatureMaps] | None = None,
 ) -> Tensor:
-    """Where a pair's keypoints lie in the target, (N, 2) float32 in the protocol's frame."""
+    """Where a pair's keypoints lie in the target, (N, 2) float32 in the protocol's frame.
+
+    Args:
+        mirrored: features of the source's mirror image, to match from those where they are nearer.
+    """
+    if mirrored is not None:
+        a, flipped, b = fuse([source, mirrored, target], recipe.fusion)
+        partners = partners_of(protocol.benchmark, pair.category)
+        return predict_posed(pair, protocol, a, flipped, b, partners).float()
     a, b = fuse([source, target], recipe.fusion)
     points = pair.source.points(pair.ids)
     if by_protocol:
@@ -241,6 +275,7 @@ class EvalCorrespondence:
     split: str = "test"  # of spair, pf-pascal (trn, val, test) and ap-10k (also test_cross_species, ..._family)
     categories: tuple[str, ...] = ()  # or, for tss, subsets; none: all
     search: Search = "auto"  # whose way from keypoints to matches: the protocol's, the recipe's, or what fits
+    pose: bool = False  # adaptive pose alignment: match from the source's mirror image where that is nearer
     keep: Literal["float32", "float16"] = "float32"  # in which features are kept on disk
     batch_size: int = 8  # images extracted together
     failures: int = 12  # pictures of the worst pairs
@@ -280,6 +315,7 @@ class EvalCorrespondence:
                 Correspondence(self.recipe, device=self.device),
                 self.out,
                 search=self.search,
+                pose=self.pose,
                 keep=self.keep,
                 batch_size=self.batch_size,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from diffrep.eval.cache import FeatureCache
 from diffrep.eval.correspondence import EvalCorrespondence, evaluate_pairs
 from diffrep.eval.correspondence_report import CorrespondenceReport
 from diffrep.eval.datasets.spair import read_spair
+from diffrep.eval.pose import partners_of
 from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
 from diffrep.features import ExtractConfig, extract
 from diffrep.fusion import Fusion, Part
@@ -107,9 +109,7 @@ def test_a_killed_run_loses_a_batch_at_most_and_ends_with_the_same_numbers(
     assert kept == sorted(p.name for p in (tmp_path / "whole").rglob("*") if p.is_file())
 
 
-def test_a_run_killed_while_matching_goes_on(
-    tmp_path: Path, vit: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_killed_while_matching_goes_on(tmp_path: Path, vit: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffrep.eval import correspondence
 
     root = write_spair(tmp_path)
@@ -182,6 +182,26 @@ def test_the_protocols_own_search_is_used_where_it_fits(tmp_path: Path, vit: Bac
     assert recipes_way.pck.value()[1] == pytest.approx(fitting.pck.value()[1], abs=0.15)
 
 
+def test_pose_alignment_finds_a_mirrored_source(tmp_path: Path, vit: Backbone) -> None:
+    root = write_spair(tmp_path)
+    own = replace(
+        PROTOCOLS["spair-geoaware"], name="posed", frame=64,
+        search=CellSearch(cells=8, centre=3.5, metric="cosine"),
+    )  # fmt: skip
+    counting = Counting(vit)
+    posed = run(root, tmp_path / "out", counting, protocol=own, pose=True)
+    assert counting.images == 2 * 6
+    plain = run(root, tmp_path / "plain", vit, protocol=own)
+    assert posed.pck.points == plain.pck.points
+    pairs = zip(posed.matches, plain.matches, strict=True)
+    assert any(not torch.equal(a.predicted, b.predicted) for a, b in pairs)
+    with pytest.raises(ValueError, match="pose alignment goes with a protocol's search"):
+        run(root, tmp_path / "other", vit, pose=True)
+    assert partners_of("ap-10k", "fox")[7] == 10  # front paws
+    with pytest.raises(ValueError, match="pf-pascal does not name its keypoints"):
+        partners_of("pf-pascal", "cat")
+
+
 def test_the_report_shows_all_averages_beside_the_papers(tmp_path: Path, vit: Backbone) -> None:
     report = run(write_spair(tmp_path), tmp_path / "out", vit)
     text = report.table()
@@ -215,9 +235,7 @@ def test_features_come_back_as_they_were(tmp_path: Path, vit: Backbone) -> None:
     assert all(torch.equal(back.maps[tap], maps.maps[tap]) for tap in maps.taps)
     half = FeatureCache(tmp_path / "half", {"a": 1}, dtype="float16")
     half.save("1.jpg", [maps])
-    torch.testing.assert_close(
-        half.load("1.jpg")[0].maps["layer.2"], maps.maps["layer.2"], atol=2e-3, rtol=2e-3
-    )
+    torch.testing.assert_close(half.load("1.jpg")[0].maps["layer.2"], maps.maps["layer.2"], atol=2e-3, rtol=2e-3)
     with pytest.raises(ValueError, match="must be relative"):
         cache.file("../1.jpg")
     cache.file("2.jpg").write_bytes(b"nothing")
