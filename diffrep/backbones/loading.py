@@ -135,7 +135,7 @@ def _find(
         raise BackboneError(f"{name}: the embedded weights are missing at {path}; reinstall, or `diffrep train tiny`")
     if path.is_file():
         if path.suffix not in (".pt", ".pth", ".safetensors"):
-            raise BackboneError(f"{path}: is a file, but no checkpoint (.pt, .pth, .safetensors); give a model's folder")
+            raise BackboneError(f"{path}: is a file, but no checkpoint (.pt, .pth, .safetensors); give a folder")
         return load_adm(path, adm, name=name)
     if name in HUB:
         return load_diffusers(HUB[name], device=device, dtype=dtype, variant=variant, name=name)
@@ -191,7 +191,13 @@ def load_diffusers(
     text = TextEncoders(source, parts, device=device, dtype=dtype, variant=variant) if parts else None
     scheduler = _read_json(source, "scheduler/scheduler_config.json")
     backbone = LatentDiffusion(
-        unet, vae, _alphas_cumprod(scheduler), text=text, name=name, source=source
+        unet,
+        vae,
+        _alphas_cumprod(scheduler),
+        text=text,
+        predicts=scheduler.get("prediction_type", "epsilon"),
+        name=name,
+        source=source,
     )
     extra = _read_json(source, "diffrep.json", required=False)  # our own folders say how they are best used
     if extra:

@@ -155,7 +155,8 @@ class PixelDiffusion(Backbone):
             if labels is None:
                 raise ValueError(f"{self.name} is class-conditional: say a label, 0..{self.classes - 1}")
             if not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-                raise ValueError(f"{self.name} has the classes 0..{self.classes - 1}, got {sorted(set(labels.tolist()))}")
+                given = sorted(set(labels.tolist()))
+                raise ValueError(f"{self.name} has the classes 0..{self.classes - 1}, got {given}")
         told = {} if self.classes is None or labels is None else {"class_labels": labels.to(self.device)}
         if isinstance(timestep, Tensor):
             timestep = timestep.to(self.device)

@@ -19,11 +19,13 @@ class PromptEmbedding:
 
     Attributes:
         context: (1, tokens, C), attended to.
-        pooled: (1, C'), added to the time embedding (SDXL), or None.
+        pooled: (1, C'), added to the time embedding (SDXL, SD3, FLUX), or None.
+        mask: (1, tokens), 1 where a token counts (PixArt), or None: all do.
     """
 
     context: Tensor
     pooled: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @contextmanager

@@ -132,7 +132,8 @@ class VisionTransformer(Backbone):
         for side in pixels.shape[-2:]:
             if side < self.patch or (side - self.patch) % self.stride:
                 raise ValueError(
-                    f"{self.name} needs sides of {self.patch} + n * {self.stride} pixels, got {tuple(pixels.shape[-2:])}"
+                    f"{self.name} needs sides of {self.patch} + n * {self.stride} pixels,"
+                    f" got {tuple(pixels.shape[-2:])}"
                 )
         readers = {}
         for tap in taps:

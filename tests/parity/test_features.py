@@ -11,7 +11,9 @@ import pytest
 from .cases import cases_of
 from .features_adm import check_dift_adm
 from .features_backbones import check_dift_sd_taps, check_dinov2_extractor
+from .features_ditf import check_ditf
 from .features_fusion import check as check_copca_fusion
+from .features_hyperfeatures import check_hyperfeatures_aggregation
 from .features_protocols import (
     check_flow_sddino_tss,
     check_pck_dift_spair,
@@ -26,6 +28,8 @@ from .features_unets import check_gdf_layer_names, check_sd_taps_tiled
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "dift_sd_taps": check_dift_sd_taps,
+    "hyperfeatures_aggregation": check_hyperfeatures_aggregation,
+    "ditf": check_ditf,
     "dift_adm": check_dift_adm,
     "sd_taps_tiled": check_sd_taps_tiled,
     "gdf_layer_names": check_gdf_layer_names,

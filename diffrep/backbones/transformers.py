@@ -1,0 +1,249 @@
+"""Diffusion transformers as backbones: FLUX, Stable Diffusion 3, PixArt and DiT through diffusers.
+
+======================  ===============================================================================
+``block.12``            output of a block (image tokens only)
+``block.12.input``      the residual stream at its entrance
+``block.12.attn_in``    that stream normalised and modulated by the block's AdaLN: DiTF's feature
+``block.12.mlp_in``     the input of the block's MLP (not in FLUX's single-stream blocks)
+======================  ===============================================================================
+
+Blocks count in the order in which they run; FLUX's single-stream blocks follow its double-stream ones, so that
+DiTF's index k of FLUX.1-dev is ``block.k``. The residual stream of these networks holds a few channels that drown
+all others: use ``attn_in``, and `Conditions.discard` to set such channels to 0 before the normalisation. Averages
+over an ensemble are taken of the stream and of the modulation, not of the result, as DiTF does.
+
+Source: "DiTF" (arXiv:2505.18584), ganchaofan0000/DiTF 08658e6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffrep.backbones.base import BackboneError, Conditions, Reader, Recommended, TapInfo, reading
+from diffrep.backbones.latents import LatentBackbone, PromptEncoder
+from diffrep.backbones.text import PromptEmbedding
+from diffrep.images import Sizing
+
+KINDS = ("FluxTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel")
+FLOW = KINDS[:2]  # trained by rectified flow: z_s = s noise + (1 - s) z
+NORM_EPS = 1e-6
+
+
+class DiffusionTransformer(LatentBackbone):
+    """A frozen diffusion transformer with the encoder of its VAE.
+
+    Args:
+        transformer: one of diffusers' `KINDS`.
+        vae: diffusers `AutoencoderKL`; its decoder is not used.
+        alphas_cumprod: (T,) of the schedule; None for the models of rectified flow.
+        text: encodes prompts; or None where `embed` is given prompt embeddings.
+
+    Raises:
+        BackboneError: another kind of transformer, or PixArt or DiT without a schedule.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        vae: nn.Module,
+        alphas_cumprod: Tensor | None = None,
+        *,
+        text: PromptEncoder | None = None,
+        name: str = "diffusion transformer",
+        source: str = "random",
+    ) -> None:
+        self.kind = type(transformer).__name__
+        if self.kind not in KINDS:
+            raise BackboneError(f"{name}: a {self.kind} cannot be tapped; known are {', '.join(KINDS)}")
+        if alphas_cumprod is None and self.kind not in FLOW:
+            raise BackboneError(f"{name}: a {self.kind} needs the schedule it was trained with")
+        self.network = transformer.eval().requires_grad_(False)
+        self.vae = vae.eval().requires_grad_(False)
+        self.alphas_cumprod = torch.ones(1000) if alphas_cumprod is None else alphas_cumprod.float()
+        self.text, self.name, self.source = text, name, source
+        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.patch = 2 if self.kind == "FluxTransformer2DModel" else int(transformer.config.patch_size)
+        self.multiple = self.stride * self.patch
+        self._prompts: dict[str, PromptEmbedding] = {}
+        double = list(transformer.transformer_blocks)
+        single = list(getattr(transformer, "single_transformer_blocks", []))
+        self._blocks: list[nn.Module] = [*double, *single]
+        self._width = int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
+        self._taps = {}
+        for i, block in enumerate(self._blocks):
+            path = f"transformer_blocks.{i}" if i < len(double) else f"single_transformer_blocks.{i - len(double)}"
+            for part in (".input", ".attn_in", *([".mlp_in"] if hasattr(block, "ff") else []), ""):
+                self._taps[f"block.{i}{part}"] = TapInfo(f"block.{i}{part}", self._width, self.multiple, path)
+        side = self.stride * int(getattr(transformer.config, "sample_size", None) or 64)
+        self.recommended = Recommended(
+            taps=(f"block.{len(self._blocks) // 2}.attn_in",),
+            sizing=Sizing("squash", side, multiple=self.multiple),
+            conditions=Conditions(timestep=260, posterior="sample"),
+        )
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """Noise scaled latents as the network was trained: by rectified flow or by the schedule of a DDPM."""
+        if self.kind not in FLOW:
+            return super().add_noise(latents, noise, timestep)
+        share = timestep / 1000
+        return share * noise + (1 - share) * latents
+
+    @torch.inference_mode()
+    def maps(
+        self, pixels: Tensor, taps: Sequence[str], conditions: Conditions, *, batch_size: int = 8, **draws: Any
+    ) -> dict[str, Tensor]:
+        """Read activations of images on the canvas; see `LatentBackbone.maps`."""
+        for tap in taps:
+            self.tap(tap)
+        plain = list(dict.fromkeys(part for tap in taps for part in _ingredients(tap)))
+        found = super().maps(pixels, plain, conditions, batch_size=batch_size, **draws)
+        return {tap: self._assemble(tap, found, conditions.discard) for tap in taps}
+
+    def _assemble(self, tap: str, found: Mapping[str, Tensor], discard: Sequence[int]) -> Tensor:
+        if not tap.endswith(".attn_in"):
+            return found[tap]
+        stream, modulation = (found[part] for part in _ingredients(tap))
+        return modulated(stream, modulation, discard)
+
+    @torch.inference_mode()
+    def network_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
+        """Run the transformer on (B, c, h, w) noisy latents, up to the deepest tap.
+
+        Beside the taps, ``block.N.modulation`` is known: (B, 2 C, 1, 1), shift and scale of the block's entrance.
+        ``attn_in`` is made by `maps` of the stream and this.
+        """
+        size = (int(latents.shape[-2]) // self.patch, int(latents.shape[-1]) // self.patch)
+        with reading({tap: self._reader(tap, size) for tap in taps}) as found:
+            self._run(latents.to(self.device, self.dtype), conditions)
+        return dict(found)
+
+    # -- taps -----------------------------------------------------------------------------------------------
+
+    def _reader(self, tap: str, size: tuple[int, int]) -> Reader:
+        _, number, *part = tap.split(".")
+        block = self._blocks[int(number)]
+        if not part:
+            return Reader(block, partial(_read_output, size))
+        if part[0] == "modulation":
+            if hasattr(block, "scale_shift_table"):  # PixArt: a table per block plus what all blocks share
+                return Reader(block, partial(_read_table, block), before=True)
+            norm = block.norm if hasattr(block, "norm") else block.norm1
+            return Reader(norm.linear, partial(_read_modulation, self._width))
+        return Reader(block if part[0] == "input" else block.ff, partial(_read_input, size), before=True)
+
+    # -- what the network is told ---------------------------------------------------------------------------
+
+    def _run(self, latents: Tensor, conditions: Conditions) -> None:
+        batch, time = len(latents), max(conditions.timestep, 0)
+        times = torch.full((batch,), float(time), device=self.device)
+        if self.kind == "DiTTransformer2DModel":
+            null = int(self.network.config.num_embeds_ada_norm)
+            label = null if conditions.label is None else conditions.label
+            if not 0 <= label <= null:
+                raise ValueError(f"{self.name} has the classes 0..{null - 1} (and {null}: none), got {label}")
+            labels = torch.full((batch,), label, device=self.device)
+            self.network(latents, timestep=times.long(), class_labels=labels)
+            return
+        embedding = self.embed(conditions.prompt)
+        context = embedding.context.to(latents).expand(batch, -1, -1)
+        if self.kind == "PixArtTransformer2DModel":
+            mask = None if embedding.mask is None else embedding.mask.to(self.device).expand(batch, -1)
+            self.network(
+                latents,
+                encoder_hidden_states=context,
+                encoder_attention_mask=mask,
+                timestep=times,
+                added_cond_kwargs=self._sizes(latents),
+            )
+            return
+        if embedding.pooled is None:
+            raise ValueError(f"{self.name} needs a pooled embedding, that of {conditions.prompt!r} has none")
+        told: dict[str, Any] = {
+            "encoder_hidden_states": context,
+            "pooled_projections": embedding.pooled.to(latents).expand(batch, -1),
+        }
+        if self.kind == "SD3Transformer2DModel":
+            self.network(latents, timestep=times, **told)
+            return
+        if self.network.config.guidance_embeds:
+            told["guidance"] = torch.full((batch,), conditions.guidance, device=self.device)
+        height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
+        self.network(
+            pack(latents),
+            timestep=times / 1000,
+            img_ids=places.to(latents),
+            txt_ids=torch.zeros(context.shape[1], 3).to(latents),
+            **told,
+        )
+
+    def _sizes(self, latents: Tensor) -> dict[str, Tensor | None]:
+        """PixArt-alpha's size conditions, where the model was trained with them."""
+        if not self.network.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = (side * self.stride for side in latents.shape[-2:])
+        resolution = torch.tensor([[float(height), float(width)]]).to(latents).expand(len(latents), -1)
+        return {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
+
+
+def modulated(stream: Tensor, modulation: Tensor, discard: Sequence[int] = ()) -> Tensor:
+    """AdaLN at a block's entrance: (1 + scale) LayerNorm(x) + shift, with some channels of x set to 0 first.
+
+    Set to 0 behind the LayerNorm instead, large channels would shrink all others.
+
+    Args:
+        stream: (B, C, h, w).
+        modulation: (B, 2 C, 1, 1), shift and scale.
+
+    Raises:
+        ValueError: a discarded channel does not exist.
+    """
+    channels = stream.shape[1]
+    if discard and not 0 <= min(discard) <= max(discard) < channels:
+        raise ValueError(f"channels to discard must be in 0..{channels - 1}, got {tuple(discard)}")
+    kept = stream.float().clone()
+    kept[:, list(discard)] = 0
+    normalised = F.layer_norm(kept.movedim(1, -1), (channels,), eps=NORM_EPS).movedim(-1, 1)
+    shift, scale = modulation.float().chunk(2, dim=1)
+    return ((1 + scale) * normalised + shift).to(stream.dtype)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """FLUX's tokens: (B, c, h, w) -> (B, h/2 * w/2, 4 c), 2 x 2 patches row by row, in them (c, row, column)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+
+def _ingredients(tap: str) -> tuple[str, ...]:
+    block = tap.removesuffix(".attn_in")
+    return (tap,) if block == tap else (f"{block}.input", f"{block}.modulation")
+
+
+def _to_map(size: tuple[int, int], tokens: Tensor) -> Tensor:
+    """The image's tokens, which stand behind those of the text, as (B, C, h, w)."""
+    return tokens[:, -size[0] * size[1] :].mT.unflatten(2, size)
+
+
+def _read_output(size: tuple[int, int], inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Tensor:
+    return _to_map(size, output if isinstance(output, Tensor) else output[-1])  # (text, image)
+
+
+def _read_input(size: tuple[int, int], inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
+    return _to_map(size, named["hidden_states"] if "hidden_states" in named else inputs[0])
+
+
+def _read_modulation(width: int, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
+    return output[:, : 2 * width, None, None]  # shift, scale, gate, ... in all these networks
+
+
+def _read_table(block: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
+    shared: Tensor = named["timestep"]
+    return (block.scale_shift_table + shared.unflatten(1, (6, -1)))[:, :2].flatten(1)[..., None, None]
