@@ -1,0 +1,54 @@
+"""The benchmarks run and compare equal things; what they time is for people to look at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from diffrep.eval.benchmarks.__main__ import BENCHMARKS, main
+from diffrep.eval.benchmarks.features import FeaturesBenchmark
+from diffrep.eval.benchmarks.timing import Row, Timing, interleave, table
+
+
+@pytest.fixture(autouse=True)
+def _restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_extraction_computes_less_and_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = FeaturesBenchmark(side=64, images=3, repeats=1).run()
+    assert [row.claim.split(",")[0] for row in rows] == ["one image", "one image", "a pair", "3 images in all 3 pairs"]
+    for row in rows:
+        difference = float(re.findall(r"difference (\S+)", row.equality)[0])
+        assert difference < 1e-4
+        plain, ours = map(float, re.findall(r"GFLOP (\S+) against (\S+)", row.flops)[0])
+        assert ours < 0.9 * plain
+    assert float(re.findall(r"\((\S+)x\)", rows[1].flops)[0]) > 2.4  # the ensemble encodes its image once
+    printed = capsys.readouterr().out
+    assert all(row.claim in printed for row in rows)
+
+
+def test_sides_take_turns() -> None:
+    order: list[str] = []
+    times = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=3, warmups=1)
+    assert order == ["a", "b"] * 4
+    assert set(times) == {"a", "b"}
+    assert all(t.low <= t.median <= t.high for t in times.values())
+
+
+def test_the_table_puts_the_ratio_first() -> None:
+    row = Row("a claim", Timing(3.0, 2.9, 3.1), Timing(1.5, 1.4, 1.6), "equal", "GFLOP 2 against 1")
+    assert row.ratio == 2.0
+    assert "2.00x" in table([row]).splitlines()[1]
+
+
+def test_an_unknown_benchmark_lists_the_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nothing"]) == 2
+    text = capsys.readouterr().err
+    assert all(name in text for name in BENCHMARKS)
