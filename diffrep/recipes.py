@@ -2,22 +2,45 @@
 
 A `Recipe` names the backbones, how each reads an image, how their maps are fused and how descriptors are
 matched. `Correspondence` runs one: it holds the loaded backbones and gives descriptors and matches.
+
+Published systems have their names in `RECIPES`; a recipe of one's own is a `Recipe`, or a TOML file with the same
+fields:
+
+    name = "mine"
+
+    [[readings]]
+    backbone = "sd2.1"
+    extract = {taps = ["up.1"], timestep = 261, sizing = {mode = "squash", size = 768}}
+
+    [[fusion.parts]]
+    taps = ["up.1"]
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones import Backbone, FreeU, load_backbone
 from diffrep.features import ExtractConfig, FeatureMaps, extract_each
-from diffrep.fusion import Descriptors, Fusion, Part, fuse
-from diffrep.images import ImageLike
-from diffrep.matching import DenseMatches, Matches, MatchConfig, match_dense, match_points
+from diffrep.fusion import GEOAWARE_ZERO_SHOT, SD_DINO, SD_TAPS, Descriptors, Fusion, Part, fuse
+from diffrep.images import ImageLike, Sizing
+from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CATEGORY = "{category}"  # in a prompt: stands for the name of the image's category; without one the prompt is ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,19 +62,215 @@ class Recipe:
     source: str = ""  # paper and code that it follows
 
 
-RECIPES: dict[str, Recipe] = {}
+PAPERS = {
+    "dift": "Emergent Correspondence from Image Diffusion (arXiv:2306.03881), Tsingularity/dift",
+    "sd-dino": "A Tale of Two Features (arXiv:2305.15347), Junyi42/sd-dino, without its captioner",
+    "geoaware": "Telling Left from Right (arXiv:2311.17034), Junyi42/GeoAware-SC, zero-shot",
+    "cleandift": "CleanDIFT (arXiv:2412.03439), CompVis/cleandift",
+    "hyperfeatures": "Diffusion Hyperfeatures (arXiv:2305.14334), diffusion-hyperfeatures/diffusion_hyperfeatures",
+    "ditf": "DiTF (arXiv:2505.18584), ganchaofan0000/DiTF, without its captioner; sides are padded to multiples of 16",
+}
+PIXELS = MatchConfig(mode="pixel")
+_SQUARE_960 = Sizing("pad", 960, resample="lanczos")
+_DINO = Reading(
+    backbone="dinov2-base",
+    extract=ExtractConfig(taps=("layer.11",), sizing=Sizing("pad", 840, resample="lanczos", multiple=14)),
+)
+
+
+def _windows(backbone: str, **settings: Any) -> Reading:
+    """Stable Diffusion over a black square of 960, in four windows of 512, as sd-dino runs it."""
+    shared: dict[str, Any] = {"taps": SD_TAPS, "sizing": _SQUARE_960, "window": 512, "posterior": "mean", "seed": 42}
+    return Reading(backbone=backbone, extract=ExtractConfig(**{"ensemble": 1, **shared, **settings}))
+
+
+RECIPES: dict[str, Recipe] = {
+    entry.name: entry
+    for entry in (
+        Recipe(
+            name="tiny",
+            readings=(
+                Reading(backbone="tiny", extract=ExtractConfig(taps=("up.2.resnet.0",))),
+                Reading(backbone="tiny-dino", extract=ExtractConfig(taps=("layer.4",))),
+            ),
+            fusion=Fusion.of("up.2.resnet.0", "layer.4"),
+            source="the embedded pair of backbones, side by side",
+        ),
+        Recipe(
+            name="dift",
+            readings=(
+                Reading(
+                    backbone="sd2.1",
+                    extract=ExtractConfig(
+                        taps=("up.1",),
+                        sizing=Sizing("squash", 768),
+                        timestep=261,
+                        ensemble=8,
+                        posterior="sample",
+                        prompt=f"a photo of a {CATEGORY}",
+                    ),
+                ),
+            ),
+            fusion=Fusion.of("up.1"),
+            matching=PIXELS,
+            source=PAPERS["dift"],
+        ),
+        Recipe(
+            name="dift-adm",
+            readings=(
+                Reading(
+                    backbone="256x256_diffusion_uncond.pt",
+                    extract=ExtractConfig(
+                        taps=("block.24",), sizing=Sizing("squash", 512), timestep=101, ensemble=8
+                    ),
+                ),
+            ),
+            fusion=Fusion.of("block.24"),
+            matching=PIXELS,
+            source=PAPERS["dift"],
+        ),
+        Recipe(
+            name="sd-dino",
+            readings=(_windows("sd1.5", timestep=100, prompt=f"a photo of {CATEGORY}"), _DINO),
+            fusion=SD_DINO,
+            source=PAPERS["sd-dino"],
+        ),
+        Recipe(
+            name="geoaware",
+            readings=(_windows("sd1.5", timestep=50, freeu=FreeU(), prompt=f"a photo of {CATEGORY}"), _DINO),
+            fusion=GEOAWARE_ZERO_SHOT,
+            matching=MatchConfig(mode="soft", window=5),
+            source=PAPERS["geoaware"],
+        ),
+        Recipe(
+            name="cleandift",
+            readings=(
+                Reading(
+                    backbone="cleandift-sd2.1",
+                    extract=ExtractConfig(
+                        taps=("up.1",),
+                        sizing=Sizing("squash", 768),
+                        timestep=261,
+                        clean=True,
+                        ensemble=1,
+                        posterior="mean",
+                        prompt=f"A photo of a {CATEGORY}",
+                    ),
+                ),
+            ),
+            fusion=Fusion.of("up.1"),
+            matching=PIXELS,
+            source=PAPERS["cleandift"],
+        ),
+        Recipe(
+            name="cleandift-sd-dino",
+            readings=(
+                _windows("cleandift-sd1.5", timestep=261, clean=True, prompt=f"A photo of a {CATEGORY}"),
+                _DINO,
+            ),
+            fusion=SD_DINO,
+            source=f"{PAPERS['cleandift']}; {PAPERS['sd-dino']}",
+        ),
+        Recipe(
+            name="hyperfeatures",
+            readings=(
+                Reading(
+                    backbone="hyperfeatures",  # say the trained weights: "hyperfeatures:FILE"
+                    extract=ExtractConfig(
+                        taps=("hyperfeatures",), sizing=Sizing("squash", 512, resample="bilinear"), posterior="sample"
+                    ),
+                ),
+            ),
+            fusion=Fusion.of("hyperfeatures"),
+            matching=PIXELS,
+            source=PAPERS["hyperfeatures"],
+        ),
+        Recipe(
+            name="ditf",
+            readings=(
+                Reading(
+                    backbone="flux.1-dev",
+                    extract=ExtractConfig(
+                        taps=("block.28.attn_in",),
+                        sizing=Sizing("fit", 640, multiple=16),
+                        timestep=260,
+                        ensemble=8,
+                        posterior="sample",
+                        discard=(154, 1446),
+                        prompt=f"a photo of a {CATEGORY}",
+                    ),
+                ),
+            ),
+            fusion=Fusion.of("block.28.attn_in"),
+            matching=PIXELS,
+            source=PAPERS["ditf"],
+        ),
+    )
+}
 
 
 def recipe(name: str) -> Recipe:
-    """A recipe by its name.
+    """A recipe by its name, or from a TOML file.
 
     Raises:
-        ValueError: there is no such recipe; the message lists the near names.
+        ValueError: there is no such recipe (the message lists the near names), or the file is none.
     """
+    if name.endswith(".toml"):
+        return load_recipe(Path(name))
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=4) or sorted(RECIPES)
         raise ValueError(f"there is no recipe {name!r}; near names: {', '.join(near)}")
     return RECIPES[name]
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from a TOML file.
+
+    Raises:
+        ValueError: the file is missing, no TOML, or has a setting that does not exist; named.
+    """
+    try:
+        made = _made(Recipe, tomllib.loads(path.read_text()), "")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError) as error:  # TOML's own errors are ValueErrors
+        raise ValueError(f"{path}: {error}") from None
+    assert isinstance(made, Recipe)
+    return made
+
+
+def _made(kind: Any, value: Any, where: str) -> Any:
+    """What TOML gives, tables and lists, as the type that a field has."""
+    if get_origin(kind) in (Union, UnionType):
+        if isinstance(value, list | dict):  # the tuple or dataclass among the types, which differ in nothing else
+            kind = next((k for k in get_args(kind) if is_dataclass(k) or get_origin(k) is tuple), kind)
+            return value if get_origin(kind) in (Union, UnionType) else _made(kind, value, where)
+        kinds = [k for k in get_args(kind) if k not in (NoneType,)]
+        return _made(kinds[0], value, where) if len(kinds) == 1 else value
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a table of the settings of {kind.__name__}, got {value!r}")
+        known = {f.name: f for f in fields(kind)}
+        if unknown := sorted(set(value) - set(known)):
+            raise ValueError(f"{where or kind.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
+        hints = get_type_hints(kind)
+        return kind(**{key: _made(hints[key], v, f"{where}.{key}".lstrip(".")) for key, v in value.items()})
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, got {value!r}")
+        kinds = get_args(kind)
+        inner = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
+        if len(inner) != len(value):
+            raise ValueError(f"{where} must have {len(inner)} entries, got {value!r}")
+        return tuple(_made(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is not kind:
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    choices = get_args(kind)
+    if choices and value not in choices:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
 
 
 class Correspondence:
@@ -83,7 +302,7 @@ class Correspondence:
     ) -> Iterator[tuple[FeatureMaps, ...]]:
         """All features of each image, one entry per backbone; every image is read once."""
         streams = [
-            extract_each(backbone, images, reading.extract, progress=progress)
+            extract_each(backbone, images, _without_category(reading.extract), progress=progress)
             for backbone, reading in zip(self.backbones, self.recipe.readings, strict=True)
         ]
         return zip(*streams, strict=True)
@@ -111,6 +330,10 @@ class Correspondence:
         """Where every location of one image lies in the other."""
         a, b = self.describe(source, target)
         return match_dense(a, b, self.recipe.matching)
+
+
+def _without_category(extract: ExtractConfig) -> ExtractConfig:
+    return replace(extract, prompt="") if CATEGORY in extract.prompt else extract
 
 
 def reading_of(backbone: Backbone, extract: ExtractConfig, matching: MatchConfig) -> Recipe:

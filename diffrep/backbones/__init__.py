@@ -16,7 +16,7 @@ from diffrep.backbones.freeu import FreeU
 from diffrep.backbones.gdf import gdf_tap
 from diffrep.backbones.hyperfeatures import Hyperfeatures, Trajectory
 from diffrep.backbones.latent_diffusion import LatentDiffusion
-from diffrep.backbones.loading import load_backbone
+from diffrep.backbones.loading import load_backbone, load_cleandift
 from diffrep.backbones.noise import draw_noise
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.text import PromptEmbedding
@@ -47,4 +47,5 @@ __all__ = [
     "gdf_tap",
     "load_adm",
     "load_backbone",
+    "load_cleandift",
 ]

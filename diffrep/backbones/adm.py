@@ -165,10 +165,8 @@ def _inferred(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
     def upsamples(index: int) -> bool:
         block = f"output_blocks.{index}."
-        return any(
-            k.startswith(block) and not k.startswith(f"{block}0.") and k.endswith((".in_layers.2.weight", ".conv.weight"))
-            for k in shapes
-        )
+        behind = [k for k in shapes if k.startswith(block) and not k.startswith(f"{block}0.")]
+        return any(k.endswith((".in_layers.2.weight", ".conv.weight")) for k in behind)
 
     blocks = count("output")
     layers = next((i for i in range(blocks) if upsamples(i)), blocks - 1)

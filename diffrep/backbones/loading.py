@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones.adm import load_adm
+from diffrep.backbones.aggregation import AggregationNetwork
 from diffrep.backbones.base import Backbone, BackboneError, Conditions, Recommended, check_weights, default_dtype
+from diffrep.backbones.hyperfeatures import Hyperfeatures
 from diffrep.backbones.latent_diffusion import LatentDiffusion
-from diffrep.backbones.text import TextEncoders
+from diffrep.backbones.latents import LatentBackbone
+from diffrep.backbones.text import PipelineText, TextEncoders
+from diffrep.backbones.transformers import FLOW, KINDS, DiffusionTransformer
 from diffrep.backbones.vit import PositionRule, VisionTransformer, dinov2_backbone, timm_backbone
 from diffrep.images import Sizing
 
@@ -37,6 +41,14 @@ HUB = {  # short name -> hub id of a diffusers folder
     "sd-turbo": "stabilityai/sd-turbo",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
     "sdxl-turbo": "stabilityai/sdxl-turbo",
+    "sd3.5-medium": "stabilityai/stable-diffusion-3.5-medium",
+    "flux.1-dev": "black-forest-labs/FLUX.1-dev",
+    "pixart-alpha": "PixArt-alpha/PixArt-XL-2-512x512",
+    "dit": "facebook/DiT-XL-2-512",
+}
+CLEANDIFT = {  # short name -> the model whose U-Net it replaces, the file at CompVis/cleandift
+    "cleandift-sd1.5": ("sd1.5", "cleandift_sd15_unet.safetensors"),
+    "cleandift-sd2.1": ("sd2.1", "cleandift_sd21_unet.safetensors"),
 }
 TIMM = {  # short name -> timm architecture with its weights
     "dino-small": "vit_small_patch8_224.dino",
@@ -93,8 +105,10 @@ def load_backbone(
     except OSError as error:  # what the hub clients raise when something cannot be fetched
         raise BackboneError(f"{name}: cannot be loaded ({str(error).splitlines()[0]})") from None
     modules = [backbone.network]
-    if isinstance(backbone, LatentDiffusion):
+    if isinstance(backbone, LatentBackbone):
         modules.append(backbone.vae)
+    if isinstance(backbone, Hyperfeatures):
+        modules += [backbone.base.vae, backbone.aggregation]
     for module in modules:
         check_weights(module, name)
         module.to(device)
@@ -118,8 +132,8 @@ def _find(
 ) -> Backbone:
     path = MODELS / name if name in EMBEDDED else Path(name)
     if path.is_dir():
-        if (path / "model_index.json").is_file() or (path / "unet").is_dir():
-            return load_diffusers(str(path), device=device, dtype=dtype, variant=variant, name=name)
+        if (path / "model_index.json").is_file() or (path / "unet").is_dir() or (path / "transformer").is_dir():
+            return _load_pipeline(str(path), device=device, dtype=dtype, variant=variant, name=name)
         if (path / "open_clip_config.json").is_file():
             return _load_open_clip(f"local-dir:{path}", None, name=name, stride=stride)
         if (path / "config.json").is_file():
@@ -138,7 +152,27 @@ def _find(
             raise BackboneError(f"{path}: is a file, but no checkpoint (.pt, .pth, .safetensors); give a folder")
         return load_adm(path, adm, name=name)
     if name in HUB:
-        return load_diffusers(HUB[name], device=device, dtype=dtype, variant=variant, name=name)
+        return _load_pipeline(HUB[name], device=device, dtype=dtype, variant=variant, name=name)
+    if name in CLEANDIFT:
+        from huggingface_hub import hf_hub_download
+
+        base, file = CLEANDIFT[name]
+        weights = Path(hf_hub_download("CompVis/cleandift", file))
+        return load_cleandift(HUB[base], weights, device=device, dtype=dtype, name=name)
+    kind, _, weights_file = name.partition(":")
+    if kind == "hyperfeatures":
+        if not Path(weights_file).is_file():
+            raise BackboneError(
+                f"{name}: needs the trained aggregation network: hyperfeatures:FILE, with weights for sd1.5"
+                + (f"; there is no file {weights_file}" if weights_file else "")
+            )
+        aggregation = AggregationNetwork.load(Path(weights_file))
+        base_model = load_diffusers(HUB["sd1.5"], device=device, dtype=dtype, variant=variant)
+        return Hyperfeatures(base_model, aggregation, name=name)
+    if path.suffix in (".pt", ".pth", ".safetensors"):
+        raise BackboneError(
+            f"{path}: there is no such file; openai/guided-diffusion's README has the links to its checkpoints"
+        )
     if name in TIMM or name.startswith("timm:"):
         architecture = TIMM.get(name) or name.removeprefix("timm:")
         return _load_timm(architecture, name=name, stride=stride)
@@ -147,12 +181,82 @@ def _find(
         return _load_open_clip(model, pretrained or None, name=name, stride=stride)
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return _load_hub_id(name, device=device, dtype=dtype, stride=stride, variant=variant)
-    known = [*EMBEDDED, *HUB, *TIMM]
+    known = [*EMBEDDED, *HUB, *CLEANDIFT, *TIMM]
     near = difflib.get_close_matches(name, known, n=3) or known
     raise BackboneError(
         f"{name}: no such folder and no known backbone; near names: {', '.join(near)}; or give a folder, a hub id,"
         " timm:NAME or open_clip:MODEL/PRETRAINED"
     )
+
+
+def _load_pipeline(
+    source: str, *, device: torch.device, dtype: torch.dtype, variant: str | None, name: str
+) -> LatentDiffusion | DiffusionTransformer:
+    """A diffusers folder or hub id with a U-Net or a transformer."""
+    index = _read_json(source, "model_index.json", required=False)
+    if "transformer" in index or (Path(source) / "transformer").is_dir():
+        return load_transformer(source, device=device, dtype=dtype, variant=variant, name=name)
+    return load_diffusers(source, device=device, dtype=dtype, variant=variant, name=name)
+
+
+def load_transformer(
+    source: str, *, device: torch.device, dtype: torch.dtype, variant: str | None = None, name: str | None = None
+) -> DiffusionTransformer:
+    """Load transformer, VAE encoder and schedule of a FLUX, SD3, PixArt or DiT folder or hub id.
+
+    Raises:
+        BackboneError: a component is missing or of an unknown kind, or its weights are no safetensors or do not fit.
+    """
+    import diffusers
+
+    name = name or source
+    index = _read_json(source, "model_index.json", required=False)
+    kind = _read_json(source, "transformer/config.json").get("_class_name")
+    if kind not in KINDS:
+        raise BackboneError(f"{source}: a {kind} cannot be tapped; known are {', '.join(KINDS)}")
+    transformer = _load_component(getattr(diffusers, kind), source, "transformer", dtype, variant)
+    vae = _load_component(diffusers.AutoencoderKL, source, "vae", dtype, variant)
+    vae.decoder = None  # extraction only encodes: give its memory back
+    vae.post_quant_conv = None
+    schedule = None if kind in FLOW else _alphas_cumprod(_read_json(source, "scheduler/scheduler_config.json"))
+    has_text = any(isinstance(c, list) and c[0] for p, c in index.items() if p.startswith("text_encoder"))
+    text = PipelineText(source, str(index["_class_name"]), device=device, dtype=dtype) if has_text else None
+    return DiffusionTransformer(transformer, vae, schedule, text=text, name=name, source=source)
+
+
+def load_cleandift(
+    base: str | os.PathLike[str],
+    weights: Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    name: str = "cleandift",
+) -> LatentDiffusion:
+    """Stable Diffusion with CleanDIFT's U-Net, which wants the image without noise and t = 261.
+
+    Args:
+        base: folder or hub id of the model that was fine-tuned.
+        weights: state dict of the U-Net, diffusers' names, safetensors.
+
+    Raises:
+        BackboneError: the weights do not fit the base's U-Net.
+    """
+    device = torch.device(device)
+    backbone = load_diffusers(os.fspath(base), device=device, dtype=dtype or default_dtype(device), name=name)
+    try:
+        backbone.network.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise BackboneError(f"{weights}: does not fit the U-Net of {base} ({_one_line(error)})") from None
+    check_weights(backbone.network, str(weights))
+    backbone.network.to(device)
+    backbone.vae.to(device)
+    backbone.source = f"{backbone.source} with {weights.name}"
+    backbone.recommended = Recommended(
+        taps=backbone.recommended.taps,
+        sizing=backbone.recommended.sizing,
+        conditions=Conditions(timestep=261, clean=True, posterior="mean"),
+    )
+    return backbone
 
 
 def load_diffusers(
@@ -370,7 +474,7 @@ def _load_hub_id(
 ) -> Backbone:
     """A hub id: a diffusers folder if it has an index, else whatever its config says."""
     if _read_json(name, "model_index.json", required=False):
-        return load_diffusers(name, device=device, dtype=dtype, variant=variant)
+        return _load_pipeline(name, device=device, dtype=dtype, variant=variant, name=name)
     if _read_json(name, "open_clip_config.json", required=False):
         return _load_open_clip(f"hf-hub:{name}", None, name=name, stride=stride)
     config = _read_json(name, "config.json")
@@ -386,7 +490,7 @@ def _compile_blocks(backbone: Backbone) -> None:
     """
     kinds = {"ResnetBlock2D", "BasicTransformerBlock", "Block", "EvaBlock", "ResidualAttentionBlock"}
     modules = [m for m in backbone.network.modules() if type(m).__name__ in kinds]
-    if isinstance(backbone, LatentDiffusion):
+    if isinstance(backbone, LatentBackbone):
         modules.append(backbone.vae.encoder)
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,3 +105,45 @@ class TextEncoders:
         output = encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=penultimate)
         # the first output: last_hidden_state, or for a model with projection its text_embeds
         return (output.hidden_states[-2] if penultimate else output[0]), output[0]
+
+
+class PipelineText:
+    """The text encoders of FLUX, SD3 and PixArt folders, through the pipeline that belongs to the folder.
+
+    They are loaded when a new prompt comes and freed after.
+
+    Args:
+        source: local folder or hub id.
+        pipeline: class of the pipeline, as in ``model_index.json``.
+    """
+
+    def __init__(self, source: str, pipeline: str, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.pipeline, self.device, self.dtype = source, pipeline, device, dtype
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
+        """Encode prompts, each on its own, as the pipeline does it for generation without guidance."""
+        import diffusers
+
+        with _no_progress_bar():
+            loaded = getattr(diffusers, self.pipeline).from_pretrained(
+                self.source, transformer=None, vae=None, torch_dtype=self.dtype, use_safetensors=True
+            )
+        loaded.to(self.device)
+        return {prompt: self._embedding(loaded, prompt) for prompt in prompts}
+
+    def _embedding(self, loaded: Any, prompt: str) -> PromptEmbedding:
+        if self.pipeline.startswith("Flux"):
+            context, pooled, _ = loaded.encode_prompt(prompt=prompt, prompt_2=None, device=self.device)
+            return PromptEmbedding(context, pooled)
+        if self.pipeline.startswith("StableDiffusion3"):
+            context, _, pooled, _ = loaded.encode_prompt(
+                prompt=prompt, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False
+            )
+            return PromptEmbedding(context, pooled)
+        if self.pipeline.startswith("PixArt"):
+            context, mask, _, _ = loaded.encode_prompt(
+                prompt, device=self.device, do_classifier_free_guidance=False
+            )
+            return PromptEmbedding(context, mask=mask)
+        raise BackboneError(f"{self.source}: how a {self.pipeline} encodes prompts is not known here")

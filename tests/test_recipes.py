@@ -1,0 +1,196 @@
+"""Recipes by name and from files, and what the published ones cost at their real sizes (on meta tensors)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffrep.backbones import (
+    Backbone,
+    BackboneError,
+    FreeU,
+    LatentDiffusion,
+    PromptEmbedding,
+    VisionTransformer,
+    load_backbone,
+    load_cleandift,
+)
+from diffrep.features import ExtractConfig, extract_each
+from diffrep.fusion import Fusion
+from diffrep.images import Sizing
+from diffrep.matching import MatchConfig
+from diffrep.recipes import RECIPES, Correspondence, Reading, Recipe, load_recipe, recipe
+
+IMAGE = torch.rand(3, 120, 90, generator=torch.Generator().manual_seed(0)).movedim(0, -1).numpy()
+OWN = """
+name = "own"
+source = "a test"
+
+[[readings]]
+backbone = "sd2.1"
+
+[readings.extract]
+taps = ["up.1", "mid"]
+timestep = 100
+sizing = {mode = "squash", size = [64, 96]}
+freeu = {deep_input = 2}
+
+[[fusion.parts]]
+taps = ["up.1"]
+weight = 2
+
+[matching]
+mode = "soft"
+window = 3
+"""
+
+
+def test_published_systems_have_names() -> None:
+    names = "dift dift-adm sd-dino geoaware cleandift cleandift-sd-dino hyperfeatures ditf tiny"
+    assert set(RECIPES) == set(names.split())
+    for name, entry in RECIPES.items():
+        assert entry.name == name
+        assert entry.source
+        read = [tap for reading in entry.readings for tap in reading.extract.taps or ()]
+        used = [tap for part in entry.fusion.parts for tap in part.taps]
+        assert sorted(read) == sorted(used), "every tap that is read is used"
+
+
+def test_a_wrong_name_lists_the_near_ones() -> None:
+    with pytest.raises(ValueError, match="no recipe 'sddino'; near names: sd-dino"):
+        recipe("sddino")
+
+
+def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(OWN)
+    own = recipe(str(file))
+    assert own == Recipe(
+        name="own",
+        source="a test",
+        readings=(
+            Reading(
+                backbone="sd2.1",
+                extract=ExtractConfig(
+                    taps=("up.1", "mid"),
+                    timestep=100,
+                    sizing=Sizing("squash", (64, 96)),
+                    freeu=FreeU(deep_input=2.0),
+                ),
+            ),
+        ),
+        fusion=Fusion.of("up.1", weights=[2.0]),
+        matching=MatchConfig(mode="soft", window=3),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("timestep", "timestop"), "extract has no timestop; it has taps"),
+        (("100", '"100"'), "extract.timestep must be of type int"),
+        (('"soft"', '"hard"'), "matching.mode must be one of 'cell'"),
+        (("timestep = 100", "timestep = 4000"), None),
+        (('["up.1", "mid"]', '"up.1"'), "taps must be"),
+        (("[matching]", "[matching"), "own.toml"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, change: tuple[str, str], message: str | None) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(OWN.replace(*change, 1))
+    if message is None:  # a value that only the backbone's conditions can judge
+        assert load_recipe(file).readings[0].extract.timestep == 4000
+        return
+    with pytest.raises(ValueError, match=message):
+        load_recipe(file)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_recipe(tmp_path / "none.toml")
+
+
+def test_sd_dinos_recipe_runs_at_a_small_size(sd_folder: Path, vit_folder: Path) -> None:
+    """All of it: windows, both backbones at their own sizes, joint PCA, matching; without a category no prompt."""
+    full = recipe("sd-dino")
+    sd, dino = full.readings
+    small = replace(
+        full,
+        readings=(
+            replace(sd, extract=replace(sd.extract, sizing=Sizing("pad", 192), window=128)),
+            replace(dino, extract=replace(dino.extract, taps=("layer.2",), sizing=Sizing("pad", 96))),
+        ),
+        fusion=replace(
+            full.fusion,
+            parts=(
+                replace(full.fusion.parts[0], dims=(4, 8, 8)),
+                replace(full.fusion.parts[1], taps=("layer.2",)),
+            ),
+        ),
+    )
+    backbones = {"sd1.5": load_backbone(sd_folder), "dinov2-base": load_backbone(vit_folder)}
+    run = Correspondence(small, backbones=backbones)
+    own, mirrored = run.describe(IMAGE, IMAGE)
+    assert own.size == (12, 12)
+    torch.testing.assert_close(own.vectors(), mirrored.vectors())
+    assert set(backbones["sd1.5"]._prompts) == {""}  # type: ignore[attr-defined]  # what was encoded
+    points = torch.tensor([[20.0, 60.0], [70.0, 30.0]])
+    matches = run.match(IMAGE, IMAGE, points)
+    assert (matches.points - points).abs().max() <= 120 / 12  # a cell
+
+
+def test_cleandift_takes_the_place_of_a_unet(sd_folder: Path, tmp_path: Path) -> None:
+    base = load_backbone(sd_folder)
+    weights = {key: value + 0.01 for key, value in base.network.state_dict().items()}
+    save_file(weights, tmp_path / "unet.safetensors")
+    tuned = load_cleandift(sd_folder, tmp_path / "unet.safetensors")
+    assert torch.equal(tuned.network.state_dict()["conv_in.bias"], weights["conv_in.bias"])
+    assert tuned.recommended.conditions.clean
+    assert tuned.recommended.conditions.timestep == 261
+    save_file({"conv_in.bias": weights["conv_in.bias"]}, tmp_path / "part.safetensors")
+    with pytest.raises(BackboneError, match="does not fit the U-Net"):
+        load_cleandift(sd_folder, tmp_path / "part.safetensors")
+
+
+def meta_sd(context: int, heads: int | list[int]) -> LatentDiffusion:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=context, attention_head_dim=heads)
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+    backbone = LatentDiffusion(unet, vae, torch.linspace(0.999, 0.005, 1000))
+    backbone.embed("", PromptEmbedding(torch.empty(1, 77, context, device="meta")))
+    return backbone
+
+
+def meta_dinov2() -> VisionTransformer:
+    import timm
+
+    with torch.device("meta"):
+        network = timm.create_model("vit_base_patch14_dinov2", dynamic_img_size=True, num_classes=0)
+    return VisionTransformer(network)
+
+
+def teraflops(name: str, *backbones: Backbone) -> float:
+    """Of everything that a recipe reads of one image."""
+    with FlopCounterMode(display=False) as counter:
+        for backbone, reading in zip(backbones, recipe(name).readings, strict=True):
+            list(extract_each(backbone, [IMAGE], replace(reading.extract, prompt="")))
+    return float(counter.get_total_flops()) / 1e12
+
+
+def test_sd_dino_costs_less_than_half_of_the_official_code() -> None:
+    cost = teraflops("sd-dino", meta_sd(768, 8), meta_dinov2())
+    assert 7.0 < cost <= 9.3  # official: 20.4
+
+
+def test_cleandift_ends_at_its_tap() -> None:
+    cost = teraflops("cleandift", meta_sd(1024, [5, 10, 20, 20]))
+    assert 3.6 < cost < 3.75  # 3.7; the whole U-Net: 4.76
