@@ -120,9 +120,7 @@ RECIPES: dict[str, Recipe] = {
             readings=(
                 Reading(
                     backbone="256x256_diffusion_uncond.pt",
-                    extract=ExtractConfig(
-                        taps=("block.24",), sizing=Sizing("squash", 512), timestep=101, ensemble=8
-                    ),
+                    extract=ExtractConfig(taps=("block.24",), sizing=Sizing("squash", 512), timestep=101, ensemble=8),
                 ),
             ),
             fusion=Fusion.of("block.24"),
@@ -293,13 +291,10 @@ class Correspondence:
         self.recipe = recipe(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
         given = dict(backbones or {})
         self.backbones = [
-            given.get(r.backbone) or load_backbone(r.backbone, device=device, dtype=dtype)
-            for r in self.recipe.readings
+            given.get(r.backbone) or load_backbone(r.backbone, device=device, dtype=dtype) for r in self.recipe.readings
         ]
 
-    def features(
-        self, images: Sequence[ImageLike], *, progress: bool = False
-    ) -> Iterator[tuple[FeatureMaps, ...]]:
+    def features(self, images: Sequence[ImageLike], *, progress: bool = False) -> Iterator[tuple[FeatureMaps, ...]]:
         """All features of each image, one entry per backbone; every image is read once."""
         streams = [
             extract_each(backbone, images, _without_category(reading.extract), progress=progress)
@@ -311,9 +306,7 @@ class Correspondence:
         """Descriptors of images that are compared with each other (a joint PCA sees all of them)."""
         return fuse(list(self.features(images)), self.recipe.fusion)
 
-    def match(
-        self, source: ImageLike, target: ImageLike, points: Tensor | Sequence[Sequence[float]]
-    ) -> Matches:
+    def match(self, source: ImageLike, target: ImageLike, points: Tensor | Sequence[Sequence[float]]) -> Matches:
         """Where points of one image lie in the other.
 
         Args:
@@ -348,6 +341,4 @@ def alone(whole: Recipe, number: int, name: str) -> Recipe:
     reading = whole.readings[number]
     taps = set(reading.extract.taps or ())
     parts: tuple[Part, ...] = tuple(part for part in whole.fusion.parts if set(part.taps) <= taps)
-    return replace(
-        whole, name=name, readings=(reading,), fusion=replace(whole.fusion, parts=parts, reference=None)
-    )
+    return replace(whole, name=name, readings=(reading,), fusion=replace(whole.fusion, parts=parts, reference=None))

@@ -210,9 +210,7 @@ class Hyperfeatures(Backbone):
         total: Tensor | None = None
         context = context.to(latents)
         unconditional = None if unconditional is None else unconditional.to(latents)
-        steps = follow(
-            self.base, latents, self.read, self.trajectory, context=context, unconditional=unconditional
-        )
+        steps = follow(self.base, latents, self.read, self.trajectory, context=context, unconditional=unconditional)
         for step in steps:
             for layer, tap in enumerate(self.read if step.maps else ()):
                 resized = F.interpolate(step.maps.pop(tap), size=size, mode="bilinear", align_corners=False)

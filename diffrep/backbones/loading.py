@@ -352,7 +352,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _local_variant(folder: Path) -> str | None:
-    """"fp16" where a folder has only ``diffusion_pytorch_model.fp16.safetensors``."""
+    """ "fp16" where a folder has only ``diffusion_pytorch_model.fp16.safetensors``."""
     names = [p.name for p in folder.glob("diffusion_pytorch_model*.safetensors*")]
     if any(n.startswith(("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-")) for n in names):
         return None
@@ -390,9 +390,7 @@ def _only_weights(folder: Path) -> Path:
     return files[0]
 
 
-def _load_vit_folder(
-    folder: Path, config: Mapping[str, Any], *, name: str, stride: int | None
-) -> VisionTransformer:
+def _load_vit_folder(folder: Path, config: Mapping[str, Any], *, name: str, stride: int | None) -> VisionTransformer:
     """timm's hub layout (``architecture``, ``model_args``, ``pretrained_cfg``) or a DINOv2 checkpoint."""
     if config.get("time_embedding_type") == "adm":
         raise BackboneError(

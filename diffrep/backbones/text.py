@@ -142,8 +142,6 @@ class PipelineText:
             )
             return PromptEmbedding(context, pooled)
         if self.pipeline.startswith("PixArt"):
-            context, mask, _, _ = loaded.encode_prompt(
-                prompt, device=self.device, do_classifier_free_guidance=False
-            )
+            context, mask, _, _ = loaded.encode_prompt(prompt, device=self.device, do_classifier_free_guidance=False)
             return PromptEmbedding(context, mask=mask)
         raise BackboneError(f"{self.source}: how a {self.pipeline} encodes prompts is not known here")

@@ -37,26 +37,20 @@ def check_dift_sd_taps(folder: Path, case: dict[str, Any]) -> None:
         pixels = stack_pixels([fit_image(image, sizing)[0]])
 
         embeds = backbone.embed(run["prompt"]).context
-        assert_within(
-            embeds, expected[f"{name}.prompt_embeds"], atol=tolerance["prompt_embeds"], what="prompt"
-        )
+        assert_within(embeds, expected[f"{name}.prompt_embeds"], atol=tolerance["prompt_embeds"], what="prompt")
         mean, std = backbone.encode(pixels)
         assert list(mean.shape[-2:]) == run["latent_hw"]
         assert_within(mean, expected[f"{name}.posterior_mean"], atol=tolerance["posterior"], what="mean")
         assert_within(std, expected[f"{name}.posterior_std"], atol=tolerance["posterior"], what="std")
         posterior_noise, noise = given[f"{name}.posterior_eps"], given[f"{name}.noise"]
         latents = backbone.noisy_latents(mean, std * posterior_noise, noise, run["t"])
-        assert_within(
-            latents, expected[f"{name}.noisy_latents"], atol=tolerance["noisy_latents"], what="noisy latents"
-        )
+        assert_within(latents, expected[f"{name}.noisy_latents"], atol=tolerance["noisy_latents"], what="noisy latents")
 
         indices = run["up_ft_index"] if isinstance(run["up_ft_index"], list) else [run["up_ft_index"]]
         maps = backbone.maps(
             pixels,
             [f"up.{k}" for k in indices],
-            Conditions(
-                timestep=run["t"], prompt=run["prompt"], ensemble=run["ensemble_size"], posterior="sample"
-            ),
+            Conditions(timestep=run["t"], prompt=run["prompt"], ensemble=run["ensemble_size"], posterior="sample"),
             posterior_noise=posterior_noise,
             noise=noise,
             average=not run["api"].startswith("OneStepSDPipeline"),
