@@ -281,7 +281,7 @@ class EvalCorrespondence:
     failures: int = 12  # pictures of the worst pairs
     device: str = "cpu"
     # features, matches, report.json, report.txt and failures/ go here; the same folder again goes on
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("correspondence")
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("correspondence")
 
     def run(self) -> CorrespondenceReport | FlowReport | ScenesReport:
         """Evaluate, print the tables, write the files and return the report.
@@ -301,7 +301,7 @@ class EvalCorrespondence:
             report = evaluate_flow(
                 flows,
                 Correspondence(self.recipe, device=self.device),
-                self.out,
+                self.output,
                 search="sd-dino" if self.search == "protocol" else "recipe",
                 keep=self.keep,
                 batch_size=self.batch_size,
@@ -313,17 +313,17 @@ class EvalCorrespondence:
                 pairs,
                 protocol,
                 Correspondence(self.recipe, device=self.device),
-                self.out,
+                self.output,
                 search=self.search,
                 pose=self.pose,
                 keep=self.keep,
                 batch_size=self.batch_size,
             )
-            save_failures(report.failures(self.failures, pairs.root), self.out / "failures")
+            save_failures(report.failures(self.failures, pairs.root), self.output / "failures")
         print(report.table())
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "report.json", report.to_json())
-        write_text(self.out / "report.txt", report.table() + "\n")
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_text(self.output / "report.json", report.to_json())
+        write_text(self.output / "report.txt", report.table() + "\n")
         return report
 
     def chosen_protocol(self) -> Protocol:

@@ -254,7 +254,7 @@ def test_the_command_writes_reports_and_pictures(
     assert loading.load_backbone is not recipes.load_backbone
     root = write_spair(tmp_path)
     command = EvalCorrespondence(
-        benchmark="spair", data=root, recipe="small", categories=TWO, out=tmp_path / "out", failures=3
+        benchmark="spair", data=root, recipe="small", categories=TWO, output=tmp_path / "out", failures=3
     )
     report = command.run()
     assert isinstance(report, CorrespondenceReport)
