@@ -9,6 +9,7 @@ from typing import Annotated, Protocol
 import tyro
 
 from diffrep.commands.output import check_writable, write_text
+from diffrep.eval.correspondence import EvalCorrespondence
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
@@ -71,4 +72,5 @@ class Homography:
 Evaluate = (
     Annotated[Scenes, tyro.conf.subcommand("scenes")]
     | Annotated[Homography, tyro.conf.subcommand("homography")]
+    | Annotated[EvalCorrespondence, tyro.conf.subcommand("correspondence")]
 )
