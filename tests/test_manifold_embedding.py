@@ -21,6 +21,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from diffrep.eval.manifold import row_spearman
 from diffrep.eval.toy_manifolds import ToyManifold, random_tree, swiss_roll
 from diffrep.manifold import PRESETS, HeatGeodesicEmbedding
+from diffrep.manifold.inputs import different_rows
 
 
 @pytest.fixture(scope="module")
@@ -376,3 +377,23 @@ def test_no_warning_by_default(roll: ToyManifold) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         embed(roll.points)
+
+
+def test_copies_are_found_in_dense_and_sparse_rows() -> None:
+    rows = np.random.default_rng(0).integers(0, 2, (40, 4)).astype(np.float64)
+    expected = np.unique(rows, axis=0)
+    for points in (rows, sp.csr_matrix(rows)):
+        original, copy_of = different_rows(points)
+        assert len(original) == len(expected)
+        np.testing.assert_array_equal(rows[original[copy_of]], rows)
+        assert (original[copy_of] <= np.arange(40)).all()
+    original, copy_of = different_rows(np.random.default_rng(0).random((30, 3)))
+    np.testing.assert_array_equal(original, np.arange(30))
+    np.testing.assert_array_equal(copy_of, np.arange(30))
+
+
+def test_bridges_carry_shortest_paths(blobs: np.ndarray) -> None:
+    fitted = embed(blobs, n_neighbors=5, dissimilarity="shortest-path", on_disconnected="connect")
+    straight = squareform(pdist(blobs))
+    assert (fitted.distances_ >= straight - 1e-9).all()
+    assert np.unique(fitted.distances_.round(6)).size > 1000  # no common distance between the components

@@ -71,9 +71,9 @@ def _nearest_outside(
     for start in rng.choice(inside, min(_STARTS, len(inside)), replace=False):
         i, previous = int(start), np.inf
         while True:
-            away = _lengths(space.points, i, outside)
+            away = edge_lengths(space.points, i, outside)
             j = int(outside[away.argmin()])
-            back = _lengths(space.points, j, inside)
+            back = edge_lengths(space.points, j, inside)
             i, length = int(inside[back.argmin()]), float(back.min())
             if length < best[2]:
                 best = (i, j, length)
@@ -87,11 +87,11 @@ def _longest_edge(space: NeighborSearch | NDArray[np.float64], graph: Csr, i: in
     ends = graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
     if not len(ends):
         return 0.0
-    return float((_lengths(space.points, i, ends) if isinstance(space, NeighborSearch) else space[i, ends]).max())
+    return float((edge_lengths(space.points, i, ends) if isinstance(space, NeighborSearch) else space[i, ends]).max())
 
 
-def _lengths(points: Any, one: int, many: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Distances from one point to many."""
+def edge_lengths(points: Any, one: int, many: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Distances from the point `one` to the points `many`, (k,)."""
     if not sp.issparse(points):
         return np.linalg.norm(points[many].astype(np.float64) - points[one], axis=1)
     difference = points[many] - sp.csr_matrix(np.ones((len(many), 1))) @ points[[one]]

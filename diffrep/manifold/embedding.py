@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffrep.manifold import mds as scaling
 from diffrep.manifold.baselines import neighbor_lengths
-from diffrep.manifold.bridges import connect_components
+from diffrep.manifold.bridges import connect_components, edge_lengths
 from diffrep.manifold.distances import Volume, finite_distances, mds_weights
 from diffrep.manifold.geodesics import (
     GeodesicSettings,
@@ -55,6 +55,8 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     scaling (Huguet et al., "A Heat Diffusion Perspective on Geodesic Preserving Dimensionality Reduction",
     NeurIPS 2023).
 
+    Rows that are copies of each other count once and get the same coordinates.
+
     Up to 1,500 points all pairs are computed. Above, heat is computed from some hundred landmarks only, these
     are embedded, and every point is placed by its distances to them: time and memory grow linearly. `path_`
     says which way was taken, and `n_landmarks` chooses it.
@@ -83,7 +85,8 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     triplet_weight : 0 to 1, share of the distance between rows of the distance matrix (denoising).
     scale_power : the distances are raised to this power; 2 gives squared ones.
     mds : "sgd" (stochastic gradient, then majorisation), "smacof" (majorisation) or "classical".
-    mds_weights : weights of pairs in the stress: None, "heat", "inverse" or "gaussian".
+    mds_weights : weights of pairs in the stress: None, "heat", "inverse" or "gaussian"; of pairs of landmarks,
+        where there are.
     mds_weights_argument : exponent of "inverse", width of "gaussian".
     n_landmarks : "auto" (all pairs up to 1,500 points, then sqrt(n), between 256 and 512), a number, or None:
         all pairs, whatever the size.
@@ -389,7 +392,14 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             lengths = self.affinity_.copy()
             lengths.data = -np.log(np.minimum(lengths.data / lengths.data.max(), 1 - 1e-9))
             return lengths
-        return neighbor_lengths(self._space.search, min(self.n_neighbors, self.affinity_.shape[0] - 1))
+        search = self._space.search
+        lengths = neighbor_lengths(search, min(self.n_neighbors, search.points.shape[0] - 1))
+        _, labels = connected_components(lengths, directed=False)
+        edges = sp.triu(self.affinity_).tocoo()
+        bridge = labels[edges.row] != labels[edges.col]
+        rows, columns = edges.row[bridge], edges.col[bridge]
+        spans = [edge_lengths(search.points, i, np.array([j]))[0] for i, j in zip(rows, columns, strict=True)]
+        return (lengths + sp.csr_matrix((spans, (rows, columns)), shape=lengths.shape)).tocsr()
 
     def _embed(
         self, landmarks: NDArray[np.int64] | None, heat: Array | None, rng: np.random.Generator

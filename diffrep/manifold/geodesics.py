@@ -95,6 +95,8 @@ class HeatGraph:
 
     def smallest_heat(self) -> float:
         """Heat below this has not arrived: the number format ends, or what is cut from the series begins."""
+        if self.settings.heat_method == "exact":
+            return max(self.settings.floor, 1e-13)  # what eigenvectors give below is noise
         return max(self.settings.floor, 1e-34 if self.settings.dtype == np.float32 else 1e-290)
 
     def times(self, count: int = 20) -> NDArray[np.float64]:

@@ -48,10 +48,10 @@ class FeatureSpace:
             else:
                 self._reduction = PCA(n_pca, svd_solver="randomized", random_state=_PCA_SEED).fit(unit)
         points = self.points_of(features)
-        self.search = NeighborSearch(points, backend=backend, n_jobs=n_jobs)
-        self.original, self.copy_of = different_rows(self.search)
+        self.original, self.copy_of = different_rows(points)
         if len(self.original) < len(self.copy_of):
-            self.search = NeighborSearch(points[self.original], backend=backend, n_jobs=n_jobs)
+            points = points[self.original]
+        self.search = NeighborSearch(points, backend=backend, n_jobs=n_jobs)
 
     def points_of(self, features: Any) -> Any:
         """Feature rows as points of this space."""
@@ -66,16 +66,27 @@ class FeatureSpace:
         return normalize(features)
 
 
-def different_rows(search: NeighborSearch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Points that are no copies of earlier ones (n',), and for each point its position among these (n,)."""
-    n = search.points.shape[0]
-    distances, _ = search.query(search.points, 2)
-    twins = np.flatnonzero((distances == 0).all(axis=1)) if n > 1 else np.array([], dtype=np.int64)
+def different_rows(points: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows that are no copies of earlier ones (n',), and for each row its position among these (n,).
+
+    Columns split groups of equal rows one after the other; rows that are alone need not be looked at again, so
+    that for measured data a column or two suffice.
+    """
+    n = points.shape[0]
+    columns = points.tocsc() if sp.issparse(points) else points
+    open_rows, group = np.arange(n), np.zeros(n, dtype=np.int64)
+    for k in range(points.shape[1]):
+        column = columns[:, [k]].toarray().ravel() if sp.issparse(points) else columns[:, k]
+        value = np.unique(column[open_rows], return_inverse=True)[1].ravel()
+        pair = group.astype(np.int64) * (value.max(initial=0) + 1) + value
+        _, group, count = np.unique(pair, return_inverse=True, return_counts=True)
+        shared = count[group.ravel()] > 1
+        open_rows, group = open_rows[shared], group.ravel()[shared]
+        if not len(open_rows):
+            break
     first = np.arange(n)
-    if len(twins):
-        rows = search.points[twins]
-        dense = rows.toarray() if sp.issparse(rows) else np.asarray(rows)
-        _, leader, member = np.unique(dense, axis=0, return_index=True, return_inverse=True)
-        first[twins] = twins[leader[member.ravel()]]
+    if len(open_rows):
+        _, leader, member = np.unique(group, return_index=True, return_inverse=True)
+        first[open_rows] = open_rows[leader[member.ravel()]]
     original, copy_of = np.unique(first, return_inverse=True)
     return original, copy_of.ravel()
