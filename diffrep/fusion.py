@@ -165,9 +165,7 @@ class Part:
         if not self.taps:
             raise ValueError("a part needs at least one tap")
         if self.dims is not None and (len(self.dims) != len(self.taps) or min(self.dims) < 1):
-            raise ValueError(
-                f"taps {', '.join(self.taps)} need as many PCA dimensions, at least 1, got {self.dims}"
-            )
+            raise ValueError(f"taps {', '.join(self.taps)} need as many PCA dimensions, at least 1, got {self.dims}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,9 +249,7 @@ def _find(features: Sequence[FeatureMaps], tap: str) -> FeatureMaps:
     return holders[0]
 
 
-def _part(
-    features: Sequence[Sequence[FeatureMaps]], part: Part, pca: str, generator: torch.Generator
-) -> list[_Map]:
+def _part(features: Sequence[Sequence[FeatureMaps]], part: Part, pca: str, generator: torch.Generator) -> list[_Map]:
     """One part's map of every image, before it is resampled to the reference."""
     chains: list[list[_Map]] = [[] for _ in features]
     for number, tap in enumerate(part.taps):
@@ -282,8 +278,7 @@ def _weigh(joined: _Map, part: Part) -> _Map:
         sizes = [size for size, _ in part.chunk_weights]
         if sum(sizes) != values.shape[0]:
             raise ValueError(
-                f"chunk_weights cover {sum(sizes)} channels,"
-                f" the taps {', '.join(part.taps)} have {values.shape[0]}"
+                f"chunk_weights cover {sum(sizes)} channels, the taps {', '.join(part.taps)} have {values.shape[0]}"
             )
         weights = [weight for _, weight in part.chunk_weights]
         values = torch.cat([chunk * w for chunk, w in zip(values.split(sizes), weights, strict=True)])

@@ -56,13 +56,9 @@ class Scorer:
         """
         own = [part.shape[1] for part in sources.parts]
         if own != [part.shape[1] for part in self.parts]:
-            raise ValueError(
-                f"source parts have {own} channels, target parts {[p.shape[1] for p in self.parts]}"
-            )
+            raise ValueError(f"source parts have {own} channels, target parts {[p.shape[1] for p in self.parts]}")
         squares = sources.squared_norms()
-        scale = (
-            1 / squares.sqrt().clamp(min=1e-12) if self.metric == "cosine" else torch.full_like(squares, 2.0)
-        )
+        scale = 1 / squares.sqrt().clamp(min=1e-12) if self.metric == "cosine" else torch.full_like(squares, 2.0)
         folded = [
             part.float() * (a * b * scale[:, None])
             for part, a, b in zip(sources.parts, sources.weights, self.weights, strict=True)

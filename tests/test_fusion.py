@@ -108,9 +108,7 @@ def test_normalising_the_joined_descriptor_gives_unit_length() -> None:
 def test_chunk_weights_scale_consecutive_channels() -> None:
     part = Part(taps=("s4", "s3"), chunk_weights=((3, 2.0), (6, 0.5)), normalise=False)
     (got,) = fuse([maps_of(1, s4=(5, 4, 4), s3=(4, 8, 8))], Fusion(parts=(part,)))
-    (plain,) = fuse(
-        [maps_of(1, s4=(5, 4, 4), s3=(4, 8, 8))], Fusion(parts=(replace(part, chunk_weights=()),))
-    )
+    (plain,) = fuse([maps_of(1, s4=(5, 4, 4), s3=(4, 8, 8))], Fusion(parts=(replace(part, chunk_weights=()),)))
     factors = torch.tensor([2.0] * 3 + [0.5] * 6)
     torch.testing.assert_close(got.vectors(), plain.vectors() * factors)
     with pytest.raises(ValueError, match="chunk_weights cover 8 channels, the taps s4, s3 have 9"):

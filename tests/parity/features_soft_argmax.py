@@ -22,9 +22,7 @@ def check(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     params = case["params"]
     tolerance = {key: number_in(text.removeprefix("atol")) for key, text in case["tolerance"].items()}
-    small, large = (
-        {name: _square(given[f"{name}{suffix}"]) for name in ("desc1", "desc2")} for suffix in ("", "_60")
-    )
+    small, large = ({name: _square(given[f"{name}{suffix}"]) for name in ("desc1", "desc2")} for suffix in ("", "_60"))
     chosen = given["query_index_60"]
     maps = {
         f"flow_n{params['grid']}": _similarity_maps(small),
