@@ -31,7 +31,7 @@ from diffrep.training.vae import VaeSettings, psnr, train_vae
 
 RECOMMENDED = {  # diffrep.json: how the model is best used as a backbone
     "taps": ["up.2.resnet.0"],
-    "sizing": {"mode": "pad", "size": 128},
+    "sizing": {"mode": "pad", "size": 128, "fill": "edge"},
     "conditions": {"timestep": 50, "posterior": "mean"},
 }
 
@@ -234,7 +234,8 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(where, safe_serialization=True)
-        write_tokenizer(where / "tokenizer", VOCABULARY, length=length)  # the files that every version reads
+        shutil.rmtree(where / "tokenizer")  # the files that every version of transformers reads, and no others
+        write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
         (where / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
 
     _replace_folder(folder, write)
