@@ -128,7 +128,7 @@ def test_images_of_different_shapes_come_one_by_one(sd: Backbone) -> None:
 
 
 def test_bad_requests_are_named(sd: Backbone, tmp_path: Path) -> None:
-    with pytest.raises(TapError, match="no tap 'up.9'"):
+    with pytest.raises(TapError, match=r"no tap 'up\.9'"):
         extract(sd, [picture(32, 32)], ExtractConfig(taps=("up.9",)))
     with pytest.raises(ImageError, match=r"gone\.png"):
         extract(sd, [tmp_path / "gone.png"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -30,7 +29,7 @@ ENCODER = {512: 1117, 768: 2609, 960: 4230, 1024: 4879}
 
 
 @pytest.fixture(scope="module")
-def sd21() -> Iterator[LatentDiffusion]:
+def sd21() -> LatentDiffusion:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     with torch.device("meta"):
@@ -49,7 +48,7 @@ def sd21() -> Iterator[LatentDiffusion]:
     schedule = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
     backbone = LatentDiffusion(unet, vae, schedule)
     backbone.embed("", PromptEmbedding(torch.empty(1, 77, 1024, device="meta")))
-    yield backbone
+    return backbone
 
 
 def gigaflops(backbone: LatentDiffusion, tap: str, side: int, **conditions: int) -> float:

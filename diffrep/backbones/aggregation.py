@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,10 +107,10 @@ class AggregationNetwork(nn.Module):
             weights = load_file(path)
         else:
             try:
-                weights = torch.load(path, weights_only=True, map_location="cpu")
+                loaded: Any = torch.load(path, weights_only=True, map_location="cpu")
             except Exception as error:  # torch raises five kinds for files that are none of its own
                 raise BackboneError(f"{path}: cannot be read safely ({str(error).splitlines()[0][:200]})") from None
-            weights = weights.get("aggregation_network", weights) if isinstance(weights, dict) else {}
+            weights = loaded.get("aggregation_network", loaded) if isinstance(loaded, dict) else {}
         try:
             return cls.from_state_dict(weights, groups=groups)
         except BackboneError as error:

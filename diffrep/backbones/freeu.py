@@ -39,7 +39,9 @@ def applying(unet: nn.Module, freeu: FreeU | None) -> Iterator[None]:
     """Run the U-Net in the body with FreeU. Enter it before the taps' hooks are set: hooks run in order."""
     handles = []
     try:
-        for feeding, resnet, channels, factors in _joints(unet, freeu) if freeu is not None else ():
+        joints = () if freeu is None else _joints(unet, freeu)
+        for feeding, resnet, channels, factors in joints:
+            assert freeu is not None
             handles.append(feeding.register_forward_hook(partial(_amplify, factor=factors[0])))
             damp = partial(_damp_skip, channels=channels, factor=factors[1], threshold=freeu.threshold)
             handles.append(resnet.register_forward_pre_hook(damp))
@@ -49,7 +51,7 @@ def applying(unet: nn.Module, freeu: FreeU | None) -> Iterator[None]:
             handle.remove()
 
 
-def _joints(unet: nn.Module, freeu: FreeU) -> Iterator[tuple[nn.Module, nn.Module, int, tuple[float, float]]]:
+def _joints(unet: Any, freeu: FreeU) -> Iterator[tuple[nn.Module, nn.Module, int, tuple[float, float]]]:
     """(module whose output is joined with a skip, residual block that takes both, channels, (b, s))."""
     widths = list(dict.fromkeys(reversed(unet.config.block_out_channels)))
     of = {widths[0]: (freeu.deep_input, freeu.deep_skip)}

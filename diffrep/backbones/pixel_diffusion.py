@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrep.backbones.base import Backbone, Conditions, Recommended, TapError, TapInfo, reading
 from diffrep.backbones.noise import draw_noise
@@ -19,10 +20,10 @@ from diffrep.backbones.unet_taps import tap_readers, tokens_to_map, unet_taps
 from diffrep.images import Sizing
 
 
-def numbered_blocks(unet: nn.Module) -> list[str]:
+def numbered_blocks(unet: Any) -> list[str]:
     """Paths of the modules whose outputs guided-diffusion numbers, in its order."""
 
-    def layers(block: nn.Module, path: str) -> Iterator[str]:
+    def layers(block: Any, path: str) -> Iterator[str]:
         kind = "attentions" if getattr(block, "attentions", None) else "resnets"
         yield from (f"{path}.{kind}.{r}" for r in range(len(block.resnets)))
 
@@ -48,7 +49,7 @@ class PixelDiffusion(Backbone):
     """
 
     def __init__(
-        self, unet: nn.Module, alphas_cumprod: Tensor, *, name: str = "pixel diffusion", source: str = "random"
+        self, unet: Any, alphas_cumprod: Tensor, *, name: str = "pixel diffusion", source: str = "random"
     ) -> None:
         self.network = unet.eval().requires_grad_(False)
         self.alphas_cumprod = alphas_cumprod.float()

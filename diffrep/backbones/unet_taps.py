@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from diffrep.backbones.base import Reader, TapInfo
 
 
-def unet_taps(unet: nn.Module, vae_stride: int) -> dict[str, TapInfo]:
+def unet_taps(unet: Any, vae_stride: int) -> dict[str, TapInfo]:
     """All taps of a `UNet2DConditionModel` or `UNet2DModel` in the order in which they are computed.
 
     Args:
@@ -44,7 +44,7 @@ def unet_taps(unet: nn.Module, vae_stride: int) -> dict[str, TapInfo]:
     def add(name: str, channels: int, path: str) -> None:
         taps[name] = TapInfo(name, channels, stride, path)
 
-    def add_layers(stage: str, block: nn.Module, path: str) -> int:
+    def add_layers(stage: str, block: Any, path: str) -> int:
         """Resnets with the attention behind each (in the mid block: resnet, attention, resnet)."""
         channels = 0
         attentions = [a for a in getattr(block, "attentions", None) or [] if a is not None]
@@ -79,7 +79,7 @@ def unet_taps(unet: nn.Module, vae_stride: int) -> dict[str, TapInfo]:
     return taps
 
 
-def _add_attention(add: Callable[[str, int, str], None], name: str, transformer: nn.Module, path: str) -> None:
+def _add_attention(add: Callable[[str, int, str], None], name: str, transformer: Any, path: str) -> None:
     if not hasattr(transformer, "transformer_blocks"):  # the bare self-attention of pixel U-Nets
         add(name, transformer.to_out[0].out_features, path)
         return

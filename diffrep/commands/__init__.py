@@ -1,1 +1,1 @@
-"""The commands of ``diffrep``, one module each: dataclasses whose `run` calls the same public functions a notebook would."""
+"""The commands of ``diffrep``, one module each: a dataclass whose `run` calls what a notebook would call."""

@@ -81,9 +81,9 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
     whole = correspondence.recipe
     page.section(
         "What the features see",
-        "Above, two objects; below, the three strongest joint directions of the fused features as colours: the same part"
-        " has the same colour on both. Then a dense match: the right object wears a colour wheel, every place of the left"
-        " one has the colour of where it was found.",
+        "Above, two objects; below, the three strongest joint directions of the fused features as colours: the same"
+        " part has the same colour on both. Then a dense match: the right object wears a colour wheel, every place of"
+        " the left one has the colour of where it was found.",
     )
     page.figures(_dense_figures(correspondence, whole), wide=False)
 

@@ -59,14 +59,14 @@ def _nearest_outside(
     outside = np.flatnonzero(labels != labels[inside[0]])
     if not isinstance(space, NeighborSearch):
         between = space[np.ix_(inside, outside)]
-        i, j = np.unravel_index(between.argmin(), between.shape)
-        return int(inside[i]), int(outside[j]), float(between[i, j])
+        row, column = np.unravel_index(between.argmin(), between.shape)
+        return int(inside[row]), int(outside[column]), float(between[row, column])
     if len(inside) <= _SMALL:  # of its len(inside) + 1 nearest points, at least one lies outside
         distances, indices = space.query(space.points[inside], len(inside) + 1)
         distances = np.where(labels[indices] != labels[inside[0]], distances, np.inf)
-        i, k = np.unravel_index(distances.argmin(), distances.shape)
-        if np.isfinite(distances[i, k]):  # an approximate search may have found none
-            return int(inside[i]), int(indices[i, k]), float(distances[i, k])
+        row, k = np.unravel_index(distances.argmin(), distances.shape)
+        if np.isfinite(distances[row, k]):  # an approximate search may have found none
+            return int(inside[row]), int(indices[row, k]), float(distances[row, k])
     best: tuple[int, int, float] = (int(inside[0]), int(outside[0]), np.inf)
     for start in rng.choice(inside, min(_STARTS, len(inside)), replace=False):
         i, previous = int(start), np.inf

@@ -213,7 +213,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.metric in ("precomputed", "affinity"):
             self._original = np.arange(X.shape[0])
             self._copy_of = np.arange(X.shape[0])
-            space = self._from_matrix(X)
+            space: NeighborSearch | Array | None = self._from_matrix(X)
         else:
             space = self._from_features(X)
         n = self.affinity_.shape[0]
@@ -344,7 +344,9 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         """Set `distances_`, `t_` and what belongs to them; return the heat among the anchors."""
         dtype = self.dtype if self.dtype != "auto" else ("float64" if landmarks is None else "float32")
         self.t_: NDArray[np.float64] | None = None
-        self.t_grid_ = self.entropy_ = self.lmax_ = None
+        self.t_grid_: NDArray[np.float64] | None = None
+        self.entropy_: NDArray[np.float64] | None = None
+        self.lmax_: float | None = None
         if self.dissimilarity == "shortest-path":
             lengths = self._edge_lengths()
             found = shortest_path(lengths, method="D", directed=False, indices=landmarks)
@@ -378,13 +380,14 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if not isinstance(self.t, str):
             return np.atleast_1d(np.asarray(self.t, dtype=np.float64))
         n = self.affinity_.shape[0]
-        self.t_grid_ = graph.times()
+        grid = graph.times()
         columns = np.sort(rng.choice(n, min(n, 64 if n <= 20_000 else 32), replace=False))
-        self.entropy_ = graph.entropies(self.t_grid_.tolist(), columns)
-        found = knee(self.t_grid_, self.entropy_)
+        entropy = graph.entropies(grid.tolist(), columns)
+        found = knee(grid, entropy)
         if found is None:  # heat has mixed from the beginning, or still spreads at the end
-            found = 0 if np.ptp(self.entropy_) < 0.05 else len(self.t_grid_) // 2
-        return self.t_grid_[[found]]
+            found = 0 if np.ptp(entropy) < 0.05 else len(grid) // 2
+        self.t_grid_, self.entropy_ = grid, entropy
+        return grid[[found]]
 
     def _edge_lengths(self) -> Csr:
         """Lengths of the graph's edges: those of the features, or -log of an affinity."""

@@ -5,7 +5,7 @@ A graph is its affinity matrix W: (n, n), CSR, float64, symmetric, non-negative,
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,7 +15,7 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 from diffrep.manifold.neighbors import NeighborSearch
 
 LaplacianKind = Literal["normalized", "combinatorial"]
-Csr = sp.csr_matrix
+Csr: TypeAlias = Any  # scipy.sparse.csr_matrix, which scipy does not type
 
 
 def alpha_decay_graph(
@@ -102,7 +102,7 @@ def neighbor_pairs(
     k = min(n, 2 * rank)
     open_rows = np.arange(queries.shape[0])
     bandwidth = np.zeros(len(open_rows))
-    found = []
+    found: list[Any] = []
     while len(open_rows):
         distances, indices = search.query(queries[open_rows], k)
         if not found:

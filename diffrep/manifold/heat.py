@@ -132,9 +132,8 @@ def _chebyshev_torch(
     parts = operator.indptr.astype(np.int64), operator.indices.astype(np.int64), operator.data
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        matrix = torch.sparse_csr_tensor(*map(torch.from_numpy, parts), operator.shape, check_invariants=False).to(
-            device
-        )
+        matrix = torch.sparse_csr_tensor(*map(torch.from_numpy, parts), operator.shape, check_invariants=False)  # type: ignore[call-arg, arg-type]  # its stub knows no shape after three tensors
+        matrix = matrix.to(device)
     before = torch.from_numpy(signals).to(device)
     now = matrix @ before * 0.5
     sums = [c[0] / 2 * before + (c[1] * now if len(c) > 1 else 0.0) for c in coefficients.tolist()]

@@ -46,9 +46,7 @@ class FeaturesBenchmark:
             return backbone.maps(batch, [self.tap], conditions)[self.tap]
 
         def plain(batch: Tensor, conditions: Conditions) -> Tensor:
-            return torch.cat(
-                [plain_extraction(backbone, image[None], self.tap, conditions) for image in batch]
-            )
+            return torch.cat([plain_extraction(backbone, image[None], self.tap, conditions) for image in batch])
 
         def plain_pairs() -> Tensor:
             return torch.cat([plain(pixels[list(pair)], one) for pair in pairs])
@@ -68,9 +66,7 @@ class FeaturesBenchmark:
         }
         rows = []
         for claim, (plain_side, our_side) in claims.items():
-            times = interleave(
-                {"plain": plain_side, "ours": our_side}, repeats=self.repeats, device=self.device
-            )
+            times = interleave({"plain": plain_side, "ours": our_side}, repeats=self.repeats, device=self.device)
             expected, got = plain_side().float(), our_side().float()
             difference = float((got - expected).abs().max() / expected.abs().max())
             counts = [count_flops(side) / 1e9 for side in (plain_side, our_side)]

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -155,7 +155,7 @@ def _embedder(method: str, n: int, threads: int) -> Callable[[Any], Any]:
     if method.startswith("ours"):
         from diffrep.manifold import HeatGeodesicEmbedding
 
-        count = "auto" if method == "ours" else None
+        count: Literal["auto"] | None = "auto" if method == "ours" else None
         return HeatGeodesicEmbedding(random_state=0, n_landmarks=count, n_jobs=threads).fit_transform
     if method == "PHATE":
         import phate
