@@ -218,15 +218,12 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
         from diffusers import StableDiffusionPipeline
 
         write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
-        parts = {
-            "vae": vae,
-            "unet": denoiser.unet,
-            "text_encoder": denoiser.text_encoder,
-        }
-        halves = {name: _half(part) for name, part in parts.items()}
         tokenizer = CLIPTokenizer.from_pretrained(where / "tokenizer")
         pipeline = StableDiffusionPipeline(
-            **halves,
+            vae=_half(vae),
+            unet=_half(denoiser.unet),
+            # transformers loads a text encoder in the precision of its file, diffusers the others in float32
+            text_encoder=denoiser.text_encoder.float(),
             tokenizer=tokenizer,
             scheduler=build_scheduler(),
             safety_checker=None,
