@@ -276,13 +276,13 @@ def test_merges_of_one_word_do_not_spoil_another() -> None:
 @pytest.mark.slow
 def test_the_linear_start_is_a_good_autoencoder_at_once(scenes: SceneSet, tmp_path: Path) -> None:
     settings = VaeSettings()
-    settings = replace(settings, linear=replace(settings.linear, steps=250))
+    settings = replace(settings, linear=replace(settings.linear, steps=160))
     torch.manual_seed(0)
     vae = build_vae(settings)
     images = gather(scenes, "image", torch.arange(16)).permute(0, 3, 1, 2).float() / 255
     assert psnr(vae, images) < 15
     start_linear(vae, scenes, settings, tmp_path, progress=False)
-    assert psnr(vae, images) > 22
+    assert psnr(vae, images) > 20
     posterior = vae.encode(images * 2 - 1).latent_dist
     rows = posterior.mean.movedim(1, -1).flatten(0, 2)
     torch.testing.assert_close(torch.cov(rows.T), torch.eye(8), atol=0.35, rtol=0)

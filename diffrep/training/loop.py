@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -55,13 +55,10 @@ class FitSettings:
         )
 
 
-class Loss(Protocol):
-    """The losses of a batch, scalars by name; "loss" is the one that is minimised.
+Module = TypeVar("Module", bound=nn.Module)
 
-    `ema` is the moving average of the module so far, for losses that have a teacher.
-    """
-
-    def __call__(self, module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str, Tensor]: ...
+Loss = Callable[[Module, Module, Batch], Mapping[str, Tensor]]
+"""(module, its moving average so far, batch) -> scalars by name; "loss" is the one that is minimised."""
 
 
 def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
@@ -71,16 +68,16 @@ def step_generator(seed: int, step: int, process: int = 0) -> torch.Generator:
 
 
 def fit(
-    module: nn.Module,
+    module: Module,
     batches: Callable[[torch.Generator], Batch],
-    loss: Loss,
+    loss: Loss[Module],
     settings: FitSettings,
     folder: str | os.PathLike[str],
     *,
-    validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
+    validate: Callable[[Module, int], Mapping[str, float]] | None = None,
     validate_every: int = 1000,
     progress: bool = True,
-) -> nn.Module:
+) -> Module:
     """Train a module and return the moving average of its weights, in eval mode.
 
     Called again with the same folder, an interrupted run goes on and ends with the same weights (as long as no
@@ -103,8 +100,10 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator()
     device = accelerator.device
-    ema = deepcopy(module).to(device).eval().requires_grad_(False)
-    trained = module.to(device).train()
+    ema = deepcopy(module).to(device)
+    ema.eval().requires_grad_(False)
+    trained = module.to(device)
+    trained.train()
     decayed = [p for p in trained.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in trained.parameters() if p.requires_grad and p.ndim < 2]
     optimiser = torch.optim.AdamW(
@@ -173,7 +172,7 @@ class _Log:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Any] = {}
         self.count = 0
         lines = path.read_text().splitlines() if path.exists() else []
         path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))

@@ -219,7 +219,7 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
 
         write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
         tokenizer = CLIPTokenizer.from_pretrained(where / "tokenizer")
-        pipeline = StableDiffusionPipeline(
+        pipeline: Any = StableDiffusionPipeline(
             vae=_half(vae),
             unet=_half(denoiser.unet),
             # transformers loads a text encoder in the precision of its file, diffusers the others in float32

@@ -60,7 +60,7 @@ def build_unet(settings: UNetSettings, latent_channels: int, latent_size: int) -
 
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in settings.attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(settings.attention))
-    unet = UNet2DConditionModel(
+    unet: Any = UNet2DConditionModel(
         sample_size=latent_size,
         in_channels=latent_channels,
         out_channels=latent_channels,
@@ -172,6 +172,7 @@ class Denoiser(nn.Module):
     def __init__(self, unet: Any, text_encoder: Any, settings: UNetSettings) -> None:
         super().__init__()
         self.unet, self.text_encoder, self.settings = unet, text_encoder, settings
+        self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", build_scheduler().alphas_cumprod.float())
         width = {"up_blocks.1": settings.channels[-2], "up_blocks.2.resnets.0": settings.channels[0]}
         self.classify = nn.ModuleList(part_classifier(width[tap]) for tap in settings.taps)
@@ -224,9 +225,9 @@ def latent_batches(
     return batches
 
 
-def unet_loss(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+def unet_loss(module: Denoiser, ema: Denoiser, batch: Batch) -> Mapping[str, Tensor]:
     """Losses of a `Denoiser`; see `fit`."""
-    settings: UNetSettings = ema.settings
+    settings = ema.settings
     latents, noise = batch["latents"], batch["noise"]
     alpha = ema.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise

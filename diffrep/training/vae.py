@@ -115,7 +115,7 @@ class LinearCoder(nn.Module):
         signal = torch.arange(self.signals)
         plus = signal // pairs * self.size + signal % pairs * 2
         constant = torch.arange(coder.conv_norm_out.num_groups) * self.size + self.size - 2
-        last = self.path[-1]
+        last: Any = self.path[-1]
         weight, bias = last.weight[: self.signals].clone(), last.bias[: self.signals].clone()
         last.weight.zero_()
         last.bias.zero_()
@@ -140,10 +140,10 @@ class LinearAutoencoder(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.encoder, self.decoder = LinearCoder(vae.encoder), LinearCoder(vae.decoder)
+        self.latent_channels = vae.config.latent_channels
 
     def forward(self, images: Tensor) -> Tensor:
-        latent_channels = self.decoder.path[0].in_channels
-        return self.decoder(self.encoder(images)[:, :latent_channels])
+        return self.decoder(self.encoder(images)[:, : self.latent_channels])
 
 
 def start_linear(
@@ -215,7 +215,7 @@ class Autoencoding(nn.Module):
         return self.vae.decode(mean + self.settings.noise * noise).sample, mean
 
 
-def vae_loss(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+def vae_loss(module: Autoencoding, ema: Autoencoding, batch: Batch) -> Mapping[str, Tensor]:
     """Losses of `Autoencoding`; see `fit`."""
     images = batch["images"]
     found, mean = module(images, batch["noise"])
@@ -232,8 +232,7 @@ def vae_loss(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str, Te
 
 def train_vae(scenes: SceneSet, settings: VaeSettings, folder: Path, *, progress: bool = True) -> Any:
     """Linear start, training, white latents. Returns the `AutoencoderKL`; it resumes from `folder`."""
-    torch_seeded = torch.random.fork_rng()
-    with torch_seeded:
+    with torch.random.fork_rng():
         torch.manual_seed(settings.fit.seed)  # diffusers draws initial weights from the global generator
         vae = build_vae(settings)
         start_linear(vae, scenes, settings, folder / "linear", progress=progress)
