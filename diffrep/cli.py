@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _, attribute = COMMANDS[name][0].partition(":")
     try:
         kind = getattr(importlib.import_module(module), attribute)
-        command = tyro.cli(kind, args=rest, prog=f"diffrep {name}", config=(tyro.conf.OmitArgPrefixes,))
+        command = tyro.cli(kind, args=rest, prog=f"diffrep {name}")
         command.run()
     except KeyboardInterrupt:
         return 130

@@ -93,7 +93,9 @@ RECIPES: dict[str, Recipe] = {
                 Reading(backbone="tiny", extract=ExtractConfig(taps=("up.2.resnet.0",))),
                 Reading(backbone="tiny-dino", extract=ExtractConfig(taps=("layer.4",))),
             ),
-            fusion=Fusion.of("up.2.resnet.0", "layer.4"),
+            # weights and full-resolution search chosen on validation pairs, see docs/model-card.md
+            fusion=Fusion.of("up.2.resnet.0", "layer.4", weights=(2, 1)),
+            matching=MatchConfig(mode="pixel"),
             source="the embedded pair of backbones, side by side",
         ),
         Recipe(

@@ -80,7 +80,8 @@ def test_match_gives_a_picture_and_numbers(
         assert 0 <= x <= 49
         assert 0 <= y <= 63
     assert result["recipe"]["readings"][0]["extract"]["timestep"] == 50
-    assert Image.open(output).width > 140
+    with Image.open(output) as picture:
+        assert picture.width > 140
     assert [p.name for p in output.parent.iterdir()] == ["match.png"]
     # an image is its own best match
     itself = ["match", photos[0], photos[0], "--points", "10,20", *common, "--json"]

@@ -100,9 +100,7 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
     page.figures(photos)
 
     page.section("Do it yourself")
-    page.code(
-        "diffrep match a.jpg b.jpg --points 120,80 200,95 -o match.png\ndiffrep eval scenes\ndiffrep info tiny"
-    )
+    page.code("diffrep match a.jpg b.jpg --points 120,80 200,95 -o match.png\ndiffrep eval scenes\ndiffrep info tiny")
     return page
 
 
@@ -113,9 +111,7 @@ def methods_of(whole: Recipe) -> dict[str, Recipe]:
     return single | {"fused" if single else names[0]: whole}
 
 
-def _describe(
-    features: Sequence[tuple[FeatureMaps, ...]], recipe: Recipe, whole: Recipe
-) -> tuple[Descriptors, ...]:
+def _describe(features: Sequence[tuple[FeatureMaps, ...]], recipe: Recipe, whole: Recipe) -> tuple[Descriptors, ...]:
     """Fuse the features that one of the methods uses."""
     wanted = {reading.backbone for reading in recipe.readings}
     kept = [i for i, reading in enumerate(whole.readings) if reading.backbone in wanted]
@@ -189,9 +185,7 @@ def _photograph_figure(correspondence: Correspondence, name: str, path: Path) ->
     matrix = view_homography(size, HomographySettings(rotation=15, zoom=(0.7, 0.85)), seed=1)
     view = Image.fromarray(see_through(np.asarray(image), matrix))
     x, y = torch.meshgrid(torch.linspace(0.2, 0.8, 4), torch.linspace(0.2, 0.8, 3), indexing="xy")
-    seen = torch.stack(
-        [x.flatten() * size[1], y.flatten() * size[0]], dim=1
-    )  # asked for where the view shows them
+    seen = torch.stack([x.flatten() * size[1], y.flatten() * size[0]], dim=1)  # asked for where the view shows them
     points = carry(torch.linalg.inv(matrix), seen).float()
     source, target = correspondence.describe(image, view)
     matches = match_points(source, target, points, correspondence.recipe.matching)

@@ -22,7 +22,7 @@ class Embed:
     file: Annotated[Path, tyro.conf.Positional]  # .npy, .npz, .csv, .tsv, .parquet or .h5ad
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("map.png")  # .png, .pdf or .svg
     json: bool = False  # print the settings and results as JSON
-    config: EmbedConfig = field(default_factory=EmbedConfig)
+    config: Annotated[EmbedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=EmbedConfig)
 
     def run(self) -> None:
         result = embed_file(self.file, self.output, self.config, progress=not self.json)

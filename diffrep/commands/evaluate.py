@@ -36,11 +36,9 @@ class Scenes:
     """Match parts of rendered objects: held-out pairs of different instances, seen and unseen categories."""
 
     recipe: str = "tiny"  # each of its backbones alone and all of them fused are compared
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = (
-        None  # also keep the report as this JSON file
-    )
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also keep the report as this JSON file
     json: bool = False  # print JSON instead of the table
-    settings: ScenesSettings = field(default_factory=ScenesSettings)
+    settings: Annotated[ScenesSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=ScenesSettings)
 
     def run(self) -> None:
         if self.output is not None:
@@ -55,11 +53,9 @@ class Homography:
     """Match points of real photographs in views of them that a known homography gives."""
 
     recipe: str = "tiny"  # each of its backbones alone and all of them fused are compared
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = (
-        None  # also keep the report as this JSON file
-    )
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also keep the report as this JSON file
     json: bool = False  # print JSON instead of the table
-    settings: HomographySettings = field(default_factory=HomographySettings)
+    settings: Annotated[HomographySettings, tyro.conf.OmitArgPrefixes] = field(default_factory=HomographySettings)
 
     def run(self) -> None:
         if self.output is not None:

@@ -79,9 +79,7 @@ def _facts_text(facts: dict, *, everything: bool) -> str:
     lines += ["", f"  {'tap':<{width}}  channels  stride  module"]
     lines += [f"  {t['name']:<{width}}  {t['channels']:>8}  {t['stride']:>6}  {t['module']}" for t in taps]
     if len(taps) < len(facts["taps"]):
-        lines.append(
-            f"  ... and {len(facts['taps']) - len(taps)} finer ones: diffrep info {facts['backbone']} --all"
-        )
+        lines.append(f"  ... and {len(facts['taps']) - len(taps)} finer ones: diffrep info {facts['backbone']} --all")
     return "\n".join(lines)
 
 

@@ -34,9 +34,7 @@ class Match:
     b: Annotated[Path, tyro.conf.Positional]  # the image in which they are looked for
     points: tuple[str, ...] = ()  # places in A as x,y in pixels
     dense: bool = False  # match every location of A
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = (
-        None  # picture to write; match.png without --json
-    )
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # picture to write; match.png without --json
     json: bool = False  # print the matches as JSON
     recipe: str = "tiny"  # how features are read, fused and matched
     backbone: str | None = None  # instead of a recipe: one backbone by name, folder or hub id
@@ -44,7 +42,9 @@ class Match:
     mask_a: Path | None = None  # an image whose bright pixels are the object in A
     mask_b: Path | None = None  # an image whose bright pixels are where matches in B may lie
     device: str = "cpu"  # cpu or cuda
-    extract: Annotated[ExtractConfig, tyro.conf.AvoidSubcommands] = field(default_factory=ExtractConfig)
+    extract: Annotated[ExtractConfig, tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=ExtractConfig
+    )
     matching: MatchConfig = field(default_factory=MatchConfig)
 
     def run(self) -> None:
@@ -106,9 +106,7 @@ def parse_points(texts: tuple[str, ...]) -> Tensor:
         try:
             x, y = (float(number) for number in text.split(","))
         except ValueError:
-            raise ValueError(
-                f"cannot read the point {text!r}: write x,y in pixels, for example 120,80"
-            ) from None
+            raise ValueError(f"cannot read the point {text!r}: write x,y in pixels, for example 120,80") from None
         points.append((x, y))
     return torch.tensor(points).reshape(-1, 2)
 
