@@ -183,7 +183,7 @@ def _photograph_figure(correspondence: Correspondence, name: str, path: Path) ->
     image = load_image(path)
     size = (image.height, image.width)
     matrix = view_homography(size, HomographySettings(rotation=15, zoom=(0.7, 0.85)), seed=1)
-    view = Image.fromarray(see_through(np.asarray(image), matrix))
+    view = Image.fromarray(see_through(np.array(image), matrix))
     x, y = torch.meshgrid(torch.linspace(0.2, 0.8, 4), torch.linspace(0.2, 0.8, 3), indexing="xy")
     seen = torch.stack([x.flatten() * size[1], y.flatten() * size[0]], dim=1)  # asked for where the view shows them
     points = carry(torch.linalg.inv(matrix), seen).float()
