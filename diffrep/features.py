@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +38,7 @@ class FeatureMaps:
         if not shapes:
             raise ValueError("FeatureMaps needs at least one map")
         if any(len(s) != 4 or s[0] != len(self.placements) for s in shapes.values()):
-            raise ValueError(
-                f"maps must be (B, C, h, w) with B = {len(self.placements)} placements, got {shapes}"
-            )
+            raise ValueError(f"maps must be (B, C, h, w) with B = {len(self.placements)} placements, got {shapes}")
         if set(self.grids) != set(self.maps):
             raise ValueError(f"maps have taps {sorted(self.maps)} but grids {sorted(self.grids)}")
         object.__setattr__(self, "maps", MappingProxyType(dict(self.maps)))
@@ -60,7 +58,7 @@ class FeatureMaps:
         maps = {tap: m[index : index + 1] for tap, m in self.maps.items()}
         return dataclasses.replace(self, maps=maps, placements=(self.placements[index],))
 
-    def to(self, *args: torch.device | torch.dtype | str) -> FeatureMaps:
+    def to(self, *args: Any) -> FeatureMaps:
         """Move or cast the maps, as `Tensor.to` does."""
         return dataclasses.replace(self, maps={tap: m.to(*args) for tap, m in self.maps.items()})
 
@@ -103,9 +101,7 @@ class FeatureMaps:
         cells = torch.stack([self.cells(tap, p, i) for i, p in enumerate(points)]).to(feature_map.device)
         span = cells.new_tensor([width, height])
         grid = (cells + 0.5) * (2.0 / span) - 1.0  # grid_sample's [-1, 1] runs between the outer edges
-        sampled = F.grid_sample(
-            feature_map.float(), grid[:, None].float(), padding_mode="border", align_corners=False
-        )
+        sampled = F.grid_sample(feature_map.float(), grid[:, None].float(), padding_mode="border", align_corners=False)
         return sampled[:, :, 0].mT.to(feature_map.dtype)
 
 
@@ -118,9 +114,7 @@ class ExtractConfig:
 
     taps: tuple[str, ...] | None = None  # which activations to read
     sizing: Sizing | None = None  # how the image is brought to the network's canvas
-    window: int | None = (
-        None  # side of square windows that go through the network on their own; None: no tiling
-    )
+    window: int | None = None  # side of square windows that go through the network on their own; None: no tiling
     timestep: int | None = None  # 0..999: how much noise the image gets; -1: none at all
     clean: bool | None = None  # give the network the image without noise, whatever the timestep says
     prompt: str = ""  # the text condition
@@ -175,9 +169,7 @@ class ExtractConfig:
 
 
 @torch.inference_mode()
-def extract(
-    backbone: Backbone, images: Sequence[ImageLike], config: ExtractConfig | None = None
-) -> FeatureMaps:
+def extract(backbone: Backbone, images: Sequence[ImageLike], config: ExtractConfig | None = None) -> FeatureMaps:
     """Read features of images that share one canvas size, in batches.
 
     A result does not depend on the other images, their order or the batch size beyond float rounding.
@@ -275,9 +267,7 @@ def _tiled_maps(
     assert config.window is not None
     batch, _, height, width = pixels.shape
     window_height, window_width = min(config.window, height), min(config.window, width)
-    corners = [
-        (y, x) for y in window_origins(height, config.window) for x in window_origins(width, config.window)
-    ]
+    corners = [(y, x) for y in window_origins(height, config.window) for x in window_origins(width, config.window)]
     windows = torch.cat([pixels[..., y : y + window_height, x : x + window_width] for y, x in corners])
     maps = backbone.maps(windows, taps, config.conditions(), batch_size=config.batch_size)
     merged, grids = {}, {}

@@ -141,7 +141,7 @@ class AdmArchitecture:
         """The network with fresh weights."""
         from diffusers import UNet2DModel
 
-        unet: nn.Module = UNet2DModel(**self.diffusers_config())
+        unet: Any = UNet2DModel(**self.diffusers_config())
         for module in unet.modules() if self.heads is not None else ():
             if type(module).__name__ == "Attention":  # UNet2DModel knows one width of heads for all levels
                 module.heads = self.heads

@@ -49,7 +49,7 @@ class Grid:
     stride: tuple[float, float]  # between the centres of neighbouring cells
 
     @classmethod
-    def covering(cls, canvas_size: tuple[int, int], map_size: tuple[int, int]) -> Grid:
+    def covering(cls, canvas_size: Sequence[int], map_size: Sequence[int]) -> Grid:
         """The cells tile the canvas: cell (0, 0) is its top left H/h by W/w pixels."""
         x, y = canvas_size[1] / map_size[1], canvas_size[0] / map_size[0]
         return cls(origin=((x - 1) / 2, (y - 1) / 2), stride=(x, y))
@@ -98,7 +98,7 @@ class Backbone(ABC):
     name: str
     source: str
     recommended: Recommended
-    network: nn.Module  # the part that is tapped
+    network: Any  # the nn.Module that is tapped; Any, for its libraries declare no types of its parts
 
     @abstractmethod
     def taps(self) -> tuple[TapInfo, ...]:
@@ -119,7 +119,7 @@ class Backbone(ABC):
             tap -> (B, C, h, w), in the backbone's dtype on its device.
         """
 
-    def grid(self, tap: str, canvas_size: tuple[int, int], map_size: tuple[int, int]) -> Grid:
+    def grid(self, tap: str, canvas_size: Sequence[int], map_size: Sequence[int]) -> Grid:
         """Where the cells of a tap's map lie on a canvas of (H, W) pixels."""
         return Grid.covering(canvas_size, map_size)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrep.backbones.base import Conditions, Recommended, reading
 from diffrep.backbones.freeu import applying
@@ -33,8 +33,8 @@ class LatentDiffusion(LatentBackbone):
 
     def __init__(
         self,
-        unet: nn.Module,
-        vae: nn.Module,
+        unet: Any,
+        vae: Any,
         alphas_cumprod: Tensor,
         *,
         text: PromptEncoder | None = None,
@@ -51,7 +51,7 @@ class LatentDiffusion(LatentBackbone):
         self.stride = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         self._taps = unet_taps(unet, self.stride)
         self._prompts: dict[str, PromptEmbedding] = {}
-        self._keys_values: dict[str, dict[nn.Module, Tensor]] = {}
+        self._keys_values: dict[str, dict[Any, Tensor]] = {}
         default_tap = "up.1" if "up.1" in self._taps else "mid"
         side = self.stride * int(unet.config.sample_size or 64)
         self.recommended = recommended or Recommended(

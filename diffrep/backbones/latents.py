@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrep.backbones.base import Backbone, Conditions, TapInfo
 from diffrep.backbones.noise import draw_noise
@@ -35,7 +35,7 @@ class LatentBackbone(Backbone):
         text: encodes prompts; or None where `embed` is given prompt embeddings.
     """
 
-    vae: nn.Module
+    vae: Any
     stride: int
     multiple: int
     alphas_cumprod: Tensor
@@ -169,14 +169,15 @@ class LatentBackbone(Backbone):
         jobs = [(image, member) for image in range(len(mean)) for member in range(members)]
         results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         for start in range(0, len(jobs), batch_size):
-            images, draws = zip(*jobs[start : start + batch_size], strict=True)
+            chunk = jobs[start : start + batch_size]
+            images, draws = [image for image, _ in chunk], [draw for _, draw in chunk]
             spread = None
             if conditions.posterior == "sample" and posterior_noise is not None:
-                spread = std[list(images)] * posterior_noise[list(draws)].to(std)
+                spread = std[images] * posterior_noise[draws].to(std)
             latents = self.noisy_latents(
-                mean[list(images)],
+                mean[images],
                 spread,
-                None if clean or noise is None else noise[list(draws)],
+                None if clean or noise is None else noise[draws],
                 conditions.timestep,
             )
             for tap, value in self.network_maps(latents, taps, conditions).items():

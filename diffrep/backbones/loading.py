@@ -322,7 +322,8 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     from diffusers import DDIMScheduler
 
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    return DDIMScheduler(**{k: config[k] for k in keys if k in config}).alphas_cumprod
+    scheduler: Any = DDIMScheduler(**{k: config[k] for k in keys if k in config})
+    return scheduler.alphas_cumprod
 
 
 def _load_component(kind: Any, source: str, part: str, dtype: torch.dtype, variant: str | None) -> Any:

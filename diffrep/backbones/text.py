@@ -94,7 +94,7 @@ class TextEncoders:
                     raise BackboneError(f"{folder}: the folder {part}/ is missing, prompts cannot be encoded")
         tokenizer = CLIPTokenizer.from_pretrained(self.source, subfolder=tokenizer_part)
         with _no_progress_bar():
-            encoder = kind[self.parts[encoder_part]].from_pretrained(
+            encoder: Any = kind[self.parts[encoder_part]].from_pretrained(
                 self.source, subfolder=encoder_part, use_safetensors=True, variant=self.variant
             )
         encoder = encoder.to(self.device, self.dtype).eval()

@@ -50,8 +50,8 @@ class DiffusionTransformer(LatentBackbone):
 
     def __init__(
         self,
-        transformer: nn.Module,
-        vae: nn.Module,
+        transformer: Any,
+        vae: Any,
         alphas_cumprod: Tensor | None = None,
         *,
         text: PromptEncoder | None = None,
@@ -73,7 +73,7 @@ class DiffusionTransformer(LatentBackbone):
         self._prompts: dict[str, PromptEmbedding] = {}
         double = list(transformer.transformer_blocks)
         single = list(getattr(transformer, "single_transformer_blocks", []))
-        self._blocks: list[nn.Module] = [*double, *single]
+        self._blocks: list[Any] = [*double, *single]
         self._width = int(transformer.config.num_attention_heads * transformer.config.attention_head_dim)
         self._taps = {}
         for i, block in enumerate(self._blocks):

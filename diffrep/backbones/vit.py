@@ -62,7 +62,7 @@ class VisionTransformer(Backbone):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         *,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
@@ -77,7 +77,7 @@ class VisionTransformer(Backbone):
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
         self._is_timm = hasattr(network, "patch_embed")
         convolution = network.patch_embed.proj if self._is_timm else network.conv1
-        self._blocks: Sequence[nn.Module] = list(network.blocks if self._is_timm else network.transformer.resblocks)
+        self._blocks: Sequence[Any] = list(network.blocks if self._is_timm else network.transformer.resblocks)
         self.patch = int(convolution.kernel_size[0])
         self.stride = stride or int(convolution.stride[0])
         if not 1 <= self.stride <= self.patch:
@@ -104,7 +104,7 @@ class VisionTransformer(Backbone):
             found.append(TapInfo(f"layer.{i}", self.channels, self.stride, f"{path}.{i}"))
         return tuple(found)
 
-    def grid(self, tap: str, canvas_size: tuple[int, int], map_size: tuple[int, int]) -> Grid:
+    def grid(self, tap: str, canvas_size: Sequence[int], map_size: Sequence[int]) -> Grid:
         centre = (self.patch - 1) / 2
         return Grid(origin=(centre, centre), stride=(float(self.stride), float(self.stride)))
 
@@ -156,7 +156,7 @@ class VisionTransformer(Backbone):
     def _output(self, inputs: Any, named: Any, output: Tensor) -> Tensor:
         return output
 
-    def _facet(self, block: nn.Module, facet: str, inputs: Any, named: Any, normalised: Tensor) -> Tensor:
+    def _facet(self, block: Any, facet: str, inputs: Any, named: Any, normalised: Tensor) -> Tensor:
         """One third of the joint projection, its heads interleaved: channel d * heads + head."""
         index = FACETS.index(facet)
         weight, bias, heads = _qkv(block.attn)
@@ -165,7 +165,7 @@ class VisionTransformer(Backbone):
         return projected.unflatten(2, (heads, -1)).mT.flatten(2)
 
 
-def _qkv(attention: nn.Module) -> tuple[Tensor, Tensor | None, int]:
+def _qkv(attention: Any) -> tuple[Tensor, Tensor | None, int]:
     """Weight, bias and head count of the joint query, key and value projection."""
     if isinstance(attention, nn.MultiheadAttention):
         assert attention.in_proj_weight is not None
@@ -180,7 +180,7 @@ def _qkv(attention: nn.Module) -> tuple[Tensor, Tensor | None, int]:
     return attention.qkv.weight, bias, int(attention.num_heads)
 
 
-def _add_positions(network: nn.Module, x: Tensor, *, rule: PositionRule) -> Any:
+def _add_positions(network: Any, x: Tensor, *, rule: PositionRule) -> Any:
     """timm's `_pos_embed` with our resampling rule. x is (B, h, w, C) patches."""
     batch, height, width, channels = x.shape
     prefix = [t.expand(batch, -1, -1) for t in (network.cls_token, network.reg_token) if t is not None]
@@ -196,7 +196,7 @@ def _add_positions(network: nn.Module, x: Tensor, *, rule: PositionRule) -> Any:
     return x if type(network).__name__ != "Eva" else (x, None)
 
 
-def _open_clip_embeds(tower: nn.Module, x: Tensor, *, rule: PositionRule) -> Tensor:
+def _open_clip_embeds(tower: Any, x: Tensor, *, rule: PositionRule) -> Tensor:
     """open_clip's embedding step for any image size."""
     x = tower.conv1(x)
     size = (int(x.shape[-2]), int(x.shape[-1]))
@@ -234,7 +234,7 @@ def timm_backbone(
 
     arguments = {"dynamic_img_size": True, "num_classes": 0, **(model_args or {})}
     try:
-        network = timm.create_model(architecture, pretrained=pretrained, **arguments)
+        network: Any = timm.create_model(architecture, pretrained=pretrained, **arguments)
     except TypeError as error:
         raise BackboneError(f"{name}: timm cannot build {architecture} as a ViT of any image size ({error})") from None
     if not hasattr(network, "blocks") or not hasattr(network, "num_prefix_tokens"):

@@ -161,7 +161,7 @@ def _pair_figures(
         note = ", a category it never saw" if category in UNSEEN else ""
         figures.append(
             (
-                draw_matches(*images, points, matches, truth=truth, tolerance=tolerance),
+                draw_matches(images[0], images[1], points, matches, truth=truth, tolerance=tolerance),
                 f"{category}{note}, {name}: {sum(right)} of {len(right)} right",
             )
         )
@@ -177,7 +177,7 @@ def _dense_figures(correspondence: Correspondence, recipe: Recipe) -> list[tuple
         masks = torch.from_numpy(a.mask), torch.from_numpy(b.mask)
         dense = match_dense(source, target, recipe.matching, source_mask=masks[0], mask=masks[1])
         figures.append((draw_components(images, [source, target]), f"{category}: joint components"))
-        figures.append((draw_field(*images, dense, mask=masks[1]), f"{category}: dense match"))
+        figures.append((draw_field(images[0], images[1], dense, mask=masks[1]), f"{category}: dense match"))
     return figures
 
 

@@ -96,6 +96,6 @@ def feature_picture(backbones: Sequence[Any], images: Tensor, masks: Tensor | No
         maps = found.maps[found.taps[-1]].float()
         cells = None
         if masks is not None:
-            cells = F.adaptive_avg_pool2d(masks[:, None].float(), tuple(maps.shape[-2:]))[:, 0] > 0.4
+            cells = F.adaptive_avg_pool2d(masks[:, None].float(), (maps.shape[-2], maps.shape[-1]))[:, 0] > 0.4
         rows.append(F.interpolate(feature_colours(maps, cells), size=tuple(size), mode="nearest"))
     return grid(rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,20 +91,20 @@ def random_backbone(size: Literal["small", "sd"], device: str, dtype: torch.dtyp
     base = 128 if size == "sd" else 32
     torch.manual_seed(0)  # the libraries' initialisation draws from the global generator
     with torch.device(device):
-        unet = UNet2DConditionModel(
+        unet: Any = UNet2DConditionModel(
             block_out_channels=(width, 2 * width, 4 * width, 4 * width),
             cross_attention_dim=1024,
             attention_head_dim=[5, 10, 20, 20] if size == "sd" else [1, 2, 4, 4],
             use_linear_projection=True,
         )
-        vae = AutoencoderKL(
+        vae: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(base, 2 * base, 4 * base, 4 * base),
             layers_per_block=2,
         )
-    schedule = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
-    backbone = LatentDiffusion(unet.to(dtype), vae.to(dtype), schedule, name=f"random {size}")
+    scheduler: Any = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    backbone = LatentDiffusion(unet.to(dtype), vae.to(dtype), scheduler.alphas_cumprod, name=f"random {size}")
     backbone.embed("", PromptEmbedding(torch.randn(1, 77, 1024, device=device, dtype=dtype)))
     return backbone
 
