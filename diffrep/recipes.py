@@ -258,8 +258,8 @@ def _made(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}")
-        kinds = get_args(kind)
-        inner = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else list(kinds)
+        kinds = list(get_args(kind))
+        inner = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
         if len(inner) != len(value):
             raise ValueError(f"{where} must have {len(inner)} entries, got {value!r}")
         return tuple(_made(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))

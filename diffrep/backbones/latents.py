@@ -170,14 +170,14 @@ class LatentBackbone(Backbone):
         results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         for start in range(0, len(jobs), batch_size):
             chunk = jobs[start : start + batch_size]
-            images, draws = [image for image, _ in chunk], [draw for _, draw in chunk]
+            images, numbers = [i for i, _ in chunk], [k for _, k in chunk]
             spread = None
             if conditions.posterior == "sample" and posterior_noise is not None:
-                spread = std[images] * posterior_noise[draws].to(std)
+                spread = std[images] * posterior_noise[numbers].to(std)
             latents = self.noisy_latents(
                 mean[images],
                 spread,
-                None if clean or noise is None else noise[draws],
+                None if clean or noise is None else noise[numbers],
                 conditions.timestep,
             )
             for tap, value in self.network_maps(latents, taps, conditions).items():

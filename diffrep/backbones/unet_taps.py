@@ -148,7 +148,7 @@ def tokens_to_map(tokens: Tensor, latent_size: tuple[int, int]) -> Tensor:
     return tokens.mT.unflatten(2, (height, width))
 
 
-def cross_attentions(unet: nn.Module) -> Iterator[nn.Module]:
+def cross_attentions(unet: nn.Module) -> Iterator[Any]:
     """The cross-attention layers of a U-Net."""
     for name, module in unet.named_modules():
         if name.endswith(".attn2"):
