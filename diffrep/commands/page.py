@@ -11,6 +11,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffrep.commands.output import write_text
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #2f7d5b; }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 68rem; margin: 2.5rem auto; padding: 0 1.25rem; }
@@ -81,10 +83,7 @@ class Page:
             f"<style>{_STYLE}</style><h1>{html.escape(self.title)}</h1><p>{html.escape(self.lead)}</p>"
             + "\n".join(self._parts)
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_text(path, text)
 
 
 def data_uri(image: Image.Image) -> str:
