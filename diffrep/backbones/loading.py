@@ -214,8 +214,8 @@ def load_transformer(
     kind = _read_json(source, "transformer/config.json").get("_class_name")
     if kind not in KINDS:
         raise BackboneError(f"{source}: a {kind} cannot be tapped; known are {', '.join(KINDS)}")
-    transformer = _load_component(getattr(diffusers, kind), source, "transformer", dtype, variant)
-    vae = _load_component(diffusers.AutoencoderKL, source, "vae", dtype, variant)
+    transformer = load_component(getattr(diffusers, kind), source, "transformer", dtype, variant)
+    vae = load_component(diffusers.AutoencoderKL, source, "vae", dtype, variant)
     vae.decoder = None  # extraction only encodes: give its memory back
     vae.post_quant_conv = None
     schedule = None if kind in FLOW else _alphas_cumprod(_read_json(source, "scheduler/scheduler_config.json"))
@@ -279,9 +279,9 @@ def load_diffusers(
         ]
         if missing:
             raise BackboneError(f"{folder}: is no complete diffusers folder: {', '.join(missing)} missing")
-        variant = variant or _local_variant(folder / "unet")
-    unet = _load_component(UNet2DConditionModel, source, "unet", dtype, variant)
-    vae = _load_component(AutoencoderKL, source, "vae", dtype, variant)
+        variant = variant or local_variant(folder / "unet")
+    unet = load_component(UNet2DConditionModel, source, "unet", dtype, variant)
+    vae = load_component(AutoencoderKL, source, "vae", dtype, variant)
     if unet.config.in_channels != vae.config.latent_channels:
         raise BackboneError(
             f"{source}: the U-Net takes {unet.config.in_channels} channels but the VAE gives"
@@ -326,7 +326,15 @@ def _alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     return scheduler.alphas_cumprod
 
 
-def _load_component(kind: Any, source: str, part: str, dtype: torch.dtype, variant: str | None) -> Any:
+def load_component(kind: Any, source: str, part: str, dtype: torch.dtype, variant: str | None) -> Any:
+    """One part of a diffusers folder or hub id, for example its ``vae``; strictly, from safetensors only.
+
+    Args:
+        kind: the diffusers class.
+
+    Raises:
+        BackboneError: the weights are missing, no safetensors, or do not fit the part's config.
+    """
     try:
         module, info = kind.from_pretrained(
             source,
@@ -352,7 +360,7 @@ def _one_line(error: Exception) -> str:
     return " ".join(lines[:2])[:300]
 
 
-def _local_variant(folder: Path) -> str | None:
+def local_variant(folder: Path) -> str | None:
     """ "fp16" where a folder has only ``diffusion_pytorch_model.fp16.safetensors``."""
     names = [p.name for p in folder.glob("diffusion_pytorch_model*.safetensors*")]
     if any(n.startswith(("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-")) for n in names):
