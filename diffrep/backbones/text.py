@@ -49,6 +49,8 @@ class TextEncoders:
     Args:
         source: local folder or hub id with ``text_encoder/`` and ``tokenizer/`` (SDXL: also ``_2``).
         parts: component folder -> class name, as in ``model_index.json``.
+        pad: to the tokenizer's length, as Stable Diffusion does; without, a prompt has its own tokens only, two for
+            the empty one (Marigold, Lotus).
     """
 
     def __init__(
@@ -59,13 +61,19 @@ class TextEncoders:
         device: torch.device,
         dtype: torch.dtype,
         variant: str | None = None,
+        pad: bool = True,
     ) -> None:
         self.source, self.parts, self.device, self.dtype, self.variant = source, parts, device, dtype, variant
+        self.pad = pad
         self.times_loaded = 0
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
-        """Encode prompts, each on its own (padded to the tokenizer's length, as the pipelines do)."""
+        """Encode prompts, each on its own.
+
+        Raises:
+            ValueError: prompts of different numbers of tokens, which cannot share a batch without padding.
+        """
         self.times_loaded += 1
         if "text_encoder_2" not in self.parts:
             states, _ = self._run("tokenizer", "text_encoder", prompts, penultimate=False)
@@ -99,7 +107,11 @@ class TextEncoders:
             )
         encoder = encoder.to(self.device, self.dtype).eval()
         tokens = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            prompts,
+            padding="max_length" if self.pad else False,
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
         output = encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=penultimate)
