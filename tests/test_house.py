@@ -38,6 +38,7 @@ FLOORS = {
     "diffrep.draw": 3,
     "diffrep.recipes": 3,
     "diffrep.manifold": 3,
+    "diffrep.synthesis": 3,
     "diffrep.training": 3,
     "diffrep.heads": 4,
     "diffrep.eval": 5,

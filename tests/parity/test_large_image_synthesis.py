@@ -1,0 +1,22 @@
+"""System `large-image-synthesis`: same weights and noise in, same images out as the authors' code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .cases import cases_of
+from .synthesis_model import check_ldm_unet
+
+CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    "ldm_unet": check_ldm_unet,
+}
+
+
+@pytest.mark.parametrize(("folder", "case"), cases_of("large-image-synthesis", CHECKS))
+def test_case(folder: Path, case: dict[str, Any]) -> None:
+    assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
+    CHECKS[case["kind"]](folder, case)
