@@ -1,0 +1,104 @@
+"""Scale and shift between a relative map and a reference: what depth metrics, losses and sparse depth share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Space = Literal["depth", "disparity"]
+
+LEAST_DISPARITY = 1e-3  # 1 / metres: what an aligned disparity is clipped at before it is inverted
+
+
+def fit_scale_shift(
+    prediction: Tensor, reference: Tensor, mask: Tensor, *, undetermined: Literal["mean", "zero"] = "mean"
+) -> tuple[Tensor, Tensor]:
+    """The least-squares scale s and shift t of each image: argmin over the mask of sum (s p + t - r)^2.
+
+    Solved in closed form in float64; gradients flow through it.
+
+    Args:
+        prediction, reference: (B, ...), of one shape; reference may be anything outside the mask.
+        mask: (B, ...) bool.
+        undetermined: what an image gets whose predictions in the mask are all equal: scale 0 and the mean of the
+            reference as shift, or zero for both (E2E-FT's loss).
+
+    Returns:
+        Scale and shift, (B,) each, in the dtype of the prediction.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if not prediction.shape == reference.shape == mask.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (prediction, reference, mask))
+        raise ValueError(f"prediction, reference and mask must have one shape, got {shapes}")
+    keep = mask.flatten(1)
+    p = torch.where(keep, prediction.flatten(1).double(), 0.0)
+    r = torch.where(keep, reference.flatten(1).double(), 0.0)
+    count = keep.sum(1).clamp(min=1)
+    mean_p, mean_r = p.sum(1) / count, r.sum(1) / count
+    centred = torch.where(keep, p - mean_p[:, None], 0.0)
+    variance = centred.square().sum(1)
+    determined = variance > 1e-20 * count
+    scale = torch.where(determined, (centred * r).sum(1) / torch.where(determined, variance, 1.0), 0.0)
+    shift = mean_r - scale * mean_p
+    if undetermined == "zero":
+        shift = torch.where(determined, shift, 0.0)
+    return scale.to(prediction.dtype), shift.to(prediction.dtype)
+
+
+def align_depth(
+    prediction: Tensor,
+    reference: Tensor,
+    valid: Tensor,
+    *,
+    space: Space = "depth",
+    bounds: tuple[float, float] = (1e-3, 1e9),
+    fit_size: int | None = None,
+    subsample: Literal["both sides", "width"] = "both sides",
+) -> tuple[Tensor, float, float]:
+    """Metric depth from one affine-invariant prediction and its reference, as the papers' evaluations align it.
+
+    Args:
+        prediction: (H, W), depth or disparity up to scale and shift.
+        reference: (H, W), metres; anything where not valid.
+        valid: (H, W) bool, the pixels that count.
+        space: in which scale and shift are fitted. "disparity" fits 1 / reference where the prediction is positive
+            and inverts the result.
+        bounds: metres, smallest and largest depth; the result is clipped to them.
+        fit_size: the fit reads the map at most this many pixels long, by nearest subsampling; None: all pixels.
+        subsample: "width" reduces the width alone, as the official code of Marigold and Lotus does (it hands a map
+            to an up-sampler of signals); "both sides" reduces both.
+
+    Returns:
+        (H, W) depth in metres, with the scale and shift that gave it.
+
+    Raises:
+        ValueError: no valid pixel, or the shapes differ.
+    """
+    keep = valid & (reference > 0)
+    target = reference
+    if space == "disparity":
+        keep = keep & (prediction > 0)
+        target = torch.where(keep, 1 / reference, 0.0)
+    chosen = [prediction[None], target[None], keep[None]]
+    if fit_size is not None and (factor := fit_size / max(reference.shape)) < 1:
+        chosen = [_reduced(x, factor, subsample) for x in chosen]
+    if not bool(chosen[2].any()):
+        raise ValueError("there is no valid pixel to align the prediction to")
+    scale, shift = (x.item() for x in fit_scale_shift(*chosen))
+    depth = scale * prediction + shift
+    if space == "disparity":
+        depth = 1 / depth.clamp(min=LEAST_DISPARITY)
+    return depth.clamp(*bounds).clamp(min=1e-6), scale, shift
+
+
+def _reduced(x: Tensor, factor: float, subsample: str) -> Tensor:
+    """Nearest subsampling of (1, H, W)."""
+    signal = x.to(torch.promote_types(x.dtype, torch.float32))
+    if subsample == "width":  # (1, H, W) read as H channels of a signal
+        return F.interpolate(signal, scale_factor=factor, mode="nearest").to(x.dtype)
+    return F.interpolate(signal[None], scale_factor=factor, mode="nearest")[0].to(x.dtype)
