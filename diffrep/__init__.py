@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffrep.features import ExtractConfig, FeatureMaps, extract, extract_each
     from diffrep.images import Placement, Sizing, load_image
     from diffrep.recipes import Correspondence, Recipe, recipe
+    from diffrep.store import Store, open_store
 
 __version__ = "0.1.0"
 
@@ -32,11 +33,13 @@ _HOME = {  # public name -> module that defines it
     "Placement": "diffrep.images",
     "Recipe": "diffrep.recipes",
     "Sizing": "diffrep.images",
+    "Store": "diffrep.store",
     "TapInfo": "diffrep.backbones",
     "extract": "diffrep.features",
     "extract_each": "diffrep.features",
     "load_backbone": "diffrep.backbones",
     "load_image": "diffrep.images",
+    "open_store": "diffrep.store",
     "recipe": "diffrep.recipes",
 }
 
@@ -54,6 +57,8 @@ __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "Correspondence",
     "Recipe",
     "recipe",
+    "open_store",
+    "Store",
 ]
 
 

@@ -1,0 +1,20 @@
+"""Features kept on disk: sharded, memory-mapped, appendable; the layout is described in docs/store.md."""
+
+from diffrep.store.manifest import Keep, Manifest, StoreError, load_manifest
+from diffrep.store.provenance import provenance
+from diffrep.store.reader import Store, StoredImage, Vectors, open_store
+from diffrep.store.writer import StoreWriter, write_store
+
+__all__ = [
+    "Keep",
+    "Manifest",
+    "Store",
+    "StoreError",
+    "StoreWriter",
+    "StoredImage",
+    "Vectors",
+    "load_manifest",
+    "open_store",
+    "provenance",
+    "write_store",
+]

@@ -1,0 +1,148 @@
+"""The manifest of a store: what the features are, how they were made, and which shards hold them.
+
+The manifest is the store's only point of truth: what it does not list does not exist, and it is replaced as a
+whole, so that a run that is killed leaves the last complete state. It holds no times and no random names: the same
+images, settings and libraries give the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+FORMAT, VERSION = "diffrep-store", 1
+MANIFEST = "manifest.json"
+
+Kind: TypeAlias = Literal["maps", "pooled", "points"]
+StoreType: TypeAlias = Literal["float16", "bfloat16", "float32"]
+
+
+class StoreError(ValueError):
+    """A store that cannot be used, or not in this way; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What of an image's feature maps is kept, and in which precision.
+
+    ``maps`` keeps them whole, ``pooled`` their mean over the image (padding left out), one vector per tap, and
+    ``points`` the vectors at chosen places, interpolated bilinearly.
+    """
+
+    kind: Kind = "pooled"
+    dtype: StoreType = "float16"
+    points: str = "grid:8"  # grid:N (N x N places), random:N (seeded by the image's name), or a .json file of places
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("maps", "pooled", "points"):
+            raise ValueError(f"kind must be 'maps', 'pooled' or 'points', got {self.kind!r}")
+        if self.dtype not in ("float16", "bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'float16', 'bfloat16' or 'float32', got {self.dtype!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard: ``shards/NAME.safetensors`` holds the numbers, ``shards/NAME.json`` says which images they are of."""
+
+    name: str  # number, then the first digits of the hash: a shard is never overwritten
+    images: int  # whose features it holds
+    quarantined: int  # images that could not be used
+    bytes: int  # of the .safetensors file
+    sha256: str  # of the .safetensors file
+    records_bytes: int  # of the .json file
+    records_sha256: str  # of the .json file
+    environment: int = 0  # which of the manifest's environments made it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store is.
+
+    Attributes:
+        keep: what is kept of each image.
+        features: provenance: backbone, weights and their hash, dtype, and every extraction setting.
+        root: the folder to which the images' names are relative.
+        shard_images: images that go into one shard.
+        environments: library versions and devices that made shards.
+        shards: in order.
+    """
+
+    keep: Keep
+    features: Mapping[str, Any]
+    root: str
+    shard_images: int
+    environments: tuple[Mapping[str, Any], ...] = ()
+    shards: tuple[ShardEntry, ...] = field(default=())
+
+    @property
+    def images(self) -> int:
+        return sum(shard.images for shard in self.shards)
+
+    def with_shard(self, shard: ShardEntry, environment: Mapping[str, Any]) -> Manifest:
+        """The manifest with one shard more, or with another in the place of the one of its number."""
+        environments = self.environments
+        if environment not in environments:
+            environments += (environment,)
+        shard = dataclasses.replace(shard, environment=environments.index(environment))
+        others = [s for s in self.shards if shard_number(s.name) != shard_number(shard.name)]
+        shards = tuple(sorted([*others, shard], key=lambda s: s.name))
+        return dataclasses.replace(self, environments=environments, shards=shards)
+
+
+def shard_number(name: str) -> int:
+    """
+    >>> shard_number("000012-5f3a9c01d2e4")
+    12
+    """
+    return int(name.partition("-")[0])
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read a store's manifest.
+
+    Raises:
+        StoreError: the folder holds none, or it is damaged, or of a format that this version cannot read.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise StoreError(f"{folder}: is no store of features (it has no {MANIFEST}); `diffrep extract` makes one")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
+            raise StoreError(f"{file}: is not of format {FORMAT!r}, version {VERSION}: made by a newer diffrep?")
+        values["keep"] = Keep(**values["keep"])
+        values["environments"] = tuple(values["environments"])
+        values["shards"] = tuple(ShardEntry(**shard) for shard in values["shards"])
+        return Manifest(**values)
+    except StoreError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{file}: is damaged ({error})") from None
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Put a manifest in the place of the one that is there, at once."""
+    text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}, indent=1)
+    write_whole(folder / MANIFEST, text.encode() + b"\n")
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file or none: under another name, to the disk, then renamed.
+
+    Raises:
+        OSError: as the system has it; nothing is left behind.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        with partial.open("wb") as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

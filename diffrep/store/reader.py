@@ -1,0 +1,349 @@
+"""Reading a store: by image, by batch, as a torch data set, as an Arrow table. Tensors are memory-mapped."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffrep.features import FeatureMaps
+from diffrep.images import Placement
+from diffrep.store.manifest import Manifest, StoreError, load_manifest
+from diffrep.store.selection import pooled
+from diffrep.store.shards import SHARDS, ImageFile, Records, damage, load_records, tensor_name
+
+_OPEN_SHARDS = 64  # memory maps kept open
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """What a store holds of one image.
+
+    Attributes:
+        file: name, size, time of change and hash of the image.
+        placement: how it lay on the network's canvas; `placement.image_size` is its (H, W).
+        features: tap -> (C, h, w) whole maps, (C,) pooled, or (P, C) at points; views of the memory map.
+        points: (P, 2) as (x, y) in pixels of the image, where points are kept.
+    """
+
+    file: ImageFile
+    placement: Placement
+    features: dict[str, Tensor]
+    points: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A run of vectors of a store.
+
+    Attributes:
+        values: (n, C) float32.
+        images: (n,) int64, the number of the image that each is of.
+        points: (n, 2) float32, where in the image it lies, (x, y) in pixels; None for whole images.
+    """
+
+    values: Tensor
+    images: Tensor
+    points: Tensor | None = None
+
+
+class Store:
+    """Features of a collection of images, on disk. Images are numbered in the order of the store.
+
+    Args:
+        folder: the store.
+        root: where the images lie now, if they have moved.
+
+    Raises:
+        StoreError: there is no store, or it is damaged; the message names the file.
+    """
+
+    def __init__(self, folder: str | Path, *, root: str | Path | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = load_manifest(self.folder)
+        self.root = Path(root if root is not None else self.manifest.root)
+        for shard in self.manifest.shards:
+            if (wrong := damage(self.folder, shard)) is not None:
+                raise StoreError(wrong)
+        self._starts = np.cumsum([0] + [shard.images for shard in self.manifest.shards])
+        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._records: dict[int, Records] = {}
+
+    def __getstate__(self) -> dict[str, Any]:  # a worker process opens its own memory maps
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def __repr__(self) -> str:
+        return f"Store({str(self.folder)!r}, {len(self):,} images, {self.kind} of {', '.join(self.taps)})"
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def kind(self) -> Literal["maps", "pooled", "points"]:
+        return self.manifest.keep.kind
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return tuple(self.manifest.features["taps"])
+
+    @cached_property
+    def files(self) -> tuple[ImageFile, ...]:
+        """Of every image: its name, size and hash, in order."""
+        return tuple(file for number in self._shard_numbers for file in self.records(number).images)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of the images, relative to the root, in order."""
+        return tuple(file.name for file in self.files)
+
+    @cached_property
+    def quarantined(self) -> tuple[tuple[str, str], ...]:
+        """(name, reason) of the images that could not be used."""
+        return tuple(
+            (file.name, reason) for number in self._shard_numbers for file, reason in self.records(number).quarantined
+        )
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(self.names)}
+
+    @property
+    def _shard_numbers(self) -> range:
+        return range(len(self.manifest.shards))
+
+    def number(self, image: int | str) -> int:
+        """The number of an image by its name or number; -1 is the last.
+
+        Raises:
+            KeyError: no image of that name.
+            IndexError: no image of that number.
+        """
+        if isinstance(image, str):
+            if image not in self._numbers:
+                raise KeyError(f"{image!r} is not in the store {self.folder}")
+            return self._numbers[image]
+        if not -len(self) <= image < len(self):
+            raise IndexError(f"image {image} of a store of {len(self)}")
+        return image % len(self)
+
+    def path(self, image: int | str) -> Path:
+        """Where the image's file lies; for images in archives, the archive and the name inside."""
+        return self.root / self.names[self.number(image)]
+
+    def records(self, shard: int) -> Records:
+        """The images of one shard."""
+        if shard not in self._records:
+            self._records[shard] = load_records(self.folder, self.manifest.shards[shard])
+        return self._records[shard]
+
+    def tensors(self, shard: int) -> dict[str, Tensor]:
+        """The tensors of one shard, memory-mapped; see docs/store.md for their names and shapes.
+
+        Raises:
+            StoreError: the file is no shard.
+        """
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        file = self.folder / SHARDS / f"{self.manifest.shards[shard].name}.safetensors"
+        try:
+            with safe_open(file, "pt") as opened:
+                self._open[shard] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"{file}: cannot be read ({error})") from None
+        while len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return self._open[shard]
+
+    def __getitem__(self, image: int | str) -> StoredImage:
+        """One image, by number or name.
+
+        Raises:
+            KeyError, IndexError: there is no such image.
+        """
+        shard, row = self._place(self.number(image))
+        records, tensors = self.records(shard), self.tensors(shard)
+        placement, (start, count) = records.placements[row], records.rows[row]
+        features = {}
+        for tap in self.taps:
+            values = tensors[tensor_name(tap, self.kind, placement.canvas_size)]
+            features[tap] = values[start : start + count] if self.kind == "points" else values[start]
+        points = tensors["points"][start : start + count] if self.kind == "points" else None
+        return StoredImage(records.images[row], placement, features, points)
+
+    def maps(self, image: int | str) -> FeatureMaps:
+        """The whole maps of one image, as `diffrep.extract` gave them, in the store's precision.
+
+        Raises:
+            StoreError: the store keeps vectors.
+        """
+        self._check_kind("maps")
+        shard, row = self._place(self.number(image))
+        placement = self.records(shard).placements[row]
+        return self._maps(shard, [row], placement)
+
+    def batches(self, size: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
+        """All images in order, in batches whose tensors have one shape.
+
+        Yields:
+            The numbers of the images, and tap -> (n, C, h, w) or (n, C); points: (n, P, C), and under "points"
+            (n, P, 2). A batch is shorter than `size` where the shape changes or a shard ends.
+        """
+        for shard in self._shard_numbers:
+            records, tensors = self.records(shard), self.tensors(shard)
+            keys = [
+                (placement.canvas_size if self.kind == "maps" else None, count)
+                for placement, (_, count) in zip(records.placements, records.rows, strict=True)
+            ]
+            first = 0
+            while first < len(keys):
+                last = first + 1
+                while last < len(keys) and last - first < size and keys[last] == keys[first]:
+                    last += 1
+                (canvas, count), start = keys[first], records.rows[first][0]
+                stop = start + (last - first) * count
+                batch = {}
+                for tap in self.taps + (("points",) if self.kind == "points" else ()):
+                    values = tensors[tensor_name(tap, self.kind, canvas) if canvas else tap][start:stop]
+                    batch[tap] = values.unflatten(0, (last - first, count)) if self.kind == "points" else values
+                offset = int(self._starts[shard])
+                yield range(offset + first, offset + last), batch
+                first = last
+
+    def vectors(
+        self, tap: str | None = None, level: Literal["image", "patch"] = "image", *, size: int = 16384
+    ) -> Iterator[Vectors]:
+        """All vectors of one tap, in order, float32, in runs of about `size`.
+
+        Args:
+            tap: which; None where the store has one.
+            level: ``image`` for one vector per image (pooled, or the mean of a whole map), ``patch`` for every
+                cell of a map that lies on the image, or every point.
+
+        Raises:
+            StoreError: the store has no such tap, or keeps nothing of that level.
+        """
+        tap = self._tap(tap)
+        if (level, self.kind) in (("image", "points"), ("patch", "pooled")):
+            raise StoreError(f"{self.folder} keeps {self.kind}: it has no vectors of level {level!r}")
+        values: list[Tensor] = []
+        images: list[Tensor] = []
+        points: list[Tensor] = []
+
+        def run() -> Vectors:
+            gathered = Vectors(torch.cat(values), torch.cat(images), torch.cat(points) if points else None)
+            for gathering in (values, images, points):
+                gathering.clear()
+            return gathered
+
+        for numbers, batch in self.batches(64 if self.kind == "maps" else size):
+            owners = torch.arange(numbers.start, numbers.stop)
+            if self.kind == "pooled":
+                values.append(batch[tap].float())
+                images.append(owners)
+            elif self.kind == "points":
+                values.append(batch[tap].float().flatten(0, 1))
+                points.append(batch["points"].flatten(0, 1))
+                images.append(owners.repeat_interleave(batch[tap].shape[1]))
+            else:
+                shard, first = self._place(numbers.start)
+                records = self.records(shard)
+                rows = list(range(first, first + len(numbers)))
+                maps = self._maps(shard, rows, *records.placements[first : first + len(numbers)])
+                if level == "image":
+                    values.append(pooled(maps, tap))
+                    images.append(owners)
+                else:
+                    for i, number in enumerate(numbers):
+                        mask = maps.content_mask(tap, i)
+                        values.append(maps.maps[tap][i].permute(1, 2, 0)[mask].float())
+                        points.append(maps.cell_centres(tap, i)[mask])
+                        images.append(torch.full((int(mask.sum()),), number))
+            if sum(map(len, values)) >= size:
+                yield run()
+        if values:
+            yield run()
+
+    def dataset(self, tap: str | None = None, *, target: Callable[[str], Any] | None = None) -> StoreDataset:
+        """A map-style torch `Dataset` of one tap: (features, number), or (features, target of the image's name)."""
+        return StoreDataset(self, self._tap(tap), target)
+
+    def table(self, tap: str | None = None) -> Any:
+        """A `pyarrow.Table`: one row per image (pooled, maps) or per point, with the features of one tap.
+
+        Columns: image, sha256, height, width, features, and for points x and y. Float16 and float32 are views of
+        the memory map; bfloat16, which Arrow lacks, becomes float32.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+            StoreError: there is no such tap, or the maps differ in size (read those by image or by batch).
+        """
+        from diffrep.store.arrow import arrow_table
+
+        return arrow_table(self, self._tap(tap))
+
+    def verify(self) -> list[str]:
+        """Read all shards and compare with the manifest's hashes. Returns what is wrong, one line per shard."""
+        found = (damage(self.folder, shard, contents=True) for shard in self.manifest.shards)
+        return [wrong for wrong in found if wrong is not None]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return shard, number - int(self._starts[shard])
+
+    def _maps(self, shard: int, rows: Sequence[int], *placements: Placement) -> FeatureMaps:
+        """Maps of images that follow each other in one shard and share a canvas."""
+        records, tensors = self.records(shard), self.tensors(shard)
+        start = records.rows[rows[0]][0]
+        names = {tap: tensor_name(tap, "maps", placements[0].canvas_size) for tap in self.taps}
+        maps = {tap: tensors[name][start : start + len(rows)] for tap, name in names.items()}
+        grids = {tap: records.grids[name] for tap, name in names.items()}
+        return FeatureMaps(maps, placements, grids, self.manifest.features)
+
+    def _tap(self, tap: str | None) -> str:
+        if tap is None and len(self.taps) == 1:
+            return self.taps[0]
+        if tap not in self.taps:
+            asked = "say which tap" if tap is None else f"there is no tap {tap!r}"
+            raise StoreError(f"{self.folder}: {asked}; it has {', '.join(self.taps)}")
+        return tap
+
+    def _check_kind(self, kind: str) -> None:
+        if self.kind != kind:
+            raise StoreError(f"{self.folder} keeps {self.kind}, not {kind}")
+
+
+class StoreDataset(Dataset[tuple[Tensor, Any]]):
+    """One tap of a store for `torch.utils.data.DataLoader`; workers open their own memory maps."""
+
+    def __init__(self, store: Store, tap: str, target: Callable[[str], Any] | None = None) -> None:
+        self.store, self.tap, self.target = store, tap, target
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Any]:
+        image = self.store[number]
+        return image.features[self.tap], number if self.target is None else self.target(image.file.name)
+
+
+def open_store(folder: str | Path, *, root: str | Path | None = None) -> Store:
+    """Open a store of features for reading.
+
+    Args:
+        folder: the store.
+        root: where the images lie now, if they have moved since they were extracted.
+
+    Raises:
+        StoreError: there is no store, or a shard is missing or truncated; the message names the file.
+    """
+    return Store(folder, root=root)

@@ -1,0 +1,292 @@
+"""One shard: a safetensors file with the numbers, and a JSON file that says which images they are of.
+
+Both are pure functions of what is added, so that two runs over the same images give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrep.backbones import Grid
+from diffrep.images import Placement
+from diffrep.store.manifest import Keep, Kind, ShardEntry, StoreError, write_whole
+
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors writes them
+SHARDS = "shards"
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image as it was when it was read.
+
+    Attributes:
+        name: relative to the store's root, with ``/``; ``a.tar/cat.jpg`` inside an archive.
+        bytes: its size on disk.
+        modified: time of the last change, in nanoseconds since 1970; the archive's for images inside one.
+        sha256: of its bytes.
+    """
+
+    name: str
+    bytes: int
+    modified: int
+    sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of one image.
+
+    Attributes:
+        features: tap -> (C, h, w) for whole maps, (C,) pooled, (P, C) at points.
+        placement: how the image lay on the network's canvas.
+        grids: tap -> where the cells of the map lie on the canvas.
+        points: (P, 2) float32 as (x, y) in pixels of the image, where points are kept.
+    """
+
+    features: Mapping[str, Tensor]
+    placement: Placement
+    grids: Mapping[str, Grid]
+    points: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Records:
+    """The images of one shard, column by column, in the order of the shard.
+
+    Attributes:
+        images: name, bytes, modified and sha256 of each; see `ImageFile`.
+        placements: of each image.
+        rows: of each image, the first of its rows in every tensor that holds it, and how many there are.
+        grids: tensor -> where the cells of the map lie on the canvas.
+        quarantined: the images that could not be used, and why.
+    """
+
+    images: tuple[ImageFile, ...]
+    placements: tuple[Placement, ...]
+    rows: tuple[tuple[int, int], ...]
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    quarantined: tuple[tuple[ImageFile, str], ...] = ()
+
+    def to_json(self) -> bytes:
+        """Columns as JSON."""
+        columns = {
+            "images": _columns(self.images),
+            "placements": {key: [getattr(p, key) for p in self.placements] for key in _PLACEMENT},
+            "rows": {"start": [start for start, _ in self.rows], "count": [count for _, count in self.rows]},
+            "grids": {name: asdict(grid) for name, grid in self.grids.items()},
+            "quarantined": {
+                **_columns([image for image, _ in self.quarantined]),
+                "reason": [reason for _, reason in self.quarantined],
+            },
+        }
+        return json.dumps(columns, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Records:
+        """Read what `to_json` wrote."""
+        columns = json.loads(content)
+        placements, bad = columns["placements"], columns["quarantined"]
+        return cls(
+            images=_image_files(columns["images"]),
+            placements=tuple(
+                Placement(*map(tuple, values)) for values in zip(*(placements[k] for k in _PLACEMENT), strict=True)
+            ),
+            rows=tuple(zip(columns["rows"]["start"], columns["rows"]["count"], strict=True)),
+            grids={name: Grid(tuple(grid["origin"]), tuple(grid["stride"])) for name, grid in columns["grids"].items()},
+            quarantined=tuple(zip(_image_files(bad), bad["reason"], strict=True)),
+        )
+
+
+_PLACEMENT = ("image_size", "canvas_size", "content_box")
+_IMAGE = ("name", "bytes", "modified", "sha256")
+
+
+def _columns(images: Sequence[ImageFile]) -> dict[str, list[Any]]:
+    return {key: [getattr(image, key) for image in images] for key in _IMAGE}
+
+
+def _image_files(columns: Mapping[str, list[Any]]) -> tuple[ImageFile, ...]:
+    return tuple(ImageFile(*values) for values in zip(*(columns[key] for key in _IMAGE), strict=True))
+
+
+def tensor_name(tap: str, kind: Kind, canvas_size: Sequence[int]) -> str:
+    """The tensor of a shard that holds a tap: whole maps have one per size of canvas.
+
+    >>> tensor_name("up.1", "maps", (512, 768))
+    'up.1@512x768'
+    """
+    return f"{tap}@{canvas_size[0]}x{canvas_size[1]}" if kind == "maps" else tap
+
+
+class ShardBuilder:
+    """Collects what is kept of the images of one shard, in any order, and writes it.
+
+    Args:
+        keep: what is kept of each image, and in which precision.
+    """
+
+    def __init__(self, keep: Keep) -> None:
+        self.keep = keep
+        self._kept: dict[int, tuple[ImageFile, Kept]] = {}
+        self._quarantined: dict[int, tuple[ImageFile, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept) + len(self._quarantined)
+
+    def add(self, position: int, image: ImageFile, kept: Kept) -> None:
+        """Add image number `position` of the shard; one whose features are not finite is quarantined."""
+        dtype = getattr(torch, self.keep.dtype)
+        cast = {tap: values.detach().to("cpu", dtype) for tap, values in kept.features.items()}
+        for tap, values in cast.items():
+            if not bool(torch.isfinite(values).all()):
+                fits = bool(torch.isfinite(kept.features[tap]).all())
+                reason = f"do not fit {self.keep.dtype} (keep bfloat16)" if fits else "have NaN or infinite values"
+                self.quarantine(position, image, f"features of {tap} {reason}")
+                return
+        self._kept[position] = (image, Kept(cast, kept.placement, kept.grids, kept.points))
+
+    def quarantine(self, position: int, image: ImageFile, reason: str) -> None:
+        """Note that image number `position` cannot be used."""
+        self._quarantined[position] = (image, reason)
+
+    def save(self, folder: Path, number: int) -> ShardEntry:
+        """Write both files into the store `folder`; a manifest has to list the result for it to count.
+
+        Raises:
+            OSError: the disk is full or cannot be written to; nothing is left behind.
+        """
+        tensors: dict[str, list[Tensor]] = {}
+        rows: list[tuple[int, int]] = []
+        grids: dict[str, Grid] = {}
+        ordered = [self._kept[position] for position in sorted(self._kept)]
+        filled: dict[str, int] = {}
+        for _, kept in ordered:
+            count = 1 if kept.points is None else len(kept.points)
+            for tap, values in kept.features.items():
+                name = tensor_name(tap, self.keep.kind, kept.placement.canvas_size)
+                tensors.setdefault(name, []).append(values if self.keep.kind == "points" else values[None])
+                if self.keep.kind == "maps":
+                    grids[name] = kept.grids[tap]
+            if kept.points is not None:
+                tensors.setdefault("points", []).append(kept.points.to("cpu", torch.float32))
+            rows.append((filled.get(name, 0), count))
+            for tap in kept.features:
+                filled[tensor_name(tap, self.keep.kind, kept.placement.canvas_size)] = rows[-1][0] + count
+        records = Records(
+            images=tuple(image for image, _ in ordered),
+            placements=tuple(kept.placement for _, kept in ordered),
+            rows=tuple(rows),
+            grids=grids,
+            quarantined=tuple(self._quarantined[position] for position in sorted(self._quarantined)),
+        )
+        (folder / SHARDS).mkdir(exist_ok=True)
+        partial = folder / SHARDS / f".{number:06d}.partial"
+        try:
+            digest = write_tensors(partial, tensors)
+            content = records.to_json()
+            text_digest = hashlib.sha256(content).hexdigest()
+            # named after both files, so that a change in either gives new names
+            name = f"{number:06d}-{hashlib.sha256((digest + text_digest).encode()).hexdigest()[:12]}"
+            size = partial.stat().st_size
+            write_whole(folder / SHARDS / f"{name}.json", content)
+            partial.replace(folder / SHARDS / f"{name}.safetensors")
+        finally:
+            partial.unlink(missing_ok=True)
+        return ShardEntry(
+            name=name,
+            images=len(ordered),
+            quarantined=len(records.quarantined),
+            bytes=size,
+            sha256=digest,
+            records_bytes=len(content),
+            records_sha256=text_digest,
+        )
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Sequence[Tensor]]) -> str:
+    """Write a safetensors file piece by piece, without a second copy in memory, and on to the disk.
+
+    Args:
+        tensors: name -> pieces (n_i, ...) that are joined along their first axis.
+
+    Returns:
+        The SHA-256 of the file.
+    """
+    header: dict[str, Any] = {}
+    # wide types first, so that every tensor starts at a multiple of its own width, as safetensors does it
+    names = sorted(tensors, key=lambda name: (-tensors[name][0].element_size(), name))
+    offset = 0
+    for name in names:
+        first = tensors[name][0]
+        rows = sum(len(piece) for piece in tensors[name])
+        shape = [rows, *first.shape[1:]]
+        size = sum(piece.numel() for piece in tensors[name]) * first.element_size()
+        header[name] = {"dtype": _NAMES[first.dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb") as opened:
+        for part in (len(text).to_bytes(8, "little"), text):
+            digest.update(part)
+            opened.write(part)
+        for name in names:
+            for piece in tensors[name]:
+                content = memoryview(piece.contiguous().view(torch.uint8).numpy()).cast("B") if piece.numel() else b""
+                digest.update(content)
+                opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+    return digest.hexdigest()
+
+
+def load_records(folder: Path, shard: ShardEntry) -> Records:
+    """Read the images of a shard.
+
+    Raises:
+        StoreError: the file is missing or damaged.
+    """
+    file = folder / SHARDS / f"{shard.name}.json"
+    try:
+        return Records.from_json(file.read_bytes())
+    except FileNotFoundError:
+        raise StoreError(f"{file}: is missing, the manifest lists it; {_REPAIR}") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{file}: is damaged ({error}); {_REPAIR}") from None
+
+
+_REPAIR = "run `diffrep extract` again on the same images to have the shard made again"
+
+
+def damage(folder: Path, shard: ShardEntry, *, contents: bool = False) -> str | None:
+    """What is wrong with a shard's files, if anything: missing, of another length, and with `contents` other bytes."""
+    for ending, size, digest in (
+        ("safetensors", shard.bytes, shard.sha256),
+        ("json", shard.records_bytes, shard.records_sha256),
+    ):
+        file = folder / SHARDS / f"{shard.name}.{ending}"
+        if not file.is_file():
+            return f"{file}: is missing, the manifest lists it; {_REPAIR}"
+        if (found := file.stat().st_size) != size:
+            word = "truncated" if found < size else "too long"
+            return f"{file}: is {word}, {found:,} bytes where the manifest says {size:,}; {_REPAIR}"
+        if contents and _digest(file) != digest:
+            return f"{file}: its bytes have changed since it was written; {_REPAIR}"
+    return None
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,229 @@
+"""Writing into a store: one writer at a time, shard by shard, each there as a whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from diffrep.features import FeatureMaps
+from diffrep.store.manifest import (
+    MANIFEST,
+    Keep,
+    Manifest,
+    ShardEntry,
+    StoreError,
+    load_manifest,
+    save_manifest,
+    shard_number,
+)
+from diffrep.store.provenance import difference
+from diffrep.store.selection import select
+from diffrep.store.shards import SHARDS, ImageFile, ShardBuilder
+
+LOCK = ".lock"
+
+
+class StoreWriter:
+    """The one process that may change a store, as a context manager.
+
+    Opening makes the store if there is none, takes its lock, and removes what a killed run left behind. The lock
+    is the system's: it goes with the process, however that ends.
+
+    Args:
+        folder: the store.
+        features: provenance; see `diffrep.store.provenance`.
+        root: the folder to which image names are relative. None: that of the store that is there.
+
+    Raises:
+        StoreError: the folder holds something else, another writer, or features of another origin.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        features: Mapping[str, Any],
+        keep: Keep,
+        *,
+        root: str | Path | None = None,
+        shard_images: int = 1024,
+    ) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StoreError(f"{self.folder}: is a file, a store is a folder")
+        if shard_images < 1:
+            raise ValueError(f"shard_images must be at least 1, got {shard_images}")
+        there = (self.folder / MANIFEST).is_file()
+        if not there and self.folder.is_dir() and any(p.name != LOCK for p in self.folder.iterdir()):
+            raise StoreError(f"{self.folder}: is neither empty nor a store (it has no {MANIFEST}); name another folder")
+        self._lock = self._take_lock()
+        try:
+            wanted = Manifest(
+                keep=keep, features=features, root=str(Path(root or ".").absolute()), shard_images=shard_images
+            )
+            if there:
+                self.manifest = load_manifest(self.folder)
+                self._check_same(wanted, root is not None)
+            else:
+                self.manifest = wanted
+                save_manifest(self.folder, wanted)
+            self._clean()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others write."""
+        self._lock.close()
+
+    def builder(self) -> ShardBuilder:
+        """For the next shard."""
+        return ShardBuilder(self.manifest.keep)
+
+    @property
+    def next_number(self) -> int:
+        """Of the shard that would be appended."""
+        return shard_number(self.manifest.shards[-1].name) + 1 if self.manifest.shards else 0
+
+    def save(self, builder: ShardBuilder, number: int) -> ShardEntry:
+        """Write the files of a shard, which do not count before they are committed.
+
+        Raises:
+            OSError: the disk is full or cannot be written to; the store is as it was.
+        """
+        try:
+            return builder.save(self.folder, number)
+        except OSError as error:
+            raise self._explained(error) from None
+
+    def commit(self, shard: ShardEntry, environment: Mapping[str, Any]) -> None:
+        """List a shard in the manifest: from here on it is there. One of the same number is replaced."""
+        replaced = [s for s in self.manifest.shards if shard_number(s.name) == shard_number(shard.name)]
+        manifest = self.manifest.with_shard(shard, environment)
+        try:
+            save_manifest(self.folder, manifest)
+        except OSError as error:
+            raise self._explained(error) from None
+        self.manifest = manifest
+        for old in replaced:
+            if old.name != shard.name:
+                self._remove(old.name)
+
+    def _take_lock(self) -> IO[bytes]:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / LOCK).open("ab")
+        except OSError as error:
+            raise OSError(f"{self.folder}: cannot be written to ({error.strerror})") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise StoreError(f"{self.folder}: another process is writing into this store; wait for it to end") from None
+        return lock
+
+    def _check_same(self, wanted: Manifest, check_root: bool) -> None:
+        there = self.manifest
+        found = difference(there.features, wanted.features)
+        for key in ("keep", "shard_images", "root"):
+            if found is None and (check_root or key != "root") and getattr(there, key) != getattr(wanted, key):
+                found = f"{key} {getattr(there, key)} against {getattr(wanted, key)}"
+        if found is not None:
+            raise StoreError(f"{self.folder} was made otherwise ({found}): use the same settings, or another folder")
+
+    def _clean(self) -> None:
+        """Remove what the manifest does not list: shards of a run that was killed before it could commit them."""
+        listed = {shard.name for shard in self.manifest.shards}
+        for file in sorted((self.folder / SHARDS).glob("*")):
+            if file.stem not in listed:
+                file.unlink()
+        for file in self.folder.glob(".*.partial"):
+            file.unlink()
+
+    def _remove(self, name: str) -> None:
+        for ending in ("safetensors", "json"):
+            (self.folder / SHARDS / f"{name}.{ending}").unlink(missing_ok=True)
+
+    def _explained(self, error: OSError) -> OSError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            what = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
+            return OSError(
+                f"{self.folder}: {what}; the {self.manifest.images:,} images that are in the store are safe, make room"
+                " and run the same command again"
+            )
+        return OSError(f"{self.folder}: cannot be written to ({error.strerror})")
+
+
+def write_store(
+    folder: str | Path,
+    images: Iterable[tuple[str, FeatureMaps]],
+    keep: Keep | None = None,
+    *,
+    root: str | Path | None = None,
+    shard_images: int = 1024,
+) -> Path:
+    """Write features that are in memory already into a new store, or append them to one with the same settings.
+
+    `diffrep.extract_store` is the way for whole collections: it decodes, batches, resumes and hashes the images.
+
+    Args:
+        images: (name, maps) with maps of one image each, from one backbone and configuration.
+
+    Raises:
+        ValueError: no image is given, or a name is in the store already.
+    """
+    keep = keep or Keep()
+    writer: StoreWriter | None = None
+    known: set[str] = set()
+    try:
+        builder = ShardBuilder(keep)
+        for name, maps in images:
+            if writer is None:
+                writer = StoreWriter(folder, _json_ready(maps.settings), keep, root=root, shard_images=shard_images)
+                known = names_in(writer.folder)
+            if name in known:
+                raise ValueError(f"{name} is in the store {folder} already")
+            known.add(name)
+            builder.add(len(builder), ImageFile(name, 0, 0), select(maps, keep, [name])[0])
+            if len(builder) == shard_images:
+                writer.commit(writer.save(builder, writer.next_number), {})
+                builder = ShardBuilder(keep)
+        if writer is None:
+            raise ValueError("write_store needs at least one image")
+        if len(builder):
+            writer.commit(writer.save(builder, writer.next_number), {})
+    finally:
+        if writer is not None:
+            writer.close()
+    return Path(folder)
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names of the images of a store, quarantined ones too."""
+    from diffrep.store.shards import load_records
+
+    names: set[str] = set()
+    for shard in load_manifest(folder).shards:
+        records = load_records(folder, shard)
+        names.update(image.name for image in records.images)
+        names.update(image.name for image, _ in records.quarantined)
+    return names
+
+
+def _json_ready(settings: Mapping[str, Any]) -> dict[str, Any]:
+    import json
+
+    return dict(json.loads(json.dumps(dict(settings), default=str)))
