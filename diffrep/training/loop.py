@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -35,8 +35,12 @@ class FitSettings:
     minutes: float | None = None  # or after this many minutes of training, whichever comes first
     learning_rate: float = 1e-3  # the highest
     warmup: int = 100  # steps in which the learning rate rises from 0
-    final_rate: float = 0.02  # share of the learning rate that is left at the end of the cosine
-    weight_decay: float = 0.02  # of matrices and convolutions, not of biases and norms
+    schedule: Literal["cosine", "constant", "exponential"] = "cosine"  # how it falls after that
+    final_rate: float = 0.02  # share of the learning rate that is left at the end
+    weight_decay: float = 0.02  # of AdamW
+    decay: Literal["matrices", "all"] = "matrices"  # what decays: not biases and norms, or every parameter
+    betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
+    accumulate: int = 1  # batches whose gradients are averaged in each step
     clip: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.999  # of the moving average that is kept; it starts faster
     bf16: bool = True  # autocast to bfloat16
@@ -44,15 +48,28 @@ class FitSettings:
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.steps < 1 or self.accumulate < 1:
+            raise ValueError(f"steps and accumulate must be at least 1, got {self.steps} and {self.accumulate}")
 
     def rate(self, progress: float, step: int) -> float:
-        """Learning rate at a share `progress` of the run: linear warm-up, then half a cosine."""
+        """Learning rate at a share `progress` of the run: linear warm-up, then as `schedule` says."""
+        if self.schedule == "exponential":
+            share = min(progress, 1.0) * self.steps
+            return self.learning_rate * exponential_factor(
+                share, self.steps, final_ratio=self.final_rate, warmup=self.warmup
+            )
+        rising = min((step + 1) / (self.warmup + 1), 1.0)
+        if self.schedule == "constant":
+            return self.learning_rate * rising
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-        return self.learning_rate * min((step + 1) / (self.warmup + 1), 1.0) * (
-            self.final_rate + (1 - self.final_rate) * cosine
-        )
+        return self.learning_rate * rising * (self.final_rate + (1 - self.final_rate) * cosine)
+
+
+def exponential_factor(step: float, total: int, *, final_ratio: float = 0.01, warmup: int = 100) -> float:
+    """Marigold's and E2E-FT's factor of the learning rate: linear warm-up from 0, then down to `final_ratio`."""
+    if step < warmup:
+        return step / warmup
+    return final_ratio ** min((step - warmup) / max(total - warmup, 1), 1.0)
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -104,14 +121,7 @@ def fit(
     ema.eval().requires_grad_(False)
     trained = module.to(device)
     trained.train()
-    decayed = [p for p in trained.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in trained.parameters() if p.requires_grad and p.ndim < 2]
-    optimiser = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.99),
-        fused=True,
-    )
+    optimiser = make_optimiser(trained, settings)
     step, spent = _load_checkpoint(folder, trained, ema, optimiser, settings)
     called, optimiser = accelerator.prepare(trained, optimiser)
     log = _Log(folder / "log.jsonl", step)
@@ -124,13 +134,15 @@ def fit(
         return share if settings.minutes is None else max(share, spent / (60 * settings.minutes))
 
     while done() < 1:
-        batch = batches(step_generator(settings.seed, step, accelerator.process_index))
-        batch = {name: value.to(device) for name, value in batch.items()}
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
-            losses = loss(called, ema, batch)
-        if not bool(torch.isfinite(losses["loss"])):
-            raise FloatingPointError(f"{folder.name}: the loss is {losses['loss'].item()} at step {step}")
-        accelerator.backward(losses["loss"])
+        for part in range(settings.accumulate):
+            generator = step_generator(settings.seed, step * settings.accumulate + part, accelerator.process_index)
+            batch = {name: value.to(device) for name, value in batches(generator).items()}
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+                losses = loss(called, ema, batch)
+            if not bool(torch.isfinite(losses["loss"])):
+                raise FloatingPointError(f"{folder.name}: the loss is {losses['loss'].item()} at step {step}")
+            accelerator.backward(losses["loss"] / settings.accumulate)
+            log.add(losses)
         accelerator.clip_grad_norm_(trained.parameters(), settings.clip)
         for group in optimiser.param_groups:
             group["lr"] = settings.rate(done(), step)
@@ -140,7 +152,6 @@ def fit(
         update_average(ema, trained, min(settings.ema_decay, (1 + step) / (10 + step)))
         now = time.monotonic()
         spent = spent_before + now - started
-        log.add(losses)
         bar.update(1)
         if step % 50 == 0 or done() >= 1:
             row = log.write(step, spent)
@@ -152,6 +163,19 @@ def fit(
             saved = now
     bar.close()
     return ema
+
+
+def make_optimiser(module: nn.Module, settings: FitSettings) -> torch.optim.AdamW:
+    """AdamW over the parameters that require gradients."""
+    everything = [p for p in module.parameters() if p.requires_grad]
+    decayed = [p for p in everything if p.ndim >= 2 or settings.decay == "all"]
+    others = [p for p in everything if p.ndim < 2 and settings.decay != "all"]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        fused=True,
+    )
 
 
 @torch.no_grad()
