@@ -1,0 +1,26 @@
+"""System `one-step-depth-normals`: same weights in, same numbers out as Lotus', Marigold's and E2E-FT's code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .cases import cases_of
+from .depth_evaluation import check_depth_metrics, check_normal_metrics
+from .depth_training import check_e2e_losses, check_training_targets
+
+CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    "depth_metrics": check_depth_metrics,
+    "normal_metrics": check_normal_metrics,
+    "e2e_losses": check_e2e_losses,
+    "training_targets": check_training_targets,
+}
+
+
+@pytest.mark.parametrize(("folder", "case"), cases_of("one-step-depth-normals", CHECKS))
+def test_case(folder: Path, case: dict[str, Any]) -> None:
+    assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
+    CHECKS[case["kind"]](folder, case)
