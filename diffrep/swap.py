@@ -1,13 +1,120 @@
-"""Instance swapping: one object keeps its pose and takes the other's colours (sd-dino, section 4.4)."""
+"""Instance swapping: one object keeps its pose and takes another's looks (sd-dino, "A Tale of Two Features").
+
+Every place of the object that keeps its pose is matched with its nearest place in the object that lends its looks (a
+dense field), the lending image is read there (a warp), and the result is blended into the first image (a composite).
+`diffrep.refinement` can run a diffusion model over it.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from diffrep.fusion import Descriptors, lattice
 from diffrep.matching import read_mask
 from diffrep.similarity import Metric, nearest
+
+
+@dataclass(frozen=True)
+class SwapField:
+    """For each of h x w places that tile the image that keeps its pose: where its look comes from.
+
+    Attributes:
+        points: (h, w, 2), (x, y) in pixels of the lending image; NaN where `valid` is not.
+        valid: (h, w) bool: the places that are painted.
+        image_size: (H, W) of the image that keeps its pose.
+    """
+
+    points: Tensor
+    valid: Tensor
+    image_size: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwapConfig:
+    """How two images are swapped."""
+
+    resolution: int = 128  # places of the dense field along the longer side
+    metric: Metric = "euclidean"  # of descriptors
+    smooth: int = 5  # side of the median filter over the field, places; 1: none
+    feather: float = 1.5  # softness of the mask's edge, pixels of the result
+
+    def __post_init__(self) -> None:
+        if self.resolution < 2:
+            raise ValueError(f"resolution must be at least 2 places, got {self.resolution}")
+        if self.smooth < 1 or self.smooth % 2 == 0:
+            raise ValueError(f"smooth must be an odd number of places, 1 for none, got {self.smooth}")
+        if self.feather < 0:
+            raise ValueError(f"feather must not be negative, got {self.feather:g}")
+
+
+def swap_appearance(
+    image: Image.Image,
+    other: Image.Image,
+    pose: Descriptors,
+    appearance: Descriptors,
+    config: SwapConfig | None = None,
+    *,
+    pose_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Image.Image:
+    """Give the object in one image the looks of the object in the other.
+
+    Args:
+        image: RGB, keeps its pose and everything outside of its mask.
+        other: RGB, lends its looks.
+        pose, appearance: descriptors of the two, fused together.
+        pose_mask: (H', W') over the whole of `image`, at any resolution: what is painted; everything where None.
+        mask: the same for `other`: where looks may come from.
+
+    Returns:
+        RGB of the size of `image`.
+
+    Raises:
+        ValueError: a mask leaves nothing, or an image is not the one that was described.
+    """
+    config = config or SwapConfig()
+    for picture, descriptors in ((image, pose), (other, appearance)):
+        if (picture.height, picture.width) != descriptors.placement.image_size:
+            raise ValueError(
+                f"the image is {picture.height} x {picture.width}, its descriptors are of one of"
+                f" {descriptors.placement.image_size[0]} x {descriptors.placement.image_size[1]}"
+            )
+    field = swap_field(pose, appearance, config, pose_mask=pose_mask, mask=mask)
+    painted = warp(other, smooth_field(field, config.smooth))
+    return composite(image, painted, pose_mask, feather=config.feather)
+
+
+@torch.no_grad()
+def swap_field(
+    pose: Descriptors,
+    appearance: Descriptors,
+    config: SwapConfig | None = None,
+    *,
+    pose_mask: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> SwapField:
+    """Match places of one image with their nearest places in the other; masks as in `swap_appearance`.
+
+    Raises:
+        ValueError: a mask leaves nothing.
+    """
+    config = config or SwapConfig()
+    size, other_size = (_reduced(d.placement.image_size, config.resolution) for d in (pose, appearance))
+    painted, sources, places = _nearest_places(
+        pose, appearance, size, other_size, pose_mask=pose_mask, mask=mask, metric=config.metric
+    )
+    if not bool(painted.any()):
+        raise ValueError("there is no place to paint: the mask of the image that keeps its pose is empty")
+    points = places.new_full((len(painted), 2), torch.nan)
+    points[painted] = places[sources]
+    return SwapField(points.unflatten(0, size), painted.unflatten(0, size), pose.placement.image_size)
 
 
 @torch.no_grad()
@@ -21,7 +128,7 @@ def swap_colours(
     mask: Tensor | None = None,
     metric: Metric = "euclidean",
 ) -> Tensor:
-    """Paint every place of one image with the colour of its nearest place in the other.
+    """Paint every place of one image with the colour of its nearest place in the other, as sd-dino's script does.
 
     The descriptors are read, bilinearly, at the pixels of `size` and of `colours`; the work grows with the product
     of the two numbers of pixels, so these are sizes such as 128 to 512 on a side, not those of photographs.
@@ -42,12 +149,29 @@ def swap_colours(
     """
     if colours.ndim != 3 or colours.shape[0] != 3:
         raise ValueError(f"colours must be (3, h, w), got {tuple(colours.shape)}")
-    there, painted = _places(pose, size, pose_mask)
-    here, lending = _places(appearance, (colours.shape[1], colours.shape[2]), mask)
-    best = nearest(pose.at(there[painted]), appearance.at(here[lending]), metric)
+    painted, sources, _ = _nearest_places(
+        pose, appearance, size, (colours.shape[1], colours.shape[2]), pose_mask=pose_mask, mask=mask, metric=metric
+    )
     result = colours.new_zeros(3, size[0] * size[1])
-    result[:, painted.to(colours.device)] = colours.flatten(1)[:, lending][:, best.indices]
+    result[:, painted.to(colours.device)] = colours.flatten(1)[:, sources.to(colours.device)]
     return result.unflatten(1, size)
+
+
+def _nearest_places(
+    pose: Descriptors,
+    appearance: Descriptors,
+    size: tuple[int, int],
+    other_size: tuple[int, int],
+    *,
+    pose_mask: Tensor | None,
+    mask: Tensor | None,
+    metric: Metric,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of h * w places are painted (bool), from which of the other's places, and where all of those lie."""
+    there, painted = _places(pose, size, pose_mask)
+    here, lending = _places(appearance, other_size, mask)
+    best = nearest(pose.at(there[painted]), appearance.at(here[lending]), metric)
+    return painted, lending.nonzero()[:, 0][best.indices], here
 
 
 def _places(descriptors: Descriptors, size: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -58,3 +182,78 @@ def _places(descriptors: Descriptors, size: tuple[int, int], mask: Tensor | None
     if mask is None:
         return points, torch.ones(len(points), dtype=torch.bool, device=descriptors.device)
     return points, read_mask(mask, points, image_size)
+
+
+def _reduced(size: tuple[int, int], long: int) -> tuple[int, int]:
+    """The size (h, w) with `long` along the longer side, never more than there are pixels."""
+    scale = min(1.0, long / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def smooth_field(field: SwapField, side: int) -> SwapField:
+    """Replace every place's point by the median (of x and of y) over the valid places of a window around it."""
+    if side == 1:
+        return field
+    margin = side // 2
+    padded = F.pad(field.points.movedim(-1, 0)[None], (margin,) * 4, value=torch.nan)
+    windows = F.unfold(padded, side).view(2, side * side, *field.valid.shape)
+    points = windows.nanmedian(1).values.movedim(0, -1)
+    points[~field.valid] = torch.nan
+    return SwapField(points, field.valid, field.image_size)
+
+
+def warp(other: Image.Image, field: SwapField) -> Image.Image:
+    """Read the lending image where the field says, at every pixel of the image that keeps its pose.
+
+    Between the field's places the points are interpolated, but not across a jump of the field: there the nearest
+    place alone counts. Pixels outside of the valid places are read as their nearest valid place.
+
+    Returns:
+        RGB of the size of the image that keeps its pose.
+    """
+    h, w = field.valid.shape
+    points, valid = _fill(field)
+    height, width = field.image_size
+    scale = torch.tensor([w / width, h / height])
+    cells = (lattice((height, width)) + 0.5) * scale - 0.5
+    base, share = cells.floor(), cells - cells.floor()
+    total, weights = torch.zeros(height, width, 2), torch.zeros(height, width, 1)
+    centre = cells.round().long()
+    own = points[centre[..., 1].clamp(0, h - 1), centre[..., 0].clamp(0, w - 1)]
+    step = max(other.height, other.width) / max(h, w)  # about what one place further is in the lending image
+    for down in (0, 1):
+        for right in (0, 1):
+            column = (base[..., 0].long() + right).clamp(0, w - 1)
+            row = (base[..., 1].long() + down).clamp(0, h - 1)
+            near = points[row, column]
+            together = (near - own).abs().amax(-1, keepdim=True) <= 4 * step
+            corner = torch.tensor([right, down])
+            weight = (1 - (share - corner).abs()).prod(-1, keepdim=True) * together
+            total += weight * near
+            weights += weight
+    found = torch.where(weights > 0, total / weights.clamp(min=1e-12), own)
+    pixels = torch.from_numpy(np.array(other.convert("RGB"))).permute(2, 0, 1)[None].float()
+    span = torch.tensor([other.width, other.height])
+    grid = (found + 0.5) * (2 / span) - 1
+    read = F.grid_sample(pixels, grid[None], padding_mode="border", align_corners=False)[0]
+    return Image.fromarray(read.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
+
+
+def _fill(field: SwapField) -> tuple[Tensor, Tensor]:
+    """The field's points with invalid places as their nearest valid one, on the CPU."""
+    valid = field.valid.cpu()
+    rows, columns = ndimage.distance_transform_edt(~valid.numpy(), return_distances=False, return_indices=True)
+    return field.points.cpu()[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()], valid
+
+
+def composite(image: Image.Image, painted: Image.Image, mask: Tensor | None, *, feather: float = 1.5) -> Image.Image:
+    """Blend a painted image into one of the same size where a mask (H', W') over the whole image says so.
+
+    Args:
+        feather: sigma of the Gaussian that softens the mask's edge, pixels.
+    """
+    if mask is None:
+        return painted
+    shape = Image.fromarray((mask > 0).cpu().numpy().astype(np.uint8) * 255)
+    soft = ndimage.gaussian_filter(np.asarray(shape.resize(image.size, Image.Resampling.BILINEAR), np.float32), feather)
+    return Image.composite(painted, image, Image.fromarray(soft.round().astype(np.uint8)))

@@ -21,9 +21,9 @@ from .features_protocols import (
     check_pck_hyperfeatures,
     check_pck_sddino_pascal,
     check_pck_sddino_spair,
-    check_swap_nearest_patch,
 )
 from .features_soft_argmax import check as check_soft_argmax_window
+from .features_swap import check as check_swap_nearest_patch
 from .features_unets import check_gdf_layer_names, check_sd_taps_tiled
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from .cases import cases_of
+from .synthesis_conversion import check_conversion
 from .synthesis_model import check_ldm_unet
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
@@ -20,3 +21,10 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 def test_case(folder: Path, case: dict[str, Any]) -> None:
     assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
     CHECKS[case["kind"]](folder, case)
+
+
+@pytest.mark.parametrize(
+    ("folder", "case"), [p for p in cases_of("large-image-synthesis", CHECKS) if p.values[1]["kind"] == "ldm_unet"]
+)
+def test_conversion(folder: Path, case: dict[str, Any]) -> None:
+    check_conversion(folder, case)
