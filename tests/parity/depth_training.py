@@ -5,16 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 from diffrep.alignment import fit_scale_shift
+from diffrep.backbones.pipelines import load_parts
+from diffrep.training.loop import FitSettings, exponential_factor, make_optimiser
+from diffrep.training.one_step import (
+    LOTUS_D,
+    LOTUS_G,
+    OneStepModel,
+    OneStepRecipe,
+    adapt_unet,
+    draw_rows,
+    encode_rows,
+    latent_losses,
+    widen_conv_in,
+)
 from diffrep.training.one_step_losses import (
     affine_invariant_loss,
     angular_loss,
     decoded_depth,
     decoded_normals,
+    latent_mask,
 )
 from diffrep.training.one_step_targets import (
     camera_points,
@@ -84,3 +100,106 @@ def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
     shown = expected.pop("d2n.valid")[0]
     assert_within(normals[:, shown], expected.pop("d2n.normal")[:, shown], atol=1e-4, what="d2n.normal")
     assert not expected, f"not compared: {sorted(expected)}"
+
+
+def check_conv_in_expansion(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    weight, atol = given["weight"], case["tolerance"]["atol"]
+    conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=weight.shape[2] // 2)
+    conv.load_state_dict({"weight": weight, "bias": given["bias"]})
+    compared = set()
+    for recipe, scale_bias in (("marigold_lotus", False), ("e2e", True)):
+        wide = widen_conv_in(conv, scale_bias=scale_bias)
+        for name, got in {"weight": wide.weight, "bias": wide.bias, "output": wide(given["x"])}.items():
+            assert_within(got.detach(), expected[f"{recipe}.{name}"], atol=atol, what=f"{recipe}.{name}")
+            compared.add(f"{recipe}.{name}")
+    assert compared == set(expected)
+
+
+def check_lr_schedule(folder: Path, case: dict[str, Any]) -> None:
+    assert case["factor"]
+    for name, factors in case["factor"].items():
+        values = dict(part.split("=") for part in name.split(","))
+        total, final, warmup = int(values["total"]), float(values["final_ratio"]), int(values["warmup"])
+        settings = FitSettings(
+            steps=total, learning_rate=1.0, warmup=warmup, schedule="exponential", final_rate=final
+        )
+        for step, factor in factors.items():
+            n = int(step)
+            allowed = pytest.approx(factor, rel=case["tolerance"]["rtol"])
+            assert exponential_factor(n, total, final_ratio=final, warmup=warmup) == allowed, (name, step)
+            assert settings.rate(n / total, n) == allowed, (name, step)
+
+
+def check_lotus_train(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    compared: set[str] = set()
+    for run in case["runs"]:
+        key, lr, tolerance = run["key"], run["lr"], case["tolerance"]
+        recipe = {"d": LOTUS_D, "g": LOTUS_G}[run["variant"]]
+        parts = load_parts(folder / "model", pad=recipe.padded_context)
+        assert parts.text is not None
+        unet = adapt_unet(parts.unet, recipe)
+        unet.class_embedding.load_state_dict(
+            {k.removeprefix("class_embedding."): v for k, v in given.items() if k.startswith("class_embedding.")}
+        )
+        model = OneStepModel(unet, parts.text.encode([""])[""].context, parts.alphas_cumprod, recipe)
+        settings = FitSettings(
+            steps=run["steps"], learning_rate=lr, warmup=0, schedule="constant", weight_decay=1e-2, decay="all",
+            betas=(0.9, 0.999), clip=1.0, ema_decay=0.0, bf16=False,
+        )  # fmt: skip
+        optimiser = make_optimiser(model, settings)
+
+        def check(name: str, got: torch.Tensor, **allowed: float) -> None:
+            compared.add(name)
+            torch.testing.assert_close(got, expected[name].view_as(got), msg=lambda m: f"{name}: {m}", **allowed)
+
+        for step in range(run["steps"]):
+            stem = f"{key}.{step}"
+            batch = _lotus_batch(stem, given, run, recipe, parts.vae)
+            noisy = model.noisy(batch["targets"], batch.get("noise"), batch["timesteps"])
+            inputs = model.inputs(batch["images"], noisy)
+            check(f"{stem}.unet_input", inputs, atol=tolerance["unet_input"], rtol=0)
+            check(f"{stem}.class_labels", batch["tasks"], atol=1e-6, rtol=0)
+            output = model(inputs, batch["timesteps"], batch["tasks"]).detach()
+            check(f"{stem}.model_pred", output, atol=tolerance["model_pred"], rtol=0)
+
+            before = {name: value.detach().clone() for name, value in unet.named_parameters()}
+            losses = latent_losses(model, model, batch)
+            check(f"{stem}.anno_loss", losses["annotation"].detach(), rtol=tolerance["losses"]["rtol"], atol=0)
+            check(f"{stem}.rgb_loss", losses["reconstruction"].detach(), rtol=tolerance["losses"]["rtol"], atol=0)
+            losses["loss"].backward()
+            parameters = dict(unet.named_parameters())
+            for name in [n for n in expected if n.startswith(f"{stem}.grad.")]:
+                gradient = parameters[name.removeprefix(f"{stem}.grad.")].grad
+                assert gradient is not None
+                check(name, gradient, **tolerance["grad"])
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            check(f"{stem}.grad_norm_before_clip", norm, rtol=tolerance["grad"]["rtol"], atol=0)
+            assert settings.rate(step / run["steps"], step) == lr
+            optimiser.step()
+            optimiser.zero_grad()
+            for name in [n for n in expected if n.startswith(f"{stem}.param_after_step.")]:
+                parameter = name.removeprefix(f"{stem}.param_after_step.")
+                check(name, parameters[parameter].detach(), atol=tolerance["param_after_step"]["atol"], rtol=0)
+                assert not torch.equal(parameters[parameter], before[parameter])
+    assert compared == set(expected), f"not compared: {sorted(set(expected) - compared)[:5]}"
+
+
+def _lotus_batch(
+    stem: str, given: dict[str, torch.Tensor], run: dict[str, Any], recipe: OneStepRecipe, vae: Any
+) -> dict[str, torch.Tensor]:
+    """The case's tensors as the package's training has them."""
+    pixels = given[f"{stem}.pixel_uint8"].float() / 127.5 - 1
+    valid = torch.ones(len(pixels), 1, *pixels.shape[2:], dtype=torch.bool)
+    if f"{stem}.valid_mask" in given:
+        valid = given[f"{stem}.valid_mask"]
+        if run["task"] == "depth":
+            valid = valid | given[f"{stem}.sky_mask"]
+    shape = tuple(given[f"{stem}.eps_rgb"].shape[1:])
+    drawn = draw_rows(len(pixels), recipe, shape, torch.Generator())
+    drawn |= {"image_noise": given[f"{stem}.eps_rgb"], "target_noise": given[f"{stem}.eps_target"]}
+    if recipe.first == "noise":
+        drawn["noise"] = given[f"{stem}.noise"]
+    latents = encode_rows(vae, pixels, given[f"{stem}.annotation"], drawn)
+    return {**drawn, **latents, "mask": latent_mask(valid)}

@@ -10,12 +10,21 @@ import pytest
 
 from .cases import cases_of
 from .depth_evaluation import check_depth_metrics, check_normal_metrics
-from .depth_training import check_e2e_losses, check_training_targets
+from .depth_training import (
+    check_conv_in_expansion,
+    check_e2e_losses,
+    check_lotus_train,
+    check_lr_schedule,
+    check_training_targets,
+)
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "depth_metrics": check_depth_metrics,
     "normal_metrics": check_normal_metrics,
+    "conv_in_expansion": check_conv_in_expansion,
     "e2e_losses": check_e2e_losses,
+    "lotus_train": check_lotus_train,
+    "lr_schedule": check_lr_schedule,
     "training_targets": check_training_targets,
 }
 

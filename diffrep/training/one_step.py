@@ -1,0 +1,279 @@
+"""Turning the U-Net of a diffusion model into a one-step predictor of depth or normals.
+
+Lotus (arXiv 2409.18124): one pass at one timestep, the output is the clean latent of the annotation; a task vector
+switches between annotating and reconstructing the image (the "detail preserver"). E2E-FT (2409.11355): one pass
+from zeros, the loss is taken behind the frozen VAE decoder. Marigold (2312.02145): plain diffusion of the annotation
+over all timesteps. They differ in the few fields of `OneStepRecipe`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffrep.training.loop import Batch
+from diffrep.training.one_step_losses import (
+    affine_invariant_loss,
+    angular_loss,
+    decoded_depth,
+    decoded_normals,
+    latent_loss,
+)
+
+Task = Literal["depth", "disparity", "normals"]
+Predicts = Literal["sample", "epsilon", "v_prediction"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStepRecipe:
+    """What the U-Net is given, what its output means and what is minimised."""
+
+    first: Literal["none", "noise", "zeros"] = "none"  # beside the image: nothing (Lotus-D), the noised target, zeros
+    predicts: Predicts = "sample"  # what the output is: the clean latent, the noise, or v
+    timesteps: Literal["one", "all"] = "one"
+    timestep: int = 999  # the one
+    task_vector: bool = True  # tell the U-Net whether to annotate or to reconstruct
+    preserve: float = 1.0  # share of a batch that is also trained to reconstruct its image (detail preserver)
+    loss: Literal["latent", "decoded"] = "latent"
+    posterior: Literal["sample", "mean"] = "sample"  # of the VAE
+    padded_context: bool = False  # the empty prompt padded to the tokenizer's length, or its two tokens
+    scale_bias: bool = False  # of a widened first convolution
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.preserve <= 1:
+            raise ValueError(f"preserve is a share in [0, 1], got {self.preserve}")
+        if self.preserve and not self.task_vector:
+            raise ValueError("reconstructing the image (preserve > 0) needs the task vector")
+        if self.first != "noise" and (self.timesteps == "all" or self.predicts == "epsilon"):
+            raise ValueError("predicting noise, or training on all timesteps, needs first='noise'")
+        if self.loss == "decoded" and self.preserve:
+            raise ValueError("the decoded loss has no detail preserver: set preserve to 0")
+
+
+LOTUS_D = OneStepRecipe()
+LOTUS_G = OneStepRecipe(first="noise")
+E2E_FT = OneStepRecipe(
+    first="zeros", predicts="v_prediction", task_vector=False, preserve=0.0, loss="decoded", posterior="mean",
+    padded_context=True, scale_bias=True,
+)  # fmt: skip
+MARIGOLD = OneStepRecipe(
+    first="noise", predicts="v_prediction", timesteps="all", task_vector=False, preserve=0.0, posterior="mean"
+)
+RECIPES: Mapping[str, OneStepRecipe] = {
+    "lotus-d": LOTUS_D, "lotus-g": LOTUS_G, "e2e-ft": E2E_FT, "marigold": MARIGOLD,
+}  # fmt: skip
+
+
+def task_vector(*, annotate: bool) -> Tensor:
+    """Lotus's task vector, (4,): sines and cosines (radians) of (1, 0) to annotate and (0, 1) to reconstruct."""
+    switch = torch.tensor([1.0, 0.0] if annotate else [0.0, 1.0])
+    return torch.cat([switch.sin(), switch.cos()])
+
+
+def widen_conv_in(conv: nn.Conv2d, *, scale_bias: bool = False) -> nn.Conv2d:
+    """A convolution for twice the channels that gives the same for an input repeated twice.
+
+    Args:
+        scale_bias: halve the bias too, as E2E-FT does (which then does not give the same).
+    """
+    wide = nn.Conv2d(
+        2 * conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+    ).to(conv.weight)  # fmt: skip
+    with torch.no_grad():
+        wide.weight.copy_(conv.weight.repeat(1, 2, 1, 1) / 2)
+        if conv.bias is not None and wide.bias is not None:
+            wide.bias.copy_(conv.bias / 2 if scale_bias else conv.bias)
+    return wide
+
+
+def adapt_unet(unet: Any, recipe: OneStepRecipe, *, seed: int = 0) -> Any:
+    """Give a U-Net the inputs of a recipe, in place: a wider first convolution, an embedding of the task vector.
+
+    A U-Net that has them already (to train on, or E2E-FT from Marigold) stays as it is.
+
+    Args:
+        seed: of the embedding's random weights.
+
+    Raises:
+        ValueError: the U-Net's channels fit neither.
+    """
+    from diffusers.models.embeddings import TimestepEmbedding
+
+    channels = unet.config.out_channels
+    wanted = channels if recipe.first == "none" else 2 * channels
+    if unet.config.in_channels == channels and wanted == 2 * channels:
+        unet.conv_in = widen_conv_in(unet.conv_in, scale_bias=recipe.scale_bias)
+        unet.register_to_config(in_channels=wanted)
+    if unet.config.in_channels != wanted:
+        raise ValueError(
+            f"this recipe needs a U-Net of {wanted} input channels or of {channels}, not of {unet.config.in_channels}"
+        )
+    if recipe.task_vector and unet.config.class_embed_type is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)  # torch draws initial weights from the global generator
+            embedding = TimestepEmbedding(4, unet.time_embedding.linear_1.out_features)
+        unet.class_embedding = embedding.to(unet.conv_in.weight)
+        unet.register_to_config(class_embed_type="projection", projection_class_embeddings_input_dim=4)
+    return unet
+
+
+class OneStepModel(nn.Module):
+    """A U-Net with what it is told: the empty prompt, the timestep, the task.
+
+    Args:
+        unet: adapted by `adapt_unet`.
+        context: (1, tokens, C), the encoded empty prompt.
+        alphas_cumprod: (T,) of the schedule.
+    """
+
+    def __init__(self, unet: Any, context: Tensor, alphas_cumprod: Tensor, recipe: OneStepRecipe) -> None:
+        super().__init__()
+        self.unet, self.recipe = unet, recipe
+        self.context: Tensor
+        self.alphas_cumprod: Tensor
+        self.register_buffer("context", context.detach().clone())
+        self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone())
+
+    def forward(self, inputs: Tensor, timesteps: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """The raw output, (B, c, h, w).
+
+        Args:
+            inputs: (B, c or 2c, h, w), see `inputs`.
+            timesteps: (B,) int64.
+            tasks: (B, 4) task vectors, where the recipe has them.
+        """
+        context = self.context.expand(len(inputs), -1, -1)
+        output: Tensor = self.unet(inputs, timesteps, encoder_hidden_states=context, class_labels=tasks).sample
+        return output
+
+    def noisy(self, targets: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor | None:
+        """What stands beside the image: the noised target, zeros, or nothing."""
+        if self.recipe.first == "none":
+            return None
+        if self.recipe.first == "zeros":
+            return torch.zeros_like(targets)
+        assert noise is not None
+        signal, spread = self._levels(timesteps)
+        return signal * targets + spread * noise
+
+    def inputs(self, images: Tensor, noisy: Tensor | None) -> Tensor:
+        """Image latents, then the noisy ones: what the U-Net is given."""
+        return images if noisy is None else torch.cat([images, noisy], 1)
+
+    def clean(self, output: Tensor, noisy: Tensor | None, timesteps: Tensor) -> Tensor:
+        """The clean latent that an output means, float32."""
+        output = output.float()
+        if self.recipe.predicts == "sample":
+            return output
+        signal, spread = self._levels(timesteps)
+        start = torch.zeros_like(output) if noisy is None else noisy
+        if self.recipe.predicts == "v_prediction":
+            return signal * start - spread * output
+        return (start - spread * output) / signal.clamp(min=1e-4)
+
+    def target(self, targets: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
+        """What the output is compared with by the latent loss."""
+        if self.recipe.predicts == "sample":
+            return targets
+        # from zeros there is no noise: v then is minus the target over the spread
+        drawn = torch.zeros_like(targets) if noise is None else noise
+        if self.recipe.predicts == "epsilon":
+            return drawn
+        signal, spread = self._levels(timesteps)
+        return signal * drawn - spread * targets
+
+    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+
+def draw_rows(
+    batch: int, recipe: OneStepRecipe, shape: tuple[int, ...], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Timesteps, task vectors and noise of the rows of a batch: first all images to annotate, then those to rebuild.
+
+    Args:
+        shape: (c, h, w) of a latent.
+    """
+    rows = batch + math.ceil(recipe.preserve * batch)
+    drawn = {"timesteps": torch.full((rows,), recipe.timestep)}
+    if recipe.timesteps == "all":
+        drawn["timesteps"] = torch.randint(1000, (rows,), generator=generator)
+    if recipe.task_vector:
+        tasks = [task_vector(annotate=True).expand(batch, 4), task_vector(annotate=False).expand(rows - batch, 4)]
+        drawn["tasks"] = torch.cat(tasks)
+    if recipe.first == "noise":
+        drawn["noise"] = torch.randn(rows, *shape, generator=generator)
+    if recipe.posterior == "sample":
+        drawn["image_noise"] = torch.randn(rows, *shape, generator=generator)
+        drawn["target_noise"] = torch.randn(rows, *shape, generator=generator)
+    return drawn
+
+
+@torch.no_grad()
+def encode_rows(vae: Any, pixels: Tensor, annotation: Tensor, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Latents of the rows of a batch.
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1]; annotation: (B, 1 or 3, H, W) in [-1, 1].
+        drawn: by `draw_rows`.
+
+    Returns:
+        "images" and "targets", (rows, c, h, w): the first B rows annotate, the others rebuild the first images.
+    """
+    batch, rows = len(pixels), len(drawn["timesteps"])
+    factor, repeated = vae.config.scaling_factor, torch.cat([torch.arange(batch), torch.arange(rows - batch)])
+    image = vae.encode(pixels).latent_dist
+    target = vae.encode(annotation.expand(-1, 3, -1, -1)).latent_dist
+    means = {"images": image.mean[repeated], "targets": torch.cat([target.mean, image.mean[: rows - batch]])}
+    if "image_noise" in drawn:
+        means["images"] = means["images"] + image.std[repeated] * drawn["image_noise"]
+        spread = torch.cat([target.std, image.std[: rows - batch]])
+        means["targets"] = means["targets"] + spread * drawn["target_noise"]
+    return {name: factor * mean.float() for name, mean in means.items()}
+
+
+def latent_losses(module: nn.Module, ema: OneStepModel, batch: Batch) -> dict[str, Tensor]:
+    """Lotus's loss: annotation plus reconstruction, each the mean squared error of what the output means.
+
+    Args:
+        module: a `OneStepModel`, possibly wrapped; ema: its average, for its settings.
+        batch: "images", "targets" (rows, c, h, w), "timesteps" (rows,), where the recipe has them "tasks" (rows, 4)
+            and "noise" (rows, c, h, w); "mask" (B, 1, h, w) bool, cells of the first B rows that count.
+    """
+    timesteps, noise, count = batch["timesteps"], batch.get("noise"), len(batch["mask"])
+    inputs = ema.inputs(batch["images"], ema.noisy(batch["targets"], noise, timesteps))
+    output = module(inputs, timesteps, batch.get("tasks"))
+    target = ema.target(batch["targets"], noise, timesteps)
+    annotation = latent_loss(output[:count], target[:count], batch["mask"])
+    losses = {"loss": annotation, "annotation": annotation}
+    if len(output) > count:
+        losses["reconstruction"] = latent_loss(output[count:], target[count:])
+        losses["loss"] = annotation + losses["reconstruction"]
+    return losses
+
+
+def decoded_losses(vae: Any, task: Task) -> Callable[[nn.Module, OneStepModel, Batch], dict[str, Tensor]]:
+    """E2E-FT's loss, behind the frozen decoder.
+
+    The batch has "images", "targets" (for their shape alone), "timesteps", and "reference" (B, 1 or 3, H, W): metric
+    depth or unit normals, with "valid" (B, 1, H, W) bool.
+    """
+
+    def losses(module: nn.Module, ema: OneStepModel, batch: Batch) -> dict[str, Tensor]:
+        timesteps = batch["timesteps"]
+        noisy = ema.noisy(batch["targets"], batch.get("noise"), timesteps)
+        output = module(ema.inputs(batch["images"], noisy), timesteps, batch.get("tasks"))
+        latents = ema.clean(output, noisy, timesteps)
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample.float()
+        if task == "normals":
+            return {"loss": angular_loss(decoded_normals(decoded), batch["reference"], batch["valid"])}
+        return {"loss": affine_invariant_loss(decoded_depth(decoded), batch["reference"], batch["valid"])}
+
+    return losses
