@@ -1,0 +1,139 @@
+"""Many predictions of one image made one: aligned, averaged, with a map of their disagreement.
+
+Three published variants of the depth ensemble differ in their stopping rule and in how pairs are counted; they are
+presets of one `DepthEnsemble`. Equations: Marigold, arXiv 2312.02145, eq. 6.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthEnsemble:
+    """How depth predictions with their own scale and shift are brought together.
+
+    Attributes:
+        reduction: of the aligned members, over each pixel.
+        shift: members have their own shift; without, only their own scale.
+        regularizer: weight of the distance of the result from the range [0, 1].
+        iterations, tolerance: where BFGS stops.
+        pairs: the root mean square is taken of each pair and summed, or once over all pairs together.
+        fit_size: the fit reads maps at most this long, by nearest subsampling.
+    """
+
+    reduction: Literal["median", "mean"] = "median"
+    shift: bool = True
+    regularizer: float = 0.02
+    iterations: int = 50
+    tolerance: float = 1e-6
+    pairs: Literal["each", "together"] = "each"
+    fit_size: int | None = 1024
+
+
+MARIGOLD_ENSEMBLE = DepthEnsemble()
+DIFFUSERS_ENSEMBLE = DepthEnsemble(iterations=2, tolerance=1e-3)
+E2E_ENSEMBLE = DepthEnsemble(iterations=2, tolerance=1e-3, pairs="together")
+
+
+def ensemble_depth(members: Tensor, settings: DepthEnsemble = MARIGOLD_ENSEMBLE) -> tuple[Tensor, Tensor]:
+    """Align E predictions of one image and reduce them.
+
+    Args:
+        members: (E, H, W), affine-invariant depth or disparity; not negative where `settings.shift` is False.
+
+    Returns:
+        (H, W) in [0, 1], and its uncertainty (H, W): the median absolute deviation of the aligned members from it, or
+        their standard deviation where they are averaged, in the same unit.
+
+    Raises:
+        ValueError: fewer than two members, or another shape.
+    """
+    if members.ndim != 3 or len(members) < 2:
+        raise ValueError(f"an ensemble needs (E, H, W) with at least two members, got {tuple(members.shape)}")
+    members = members.float()
+    scale, shift = _fit(_at_most(members, settings.fit_size), settings)
+    aligned = _align(members, scale, shift)
+    result, uncertainty = _reduce(aligned, settings.reduction)
+    low = result.min() if settings.shift else result.new_zeros(())
+    extent = (result.max() - low).clamp(min=1e-6)
+    return (result - low) / extent, uncertainty / extent
+
+
+def ensemble_normals(members: Tensor, reduction: Literal["closest", "mean"] = "closest") -> tuple[Tensor, Tensor]:
+    """Bring E normal maps of one image together.
+
+    Args:
+        members: (E, 3, H, W), about unit length.
+        reduction: "closest" takes the member nearest to the mean direction at each pixel, "mean" that direction.
+
+    Returns:
+        (3, H, W), and (H, W) the mean angle between members and mean direction, divided by pi.
+
+    Raises:
+        ValueError: fewer than two members, or another shape.
+    """
+    if members.ndim != 4 or members.shape[1] != 3 or len(members) < 2:
+        raise ValueError(f"an ensemble needs (E, 3, H, W) with at least two members, got {tuple(members.shape)}")
+    mean = members.mean(0)
+    mean = mean / mean.norm(dim=0).clamp(min=1e-6)
+    cosine = (members * mean).sum(1).clamp(-1, 1)
+    uncertainty = cosine.arccos().mean(0) / math.pi
+    if reduction == "mean":
+        return mean, uncertainty
+    nearest = cosine.argmax(0)[None, None].expand(1, 3, -1, -1)
+    return members.gather(0, nearest)[0], uncertainty
+
+
+def _at_most(members: Tensor, side: int | None) -> Tensor:
+    height, width = members.shape[-2:]
+    if side is None or max(height, width) <= side:
+        return members
+    size = height * side // max(height, width), width * side // max(height, width)
+    return F.interpolate(members[None], size, mode="nearest-exact")[0]
+
+
+def _align(members: Tensor, scale: np.ndarray, shift: np.ndarray) -> Tensor:
+    return members * members.new_tensor(scale)[:, None, None] + members.new_tensor(shift)[:, None, None]
+
+
+def _reduce(aligned: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    if reduction == "mean":
+        return aligned.mean(0), aligned.std(0)
+    result = aligned.median(0).values
+    return result, (aligned - result).abs().median(0).values
+
+
+def _fit(members: Tensor, settings: DepthEnsemble) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift of every member, by BFGS with numerical gradients as the official code does it."""
+    from scipy.optimize import minimize
+
+    count = len(members)
+    low, high = members.flatten(1).min(1).values, members.flatten(1).max(1).values
+    scale = 1 / (high - (low if settings.shift else 0)).clamp(min=1e-6)
+    start = torch.cat([scale, -scale * low]) if settings.shift else scale
+    first, second = torch.combinations(torch.arange(count)).T
+
+    def cost(parameters: np.ndarray) -> float:
+        shift = parameters[count:] if settings.shift else np.zeros(count)
+        aligned = _align(members, parameters[:count], shift)
+        if settings.pairs == "each":
+            distance = sum(
+                float((aligned[i] - aligned[j]).square().mean().sqrt()) for i, j in zip(first, second, strict=True)
+            )
+        else:
+            distance = float((aligned[first] - aligned[second]).square().mean().sqrt())
+        result, _ = _reduce(aligned, settings.reduction) if settings.regularizer else (aligned[0], None)
+        outside = float(result.min().abs()) + float((1 - result.max()).abs())
+        return distance + settings.regularizer * outside
+
+    options = {"maxiter": settings.iterations, "disp": False}
+    found = minimize(cost, start.cpu().double().numpy(), method="BFGS", tol=settings.tolerance, options=options).x
+    return found[:count], found[count:] if settings.shift else np.zeros(count)
