@@ -83,43 +83,31 @@ class Schedule:
         return alpha**0.5, (1 - alpha) ** 0.5
 
 
-class OneStep:
-    """A latent diffusion U-Net that turns an image latent into an annotation latent, with its VAE.
+class LatentCodec:
+    """The VAE of a one-step head: images to scaled latents, latents to images.
 
     Args:
-        unet: diffusers `UNet2DConditionModel`; taken over and changed where `fold` is set.
         vae: diffusers `AutoencoderKL`.
-        context: (1, tokens, C), the embedding of the empty prompt.
-        fold: compute once what depends on prompt, timestep and task alone; for inference only.
 
-    Raises:
-        ValueError: the U-Net's input channels or class embedding are not those of the family.
+    Attributes:
+        channels: of a latent.
+        stride: image pixels per latent cell.
     """
 
-    def __init__(
-        self, unet: Any, vae: Any, context: Tensor, schedule: Schedule, family: Family, *, fold: bool = True
-    ) -> None:
-        self.vae, self.schedule, self.family = vae, schedule, family
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
         self.channels = int(vae.config.latent_channels)
-        wanted = self.channels * (1 if family.first_latent == "none" else 2)
-        if unet.config.in_channels != wanted:
-            raise ValueError(
-                f"a {family.name} U-Net on this VAE takes {wanted} channels, this one takes {unet.config.in_channels}"
-            )
-        if (unet.config.class_embed_type is None) != (family.task_vector is None):
-            has = "no class embedding" if unet.config.class_embed_type is None else "a class embedding"
-            raise ValueError(f"this U-Net has {has}, which is not how a {family.name} is built")
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        zeros = self.channels if family.first_latent == "zeros" else 0
-        self.network = (FoldedUNet if fold else PlainUNet)(unet, context, padding_channels=zeros)
 
     @property
     def device(self) -> torch.device:
-        return self.network.context.device
+        device: torch.device = self.vae.device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.context.dtype
+        dtype: torch.dtype = self.vae.dtype
+        return dtype
 
     def encode(self, pixels: Tensor, posterior_noise: Tensor | None = None, *, batch_size: int = 4) -> Tensor:
         """Image latents, scaled as the U-Net wants them.
@@ -143,6 +131,50 @@ class OneStep:
         shift = self.vae.config.shift_factor or 0.0
         scaled: Tensor = (torch.cat(latents).to(self.dtype) - shift) * self.vae.config.scaling_factor
         return scaled.contiguous()
+
+    def decode(self, latents: Tensor, *, batch_size: int = 2) -> Tensor:
+        """(B, c, h, w) scaled latents -> (B, 3, h * stride, w * stride), about [-1, 1], as the VAE decodes them."""
+        shift = self.vae.config.shift_factor or 0.0
+        unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
+        return torch.cat([self.vae.decode(chunk, return_dict=False)[0] for chunk in unscaled.split(batch_size)])
+
+
+class OneStep(LatentCodec):
+    """A latent diffusion U-Net that turns an image latent into an annotation latent, with its VAE.
+
+    Args:
+        unet: diffusers `UNet2DConditionModel`; taken over and changed where `fold` is set.
+        vae: diffusers `AutoencoderKL`.
+        context: (1, tokens, C), the embedding of the empty prompt.
+        fold: compute once what depends on prompt, timestep and task alone; for inference only.
+
+    Raises:
+        ValueError: the U-Net's input channels or class embedding are not those of the family.
+    """
+
+    def __init__(
+        self, unet: Any, vae: Any, context: Tensor, schedule: Schedule, family: Family, *, fold: bool = True
+    ) -> None:
+        super().__init__(vae)
+        self.schedule, self.family = schedule, family
+        wanted = self.channels * (1 if family.first_latent == "none" else 2)
+        if unet.config.in_channels != wanted:
+            raise ValueError(
+                f"a {family.name} U-Net on this VAE takes {wanted} channels, this one takes {unet.config.in_channels}"
+            )
+        if (unet.config.class_embed_type is None) != (family.task_vector is None):
+            has = "no class embedding" if unet.config.class_embed_type is None else "a class embedding"
+            raise ValueError(f"this U-Net has {has}, which is not how a {family.name} is built")
+        zeros = self.channels if family.first_latent == "zeros" else 0
+        self.network = (FoldedUNet if fold else PlainUNet)(unet, context, padding_channels=zeros)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.context.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.context.dtype
 
     def unet_input(self, latents: Tensor, first: Tensor | None) -> Tensor:
         """What goes into the U-Net: the image latent, then the first latent where the family has one.
@@ -205,12 +237,6 @@ class OneStep:
             assert current is not None
             results.append(current)
         return torch.cat(results)
-
-    def decode(self, latents: Tensor, *, batch_size: int = 2) -> Tensor:
-        """(B, c, h, w) scaled latents -> (B, 3, h * stride, w * stride), about [-1, 1], as the VAE decodes them."""
-        shift = self.vae.config.shift_factor or 0.0
-        unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
-        return torch.cat([self.vae.decode(chunk, return_dict=False)[0] for chunk in unscaled.split(batch_size)])
 
     def draw(self, size: tuple[int, int], seed: int, member: int, *, stream: int = 0) -> Tensor:
         """The noise (1, c, h, w) of an ensemble member: the same for every image of this size, so for all frames of a
