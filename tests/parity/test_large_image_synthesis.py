@@ -11,9 +11,11 @@ import pytest
 from .cases import cases_of
 from .synthesis_conversion import check_conversion
 from .synthesis_model import check_ldm_unet
+from .synthesis_training import check_training_loss
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "ldm_unet": check_ldm_unet,
+    "training_loss": check_training_loss,
 }
 
 
