@@ -26,6 +26,7 @@ FLOORS = {
     "diffrep": 9,  # the package itself only re-exports
     "diffrep._checkout": 0,
     "diffrep.images": 0,
+    "diffrep.cropping": 0,
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,
     "diffrep.alignment": 0,
@@ -36,6 +37,8 @@ FLOORS = {
     "diffrep.matching": 3,
     "diffrep.similarity": 3,
     "diffrep.swap": 3,
+    "diffrep.cosegmentation": 3,
+    "diffrep.refinement": 3,
     "diffrep.index": 3,
     "diffrep.draw": 3,
     "diffrep.recipes": 3,

@@ -71,7 +71,9 @@ class LatentDiffusion(LatentBackbone):
         context = self.embed(prompt).context.to(self.device, self.dtype)
         if prompt not in self._keys_values:
             projections = [p for a in cross_attentions(self.network) for p in (a.to_k, a.to_v)]
-            self._keys_values[prompt] = {p: p(context) for p in projections}
+            # not as inference tensors: a trained part inside the U-Net needs its activations' gradients
+            with torch.inference_mode(False), torch.no_grad():
+                self._keys_values[prompt] = {p: p(context.clone()) for p in projections}
         kept = self._keys_values[prompt]
 
         def constant(value: Tensor) -> Any:
@@ -88,7 +90,6 @@ class LatentDiffusion(LatentBackbone):
     def network_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         return self.unet_maps(latents, taps, conditions)
 
-    @torch.inference_mode()
     def unet_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         """Run the U-Net on (B, c, h, w) latents, up to the deepest tap."""
         infos = {tap: self.tap(tap) for tap in taps}
@@ -118,6 +119,40 @@ class LatentDiffusion(LatentBackbone):
             )
         size = (int(latents.shape[-2]), int(latents.shape[-1]))
         return {tap: tokens_to_map(found[tap], size) for tap in taps}
+
+    @torch.inference_mode()
+    def predict_noise(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
+        """The noise that the network sees in (B, c, h, w) latents, whatever it was trained to predict.
+
+        Args:
+            timestep: -1 is the clean latent.
+            context: (B or 1, tokens, C) of the prompt.
+        """
+        told = context.expand(len(latents), -1, -1)
+        return self.as_noise(latents, self.context_maps(latents, ["out"], timestep, told)["out"], timestep)
+
+    def as_noise(self, latents: Tensor, output: Tensor, timestep: int) -> Tensor:
+        """An output of the network for these latents as the noise in them."""
+        alpha = self.alpha(timestep)
+        return alpha**0.5 * output + (1 - alpha) ** 0.5 * latents if self.predicts == "v_prediction" else output
+
+    def alpha(self, timestep: int) -> float:
+        """The schedule's cumulative product at a timestep; 1 at -1, the clean latent."""
+        return 1.0 if timestep < 0 else float(self.alphas_cumprod[timestep])
+
+    def ddim_step(self, latents: Tensor, noise: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+        """One deterministic DDIM step in either direction.
+
+        Args:
+            latents: (B, c, h, w) at timestep `before`.
+            noise: that is seen in them.
+
+        Returns:
+            The latents at timestep `after`, and the clean latents that the noise predicts.
+        """
+        now, then = self.alpha(before), self.alpha(after)
+        clean = (latents - noise * (1 - now) ** 0.5) / now**0.5
+        return then**0.5 * clean + (1 - then) ** 0.5 * noise, clean
 
     def _added_conditions(self, prompt: str, batch: int, size: tuple[int, int]) -> dict[str, object]:
         """SDXL's pooled text and micro-conditioning: original size, crop corner, target size."""

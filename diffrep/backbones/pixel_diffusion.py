@@ -141,7 +141,11 @@ class PixelDiffusion(Backbone):
             maps = {tap: m.unflatten(0, (-1, members)).float().mean(1).to(m.dtype) for tap, m in maps.items()}
         return maps
 
-    @torch.inference_mode()
+    def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
+        """`unet_maps` at the timestep and with the label of the conditions; gradients flow to hooks inside."""
+        labels = None if conditions.label is None else torch.full((len(noisy),), conditions.label)
+        return self.unet_maps(noisy, taps, max(conditions.timestep, 0), labels=labels)
+
     def unet_maps(
         self, noisy: Tensor, taps: Sequence[str], timestep: int | Tensor, *, labels: Tensor | None = None
     ) -> dict[str, Tensor]:
