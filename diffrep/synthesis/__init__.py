@@ -1,6 +1,23 @@
 """Large images from self-supervised embeddings."""
 
 from diffrep.synthesis.embedder import ConditionEmbedder
+from diffrep.synthesis.grids import EmbeddingGrid, GridError, slerp
 from diffrep.synthesis.model import About, SynthesisModel, load_synthesis
+from diffrep.synthesis.sampler import OFFICIAL, SynthesisSettings, denoise_canvas, sample_patches
+from diffrep.synthesis.schedulers import OfficialScheduler, build_scheduler
 
-__all__ = ["About", "ConditionEmbedder", "SynthesisModel", "load_synthesis"]
+__all__ = [
+    "OFFICIAL",
+    "About",
+    "ConditionEmbedder",
+    "EmbeddingGrid",
+    "GridError",
+    "OfficialScheduler",
+    "SynthesisModel",
+    "SynthesisSettings",
+    "build_scheduler",
+    "denoise_canvas",
+    "load_synthesis",
+    "sample_patches",
+    "slerp",
+]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,12 +59,6 @@ class WindowPlan:
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
 
-    def bands(self) -> Iterator[tuple[int, int, int]]:
-        """(top of a row of windows, first line, line after the last) that are final when this row has been added."""
-        rows = self.rows
-        for top, after in zip(rows, (*rows[1:], self.size[0]), strict=True):
-            yield top, top, after
-
 
 def window_weights(weighting: Weighting, window: int) -> Tensor:
     """(window, window) float32 weights of a window's predictions where windows overlap.
@@ -89,3 +83,59 @@ def decode_weights(window: int, sigma: float = 0.8) -> Tensor:
     axis = torch.linspace(-1, 1, window) ** 2
     kernel = torch.exp(-(axis[:, None] + axis[None]) / sigma**2)
     return kernel / kernel.max()
+
+
+class Sweep:
+    """Averages windows that come row by row; gives lines as soon as no later window touches them.
+
+    Args:
+        weights: (window, window) of the values of a window, an outer product of two profiles.
+        channels: of the values.
+    """
+
+    def __init__(self, plan: WindowPlan, weights: Tensor, channels: int) -> None:
+        self.plan, self.weights = plan, weights.numpy()
+        height, width = plan.size
+        self.sums = np.zeros((channels, plan.window, width), np.float32)
+        self.row = 0
+        # on a product of places the sum of weights is a product too: no canvas of counts is needed
+        centre = self.weights[plan.window // 2]
+        profile = centre / np.sqrt(centre[plan.window // 2])
+        self._down, self._across = np.zeros(height, np.float64), np.zeros(width, np.float64)
+        for starts, totals in ((plan.rows, self._down), (plan.columns, self._across)):
+            for start in starts:
+                totals[start : start + plan.window] += profile
+
+    @property
+    def carry(self) -> np.ndarray:
+        """Sums from the top of the next row of windows on, for `resume`."""
+        return self.sums
+
+    def resume(self, row: int, carry: np.ndarray) -> None:
+        """Go on with a row of windows where another sweep ended the one before."""
+        self.row, self.sums = row, carry.copy()
+
+    def add(self, row: int, column: int, values: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Add a window (c, window, window); windows come in the order of rows and columns.
+
+        Returns:
+            What `end_row` gives, where this is the first window of a new row.
+        """
+        ready = self.end_row() if row != self.row else []
+        left = self.plan.columns[column]
+        self.sums[:, :, left : left + self.plan.window] += self.weights * values
+        return ready
+
+    def end_row(self) -> list[tuple[int, np.ndarray]]:
+        """All windows of this row were added: [(first line, (lines, c, W) averages)] that are final now."""
+        if self.row >= len(self.plan.rows):
+            return []
+        tops = (*self.plan.rows, self.plan.size[0])
+        top, after = tops[self.row], tops[self.row + 1]
+        count = after - top
+        totals = self._down[top:after, None] * self._across
+        found = (self.sums[:, :count] / totals).astype(np.float32)
+        self.sums[:, : self.plan.window - count] = self.sums[:, count:].copy()
+        self.sums[:, self.plan.window - count :] = 0
+        self.row += 1
+        return [(top, np.ascontiguousarray(found.swapaxes(0, 1)))]

@@ -11,10 +11,14 @@ import pytest
 from .cases import cases_of
 from .synthesis_conversion import check_conversion
 from .synthesis_model import check_ldm_unet
+from .synthesis_sampling import check_embedding_interpolation, check_panorama, check_patch_samplers
 from .synthesis_training import check_training_loss
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "ldm_unet": check_ldm_unet,
+    "embedding_interpolation": check_embedding_interpolation,
+    "panorama": check_panorama,
+    "patch_samplers": check_patch_samplers,
     "training_loss": check_training_loss,
 }
 

@@ -1,0 +1,287 @@
+"""Sampling: single patches, and canvases of any size from overlapping windows.
+
+On a canvas every window is denoised under the embedding at its place, the predictions are averaged where windows
+overlap, and one scheduler step is taken for all of them together. The canvas is swept from top to bottom; no more
+than a band of it is in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffrep.synthesis.canvas import Lines, Position, Run
+from diffrep.synthesis.grids import EmbeddingGrid, GridError
+from diffrep.synthesis.noise import KeyedNoise, Noise
+from diffrep.synthesis.schedulers import Stepper, build_scheduler
+from diffrep.synthesis.windows import Sweep, Weighting, WindowPlan, window_weights
+
+SchedulerName = Literal[
+    "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
+    "official",
+]  # fmt: skip
+
+
+class Denoiser(Protocol):
+    """What the sampler needs of a `SynthesisModel`."""
+
+    window: int
+    channels: int
+    factor: int
+    scheduler: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def context(self, *embeddings: Tensor) -> Tensor: ...
+
+    def null_context(self, batch: int = 1) -> Tensor: ...
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor, *, quantize: bool = True) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisSettings:
+    """How an image is sampled. The result depends on all of these but batch_size and band, and on those by rounding."""
+
+    scheduler: SchedulerName = "dpmpp_2m"
+    steps: int = 20
+    guidance: float = 2.0  # null + guidance * (conditional - null); 1: none. The authors' g is guidance - 1
+    eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
+    stride: int | None = None  # latent pixels between windows; half a window where left out
+    weights: Weighting = "hann"  # of a window's predictions where windows overlap; uniform is the published average
+    decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
+    quantize: bool = True  # VQ autoencoders: decode entries of the codebook
+    timestep_shift: float = 0.0  # added to the timestep that the network is told; the published sampler has 1
+    seed: int = 0
+    batch_size: int = 16  # windows that go through the network together, each twice with guidance
+    band: int | None = None  # rows of windows in memory; as many as fill a batch where left out
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "band", "stride", "decode_stride"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be in 0..1, got {self.eta}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+
+
+OFFICIAL = SynthesisSettings(
+    scheduler="official", steps=50, guidance=4.0, stride=16, weights="uniform", decode_stride=16, timestep_shift=1
+)
+"""The authors' large-image code, for windows of 64 latent pixels."""
+
+
+@torch.inference_mode()
+def predict(
+    model: Denoiser, latents: Tensor, timestep: Tensor, embeddings: Sequence[Tensor], settings: SynthesisSettings
+) -> Tensor:
+    """The guided prediction for a batch of windows.
+
+    Args:
+        latents: (B, c, h, w), as the scheduler scales them.
+        embeddings: (B, dim) for each token, raw.
+
+    Returns:
+        (B, c, h, w) float32 on the CPU.
+    """
+    context = model.context(*(e.to(model.device, model.dtype) for e in embeddings))
+    latents = latents.to(model.device, model.dtype)
+    time = (timestep.float() + settings.timestep_shift).to(model.device)
+    if settings.guidance == 1:
+        return model(latents, time, context).float().cpu()
+    both = torch.cat([context, model.null_context(len(latents))])
+    conditional, null = model(latents.repeat(2, 1, 1, 1), time, both).float().cpu().chunk(2)
+    return null + settings.guidance * (conditional - null)
+
+
+@torch.inference_mode()
+def sample_patches(
+    model: Denoiser,
+    embeddings: Tensor | Sequence[Tensor],
+    settings: SynthesisSettings | None = None,
+    *,
+    scheduler: Any = None,
+    noise: Noise | None = None,
+) -> Tensor:
+    """Single patches of the size that the model was trained on.
+
+    Args:
+        embeddings: (B, dim) raw, or one such tensor for each token.
+        scheduler: any diffusers scheduler with its timesteps set, in place of that of the settings.
+        noise: whose lines are the patches; keyed by the seed and the number of the patch where left out.
+
+    Returns:
+        (B, c, window, window) float32 latents, scaled; `SynthesisModel.decode` makes images of them.
+    """
+    settings = settings or SynthesisSettings()
+    tokens = [embeddings] if isinstance(embeddings, Tensor) else list(embeddings)
+    scheduler = scheduler or build_scheduler(settings.scheduler, model.scheduler, settings.steps)
+    noise = noise or KeyedNoise(settings.seed)
+    lines = range(len(tokens[0]))
+    latents = noise.start(lines, (model.channels, model.window, model.window)) * float(scheduler.init_noise_sigma)
+    stepper, kept = Stepper(scheduler, eta=settings.eta), dict[str, Tensor]()
+    while stepper.position < len(stepper):
+        scaled, found = stepper.scale(latents), []
+        for part in torch.arange(len(latents)).split(settings.batch_size):
+            found.append(predict(model, scaled[part], stepper.timestep, [t[part] for t in tokens], settings))
+        draws = noise.arguments(stepper.position, lines)
+        latents, kept = stepper.step(torch.cat(found), latents, kept, draws)
+        stepper.advance()
+    return latents
+
+
+@torch.inference_mode()
+def denoise_canvas(
+    model: Denoiser,
+    grid: EmbeddingGrid,
+    size: tuple[int, int],
+    settings: SynthesisSettings | None = None,
+    *,
+    run: Run | None = None,
+    scheduler: Any = None,
+    noise: Noise | None = None,
+    after_step: Callable[[int, Lines], None] | None = None,
+    progress: bool = False,
+) -> Lines:
+    """Denoise a whole canvas.
+
+    Args:
+        size: (H, W) of the canvas in latent pixels; the grid must have a cell for every window's side, begun or whole.
+        run: keeps the canvas, and takes up one that was interrupted; in memory where left out.
+        scheduler: any diffusers scheduler with its timesteps set, in place of that of the settings.
+        noise: whose lines are the rows of the canvas; keyed by the seed where left out.
+        after_step: given the number of each finished step and the canvas.
+        progress: show a bar with the time left on stderr.
+
+    Returns:
+        (H, c, W) float32 lines of the scaled latents.
+
+    Raises:
+        GridError: the grid does not cover the canvas, or its embeddings are not as wide as the model's.
+        ValueError: the canvas is smaller than a window.
+    """
+    settings = settings or SynthesisSettings()
+    run = run or Run(None, {})
+    plan = WindowPlan(size, model.window, settings.stride or max(model.window // 2, 1))
+    check_grid(grid, size, model)
+    stepper = Stepper(
+        scheduler or build_scheduler(settings.scheduler, model.scheduler, settings.steps), eta=settings.eta
+    )
+    noise, shape = noise or KeyedNoise(settings.seed), (size[0], model.channels, size[1])
+    if run.position == Position():
+        _start(run.lines("0-sample", shape), noise, float(stepper.scheduler.init_noise_sigma))
+    steps = len(stepper) if run.position.stage != "denoise" else run.position.step
+    for _ in range(steps):
+        stepper.advance()
+    bar = tqdm(
+        total=len(stepper) * len(plan), initial=steps * len(plan), desc="denoise", unit="window", disable=not progress
+    )
+    while stepper.position < len(stepper):
+        _denoise_step(model, grid, plan, settings, run, stepper, noise, shape, bar)
+        if after_step is not None:
+            after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-sample", shape))
+    bar.close()
+    return run.lines(f"{len(stepper) % 2}-sample", shape)
+
+
+def _start(canvas: Lines, noise: Noise, sigma: float) -> None:
+    _, channels, width = canvas.shape
+    for line in range(canvas.shape[0]):
+        canvas.write(line, (noise.start([line], (channels, 1, width)) * sigma)[:, :, 0].float().numpy())
+
+
+def _denoise_step(
+    model: Denoiser,
+    grid: EmbeddingGrid,
+    plan: WindowPlan,
+    settings: SynthesisSettings,
+    run: Run,
+    stepper: Stepper,
+    noise: Noise,
+    shape: tuple[int, int, int],
+    bar: tqdm,
+) -> None:
+    """One step of the whole canvas, row of windows by row of windows."""
+    step, now, after = stepper.position, stepper.position % 2, (stepper.position + 1) % 2
+    old, new = run.lines(f"{now}-sample", shape), run.lines(f"{after}-sample", shape)
+    kept_names = stepper.kept
+    sweep = Sweep(plan, window_weights(settings.weights, plan.window), model.channels)
+    first_row = run.position.row
+    if run.carry is not None:
+        sweep.resume(first_row, run.carry)
+        run.carry = None
+    bar.update(first_row * len(plan.columns))
+
+    def finish(start: int, predicted: np.ndarray) -> None:
+        """The lines from `start` on are predicted: step them."""
+        stop = start + len(predicted)
+        sample, kept = _batch(old.tensor(start, stop)), {}
+        for name in kept_names:
+            kept[name] = _batch(run.lines(f"{now}-{name}", shape).tensor(start, stop))
+        draws = noise.arguments(step, range(start, stop))
+        sample, kept = stepper.step(_batch(torch.from_numpy(predicted)), sample, kept, draws)
+        new.write(start, sample[:, :, 0].float().numpy())
+        for name, value in kept.items():
+            run.lines(f"{after}-{name}", shape).write(start, value[:, :, 0].float().numpy())
+
+    band = settings.band or math.ceil(settings.batch_size / len(plan.columns))
+    for first in range(first_row - first_row % band, len(plan.rows), band):
+        rows = range(max(first, first_row), min(first + band, len(plan.rows)))
+        top = plan.rows[rows[0]]
+        lines = old.tensor(top, plan.rows[rows[-1]] + plan.window).movedim(1, 0)
+        places = [(row, column) for row in rows for column in range(len(plan.columns))]
+        for start in range(0, len(places), settings.batch_size):
+            part = places[start : start + settings.batch_size]
+            corners = [(plan.rows[row], plan.columns[column]) for row, column in part]
+            windows = torch.stack([lines[:, i - top : i - top + plan.window, j : j + plan.window] for i, j in corners])
+            embeddings = grid.at(torch.tensor(corners), model.window)
+            found = predict(model, stepper.scale(windows), stepper.timestep, [embeddings], settings)
+            for (row, column), value in zip(part, found.numpy(), strict=True):
+                for ready in sweep.add(row, column, value):
+                    finish(*ready)
+            bar.update(len(part))
+        for ready in sweep.end_row():
+            finish(*ready)
+        run.checkpoint(Position("denoise", step, rows[-1] + 1), sweep.carry)
+    stepper.advance()
+    stage = "denoise" if stepper.position < len(stepper) else "decode"
+    run.checkpoint(Position(stage, stepper.position if stage == "denoise" else 0), None, force=True)
+
+
+def _batch(lines: Tensor) -> Tensor:
+    """(n, c, W) lines as a batch (n, c, 1, W)."""
+    return lines[:, :, None]
+
+
+def check_grid(grid: EmbeddingGrid, size: tuple[int, int], model: Denoiser) -> None:
+    """Refuse a grid before any work is done for it.
+
+    Raises:
+        GridError: it has not one cell for each window's side of the canvas, or its embeddings have another width.
+    """
+    needed = (math.ceil(size[0] / model.window), math.ceil(size[1] / model.window))
+    if grid.shape != needed:
+        cell = model.window * model.factor
+        raise GridError(
+            f"an image of {size[0] * model.factor} x {size[1] * model.factor} pixels needs {needed[0]} x {needed[1]}"
+            f" embeddings, one for each {cell} pixels, the grid has {grid.shape[0]} x {grid.shape[1]}"
+            f" (`EmbeddingGrid.resized` stretches it)"
+        )
+    dims = getattr(getattr(model, "embedder", None), "dims", (grid.dim,))
+    if grid.dim != dims[0]:
+        raise GridError(f"this model takes embeddings of width {dims[0]}, the grid has {grid.dim}")

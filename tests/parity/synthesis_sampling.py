@@ -1,0 +1,135 @@
+"""Kinds `embedding_interpolation`, `panorama` and `patch_samplers`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from diffrep.synthesis import EmbeddingGrid, OfficialScheduler, SynthesisSettings, denoise_canvas, sample_patches, slerp
+from diffrep.synthesis.canvas import Lines
+from diffrep.synthesis.decoding import decode_lines, to_uint8
+from diffrep.synthesis.noise import GivenNoise
+from diffrep.synthesis.schedulers import build_scheduler
+from diffrep.synthesis.windows import decode_weights
+
+from .cases import assert_within
+from .synthesis_model import model_of, tolerances_of
+
+
+def bounds(text: str) -> tuple[float, float]:
+    """(rtol, atol) of a text such as ``atol 5e-4 rtol 1e-4 (an independent ...)``."""
+    found = dict(re.findall(r"(atol|rtol) ([0-9.e-]+)", text))
+    return float(found.get("rtol", 0)), float(found.get("atol", 0))
+
+
+def bounds_of(case: dict[str, Any], name: str) -> tuple[float, float]:
+    """(rtol, atol) for a tensor; a tolerance named "all" is for every one."""
+    for names, text in case["tolerance"].items():
+        if name in [n.strip() for n in names.split(",")] or names == "all":
+            return bounds(text)
+    raise KeyError(f"the case has no tolerance for {name}")
+
+
+def check_embedding_interpolation(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    model, grid = model_of(folder, case), EmbeddingGrid(given["embedding_grid"])
+    assert grid.shape == tuple(case["parameters"]["grid"])
+    rtol, atol = bounds_of(case, "slerp")
+    a, b, t = given["slerp_a"], given["slerp_b"], given["slerp_t"]
+    found = torch.stack([slerp(t, x.expand(len(t), -1), y.expand(len(t), -1)) for x, y in zip(a, b, strict=True)])
+    torch.testing.assert_close(found, expected["slerp"], rtol=rtol, atol=atol)
+    raw = grid.at(given["offsets"], case["parameters"]["patch_size_latent"])
+    torch.testing.assert_close(raw, expected["raw"], rtol=rtol, atol=atol)
+    allowed = tolerances_of(case)["context"]
+    assert_within(model.context(raw), expected["context"], atol=allowed, what="context")
+    assert_within(model.null_context(), expected["null_context"], atol=allowed, what="null context")
+
+
+def check_panorama(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    parameters, model = case["parameters"], model_of(folder, case)
+    assert model.window == parameters["window"]
+    start = given["x_start"][0]
+    if "noise_a" in given:  # how the authors draw it: from the clean image, which is noise too
+        alpha = model.alphas_cumprod[-1]
+        torch.testing.assert_close(
+            alpha.sqrt() * given["noise_a"][0] + (1 - alpha).sqrt() * given["noise_b"][0], start, rtol=0, atol=1e-5
+        )
+    scheduler = OfficialScheduler(
+        model.scheduler, time_stride=parameters["time_stride"], noise_scale=parameters["noise_scale_ddim"]
+    )
+    assert [int(t) + 1 for t in scheduler.timesteps] == parameters["timesteps"]
+    settings = SynthesisSettings(
+        scheduler="official",
+        guidance=1 + parameters["guidance"],
+        stride=parameters["window_stride"],
+        weights="uniform",
+        timestep_shift=1,
+    )
+    between: list[torch.Tensor] = []
+    lines = denoise_canvas(
+        model,
+        EmbeddingGrid(given["embedding_grid"]),
+        (start.shape[1], start.shape[2]),
+        settings,
+        scheduler=scheduler,
+        noise=GivenNoise.of_canvas(start, given["step_noise"][:, 0]),
+        after_step=lambda step, canvas: between.append(canvas.tensor(0, canvas.shape[0]).movedim(0, 1)),
+    )
+    for number, reference in enumerate(expected["x_after_step"]):
+        rtol, atol = bounds_of(case, "x_after_step")
+        torch.testing.assert_close(between[number], reference[0], rtol=rtol, atol=atol)
+    rtol, atol = bounds_of(case, "latent")
+    latent = lines.tensor(0, lines.shape[0]).movedim(0, 1)
+    torch.testing.assert_close(latent, expected["latent"][0], rtol=rtol, atol=atol)
+    if "decode" in parameters:
+        check_decoding(case, model, expected)
+
+
+def check_decoding(case: dict[str, Any], model: Any, expected: dict[str, torch.Tensor]) -> None:
+    """Our images lie in [0, 1]; the official float image in [-1, 1]."""
+    how = case["parameters"]["decode"]
+    assert (how["window"], how["factor"]) == (model.window, model.factor)
+    settings = replace(SynthesisSettings(), decode_stride=how["stride"], quantize=how["quantized"])
+    latent = expected["latent"][0].movedim(1, 0)
+    lines = Lines(tuple(latent.shape), "float32")
+    lines.write(0, latent.numpy())
+    rows = np.concatenate([values for _, values in decode_lines(model, lines, settings)])
+    image = torch.from_numpy(rows).movedim(1, 0) * 2 - 1
+    share = 0.999
+    _, atol = bounds(case["tolerance"]["image_float"])
+    near = (image - expected["image_float"][0]).abs() <= atol
+    assert near.float().mean() >= share, f"decoded: only {near.float().mean():.4f} within {atol}"
+    pixels = torch.from_numpy(to_uint8(rows).astype(np.int16))
+    assert ((pixels - expected["image_uint8"][0].short()).abs() <= 1).float().mean() >= share
+    kernel = decode_weights(how["window"] * how["factor"], how["sigma"])
+    assert_within(
+        kernel[len(kernel) // 2], expected["kernel_row"], atol=bounds(case["tolerance"]["kernel_row"])[1], what="kernel"
+    )
+
+
+def check_patch_samplers(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    parameters, model = case["parameters"], model_of(folder, case)
+    spacing = {k: model.scheduler[k] for k in ("timestep_spacing", "steps_offset", "set_alpha_to_one")}
+    tried = []
+    for name, reference in expected.items():
+        kind = "pndm" if name.startswith("plms") else "ddim"
+        eta = float(match[1]) if (match := re.search(r"eta([0-9.]+)", name)) else 0.0
+        scale = float(match[1]) if (match := re.search(r"scale([0-9.]+)", name)) else parameters["guidance_scale"]
+        scheduler = build_scheduler(kind, model.scheduler, parameters["S"], **spacing)
+        steps = sorted({int(t) for t in scheduler.timesteps})
+        assert steps == parameters["timesteps_ascending"]
+        settings = SynthesisSettings(guidance=scale, eta=eta)
+        noise = GivenNoise(given["x_T"], given["step_noise"] if eta else None)
+        found = sample_patches(model, given["patch_embedding"], settings, scheduler=scheduler, noise=noise)
+        rtol, atol = bounds_of(case, name)
+        torch.testing.assert_close(found, reference, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+        tried.append(kind)
+    assert {"pndm", "ddim"} <= set(tried)
