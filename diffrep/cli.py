@@ -14,6 +14,8 @@ from collections.abc import Sequence
 COMMANDS = {  # name -> (module:class, one line of help)
     "demo": ("diffrep.commands.demo:Demo", "match parts on bundled images and write one page with pictures"),
     "match": ("diffrep.commands.match:Match", "point at places in one image, get the same places in another"),
+    "extract": ("diffrep.commands.extract:Extract", "extract a collection of images into a store of features"),
+    "swap": ("diffrep.commands.swap:Swap", "give the object in one image the looks of another"),
     "embed": ("diffrep.commands.embed:Embed", "draw a heat-geodesic map of high-dimensional data"),
     "eval": ("diffrep.commands.evaluate:Evaluate", "run a benchmark and print its table"),
     "train": ("diffrep.commands.train:Train", "train the embedded models again"),

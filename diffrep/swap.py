@@ -212,7 +212,7 @@ def warp(other: Image.Image, field: SwapField) -> Image.Image:
         RGB of the size of the image that keeps its pose.
     """
     h, w = field.valid.shape
-    points, valid = _fill(field)
+    points = _filled(field)
     height, width = field.image_size
     scale = torch.tensor([w / width, h / height])
     cells = (lattice((height, width)) + 0.5) * scale - 0.5
@@ -239,11 +239,11 @@ def warp(other: Image.Image, field: SwapField) -> Image.Image:
     return Image.fromarray(read.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 
 
-def _fill(field: SwapField) -> tuple[Tensor, Tensor]:
-    """The field's points with invalid places as their nearest valid one, on the CPU."""
-    valid = field.valid.cpu()
-    rows, columns = ndimage.distance_transform_edt(~valid.numpy(), return_distances=False, return_indices=True)
-    return field.points.cpu()[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()], valid
+def _filled(field: SwapField) -> Tensor:
+    """(h, w, 2): the field's points with invalid places as their nearest valid one, on the CPU."""
+    invalid = ~field.valid.cpu().numpy()
+    rows, columns = ndimage.distance_transform_edt(invalid, return_distances=False, return_indices=True)
+    return field.points.cpu()[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
 
 
 def composite(image: Image.Image, painted: Image.Image, mask: Tensor | None, *, feather: float = 1.5) -> Image.Image:

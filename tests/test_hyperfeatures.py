@@ -70,6 +70,7 @@ def test_inversion_and_generation_undo_each_other(sd: LatentDiffusion) -> None:
     class Constant:
         predicts = "epsilon"
         alphas_cumprod = sd.alphas_cumprod
+        as_noise, alpha, ddim_step = LatentDiffusion.as_noise, LatentDiffusion.alpha, LatentDiffusion.ddim_step
 
         def context_maps(self, latents: Tensor, taps: list[str], timestep: int, context: Tensor) -> dict[str, Tensor]:
             return {tap: torch.full_like(latents, 0.3) for tap in taps}

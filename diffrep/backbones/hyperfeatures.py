@@ -114,25 +114,12 @@ def follow(
         if not predicting:
             yield Step(number, maps, None)
             return
-        noise = _noise(backbone, here, maps.pop("out"), before)
+        noise = backbone.as_noise(here, maps.pop("out"), before)
         if trajectory.guidance is not None and unconditional is not None:
-            out = backbone.context_maps(here, ["out"], before, unconditional.expand(len(here), -1, -1))["out"]
-            plain = _noise(backbone, here, out, before)
+            plain = backbone.predict_noise(here, before, unconditional)
             noise = plain + trajectory.guidance * (noise - plain)
-        now, then = _alpha(backbone, before), _alpha(backbone, after)
-        clean = (here - noise * (1 - now) ** 0.5) / now**0.5
-        here = then**0.5 * clean + (1 - then) ** 0.5 * noise
+        here, clean = backbone.ddim_step(here, noise, before, after)
         yield Step(number, maps, clean)
-
-
-def _alpha(backbone: LatentDiffusion, timestep: int) -> float:
-    return 1.0 if timestep < 0 else float(backbone.alphas_cumprod[timestep])
-
-
-def _noise(backbone: LatentDiffusion, latents: Tensor, output: Tensor, timestep: int) -> Tensor:
-    """The noise that a pass sees in its input, whatever the network was trained to predict."""
-    alpha = _alpha(backbone, timestep)
-    return alpha**0.5 * output + (1 - alpha) ** 0.5 * latents if backbone.predicts == "v_prediction" else output
 
 
 class Hyperfeatures(Backbone):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -28,9 +27,8 @@ from diffrep.eval.pose import predict_posed
 from diffrep.eval.protocols import PROTOCOLS, SQUARE, CellSearch, Protocol
 from diffrep.features import FeatureMaps
 from diffrep.fusion import Descriptors, Fusion, Part, fuse, joint_pca
-from diffrep.images import Placement, Sizing, fit_image
+from diffrep.images import Placement
 from diffrep.matching import MatchConfig, match_points
-from diffrep.similarity import nearest
 
 from .cases import assert_within, number_in
 
