@@ -1,26 +1,26 @@
-"""``diffrep train``: make the embedded models again."""
+"""``diffrep train``: make the embedded models again, train heads."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from diffrep.commands.train_one_step import TrainDepth, TrainNormals
 from diffrep.training.tiny import TinyTraining, train_tiny
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainTiny:
     """Train the embedded models from rendered scenes alone, with the settings of the ones in the package.
 
     Called again with the same work folder it goes on where it was. Every other setting is a field of
     `diffrep.training.tiny.TinyTraining`.
     """
 
-    model: Annotated[Literal["tiny"], tyro.conf.Positional] = "tiny"  # what to train
     work: Path = Path("runs/tiny")  # scenes, checkpoints and logs; a few GB
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model folders; WORK/models
     scenes: int | None = None  # rendered for training; as for the embedded models where left out
@@ -38,3 +38,10 @@ class Train:
             config = dataclasses.replace(config, scenes=self.scenes)
         train_tiny(config)
         print(f"wrote {output / 'tiny'} and {output / 'tiny-dino'}")
+
+
+Train = (
+    Annotated[TrainTiny, tyro.conf.subcommand("tiny")]
+    | Annotated[TrainDepth, tyro.conf.subcommand("depth")]
+    | Annotated[TrainNormals, tyro.conf.subcommand("normals")]
+)

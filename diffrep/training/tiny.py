@@ -117,7 +117,7 @@ def train_tiny(config: TinyTraining, *, progress: bool = True) -> dict[str, Any]
         students = _train_vit(config, progress)
     folder = config.output
     write_pipeline(vae, denoisers[1], folder / "tiny")
-    _replace_folder(folder / "tiny-dino", lambda where: write_vit(students[1], config.dino, where))
+    replace_folder(folder / "tiny-dino", lambda where: write_vit(students[1], config.dino, where))
     card = {
         "what": "demonstration models trained on rendered scenes, jointly with the renderer's dense labels",
         "trained by": f"diffrep {diffrep.__version__}, `diffrep train tiny`",
@@ -235,7 +235,7 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
         write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
         (where / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
 
-    _replace_folder(folder, write)
+    replace_folder(folder, write)
 
 
 def _half(module: nn.Module) -> nn.Module:
@@ -244,7 +244,7 @@ def _half(module: nn.Module) -> nn.Module:
     return deepcopy(module).half().to(memory_format=torch.contiguous_format)
 
 
-def _replace_folder(folder: Path, write: Any) -> None:
+def replace_folder(folder: Path, write: Any) -> None:
     """Fill a new folder, then put it in the place of the old one."""
     partial, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "old"))
     for leftover in (partial, old):
