@@ -220,31 +220,44 @@ def extract_each(
         **dataclasses.asdict(config),
     }
     waiting: list[tuple[Tensor, Placement]] = []
+
+    def batch() -> Iterator[FeatureMaps]:
+        canvases, placements = zip(*waiting, strict=True)
+        maps = extract_canvases(backbone, torch.stack(canvases), placements, config, settings)
+        waiting.clear()
+        return (maps[i] for i in range(len(maps)))
+
     for image in tqdm(images, desc="extract", unit="image", disable=not progress):
         fitted = fit_image(load_image(image), config.sizing)
         if waiting and (waiting[0][0].shape != fitted[0].shape or len(waiting) >= config.batch_size):
-            yield from _extract_batch(backbone, waiting, config, settings)
-            waiting = []
+            yield from batch()
         waiting.append(fitted)
     if waiting:
-        yield from _extract_batch(backbone, waiting, config, settings)
+        yield from batch()
 
 
-def _extract_batch(
+@torch.inference_mode()
+def extract_canvases(
     backbone: Backbone,
-    fitted: Sequence[tuple[Tensor, Placement]],
+    canvases: Tensor,
+    placements: Sequence[Placement],
     config: ExtractConfig,
-    settings: Mapping[str, object],
-) -> Iterator[FeatureMaps]:
-    pixels, placements = stack_pixels([canvas for canvas, _ in fitted]), [p for _, p in fitted]
-    taps = tuple(config.taps or ())
+    settings: Mapping[str, object] | None = None,
+) -> FeatureMaps:
+    """Read features of images that lie on the network's canvas already, as `fit_image` puts them there.
+
+    Args:
+        canvases: (B, 3, H, W) uint8, on any device.
+        placements: how the images lie on them.
+        config: resolved for the backbone.
+    """
+    pixels, taps = stack_pixels(canvases.unbind()), tuple(config.taps or ())
     if config.window is None:
         maps = backbone.maps(pixels, taps, config.conditions(), batch_size=config.batch_size)
         grids = {tap: backbone.grid(tap, placements[0].canvas_size, maps[tap].shape[-2:]) for tap in taps}
     else:
         maps, grids = _tiled_maps(backbone, pixels, taps, config)
-    for i, placement in enumerate(placements):
-        yield FeatureMaps({t: m[i : i + 1] for t, m in maps.items()}, (placement,), grids, settings)
+    return FeatureMaps(maps, tuple(placements), grids, settings or {})
 
 
 def window_origins(side: int, window: int) -> list[int]:

@@ -10,6 +10,7 @@ Sizes are (H, W).
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -73,24 +74,43 @@ def _from_file(path: Path, background: tuple[int, int, int], max_pixels: int) ->
         raise ImageError(f"{path}: no such image file" if not path.exists() else f"{path}: is not a file")
     if path.stat().st_size == 0:
         raise ImageError(f"{path}: the file is empty")
+    return _decoded(path, str(path), background, max_pixels)
+
+
+def decode_image(
+    content: bytes, name: str, *, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """Read an image that is in memory, as `load_image` reads files; `name` stands for it in messages.
+
+    Raises:
+        ImageError: the content is empty, truncated, no image or too large.
+    """
+    if not content:
+        raise ImageError(f"{name}: the file is empty")
+    return _decoded(io.BytesIO(content), name, background, max_pixels)
+
+
+def _decoded(
+    source: Path | io.BytesIO, name: str, background: tuple[int, int, int], max_pixels: int
+) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            with Image.open(path) as image:
+            with Image.open(source) as image:
                 if image.width * image.height > max_pixels:
                     raise ImageError(
-                        f"{path}: {image.width} x {image.height} pixels are more than the limit of {max_pixels:,}"
+                        f"{name}: {image.width} x {image.height} pixels are more than the limit of {max_pixels:,}"
                     )
                 image.load()
-                return _to_rgb(image, background, str(path))
+                return _to_rgb(image, background, name)
     except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise ImageError(f"{path}: more pixels than the limit of {max_pixels:,}") from None
+        raise ImageError(f"{name}: more pixels than the limit of {max_pixels:,}") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{path}: is not an image that Pillow can read") from None
+        raise ImageError(f"{name}: is not an image that Pillow can read") from None
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken files
-        raise ImageError(f"{path}: cannot be decoded ({error})") from None
+        raise ImageError(f"{name}: cannot be decoded ({error})") from None
 
 
 def _from_array(array: np.ndarray, background: tuple[int, int, int]) -> Image.Image:

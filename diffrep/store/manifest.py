@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,8 @@ class Keep:
             raise ValueError(f"kind must be 'maps', 'pooled' or 'points', got {self.kind!r}")
         if self.dtype not in ("float16", "bfloat16", "float32"):
             raise ValueError(f"dtype must be 'float16', 'bfloat16' or 'float32', got {self.dtype!r}")
+        if not re.fullmatch(r"(grid|random):[1-9]\d*|.+\.json", self.points):
+            raise ValueError(f"points must be grid:N, random:N or a .json file of places, got {self.points!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,24 +16,30 @@ from diffrep.store.manifest import Keep
 from diffrep.store.shards import Kept
 
 
+class PlacesError(ValueError):
+    """Places that an image does not have."""
+
+
 def select(maps: FeatureMaps, keep: Keep, names: Sequence[str]) -> list[Kept]:
-    """What is kept of each image of a batch, on the maps' device.
+    """What is kept of each image of a batch, on the CPU and in the precision of the store.
 
     Args:
         names: of the images; places are looked up, or drawn, by them.
 
     Raises:
-        ValueError: the places of an image are missing or lie outside of it.
+        PlacesError: the places of an image are missing or lie outside of it.
     """
+    dtype = getattr(torch, keep.dtype)
     if keep.kind == "points":
         kept = []
         for i, name in enumerate(names):
             one = maps[i]
             points = places_of(keep.points, name, one.placements[0].image_size)
-            features = {tap: one.at(tap, points[None])[0] for tap in maps.taps}
+            features = {tap: one.at(tap, points[None])[0].to(dtype).cpu() for tap in maps.taps}
             kept.append(Kept(features, one.placements[0], one.grids, points))
         return kept
-    chosen = {tap: pooled(maps, tap) for tap in maps.taps} if keep.kind == "pooled" else maps.maps
+    whole = {tap: pooled(maps, tap) for tap in maps.taps} if keep.kind == "pooled" else maps.maps
+    chosen = {tap: values.to(dtype).cpu() for tap, values in whole.items()}
     return [
         Kept({tap: values[i] for tap, values in chosen.items()}, placement, maps.grids)
         for i, placement in enumerate(maps.placements)
@@ -59,33 +65,37 @@ def places_of(rule: str, name: str, image_size: tuple[int, int]) -> Tensor:
             but the name, or a JSON file ``{"name": [[x, y], ...], ...}``.
 
     Raises:
-        ValueError: the rule cannot be read, or the file has no places, or outside ones, for the image.
+        PlacesError: the file has no places, or outside ones, for the image.
+        ValueError: the file cannot be read.
     """
     height, width = image_size
     word, _, number = rule.partition(":")
-    if word in ("grid", "random") and number.isdigit() and int(number) > 0:
-        if word == "grid":
-            steps = (torch.arange(int(number)) + 0.5) / int(number)
-            y, x = torch.meshgrid(steps, steps, indexing="ij")
-            shares = torch.stack([x, y], dim=-1).reshape(-1, 2)
-        else:
-            seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
-            shares = torch.rand(int(number), 2, generator=torch.Generator().manual_seed(seed))
-        return shares * torch.tensor([width, height]) - 0.5
-    if not rule.endswith(".json"):
-        raise ValueError(f"points must be grid:N, random:N or a .json file of places, got {rule!r}")
-    places = _places_file(rule)
-    if name not in places:
-        raise ValueError(f"{rule} has no places for {name}")
-    points = torch.tensor(places[name], dtype=torch.float32).reshape(-1, 2)
-    x, y = points.unbind(-1)
-    if bool(((x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)).any()):
-        raise ValueError(f"{rule}: places of {name} lie outside of its {width} x {height} pixels")
-    return points
+    if word == "grid":
+        steps = (torch.arange(int(number)) + 0.5) / int(number)
+        y, x = torch.meshgrid(steps, steps, indexing="ij")
+        shares = torch.stack([x, y], dim=-1).reshape(-1, 2)
+    elif word == "random":
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+        shares = torch.rand(int(number), 2, generator=torch.Generator().manual_seed(seed))
+    else:
+        places = places_in(rule)
+        if name not in places:
+            raise PlacesError(f"{rule} has no places for {name}")
+        points = torch.tensor(places[name], dtype=torch.float32).reshape(-1, 2)
+        x, y = points.unbind(-1)
+        if bool(((x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)).any()):
+            raise PlacesError(f"{rule}: places of {name} lie outside of its {width} x {height} pixels")
+        return points
+    return shares * torch.tensor([width, height]) - 0.5
 
 
 @lru_cache(maxsize=4)
-def _places_file(file: str) -> Mapping[str, list[list[float]]]:
+def places_in(file: str) -> Mapping[str, list[list[float]]]:
+    """Read a file of places, {"name": [[x, y], ...], ...}.
+
+    Raises:
+        ValueError: it is missing or holds something else.
+    """
     try:
         places = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -46,7 +46,7 @@ class Kept:
     """What is kept of one image.
 
     Attributes:
-        features: tap -> (C, h, w) for whole maps, (C,) pooled, (P, C) at points.
+        features: tap -> (C, h, w) for whole maps, (C,) pooled, (P, C) at points; on the CPU, in the store's dtype.
         placement: how the image lay on the network's canvas.
         grids: tap -> where the cells of the map lie on the canvas.
         points: (P, 2) float32 as (x, y) in pixels of the image, where points are kept.
@@ -144,15 +144,12 @@ class ShardBuilder:
 
     def add(self, position: int, image: ImageFile, kept: Kept) -> None:
         """Add image number `position` of the shard; one whose features are not finite is quarantined."""
-        dtype = getattr(torch, self.keep.dtype)
-        cast = {tap: values.detach().to("cpu", dtype) for tap, values in kept.features.items()}
-        for tap, values in cast.items():
+        for tap, values in kept.features.items():
             if not bool(torch.isfinite(values).all()):
-                fits = bool(torch.isfinite(kept.features[tap]).all())
-                reason = f"do not fit {self.keep.dtype} (keep bfloat16)" if fits else "have NaN or infinite values"
-                self.quarantine(position, image, f"features of {tap} {reason}")
+                hint = " (bfloat16 has the range of float32)" if self.keep.dtype == "float16" else ""
+                self.quarantine(position, image, f"features of {tap} are not finite in {self.keep.dtype}{hint}")
                 return
-        self._kept[position] = (image, Kept(cast, kept.placement, kept.grids, kept.points))
+        self._kept[position] = (image, kept)
 
     def quarantine(self, position: int, image: ImageFile, reason: str) -> None:
         """Note that image number `position` cannot be used."""
@@ -177,7 +174,7 @@ class ShardBuilder:
                 if self.keep.kind == "maps":
                     grids[name] = kept.grids[tap]
             if kept.points is not None:
-                tensors.setdefault("points", []).append(kept.points.to("cpu", torch.float32))
+                tensors.setdefault("points", []).append(kept.points)
             rows.append((filled.get(name, 0), count))
             for tap in kept.features:
                 filled[tensor_name(tap, self.keep.kind, kept.placement.canvas_size)] = rows[-1][0] + count
@@ -189,7 +186,7 @@ class ShardBuilder:
             quarantined=tuple(self._quarantined[position] for position in sorted(self._quarantined)),
         )
         (folder / SHARDS).mkdir(exist_ok=True)
-        partial = folder / SHARDS / f".{number:06d}.partial"
+        partial = folder / SHARDS / f".{number:06d}.{os.getpid()}.partial"
         try:
             digest = write_tensors(partial, tensors)
             content = records.to_json()

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -121,6 +122,14 @@ class StoreWriter:
         for old in replaced:
             if old.name != shard.name:
                 self._remove(old.name)
+
+    def drop(self, shard: ShardEntry) -> None:
+        """Take a shard out of the store."""
+        shards = tuple(s for s in self.manifest.shards if s != shard)
+        manifest = replace(self.manifest, shards=shards)
+        save_manifest(self.folder, manifest)
+        self.manifest = manifest
+        self._remove(shard.name)
 
     def _take_lock(self) -> IO[bytes]:
         try:

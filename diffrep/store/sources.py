@@ -1,0 +1,143 @@
+"""Collections of images: folders, glob patterns, archives in webdataset's layout, Parquet files of paths."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from diffrep.images import SUFFIXES, ImageError, find_images
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An image of a collection, not read yet.
+
+    Attributes:
+        name: unique in the collection: the path relative to the collection's root, with ``/``.
+        file: that holds it.
+        bytes: how many it has; -1 where the file does not exist.
+        modified: the file's time of change, nanoseconds since 1970.
+        offset: where it begins in the file; None: it is the file.
+    """
+
+    name: str
+    file: str
+    bytes: int
+    modified: int
+    offset: int | None = None
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ImageError: it cannot be read.
+        """
+        try:
+            with open(self.file, "rb") as opened:
+                if self.offset is None:
+                    return opened.read()
+                opened.seek(self.offset)
+                return opened.read(self.bytes)
+        except FileNotFoundError:
+            raise ImageError(f"{self.name}: no such image file") from None
+        except OSError as error:
+            raise ImageError(f"{self.name}: cannot be read ({error.strerror})") from None
+
+
+def find_sources(
+    inputs: Sequence[str | os.PathLike[str]], root: str | Path | None = None
+) -> tuple[Path, list[ImageSource]]:
+    """The images of a collection, each once, in sorted order of each input.
+
+    Args:
+        inputs: image files, folders, glob patterns, ``.tar`` archives in webdataset's layout (images beside
+            their other files), and ``.parquet`` files with a column ``path``.
+        root: the folder to which names are relative; None: the folder that is given, or the deepest one that
+            holds all inputs. Images outside of it are named by their whole path.
+
+    Returns:
+        The root and the images.
+
+    Raises:
+        ImageError: an input does not exist, has no image, or is no archive.
+    """
+    files: list[Path] = []
+    for entry in inputs:
+        # find_images takes any file that is named, archives and tables too
+        files += [path.absolute() for path in find_images([entry])]
+    if not files:
+        raise ImageError("no images were given")
+    base = Path(root).absolute() if root is not None else _common_root(inputs, files)
+    sources: dict[str, ImageSource] = {}
+    for file in files:
+        ending = file.suffix.lower()
+        if ending == ".tar":
+            found: Iterable[ImageSource] = _archive(file, base)
+        elif ending == ".parquet":
+            found = [_image_file(path, base) for path in _paths_in(file)]
+        else:
+            found = [_image_file(file, base)]
+        for source in found:
+            sources.setdefault(source.name, source)
+    return base, list(sources.values())
+
+
+def locate(root: Path, name: str) -> ImageSource:
+    """An image file by the name that a store has for it."""
+    return _image_file(root / name, root)
+
+
+def _common_root(inputs: Sequence[str | os.PathLike[str]], files: Sequence[Path]) -> Path:
+    if len(inputs) == 1 and Path(inputs[0]).is_dir():
+        return Path(inputs[0]).absolute()
+    return Path(os.path.commonpath([file.parent for file in files]))
+
+
+def _name(path: Path, root: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
+
+
+def _image_file(path: Path, root: Path) -> ImageSource:
+    try:
+        status = path.stat()
+    except OSError:  # named in a table, but not there: it will be quarantined
+        return ImageSource(_name(path, root), str(path), -1, 0)
+    return ImageSource(_name(path, root), str(path), status.st_size, status.st_mtime_ns)
+
+
+def _archive(file: Path, root: Path) -> list[ImageSource]:
+    modified = file.stat().st_mtime_ns
+    found = []
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
+                    name = f"{_name(file, root)}/{member.name.removeprefix('./')}"
+                    found.append(ImageSource(name, str(file), member.size, modified, member.offset_data))
+    except (tarfile.TarError, OSError) as error:
+        raise ImageError(f"{file}: is not an uncompressed tar archive ({error})") from None
+    if not found:
+        raise ImageError(f"{file}: no image found in the archive")
+    return found
+
+
+def _paths_in(file: Path) -> list[Path]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ImportError(f"{file}: reading Parquet needs pyarrow: pip install 'diffrep[parquet]'") from None
+    import pyarrow as pa
+
+    try:
+        names = pq.read_schema(file).names
+        if "path" not in names:
+            raise ImageError(f"{file}: has no column 'path', only {', '.join(names)}")
+        paths = pq.read_table(file, columns=["path"])["path"].to_pylist()
+    except pa.ArrowInvalid as error:
+        raise ImageError(f"{file}: is not a Parquet file ({error})") from None
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ImageError(f"{file}: the column 'path' must hold one path per row")
+    return [file.parent / path for path in paths]
