@@ -40,6 +40,8 @@ class FitSettings:
     weight_decay: float = 0.02  # of AdamW
     decay: Literal["matrices", "all"] = "matrices"  # what decays: not biases and norms, or every parameter
     betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
+    epsilon: float = 1e-8  # of AdamW
+    faster: tuple[tuple[str, float], ...] = ()  # (part of parameters' names, factor of their learning rate)
     accumulate: int = 1  # batches whose gradients are averaged in each step
     clip: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.999  # of the moving average that is kept; it starts faster
@@ -145,7 +147,7 @@ def fit(
             log.add(losses)
         accelerator.clip_grad_norm_(trained.parameters(), settings.clip)
         for group in optimiser.param_groups:
-            group["lr"] = settings.rate(done(), step)
+            group["lr"] = settings.rate(done(), step) * group["factor"]
         optimiser.step()
         optimiser.zero_grad()
         step += 1
@@ -166,14 +168,24 @@ def fit(
 
 
 def make_optimiser(module: nn.Module, settings: FitSettings) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients."""
-    everything = [p for p in module.parameters() if p.requires_grad]
-    decayed = [p for p in everything if p.ndim >= 2 or settings.decay == "all"]
-    others = [p for p in everything if p.ndim < 2 and settings.decay != "all"]
+    """AdamW over the parameters that require gradients; a group's "factor" is that of its learning rate."""
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            factor = math.prod(f for part, f in settings.faster if part in name)
+            groups.setdefault((parameter.ndim >= 2 or settings.decay == "all", factor), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
+        [
+            {
+                "params": parameters,
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+                "lr": settings.learning_rate * factor,
+                "factor": factor,
+            }
+            for (decayed, factor), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+        ],
         betas=settings.betas,
+        eps=settings.epsilon,
         fused=True,
     )
 
