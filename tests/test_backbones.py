@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from diffrep.backbones import (
     load_backbone,
 )
 from diffrep.backbones.loading import open_clip_backbone
+from diffrep.backbones.vit import timm_backbone
 
 PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 NOISY = Conditions(timestep=200, ensemble=2, posterior="sample", prompt="a cat")
@@ -202,6 +204,16 @@ def test_vit_takes_any_size_and_a_smaller_stride(vit: VisionTransformer, vit_fol
     assert fine.grid("layer.0", (64, 64), (15, 15)).origin == (3.5, 3.5)
     with pytest.raises(ValueError, match=r"sides of 8 \+ n \* 8"):
         vit.maps(torch.rand(1, 3, 60, 64), ["layer.0"])
+
+
+def test_patches_behind_a_convolutional_stem_have_the_stride_of_both() -> None:
+    arguments = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depth": 2, "num_heads": 3}
+    build = partial(timm_backbone, "vit_tiny_r_s16_p8_224", model_args=arguments, name="hybrid", source="random")
+    assert {(tap.channels, tap.stride) for tap in build().taps()} == {(24, 8)}
+    assert build().maps(PIXELS, ["layer.1"])["layer.1"].shape[2:] == (PIXELS.shape[2] // 8, PIXELS.shape[3] // 8)
+    assert build(stride=4).maps(torch.rand(1, 3, 40, 32), ["layer.0"])["layer.0"].shape[2:] == (9, 7)
+    with pytest.raises(ValueError, match="multiple of 4 in 4..8.*got 2"):
+        build(stride=2)
 
 
 def test_positions_at_the_trained_size_are_untouched() -> None:

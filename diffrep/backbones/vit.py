@@ -78,11 +78,14 @@ class VisionTransformer(Backbone):
         self._is_timm = hasattr(network, "patch_embed")
         convolution = network.patch_embed.proj if self._is_timm else network.conv1
         self._blocks: Sequence[Any] = list(network.blocks if self._is_timm else network.transformer.resblocks)
-        self.patch = int(convolution.kernel_size[0])
-        self.stride = stride or int(convolution.stride[0])
-        if not 1 <= self.stride <= self.patch:
-            raise ValueError(f"stride must be in 1..{self.patch}, the patch size of {name}, got {self.stride}")
-        convolution.stride = (self.stride, self.stride)
+        # behind a convolutional stem, the patches are patches of a smaller map
+        shrink = int(network.patch_embed.feature_ratio[0]) if _has_stem(network) else 1
+        self.patch = shrink * int(convolution.kernel_size[0])
+        self.stride = stride or shrink * int(convolution.stride[0])
+        if not shrink <= self.stride <= self.patch or self.stride % shrink:
+            steps = f"a multiple of {shrink} in {shrink}" if shrink > 1 else "in 1"
+            raise ValueError(f"stride must be {steps}..{self.patch}, the patch size of {name}, got {self.stride}")
+        convolution.stride = (self.stride // shrink, self.stride // shrink)
         self.prefix = int(network.num_prefix_tokens) if self._is_timm else 1
         self.channels = int(network.embed_dim if self._is_timm else convolution.out_channels)
         rule = positions or PositionRule()
@@ -163,6 +166,11 @@ class VisionTransformer(Backbone):
         part = slice(index * weight.shape[0] // 3, (index + 1) * weight.shape[0] // 3)
         projected = F.linear(normalised, weight[part], None if bias is None else bias[part])
         return projected.unflatten(2, (heads, -1)).mT.flatten(2)
+
+
+def _has_stem(network: Any) -> bool:
+    """Whether it is one of timm's hybrids, whose patches are cut from the maps of a convolutional network."""
+    return hasattr(network, "patch_embed") and hasattr(network.patch_embed, "backbone")
 
 
 def _qkv(attention: Any) -> tuple[Tensor, Tensor | None, int]:
