@@ -50,6 +50,76 @@ def fit_scale_shift(
     return scale.to(prediction.dtype), shift.to(prediction.dtype)
 
 
+def fit_robust(
+    prediction: Tensor, reference: Tensor, mask: Tensor, *, trials: int = 512, rounds: int = 20, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each image that up to almost half of the references may contradict.
+
+    Lines through random pairs of points are judged by their median absolute residual; the best one is refined by least
+    squares with Tukey's weights (4.685 robust standard deviations).
+
+    Args:
+        prediction, reference: (B, ...), of one shape; reference may be anything outside the mask.
+        mask: (B, ...) bool.
+        trials: pairs that are tried.
+        rounds: of the refinement, at most.
+        seed: of the pairs.
+
+    Returns:
+        Scale and shift, (B,) each, in the dtype of the prediction. An image whose predictions in the mask are all equal
+        gets scale 0 and the median of its references; one without any, zeros.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if not prediction.shape == reference.shape == mask.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (prediction, reference, mask))
+        raise ValueError(f"prediction, reference and mask must have one shape, got {shapes}")
+    lines = [
+        _robust_line(p[m].double(), r[m].double(), trials, rounds, seed)
+        for p, r, m in zip(prediction, reference, mask, strict=True)
+    ]
+    found = prediction.new_tensor(lines)
+    return found[:, 0], found[:, 1]
+
+
+def _robust_line(p: Tensor, r: Tensor, trials: int, rounds: int, seed: int) -> tuple[float, float]:
+    """Scale and shift of (N,) points."""
+    if not len(p):
+        return 0.0, 0.0
+    if float(p.max() - p.min()) < 1e-10:
+        return 0.0, float(r.median())
+    generator = torch.Generator().manual_seed(seed)
+    i, j = torch.randint(len(p), (2, trials), generator=generator).to(p.device)
+    apart = (p[i] - p[j]).abs() > 1e-3 * (p.max() - p.min())  # pairs nearer than that say nothing of the scale
+    i, j = i[apart], j[apart]
+    if not len(i):
+        i, j = p.argmin()[None], p.argmax()[None]
+    scales = (r[i] - r[j]) / (p[i] - p[j])
+    shifts = r[i] - scales * p[i]
+    judges = (
+        torch.randint(len(p), (min(len(p), 4096),), generator=generator).to(p.device) if len(p) > 4096 else slice(None)
+    )
+    residuals = (scales[:, None] * p[judges] + shifts[:, None] - r[judges]).abs().median(1).values
+    best = residuals.argmin()
+    scale, shift = scales[best], shifts[best]
+    for _ in range(rounds):
+        residual = scale * p + shift - r
+        spread = (1.4826 * residual.abs().median()).clamp(min=1e-12 + 1e-9 * r.abs().max())
+        weight = (1 - (residual / (4.685 * spread)).square()).clamp(min=0).square()
+        total = weight.sum()
+        mean_p, mean_r = (weight * p).sum() / total, (weight * r).sum() / total
+        variance = (weight * (p - mean_p).square()).sum()
+        if float(variance) <= 0:
+            break
+        new = (weight * (p - mean_p) * r).sum() / variance
+        moved = float((new - scale).abs())
+        scale, shift = new, mean_r - new * mean_p
+        if moved <= 1e-10 * float(scale.abs()):
+            break
+    return float(scale), float(shift)
+
+
 def align_depth(
     prediction: Tensor,
     reference: Tensor,

@@ -17,6 +17,7 @@ from .depth_training import (
     check_lr_schedule,
     check_training_targets,
 )
+from .one_step_inference import check_ensembles, check_lotus_pipeline, check_marigold_e2e
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "depth_metrics": check_depth_metrics,
@@ -26,6 +27,9 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "lotus_train": check_lotus_train,
     "lr_schedule": check_lr_schedule,
     "training_targets": check_training_targets,
+    "ensembles": check_ensembles,
+    "lotus_pipeline": check_lotus_pipeline,
+    "marigold_e2e": check_marigold_e2e,
 }
 
 

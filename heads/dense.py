@@ -1,0 +1,282 @@
+"""Depth and normals from one-step heads: images of any size in, typed maps out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrep.heads.ensembles import (
+    DIFFUSERS_ENSEMBLE,
+    E2E_ENSEMBLE,
+    MARIGOLD_ENSEMBLE,
+    DepthEnsemble,
+    ensemble_depth,
+    ensemble_normals,
+)
+from diffrep.heads.families import Family, Task
+from diffrep.heads.maps import DepthMap, NormalMap
+from diffrep.heads.one_step import OneStep
+from diffrep.heads.sizes import Resample, pad_to_multiple, to_image_size, to_working
+from diffrep.images import ImageLike, load_image
+
+ENSEMBLES = {"e2e-ft": E2E_ENSEMBLE, "marigold-diffusers": DIFFUSERS_ENSEMBLE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """How a head looks at an image. Kept beside the map, so that it can be traced to its settings."""
+
+    size: int | None = None  # long side that the network sees, pixels; 0: the image's own; None: as the head recommends
+    resample: Resample = "bilinear"  # how the image is resized
+    posterior: Literal["mean", "sample"] = "mean"  # which latent the image becomes
+    seed: int = 0  # of all noise; the same noise for every image of one size
+    ensemble: int = 1  # predictions from different noise that are aligned and brought together
+    reduction: Literal["median", "mean", "closest"] | None = None  # median and mean: depth; closest and mean: normals
+    steps: int = 1  # of DDIM; more than one for Marigold only
+    official: bool = False  # treat sizes, posterior and lengths exactly as the family's released code does
+    tile: int | None = None  # side of square tiles that go through the network on their own, pixels
+    overlap: float = 0.25  # share of a tile that it has in common with its neighbour
+    batch_size: int = 4  # images, members or tiles that go through the network together
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 0:
+            raise ValueError(f"size must be a number of pixels, or 0 for the image's own, got {self.size}")
+        for name in ("ensemble", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.tile is not None and self.tile < 64:
+            raise ValueError(f"tile must be at least 64 pixels, got {self.tile}")
+        if not 0 < self.overlap <= 0.5:
+            raise ValueError(f"overlap must be a share above 0 and up to 0.5, got {self.overlap}")
+
+
+class DenseHead:
+    """A one-step head for depth, disparity or normals.
+
+    Attributes:
+        model: the machine; training and tests call its parts.
+        task: what the decoded picture means.
+        name: as `load_head` was asked for it.
+        found: what it was recognised as, and by what, in one sentence.
+    """
+
+    def __init__(
+        self, model: OneStep, task: Task, *, name: str = "head", found: str = "", working_size: int | None = None
+    ) -> None:
+        self.model, self.task, self.name, self.found = model, task, name, found
+        self.working_size = model.family.working_size if working_size is None else working_size
+
+    @property
+    def family(self) -> Family:
+        return self.model.family
+
+    # -- what is decoded ------------------------------------------------------------------------------------
+
+    def read(self, decoded: Tensor, *, unit: bool = True) -> Tensor:
+        """What the VAE decoded, as a map.
+
+        Args:
+            decoded: (B, 3, h, w).
+            unit: bring normals to unit length where the family's released code does not.
+
+        Returns:
+            Depth or disparity (B, 1, h, w) in [0, 1]; normals (B, 3, h, w) in the family's frame.
+        """
+        decoded = decoded.float()
+        if self.task != "normals":
+            if self.family.depth == "clamp, mean":
+                return (decoded / 2 + 0.5).clamp(0, 1).mean(1, keepdim=True)
+            return (decoded.mean(1, keepdim=True).clamp(-1, 1) + 1) / 2
+        if self.family.normals == "twice":
+            for _ in range(2):
+                decoded = decoded / (decoded.norm(dim=1, keepdim=True) + 1e-5)
+            return decoded.clamp(-1, 1)
+        normals = decoded.clamp(-1, 1)
+        return normals if self.family.normals == "raw" and not unit else unit_length(normals)
+
+    # -- images ---------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        image: ImageLike,
+        config: PredictConfig | None = None,
+        *,
+        noise: Tensor | None = None,
+        posterior_noise: Tensor | None = None,
+    ) -> DepthMap | NormalMap:
+        """Predict the map of one image; see `predict_each`.
+
+        Args:
+            noise: (E, c, h, w) instead of drawn noise, one for each member of the ensemble.
+            posterior_noise: (1, c, h, w) standard normal instead of drawn noise, for a posterior that is sampled.
+        """
+        return next(iter(self.predict_each([image], config, noise=noise, posterior_noise=posterior_noise)))
+
+    @torch.inference_mode()
+    def predict_each(
+        self,
+        images: Sequence[ImageLike],
+        config: PredictConfig | None = None,
+        *,
+        noise: Tensor | None = None,
+        posterior_noise: Tensor | None = None,
+    ) -> Iterator[DepthMap | NormalMap]:
+        """Predict the maps of images of any sizes, in order; neighbours of one size share a batch.
+
+        A map does not depend on the other images, their order or the batch size beyond float rounding. Frames of a
+        video all see the same noise.
+
+        Raises:
+            ImageError: an image cannot be read.
+            ValueError: a setting does not go with the family, for example an ensemble of a head without noise.
+        """
+        config = config or PredictConfig()
+        self.check(config)
+        waiting: list[Tensor] = []
+        for image in images:
+            pixels = torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
+            if config.tile is not None and max(pixels.shape[1:]) > config.tile:
+                from diffrep.heads.tiling import predict_tiled
+
+                yield from self._predict_batch(waiting, config, noise, posterior_noise)
+                waiting = []
+                yield predict_tiled(self, pixels, config)
+                continue
+            if waiting and (waiting[0].shape != pixels.shape or len(waiting) >= config.batch_size):
+                yield from self._predict_batch(waiting, config, noise, posterior_noise)
+                waiting = []
+            waiting.append(pixels)
+        yield from self._predict_batch(waiting, config, noise, posterior_noise)
+
+    def check(self, config: PredictConfig) -> None:
+        """Refuse settings that do not go with this head.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        family = self.family
+        sampled = config.posterior == "sample" or (config.official and family.posterior == "sample")
+        if config.ensemble > 1 and family.first_latent != "noise" and not sampled:
+            raise ValueError(
+                f"an ensemble of {config.ensemble} needs noise, and a {family.name} head has none: its members would be"
+                " equal (posterior='sample' makes them differ a little)"
+            )
+        if config.steps > 1 and family.result != "sample":
+            raise ValueError(f"a {family.name} head predicts in one step, got steps={config.steps}")
+        allowed = ("closest", "mean") if self.task == "normals" else ("median", "mean")
+        if config.reduction not in (None, *allowed):
+            raise ValueError(f"reduction of {self.task} must be {' or '.join(allowed)}, got {config.reduction!r}")
+        if config.tile is not None and config.ensemble > 1:
+            raise ValueError("tiles and an ensemble do not go together: choose one of them")
+
+    def _predict_batch(
+        self, images: list[Tensor], config: PredictConfig, noise: Tensor | None, posterior_noise: Tensor | None
+    ) -> Iterator[DepthMap | NormalMap]:
+        if not images:
+            return
+        size = (int(images[0].shape[-2]), int(images[0].shape[-1]))
+        maps, uncertainty = self.maps(torch.stack(images), config, noise=noise, posterior_noise=posterior_noise)
+        for i in range(len(images)):
+            values = to_image_size(maps[i : i + 1], size, self._back(config), config.resample)[0]
+            spread = None
+            if uncertainty is not None:
+                spread = to_image_size(uncertainty[i : i + 1], size, self._back(config), config.resample)[0, 0]
+            yield self.result(values, config, spread)
+
+    def _back(self, config: PredictConfig) -> Family:
+        """The family's way back to the image's size, or ours: bilinear with antialiasing."""
+        return self.family if config.official else dataclasses.replace(self.family, resize_back="antialias")
+
+    @torch.inference_mode()
+    def maps(
+        self,
+        pixels: Tensor,
+        config: PredictConfig,
+        *,
+        noise: Tensor | None = None,
+        posterior_noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Maps of images of one size, at the size that the network worked at.
+
+        Args:
+            pixels: (B, 3, H, W) uint8.
+            noise, posterior_noise: as of `predict`.
+
+        Returns:
+            (B, 1 or 3, h, w) as of `read`, and the uncertainty (B, 1, h, w) of an ensemble.
+        """
+        model, family, members = self.model, self.family, config.ensemble
+        side = self.working_size if config.size is None else config.size
+        canvas = to_working(pixels, family, side, config.resample)
+        size = (int(canvas.shape[-2]), int(canvas.shape[-1]))
+        pad = family.pad or not config.official
+        if pad:
+            canvas = pad_to_multiple(canvas, model.stride)
+        elif min(size) < model.stride:
+            raise ValueError(f"the network sees {size[1]} x {size[0]} pixels, it needs {model.stride} on each side")
+        latent_size = canvas.shape[-2] // model.stride, canvas.shape[-1] // model.stride
+        sampled = config.posterior == "sample" or (config.official and family.posterior == "sample")
+        if sampled and posterior_noise is None:
+            count = members if family.first_latent != "noise" else 1
+            posterior_noise = torch.cat([model.draw(latent_size, config.seed, k, stream=1) for k in range(count)])
+        if family.first_latent == "noise" and noise is None:
+            noise = torch.cat([model.draw(latent_size, config.seed, k) for k in range(members)])
+        draws = [None] if posterior_noise is None else list(posterior_noise.split(1))
+        results = []
+        for member in range(members):
+            if member < len(draws):  # every member has a latent of its own, or all share one
+                latents = model.encode(canvas, draws[member], batch_size=config.batch_size)
+            start = None if noise is None else noise[member : member + 1]
+            annotation = model.predict(latents, start, steps=config.steps, batch_size=config.batch_size)
+            decoded = model.decode(annotation, batch_size=config.batch_size)
+            results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])
+        if members == 1:
+            return (_stretch(results[0]) if self.task != "normals" and family.stretch else results[0]), None
+        return self._bring_together(torch.stack(results, dim=1), config)
+
+    def _bring_together(self, members: Tensor, config: PredictConfig) -> tuple[Tensor, Tensor]:
+        """(B, E, C, h, w) -> the ensemble's maps (B, C, h, w) and uncertainty (B, 1, h, w)."""
+        maps, uncertainties = [], []
+        for image in members:
+            if self.task == "normals":
+                value, spread = ensemble_normals(image, "mean" if config.reduction == "mean" else "closest")
+            else:
+                preset: DepthEnsemble = ENSEMBLES.get(self.family.name, MARIGOLD_ENSEMBLE)
+                reduction: Literal["median", "mean"] = "mean" if config.reduction == "mean" else "median"
+                depth, spread = ensemble_depth(image[:, 0], dataclasses.replace(preset, reduction=reduction))
+                value = depth[None]
+            maps.append(value)
+            uncertainties.append(spread[None])
+        return torch.stack(maps), torch.stack(uncertainties)
+
+    def result(self, values: Tensor, config: PredictConfig, uncertainty: Tensor | None = None) -> DepthMap | NormalMap:
+        """Wrap (1 or 3, H, W) values at the image's size into the typed map."""
+        settings = {
+            "head": self.name,
+            "family": self.family.name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **dataclasses.asdict(config),
+        }
+        values = values.cpu()
+        uncertainty = None if uncertainty is None else uncertainty.cpu()
+        if self.task == "normals":
+            if not config.official or self.family.renormalize:
+                values = unit_length(values[None])[0]
+            return NormalMap(values, self.family.frame, uncertainty, settings)
+        return DepthMap(values[0].clamp(0, 1), self.task, uncertainty=uncertainty, settings=settings)
+
+
+def unit_length(normals: Tensor) -> Tensor:
+    """(B, 3, h, w) divided by their length, where it is above 1e-6."""
+    return normals / normals.norm(dim=1, keepdim=True).clamp(min=1e-6)
+
+
+def _stretch(depth: Tensor) -> Tensor:
+    low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
+    return (depth - low) / (high - low).clamp(min=1e-12)

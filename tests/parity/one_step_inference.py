@@ -1,0 +1,166 @@
+"""Checkers of system `one-step-depth-normals` for inference: pipelines and ensembles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffrep.heads.dense import PredictConfig
+from diffrep.heads.ensembles import (
+    DIFFUSERS_ENSEMBLE,
+    E2E_ENSEMBLE,
+    MARIGOLD_ENSEMBLE,
+    ensemble_depth,
+    ensemble_normals,
+)
+from diffrep.heads.families import Task, task_vector
+from diffrep.heads.loading import load_head
+from diffrep.heads.sizes import pad_to_multiple, to_image_size, to_working
+
+from .cases import assert_within
+
+PRESETS = {"marigold": MARIGOLD_ENSEMBLE, "diffusers": DIFFUSERS_ENSEMBLE, "e2e": E2E_ENSEMBLE}
+
+
+def check_ensembles(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    checked = 0
+    for run in case["runs"]:
+        members, index = given[f"{run['index']}.pred"], run["index"]
+        if run["kind"] == "normals":
+            results = {name: ensemble_normals(members, name) for name in ("closest", "mean")}  # type: ignore[arg-type]
+        else:
+            results = {
+                f"{code}.{reduction}": ensemble_depth(
+                    members[:, 0],
+                    dataclasses.replace(preset, reduction=reduction, shift=run.get("shift", True)),  # type: ignore[arg-type]
+                )
+                for code, preset in PRESETS.items()
+                for reduction in ("median", "mean")
+                if f"{index}.{code}.{reduction}" in expected
+            }
+        for name, (result, uncertainty) in results.items():
+            for key, got in ((f"{index}.{name}", result), (f"{index}.{name}.uncertainty", uncertainty)):
+                official = expected[key].reshape(got.shape)
+                assert_within(got, official, atol=case["tolerance"][run["kind"]]["atol"], what=key)
+                if run["kind"] == "depth" and not key.endswith("uncertainty"):
+                    correlation = torch.corrcoef(torch.stack([got.flatten(), official.flatten()]))[0, 1]
+                    assert correlation > 0.9999, f"{key}: correlation {correlation:.6f}"
+                checked += 1
+    assert checked == sum(not key.endswith("pred") for key in expected)
+
+
+def check_lotus_pipeline(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    head = load_head(folder / "model", task="normals")
+    depth = load_head(folder / "model", task="depth")
+    model, family, tolerance = head.model, head.family, case["tolerance"]
+    assert family.name in ("lotus-g", "lotus-d")
+    for run in case["runs"]:
+        i = run["index"]
+        pixels, noise, eps = given[f"{i}.image_uint8"], given.get(f"{i}.noise"), given[f"{i}.posterior_eps"]
+        switch = task_vector(run["task"])
+        assert_within(torch.tensor([switch]), given[f"{i}.task_emb"][:1], atol=1e-6, what="task vector")
+        assert_within(model.network.context, expected[f"{i}.context"][:1], atol=1e-5, what="context")
+        canvas = to_working(pixels, family, run["processing_res"], run["resample_method"])
+        latents = model.encode(canvas, eps)
+        assert list(latents.shape[-2:]) == run["latent_hw"]
+        assert_within(model.unet_input(latents, noise), expected[f"{i}.unet_input"], atol=1e-5, what="unet input")
+        assert run["timestep"] == model.schedule.timesteps(1)[0]
+
+        def near(got: Tensor, name: str, i: int = i) -> None:
+            official = expected[f"{i}.{name}"]
+            torch.testing.assert_close(
+                got, official, atol=tolerance["atol"], rtol=tolerance["rtol"], msg=lambda m: f"{i}.{name}: {m}"
+            )
+
+        annotation = model.predict(latents, noise, switch=switch)
+        near(annotation, "x0_latent")
+        decoded = model.decode(annotation)
+        assert list(decoded.shape[-2:]) == run["decoded_hw"]
+        if f"{i}.decoded" in expected:
+            near(decoded, "decoded")
+        size = tuple(run["output_hw"])
+        image = to_image_size(head.read(decoded, unit=False), size, family)
+        near(image / 2 + 0.5, "image")
+        near(to_image_size(depth.read(decoded), size, family)[:, 0], "depth")
+        if run["task"] == [1, 0] and run["match_input_res"]:
+            config = PredictConfig(size=run["processing_res"], resample=run["resample_method"], official=True)
+            for row in range(run["n"]):  # one image after the other gives what the batch gave
+                draws = {
+                    "noise": None if noise is None else noise[row : row + 1],
+                    "posterior_noise": eps[row : row + 1],
+                }
+                image = pixels[row].permute(1, 2, 0).numpy()
+                near_row = expected[f"{i}.depth"][row]
+                got = depth.predict(image, config, **draws)
+                torch.testing.assert_close(got.values, near_row, atol=tolerance["atol"], rtol=tolerance["rtol"])
+                normals = head.predict(image, config, **draws).values
+                official = expected[f"{i}.image"][row] * 2 - 1
+                torch.testing.assert_close(normals, official, atol=2 * tolerance["atol"], rtol=tolerance["rtol"])
+
+
+CODES = {"E2E": "e2e-ft", "prs-eth": "marigold", "diffusers": "marigold-diffusers"}
+
+
+def check_marigold_e2e(folder: Path, case: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        _check_marigold_e2e(folder, case, Path(scratch))
+
+
+def _check_marigold_e2e(folder: Path, case: dict[str, Any], scratch: Path) -> None:
+    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    for run in case["runs"]:
+        i = run["index"]
+        family = "e2e-ft" if "e2e-ft" in run["code"] else CODES[run["code"].split("/")[0].split()[0]]
+        source = folder / "model"
+        if family == "e2e-ft":  # these runs were made with the schedule of Stable Diffusion 2, see `model`
+            source = scratch / "plain-schedule"
+            if not source.exists():
+                shutil.copytree(folder / "model", source)
+                file = source / "scheduler" / "scheduler_config.json"
+                file.write_text(json.dumps(json.loads(file.read_text()) | {"rescale_betas_zero_snr": False}))
+        task: Task = "normals" if run["task"].startswith("normal") else "depth"
+        head = load_head(source, task=task, family=family)
+        model, noise = head.model, given[f"{i}.noise"]
+        assert model.schedule.timesteps(run["denoising_steps"]) == run["timesteps"]
+        start = None if family == "e2e-ft" else noise
+
+        canvas = to_working(given[f"{i}.image_uint8"], head.family, run["processing_res"], run["resample_method"])
+        latents = model.encode(pad_to_multiple(canvas, model.stride) if head.family.pad else canvas)
+        atol = case["tolerance"]["latents"]["atol"]
+        assert_within(latents, expected[f"{i}.rgb_latent"], atol=atol, what=f"{i}.rgb_latent")
+        members = latents.expand(len(noise), -1, -1, -1)
+        predicted = model.predict(members, start, steps=run["denoising_steps"])
+        assert_within(predicted, expected[f"{i}.pred_latent"], atol=atol, what=f"{i}.pred_latent")
+
+        config = PredictConfig(
+            size=run["processing_res"],
+            resample=run["resample_method"],
+            steps=run["denoising_steps"],
+            ensemble=run["ensemble_size"],
+            official=True,
+        )
+        image = given[f"{i}.image_uint8"][0].permute(1, 2, 0).numpy()
+        result = head.predict(image, config, noise=start)
+        output = case["tolerance"]["output"]
+        ensemble = run["ensemble_size"] > 1
+        atol = output["depth ensembles"]["atol"] if ensemble and task == "depth" else output["atol"]
+        official = expected[f"{i}.output"].reshape(result.values.shape)
+        assert_within(result.values, official, atol=atol, what=f"{i}.output")
+        if f"{i}.uncertainty" in expected:
+            _, uncertainty = head.maps(given[f"{i}.image_uint8"], config, noise=start)
+            assert uncertainty is not None
+            official = expected[f"{i}.uncertainty"]
+            if official.shape[-2:] != uncertainty.shape[-2:]:  # diffusers gives it at the image's size
+                assert result.uncertainty is not None
+                uncertainty = result.uncertainty
+            assert_within(uncertainty.reshape(official.shape), official, atol=atol, what=f"{i}.uncertainty")
