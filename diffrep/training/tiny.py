@@ -231,6 +231,10 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(where, safe_serialization=True)
+        for path in where.glob("*/config.json"):  # where the parts were read from is nobody's business
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         shutil.rmtree(where / "tokenizer")  # the files that every version of transformers reads, and no others
         write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
         (where / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
