@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.eval.one_step_validation import SceneValidation
+from diffrep.heads.loading import write_head
 from diffrep.scenes import SceneSet, render_set
 from diffrep.training.one_step import RECIPES, OneStepModel, Task
 from diffrep.training.one_step_data import AnnotatedImages, SceneSamples
@@ -97,7 +96,8 @@ class OneStepOptions:
             validate=SceneValidation(held_out, vae, task, work / "pictures", steps=steps),
             validate_every=self.validate_every,
         )  # fmt: skip
-        write(output, model, training, self.recipe)
+        side = max(sets[0].sample(0).pixels.shape[1:])  # heads see images at the size they were trained on
+        write(output, model, training, self.recipe, side)
         print(f"wrote {output}")
 
 
@@ -141,22 +141,15 @@ def open_set(text: str, task: Task, work: Path, scenes: int) -> AnnotatedImages:
     raise ValueError(f"{name} is not there yet")
 
 
-def write(folder: Path, model: OneStepModel, training: OneStepTraining, family: str) -> None:
-    """Write a head: the U-Net in half precision and ``head.json``, all of it or nothing."""
-    about = {
-        "base": training.base,
-        "family": family,
-        "task": training.task,
-        "frame": "lub" if training.task == "normals" else None,
-        "timestep": training.recipe.timestep,
-        "posterior": training.recipe.posterior,
-        "working_size": 128 if training.base == "tiny" else None,
-    }
+def write(folder: Path, model: OneStepModel, training: OneStepTraining, family: str, working_size: int) -> None:
+    """Write a trained head, all of it or nothing; what was in the folder is replaced."""
+    extra = {"training": json.loads(json.dumps(asdict(training), default=str))}
 
     def fill(where: Path) -> None:
-        unet = deepcopy(model.unet).half().to(memory_format=torch.contiguous_format)
-        unet.save_pretrained(where / "unet")
-        text = json.dumps({k: v for k, v in about.items() if v is not None}, indent=2)
-        (where / "head.json").write_text(text + "\n")
+        write_head(
+            where, model.unet,
+            base=training.base, family=family, task=training.task, context=model.context, working_size=working_size,
+            extra=extra,
+        )  # fmt: skip
 
     replace_folder(folder, fill)
