@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.backbones import Grid
+from diffrep.backbones import AggregationNetwork, BackboneError, Grid
 from diffrep.features import FeatureMaps
 from diffrep.images import Placement
 
@@ -150,12 +152,13 @@ class Descriptors:
 class Part:
     """One share of a descriptor: the maps of one or more taps of one backbone.
 
-    The taps are a chain from coarse to fine: the first map is resampled to the cells of the second and joined
-    behind it, the result to the third, and so on, so that the channels run from the finest tap to the
-    coarsest.
+    The taps run from coarse to fine, the channels of the joined map from the finest tap to the coarsest. As a
+    ``chain`` (sd-dino) the first map is resampled to the cells of the second and joined behind it, the result to
+    the third, and so on; ``direct`` (GeoAware-SC) resamples every map to the cells of the last tap at once.
     """
 
     taps: tuple[str, ...]
+    upsampling: Literal["chain", "direct"] = "chain"
     dims: tuple[int, ...] | None = None  # joint PCA: channels kept of each tap, in the order of the taps
     chunk_weights: tuple[tuple[int, float], ...] = ()  # (channels, weight) of consecutive chunks
     normalise: bool = True  # to unit length, per location
@@ -181,6 +184,7 @@ class Fusion:
     normalise: bool = False  # the joined descriptor once more
     pca: Literal["exact", "lowrank"] = "exact"  # lowrank: sd-dino's randomised one, drawn from `seed`
     seed: int = 0
+    aggregation: str | None = None  # file of a trained aggregation network that joins the parts (GeoAware-SC)
 
     def __post_init__(self) -> None:
         if not self.parts:
@@ -202,7 +206,12 @@ class Fusion:
 
 SD_TAPS = ("up.0.resnet.1", "up.1.attention.1", "up.2.attention.1")  # s5, s4, s3 of sd-dino
 SD_DINO = Fusion(parts=(Part(taps=SD_TAPS, dims=(256, 256, 256)), Part(taps=("layer.11",))))
-GEOAWARE_ZERO_SHOT = Fusion(parts=(Part(taps=SD_TAPS), Part(taps=("layer.11",))), normalise=True)
+GEOAWARE_ZERO_SHOT = Fusion(parts=(Part(taps=SD_TAPS, upsampling="direct"), Part(taps=("layer.11",))), normalise=True)
+
+
+def aggregated(taps: Sequence[str], weights: str) -> Fusion:
+    """Maps as they are, in the order in which a trained aggregation network in the file `weights` joins them."""
+    return Fusion(parts=tuple(Part(taps=(tap,), normalise=False) for tap in taps), aggregation=weights)
 
 
 def fuse(images: Sequence[ImageFeatures], fusion: Fusion) -> tuple[Descriptors, ...]:
@@ -218,6 +227,7 @@ def fuse(images: Sequence[ImageFeatures], fusion: Fusion) -> tuple[Descriptors, 
     Raises:
         ValueError: a tap is missing or found twice, an entry holds several images, the images' channels
             differ, or more PCA dimensions are asked for than there are channels or cells.
+        BackboneError: the file of the fusion's aggregation network is none, or the network joins other maps.
     """
     if not images:
         raise ValueError("fuse needs the features of at least one image")
@@ -228,7 +238,34 @@ def fuse(images: Sequence[ImageFeatures], fusion: Fusion) -> tuple[Descriptors, 
             raise ValueError(f"image {number}: features must be batches of one, got {counts}")
     generator = torch.Generator().manual_seed(fusion.seed)
     parts = [_part(features, part, fusion.pca, generator) for part in fusion.parts]
-    return tuple(_join(features[i], fusion, [part[i] for part in parts]) for i in range(len(features)))
+    joined = tuple(_join(features[i], fusion, [part[i] for part in parts]) for i in range(len(features)))
+    if fusion.aggregation is None:
+        return joined
+    network = _aggregation_network(fusion.aggregation)
+    return tuple(aggregate(descriptors, network) for descriptors in joined)
+
+
+@torch.no_grad()
+def aggregate(descriptors: Descriptors, network: AggregationNetwork) -> Descriptors:
+    """Let a trained network join the parts, as GeoAware-SC and DIY-SC do, to one part of unit length.
+
+    Raises:
+        BackboneError: the network joins other maps than the parts.
+    """
+    channels = tuple(part.shape[-1] for part in descriptors.parts)
+    if network.steps != 1 or channels != network.feature_dims:
+        raise BackboneError(
+            f"the aggregation network joins {network.steps} steps of {network.feature_dims} channels,"
+            f" the parts have {channels}"
+        )
+    network = network.to(descriptors.device)
+    joined = network([part.movedim(-1, 0)[None].float() for part in descriptors.parts])[0]
+    return replace(descriptors, parts=(F.normalize(joined, dim=0).movedim(0, -1).contiguous(),), weights=(1.0,))
+
+
+@lru_cache(maxsize=2)
+def _aggregation_network(file: str) -> AggregationNetwork:
+    return AggregationNetwork.load(Path(file))
 
 
 @dataclass(frozen=True)
@@ -262,10 +299,13 @@ def _part(features: Sequence[Sequence[FeatureMaps]], part: Part, pca: str, gener
             values = joint_pca(values, part.dims[number], generator=generator if pca == "lowrank" else None)
         for chain, maps, value in zip(chains, sources, values, strict=True):
             chain.append(_Map(value, maps, tap))
-    return [_weigh(_join_chain(chain), part) for chain in chains]
+    return [_weigh(_join_taps(chain, part.upsampling), part) for chain in chains]
 
 
-def _join_chain(chain: Sequence[_Map]) -> _Map:
+def _join_taps(chain: Sequence[_Map], upsampling: Literal["chain", "direct"]) -> _Map:
+    if upsampling == "direct":
+        finest = chain[-1]
+        return replace(finest, values=torch.cat([_resample(own, finest) for own in reversed(chain)]))
     joined = chain[0]
     for finer in chain[1:]:
         joined = replace(finer, values=torch.cat([finer.values, _resample(joined, finer)]))

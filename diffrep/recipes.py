@@ -3,8 +3,9 @@
 A `Recipe` names the backbones, how each reads an image, how their maps are fused and how descriptors are
 matched. `Correspondence` runs one: it holds the loaded backbones and gives descriptors and matches.
 
-Published systems have their names in `RECIPES`; a recipe of one's own is a `Recipe`, or a TOML file with the same
-fields:
+Published systems have their names in `RECIPES`; those with trained weights beside the backbone take them behind a
+colon, "geoaware:best.pth" or "hyperfeatures:FILE". A recipe of one's own is a `Recipe`, or a TOML or YAML file with
+the same fields:
 
     name = "mine"
 
@@ -20,18 +21,19 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
+import yaml
 from torch import Tensor
 
 from diffrep.backbones import Backbone, FreeU, load_backbone
 from diffrep.features import ExtractConfig, FeatureMaps, extract_each
-from diffrep.fusion import GEOAWARE_ZERO_SHOT, SD_DINO, SD_TAPS, Descriptors, Fusion, Part, fuse
+from diffrep.fusion import GEOAWARE_ZERO_SHOT, SD_DINO, SD_TAPS, Descriptors, Fusion, Part, aggregated, fuse
 from diffrep.images import ImageLike, Sizing
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
 
@@ -40,6 +42,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+FILE_ENDINGS = (".toml", ".yaml", ".yml")
 CATEGORY = "{category}"  # in a prompt: stands for the name of the image's category; without one the prompt is ""
 
 
@@ -175,7 +178,7 @@ RECIPES: dict[str, Recipe] = {
             name="hyperfeatures",
             readings=(
                 Reading(
-                    backbone="hyperfeatures",  # say the trained weights: "hyperfeatures:FILE"
+                    backbone="hyperfeatures",  # recipe("hyperfeatures:FILE") says where the trained weights are
                     extract=ExtractConfig(
                         taps=("hyperfeatures",), sizing=Sizing("squash", 512, resample="bilinear"), posterior="sample"
                     ),
@@ -210,37 +213,69 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe(name: str) -> Recipe:
-    """A recipe by its name, or from a TOML file.
+    """A recipe by its name, or from a TOML or YAML file.
+
+    Args:
+        name: of `RECIPES`; "geoaware:FILE" and "hyperfeatures:FILE" name the trained aggregation network too.
 
     Raises:
         ValueError: there is no such recipe (the message lists the near names), or the file is none.
     """
-    if name.endswith(".toml"):
+    if name.endswith(FILE_ENDINGS):
         return load_recipe(Path(name))
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=4) or sorted(RECIPES)
-        raise ValueError(f"there is no recipe {name!r}; near names: {', '.join(near)}")
-    return RECIPES[name]
+    known, _, weights = name.partition(":")
+    if known not in RECIPES:
+        near = difflib.get_close_matches(known, RECIPES, n=4) or sorted(RECIPES)
+        raise ValueError(f"there is no recipe {known!r}; near names: {', '.join(near)}")
+    if not weights:
+        return RECIPES[known]
+    if known not in TRAINED:
+        raise ValueError(f"{name}: the recipe {known} takes no trained weights; {', '.join(TRAINED)} do")
+    return TRAINED[known](weights)
+
+
+def _geoaware_trained(weights: str) -> Recipe:
+    zero_shot = RECIPES["geoaware"]
+    return replace(
+        zero_shot,
+        name=f"geoaware:{weights}",
+        fusion=aggregated((*reversed(SD_TAPS), "layer.11"), weights),
+        matching=replace(zero_shot.matching, window=7),
+        source=PAPERS["geoaware"].replace("zero-shot", "trained"),
+    )
+
+
+def _hyperfeatures_trained(weights: str) -> Recipe:
+    untrained = RECIPES["hyperfeatures"]
+    readings = tuple(replace(reading, backbone=f"hyperfeatures:{weights}") for reading in untrained.readings)
+    return replace(untrained, name=f"hyperfeatures:{weights}", readings=readings)
+
+
+TRAINED: dict[str, Callable[[str], Recipe]] = {  # name -> its recipe with the weights of a file
+    "geoaware": _geoaware_trained,
+    "hyperfeatures": _hyperfeatures_trained,
+}
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe from a TOML file.
+    """Read a recipe from a TOML (``.toml``) or YAML file (``.yaml``, ``.yml``).
 
     Raises:
-        ValueError: the file is missing, no TOML, or has a setting that does not exist; named.
+        ValueError: the file is missing, no TOML or YAML, or has a setting that does not exist; named.
     """
     try:
-        made = _made(Recipe, tomllib.loads(path.read_text()), "")
+        text = path.read_text(encoding="utf-8")
+        made = _made(Recipe, tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text), "")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError) as error:  # TOML's own errors are ValueErrors
+    except (ValueError, TypeError, yaml.YAMLError) as error:  # TOML's own errors are ValueErrors
         raise ValueError(f"{path}: {error}") from None
     assert isinstance(made, Recipe)
     return made
 
 
 def _made(kind: Any, value: Any, where: str) -> Any:
-    """What TOML gives, tables and lists, as the type that a field has."""
+    """What TOML and YAML give, tables and lists, as the type that a field has."""
     if get_origin(kind) in (Union, UnionType):
         if isinstance(value, list | dict):  # the tuple or dataclass among the types, which differ in nothing else
             kind = next((k for k in get_args(kind) if is_dataclass(k) or get_origin(k) is tuple), kind)
@@ -249,7 +284,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         return _made(kinds[0], value, where) if len(kinds) == 1 else value
     if is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a table of the settings of {kind.__name__}, got {value!r}")
+            raise ValueError(f"{where or 'the file'} must be a table of the settings of {kind.__name__}, got {value!r}")
         known = {f.name: f for f in fields(kind)}
         if unknown := sorted(set(value) - set(known)):
             raise ValueError(f"{where or kind.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep.backbones import (
+    AggregationNetwork,
     Backbone,
     BackboneError,
     FreeU,
@@ -21,7 +22,7 @@ from diffrep.backbones import (
     load_cleandift,
 )
 from diffrep.features import ExtractConfig, extract_each
-from diffrep.fusion import Fusion
+from diffrep.fusion import SD_TAPS, Fusion, aggregated, fuse
 from diffrep.images import Sizing
 from diffrep.matching import MatchConfig
 from diffrep.recipes import RECIPES, Correspondence, Reading, Recipe, load_recipe, recipe
@@ -110,6 +111,77 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, change: tuple[str, str]
         load_recipe(file)
     with pytest.raises(ValueError, match="cannot be read"):
         load_recipe(tmp_path / "none.toml")
+
+
+YAML = """
+name: own
+source: a test
+readings:
+  - backbone: sd2.1
+    extract:
+      taps: [up.1, mid]
+      timestep: 100
+      sizing: {mode: squash, size: [64, 96]}
+      freeu: {deep_input: 2}
+fusion:
+  parts:
+    - {taps: [up.1], weight: 2}
+matching: {mode: soft, window: 3}
+"""
+
+
+def test_a_yaml_file_is_the_same_recipe(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(OWN)
+    (tmp_path / "own.yaml").write_text(YAML)
+    assert recipe(str(tmp_path / "own.yaml")) == recipe(str(tmp_path / "own.toml"))
+    wrong = {"name: [": "own.yml: ", "- a": "the file must be a table", "size: 1": "Recipe has no size"}
+    for text, message in wrong.items():
+        (tmp_path / "own.yml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            recipe(str(tmp_path / "own.yml"))
+
+
+def test_trained_weights_stand_behind_a_colon() -> None:
+    trained = recipe("geoaware:weights/best.pth")
+    assert trained.fusion.aggregation == "weights/best.pth"
+    assert [tap for part in trained.fusion.parts for tap in part.taps] == [*reversed(SD_TAPS), "layer.11"]
+    assert trained.matching.window == 7
+    assert trained.readings == recipe("geoaware").readings
+    assert recipe("hyperfeatures:a.pt").readings[0].backbone == "hyperfeatures:a.pt"
+    with pytest.raises(ValueError, match="the recipe dift takes no trained weights; geoaware, hyperfeatures do"):
+        recipe("dift:a.pt")
+
+
+def test_a_trained_network_joins_the_maps(sd_folder: Path, vit_folder: Path, tmp_path: Path) -> None:
+    """GeoAware's recipe with weights in its released layout: a state dict with the losses' temperatures."""
+    torch.manual_seed(0)  # the layers' initialisation takes its draws from the global generator
+    backbones = {"sd1.5": load_backbone(sd_folder), "dinov2-base": load_backbone(vit_folder)}
+    channels = [*(backbones["sd1.5"].tap(tap).channels for tap in reversed(SD_TAPS)), 24]
+    network = AggregationNetwork(channels, projection=128)
+    file = tmp_path / "best.pth"
+    torch.save({**network.state_dict(), "logit_scale": torch.ones(()), "self_logit_scale": torch.ones(())}, file)
+    full = recipe(f"geoaware:{file}")
+    taps = (*reversed(SD_TAPS), "layer.2")
+    sd, dino = full.readings
+    small = replace(
+        full,
+        readings=(
+            replace(sd, extract=replace(sd.extract, taps=SD_TAPS, sizing=Sizing("pad", 128), window=128)),
+            replace(dino, extract=replace(dino.extract, taps=("layer.2",), sizing=Sizing("pad", 64))),
+        ),
+        fusion=aggregated(taps, str(file)),
+    )
+    run = Correspondence(small, backbones=backbones)
+    (features,) = run.features([IMAGE])
+    (descriptors,) = run.describe(IMAGE)
+    (raw,) = fuse([features], replace(small.fusion, aggregation=None))
+    expected = network([part.movedim(-1, 0)[None] for part in raw.parts])[0].movedim(0, -1)
+    assert descriptors.size == raw.size
+    torch.testing.assert_close(descriptors.vectors(), torch.nn.functional.normalize(expected.detach(), dim=-1))
+    with pytest.raises(BackboneError, match=r"joins 1 steps of .* the parts have"):
+        fuse([features], aggregated(taps[:2], str(file)))
+    with pytest.raises(BackboneError, match="cannot be read safely"):
+        fuse([features], aggregated(taps, str(tmp_path / "none.pth")))
 
 
 def test_sd_dinos_recipe_runs_at_a_small_size(sd_folder: Path, vit_folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.backbones import Grid
+from diffrep.backbones import AggregationNetwork, Grid
 from diffrep.eval.datasets.pairs import AnnotatedPair
 from diffrep.eval.datasets.pf import read_pf_pascal
 from diffrep.eval.datasets.spair import read_spair
@@ -26,12 +25,13 @@ from diffrep.eval.pck import PairCount, Pck
 from diffrep.eval.pose import predict_posed
 from diffrep.eval.protocols import PROTOCOLS, SQUARE, CellSearch, Protocol
 from diffrep.features import FeatureMaps
-from diffrep.fusion import Descriptors, Fusion, Part, fuse, joint_pca
+from diffrep.fusion import GEOAWARE_ZERO_SHOT, Descriptors, Fusion, Part, aggregate, fuse, joint_pca
 from diffrep.images import Placement
 from diffrep.matching import MatchConfig, match_points
 
 from .cases import assert_within, number_in
 
+GEOAWARE_TAPS = ("s3", "s4", "s5", "dino")  # the order in which GeoAware's network joins them
 SD_PARTS = ("s5", "s4", "s3")  # coarse to fine, the order in which sd-dino reduces them
 
 
@@ -282,7 +282,8 @@ def check_flow_sddino_tss(folder: Path, case: dict[str, Any]) -> None:
 
 def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
     given, expected = _tensors(folder)
-    network = aggregation_network(folder / "model")
+    groups = json.loads((folder / "model/config.json").read_text())["num_norm_groups"]
+    network = AggregationNetwork.load(folder / "model/aggregation_network.safetensors", groups=groups)
     pixels = float(case["tolerance"]["pred"].removeprefix("soft ").partition(" ")[0])
     for name in (key for key in expected if key.startswith("aggregated.")):
         whole = network(_geoaware_maps(given, name.removeprefix("aggregated.")))
@@ -321,10 +322,10 @@ def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
         assert elsewhere <= 1, f"{name}: {elsewhere} points differ"
         pck, parts = Pck(protocol.alphas, tuple(counts)), Pck(protocol.alphas, tuple(shared))
         slack = 1 / pck.points + 1e-6
-        for aggregate, key in (("per point", "per_point"), ("per image", "per_image")):
+        for average, key in (("per point", "per_point"), ("per image", "per_image")):
             if result[key] is not None:
                 official = [result[key][f"{alpha:.2f}"] for alpha in protocol.alphas]
-                assert pck.value(aggregate) == pytest.approx(official, abs=slack), f"{name} {aggregate}"
+                assert pck.value(average) == pytest.approx(official, abs=slack), f"{name} {average}"
         assert result["per_point"]["n_points"] == pck.points
         geo = result["geo"]
         assert parts.points == geo["n"], f"{name}: keypoints that share a part"
@@ -335,38 +336,19 @@ def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
 
 
 def _geoaware_maps(given: Mapping[str, Tensor], key: str) -> list[Tensor]:
-    """s3, s4, s5 and DINO, each (1, C, 60, 60): GeoAware brings every map to the finest grid at once."""
-    maps = [given[f"{key}.{part}"][None] for part in ("s3", "s4", "s5", "dino")]
-    size = maps[0].shape[-2:]
-    return [F.interpolate(m, size=size, mode="bilinear") if m.shape[-2:] != size else m for m in maps]
+    """s3, s4, s5 and DINO, each (1, C, 60, 60), as the aggregation network joins them."""
+    return [part.movedim(-1, 0)[None] for part in _geoaware_parts(given, key).parts]
 
 
-def _geoaware_descriptors(given: Mapping[str, Tensor], key: str, network: Any) -> Descriptors:
-    *sd, dino = _geoaware_maps(given, key)
+def _geoaware_parts(given: Mapping[str, Tensor], key: str) -> Descriptors:
+    fusion = Fusion(parts=tuple(Part(taps=(tap,), normalise=False) for tap in GEOAWARE_TAPS), reference="s3")
+    return fuse([_square_maps(given, key, SQUARE)], fusion)[0]
+
+
+def _geoaware_descriptors(given: Mapping[str, Tensor], key: str, network: AggregationNetwork | None) -> Descriptors:
     if network is None:
-        joined = torch.cat([F.normalize(torch.cat(sd, dim=1)), F.normalize(dino)], dim=1)
-    else:
-        joined = network([*sd, dino])
-    return Descriptors.from_vectors(F.normalize(joined)[0].movedim(0, -1), (SQUARE, SQUARE))
-
-
-def aggregation_network(folder: Path) -> Callable[[Sequence[Tensor]], Tensor]:
-    """GeoAware's post-processor from its weights: one bottleneck per map, mixed by a softmax."""
-    weights = load_file(folder / "aggregation_network.safetensors")
-    groups = json.loads((folder / "config.json").read_text())["num_norm_groups"]
-
-    def conv(x: Tensor, name: str) -> Tensor:
-        kernel = weights[f"{name}.weight"]
-        x = F.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
-        return F.group_norm(x, groups, weights[f"{name}.norm.weight"], weights[f"{name}.norm.bias"])
-
-    def bottleneck(x: Tensor, name: str) -> Tensor:
-        inner = F.relu(conv(F.relu(conv(x, f"{name}.conv1")), f"{name}.conv2"))
-        short = conv(x, f"{name}.shortcut") if f"{name}.shortcut.weight" in weights else x
-        return F.relu(conv(inner, f"{name}.conv3") + short)
-
-    mixing = weights["mixing_weights"].softmax(0)
-    return lambda maps: sum(
-        (w * bottleneck(x, f"bottleneck_layers.{i}.0") for i, (w, x) in enumerate(zip(mixing, maps, strict=True))),
-        torch.zeros(()),
-    )
+        sd = replace(GEOAWARE_ZERO_SHOT.parts[0], taps=SD_PARTS)
+        dino = replace(GEOAWARE_ZERO_SHOT.parts[1], taps=("dino",))
+        fusion = replace(GEOAWARE_ZERO_SHOT, parts=(sd, dino), reference="s3")
+        return fuse([_square_maps(given, key, SQUARE)], fusion)[0]
+    return aggregate(_geoaware_parts(given, key), network)
