@@ -2,6 +2,7 @@
 
 from diffrep.synthesis.embedder import ConditionEmbedder
 from diffrep.synthesis.grids import EmbeddingGrid, GridError, slerp
+from diffrep.synthesis.large import synthesize, synthesize_file
 from diffrep.synthesis.model import About, SynthesisModel, load_synthesis
 from diffrep.synthesis.sampler import OFFICIAL, SynthesisSettings, denoise_canvas, sample_patches
 from diffrep.synthesis.schedulers import OfficialScheduler, build_scheduler
@@ -20,4 +21,6 @@ __all__ = [
     "load_synthesis",
     "sample_patches",
     "slerp",
+    "synthesize",
+    "synthesize_file",
 ]

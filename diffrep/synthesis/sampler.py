@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from diffrep.synthesis.canvas import Lines, Position, Run
 from diffrep.synthesis.grids import EmbeddingGrid, GridError
+from diffrep.synthesis.model import About
 from diffrep.synthesis.noise import KeyedNoise, Noise
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
 from diffrep.synthesis.windows import Sweep, Weighting, WindowPlan, window_weights
@@ -36,6 +37,7 @@ class Denoiser(Protocol):
     channels: int
     factor: int
     scheduler: dict[str, Any]
+    about: About
 
     @property
     def device(self) -> torch.device: ...
@@ -58,7 +60,7 @@ class SynthesisSettings:
 
     scheduler: SchedulerName = "dpmpp_2m"
     steps: int = 20
-    guidance: float = 2.0  # null + guidance * (conditional - null); 1: none. The authors' g is guidance - 1
+    guidance: float | None = None  # null + guidance * (conditional - null); 1: none; the model's own where left out
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
     weights: Weighting = "hann"  # of a window's predictions where windows overlap; uniform is the published average
@@ -76,14 +78,14 @@ class SynthesisSettings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in 0..1, got {self.eta}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
 
 
 OFFICIAL = SynthesisSettings(
     scheduler="official", steps=50, guidance=4.0, stride=16, weights="uniform", decode_stride=16, timestep_shift=1
 )
-"""The authors' large-image code, for windows of 64 latent pixels."""
+"""The authors' large-image code, for windows of 64 latent pixels; they write guidance - 1, which is 3."""
 
 
 @torch.inference_mode()
@@ -102,11 +104,12 @@ def predict(
     context = model.context(*(e.to(model.device, model.dtype) for e in embeddings))
     latents = latents.to(model.device, model.dtype)
     time = (timestep.float() + settings.timestep_shift).to(model.device)
-    if settings.guidance == 1:
+    guidance = model.about.guidance if settings.guidance is None else settings.guidance
+    if guidance == 1:
         return model(latents, time, context).float().cpu()
     both = torch.cat([context, model.null_context(len(latents))])
     conditional, null = model(latents.repeat(2, 1, 1, 1), time, both).float().cpu().chunk(2)
-    return null + settings.guidance * (conditional - null)
+    return null + guidance * (conditional - null)
 
 
 @torch.inference_mode()
@@ -184,7 +187,7 @@ def denoise_canvas(
     )
     noise, shape = noise or KeyedNoise(settings.seed), (size[0], model.channels, size[1])
     if run.position == Position():
-        _start(run.lines("0-sample", shape), noise, float(stepper.scheduler.init_noise_sigma))
+        _start(run.lines("0-canvas", shape), noise, float(stepper.scheduler.init_noise_sigma))
     steps = len(stepper) if run.position.stage != "denoise" else run.position.step
     for _ in range(steps):
         stepper.advance()
@@ -194,9 +197,9 @@ def denoise_canvas(
     while stepper.position < len(stepper):
         _denoise_step(model, grid, plan, settings, run, stepper, noise, shape, bar)
         if after_step is not None:
-            after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-sample", shape))
+            after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-canvas", shape))
     bar.close()
-    return run.lines(f"{len(stepper) % 2}-sample", shape)
+    return run.lines(f"{len(stepper) % 2}-canvas", shape)
 
 
 def _start(canvas: Lines, noise: Noise, sigma: float) -> None:
@@ -218,7 +221,7 @@ def _denoise_step(
 ) -> None:
     """One step of the whole canvas, row of windows by row of windows."""
     step, now, after = stepper.position, stepper.position % 2, (stepper.position + 1) % 2
-    old, new = run.lines(f"{now}-sample", shape), run.lines(f"{after}-sample", shape)
+    old, new = run.lines(f"{now}-canvas", shape), run.lines(f"{after}-canvas", shape)
     kept_names = stepper.kept
     sweep = Sweep(plan, window_weights(settings.weights, plan.window), model.channels)
     first_row = run.position.row
@@ -232,12 +235,12 @@ def _denoise_step(
         stop = start + len(predicted)
         sample, kept = _batch(old.tensor(start, stop)), {}
         for name in kept_names:
-            kept[name] = _batch(run.lines(f"{now}-{name}", shape).tensor(start, stop))
+            kept[name] = _batch(run.lines(f"{now}-kept-{name}", shape).tensor(start, stop))
         draws = noise.arguments(step, range(start, stop))
         sample, kept = stepper.step(_batch(torch.from_numpy(predicted)), sample, kept, draws)
         new.write(start, sample[:, :, 0].float().numpy())
         for name, value in kept.items():
-            run.lines(f"{after}-{name}", shape).write(start, value[:, :, 0].float().numpy())
+            run.lines(f"{after}-kept-{name}", shape).write(start, value[:, :, 0].float().numpy())
 
     band = settings.band or math.ceil(settings.batch_size / len(plan.columns))
     for first in range(first_row - first_row % band, len(plan.rows), band):

@@ -1,0 +1,170 @@
+"""Large images: from a grid of embeddings to pixels, in memory or in a file."""
+
+from __future__ import annotations
+
+import errno
+import math
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+
+import diffrep
+from diffrep.synthesis.canvas import Lines, Position, Run
+from diffrep.synthesis.decoding import decode_lines, to_uint8
+from diffrep.synthesis.grids import EmbeddingGrid
+from diffrep.synthesis.model import SynthesisModel
+from diffrep.synthesis.outputs import FileSettings, check_output, scratch_bytes, write_pixels
+from diffrep.synthesis.sampler import Denoiser, SynthesisSettings, check_grid, denoise_canvas
+from diffrep.synthesis.windows import WindowPlan
+
+MOST_KEPT = 4  # tensors that the hungriest scheduler keeps
+
+
+def synthesize(
+    model: Denoiser,
+    grid: EmbeddingGrid,
+    size: tuple[int, int] | None = None,
+    settings: SynthesisSettings | None = None,
+    *,
+    progress: bool = False,
+) -> np.ndarray:
+    """Paint an image in memory.
+
+    Args:
+        size: (H, W) pixels, any; the grid must have a cell for every window's side, begun or whole. None: the size of
+            the grid.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        GridError: the grid does not fit the size or the model.
+        ValueError: the image is smaller than one window.
+    """
+    size = size or grid_size(model, grid)
+    pixels = paint(model, grid, size, settings or SynthesisSettings(), Run(None, {}), progress=progress)
+    return pixels.read(0, size[0])
+
+
+def synthesize_file(
+    model: SynthesisModel,
+    grid: EmbeddingGrid,
+    path: Path,
+    size: tuple[int, int] | None = None,
+    settings: SynthesisSettings | None = None,
+    *,
+    file: FileSettings | None = None,
+    work: Path | None = None,
+    progress: bool = False,
+) -> None:
+    """Paint an image of any size into a file, with memory for a band of it.
+
+    What is unfinished lies in a folder; called again with the same arguments after it was interrupted, the run goes
+    on there and gives the same file. The folder is removed at the end.
+
+    Args:
+        path: see `write_pixels` for its endings.
+        size: see `synthesize`.
+        work: the folder; beside the output where left out.
+
+    Raises:
+        GridError: the grid does not fit the size or the model.
+        ValueError: the image is smaller than one window, the output cannot be written so, or the folder holds a run
+            with other arguments.
+        OSError: there is no room on the disk.
+    """
+    settings, file = settings or SynthesisSettings(), file or FileSettings()
+    size = size or grid_size(model, grid)
+    if file.pixel_size is None:
+        file = replace(file, pixel_size=model.about.pixel_size)
+    check_output(path, size)
+    check_canvas(model, grid, size, settings)
+    work = work or path.with_name(f".{path.name}.run")
+    if not (work / "run.json").is_file():
+        _check_room(work, size, model)
+    identity = {
+        "settings": asdict(settings),
+        "size": list(size),
+        "grid": grid.checksum(),
+        "model": model.checksum(),
+        "diffrep": diffrep.__version__,
+    }
+    run = Run(work, identity)
+    try:
+        pixels = paint(model, grid, size, settings, run, progress=progress)
+        about = {**identity, "name": model.name, "encoder": grid.encoder or model.about.encoder}
+        write_pixels(path, pixels, file, about=about, scratch=lambda name, shape: run.lines(name, shape, "uint8"))
+    except OSError as error:
+        run.close()
+        if error.errno == errno.ENOSPC:
+            raise OSError(
+                f"{path}: the disk is full; nothing is lost: make room and call it again, it goes on from {work}"
+            ) from None
+        raise
+    except BaseException:
+        run.close()
+        raise
+    run.close(delete=True)
+
+
+def paint(
+    model: Denoiser,
+    grid: EmbeddingGrid,
+    size: tuple[int, int],
+    settings: SynthesisSettings,
+    run: Run,
+    *,
+    progress: bool = False,
+) -> Lines:
+    """Denoise and decode, going on where the run is; (H, W, 3) uint8 lines of the run."""
+    check_canvas(model, grid, size, settings)
+    pixels = run.lines("pixels", (*size, 3), "uint8")
+    if run.position.stage == "done":
+        return pixels
+    latents = denoise_canvas(model, grid, latent_size(model, size), settings, run=run, progress=progress)
+    for start, lines in decode_lines(model, latents, settings, run=run, progress=progress):
+        kept = lines[: max(0, size[0] - start), :, : size[1]]  # a canvas of whole latents may be larger
+        if len(kept):
+            pixels.write(start, to_uint8(kept))
+    run.checkpoint(Position("done"), None, force=True)
+    return pixels
+
+
+def latent_size(model: Denoiser, size: tuple[int, int]) -> tuple[int, int]:
+    """Latent pixels (H, W) that cover an image of (H, W) pixels."""
+    return math.ceil(size[0] / model.factor), math.ceil(size[1] / model.factor)
+
+
+def grid_size(model: Denoiser, grid: EmbeddingGrid) -> tuple[int, int]:
+    """(H, W) pixels of an image with one whole window a cell."""
+    cell = model.window * model.factor
+    return grid.shape[0] * cell, grid.shape[1] * cell
+
+
+def grid_shape(model: Denoiser, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of the grid that an image of (H, W) pixels needs."""
+    height, width = latent_size(model, size)
+    return math.ceil(height / model.window), math.ceil(width / model.window)
+
+
+def check_canvas(model: Denoiser, grid: EmbeddingGrid, size: tuple[int, int], settings: SynthesisSettings) -> None:
+    """Refuse what cannot be painted before any work is done.
+
+    Raises:
+        GridError, ValueError: see `synthesize`.
+    """
+    if min(size) < model.window * model.factor:
+        side = model.window * model.factor
+        raise ValueError(f"this model paints images of at least {side} x {side} pixels, not {size[0]} x {size[1]}")
+    for stride in (settings.stride, settings.decode_stride):
+        WindowPlan(latent_size(model, size), model.window, stride or 1)
+    check_grid(grid, latent_size(model, size), model)
+
+
+def _check_room(folder: Path, size: tuple[int, int], model: SynthesisModel) -> None:
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    needed, free = scratch_bytes(size, model.channels, model.factor, MOST_KEPT), shutil.disk_usage(place).free
+    if needed > free:
+        raise OSError(f"{folder}: up to {needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")

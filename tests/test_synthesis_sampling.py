@@ -1,0 +1,263 @@
+"""The large-image sampler: what must not matter does not, and an interrupted run ends as it would have."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffrep.synthesis import EmbeddingGrid, GridError, SynthesisSettings, denoise_canvas, synthesize, synthesize_file
+from diffrep.synthesis.canvas import Lines, Run
+from diffrep.synthesis.large import grid_shape, paint
+from diffrep.synthesis.noise import GivenNoise, KeyedNoise
+from diffrep.synthesis.schedulers import SCHEDULERS, build_scheduler
+from diffrep.synthesis.windows import Sweep, WindowPlan, window_weights
+
+from .synthetic_painter import Painter
+
+FEW = SynthesisSettings(steps=4, seed=3, batch_size=5)
+
+
+def grid_of(rows: int, columns: int, dim: int = 6) -> EmbeddingGrid:
+    return EmbeddingGrid(torch.randn(rows, columns, dim, generator=torch.Generator().manual_seed(1)))
+
+
+def whole(lines: Lines) -> np.ndarray:
+    return lines.read(0, lines.shape[0])
+
+
+def test_windows_cover_every_canvas() -> None:
+    for size in ((8, 8), (8, 9), (23, 41)):
+        for stride in (1, 3, 8):
+            plan = WindowPlan(size, 8, stride)
+            covered = np.zeros(size, int)
+            for row in plan.rows:
+                for column in plan.columns:
+                    covered[row : row + 8, column : column + 8] += 1
+            assert covered.min() >= 1
+            assert len(plan) == len(plan.rows) * len(plan.columns)
+    with pytest.raises(ValueError, match="smaller than one window of 8"):
+        WindowPlan((7, 30), 8, 4)
+    with pytest.raises(ValueError, match=r"must be in 1\.\.8, got 9"):
+        WindowPlan((8, 30), 8, 9)
+
+
+@pytest.mark.parametrize("weighting", ["hann", "gaussian", "uniform"])
+def test_sweep_is_the_weighted_average(weighting: str) -> None:
+    plan, weights = WindowPlan((19, 13), 8, 5), window_weights(weighting, 8)  # type: ignore[arg-type]
+    values = np.random.default_rng(0).normal(size=(len(plan), 2, 8, 8)).astype(np.float32)
+    sums, totals = np.zeros((2, 19, 13)), np.zeros((19, 13))
+    sweep, found = Sweep(plan, weights, 2), []
+    places = [(r, c) for r in range(len(plan.rows)) for c in range(len(plan.columns))]
+    for value, (row, column) in zip(values, places, strict=True):
+        i, j = plan.rows[row], plan.columns[column]
+        sums[:, i : i + 8, j : j + 8] += weights.numpy() * value
+        totals[i : i + 8, j : j + 8] += weights.numpy()
+        found += sweep.add(row, column, value)
+    found += sweep.end_row()
+    assert [start for start, _ in found] == list(plan.rows)
+    np.testing.assert_allclose(np.concatenate([v for _, v in found]).swapaxes(0, 1), sums / totals, atol=2e-5)
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_lines_are_stepped_as_the_whole_canvas_would_be(scheduler: str) -> None:
+    """Against the scheduler itself, which is given all rows of the canvas as one batch."""
+    model, grid, steps = Painter(window=16), grid_of(2, 1), 6
+    settings = replace(FEW, scheduler=scheduler, steps=steps, stride=16)
+    found = whole(denoise_canvas(model, grid, (32, 16), settings))
+
+    plain, rows = build_scheduler(scheduler, model.scheduler, steps), range(32)
+    takes_noise = "generator" in inspect.signature(plain.step).parameters
+    noise = KeyedNoise(settings.seed)
+    latents = noise.start(rows, (3, 1, 16)) * float(plain.init_noise_sigma)
+    context = model.context(grid.embeddings[:, 0])
+    for number, timestep in enumerate(plain.timesteps):
+        scaled = plain.scale_model_input(latents, timestep)[:, :, 0].movedim(0, 1).unflatten(1, (2, 16)).movedim(1, 0)
+        predicted = model(scaled, timestep.float(), context).movedim(0, 1).flatten(1, 2).movedim(1, 0)[:, :, None]
+        extra = dict(noise.arguments(number, rows)) if takes_noise else {}
+        latents = plain.step(predicted, timestep, latents, **extra).prev_sample
+    np.testing.assert_allclose(found, latents[:, :, 0].numpy(), rtol=1e-5, atol=1e-5)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("scheduler", ["dpmpp_2m", "dpmpp_2m_sde", "heun"])
+def test_neither_batch_size_nor_band_matters(scheduler: str) -> None:
+    model, grid, size = Painter(), grid_of(4, 5), (27, 39)
+    settings = replace(FEW, scheduler=scheduler)
+    expected = whole(denoise_canvas(model, grid, size, settings))
+    for batch_size, band in ((1, None), (7, 2), (64, 100), (3, 1)):
+        other = replace(settings, batch_size=batch_size, band=band)
+        assert np.array_equal(whole(denoise_canvas(model, grid, size, other)), expected)
+    assert not np.array_equal(whole(denoise_canvas(model, grid, size, replace(settings, seed=4))), expected)
+
+
+def test_noise_of_a_place_does_not_know_the_height() -> None:
+    noise = KeyedNoise(5)
+    assert torch.equal(noise.start(range(10), (3, 1, 20))[4:6], noise.start([4, 5], (3, 1, 20)))
+
+
+def test_an_image_of_any_size(tmp_path: Path) -> None:
+    model = Painter()
+    for size in ((32, 32), (33, 51), (70, 40)):
+        grid = grid_of(*grid_shape(model, size))
+        image = synthesize(model, grid, size, FEW)
+        assert image.shape == (*size, 3)
+        assert image.dtype == np.uint8
+    # the same pixels whether they are kept in memory or in files
+    run = Run(tmp_path / "run", {})
+    assert np.array_equal(whole(paint(model, grid, size, FEW, run)), image)
+
+
+def test_an_interrupted_run_ends_as_it_would_have(tmp_path: Path) -> None:
+    """Cut after any number of calls, again and again."""
+    grid, size = grid_of(2, 3), (60, 85)
+    for scheduler in ("dpmpp_2m_sde", "pndm"):
+        settings = replace(FEW, scheduler=scheduler, batch_size=4)
+        expected = whole(paint(Painter(), grid, size, settings, Run(None, {})))
+        for cut in (1, 7, 31):
+            interruptions = 0
+            while True:
+                run = Run(tmp_path / f"{scheduler}-{cut}", {"a": 1}, seconds=0)
+                try:
+                    found = whole(paint(Painter(calls_left=cut), grid, size, settings, run))
+                    break
+                except KeyboardInterrupt:
+                    interruptions += 1
+                    run.close()
+                if cut == 1:  # not a single band can be finished: go on without interruption
+                    cut = 10**9
+            assert interruptions >= 1
+            assert np.array_equal(found, expected)
+            run.close(delete=True)
+            assert not (tmp_path / f"{scheduler}-{cut}").exists()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import torch
+sys.path.insert(0, {root!r})
+from tests.synthetic_painter import Painter
+from tests.test_synthesis_sampling import FEW, grid_of
+from diffrep.synthesis.large import synthesize_file
+class Slow(Painter):
+    def __call__(self, *arguments):
+        time.sleep(0.02)
+        return super().__call__(*arguments)
+print("ready", flush=True)
+synthesize_file(Slow(), grid_of(3, 4), Path({path!r}), (90, 117), FEW)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(tmp_path: Path) -> None:
+    root, path = str(Path(__file__).resolve().parent.parent), tmp_path / "a.png"
+    expected = synthesize(Painter(), grid_of(3, 4), (90, 117), FEW)  # type: ignore[arg-type]
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED.format(root=root, path=str(path))], stdout=subprocess.PIPE, cwd=root
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    progress = tmp_path / ".a.png.run" / "progress.json"
+    while not progress.exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert progress.exists()
+    assert not path.exists()
+    synthesize_file(Painter(), grid_of(3, 4), path, (90, 117), FEW)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(Image.open(path)), expected)
+    assert not progress.parent.exists()
+
+
+def test_a_folder_is_taken_up_for_the_same_run_only(tmp_path: Path) -> None:
+    grid, path = grid_of(2, 2), tmp_path / "a.png"
+    with pytest.raises(KeyboardInterrupt):
+        synthesize_file(Painter(calls_left=3), grid, path, settings=FEW)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unfinished run with another grid, settings"):
+        synthesize_file(Painter(), grid_of(2, 2, 7), path, settings=replace(FEW, steps=5))  # type: ignore[arg-type]
+    synthesize_file(Painter(), grid, path, settings=FEW)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(Image.open(path)), synthesize(Painter(), grid, settings=FEW))
+
+
+def test_a_full_disk_leaves_nothing_behind_but_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, path, write = grid_of(2, 2), tmp_path / "a.png", os.pwrite
+    room = [40_000]
+
+    def limited(file: int, buffer: bytes, place: int) -> int:
+        room[0] -= len(buffer)
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, buffer, place)
+
+    monkeypatch.setattr(os, "pwrite", limited)
+    with pytest.raises(OSError, match="the disk is full; nothing is lost"):
+        synthesize_file(Painter(), grid, path, settings=FEW)  # type: ignore[arg-type]
+    assert [p.name for p in tmp_path.iterdir()] == [".a.png.run"]
+    room[0] = 10**9
+    synthesize_file(Painter(), grid, path, settings=FEW)  # type: ignore[arg-type]
+    assert np.array_equal(np.asarray(Image.open(path)), synthesize(Painter(), grid, settings=FEW))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_too_little_room_is_said_before_any_work(tmp_path: Path) -> None:
+    size = (3_200_000, 3_200_000)
+    grid = EmbeddingGrid(torch.ones(1, 1, 6).expand(*grid_shape(Painter(), size), 6)[:, :1].clone())
+    with pytest.raises(GridError, match="100000 x 100000 embeddings"):
+        synthesize_file(Painter(), grid, tmp_path / "a.tiff", size, FEW)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_arguments_are_refused() -> None:
+    model = Painter()
+    with pytest.raises(GridError, match=r"needs 3 x 2 embeddings, one for each 32 pixels, the grid has 2 x 2"):
+        synthesize(model, grid_of(2, 2), (80, 64), FEW)
+    with pytest.raises(ValueError, match="at least 32 x 32 pixels, not 31 x 40"):
+        synthesize(model, grid_of(1, 2), (31, 40), FEW)
+    with pytest.raises(ValueError, match="stride must be in"):
+        synthesize(model, grid_of(2, 2), (64, 64), replace(FEW, stride=9))
+    with pytest.raises(ValueError, match="eta belongs to the ddim scheduler"):
+        synthesize(model, grid_of(2, 2), (64, 64), replace(FEW, eta=1.0))
+    with pytest.raises(ValueError, match="no scheduler 'magic'; known are dpmpp_2m"):
+        synthesize(model, grid_of(2, 2), (64, 64), replace(FEW, scheduler="magic"))
+    for bad in ({"steps": 0}, {"batch_size": 0}, {"eta": 2.0}, {"guidance": float("nan")}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            SynthesisSettings(**bad)
+    noise = GivenNoise.of_canvas(torch.zeros(3, 8, 8), torch.zeros(4, 3, 8, 8))
+    with pytest.raises(ValueError, match="draws its own noise"):
+        denoise_canvas(model, grid_of(1, 1), (8, 8), replace(FEW, scheduler="euler_ancestral"), noise=noise)
+
+
+def test_grids_are_checked() -> None:
+    with pytest.raises(GridError, match=r"\(rows, columns, dim\), got \(4, 6\)"):
+        EmbeddingGrid(torch.ones(4, 6))
+    values = torch.ones(2, 3, 4)
+    values[1, 2] = 0
+    with pytest.raises(GridError, match=r"cell \(1, 2\) has length 0"):
+        EmbeddingGrid(values)
+    values[0, 1, 3] = float("nan")
+    with pytest.raises(GridError, match=r"cell \(0, 1\) has NaN"):
+        EmbeddingGrid(values)
+
+
+def test_grid_between_cells() -> None:
+    grid = grid_of(3, 4)
+    corners = torch.tensor([[8 * r, 8 * c] for r in range(3) for c in range(4)])
+    torch.testing.assert_close(grid.at(corners, 8), grid.embeddings.flatten(0, 1))
+    # the same place in other units; a stretched grid keeps its cells' centres
+    torch.testing.assert_close(grid.at(torch.tensor([[5, 9]]), 8), grid.at(torch.tensor([[50, 90]]), 80))
+    assert grid.resized((3, 4)).checksum() == grid.checksum()
+    assert grid.resized((9, 12)).shape == (9, 12)
+    torch.testing.assert_close(grid.resized((9, 12)).embeddings[1::3, 1::3], grid.embeddings, rtol=1e-4, atol=1e-4)
