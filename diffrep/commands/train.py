@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from diffrep.commands.train_one_step import TrainDepth, TrainNormals
+from diffrep.commands.train_synthesis import TrainSynthesis
 from diffrep.training.tiny import TinyTraining, train_tiny
 
 
@@ -44,4 +45,5 @@ Train = (
     Annotated[TrainTiny, tyro.conf.subcommand("tiny")]
     | Annotated[TrainDepth, tyro.conf.subcommand("depth")]
     | Annotated[TrainNormals, tyro.conf.subcommand("normals")]
+    | Annotated[TrainSynthesis, tyro.conf.subcommand("synthesis")]
 )

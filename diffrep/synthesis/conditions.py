@@ -55,7 +55,8 @@ class ImageEncoder:
         """
         backbone = load_backbone(name, device=device, dtype=torch.float32)
         if not isinstance(backbone, VisionTransformer):
-            raise BackboneError(f"{name}: embeddings are made by vision transformers, this is a {type(backbone).__name__}")
+            kind = type(backbone).__name__
+            raise BackboneError(f"{name}: embeddings are made by vision transformers, this is a {kind}")
         return cls(backbone, pooling)
 
     @property
@@ -78,7 +79,9 @@ class ImageEncoder:
             found.append((pooled if self._project is None else pooled @ self._project).float().cpu())
         return torch.cat(found).clone()  # outside of inference mode, so that a network can be trained on it
 
-    def grid(self, image: ImageLike, shape: tuple[int, int] | None = None, *, patch: int | None = None) -> EmbeddingGrid:
+    def grid(
+        self, image: ImageLike, shape: tuple[int, int] | None = None, *, patch: int | None = None
+    ) -> EmbeddingGrid:
         """Embed an image cell by cell.
 
         Args:
@@ -170,8 +173,9 @@ def vary_grid(grid: EmbeddingGrid, degrees: float, *, seed: int = 0) -> Embeddin
     if not 0 <= degrees <= 90:
         raise ValueError(f"degrees must be in [0, 90], got {degrees:g}")
     rows, columns = grid.shape
-    noise = torch.stack([torch.cat([draw_noise((grid.dim,), seed, r * 2**20 + c, stream=3) for c in range(columns)])
-                         for r in range(rows)])
+    noise = torch.stack(
+        [draw_noise((columns, grid.dim), seed, row, stream=3)[0] for row in range(rows)]
+    )
     length = grid.embeddings.norm(dim=-1, keepdim=True)
     unit = grid.embeddings / length
     aside = F.normalize(noise - (noise * unit).sum(-1, keepdim=True) * unit, dim=-1)

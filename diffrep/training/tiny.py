@@ -220,8 +220,8 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
         write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
         tokenizer = CLIPTokenizer.from_pretrained(where / "tokenizer")
         pipeline: Any = StableDiffusionPipeline(
-            vae=_half(vae),
-            unet=_half(denoiser.unet),
+            vae=half(vae),
+            unet=half(denoiser.unet),
             # transformers loads a text encoder in the precision of its file, diffusers the others in float32
             text_encoder=denoiser.text_encoder.float(),
             tokenizer=tokenizer,
@@ -242,7 +242,7 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
     replace_folder(folder, write)
 
 
-def _half(module: nn.Module) -> nn.Module:
+def half(module: nn.Module) -> nn.Module:
     from copy import deepcopy
 
     return deepcopy(module).half().to(memory_format=torch.contiguous_format)
