@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffrep.backbones.base import check_weights, default_dtype
-from diffrep.backbones.loading import EMBEDDED, HUB, MODELS, load_component, local_variant
+from diffrep.backbones.loading import EMBEDDED, HUB, MODELS, load_component, local_variant, read_json
 from diffrep.backbones.text import TextEncoders
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Task
@@ -327,6 +327,4 @@ def _variant(source: str, part: str) -> str | None:
 
 
 def _json(source: str, file: str) -> dict[str, Any] | None:
-    from diffrep.backbones.loading import _read_json
-
-    return _read_json(source, file, required=False) or None
+    return read_json(source, file, required=False) or None

@@ -137,7 +137,7 @@ def _find(
         if (path / "open_clip_config.json").is_file():
             return _load_open_clip(f"local-dir:{path}", None, name=name, stride=stride)
         if (path / "config.json").is_file():
-            config = _read_json(str(path), "config.json")
+            config = read_json(str(path), "config.json")
             if "num_res_blocks" in config:
                 return load_adm(_only_weights(path), {**config, **(adm or {})}, name=name)
             return _load_vit_folder(path, config, name=name, stride=stride)
@@ -193,7 +193,7 @@ def _load_pipeline(
     source: str, *, device: torch.device, dtype: torch.dtype, variant: str | None, name: str
 ) -> LatentDiffusion | DiffusionTransformer:
     """A diffusers folder or hub id with a U-Net or a transformer."""
-    index = _read_json(source, "model_index.json", required=False)
+    index = read_json(source, "model_index.json", required=False)
     if "transformer" in index or (Path(source) / "transformer").is_dir():
         return load_transformer(source, device=device, dtype=dtype, variant=variant, name=name)
     return load_diffusers(source, device=device, dtype=dtype, variant=variant, name=name)
@@ -210,15 +210,15 @@ def load_transformer(
     import diffusers
 
     name = name or source
-    index = _read_json(source, "model_index.json", required=False)
-    kind = _read_json(source, "transformer/config.json").get("_class_name")
+    index = read_json(source, "model_index.json", required=False)
+    kind = read_json(source, "transformer/config.json").get("_class_name")
     if kind not in KINDS:
         raise BackboneError(f"{source}: a {kind} cannot be tapped; known are {', '.join(KINDS)}")
     transformer = load_component(getattr(diffusers, kind), source, "transformer", dtype, variant)
     vae = load_component(diffusers.AutoencoderKL, source, "vae", dtype, variant)
     vae.decoder = None  # extraction only encodes: give its memory back
     vae.post_quant_conv = None
-    schedule = None if kind in FLOW else _alphas_cumprod(_read_json(source, "scheduler/scheduler_config.json"))
+    schedule = None if kind in FLOW else _alphas_cumprod(read_json(source, "scheduler/scheduler_config.json"))
     has_text = any(isinstance(c, list) and c[0] for p, c in index.items() if p.startswith("text_encoder"))
     text = PipelineText(source, str(index["_class_name"]), device=device, dtype=dtype) if has_text else None
     return DiffusionTransformer(transformer, vae, schedule, text=text, name=name, source=source)
@@ -270,7 +270,7 @@ def load_diffusers(
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     name = name or source
-    index = _read_json(source, "model_index.json", required=False)
+    index = read_json(source, "model_index.json", required=False)
     if folder := (Path(source) if Path(source).is_dir() else None):
         missing = [
             str(Path(part) / file)
@@ -293,7 +293,7 @@ def load_diffusers(
     if not parts and (folder is None or (folder / "text_encoder").is_dir()):
         parts = {"text_encoder": "CLIPTextModel"}
     text = TextEncoders(source, parts, device=device, dtype=dtype, variant=variant) if parts else None
-    scheduler = _read_json(source, "scheduler/scheduler_config.json")
+    scheduler = read_json(source, "scheduler/scheduler_config.json")
     backbone = LatentDiffusion(
         unet,
         vae,
@@ -303,7 +303,7 @@ def load_diffusers(
         name=name,
         source=source,
     )
-    extra = _read_json(source, "diffrep.json", required=False)  # our own folders say how they are best used
+    extra = read_json(source, "diffrep.json", required=False)  # our own folders say how they are best used
     if extra:
         backbone.recommended = _recommended(extra)
     return backbone
@@ -368,7 +368,7 @@ def local_variant(folder: Path) -> str | None:
     return "fp16" if any(".fp16." in n or ".fp16-" in n for n in names) else None
 
 
-def _read_json(source: str, file: str, *, required: bool = True) -> dict[str, Any]:
+def read_json(source: str, file: str, *, required: bool = True) -> dict[str, Any]:
     folder = Path(source)
     if folder.is_dir():
         path = folder / file
@@ -480,11 +480,11 @@ def _load_hub_id(
     name: str, *, device: torch.device, dtype: torch.dtype, stride: int | None, variant: str | None
 ) -> Backbone:
     """A hub id: a diffusers folder if it has an index, else whatever its config says."""
-    if _read_json(name, "model_index.json", required=False):
+    if read_json(name, "model_index.json", required=False):
         return _load_pipeline(name, device=device, dtype=dtype, variant=variant, name=name)
-    if _read_json(name, "open_clip_config.json", required=False):
+    if read_json(name, "open_clip_config.json", required=False):
         return _load_open_clip(f"hf-hub:{name}", None, name=name, stride=stride)
-    config = _read_json(name, "config.json")
+    config = read_json(name, "config.json")
     if "architecture" not in config:
         raise BackboneError(f"{name}: is neither a diffusers folder nor a timm or open_clip model")
     return timm_backbone(f"hf-hub:{name}", pretrained=True, stride=stride, name=name, source=name)

@@ -17,7 +17,7 @@ from diffrep.backbones.loading import (
     HUB,
     MODELS,
     _alphas_cumprod,
-    _read_json,
+    read_json,
     load_component,
     local_variant,
 )
@@ -69,7 +69,7 @@ def load_parts(
         raise BackboneError(f"{name}: no such folder and no known model; known are {', '.join(['tiny', *HUB])}")
     if folder is not None:
         variant = variant or local_variant(folder / "unet")
-    scheduler = _read_json(source, "scheduler/scheduler_config.json")
+    scheduler = read_json(source, "scheduler/scheduler_config.json")
     has_text = folder is None or (folder / "text_encoder").is_dir()
     parts = {"text_encoder": "CLIPTextModel"}
     return PipelineParts(
