@@ -1,0 +1,93 @@
+"""``diffrep synthesize``: paint a large image that looks like a reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from diffrep.commands.output import check_writable
+from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, synthesize_file
+from diffrep.synthesis.conditions import ImageEncoder, interpolate_grids, load_grid, vary_grid
+from diffrep.synthesis.large import check_canvas, grid_shape
+from diffrep.synthesis.outputs import SUFFIXES, FileSettings, check_output
+
+
+@dataclass(frozen=True)
+class Synthesize:
+    """Paint an image of any size under the embeddings of a reference image, or of a grid of embeddings.
+
+    For example: diffrep synthesize --reference city.png --size 4096x4096 -o city.tiff
+
+    Memory does not grow with the image. When it is interrupted, the same command goes on where it was. TIFF and
+    OME-TIFF files have a pyramid that slide viewers read.
+    """
+
+    reference: Path | None = None  # an image: its cells' embeddings say what is painted where
+    grid: Path | None = None  # instead: embeddings as .npy or zarr, (rows, columns, dim)
+    towards: Path | None = None  # a second reference; `--blend` says how far to go to it
+    blend: float = 0.5  # 0: the first, 1: the second
+    vary: float = 0.0  # degrees by which every embedding is turned in a random direction
+    size: str | None = None  # HEIGHTxWIDTH in pixels, or one number; as the reference where left out
+    cells: str | None = None  # ROWSxCOLUMNS into which the reference is cut; as many windows as fit where left out
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("synthesis.png")  # .png, .tiff, .ome.tiff, .zarr
+    model: str = "tiny-synthesis"  # or a folder
+    encoder: str | None = None  # of the reference; the one that the model was trained with where left out
+    work: Path | None = None  # folder for what is unfinished; beside the output where left out
+    device: str = "cpu"  # cpu or cuda
+    quiet: bool = False  # no progress on stderr
+    sampling: Annotated[SynthesisSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisSettings)
+    file: Annotated[FileSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=FileSettings)
+
+    def run(self) -> None:
+        check_writable(self.output, SUFFIXES)
+        if (self.reference is None) == (self.grid is None):
+            raise ValueError("say what to paint: --reference IMAGE or --grid FILE, and not both")
+        size = None if self.size is None else parse_size(self.size, "size")
+        if size is not None:
+            check_output(self.output, size)
+        model = load_synthesis(self.model, device=self.device)
+        grid = self._grid(model)
+        cell = model.window * model.factor
+        size = size or (grid.shape[0] * cell, grid.shape[1] * cell)
+        grid = grid.resized(grid_shape(model, size))
+        check_canvas(model, grid, size, self.sampling)
+        synthesize_file(
+            model, grid, self.output, size, self.sampling, file=self.file, work=self.work, progress=not self.quiet
+        )
+        print(f"wrote {self.output}: {size[0]} x {size[1]} pixels from {grid.shape[0]} x {grid.shape[1]} embeddings")
+
+    def _grid(self, model: SynthesisModel) -> EmbeddingGrid:
+        if self.grid is not None:
+            grid = load_grid(self.grid)
+        else:
+            grid = self._embed(model, self.reference)
+        if self.towards is not None:
+            grid = interpolate_grids(grid, self._embed(model, self.towards), self.blend)
+        return vary_grid(grid, self.vary, seed=self.sampling.seed) if self.vary else grid
+
+    def _embed(self, model: SynthesisModel, image: Path | None) -> EmbeddingGrid:
+        assert image is not None
+        name = self.encoder or model.about.encoder
+        if name is None:
+            raise ValueError(f"{model.name} does not say which encoder made its embeddings: name it with --encoder")
+        encoder = ImageEncoder.load(name, model.about.pooling, device=self.device)
+        shape = None if self.cells is None else parse_size(self.cells, "cells")
+        return encoder.grid(image, shape, patch=model.window * model.factor)
+
+
+def parse_size(text: str, name: str) -> tuple[int, int]:
+    """``4096x2048`` or ``4096`` -> (height, width).
+
+    Raises:
+        ValueError: it is something else.
+
+    >>> parse_size("4096x2048", "size")
+    (4096, 2048)
+    """
+    sides = text.lower().split("x")
+    if not 1 <= len(sides) <= 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"cannot read the {name} {text!r}: write two whole numbers, for example 4096x2048")
+    return int(sides[0]), int(sides[-1])
