@@ -303,3 +303,63 @@ def _with_scale(picture: Image.Image, low: float, high: float) -> Image.Image:
     pen.text((left + bar + 8, 4), labels[0], fill=_INK, font=_font(14))
     pen.text((left + bar + 8, picture.height - 20), labels[1], fill=_INK, font=_font(14))
     return wide
+
+
+def draw_contact_sheet(
+    image: Image.Image,
+    found: Sequence[tuple[Image.Image | None, str, Sequence[float] | None]],
+    *,
+    point: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+    columns: int = 5,
+    side: int = 180,
+) -> Image.Image:
+    """An image on the left, and beside it the images that were found for it, in rows, best first.
+
+    Args:
+        found: (image, caption, place) each; an image that is gone is None, the place is (x, y) or None.
+        point: marked in the image, (x, y) in its pixels.
+        box: marked in the image, (x0, y0, x1, y1) in its pixels.
+        side: of a found image's square, pixels; the image itself gets twice as much.
+    """
+    columns = max(1, min(columns, len(found)))
+    rows, line = max(2, -(-len(found) // columns)), 26
+    cell = (side + _GAP, side + line + _GAP)
+    large = 2 * side + line
+    sheet = Image.new("RGB", (large + 2 * _GAP + columns * cell[0] + _GAP, rows * cell[1] + _GAP), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    left, top, scale = _paste_inside(sheet, image, (_GAP, _GAP), large)
+    if point is not None:
+        _ring(pen, (left + scale * (point[0] + 0.5), top + scale * (point[1] + 0.5)))
+    if box is not None:
+        x0, y0, x1, y1 = ((o + scale * (v + 0.5)) for o, v in zip((left, top, left, top), box, strict=True))
+        for inset, colour in ((-1, _INK), (0, _PAPER), (1, _INK)):
+            pen.rectangle((x0 + inset, y0 + inset, x1 - inset, y1 - inset), outline=colour)
+    font = _font(13)
+    for number, (picture, caption, place) in enumerate(found):
+        corner = (large + 3 * _GAP + number % columns * cell[0], _GAP + number // columns * cell[1])
+        if picture is None:
+            pen.rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline=(200, 200, 196))
+            pen.text((corner[0] + 8, corner[1] + side / 2), "the image is gone", fill=_INK, font=font)
+        else:
+            left, top, scale = _paste_inside(sheet, picture, corner, side)
+            if place is not None:
+                _ring(pen, (left + scale * (place[0] + 0.5), top + scale * (place[1] + 0.5)))
+        kept = caption  # the score before a name, and the name's end, say most
+        for cut in range(9, len(caption)):
+            if pen.textlength(kept, font=font) <= side:
+                break
+            kept = f"{caption[:7]}…{caption[cut:]}"
+        pen.text((corner[0], corner[1] + side + 4), kept, fill=_INK, font=font)
+    return sheet
+
+
+def _paste_inside(
+    sheet: Image.Image, image: Image.Image, corner: tuple[int, int], side: int
+) -> tuple[float, float, float]:
+    """Put an image into a square, aspect kept; (left, top, scale) as `side_by_side` has them."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    left, top = corner[0] + (side - size[0]) // 2, corner[1] + (side - size[1]) // 2
+    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
+    return float(left), float(top), scale

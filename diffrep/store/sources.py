@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from diffrep.images import SUFFIXES, ImageError, find_images
+from PIL import Image
+
+from diffrep.images import SUFFIXES, ImageError, decode_image, find_images, load_image
 
 
 @dataclass(frozen=True)
@@ -141,3 +143,21 @@ def _paths_in(file: Path) -> list[Path]:
     if not paths or not all(isinstance(path, str) and path for path in paths):
         raise ImageError(f"{file}: the column 'path' must hold one path per row")
     return [file.parent / path for path in paths]
+
+
+def read_image(root: Path, name: str) -> Image.Image:
+    """An image of a collection by its name, out of an archive too.
+
+    Raises:
+        ImageError: it is gone, or cannot be read.
+    """
+    archive, found, member = name.rpartition(".tar/")
+    if not found:
+        return load_image(root / name)
+    try:
+        with tarfile.open(root / f"{archive}.tar", "r:") as opened:
+            entry = next((m for m in opened if m.name.removeprefix("./") == member), None)
+            content = opened.extractfile(entry) if entry is not None else None
+            return decode_image(content.read() if content is not None else b"", name)
+    except (tarfile.TarError, OSError) as error:
+        raise ImageError(f"{name}: cannot be read ({error})") from None

@@ -72,7 +72,7 @@ class FaissIndex:
 
     def __init__(self, gallery: Tensor) -> None:
         self.gallery = _matrix(gallery, "gallery")
-        faiss = _faiss()
+        faiss = import_faiss()
         self.index: Any = faiss.IndexFlatIP(self.gallery.shape[1])
         if self.gallery.is_cuda and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
             self._resources = faiss.StandardGpuResources()  # has to live as long as the index
@@ -145,10 +145,15 @@ def _matrix(vectors: Tensor, name: str) -> Tensor:
     return vectors
 
 
-def _faiss() -> Any:
+def import_faiss() -> Any:
+    """FAISS, where it is needed.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import faiss
     except ImportError:
-        message = "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch'"
+        message = "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch' (on disk: kind 'flat')"
         raise ImportError(message) from None
     return faiss

@@ -1,0 +1,179 @@
+"""Building an index of stores: vectors are streamed to disk, the index is trained on a sample of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from diffrep.index.exact import import_faiss
+from diffrep.index.kinds import Design, IndexKind, choose_kind
+from diffrep.index.stored import CODES, DESCRIPTION, FORMAT, PLACES, VECTORS, VERSION, StoredIndex
+from diffrep.store import Store, StoreError, Vectors
+from diffrep.store.provenance import difference
+
+logger = logging.getLogger(__name__)
+
+_HEADER = 256  # bytes kept free for the header of the vectors' file, which is known last
+_CHUNK = 65_536  # vectors that are added at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """What is indexed and how."""
+
+    tap: str | None = None  # whose vectors; may be left out where the stores have one
+    level: Literal["image", "patch"] | None = (
+        None  # whole images or places in them; None: places, if the store has them
+    )
+    kind: IndexKind | None = None  # None: chosen by size, and the reason is printed
+    sample: int = 100_000  # vectors on which it is trained, at most
+    seed: int = 0  # of the sample
+    device: str = "cpu"  # where it is trained and filled: cuda needs faiss-gpu
+
+
+def index_store(
+    stores: Sequence[Store], folder: str | Path, config: IndexConfig | None = None, *, progress: bool = False
+) -> StoredIndex:
+    """Index the vectors of one tap of stores, and write the index into a new folder.
+
+    Args:
+        stores: with features of one origin: the same backbone, weights, tap, seed and settings.
+
+    Raises:
+        StoreError: the stores' features are of different origin, or lack the tap or the level.
+        ValueError: the folder is there already, or there are too few vectors for the kind of index.
+        OSError: the folder cannot be written to.
+        ImportError: ``cuda`` without faiss-gpu.
+    """
+    config, folder = config or IndexConfig(), Path(folder)
+    if not stores:
+        raise ValueError("index_store needs at least one store")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there already; remove it, or name another folder for the index")
+    check_same_origin(stores)
+    level = config.level or ("image" if stores[0].kind == "pooled" else "patch")
+    tap = stores[0].taps[0] if config.tap is None and len(stores[0].taps) == 1 else config.tap
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        vectors = _write_vectors(partial, _all_vectors(stores, tap, level), sum(map(len, stores)), progress)
+        design = choose_kind(*vectors.shape, config.kind)
+        logger.info("index: %s, because %s", design.factory or design.kind, design.reason)
+        if design.factory:
+            codes = train(vectors, design, sample=config.sample, seed=config.seed, device=config.device)
+            add(codes, vectors, progress=progress)
+            _write_codes(codes, partial / CODES)
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tap": tap or stores[0].taps[0],
+            "level": level,
+            "design": asdict(design),
+            "features": dict(stores[0].manifest.features),
+            "collections": [{"root": str(store.root), "images": list(store.names)} for store in stores],
+        }
+        (partial / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return StoredIndex(folder)
+
+
+def check_same_origin(stores: Sequence[Store]) -> None:
+    """Refuse to mix features of different backbones, taps, seeds or other settings.
+
+    Raises:
+        StoreError: naming the first difference.
+    """
+    first = stores[0]
+    for other in stores[1:]:
+        found = difference(first.manifest.features, other.manifest.features)
+        if found is None and first.kind != other.kind:
+            found = f"kind {first.kind} against {other.kind}"
+        if found is not None:
+            raise StoreError(
+                f"{first.folder} and {other.folder} hold features of different origin ({found}): they cannot be mixed"
+            )
+
+
+def train(vectors: Tensor, design: Design, *, sample: int, seed: int, device: str = "cpu") -> Any:
+    """A FAISS index of a design, trained on a sample of (N, C) vectors, empty."""
+    faiss = import_faiss()
+    codes = faiss.index_factory(vectors.shape[1], design.factory, faiss.METRIC_L2)
+    if device != "cpu":
+        if not hasattr(faiss, "StandardGpuResources") or not faiss.get_num_gpus():
+            raise ImportError(f"an index on {device!r} needs faiss-gpu and a GPU: pip install 'diffrep[faiss-gpu]'")
+        codes = faiss.index_cpu_to_all_gpus(codes)
+    if not codes.is_trained:
+        chosen = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed))[:sample]
+        codes.train(vectors[chosen.sort().values].float().numpy())
+    return codes
+
+
+def add(codes: Any, vectors: Tensor, *, progress: bool = False) -> None:
+    """Fill a trained index, chunk by chunk."""
+    for chunk in tqdm(vectors.split(_CHUNK), desc="index", unit="chunk", disable=not progress):
+        codes.add(chunk.float().numpy())
+
+
+def _write_codes(codes: Any, file: Path) -> None:
+    faiss = import_faiss()
+    if hasattr(faiss, "index_gpu_to_cpu"):  # leaves what is on the CPU as it is
+        codes = faiss.index_gpu_to_cpu(codes)
+    try:
+        faiss.write_index(codes, str(file))
+    except RuntimeError as error:
+        raise OSError(f"{file.name}: cannot be written ({str(error).splitlines()[-1]})") from None
+
+
+def _all_vectors(stores: Sequence[Store], tap: str | None, level: Literal["image", "patch"]) -> Iterator[Vectors]:
+    before = 0
+    for store in stores:
+        for run in store.vectors(tap, level):
+            yield Vectors(run.values, run.images + before, run.points)
+        before += len(store)
+
+
+def _write_vectors(folder: Path, runs: Iterator[Vectors], images: int, progress: bool) -> Tensor:
+    """Stream vectors of unit length into a safetensors file, and their places into another; (N, C) float16."""
+    owners: list[Tensor] = []
+    points: list[Tensor] = []
+    channels = 0
+    with (
+        (folder / VECTORS).open("wb") as file,
+        tqdm(total=images, desc="read", unit="image", disable=not progress) as bar,
+    ):
+        file.write(b" " * (8 + _HEADER))
+        for run in runs:
+            channels = run.values.shape[1]
+            file.write(memoryview(F.normalize(run.values, dim=1).half().numpy()).cast("B"))
+            owners.append(run.images.int())
+            if run.points is not None:
+                points.append(run.points)
+            bar.update(int(run.images[-1]) + 1 - bar.n)
+        count = sum(map(len, owners))
+        if not count:
+            raise StoreError("the stores hold no vectors")
+        entry = {"dtype": "F16", "shape": [count, channels], "data_offsets": [0, 2 * count * channels]}
+        file.seek(0)
+        file.write(_HEADER.to_bytes(8, "little") + json.dumps({"vectors": entry}).encode())
+    places = {"images": torch.cat(owners)} | ({"points": torch.cat(points)} if points else {})
+    save_file(places, folder / PLACES)
+    with safe_open(folder / VECTORS, "pt") as opened:
+        vectors: Tensor = opened.get_tensor("vectors")
+    return vectors
