@@ -1,32 +1,89 @@
-"""Probes: heads that are trained on the features of a frozen backbone."""
+"""Probes: heads that are trained on the features of a frozen backbone.
+
+`read_labelled` and `split_rows` bring images, `Reading` says where features are read, `ProbeData.read` reads them into
+a cache, `train_probe` trains one probe and `sweep` one for every block and timestep; `Probe` is what is saved, loaded
+and used on images.
+"""
 
 from diffrep.heads.probes.attention import AttentionFusion, TokenReadout, TransformerBlock, readout_string
+from diffrep.heads.probes.cache import PooledFeatures, read_features
+from diffrep.heads.probes.cells import Cell, Reading, block_taps
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe
+from diffrep.heads.probes.experiment import ProbeData, Result, train_probe
 from diffrep.heads.probes.feedback import DifFeed, feedback_layer, numbered_taps
+from diffrep.heads.probes.fitting import ProbeFit, fit_head
+from diffrep.heads.probes.grid import GridSettings, LinearGrid, Standardiser, fit_grid
+from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labelled
+from diffrep.heads.probes.layouts import KINDS, FeatureHead, Layout, build_head
 from diffrep.heads.probes.neighbours import NearestNeighbours, top_accuracy
+from diffrep.heads.probes.pictures import draw_heat_map
 from diffrep.heads.probes.pixels import PixelClassifier, PixelEnsemble, PixelSettings, fit_pixels, pixel_features
 from diffrep.heads.probes.pooled import CnnHead, PooledHead
+from diffrep.heads.probes.probe import Prediction, Probe, load_probe
 from diffrep.heads.probes.recipe import Recipe, train_recipe
+from diffrep.heads.probes.rows import HeldRows, MappedRows, SideBySide
+from diffrep.heads.probes.scores import Scores, paired_gain, score, wilson
+from diffrep.heads.probes.splits import Split, balance, split_rows
+from diffrep.heads.probes.sweep import CellScore, Sweep, load_sweep, sweep
 
 __all__ = [
+    "KINDS",
     "AttentionFusion",
+    "Cell",
+    "CellScore",
     "CnnHead",
+    "DataError",
     "DepthProbe",
     "DifFeed",
+    "FeatureHead",
+    "GridSettings",
+    "HeldRows",
+    "LabelledImages",
+    "Layout",
+    "LinearGrid",
+    "MappedRows",
     "NearestNeighbours",
     "NormalsProbe",
     "PixelClassifier",
     "PixelEnsemble",
     "PixelSettings",
+    "PooledFeatures",
     "PooledHead",
+    "Prediction",
+    "Probe",
+    "ProbeData",
+    "ProbeFit",
+    "Reading",
     "Recipe",
+    "Result",
+    "Scores",
+    "SideBySide",
+    "Split",
+    "Standardiser",
+    "Sweep",
     "TokenReadout",
     "TransformerBlock",
+    "balance",
+    "block_taps",
+    "build_head",
+    "draw_heat_map",
     "feedback_layer",
+    "fit_grid",
+    "fit_head",
     "fit_pixels",
+    "load_probe",
+    "load_sweep",
     "numbered_taps",
+    "paired_gain",
     "pixel_features",
+    "read_features",
+    "read_labelled",
     "readout_string",
+    "score",
+    "split_rows",
+    "sweep",
     "top_accuracy",
+    "train_probe",
     "train_recipe",
+    "wilson",
 ]

@@ -131,8 +131,10 @@ def adding(network: nn.Module, maps: Mapping[str, Tensor]) -> Iterator[None]:
     def hook(added: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
         def add(module: nn.Module, inputs: Any, output: Any) -> Any:
             out = output if isinstance(output, Tensor) else output[0]
-            resized = added if added.shape[-2:] == out.shape[-2:] else F.interpolate(
-                added, size=out.shape[-2:], mode="bilinear", align_corners=False
+            resized = (
+                added
+                if added.shape[-2:] == out.shape[-2:]
+                else F.interpolate(added, size=out.shape[-2:], mode="bilinear", align_corners=False)
             )
             changed = out + resized.to(out.dtype)
             return changed if isinstance(output, Tensor) else (changed, *output[1:])

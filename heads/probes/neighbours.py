@@ -61,9 +61,7 @@ class NearestNeighbours:
         """`votes` of neighbours that have been found already."""
         weights = (neighbours.scores / self.temperature).softmax(1)
         classes = self.labels[neighbours.indices]
-        return {
-            k: torch.zeros(len(weights), self.classes).scatter_add_(1, classes[:, :k], weights[:, :k]) for k in ks
-        }
+        return {k: torch.zeros(len(weights), self.classes).scatter_add_(1, classes[:, :k], weights[:, :k]) for k in ks}
 
 
 def top_accuracy(scores: Tensor, labels: Tensor, n: int, *, voted_only: bool = False) -> float:

@@ -97,9 +97,7 @@ class PixelSettings:
     spread: float = field(default=0.02)  # standard deviation of the initial weights
 
 
-def fit_pixels(
-    pixels: Tensor, labels: Tensor, classes: int, settings: PixelSettings | None = None
-) -> PixelEnsemble:
+def fit_pixels(pixels: Tensor, labels: Tensor, classes: int, settings: PixelSettings | None = None) -> PixelEnsemble:
     """Train an ensemble on pixels (N, D) with labels (N,) in 0..classes - 1. Members differ in their seed.
 
     Raises:
@@ -109,9 +107,7 @@ def fit_pixels(
     if len(pixels) < 2 or len(pixels) != len(labels):
         raise ValueError(f"at least two labelled pixels are needed, got {len(pixels)} with {len(labels)} labels")
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ValueError(
-            f"labels must lie in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}"
-        )
+        raise ValueError(f"labels must lie in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
     ensemble = PixelEnsemble.untrained(pixels.shape[1], classes, members=settings.members)
     for number, member in enumerate(ensemble):
         _fit_member(member, pixels, labels, settings, number)

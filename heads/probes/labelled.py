@@ -1,0 +1,340 @@
+"""Labelled images: folders by class, tables, webdataset shards, Hugging Face data sets on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tarfile
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Protocol
+
+from diffrep.images import SUFFIXES
+from diffrep.store.sources import ImageSource
+
+Part = Literal["train", "val", "test"]
+PARTS: tuple[Part, ...] = ("train", "val", "test")
+_SPELLINGS: Mapping[str, Part] = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+class DataError(ValueError):
+    """Labelled images that cannot be used; the message names the place and what is wrong."""
+
+
+class Readable(Protocol):
+    """An image that has not been read yet."""
+
+    @property
+    def name(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """An image whose file content lies in a table."""
+
+    name: str
+    content: bytes
+
+    def read(self) -> bytes:
+        return self.content
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """N images with one label each.
+
+    Attributes:
+        images: not read yet; their names are unique.
+        labels: number of each one's class.
+        classes: names of the K classes.
+        groups: images of one group never lie in different parts; None: each is its own.
+        parts: which part each belongs to, where the source says so.
+    """
+
+    name: str
+    images: tuple[Readable, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+    groups: tuple[str, ...] | None = None
+    parts: tuple[Part, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def counts(self, rows: Iterable[int] | None = None) -> dict[str, int]:
+        """Class -> images, of some rows or of all."""
+        found = Counter(self.labels[i] for i in (range(len(self)) if rows is None else rows))
+        return {name: found[number] for number, name in enumerate(self.classes)}
+
+
+@dataclass(frozen=True)
+class _Row:
+    image: Readable
+    label: str
+    group: str | None = None
+    part: Part | None = None
+
+
+def assemble(name: str, rows: Sequence[_Row], classes: Sequence[str] | None = None) -> LabelledImages:
+    """Check rows and number their classes: in the given order, else sorted, as numbers where all are.
+
+    Raises:
+        DataError: there are no rows, fewer than two classes, an image with two labels, or only some rows name a
+            part or a group.
+    """
+    if not rows:
+        raise DataError(f"{name}: no labelled image found")
+    labels: dict[str, str] = {}
+    for row in rows:
+        if labels.setdefault(row.image.name, row.label) != row.label:
+            first = labels[row.image.name]
+            raise DataError(f"{name}: {row.image.name} has two labels that disagree, {first!r} and {row.label!r}")
+    unique = list({row.image.name: row for row in rows}.values())
+    found = {row.label for row in unique}
+    if classes is None:
+        numeric = all(label.lstrip("-").isdigit() for label in found)
+        classes = sorted(found, key=lambda label: (int(label), label) if numeric else (0, label))
+    elif unknown := sorted(found - set(classes)):
+        raise DataError(f"{name}: has the labels {', '.join(unknown[:5])}, which are not among its classes")
+    if len(classes) < 2:
+        raise DataError(f"{name}: a probe tells at least two classes apart, found only {', '.join(classes)}")
+    for what, values in (("part", [r.part for r in unique]), ("group", [r.group for r in unique])):
+        if (missing := sum(value is None for value in values)) and missing < len(values):
+            raise DataError(f"{name}: {missing} of {len(values)} images have no {what}, the others have one")
+    numbers = {label: number for number, label in enumerate(classes)}
+    return LabelledImages(
+        name=name,
+        images=tuple(row.image for row in unique),
+        labels=tuple(numbers[row.label] for row in unique),
+        classes=tuple(classes),
+        groups=None if unique[0].group is None else tuple(row.group or "" for row in unique),
+        parts=None if unique[0].part is None else tuple(row.part or "train" for row in unique),
+    )
+
+
+def read_labelled(
+    source: str | Path, *, image: str | None = None, label: str = "label", group: str | None = None
+) -> LabelledImages:
+    """Find the labelled images of a source.
+
+    Sources: a folder with one folder of images per class, or with ``train``, ``val``, ``test`` folders of such; a
+    ``.csv`` table with columns for path (relative to the table), label and, where they are there, ``split``; a
+    ``.tar`` in webdataset's layout, or a folder or glob pattern of such (image beside ``.cls`` or ``.json``); a
+    Hugging Face data set that `save_to_disk` wrote, or a ``.parquet`` file of one.
+
+    Args:
+        image: the column or key that holds the image; None: "path" in a table, "image" in a data set.
+        label: the column or key that holds the label.
+        group: the column or key that holds the group.
+
+    Raises:
+        DataError: nothing is found, or labels disagree; see also `assemble`.
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".csv":
+        return _from_csv(path, image or "path", label, group)
+    if path.suffix.lower() == ".parquet" or any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
+        return _from_arrow(path, image or "image", label, group)
+    shards = _shards(path)
+    if shards:
+        return _from_shards(str(source), shards, label, group)
+    if path.is_dir():
+        return _from_folder(path)
+    raise DataError(
+        f"{source}: no such folder of classes, .csv, .tar or .parquet" if not path.exists() else
+        f"{source}: is neither a folder of classes nor a .csv, .tar or .parquet file"
+    )  # fmt: skip
+
+
+# -- folders ------------------------------------------------------------------------------------------------
+
+
+def _from_folder(folder: Path) -> LabelledImages:
+    below = [d for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")]
+    parts: dict[Path, Part | None] = {d: _SPELLINGS[d.name.lower()] for d in below if d.name.lower() in _SPELLINGS}
+    if not below:
+        raise DataError(f"{folder}: has no folders; each class is a folder of images")
+    if not parts:
+        return assemble(str(folder), list(_class_folders(folder, folder, None)))
+    rows, classes = [], {}
+    for part_folder, part in parts.items():
+        found = list(_class_folders(part_folder, folder, part))
+        if not found:
+            raise DataError(f"{part_folder}: the split is empty")
+        rows += found
+        classes[part_folder.name] = {row.label for row in found}
+    names = list(classes)
+    for other in names[1:]:
+        if differ := sorted(classes[names[0]] ^ classes[other]):
+            raise DataError(
+                f"{folder}: {names[0]} and {other} do not have the same classes; they differ in {', '.join(differ[:5])}"
+            )
+    return assemble(str(folder), rows)
+
+
+def _class_folders(folder: Path, root: Path, part: Part | None) -> Iterable[_Row]:
+    for class_folder in sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")):
+        for file in sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+            yield _Row(image_file(file, root), class_folder.name, part=part)
+
+
+def image_file(file: Path, root: Path) -> ImageSource:
+    """An image file, named relative to a folder; one that does not exist is found out when it is read."""
+    name = (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
+    try:
+        status = file.stat()
+    except OSError:
+        return ImageSource(name, str(file), -1, 0)
+    return ImageSource(name, str(file), status.st_size, status.st_mtime_ns)
+
+
+# -- tables -------------------------------------------------------------------------------------------------
+
+
+def _from_csv(file: Path, image: str, label: str, group: str | None) -> LabelledImages:
+    if not file.is_file():
+        raise DataError(f"{file}: no such file")
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        table = csv.DictReader(opened)
+        wanted = [image, label, *([group] if group else [])]
+        columns = table.fieldnames or []
+        if missing := [name for name in wanted if name not in columns]:
+            raise DataError(f"{file}: has no column {', '.join(missing)}, only {', '.join(columns)}")
+        rows = []
+        for number, row in enumerate(table, 2):
+            if not row[image] or not row[label]:
+                raise DataError(f"{file}, line {number}: the {image if not row[image] else label} is empty")
+            part = _part(row["split"], f"{file}, line {number}") if row.get("split") else None
+            rows.append(
+                _Row(image_file(file.parent / row[image], file.parent), row[label], row[group] if group else None, part)
+            )
+    return assemble(str(file), rows)
+
+
+def _part(text: str, where: str) -> Part:
+    if text.lower() not in _SPELLINGS:
+        raise DataError(f"{where}: the split {text!r} is none of {', '.join(PARTS)}")
+    return _SPELLINGS[text.lower()]
+
+
+# -- webdataset ---------------------------------------------------------------------------------------------
+
+
+def _shards(path: Path) -> list[Path]:
+    if path.suffix.lower() == ".tar":
+        if any(c in str(path) for c in "*?["):
+            return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))))
+        return [path] if path.is_file() else []
+    return sorted(path.glob("*.tar")) if path.is_dir() else []
+
+
+def _from_shards(name: str, shards: Sequence[Path], label: str, group: str | None) -> LabelledImages:
+    rows = []
+    for shard in shards:
+        modified = shard.stat().st_mtime_ns
+        samples: dict[str, dict[str, Any]] = defaultdict(dict)
+        try:
+            with tarfile.open(shard, "r:") as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    place = PurePosixPath(member.name.removeprefix("./"))
+                    stem, _, ending = place.name.partition(".")
+                    sample = samples[str(place.parent / stem)]
+                    if f".{ending.lower()}" in SUFFIXES:
+                        inside = f"{shard.name}/{place}"
+                        sample["image"] = ImageSource(inside, str(shard), member.size, modified, member.offset_data)
+                    elif ending in ("cls", "json"):
+                        content = archive.extractfile(member)
+                        assert content is not None  # it is a file
+                        sample[ending] = content.read().decode()
+        except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{shard}: is not an uncompressed webdataset shard ({error})") from None
+        rows += [_sample_row(shard, key, sample, label, group) for key, sample in samples.items() if "image" in sample]
+    return assemble(name, rows)
+
+
+def _sample_row(shard: Path, key: str, sample: Mapping[str, Any], label: str, group: str | None) -> _Row:
+    values = {}
+    if "json" in sample:
+        try:
+            values = json.loads(sample["json"])
+        except ValueError as error:
+            raise DataError(f"{shard}: the .json of {key} cannot be read ({error})") from None
+    given = sample["cls"].strip() if "cls" in sample else values.get(label)
+    if given is None:
+        raise DataError(f"{shard}: {key} has no label (neither .cls nor {label!r} in a .json)")
+    if group is not None and group not in values:
+        raise DataError(f"{shard}: {key} has no group ({group!r} in a .json)")
+    return _Row(sample["image"], str(given), str(values[group]) if group is not None else None)
+
+
+# -- Hugging Face data sets ---------------------------------------------------------------------------------
+
+
+def _from_arrow(path: Path, image: str, label: str, group: str | None) -> LabelledImages:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ImportError(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install pyarrow") from None
+    if path.suffix.lower() == ".parquet":
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        return _from_tables(path, [(path.stem, pq.read_table(path), None)], image, label, group)
+    folders: list[tuple[Path, Part | None]] = [(path, None)]
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        folders = [(path / name, _part(name, str(path))) for name in splits]
+    tables = []
+    for folder, part in folders:
+        files = json.loads((folder / "state.json").read_text())["_data_files"]
+        for file in files:
+            with pa.memory_map(str(folder / file["filename"])) as opened:
+                table = pa.ipc.open_stream(opened).read_all()
+            tables.append((f"{folder.name}/{file['filename']}", table, part))
+    return _from_tables(path, tables, image, label, group)
+
+
+def _from_tables(
+    path: Path, tables: Sequence[tuple[str, Any, Part | None]], image: str, label: str, group: str | None
+) -> LabelledImages:
+    rows, classes = [], None
+    for name, table, part in tables:
+        wanted = [image, label, *([group] if group else [])]
+        if missing := [column for column in wanted if column not in table.column_names]:
+            raise DataError(f"{path}: has no column {', '.join(missing)}, only {', '.join(table.column_names)}")
+        classes = _class_names(table, label) or classes
+        for number, (picture, given, of) in enumerate(
+            zip(
+                table[image].to_pylist(),
+                table[label].to_pylist(),
+                table[group].to_pylist() if group else [None] * len(table),
+                strict=True,
+            )
+        ):
+            if given is None or not isinstance(picture, Mapping):
+                raise DataError(f"{path}, {name}, row {number}: has no {label if given is None else image}")
+            key = f"{name}/{number:08d}"
+            inside = picture.get("bytes")
+            source: Readable = StoredBytes(key, inside) if inside else image_file(Path(picture["path"]), path)
+            text = classes[int(given)] if classes is not None and isinstance(given, int) else str(given)
+            rows.append(_Row(source, text, None if of is None else str(of), part))
+    return assemble(str(path), rows, classes)
+
+
+def _class_names(table: Any, label: str) -> tuple[str, ...] | None:
+    """The names that a `ClassLabel` feature gives its numbers, from the schema's metadata."""
+    about = (table.schema.metadata or {}).get(b"huggingface")
+    if about is None:
+        return None
+    names = json.loads(about)["info"]["features"].get(label, {}).get("names")
+    return None if names is None else tuple(names)

@@ -1,0 +1,237 @@
+"""Which block, which timestep? One probe for every cell, chosen on val; the best one's test score is looked at once.
+
+Every cell's result is a line of ``cells.jsonl`` as soon as it is known, so a sweep that is killed goes on where it
+was. ``result.json`` is written last; while it is there, test is not scored again.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from diffrep.heads.probes.cells import Cell
+from diffrep.heads.probes.experiment import ProbeData, train_probe, write_document
+from diffrep.heads.probes.fitting import ProbeFit, fit_head
+from diffrep.heads.probes.layouts import Kind
+from diffrep.heads.probes.probe import load_probe
+from diffrep.heads.probes.scores import wilson
+from diffrep.store.manifest import write_whole
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CellScore:
+    """One cell of a sweep: accuracy on val of the best setting, with a 95 % Wilson interval."""
+
+    cell: Cell
+    val: float
+    low: float
+    high: float
+    choice: dict[str, Any]
+    pruned: bool = False  # judged by a quarter of the training images only
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All cells of a sweep, in order, and the refitted best one."""
+
+    cells: tuple[CellScore, ...]
+    best: Cell
+    result: dict[str, Any]  # what the refitted probe's `about` says
+    folder: Path
+
+    def table(self) -> str:
+        """Long CSV: one row per cell."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["backbone", "tap", "timestep", "pool", "val", "low", "high", "pruned", "choice"])
+        for s in self.cells:
+            c = s.cell
+            numbers = (f"{v:.4f}" for v in (s.val, s.low, s.high))
+            writer.writerow([c.backbone, c.tap, c.timestep, c.pool, *numbers, int(s.pruned), json.dumps(s.choice)])
+        return out.getvalue()
+
+    def summary(self, rows: int = 5) -> str:
+        """The best cells, and the test score of the first."""
+        ordered = sorted(self.cells, key=lambda s: (-s.val, s.cell))
+        lines = [f"{'val %':>6}  {'95 % interval':>14}  cell"]
+        for s in ordered[:rows]:
+            lines.append(f"{100 * s.val:>6.1f}  {100 * s.low:>6.1f}..{100 * s.high:<6.1f}  {s.cell}")
+        test = self.result["test"]
+        lines.append(
+            f"test, once, of {self.best} trained on train and val: {100 * test['top1']:.1f} %"
+            f" ({100 * test['low']:.1f}..{100 * test['high']:.1f}, {test['n']} images)"
+        )
+        return "\n".join(lines)
+
+
+def sweep(
+    found: ProbeData,
+    folder: str | Path,
+    *,
+    kind: Kind = "linear",
+    fit: ProbeFit | None = None,
+    prune: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Sweep:
+    """Score every cell on val, train the best again, score test once, and save the probe to ``FOLDER/probe``.
+
+    Args:
+        folder: of the results; a finished or interrupted sweep of the same data and settings goes on.
+        prune: share of the cells that are dropped after a look with a quarter of the training images.
+
+    Raises:
+        ValueError: the folder holds a sweep of other data or settings, or prune is not in [0, 1).
+    """
+    fit, folder = fit or ProbeFit(), Path(folder)
+    if not 0 <= prune < 1:
+        raise ValueError(f"prune is a share of the cells, at least 0 and below 1, got {prune}")
+    cells = [cell for features in found.features.values() for cell in features.reading.cells()]
+    log = _Log(folder, _identity(found, kind, fit, prune, seed))
+    scores = log.scores()
+    kept = cells
+    with tqdm(total=len(cells), initial=0, desc="cells", unit="cell", disable=not progress) as bar:
+        if prune > 0 and len(cells) > 1:
+            kept = _prune(found, cells, kind, fit, prune, log, scores)
+            bar.update(len(cells) - len(kept))
+        for cell in kept:
+            if cell not in scores or scores[cell].pruned:
+                scores[cell] = log.add(_score(found, cell, kind, fit, found.split.train))
+            bar.update()
+    ordered = tuple(scores[cell] for cell in cells)
+    # equals go to the earlier block; a pruned cell was judged by less
+    best = max((s for s in ordered if s.cell in set(kept)), key=lambda s: s.val).cell
+    result_file = folder / "result.json"
+    if result_file.is_file():
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+        logger.info("%s: test was scored before, its score is repeated", folder)
+        return _written(Sweep(ordered, Cell(**result["best"]), result["result"], folder))
+    probe = train_probe(found, found.layout(kind, [best]), fit, seed=seed).probe
+    probe.save(folder / "probe")
+    write_document(result_file, {"best": asdict(best), "result": dict(probe.about)})
+    return _written(Sweep(ordered, best, dict(probe.about), folder))
+
+
+def _written(done: Sweep) -> Sweep:
+    write_whole(done.folder / "cells.csv", done.table().encode())
+    return done
+
+
+def _score(found: ProbeData, cell: Cell, kind: Kind, fit: ProbeFit, train: Sequence[int]) -> CellScore:
+    layout = found.layout(kind, [cell])
+    fitted = fit_head(layout, found.rows([cell]), found.labels, train, found.split.val, fit)
+    truth = found.labels[list(found.split.val)]
+    right = int((fitted.scores.argmax(1) == truth).sum())
+    low, high = wilson(right, len(truth))
+    return CellScore(cell, right / len(truth), low, high, fitted.choice, pruned=len(train) < len(found.split.train))
+
+
+def _prune(
+    found: ProbeData,
+    cells: Sequence[Cell],
+    kind: Kind,
+    fit: ProbeFit,
+    prune: float,
+    log: _Log,
+    scores: dict[Cell, CellScore],
+) -> list[Cell]:
+    """The cells that are worth a full look."""
+    by_class: dict[int, list[int]] = {}
+    for row in found.split.train:
+        by_class.setdefault(found.data.labels[row], []).append(row)
+    few = sorted(row for rows in by_class.values() for row in rows[: max(1, len(rows) // 4)])
+    quick = dataclasses.replace(fit, grid=dataclasses.replace(fit.grid, epochs=max(1, fit.grid.epochs // 2)))
+    for cell in cells:
+        if cell not in scores:
+            scores[cell] = log.add(_score(found, cell, kind, quick, few))
+    looks = log.first_looks()
+    order = sorted(cells, key=lambda cell: -looks[cell].val)
+    keep = set(order[: max(1, len(cells) - int(prune * len(cells)))])
+    return [cell for cell in cells if cell in keep]
+
+
+def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, prune: float, seed: int) -> dict[str, Any]:
+    rows = json.dumps([found.split.train, found.split.val, found.split.test, found.data.labels])
+    document = {
+        "data": found.data.name,
+        "split_sha256": hashlib.sha256(rows.encode()).hexdigest(),
+        "features": {name: features.folder.name for name, features in found.features.items()},
+        "kind": kind,
+        "fit": asdict(fit),
+        "prune": prune,
+        "seed": seed,
+    }
+    return dict(json.loads(json.dumps(document)))
+
+
+class _Log:
+    """Results of cells, one JSON object a line, behind a line with the settings."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.file = folder / "cells.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[CellScore] = []
+        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+        if not whole:
+            write_whole(self.file, json.dumps(identity).encode() + b"\n")
+            return
+        there = json.loads(whole[0])
+        if differ := [key for key in identity if there.get(key) != identity[key]]:
+            raise ValueError(
+                f"{folder} holds a sweep with another {', '.join(differ)}: name another folder or delete this one"
+            )
+        if len(whole) < len(lines):
+            write_whole(self.file, "".join(whole).encode())
+        for line in whole[1:]:
+            values = json.loads(line)
+            self.rows.append(CellScore(**{**values, "cell": Cell(**values["cell"])}))
+
+    def add(self, found: CellScore) -> CellScore:
+        with self.file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(asdict(found)) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+        self.rows.append(found)
+        return found
+
+    def scores(self) -> dict[Cell, CellScore]:
+        """The last result of each cell."""
+        return {row.cell: row for row in self.rows}
+
+    def first_looks(self) -> dict[Cell, CellScore]:
+        """The result of each cell that pruning goes by."""
+        return {row.cell: row for row in reversed(self.rows) if row.pruned} or self.scores()
+
+
+def load_sweep(folder: str | Path) -> Sweep:
+    """A finished sweep.
+
+    Raises:
+        ValueError: the folder holds none, or one that is not finished.
+    """
+    folder = Path(folder)
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder}: holds no finished sweep (no result.json)")
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    lines = (folder / "cells.jsonl").read_text(encoding="utf-8").splitlines()[1:]
+    latest: dict[Cell, CellScore] = {}
+    for line in lines:
+        values = json.loads(line)
+        cell = Cell(**values["cell"])
+        latest[cell] = CellScore(**{**values, "cell": cell})
+    load_probe(folder / "probe")
+    return Sweep(tuple(latest.values()), Cell(**result["best"]), result["result"], folder)
