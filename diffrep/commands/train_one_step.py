@@ -13,6 +13,7 @@ from diffrep.backbones.pipelines import load_parts
 from diffrep.eval.one_step_validation import SceneValidation
 from diffrep.heads.loading import write_head
 from diffrep.scenes import SceneSet, render_set
+from diffrep.training.hypersim import Hypersim
 from diffrep.training.one_step import RECIPES, OneStepModel, Task
 from diffrep.training.one_step_data import AnnotatedImages, SceneSamples
 from diffrep.training.one_step_fit import (
@@ -24,6 +25,7 @@ from diffrep.training.one_step_fit import (
     train_one_step,
 )
 from diffrep.training.tiny import replace_folder
+from diffrep.training.vkitti import VirtualKitti
 
 RecipeName = Literal["lotus-d", "lotus-g", "e2e-ft", "marigold"]
 
@@ -138,7 +140,7 @@ def open_set(text: str, task: Task, work: Path, scenes: int) -> AnnotatedImages:
         raise ValueError(f"no data set {name!r} to train on; there are scenes, hypersim=FOLDER and vkitti2=FOLDER")
     if not folder:
         raise ValueError(f"--data {name} needs its folder: {name}=FOLDER")
-    raise ValueError(f"{name} is not there yet")
+    return Hypersim(folder, task) if name == "hypersim" else VirtualKitti(folder, task)
 
 
 def write(folder: Path, model: OneStepModel, training: OneStepTraining, family: str, working_size: int) -> None:

@@ -10,8 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from diffrep.alignment import align_depth
+from diffrep.eval.datasets.depth_images import kitti_mask, nyu_mask, open_depth_set
+from diffrep.eval.datasets.normal_images import PADDING, normal_padding, open_normal_set
+from diffrep.eval.depth import DepthProtocol, evaluate_depth
 from diffrep.eval.depth_metrics import depth_metrics
 from diffrep.eval.normal_metrics import PooledAngles, angular_error, mean_of_images, normal_metrics
+from diffrep.eval.normals import NormalProtocol, evaluate_normals
+from diffrep.training.one_step_targets import distance_to_depth
+from diffrep.training.vkitti import KITTI_SIZE, kitti_crop, vkitti_crop
 
 from .cases import assert_within
 
@@ -90,3 +96,69 @@ def _compare(found: dict[str, float], official: dict[str, float], names: dict[st
     assert found.keys() == names.keys()
     for ours, theirs in names.items():
         assert found[ours] == pytest.approx(official[theirs], **tolerance), ours
+
+
+def check_crops_and_masks(folder: Path, case: dict[str, Any]) -> None:
+    for name, crop in case["kitti_benchmark_crop"].items():
+        height, width = map(int, name.split("x"))
+        assert kitti_crop(height, width) == (crop["top"], crop["left"])
+        assert list(KITTI_SIZE) == crop["shape"]
+    for kind, box in case["kitti_eval_mask_on_352x1216_half_open"].items():
+        _check_box(kitti_mask(352, 1216, kind), box)
+    _check_box(nyu_mask(480, 640), case["nyu_eigen_mask_on_480x640_half_open"])
+    for name, sides in case["normal_padding_lrtb_to_multiple_of_32"].items():
+        height, width = map(int, name.split("x"))
+        assert list(normal_padding(height, width)) == sides, name
+    assert pytest.approx(case["normal_padding_value_rgb"], rel=1e-7) == PADDING
+    atol = case["tolerance"]["floats"]
+    depth = distance_to_depth(torch.ones(768, 1024))
+    for name, value in case["hypersim_depth_for_distance_1_at_row_col"].items():
+        row, column = map(int, name.split(","))
+        assert depth[row, column].item() == pytest.approx(value, abs=atol), name
+    name, crop = next((k, v) for k, v in case.items() if k.startswith("vkitti_train_crop_of_"))
+    height, width = map(int, name.removeprefix("vkitti_train_crop_of_").split("x"))
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    cropped = vkitti_crop(torch.stack([rows, columns, torch.zeros_like(rows)]))
+    assert list(cropped.shape[1:]) == crop["shape"]
+    assert cropped[:, 0, 0].tolist() == crop["image_topleft_rgb"] == [crop["top"], crop["left"], 0]
+
+
+def _check_box(mask: torch.Tensor, box: dict[str, list[int]]) -> None:
+    expected = torch.zeros_like(mask)
+    expected[slice(*box["rows"]), slice(*box["cols"])] = True
+    assert torch.equal(mask, expected)
+
+
+def check_harness(folder: Path, case: dict[str, Any]) -> None:
+    rel = case["tolerance"]["rtol"]
+    for run in case["depth"]["runs"]:
+        disparity = run["alignment"] == "least_square_disparity"
+        config = run["config"]
+        protocol = DepthProtocol(
+            space="disparity" if disparity else "depth",
+            side=config.get("processing_res"),
+            fit_size=config.get("alignment_max_res"),
+        )
+
+        def predict(image: torch.Tensor, disparity: bool = disparity) -> torch.Tensor:
+            y = torch.einsum("c,chw->hw", torch.tensor([0.7, 0.2, 0.1]), image.float()) / 255
+            return 1 - 0.9 * y if disparity else y
+
+        data = open_depth_set("scannet", folder / "data" / "scannet")
+        report = evaluate_depth(predict, data, protocol, method="formula", progress=False)
+        assert not report.problems
+        _compare(report.mean(), run["result"], OFFICIAL_DEPTH, rel=rel)
+        for line, values in zip(run["per_sample"], report.images.values(), strict=True):
+            official = dict(zip(OFFICIAL_DEPTH.values(), map(float, line.split(",")[1:]), strict=True))
+            _compare(dict(values), official, OFFICIAL_DEPTH, rel=rel)
+    for run in case["normals"]["runs"]:
+        data_set = open_normal_set("nyuv2", folder / "data" / "dsine_eval")
+        found = evaluate_normals(
+            lambda image: 0.9 * image + 0.05,
+            data_set,
+            NormalProtocol(side=run["processing_res"]),
+            method="formula",
+            progress=False,
+        )
+        assert not found.problems
+        _compare(dict(found.metrics), run["result"], DSINE, rel=rel)

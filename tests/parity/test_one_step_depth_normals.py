@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from .cases import cases_of
-from .depth_evaluation import check_depth_metrics, check_normal_metrics
+from .depth_evaluation import check_crops_and_masks, check_depth_metrics, check_harness, check_normal_metrics
 from .depth_training import (
     check_conv_in_expansion,
     check_e2e_losses,
@@ -20,7 +20,9 @@ from .depth_training import (
 from .one_step_inference import check_ensembles, check_lotus_pipeline, check_marigold_e2e
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    "crops_and_masks": check_crops_and_masks,
     "depth_metrics": check_depth_metrics,
+    "harness": check_harness,
     "normal_metrics": check_normal_metrics,
     "conv_in_expansion": check_conv_in_expansion,
     "e2e_losses": check_e2e_losses,

@@ -1,0 +1,161 @@
+"""Dictionaries of numbers and numpy arrays out of pickle files, without running anything that is in them.
+
+The format is a program for a stack machine. This reader knows the few instructions that plain values need and the
+three names by which numpy writes an array; anything else is refused.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from typing import Any
+
+import numpy as np
+
+_MARK = object()
+_ARRAY_NAMES = frozenset(
+    f"{module} {name}"
+    for package in ("numpy.core", "numpy._core")
+    for module, name in ((f"{package}.multiarray", "_reconstruct"), (f"{package}.multiarray", "scalar"))
+) | {"numpy ndarray", "numpy dtype", "_codecs encode"}
+_VALUES = {
+    "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
+}  # fmt: skip
+_LITERALS = frozenset(
+    {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "INT", "LONG", "FLOAT", "BINUNICODE", "SHORT_BINUNICODE",
+     "UNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING", "STRING"}
+)  # fmt: skip
+
+
+class _Name(str):
+    """A name that the file refers to."""
+
+
+class _Array:
+    """An array (or its type) while its state is still to come."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self.value: Any = None
+
+
+def read_plain(data: bytes, name: str) -> dict[str, Any]:
+    """Read a dictionary of plain values and numpy arrays.
+
+    Raises:
+        ValueError: the file is damaged, or holds anything else.
+    """
+    try:
+        value = _final(_run(data))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    except (IndexError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: is damaged ({type(error).__name__}: {error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: holds a {type(value).__name__}, not a dictionary")
+    return value
+
+
+def _run(data: bytes) -> Any:
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+
+    def items() -> list[Any]:
+        """What lies above the last mark."""
+        start = len(stack) - 1 - next(i for i, value in enumerate(reversed(stack)) if value is _MARK)
+        taken = stack[start + 1 :]
+        del stack[start:]
+        return taken
+
+    for operation, argument, _ in pickletools.genops(data):
+        code = operation.name
+        if code in ("PROTO", "FRAME"):
+            continue
+        if code == "STOP":
+            return stack.pop()
+        if code in _LITERALS:
+            stack.append(argument)
+        elif code in _VALUES:
+            value = _VALUES[code]
+            stack.append(value() if isinstance(value, type) else value)
+        elif code == "MARK":
+            stack.append(_MARK)
+        elif code in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"):
+            memo[len(memo) if code == "MEMOIZE" else int(argument)] = stack[-1]
+        elif code in ("BINGET", "LONG_BINGET", "GET"):
+            stack.append(memo[int(argument)])
+        elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            count = int(code[-1])
+            stack[-count:] = [tuple(stack[-count:])]
+        elif code == "TUPLE":
+            stack.append(tuple(items()))
+        elif code == "DICT":
+            values = items()
+            stack.append(dict(zip(values[::2], values[1::2], strict=True)))
+        elif code == "SETITEM":
+            value, key = stack.pop(), stack.pop()
+            stack[-1][key] = value
+        elif code == "SETITEMS":
+            values = items()
+            stack[-1].update(zip(values[::2], values[1::2], strict=True))
+        elif code == "APPEND":
+            value = stack.pop()
+            stack[-1].append(value)
+        elif code == "APPENDS":
+            values = items()
+            stack[-1].extend(values)
+        elif code in ("GLOBAL", "STACK_GLOBAL"):
+            wanted = argument if code == "GLOBAL" else " ".join(stack[-2:])
+            if code == "STACK_GLOBAL":
+                del stack[-2:]
+            if wanted not in _ARRAY_NAMES:
+                raise ValueError(f"refers to {wanted.replace(' ', '.')}; only plain values and arrays are read")
+            stack.append(_Name(wanted))
+        elif code == "REDUCE":
+            arguments, function = stack.pop(), stack.pop()
+            stack.append(_reduce(function, arguments))
+        elif code == "BUILD":
+            state = stack.pop()
+            _build(stack[-1], state)
+        else:
+            raise ValueError(f"has the instruction {code}; only plain values and arrays are read")
+    raise ValueError("ends too early")
+
+
+def _reduce(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """The few calls that numpy's arrays are written as."""
+    if not isinstance(function, _Name):
+        raise ValueError("calls something that is no name")
+    kind = function.split()[1]
+    if kind == "encode":  # how protocol 2 writes bytes
+        return arguments[0].encode(arguments[1])
+    found = _Array(kind)
+    if kind == "dtype":
+        found.value = np.dtype(str(arguments[0]))
+        if found.value.hasobject:
+            raise ValueError(f"holds an array of {arguments[0]}; only numbers are read")
+    elif kind == "scalar":
+        found.value = np.frombuffer(arguments[1], dtype=_final(arguments[0]))[0]
+    return found
+
+
+def _build(target: Any, state: Any) -> None:
+    if not isinstance(target, _Array) or not isinstance(state, tuple):
+        raise ValueError("holds an object; only plain values and arrays are read")
+    if target.kind == "dtype":
+        if state[1] in ("<", ">"):
+            target.value = target.value.newbyteorder(state[1])
+        return
+    _, shape, dtype, column_first, content = state
+    array = np.frombuffer(content, dtype=_final(dtype))
+    target.value = array.reshape(shape, order="F" if column_first else "C")
+
+
+def _final(value: Any) -> Any:
+    """Finished arrays instead of their placeholders."""
+    if isinstance(value, _Array):
+        return value.value
+    if isinstance(value, dict):
+        return {_final(key): _final(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_final(item) for item in value)
+    return value

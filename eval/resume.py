@@ -1,0 +1,71 @@
+"""Numbers per image in a file that a killed run goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ResultFile:
+    """One JSON object a line: an image's name and its numbers. A line that was cut off is dropped.
+
+    Args:
+        path: None keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, Mapping[str, float]] = {}
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                row = json.loads(line)
+                self.rows[row.pop("image")] = row
+        path.write_text("".join(json.dumps({"image": name, **row}) + "\n" for name, row in self.rows.items()))
+
+    def add(self, image: str, values: Mapping[str, float]) -> None:
+        """Keep the numbers of one image."""
+        self.rows[image] = dict(values)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"image": image, **values}) + "\n")
+
+
+class AngleFiles:
+    """Angular errors of every image, one .npy file each.
+
+    Args:
+        folder: None keeps them in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder / "angles" if folder is not None else None
+        self.kept: dict[str, Tensor] = {}
+
+    def _file(self, image: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{image}.npy"
+
+    def __contains__(self, image: str) -> bool:
+        return image in self.kept if self.folder is None else self._file(image).is_file()
+
+    def add(self, image: str, errors: Tensor) -> None:
+        """Keep the errors of one image: (N,) degrees."""
+        if self.folder is None:
+            self.kept[image] = errors
+            return
+        file = self._file(image)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial.npy")
+        np.save(partial, errors.numpy())
+        partial.replace(file)
+
+    def errors(self, image: str) -> Tensor:
+        """What was kept: (N,) degrees."""
+        return self.kept[image] if self.folder is None else torch.from_numpy(np.load(self._file(image)))
