@@ -13,7 +13,9 @@ from diffrep.eval.correspondence import EvalCorrespondence
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
+from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
 from diffrep.recipes import Correspondence
+from diffrep.synthesis import SynthesisSettings, load_synthesis
 
 
 class Report(Protocol):
@@ -65,8 +67,27 @@ class Homography:
         show(report, self.output, json=self.json)
 
 
+@dataclass(frozen=True)
+class Synthesis:
+    """Paint from embeddings of held-out scenes: FID, seams, embedding consistency, use as augmentation."""
+
+    model: str = "tiny-synthesis"  # or the folder of one
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also keep the report as this JSON file
+    json: bool = False  # print JSON instead of the table
+    device: str = "cpu"  # cpu or cuda
+    settings: Annotated[SynthesisEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisEvaluation)
+    sampling: SynthesisSettings = field(default_factory=SynthesisSettings)
+
+    def run(self) -> None:
+        if self.output is not None:
+            check_writable(self.output, (".json",))
+        model = load_synthesis(self.model, device=self.device)
+        show(evaluate_synthesis(model, self.settings, self.sampling), self.output, json=self.json)
+
+
 Evaluate = (
     Annotated[Scenes, tyro.conf.subcommand("scenes")]
     | Annotated[Homography, tyro.conf.subcommand("homography")]
     | Annotated[EvalCorrespondence, tyro.conf.subcommand("correspondence")]
+    | Annotated[Synthesis, tyro.conf.subcommand("synthesis")]
 )

@@ -1,0 +1,192 @@
+"""``diffrep eval synthesis``: patches and large images painted from the embeddings of held-out scenes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffrep.eval.augmentation import Augmentation, AugmentationSettings, augmentation_experiment, paint_variations
+from diffrep.eval.frechet import frechet_distance, load_features
+from diffrep.eval.large_images import consistency, seam_ratio
+from diffrep.scenes import SEEN, render_scene, scene_seed
+from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, synthesize
+from diffrep.synthesis.conditions import ImageEncoder
+
+
+@dataclass(frozen=True)
+class SynthesisEvaluation:
+    """What is painted and measured."""
+
+    patches: int = 200  # painted alone, against as many real ones
+    images: int = 4  # large ones; the seam ratio is their mean
+    rows: int = 4  # cells of each, every one the embedding of another scene
+    columns: int = 4
+    features: tuple[str, ...] = ("tiny-dino@class",)  # FID's feature spaces; inception:FILE and open_clip models too
+    augment: bool = True  # also the augmentation experiment
+    augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)
+    seed: int = 0  # of the choice of scenes
+
+    def __post_init__(self) -> None:
+        if self.patches < 2 or self.images < 1 or min(self.rows, self.columns) < 1 or self.rows * self.columns < 2:
+            raise ValueError(
+                "patches must be at least 2, images 1, and an image needs 2 cells, got"
+                f" {self.patches}, {self.images} and {self.rows} x {self.columns}"
+            )
+
+
+@dataclass(frozen=True)
+class Fid:
+    """Fréchet distances in one feature space; those of real images to other real ones tell what is zero here."""
+
+    patches: float  # painted patches to real ones
+    real: float  # other real patches to the same, as many
+    crops: float  # crops of the large images, at random places, to real patches
+    crop_count: int
+
+
+@dataclass(frozen=True)
+class SynthesisReport:
+    """The measures of one model."""
+
+    model: str
+    sampling: SynthesisSettings
+    settings: SynthesisEvaluation
+    fid: Mapping[str, Fid]  # by feature space
+    seams: Mapping[str, float]  # by where the borders lie
+    own: float  # mean cosine of a painted cell and its condition
+    other: float  # and the nearest other condition
+    right: float  # share of cells nearest to their own condition
+    right_patches: float  # the same of patches painted alone
+    augmentation: Augmentation | None
+
+    def table(self) -> str:
+        lines = [f"{self.model}, {self.sampling.scheduler}, {self.sampling.steps} steps", ""]
+        lines += [f"{'FID':<24}{'patches':>10}{'real':>10}{'crops':>10}"]
+        for name, fid in self.fid.items():
+            lines.append(f"{name:<24}{fid.patches:>10.2f}{fid.real:>10.2f}{fid.crops:>10.2f}")
+        lines += ["", f"seam ratio, mean of {self.settings.images} images"]
+        lines += [f"  {name:<34}{value:>8.3f}" for name, value in self.seams.items()]
+        lines += [
+            "",
+            "embedded again",
+            f"  {'cells nearest to their own condition':<42}{100 * self.right:>6.1f} %",
+            f"  {'patches nearest to their own condition':<42}{100 * self.right_patches:>6.1f} %",
+            f"  {'cosine with it':<42}{self.own:>8.3f}",
+            f"  {'cosine with the nearest other one':<42}{self.other:>8.3f}",
+        ]
+        if self.augmentation is not None:
+            setup = self.settings.augmentation
+            lines += ["", f"accuracy of a linear probe, {setup.per_class} scenes a category"]
+            names = {
+                "real": "these alone",
+                "augmented": f"with {setup.variations} painted variations each",
+                "more_real": f"with {setup.variations} more real scenes each",
+                "painted": "the variations alone",
+            }
+            for key, name in names.items():
+                values = 100 * np.array(getattr(self.augmentation, key))
+                lines.append(f"  {name:<34}{values.mean():>8.1f} %  ({', '.join(f'{v:.1f}' for v in values)})")
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        return json.dumps({"benchmark": "synthesis", **asdict(self)}, indent=2)
+
+
+def held_out_patches(count: int, size: int, *, first: int) -> Tensor:
+    """Test scenes first, first + 1, ... of the seen categories in turn, (count, 3, size, size) in [0, 1]."""
+    scenes = (
+        render_scene(scene_seed("test", first + i), category=SEEN[i % len(SEEN)], size=size) for i in range(count)
+    )
+    return torch.stack([torch.from_numpy(s.image.copy()).permute(2, 0, 1).float() / 255 for s in scenes])
+
+
+def random_crops(image: np.ndarray, count: int, size: int, *, seed: int) -> Tensor:
+    """Square crops of an (H, W, 3) uint8 image, (count, 3, size, size) in [0, 1]."""
+    draws = np.random.default_rng(seed)
+    rows, columns = (draws.integers(0, side - size + 1, count) for side in image.shape[:2])
+    crops = [image[r : r + size, c : c + size] for r, c in zip(rows, columns, strict=True)]
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
+
+
+def evaluate_synthesis(
+    model: SynthesisModel,
+    settings: SynthesisEvaluation | None = None,
+    sampling: SynthesisSettings | None = None,
+    *,
+    encoder: ImageEncoder | None = None,
+    progress: bool = True,
+) -> SynthesisReport:
+    """Paint patches and large images from embeddings of held-out scenes and measure them.
+
+    Args:
+        encoder: makes the embeddings; the one that the model's record names where left out.
+
+    Raises:
+        ValueError: the model's record names no encoder, or the encoder's embeddings do not fit the model.
+    """
+    settings, sampling = settings or SynthesisEvaluation(), sampling or SynthesisSettings()
+    if encoder is None:
+        if model.about.encoder is None:
+            raise ValueError(f"{model.name}: its record names no encoder of the embeddings; give one")
+        encoder = ImageEncoder.load(model.about.encoder, model.about.pooling)
+    size, cells = model.window * model.factor, settings.rows * settings.columns
+    extractors = {name: load_features(name) for name in settings.features}
+    first = settings.seed * 2**20
+    shown = held_out_patches(settings.patches, size, first=first)
+    others = held_out_patches(settings.patches, size, first=first + 2**18)
+    conditions = encoder(shown)
+    painted = paint_variations(model, conditions, 1, 0.0, sampling)
+    alone = torch.nn.functional.normalize(encoder(painted), dim=1) @ torch.nn.functional.normalize(conditions, dim=1).T
+    right_patches = float((alone.argmax(1) == torch.arange(len(alone))).float().mean())
+
+    stride = (sampling.stride or max(model.window // 2, 1)) * model.factor
+    decode_stride = (sampling.decode_stride or max(model.window // 2, 1)) * model.factor
+    borders = {  # the control lies where no window ends
+        f"every {stride} px, where windows start": (stride, 0),
+        f"every {decode_stride} px, where decoding starts": (decode_stride, 0),
+        f"every {size} px, where cells start": (size, 0),
+        f"control: {stride // 4 + 1} px beside windows": (stride, stride // 4 + 1),
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in borders}
+    measured, crops = [], []
+    grids = encoder(held_out_patches(settings.images * cells, size, first=first + 2**19))
+    for number, embeddings in enumerate(tqdm(grids.split(cells), desc="images", unit="image", disable=not progress)):
+        grid = EmbeddingGrid(embeddings.unflatten(0, (settings.rows, settings.columns)), encoder.name)
+        image = synthesize(model, grid, settings=sampling)
+        for name, (period, offset) in borders.items():
+            ratios[name].append(seam_ratio(image, period, offset=offset))
+        measured.append(consistency(image, grid, encoder))
+        crops.append(random_crops(image, 2 * cells, size, seed=number))
+    cropped = torch.cat(crops)
+    fid = {
+        name: Fid(
+            frechet_distance(others, painted, extractor),
+            frechet_distance(others, shown, extractor),
+            frechet_distance(others, cropped, extractor),
+            len(cropped),
+        )
+        for name, extractor in extractors.items()
+    }
+    augmentation = None
+    if settings.augment:
+        augmentation = augmentation_experiment(
+            model, encoder, encoder, settings.augmentation, sampling, progress=progress
+        )
+    return SynthesisReport(
+        model=model.name,
+        sampling=sampling,
+        settings=settings,
+        fid=fid,
+        seams={name: float(np.mean(values)) for name, values in ratios.items()},
+        own=float(np.mean([m.own for m in measured])),
+        other=float(np.mean([m.other for m in measured])),
+        right=float(np.mean([m.right for m in measured])),
+        right_patches=right_patches,
+        augmentation=augmentation,
+    )
