@@ -247,7 +247,7 @@ class DenseHead:
             if self.task == "normals":
                 value, spread = ensemble_normals(image, "mean" if config.reduction == "mean" else "closest")
             else:
-                preset: DepthEnsemble = ENSEMBLES.get(self.family.name, MARIGOLD_ENSEMBLE)
+                preset = ENSEMBLES.get(self.family.name, MARIGOLD_ENSEMBLE) if config.official else DepthEnsemble()
                 reduction: Literal["median", "mean"] = "mean" if config.reduction == "mean" else "median"
                 depth, spread = ensemble_depth(image[:, 0], dataclasses.replace(preset, reduction=reduction))
                 value = depth[None]

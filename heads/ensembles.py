@@ -1,7 +1,9 @@
 """Many predictions of one image made one: aligned, averaged, with a map of their disagreement.
 
-Three published variants of the depth ensemble differ in their stopping rule and in how pairs are counted; they are
-presets of one `DepthEnsemble`. Equations: Marigold, arXiv 2312.02145, eq. 6.
+The published alignment (Marigold, arXiv 2312.02145, eq. 6) minimises the distances of all pairs under a weak pull
+towards the range [0, 1]. Where members disagree by more than that pull weighs, its minimum is the collapse of all
+scales to 0; the released codes are saved from it by differences in float32 that are mostly rounding, or by stopping
+after two iterations. Their variants are presets here, for the published numbers; the default aligns by least squares.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.alignment import fit_scale_shift
+
 
 @dataclass(frozen=True, kw_only=True)
 class DepthEnsemble:
     """How depth predictions with their own scale and shift are brought together.
 
     Attributes:
+        method: "least squares" fits every member to the median of all, some times over; "pairs" is the published one,
+            to which the settings from `regularizer` on belong.
         reduction: of the aligned members, over each pixel.
         shift: members have their own shift; without, only their own scale.
         regularizer: weight of the distance of the result from the range [0, 1].
@@ -29,6 +35,7 @@ class DepthEnsemble:
         fit_size: the fit reads maps at most this long, by nearest subsampling.
     """
 
+    method: Literal["least squares", "pairs"] = "least squares"
     reduction: Literal["median", "mean"] = "median"
     shift: bool = True
     regularizer: float = 0.02
@@ -38,16 +45,17 @@ class DepthEnsemble:
     fit_size: int | None = 1024
 
 
-MARIGOLD_ENSEMBLE = DepthEnsemble()
-DIFFUSERS_ENSEMBLE = DepthEnsemble(iterations=2, tolerance=1e-3)
-E2E_ENSEMBLE = DepthEnsemble(iterations=2, tolerance=1e-3, pairs="together")
+MARIGOLD_ENSEMBLE = DepthEnsemble(method="pairs")
+DIFFUSERS_ENSEMBLE = DepthEnsemble(method="pairs", iterations=2, tolerance=1e-3)
+E2E_ENSEMBLE = DepthEnsemble(method="pairs", iterations=2, tolerance=1e-3, pairs="together")
 
 
-def ensemble_depth(members: Tensor, settings: DepthEnsemble = MARIGOLD_ENSEMBLE) -> tuple[Tensor, Tensor]:
+def ensemble_depth(members: Tensor, settings: DepthEnsemble | None = None) -> tuple[Tensor, Tensor]:
     """Align E predictions of one image and reduce them.
 
     Args:
         members: (E, H, W), affine-invariant depth or disparity; not negative where `settings.shift` is False.
+        settings: `DepthEnsemble()` where None.
 
     Returns:
         (H, W) in [0, 1], and its uncertainty (H, W): the median absolute deviation of the aligned members from it, or
@@ -58,9 +66,11 @@ def ensemble_depth(members: Tensor, settings: DepthEnsemble = MARIGOLD_ENSEMBLE)
     """
     if members.ndim != 3 or len(members) < 2:
         raise ValueError(f"an ensemble needs (E, H, W) with at least two members, got {tuple(members.shape)}")
-    members = members.float()
-    scale, shift = _fit(_at_most(members, settings.fit_size), settings)
-    aligned = _align(members, scale, shift)
+    members, settings = members.float(), settings or DepthEnsemble()
+    if settings.method == "least squares":
+        aligned = _align_to_median(members, settings.shift)
+    else:
+        aligned = _align(members, *_fit(_at_most(members, settings.fit_size), settings))
     result, uncertainty = _reduce(aligned, settings.reduction)
     low = result.min() if settings.shift else result.new_zeros(())
     extent = (result.max() - low).clamp(min=1e-6)
@@ -90,6 +100,23 @@ def ensemble_normals(members: Tensor, reduction: Literal["closest", "mean"] = "c
         return mean, uncertainty
     nearest = cosine.argmax(0)[None, None].expand(1, 3, -1, -1)
     return members.gather(0, nearest)[0], uncertainty
+
+
+def _align_to_median(members: Tensor, shift: bool, rounds: int = 5) -> Tensor:
+    """Every member with the scale (and shift) that brings it nearest to the median of all, which spans [0, 1]."""
+    middle = members
+    for _ in range(rounds + 1):
+        low = middle.amin((-2, -1), keepdim=True) if shift else middle.new_zeros(())
+        middle = (middle - low) / (middle.amax((-2, -1), keepdim=True) - low).clamp(min=1e-6)
+        middle = (middle.median(0).values if middle.ndim == 3 else middle).expand_as(members)
+        if shift:
+            scale, offset = fit_scale_shift(members, middle, torch.ones_like(members, dtype=torch.bool))
+        else:
+            scale = (members * middle).sum((1, 2)) / members.square().sum((1, 2)).clamp(min=1e-12)
+            offset = torch.zeros_like(scale)
+        aligned = members * scale[:, None, None] + offset[:, None, None]
+        middle = aligned.median(0).values
+    return aligned
 
 
 def _at_most(members: Tensor, side: int | None) -> Tensor:
