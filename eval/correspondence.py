@@ -8,7 +8,7 @@ is named in the report. All averages are printed, with the papers' numbers and t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,16 +23,16 @@ from tqdm import tqdm
 from diffrep.eval.cache import FeatureCache, claim_folder, fingerprint, write_text
 from diffrep.eval.correspondence_report import CorrespondenceReport, PairMatches
 from diffrep.eval.datasets.ap10k import Ap10kSet, read_ap10k
+from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
 from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet, Problem
 from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
 from diffrep.eval.datasets.spair import read_spair
-from diffrep.eval.datasets.spair_keypoints import part_groups
 from diffrep.eval.datasets.tss import read_tss
 from diffrep.eval.extraction import cache_key, extract_images, images_by_prompt, prompts_by_category
 from diffrep.eval.failures import save_failures
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.pck import Pck
-from diffrep.eval.pose import partners_of, predict_posed
+from diffrep.eval.pose import predict_posed
 from diffrep.eval.protocols import PROTOCOLS, Protocol
 from diffrep.eval.scenes import ScenesReport, evaluate_scenes
 from diffrep.eval.tss import FlowReport, evaluate_flow
@@ -53,6 +53,7 @@ def evaluate_pairs(
     *,
     search: Search = "auto",
     pose: bool = False,
+    tables: Mapping[str, KeypointTable] | None = None,
     keep: Literal["float32", "float16"] = "float32",
     batch_size: int = 8,
     pairs_per_file: int = 50,
@@ -67,6 +68,7 @@ def evaluate_pairs(
             the protocol's way where the recipe's descriptors lie on the cells that it needs.
         pose: also extract the sources' mirror images and match from those where they are nearer (GeoAware's
             adaptive pose alignment, without masks).
+        tables: category -> which of its keypoints are alike, instead of what their names say.
         keep: the type in which features are kept.
         batch_size: images that are extracted together; all that is lost when a run is killed.
 
@@ -106,13 +108,14 @@ def evaluate_pairs(
     matches = list(
         match_pairs(
             usable, protocol, recipe, cache, folder / "matches" / kept,
-            by_protocol=used == "protocol", pose=pose, pairs_per_file=pairs_per_file, progress=progress,
+            by_protocol=used == "protocol", pose=pose, tables=tables, pairs_per_file=pairs_per_file, progress=progress,
         )
     )  # fmt: skip
     counts = tuple(protocol.count(found.pair, found.predicted) for found in matches)
     parts = None
     if protocol.by_part:
-        shared = (protocol.count_shared(m.pair, m.predicted, part_groups(m.pair.category)) for m in matches)
+        groups_of = {c: table_of(protocol.benchmark, c, tables).groups for c in {m.pair.category for m in matches}}
+        shared = (protocol.count_shared(m.pair, m.predicted, groups_of[m.pair.category]) for m in matches)
         parts = Pck(protocol.alphas, tuple(shared))
     return CorrespondenceReport(
         dataset=pairs.name,
@@ -183,6 +186,7 @@ def match_pairs(
     *,
     by_protocol: bool,
     pose: bool = False,
+    tables: Mapping[str, KeypointTable] | None = None,
     pairs_per_file: int = 50,
     progress: bool = True,
 ) -> Iterator[PairMatches]:
@@ -192,6 +196,8 @@ def match_pairs(
         ValueError: the folder holds matches of other pairs or settings.
     """
     names = [[p.name, p.source.path, p.target.path, list(p.ids)] for p in pairs]
+    categories = {p.category for p in pairs} if pose else set()
+    partners = {c: table_of(protocol.benchmark, c, tables).mirror for c in categories}
     claim_folder(
         folder,
         {
@@ -201,6 +207,7 @@ def match_pairs(
             "search": None if protocol.search is None else asdict(protocol.search),
             "pairs": fingerprint(names),
             "pairs_per_file": pairs_per_file,
+            "partners": {c: sorted(partners[c].items()) for c in sorted(partners)},
         },
     )
     by_category = prompts_by_category(recipe)
@@ -215,7 +222,10 @@ def match_pairs(
                     category = pair.category if by_category else ""
                     source, target = (load(cache_key(category, i.path)) for i in (pair.source, pair.target))
                     mirrored = load(cache_key(category, MIRRORED + pair.source.path)) if pose else None
-                    points = predict(pair, source, target, protocol, recipe, by_protocol=by_protocol, mirrored=mirrored)
+                    points = predict(
+                        pair, source, target, protocol, recipe,
+                        by_protocol=by_protocol, mirrored=mirrored, partners=partners.get(pair.category),
+                    )  # fmt: skip
                     found.append(points.tolist())
                 write_text(file, json.dumps(found))
             # read back also what was just written: a run in two halves sees the same numbers
@@ -233,16 +243,17 @@ def predict(
     *,
     by_protocol: bool,
     mirrored: Sequence[FeatureMaps] | None = None,
+    partners: Mapping[int, int] | None = None,
 ) -> Tensor:
     """Where a pair's keypoints lie in the target, (N, 2) float32 in the protocol's frame.
 
     Args:
         mirrored: features of the source's mirror image, to match from those where they are nearer.
+        partners: with `mirrored`: keypoint -> the one that takes its place in a mirror image.
     """
     if mirrored is not None:
         a, flipped, b = fuse([source, mirrored, target], recipe.fusion)
-        partners = partners_of(protocol.benchmark, pair.category)
-        return predict_posed(pair, protocol, a, flipped, b, partners).float()
+        return predict_posed(pair, protocol, a, flipped, b, partners or {}).float()
     a, b = fuse([source, target], recipe.fusion)
     points = pair.source.points(pair.ids)
     if by_protocol:
@@ -276,6 +287,7 @@ class EvalCorrespondence:
     categories: tuple[str, ...] = ()  # or, for tss, subsets; none: all
     search: Search = "auto"  # whose way from keypoints to matches: the protocol's, the recipe's, or what fits
     pose: bool = False  # adaptive pose alignment: match from the source's mirror image where that is nearer
+    keypoints: Path | None = None  # TOML or JSON with left-right pairs and parts of the keypoints, by category
     keep: Literal["float32", "float16"] = "float32"  # in which features are kept on disk
     batch_size: int = 8  # images extracted together
     failures: int = 12  # pictures of the worst pairs
@@ -316,6 +328,7 @@ class EvalCorrespondence:
                 self.output,
                 search=self.search,
                 pose=self.pose,
+                tables=None if self.keypoints is None else read_keypoint_tables(self.keypoints),
                 keep=self.keep,
                 batch_size=self.batch_size,
             )
@@ -333,7 +346,7 @@ class EvalCorrespondence:
             ValueError: there is none of that name for the benchmark.
         """
         fitting = [name for name, protocol in PROTOCOLS.items() if protocol.benchmark == self.benchmark]
-        own = f"{self.benchmark}-{self.recipe}"
+        own = f"{self.benchmark}-{self.recipe.partition(':')[0]}"
         name = self.protocol or (own if own in fitting else _USUAL[self.benchmark])
         if name not in fitting:
             raise ValueError(f"{self.benchmark} has no protocol {name!r}; it has {', '.join(fitting)}")

@@ -12,25 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from diffrep.eval.datasets.ap10k import KEYPOINTS as AP10K_KEYPOINTS
 from diffrep.eval.datasets.pairs import AnnotatedPair
-from diffrep.eval.datasets.spair_keypoints import mirror_ids, mirror_name
 from diffrep.eval.protocols import Protocol
 from diffrep.fusion import Descriptors
 from diffrep.matching import masked_distance, mutual_distance
-
-
-def partners_of(benchmark: str, category: str) -> dict[int, int]:
-    """Keypoint -> the one that takes its place in a mirror image.
-
-    Raises:
-        ValueError: the benchmark does not say what its keypoints are.
-    """
-    if benchmark == "spair":
-        return mirror_ids(category)
-    if benchmark == "ap-10k":
-        return {i: AP10K_KEYPOINTS.index(mirror_name(name)) for i, name in enumerate(AP10K_KEYPOINTS)}
-    raise ValueError(f"pose alignment needs to know left from right, {benchmark} does not name its keypoints")
 
 
 def mirrored_is_nearer(

@@ -16,8 +16,8 @@ from diffrep.backbones import Backbone, Conditions, load_backbone
 from diffrep.eval.cache import FeatureCache
 from diffrep.eval.correspondence import EvalCorrespondence, evaluate_pairs
 from diffrep.eval.correspondence_report import CorrespondenceReport
+from diffrep.eval.datasets.keypoint_tables import KeypointTable
 from diffrep.eval.datasets.spair import read_spair
-from diffrep.eval.pose import partners_of
 from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
 from diffrep.features import ExtractConfig, extract
 from diffrep.fusion import Fusion, Part
@@ -173,6 +173,10 @@ def test_the_protocols_own_search_is_used_where_it_fits(tmp_path: Path, vit: Bac
     assert fitting.search == "protocol"
     assert fitting.by_part is not None
     assert 0 < fitting.by_part.points < fitting.pck.points
+    all_alike = {category: KeypointTable({}, (frozenset(range(30)),)) for category in TWO}
+    given = run(root, tmp_path / "out", vit, protocol=own, tables=all_alike)
+    assert given.by_part is not None
+    assert given.by_part.points == given.pck.points  # every target shows two or more keypoints
     other = run(root, tmp_path / "dino", vit, protocol=PROTOCOLS["spair-sd-dino"])
     assert other.search == "recipe"  # 8 x 8 cells, not 60 x 60
     with pytest.raises(ValueError, match=r"matches 60 x 60 cells of a padded square; small gives 8 x 8"):
@@ -197,9 +201,11 @@ def test_pose_alignment_finds_a_mirrored_source(tmp_path: Path, vit: Backbone) -
     assert any(not torch.equal(a.predicted, b.predicted) for a, b in pairs)
     with pytest.raises(ValueError, match="pose alignment goes with a protocol's search"):
         run(root, tmp_path / "other", vit, pose=True)
-    assert partners_of("ap-10k", "fox")[7] == 10  # front paws
-    with pytest.raises(ValueError, match="pf-pascal does not name its keypoints"):
-        partners_of("pf-pascal", "cat")
+    swapped = {category: KeypointTable({0: 4, 4: 0}) for category in TWO}
+    other = run(root, tmp_path / "tables", vit, protocol=own, pose=True, tables=swapped)
+    assert any(not torch.equal(a.predicted, b.predicted) for a, b in zip(posed.matches, other.matches, strict=True))
+    with pytest.raises(ValueError, match="was made with partners = "):
+        run(root, tmp_path / "tables", vit, protocol=own, pose=True)
 
 
 def test_the_report_shows_all_averages_beside_the_papers(tmp_path: Path, vit: Backbone) -> None:

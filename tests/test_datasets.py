@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffrep.eval.datasets.ap10k import read_ap10k
+from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
 from diffrep.eval.datasets.pairs import DatasetError
 from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
 from diffrep.eval.datasets.spair import CATEGORIES, read_spair
@@ -176,3 +177,34 @@ def test_keypoints_mean_what_they_say() -> None:
     assert frozenset({0, 2, 4, 6}) in part_groups("tvmonitor")  # the frame's corners
     assert mirror_ids("car")[11] == 21  # right and left back wheel
     assert 11 not in KEYPOINTS["bicycle"]
+
+
+def test_keypoint_tables_come_from_files(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("[cat]\nmirror = [[0, 1]]\ngroups = [[9, 10, 11]]\n")
+    (tmp_path / "own.json").write_text(json.dumps({"cat": {"mirror": [[0, 1]], "groups": [[9, 10, 11]]}}))
+    tables = read_keypoint_tables(tmp_path / "own.toml")
+    assert tables == read_keypoint_tables(tmp_path / "own.json")
+    assert table_of("spair", "cat", tables) == KeypointTable({0: 1, 1: 0}, (frozenset({9, 10, 11}),))
+    assert table_of("spair", "dog", tables).mirror == mirror_ids("dog")
+    assert table_of("ap-10k", "fox").mirror[7] == 10  # front paws
+    with pytest.raises(ValueError, match="pf-pascal does not name its keypoints"):
+        table_of("pf-pascal", "cat")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[cat]\nmirror = [[0, 1, 2]]", r"cat.mirror must be pairs of ids, got \[0, 1, 2\]"),
+        ("[cat]\ngroups = [[3]]", "cat.groups must have two or more ids"),
+        ("[cat]\ngroups = [[3, 4], [4, 5]]", "cat.groups names an id twice"),
+        ("[cat]\ngroups = [[3, -4]]", "must hold ids"),
+        ("[cat]\ngroup = [[3, 4]]", "cat must have mirror and groups"),
+        ("cat = [", "own.toml: "),
+    ],
+)
+def test_wrong_keypoint_tables_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_keypoint_tables(tmp_path / "own.toml")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_keypoint_tables(tmp_path / "none.toml")

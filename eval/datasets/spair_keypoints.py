@@ -4,6 +4,10 @@ The annotation files carry ids only. The names here say what is at each id; from
 keypoint gets in a mirror image (left and right change places) and which keypoints are the same part at
 several places of one object (the four paws of a cat, the corners of a screen), where telling one from the
 other takes geometry.
+
+Neither SPair-71k nor GeoAware-SC's paper prints such names or groups: they are read off where the keypoints lie, and
+GeoAware-SC's own groups may differ in categories that no reference output covers (checked against its output: bus
+and cat). `keypoint_tables` reads other groups from a file.
 """
 
 from __future__ import annotations
@@ -161,7 +165,8 @@ def part_groups(category: str) -> tuple[frozenset[int], ...]:
 
 # GeoAware-SC's released code keeps those entries of its tables that occur in a category's pairs and then
 # numbers them one after the other. Where a table's order is not that of the ids, other keypoints than meant
-# change places or make a group. Its published numbers have this slip; the orders are those its output shows.
+# change places or make a group. Its published numbers have this slip. The order for bus is fitted to its output on one
+# set of annotations; for the other categories the order of the ids is taken.
 _RELEASED_ORDER = {
     "bus": (
         "mirror",
