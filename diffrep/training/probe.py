@@ -99,7 +99,7 @@ def vit_maps(network: Any, images: Tensor, *, layer: int = -1) -> Tensor:
         for block in network.blocks[: len(network.blocks) + 1 + layer]:
             x = block(x)
         tokens = x[:, network.num_prefix_tokens :]
-        found.append(tokens.mT.unflatten(2, (-1, chunk.shape[-1] // network.patch_embed.patch_size[0])))
+        found.append(tokens.mT.unflatten(2, (-1, chunk.shape[-1] // network.patch_embed.feat_ratio())))
     return torch.cat(found)
 
 

@@ -49,7 +49,7 @@ class UNetSettings:
         default_factory=lambda: FitSettings(steps=30000, minutes=11, learning_rate=1.2e-3, seed=4)
     )
     joint: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=60000, minutes=31, learning_rate=1e-3, seed=5)
+        default_factory=lambda: FitSettings(steps=60000, minutes=95, learning_rate=1e-3, seed=5)
     )
 
 
