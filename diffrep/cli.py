@@ -19,6 +19,8 @@ COMMANDS = {  # name -> (module:class, one line of help)
     "index": ("diffrep.commands.index:Index", "make the features of stores searchable"),
     "query": ("diffrep.commands.query:Query", "find images, or places in them, that look like yours"),
     "synthesize": ("diffrep.commands.synthesize:Synthesize", "paint an image of any size that looks like a reference"),
+    "convert": ("diffrep.commands.convert:Convert", "turn a published synthesis checkpoint into a diffusers folder"),
+    "probe": ("diffrep.commands.probe:ProbeCommand", "train a classifier on features, use it, or find the best block"),
     "embed": ("diffrep.commands.embed:Embed", "draw a heat-geodesic map of high-dimensional data"),
     "eval": ("diffrep.commands.evaluate:Evaluate", "run a benchmark and print its table"),
     "train": ("diffrep.commands.train:Train", "train the embedded models again"),
