@@ -21,6 +21,8 @@ COMMANDS = {  # name -> (module:class, one line of help)
     "synthesize": ("diffrep.commands.synthesize:Synthesize", "paint an image of any size that looks like a reference"),
     "convert": ("diffrep.commands.convert:Convert", "turn a published synthesis checkpoint into a diffusers folder"),
     "probe": ("diffrep.commands.probe:ProbeCommand", "train a classifier on features, use it, or find the best block"),
+    "depth": ("diffrep.commands.depth:Depth", "how far away everything in an image is: maps, point clouds"),
+    "normals": ("diffrep.commands.normals:Normals", "how the surfaces in an image are turned"),
     "embed": ("diffrep.commands.embed:Embed", "draw a heat-geodesic map of high-dimensional data"),
     "eval": ("diffrep.commands.evaluate:Evaluate", "run a benchmark and print its table"),
     "train": ("diffrep.commands.train:Train", "train the embedded models again"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ from diffrep.heads.families import Family, Task
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.one_step import OneStep
 from diffrep.heads.sizes import Resample, pad_to_multiple, to_image_size, to_working
+from diffrep.heads.tiling import predict_tiled
 from diffrep.images import ImageLike, load_image
 
 ENSEMBLES = {"e2e-ft": E2E_ENSEMBLE, "marigold-diffusers": DIFFUSERS_ENSEMBLE}
@@ -121,7 +122,7 @@ class DenseHead:
     @torch.inference_mode()
     def predict_each(
         self,
-        images: Sequence[ImageLike],
+        images: Iterable[ImageLike],
         config: PredictConfig | None = None,
         *,
         noise: Tensor | None = None,
@@ -142,8 +143,6 @@ class DenseHead:
         for image in images:
             pixels = torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
             if config.tile is not None and max(pixels.shape[1:]) > config.tile:
-                from diffrep.heads.tiling import predict_tiled
-
                 yield from self._predict_batch(waiting, config, noise, posterior_noise)
                 waiting = []
                 yield predict_tiled(self, pixels, config)
@@ -257,19 +256,24 @@ class DenseHead:
 
     def result(self, values: Tensor, config: PredictConfig, uncertainty: Tensor | None = None) -> DepthMap | NormalMap:
         """Wrap (1 or 3, H, W) values at the image's size into the typed map."""
+        values = values.cpu()
+        uncertainty = None if uncertainty is None else uncertainty.cpu()
+        if self.task != "normals":
+            return self.wrap(values[0].clamp(0, 1), config, uncertainty)
+        raw = config.official and not self.family.renormalize
+        return self.wrap(values if raw else unit_length(values[None])[0], config, uncertainty)
+
+    def wrap(self, values: Tensor, config: PredictConfig, uncertainty: Tensor | None = None) -> DepthMap | NormalMap:
+        """The typed map of finished values: (H, W) depth or disparity in [0, 1], or (3, H, W) normals."""
         settings = {
             "head": self.name,
             "family": self.family.name,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             **dataclasses.asdict(config),
         }
-        values = values.cpu()
-        uncertainty = None if uncertainty is None else uncertainty.cpu()
         if self.task == "normals":
-            if not config.official or self.family.renormalize:
-                values = unit_length(values[None])[0]
             return NormalMap(values, self.family.frame, uncertainty, settings)
-        return DepthMap(values[0].clamp(0, 1), self.task, uncertainty=uncertainty, settings=settings)
+        return DepthMap(values, self.task, uncertainty=uncertainty, settings=settings)
 
 
 def unit_length(normals: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from diffrep.backbones.base import check_weights, default_dtype
 from diffrep.backbones.loading import EMBEDDED, HUB, MODELS, load_component, local_variant, read_json
 from diffrep.backbones.text import TextEncoders
 from diffrep.heads.dense import DenseHead
-from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Task
+from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
 from diffrep.heads.one_step import OneStep, Schedule
 
 HEAD_FILE, CONTEXT_FILE = "head.json", "context.safetensors"
@@ -220,6 +220,8 @@ def recognise(
     working = head.get("working_size") or index.get("default_processing_resolution")
     if working:
         detected = dataclasses.replace(detected, working_size=int(working))
+    if head.get("frame") in get_args(Frame):
+        detected = dataclasses.replace(detected, frame=head["frame"])
     by = "as given" if told[0] is None else f"told by {told[1]}"
     final: Task = told[0] if told[0] is not None else task  # type: ignore[assignment]  # one of both is set, see above
     return Recognised(detected, final, f"{shape}; task {by}")
@@ -234,6 +236,7 @@ def write_head(
     task: str,
     context: Tensor,
     working_size: int,
+    frame: Frame | None = None,
     scheduler: Mapping[str, Any] | None = None,
     extra: Mapping[str, object] | None = None,
     dtype: torch.dtype = torch.float16,
@@ -249,6 +252,7 @@ def write_head(
         task: "depth", "disparity", "normals"; other heads write their own.
         context: (1, tokens, C), what the U-Net was trained to attend to.
         working_size: long side in pixels at which the head works by default.
+        frame: camera axes of the normals, where they are not those of the family.
         scheduler: a diffusers scheduler config, where it is not that of the base.
         extra: further JSON values for ``head.json``, for example steps, seed, data, measured quality.
         dtype: of the weights on disk.
@@ -266,7 +270,9 @@ def write_head(
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(scheduler), indent=2) + "\n")
     if Path(base).is_dir():
         base = os.path.relpath(Path(base).resolve(), folder.resolve())
-    values = {"base": base, "family": family, "task": task, "working_size": working_size, **(extra or {})}
+    values = {"base": base, "family": family, "task": task, "working_size": working_size}
+    values |= {"frame": frame} if frame else {}
+    values |= dict(extra or {})
     (folder / HEAD_FILE).write_text(json.dumps(values, indent=2) + "\n")
 
 

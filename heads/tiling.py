@@ -1,0 +1,155 @@
+"""Very large images: square tiles through the network one batch after the other, blended where they overlap.
+
+A tile of depth knows neither its scale nor its shift. One pass over the whole image at the working size gives every
+tile what to fit to; overlapping tiles are then averaged with weights that fall to 0 at their edges. Normals need no
+fit. Memory beyond the image and the finished map is that of a batch of tiles and of a band one tile high.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffrep.alignment import fit_scale_shift
+from diffrep.backbones import draw_noise
+from diffrep.heads.maps import DepthMap, NormalMap
+
+if TYPE_CHECKING:
+    from diffrep.heads.dense import DenseHead, PredictConfig
+
+_BLOCK = 16  # latent cells: noise is drawn in blocks of this side, so that a place has the same noise in every tile
+
+
+def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles start along a side, evenly spaced on multiples of 8, with at least `overlap` pixels in common.
+
+    >>> tile_starts(1000, 512, 128)
+    [0, 240, 488]
+    """
+    if side <= tile:
+        return [0]
+    count = -(-(side - overlap) // (tile - overlap))
+    last = side - tile
+    return [round(i * last / (count - 1) / 8) * 8 if i < count - 1 else last for i in range(count)]
+
+
+@torch.inference_mode()
+def predict_tiled(
+    head: DenseHead, pixels: Tensor, config: PredictConfig, *, into: np.ndarray | None = None
+) -> DepthMap | NormalMap:
+    """Predict the map of one large image at its own resolution.
+
+    Args:
+        pixels: (3, H, W) uint8.
+        config: `tile` and `overlap` count, `size` is that of the pass over the whole image (depth only).
+        into: (H, W) or (3, H, W) float32, for example a `np.memmap`, that the map is written to; it is the values of
+            the result.
+    """
+    assert config.tile is not None
+    tile = config.tile // 8 * 8
+    height, width = pixels.shape[1:]
+    channels = 3 if head.task == "normals" else 1
+    if into is None:
+        into = np.empty((channels, height, width) if channels == 3 else (height, width), dtype=np.float32)
+    rows, columns = (tile_starts(side, tile, int(tile * config.overlap)) for side in (height, width))
+    whole = None
+    if head.task != "normals":
+        whole, _ = head.maps(pixels[None], dataclasses.replace(config, tile=None, official=False))
+    plain = dataclasses.replace(config, size=0, tile=None, official=False)
+
+    pending = torch.zeros(channels, 0, width)  # weighted sums of the rows that a later band still adds to
+    weights = torch.zeros(0, width)
+    for number, top in enumerate(rows):
+        bottom = min(top + tile, height)
+        band = torch.zeros(channels, bottom - top, width)
+        total = torch.zeros(bottom - top, width)
+        band[:, : pending.shape[1]], total[: len(weights)] = pending, weights
+        for start in range(0, len(columns), config.batch_size):
+            lefts = columns[start : start + config.batch_size]
+            crops = torch.stack([pixels[:, top:bottom, left : left + tile] for left in lefts])
+            maps = _tile_maps(head, crops, top, lefts, plain)
+            for left, values in zip(lefts, maps, strict=True):
+                if whole is not None:
+                    values = _fitted(values, _window(whole, (height, width), (top, left), values.shape[1:]))
+                right = left + values.shape[2]
+                weight = _feather(bottom - top, top > 0, bottom < height)[:, None]
+                weight = weight * _feather(right - left, left > 0, right < width)
+                band[:, :, left:right] += weight * values
+                total[:, left:right] += weight
+        done = rows[number + 1] - top if number + 1 < len(rows) else bottom - top
+        finished = band[:, :done] / total[:done]
+        into[..., top : top + done, :] = (finished[0].clamp(0, 1) if channels == 1 else _unit(finished)).numpy()
+        pending, weights = band[:, done:], total[done:]
+    return head.wrap(torch.from_numpy(into), dataclasses.replace(config, tile=tile))
+
+
+def _tile_maps(head: DenseHead, crops: Tensor, top: int, lefts: list[int], config: PredictConfig) -> list[Tensor]:
+    """Maps (1 or 3, h, w) of tiles of one row; noise belongs to the place in the image, not to the tile."""
+    model = head.model
+    if head.family.first_latent != "noise" and config.posterior == "mean":
+        maps, _ = head.maps(crops, config)
+        return list(maps.cpu())
+    size = tuple(-(-side // model.stride) for side in crops.shape[2:])
+    results = []
+    for crop, left in zip(crops, lefts, strict=True):
+        corner = top // model.stride, left // model.stride
+        drawn = [_noise(model.channels, corner, size, config.seed, stream) for stream in (0, 1)]
+        noise = drawn[0] if head.family.first_latent == "noise" else None
+        posterior = drawn[1] if config.posterior == "sample" else None
+        maps, _ = head.maps(crop[None], config, noise=noise, posterior_noise=posterior)
+        results.append(maps[0].cpu())
+    return results
+
+
+def _noise(channels: int, corner: tuple[int, int], size: tuple[int, ...], seed: int, stream: int) -> Tensor:
+    """Standard normal noise (1, c, h, w) of a window of an unbounded plane of noise."""
+    (top, left), (height, width) = corner, size
+    rows = range(top // _BLOCK, (top + height - 1) // _BLOCK + 1)
+    columns = range(left // _BLOCK, (left + width - 1) // _BLOCK + 1)
+    shape = (channels, _BLOCK, _BLOCK)
+    plane = torch.cat(
+        [torch.cat([draw_noise(shape, seed, 1 + r * 65536 + c, stream=stream) for c in columns], 3) for r in rows], 2
+    )
+    y, x = top - rows[0] * _BLOCK, left - columns[0] * _BLOCK
+    return plane[:, :, y : y + height, x : x + width]
+
+
+def _window(whole: Tensor, size: tuple[int, int], corner: tuple[int, int], window: tuple[int, ...]) -> Tensor:
+    """The part of the small map of the whole image that a window of the large one shows, at the window's size."""
+    (height, width), (top, left), (rows, columns) = size, corner, window
+    y = (torch.arange(rows) + top + 0.5) / height * 2 - 1
+    x = (torch.arange(columns) + left + 0.5) / width * 2 - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)[None]
+    return F.grid_sample(whole.float().cpu(), grid, padding_mode="border", align_corners=False)[0]
+
+
+def _fitted(values: Tensor, target: Tensor) -> Tensor:
+    """A tile's depth at the scale and shift of the whole image's.
+
+    Where the tile contradicts the whole (a flat wall: its own range is all noise), its scale is not made negative, and
+    only the shift is fitted.
+    """
+    scale, shift = fit_scale_shift(values, target, torch.ones_like(values, dtype=torch.bool))
+    scale = scale.clamp(min=0)
+    shift = torch.where(scale > 0, shift, target.mean())
+    return values * scale[:, None, None] + shift[:, None, None]
+
+
+def _feather(length: int, before: bool, after: bool) -> Tensor:
+    """Weights along a tile: a squared sine that falls towards each edge beyond which the image goes on."""
+    place = (torch.arange(length) + 0.5) / length
+    weight = torch.ones(length)
+    if before:
+        weight = weight * torch.sin(torch.pi / 2 * (place / 0.5).clamp(max=1)).square()
+    if after:
+        weight = weight * torch.sin(torch.pi / 2 * ((1 - place) / 0.5).clamp(max=1)).square()
+    return weight
+
+
+def _unit(normals: Tensor) -> Tensor:
+    return normals / normals.norm(dim=0).clamp(min=1e-6)
