@@ -22,7 +22,7 @@ from diffrep.synthesis.grids import EmbeddingGrid, GridError
 from diffrep.synthesis.model import About
 from diffrep.synthesis.noise import KeyedNoise, Noise
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
-from diffrep.synthesis.windows import Sweep, Weighting, WindowPlan, window_weights
+from diffrep.synthesis.windows import DecodeWeighting, Sweep, Weighting, WindowPlan, window_weights
 
 SchedulerName = Literal[
     "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
@@ -65,6 +65,7 @@ class SynthesisSettings:
     stride: int | None = None  # latent pixels between windows; half a window where left out
     weights: Weighting = "hann"  # of a window's predictions where windows overlap; uniform is the published average
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
+    decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
     quantize: bool = True  # VQ autoencoders: decode entries of the codebook
     timestep_shift: float = 0.0  # added to the timestep that the network is told; the published sampler has 1
     seed: int = 0
@@ -83,8 +84,9 @@ class SynthesisSettings:
 
 
 OFFICIAL = SynthesisSettings(
-    scheduler="official", steps=50, guidance=4.0, stride=16, weights="uniform", decode_stride=16, timestep_shift=1
-)
+    scheduler="official", steps=50, guidance=4.0, stride=16, weights="uniform", decode_stride=16,
+    decode_weights="official", timestep_shift=1,
+)  # fmt: skip
 """The authors' large-image code, for windows of 64 latent pixels; they write guidance - 1, which is 3."""
 
 

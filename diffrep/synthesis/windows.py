@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Weighting = Literal["hann", "gaussian", "uniform"]
+DecodeWeighting = Literal["hann", "official"]
 
 HANN_FLOOR = 1e-3  # so that what only the border of one window covers is covered at all
 
