@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffrep.heads.probes.labelled import PARTS, LabelledImages, Part, read_labelled
-from diffrep.scenes import CATEGORIES, SEEN, render_scene, scene_seed
+from diffrep.scenes import SEEN, render_scene, scene_seed
 from diffrep.store.manifest import write_whole
 
 ATTRIBUTES = ("category", "colour", "second colour", "pattern", "view", "floor", "back")
@@ -28,15 +28,15 @@ DIGITS, SCENES = "digits", "scenes"
 
 @dataclass(frozen=True, kw_only=True)
 class SceneImages:
-    """Which scenes are rendered; the parts have disjoint seeds, and train is rendered from those of val's split.
+    """How many scenes of each part are rendered.
 
     The embedded models were trained on scenes of the split "train" and validated on "val": images that they have
     seen would flatter a probe, so all parts are taken from the split "test", at places far apart.
     """
 
-    train: int = 1600
-    val: int = 400
-    test: int = 800
+    train: int = 1100
+    val: int = 330
+    test: int = 660
     size: int = 128  # pixels
     categories: tuple[str, ...] = SEEN
 
@@ -156,5 +156,3 @@ def named_images(source: str, work: str | Path, *, workers: int = 1, image: str 
         return scene_images(Path(work) / place, attribute, chosen, workers=workers)
     return read_labelled(source, image=image, label=label, group=group)
 
-
-__all__ = ["ATTRIBUTES", "CATEGORIES", "SceneImages", "digit_images", "named_images", "scene_images"]

@@ -59,7 +59,6 @@ def draw_heat_map(scores: Sequence[CellScore], *, title: str = "", bottleneck: s
         axis.set_title(f"{backbone}, pool {pool} x {pool}", fontsize=9)
         if bottleneck in taps:
             axis.get_xticklabels()[taps.index(bottleneck)].set_fontweight("bold")
-            axis.axvline(taps.index(bottleneck), color="white", linewidth=0.6, linestyle=":")
     figure.colorbar(image, ax=list(axes), label="accuracy on val, %", shrink=0.9)
     if title:
         figure.suptitle(title, fontsize=11)
