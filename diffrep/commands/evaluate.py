@@ -8,6 +8,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
+from diffrep.commands.evaluate_dense import EvalDepth, EvalNormals
 from diffrep.commands.output import check_writable, write_text
 from diffrep.eval.correspondence import EvalCorrespondence
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
@@ -89,5 +90,7 @@ Evaluate = (
     Annotated[Scenes, tyro.conf.subcommand("scenes")]
     | Annotated[Homography, tyro.conf.subcommand("homography")]
     | Annotated[EvalCorrespondence, tyro.conf.subcommand("correspondence")]
+    | Annotated[EvalDepth, tyro.conf.subcommand("depth")]
+    | Annotated[EvalNormals, tyro.conf.subcommand("normals")]
     | Annotated[Synthesis, tyro.conf.subcommand("synthesis")]
 )
