@@ -17,7 +17,6 @@ from diffrep.commands.output import check_writable, write_image, write_text
 from diffrep.eval.probe_data import named_images
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes import (
-    Cell,
     LabelledImages,
     Probe,
     ProbeData,
@@ -27,6 +26,8 @@ from diffrep.heads.probes import (
     block_taps,
     draw_heat_map,
     load_probe,
+    parse_cells,
+    readings_of,
     sweep,
     train_probe,
 )
@@ -97,39 +98,6 @@ class Extraction:
     def load(self, names: Sequence[str]) -> dict[str, Backbone]:
         """Load backbones by their names."""
         return {name: load_backbone(name, device=self.device) for name in dict.fromkeys(names)}
-
-
-def parse_cells(texts: Sequence[str], backbones: Mapping[str, Backbone]) -> list[Cell]:
-    """``BACKBONE[,TAP[,TIMESTEP[,POOL]]]`` -> cells; what is left out is as the backbone recommends, pool 1.
-
-    Raises:
-        ValueError: a text cannot be read, or the backbone has no such tap.
-    """
-    cells = []
-    for text in texts:
-        name, *rest = text.split(",")
-        if len(rest) > 3 or not all(number.isdigit() for number in rest[1:]):
-            raise ValueError(f"cannot read {text!r}: write BACKBONE[,TAP[,TIMESTEP[,POOL]]], as tiny,up.1,50,2")
-        recommended = backbones[name].recommended
-        tap = rest[0] if rest and rest[0] else recommended.taps[0]
-        backbones[name].tap(tap)
-        timestep = int(rest[1]) if len(rest) > 1 else recommended.conditions.timestep
-        cells.append(Cell(name, timestep, tap, int(rest[2]) if len(rest) > 2 else 1))
-    if len(set(cells)) < len(cells):
-        raise ValueError(f"a cell is named twice: {' '.join(texts)}")
-    return cells
-
-
-def readings_of(cells: Sequence[Cell], extract: ExtractConfig) -> list[Reading]:
-    """One reading per backbone that covers its cells."""
-    found = []
-    for name in dict.fromkeys(cell.backbone for cell in cells):
-        own = [cell for cell in cells if cell.backbone == name]
-        taps = tuple(dict.fromkeys(cell.tap for cell in own))
-        timesteps = tuple(dict.fromkeys(cell.timestep for cell in own))
-        pools = tuple(dict.fromkeys(cell.pool for cell in own))
-        found.append(Reading(name, taps, timesteps, pools, extract))
-    return found
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ and used on images.
 
 from diffrep.heads.probes.attention import AttentionFusion, TokenReadout, TransformerBlock, readout_string
 from diffrep.heads.probes.cache import PooledFeatures, read_features
-from diffrep.heads.probes.cells import Cell, Reading, block_taps
+from diffrep.heads.probes.cells import Cell, Reading, block_taps, parse_cells, readings_of
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe
 from diffrep.heads.probes.experiment import ProbeData, Result, train_probe
 from diffrep.heads.probes.feedback import DifFeed, feedback_layer, numbered_taps
@@ -24,7 +24,7 @@ from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.rows import HeldRows, MappedRows, SideBySide
 from diffrep.heads.probes.scores import Scores, paired_gain, score, wilson
 from diffrep.heads.probes.splits import Split, balance, split_rows
-from diffrep.heads.probes.sweep import CellScore, Sweep, load_sweep, sweep
+from diffrep.heads.probes.sweeps import CellScore, Sweep, load_sweep, sweep
 
 __all__ = [
     "KINDS",
@@ -75,9 +75,11 @@ __all__ = [
     "load_sweep",
     "numbered_taps",
     "paired_gain",
+    "parse_cells",
     "pixel_features",
     "read_features",
     "read_labelled",
+    "readings_of",
     "readout_string",
     "score",
     "split_rows",

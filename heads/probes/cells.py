@@ -5,7 +5,7 @@ One forward pass at a timestep gives every tap; an image is decoded, and encoded
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -92,6 +92,39 @@ def block_taps(backbone: Backbone) -> tuple[str, ...]:
         return tuple(tap.name for tap in numbered_taps(backbone).values())  # type: ignore[arg-type]  # it is a U-Net
     plain = [tap.name for tap in backbone.taps() if tap.name.count(".") == 1 and tap.name.split(".")[1].isdigit()]
     return tuple(plain) or (backbone.taps()[-1].name,)
+
+
+def parse_cells(texts: Sequence[str], backbones: Mapping[str, Backbone]) -> list[Cell]:
+    """``BACKBONE[,TAP[,TIMESTEP[,POOL]]]`` -> cells; what is left out is as the backbone recommends, pool 1.
+
+    Raises:
+        ValueError: a text cannot be read, or the backbone has no such tap.
+    """
+    cells = []
+    for text in texts:
+        name, *rest = text.split(",")
+        if len(rest) > 3 or not all(number.isdigit() for number in rest[1:]):
+            raise ValueError(f"cannot read {text!r}: write BACKBONE[,TAP[,TIMESTEP[,POOL]]], as tiny,up.1,50,2")
+        recommended = backbones[name].recommended
+        tap = rest[0] if rest and rest[0] else recommended.taps[0]
+        backbones[name].tap(tap)
+        timestep = int(rest[1]) if len(rest) > 1 else recommended.conditions.timestep
+        cells.append(Cell(name, timestep, tap, int(rest[2]) if len(rest) > 2 else 1))
+    if len(set(cells)) < len(cells):
+        raise ValueError(f"a cell is named twice: {' '.join(texts)}")
+    return cells
+
+
+def readings_of(cells: Sequence[Cell], extract: ExtractConfig) -> list[Reading]:
+    """One reading per backbone that covers its cells."""
+    found = []
+    for name in dict.fromkeys(cell.backbone for cell in cells):
+        own = [cell for cell in cells if cell.backbone == name]
+        taps = tuple(dict.fromkeys(cell.tap for cell in own))
+        timesteps = tuple(dict.fromkeys(cell.timestep for cell in own))
+        pools = tuple(dict.fromkeys(cell.pool for cell in own))
+        found.append(Reading(name, taps, timesteps, pools, extract))
+    return found
 
 
 def read_cells(

@@ -76,14 +76,16 @@ class LabelledImages:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
+    """One image with its label, and its group and part where the source names them."""
+
     image: Readable
     label: str
     group: str | None = None
     part: Part | None = None
 
 
-def assemble(name: str, rows: Sequence[_Row], classes: Sequence[str] | None = None) -> LabelledImages:
+def assemble(name: str, rows: Sequence[Row], classes: Sequence[str] | None = None) -> LabelledImages:
     """Check rows and number their classes: in the given order, else sorted, as numbers where all are.
 
     Raises:
@@ -180,10 +182,10 @@ def _from_folder(folder: Path) -> LabelledImages:
     return assemble(str(folder), rows)
 
 
-def _class_folders(folder: Path, root: Path, part: Part | None) -> Iterable[_Row]:
+def _class_folders(folder: Path, root: Path, part: Part | None) -> Iterable[Row]:
     for class_folder in sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")):
         for file in sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
-            yield _Row(image_file(file, root), class_folder.name, part=part)
+            yield Row(image_file(file, root), class_folder.name, part=part)
 
 
 def image_file(file: Path, root: Path) -> ImageSource:
@@ -214,7 +216,7 @@ def _from_csv(file: Path, image: str, label: str, group: str | None) -> Labelled
                 raise DataError(f"{file}, line {number}: the {image if not row[image] else label} is empty")
             part = _part(row["split"], f"{file}, line {number}") if row.get("split") else None
             rows.append(
-                _Row(image_file(file.parent / row[image], file.parent), row[label], row[group] if group else None, part)
+                Row(image_file(file.parent / row[image], file.parent), row[label], row[group] if group else None, part)
             )
     return assemble(str(file), rows)
 
@@ -262,7 +264,7 @@ def _from_shards(name: str, shards: Sequence[Path], label: str, group: str | Non
     return assemble(name, rows)
 
 
-def _sample_row(shard: Path, key: str, sample: Mapping[str, Any], label: str, group: str | None) -> _Row:
+def _sample_row(shard: Path, key: str, sample: Mapping[str, Any], label: str, group: str | None) -> Row:
     values = {}
     if "json" in sample:
         try:
@@ -274,7 +276,7 @@ def _sample_row(shard: Path, key: str, sample: Mapping[str, Any], label: str, gr
         raise DataError(f"{shard}: {key} has no label (neither .cls nor {label!r} in a .json)")
     if group is not None and group not in values:
         raise DataError(f"{shard}: {key} has no group ({group!r} in a .json)")
-    return _Row(sample["image"], str(given), str(values[group]) if group is not None else None)
+    return Row(sample["image"], str(given), str(values[group]) if group is not None else None)
 
 
 # -- Hugging Face data sets ---------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def _from_tables(
             inside = picture.get("bytes")
             source: Readable = StoredBytes(key, inside) if inside else image_file(Path(picture["path"]), path)
             text = classes[int(given)] if classes is not None and isinstance(given, int) else str(given)
-            rows.append(_Row(source, text, None if of is None else str(of), part))
+            rows.append(Row(source, text, None if of is None else str(of), part))
     return assemble(str(path), rows, classes)
 
 

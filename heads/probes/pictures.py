@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from diffrep.heads.probes.sweep import CellScore
+from diffrep.heads.probes.sweeps import CellScore
 
 
 def draw_heat_map(scores: Sequence[CellScore], *, title: str = "", bottleneck: str | None = "mid") -> Image.Image:

@@ -20,7 +20,7 @@ from diffrep.heads.probes.fitting import softmax
 from diffrep.heads.probes.layouts import FeatureHead, Layout
 from diffrep.images import ImageLike, fit_image, load_image
 from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import difference, extract_config, provenance
+from diffrep.store.provenance import difference, extract_config, provenance, weights_sha256
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-probe", 1
@@ -98,6 +98,8 @@ class Probe:
             ValueError: its weights or its precision differ; the message names the first difference.
         """
         kept = self.features[name]
+        if weights_sha256(backbone) != kept["weights_sha256"]:
+            raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
         given = provenance(backbone, self._reading(name).extract)
         if found := difference(kept, given, ignore=_NOT_COMPARED):
             raise ValueError(f"the probe was trained on {name}, this backbone is another ({found})")
