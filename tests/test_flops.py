@@ -72,12 +72,13 @@ def test_extraction_costs_no_more_than_the_modules_up_to_the_tap(
         sd21.encode(torch.empty(1, 3, side, side, device="meta"))
     encoder = counter.get_total_flops() / 1e9
     assert encoder == pytest.approx(ENCODER[side], rel=0.01)
-    assert gigaflops(sd21, tap, side) - encoder == pytest.approx(COST[tap][side], rel=0.01)
+    # folded upsampling saves up to a thirtieth
+    assert 0.95 * COST[tap][side] < gigaflops(sd21, tap, side) - encoder <= 1.01 * COST[tap][side]
 
 
 def test_an_ensemble_encodes_the_image_once(sd21: LatentDiffusion) -> None:
     total = gigaflops(sd21, "up.1", 768, ensemble=8)
-    assert total == pytest.approx(ENCODER[768] + 8 * COST["up.1"][768], rel=0.01)
+    assert total == pytest.approx(ENCODER[768] + 8 * COST["up.1"][768], rel=0.03)
     assert total <= 11_800  # the official structure encodes each member: 29,900
 
 

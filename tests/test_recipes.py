@@ -265,4 +265,4 @@ def test_sd_dino_costs_less_than_half_of_the_official_code() -> None:
 
 def test_cleandift_ends_at_its_tap() -> None:
     cost = teraflops("cleandift", meta_sd(1024, [5, 10, 20, 20]))
-    assert 3.6 < cost < 3.75  # 3.7; the whole U-Net: 4.76
+    assert 3.6 < cost <= 3.7  # the whole U-Net: 4.76

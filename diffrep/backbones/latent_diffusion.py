@@ -17,6 +17,7 @@ from diffrep.backbones.freeu import applying
 from diffrep.backbones.latents import LatentBackbone, PromptEncoder
 from diffrep.backbones.text import PromptEmbedding
 from diffrep.backbones.unet_taps import cross_attentions, tap_readers, tokens_to_map, unet_taps
+from diffrep.backbones.upsampling import folded_upsampling
 from diffrep.images import Sizing
 
 
@@ -96,7 +97,7 @@ class LatentDiffusion(LatentBackbone):
         batch, size = latents.shape[0], (int(latents.shape[-2]), int(latents.shape[-1]))
         with self._constant_context(conditions.prompt) as context, applying(self.network, conditions.freeu):
             arguments = self._added_conditions(conditions.prompt, batch, size)
-            with reading(tap_readers(self.network, infos)) as found:
+            with folded_upsampling(self.network), reading(tap_readers(self.network, infos)) as found:
                 self.network(
                     latents.to(self.device, self.dtype),
                     max(conditions.timestep, 0),
