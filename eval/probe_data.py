@@ -155,4 +155,3 @@ def named_images(source: str, work: str | Path, *, workers: int = 1, image: str 
         place = f"{SCENES}-{chosen.size}-{chosen.train}-{chosen.val}-{chosen.test}"
         return scene_images(Path(work) / place, attribute, chosen, workers=workers)
     return read_labelled(source, image=image, label=label, group=group)
-

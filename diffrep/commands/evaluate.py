@@ -8,7 +8,8 @@ from typing import Annotated, Protocol
 
 import tyro
 
-from diffrep.commands.evaluate_dense import EvalDepth, EvalNormals
+from diffrep.commands.evaluate_dense import EvalAblation, EvalDepth, EvalNormals
+from diffrep.commands.evaluate_probes import EvalProbes
 from diffrep.commands.output import check_writable, write_text
 from diffrep.eval.correspondence import EvalCorrespondence
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
@@ -92,5 +93,7 @@ Evaluate = (
     | Annotated[EvalCorrespondence, tyro.conf.subcommand("correspondence")]
     | Annotated[EvalDepth, tyro.conf.subcommand("depth")]
     | Annotated[EvalNormals, tyro.conf.subcommand("normals")]
+    | Annotated[EvalAblation, tyro.conf.subcommand("depth-ablation")]
     | Annotated[Synthesis, tyro.conf.subcommand("synthesis")]
+    | Annotated[EvalProbes, tyro.conf.subcommand("probes")]
 )
