@@ -147,11 +147,12 @@ def evaluate_synthesis(
 
     stride = (sampling.stride or max(model.window // 2, 1)) * model.factor
     decode_stride = (sampling.decode_stride or max(model.window // 2, 1)) * model.factor
-    borders = {  # the control lies where no window ends
+    beside = stride // 2 // model.factor * model.factor  # whole latents away: decoders have a period of one latent
+    borders = {
         f"every {stride} px, where windows start": (stride, 0),
         f"every {decode_stride} px, where decoding starts": (decode_stride, 0),
         f"every {size} px, where cells start": (size, 0),
-        f"control: {stride // 4 + 1} px beside windows": (stride, stride // 4 + 1),
+        f"every {stride} px, {beside} px off (control)": (stride, beside),
     }
     ratios: dict[str, list[float]] = {name: [] for name in borders}
     measured, crops = [], []

@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from diffrep.commands.train_one_step import TrainDepth, TrainNormals
-from diffrep.commands.train_synthesis import TrainSynthesis
+from diffrep.commands.train_segmentation import TrainSegmentation
+from diffrep.commands.train_synthesis import TrainPrior, TrainSynthesis
 from diffrep.training.tiny import TinyTraining, train_tiny
 
 
@@ -45,5 +46,7 @@ Train = (
     Annotated[TrainTiny, tyro.conf.subcommand("tiny")]
     | Annotated[TrainDepth, tyro.conf.subcommand("depth")]
     | Annotated[TrainNormals, tyro.conf.subcommand("normals")]
+    | Annotated[TrainSegmentation, tyro.conf.subcommand("segmentation")]
     | Annotated[TrainSynthesis, tyro.conf.subcommand("synthesis")]
+    | Annotated[TrainPrior, tyro.conf.subcommand("prior")]
 )

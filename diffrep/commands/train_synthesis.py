@@ -1,4 +1,4 @@
-"""``diffrep train synthesis``: a model that paints large images from embeddings."""
+"""``diffrep train synthesis`` paints large images from embeddings; ``diffrep train prior`` makes these from texts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import diffrep
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
 from diffrep.synthesis import SynthesisModel
+from diffrep.training.prior import PriorTraining, train_prior
 from diffrep.training.synthesis_data import ImagePatches, Patches, ScenePatches
 from diffrep.training.synthesis_fit import PUBLISHED, SynthesisTraining, train_synthesis
 from diffrep.training.tiny import half, replace_folder
@@ -57,6 +58,26 @@ class TrainSynthesis:
             return ImagePatches(tuple(find_images(self.images)), self.sides)
         scenes = SceneSet(self.scenes) if self.scenes else render_set(self.work / "scenes", "train", self.count)
         return ScenePatches(scenes, self.sides or (0.5, 1.0), self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPrior:
+    """Train a small model to draw grids of embeddings from texts or labels, on rendered scenes.
+
+    The defaults made the embedded `tiny-prior`. Called again with the same work folder it goes on where it was.
+    """
+
+    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
+    work: Path = Path("runs/prior")  # embedded scenes, checkpoints and log
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    training: Annotated[PriorTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=PriorTraining)
+
+    def run(self) -> None:
+        output = self.output or self.work / "model"
+        rendered = self.scenes or render_set(self.work / "scenes", "train", self.training.count).folder
+        prior = train_prior(self.training, SceneSet(rendered), self.work / "run")
+        replace_folder(output, lambda folder: half(prior.to("cpu")).save(folder))
+        print(f"wrote {output}")
 
 
 def given(settings: Any, defaults: Any) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Training of `EmbeddingPrior`: grids of embeddings of scenes, denoised under their captions or categories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffrep.scenes import CATEGORIES, SceneSet
+from diffrep.synthesis.conditions import ImageEncoder, Pooling
+from diffrep.synthesis.prior import TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
+from diffrep.training.crops import gather
+from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
+from diffrep.training.unet import build_scheduler
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining:
+    """A prior and its training. The defaults made the embedded ``tiny-prior``."""
+
+    condition: Literal["text", "label"] = "text"  # captions, or names of categories
+    text: str = "tiny"  # encoder of texts: tiny, a diffusers folder, or open_clip:MODEL/PRETRAINED
+    encoder: str = "tiny-dino"  # backbone of the embeddings
+    pooling: Pooling = "mean"
+    shape: tuple[int, int] = (2, 2)  # cells into which a scene is cut
+    count: int = 4000  # scenes
+    width: int = 96
+    layers: int = 3
+    dropout: float = 0.1  # share of samples that are told nothing
+    held_out: int = 256
+    batch_size: int = 128
+    fit: FitSettings = field(
+        default_factory=lambda: FitSettings(steps=6000, minutes=5, learning_rate=1e-3, ema_decay=0.998, seed=9)
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 1 or self.count <= self.held_out or self.held_out < 2:
+            raise ValueError(
+                "shape must be at least 1 x 1 and held_out in 2..count, got"
+                f" {self.shape}, {self.held_out} of {self.count}"
+            )
+
+
+def embed_scenes(
+    scenes: SceneSet, training: PriorTraining, encoder: ImageEncoder, *, progress: bool = True
+) -> Mapping[str, Tensor]:
+    """Grids of scenes with what a prior is told of them: "grids" (N, R, C, D) float16, "conditions" (N, E)."""
+    chosen = torch.arange(min(training.count, len(scenes))) * len(scenes) // min(training.count, len(scenes))
+    rows, columns = training.shape
+    grids = []
+    for part in tqdm(chosen.split(32), desc="embedding", unit="batch", disable=not progress):
+        images = gather(scenes, "image", part).permute(0, 3, 1, 2).float() / 255
+        height, width = images.shape[-2] // rows, images.shape[-1] // columns
+        cells = images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
+        found = encoder(cells.flatten(0, 2))
+        grids.append(found.unflatten(0, (len(part), rows, columns)).half())
+    if training.condition == "text":
+        conditions = embed_texts(training.text, [scenes.captions[i] for i in chosen.tolist()])
+    else:
+        conditions = F.one_hot(torch.as_tensor(scenes.category[chosen.numpy()]).long(), len(CATEGORIES)).float()
+    return {"grids": torch.cat(grids), "conditions": conditions}
+
+
+def prior_batches(data: Mapping[str, Tensor], training: PriorTraining) -> Callable[[torch.Generator], Batch]:
+    """Batches for `prior_loss`; `data` has standardised grids."""
+
+    def batches(generator: torch.Generator) -> Batch:
+        rows = torch.randint(len(data["grids"]), (training.batch_size,), generator=generator)
+        grids = data["grids"][rows].float()
+        return {
+            "grids": grids,
+            "conditions": data["conditions"][rows],
+            "noise": torch.randn(grids.shape, generator=generator),
+            "timesteps": torch.randint(TIMESTEPS, (len(rows),), generator=generator),
+            "dropped": torch.rand(len(rows), generator=generator) < training.dropout,
+        }
+
+    return batches
+
+
+class PriorObjective(nn.Module):
+    """A prior with the schedule that it is trained on."""
+
+    def __init__(self, prior: EmbeddingPrior) -> None:
+        super().__init__()
+        self.prior = prior
+        self.alphas_cumprod: Tensor
+        self.register_buffer("alphas_cumprod", build_scheduler().alphas_cumprod.float())
+
+    def forward(
+        self, grids: Tensor, noise: Tensor, timesteps: Tensor, conditions: Tensor, dropped: Tensor
+    ) -> Tensor:
+        """Mean squared error of the clean grid, ()."""
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        found = self.prior(alpha.sqrt() * grids + (1 - alpha).sqrt() * noise, timesteps, conditions, dropped)
+        return (found.float() - grids).square().mean()
+
+
+def prior_loss(module: PriorObjective, ema: PriorObjective, batch: Batch) -> Mapping[str, Tensor]:
+    """Loss of a `PriorObjective`; see `fit`."""
+    return {"loss": module(*(batch[k] for k in ("grids", "noise", "timesteps", "conditions", "dropped")))}
+
+
+def train_prior(training: PriorTraining, scenes: SceneSet, folder: Path, *, progress: bool = True) -> EmbeddingPrior:
+    """Train a prior. Called again with the same folder, it goes on where it was.
+
+    The log has, on held-out scenes, the loss with their own condition ("own"), with that of another scene ("other")
+    and without any ("null").
+    """
+    encoder = ImageEncoder.load(training.encoder, training.pooling)
+    cache = folder / "grids.safetensors"
+    if not cache.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(cache, embed_scenes(scenes, training, encoder, progress=progress))
+    data = load_file(cache)
+    config = PriorConfig(
+        dim=encoder.dim,
+        condition_dim=data["conditions"].shape[1],
+        encoder=encoder.name,
+        text=training.text if training.condition == "text" else "",
+        labels=() if training.condition == "text" else tuple(CATEGORIES),
+        shape=training.shape,
+        width=training.width,
+        layers=training.layers,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(training.fit.seed)
+        prior = EmbeddingPrior(config)
+    learnt = data["grids"][: -training.held_out].float().flatten(0, 2)
+    prior.mean.copy_(learnt.mean(0))
+    prior.std.copy_(learnt.std(0).clamp(min=1e-6))
+    data["grids"] = (data["grids"].float() - prior.mean) / prior.std
+    train = {name: values[: -training.held_out] for name, values in data.items()}
+    held_out = {name: values[-training.held_out :] for name, values in data.items()}
+    average = fit(
+        PriorObjective(prior), prior_batches(train, training), prior_loss, training.fit, folder,
+        validate=_check(held_out), validate_every=500, progress=progress,
+    )  # fmt: skip
+    return average.prior.eval().requires_grad_(False)
+
+
+def _check(held_out: Mapping[str, Tensor]) -> Callable[[PriorObjective, int], Mapping[str, float]]:
+    @torch.no_grad()
+    def check(objective: PriorObjective, step: int) -> Mapping[str, float]:
+        generator, grids, told = step_generator(1, 0), held_out["grids"], held_out["conditions"]
+        noise = torch.randn(grids.shape, generator=generator)
+        timesteps = torch.randint(TIMESTEPS, (len(grids),), generator=generator)
+        kinds = {"own": (told, False), "other": (told.roll(1, 0), False), "null": (told, True)}
+        found = {}
+        for name, (condition, drop) in kinds.items():
+            given = (grids, noise, timesteps, condition, torch.full((len(grids),), drop))
+            found[name] = float(objective(*(t.to(objective.alphas_cumprod.device) for t in given)))
+        return found
+
+    return check
