@@ -13,10 +13,12 @@ import tyro
 from torch import Tensor
 
 from diffrep.commands.output import check_writable, write_text
+from diffrep.commands.train_one_step import open_set
 from diffrep.eval.datasets.depth_images import open_depth_set
 from diffrep.eval.datasets.normal_images import open_normal_set
 from diffrep.eval.depth import DepthProtocol, DepthReport, Predict, evaluate_depth
 from diffrep.eval.normals import NormalProtocol, NormalReport, PredictNormals, evaluate_normals
+from diffrep.eval.one_step_ablation import AblationSettings, run_ablation
 from diffrep.eval.scene_maps import (
     Method,
     SceneMapReport,
@@ -121,6 +123,35 @@ class EvalNormals(DenseEvaluation):
             pad="lotus" if lotus else "none", stretch=not lotus, side=own, average=self.average
         )
         self._show(evaluate_normals(normal_predictor(head), data, protocol, method=self.head, folder=self.work))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAblation:
+    """Lotus's ablation in small: noise or clean target, many steps or one, detail preserver, pretrained or not.
+
+    Nine trainings of equal length from one base, each measured on the same held-out scenes.
+    """
+
+    task: Literal["disparity", "depth", "normals"] = "disparity"
+    base: str = "tiny"
+    data: str = "scenes"  # scenes to train on: rendered into WORK/scenes, or scenes=FOLDER
+    scenes_to_render: int = 24000  # where --data names no folder
+    work: Path = Path("runs/ablation")  # trainings; the same folder again goes on where it was
+    latents: Path | None = None  # encoded scenes, shared with `diffrep train depth`; WORK
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also keep the report as this JSON file
+    json: bool = False  # print JSON instead of the table
+    settings: Annotated[AblationSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=AblationSettings)
+
+    def run(self) -> None:
+        if self.output is not None:
+            check_writable(self.output, (".json",))
+        samples = open_set(self.data, self.task, self.work, self.scenes_to_render)
+        report = run_ablation(
+            samples, self.task, self.work, self.settings, base=self.base, latents=self.latents
+        )
+        if self.output is not None:
+            write_text(self.output, report.to_json() + "\n")
+        print(report.to_json() if self.json else report.table())
 
 
 def head_method(head: DenseHead, config: PredictConfig) -> Method:

@@ -1,0 +1,220 @@
+"""Lotus's ablation in small: what the target, the number of steps, the detail preserver and the pretraining bring.
+
+Every variant starts from the same base, sees the same scenes for the same number of optimiser steps and is measured on
+the same held-out scenes. The paper's numbers (its section 4.3: AbsRel on NYUv2, in percent) stand beside the variants
+that it has; they are of another model, another data set and far longer trainings: only their order is comparable.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrep.backbones.pipelines import load_parts
+from diffrep.eval.scene_maps import (
+    Method,
+    SceneMapReport,
+    SceneMapSettings,
+    evaluate_scene_maps,
+    no_look,
+    through_vae,
+)
+from diffrep.scenes import Scene
+from diffrep.training.loop import FitSettings
+from diffrep.training.one_step import LOTUS_D, LOTUS_G, OneStepModel, OneStepRecipe, Task
+from diffrep.training.one_step_data import AnnotatedImages
+from diffrep.training.one_step_fit import EMBEDDED_FIT, OneStepTraining, train_one_step
+from diffrep.training.one_step_sampling import predict_maps
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row.
+
+    Attributes:
+        steps: of DDIM when it predicts.
+        published: AbsRel on NYUv2 in the paper, percent.
+    """
+
+    name: str
+    recipe: OneStepRecipe
+    steps: int = 1
+    scratch: bool = False
+    published: float | None = None
+
+
+def variants(*, ddim_steps: int = 10) -> tuple[Variant, ...]:
+    """The paper's chain from direct adaptation to Lotus-D, then what is added here."""
+    plain = replace(LOTUS_G, posterior="mean", preserve=0.0, task_vector=False)
+    diffusion = replace(plain, timesteps="all")
+    lotus_d = replace(LOTUS_D, posterior="mean")
+    return (
+        Variant("noise, all timesteps", replace(diffusion, predicts="epsilon"), ddim_steps, published=11.55),
+        Variant("v, all timesteps", replace(diffusion, predicts="v_prediction"), ddim_steps),
+        Variant("x0, all timesteps", diffusion, ddim_steps, published=8.33),
+        Variant("x0, all timesteps, asked once", diffusion, 1),
+        Variant("x0, one step", plain, published=5.59),
+        Variant("x0, one step, detail preserver (Lotus-G)", replace(LOTUS_G, posterior="mean"), published=5.56),
+        Variant("x0, one step, no noise", replace(lotus_d, preserve=0.0, task_vector=False)),
+        Variant("x0, one step, no noise, detail preserver (Lotus-D)", lotus_d),
+        Variant("the same as Lotus-D from random weights", lotus_d, scratch=True),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationSettings:
+    """How long every variant is trained, and on what it is measured."""
+
+    steps: int = 400  # optimiser steps of each variant
+    batch_size: int = 16  # images; the detail preserver's rows come on top
+    learning_rate: float = 1e-3
+    ddim_steps: int = 10  # when variants trained on all timesteps predict
+    seed: int = 21
+    held_out: int = 160  # scenes that they are measured on
+
+    def fit(self) -> FitSettings:
+        """The settings of every variant's training."""
+        return replace(
+            EMBEDDED_FIT, steps=self.steps, minutes=None, learning_rate=self.learning_rate, seed=self.seed,
+            ema_decay=0.99,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AblationReport:
+    """What every variant got."""
+
+    settings: AblationSettings
+    variants: tuple[Variant, ...]
+    scenes: SceneMapReport
+
+    def metric(self) -> str:
+        """The one that is compared."""
+        return "mean" if self.scenes.task == "normals" else "abs_rel"
+
+    def difference(self, ours: str, theirs: str) -> tuple[float, float, float]:
+        """How much lower the error of `ours` is than that of `theirs`, in percent of it, with a 95 % interval.
+
+        Over the same images, drawn together.
+        """
+        names = self.scenes.groups()["all"]
+        a, b = (np.array([self.scenes.rows[m][n][self.metric()] for n in names]) for m in (ours, theirs))
+        draws = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
+        gains = 100 * (1 - a[draws].mean(1) / b[draws].mean(1))
+        low, high = np.quantile(gains, [0.025, 0.975])
+        return float(100 * (1 - a.mean() / b.mean())), float(low), float(high)
+
+    def findings(self) -> list[str]:
+        """Each claim of the paper, and whether it shows here."""
+        names = [variant.name for variant in self.variants]
+        claims = (
+            ("x0 instead of noise", names[2], names[0]),
+            ("one step instead of all timesteps", names[4], names[2]),
+            ("the detail preserver, with noise", names[5], names[4]),
+            ("the detail preserver, without noise", names[7], names[6]),
+            ("no noise instead of noise (D instead of G)", names[7], names[5]),
+            ("pretrained instead of random weights", names[7], names[8]),
+        )
+        lines = []
+        for what, ours, theirs in claims:
+            value, low, high = self.difference(ours, theirs)
+            verdict = "shows" if low > 0 else ("the opposite shows" if high < 0 else "does not show either way")
+            lines.append(f"  {what}: error {value:+.1f}% lower ({low:+.1f}..{high:+.1f}): {verdict}")
+        return lines
+
+    def table(self) -> str:
+        """Variants with their error, the paper's beside, then what follows."""
+        metric = self.metric()
+        others = [name for name in self.scenes.rows if name not in {v.name for v in self.variants}]
+        width = max(map(len, self.scenes.rows))
+        unit = "mean angle, degrees" if metric == "mean" else "AbsRel, %"
+        lines = [
+            f"{self.settings.steps} steps of {self.settings.batch_size} images each, {len(self.scenes.groups()['all'])}"
+            f" held-out scenes (95 % interval over images)",
+            f"  {'':<{width}}  {'passes':>6}  {unit:>24}  paper, NYUv2 AbsRel %",
+        ]
+        rows: list[tuple[str, int | None, float | None]] = [(v.name, v.steps, v.published) for v in self.variants]
+        for name, passes, published in [*rows, *((name, None, None) for name in others)]:
+            scale = 1 if metric == "mean" else 100
+            value, low, high = (scale * x for x in self.scenes.mean(name, metric))
+            cell = f"{value:.2f} ({low:.2f}..{high:.2f})"
+            paper = "" if published is None else f"{published:.2f}"
+            lines.append(f"  {name:<{width}}  {passes or '':>6}  {cell:>24}  {paper:>5}".rstrip())
+        return "\n".join([*lines, "", "What the paper claims, on these scenes:", *self.findings()])
+
+    def to_json(self) -> str:
+        """The table as numbers, with every variant's settings."""
+        document: dict[str, Any] = {
+            "settings": asdict(self.settings),
+            "variants": [asdict(variant) for variant in self.variants],
+            "scenes": json.loads(self.scenes.to_json()),
+            "findings": self.findings(),
+        }
+        return json.dumps(document, indent=2)
+
+
+def run_ablation(
+    samples: AnnotatedImages,
+    task: Task,
+    work: Path,
+    settings: AblationSettings | None = None,
+    *,
+    base: str = "tiny",
+    latents: Path | None = None,
+    progress: bool = True,
+) -> AblationReport:
+    """Train and measure every variant. Called again with the same folder it goes on where it was.
+
+    Args:
+        samples: to train on.
+        latents: folder of the encoded samples; `work` where None.
+
+    Raises:
+        ValueError: the folder is of other settings.
+    """
+    settings = settings or AblationSettings()
+    chosen = variants(ddim_steps=settings.ddim_steps)
+    vae = load_parts(base).vae
+    methods: dict[str, Method] = {}
+    weights: dict[str, object] = {}
+    for variant in chosen:
+        training = OneStepTraining(
+            task=task, base=base, recipe=variant.recipe, fit=settings.fit(), batch_size=settings.batch_size,
+            scratch=variant.scratch, cache=True,
+        )  # fmt: skip
+        model = train_one_step(
+            training, [samples], [1.0], work / _folder_name(variant), latents=latents or work, progress=progress
+        )
+        methods[variant.name] = _method(model, vae, task, variant.steps)
+        weights[variant.name] = asdict(training)
+    methods |= {"no look": no_look(task), "truth through the VAE": through_vae(vae, task)}
+    found = evaluate_scene_maps(
+        methods, task, SceneMapSettings(count=settings.held_out), folder=work / "scenes", weights=weights,
+        progress=progress,
+    )
+    return AblationReport(settings, chosen, found)
+
+
+def _folder_name(variant: Variant) -> str:
+    """Variants that differ in how they are asked share their training."""
+    start = "scratch" if variant.scratch else "pretrained"
+    recipe = variant.recipe
+    preserver = "-preserver" if recipe.preserve else ""
+    return f"{start}-{recipe.predicts}-{recipe.timesteps}-{recipe.first}{preserver}".replace("_", "-")
+
+
+def _method(model: OneStepModel, vae: Any, task: Task, steps: int) -> Callable[[Sequence[Scene]], Tensor]:
+    def method(scenes: Sequence[Scene]) -> Tensor:
+        device = model.alphas_cumprod.device
+        pixels = torch.stack([torch.from_numpy(scene.image.copy()).permute(2, 0, 1) for scene in scenes])
+        found = predict_maps(model, vae.to(device), pixels.float().to(device) / 127.5 - 1, task, steps=steps)
+        return found.cpu()
+
+    return method
