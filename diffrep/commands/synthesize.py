@@ -13,6 +13,7 @@ from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, 
 from diffrep.synthesis.conditions import ImageEncoder, interpolate_grids, load_grid, vary_grid
 from diffrep.synthesis.large import check_canvas, grid_shape
 from diffrep.synthesis.outputs import SUFFIXES, FileSettings, check_output
+from diffrep.synthesis.prior import load_prior
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Synthesize:
 
     reference: Path | None = None  # an image: its cells' embeddings say what is painted where
     grid: Path | None = None  # instead: embeddings as .npy or zarr, (rows, columns, dim)
+    text: str | None = None  # instead: a text, or a label, whose embeddings `--prior` draws
+    prior: str = "tiny-prior"  # what draws embeddings from texts or labels; or a folder
     towards: Path | None = None  # a second reference; `--blend` says how far to go to it
     blend: float = 0.5  # 0: the first, 1: the second
     vary: float = 0.0  # degrees by which every embedding is turned in a random direction
@@ -43,8 +46,8 @@ class Synthesize:
 
     def run(self) -> None:
         check_writable(self.output, SUFFIXES)
-        if (self.reference is None) == (self.grid is None):
-            raise ValueError("say what to paint: --reference IMAGE or --grid FILE, and not both")
+        if sum(source is not None for source in (self.reference, self.grid, self.text)) != 1:
+            raise ValueError("say what to paint: one of --reference IMAGE, --grid FILE and --text TEXT")
         size = None if self.size is None else parse_size(self.size, "size")
         if size is not None:
             check_output(self.output, size)
@@ -62,11 +65,23 @@ class Synthesize:
     def _grid(self, model: SynthesisModel) -> EmbeddingGrid:
         if self.grid is not None:
             grid = load_grid(self.grid)
+        elif self.text is not None:
+            grid = self._draw(model, self.text)
         else:
             grid = self._embed(model, self.reference)
         if self.towards is not None:
             grid = interpolate_grids(grid, self._embed(model, self.towards), self.blend)
         return vary_grid(grid, self.vary, seed=self.sampling.seed) if self.vary else grid
+
+    def _draw(self, model: SynthesisModel, text: str) -> EmbeddingGrid:
+        prior = load_prior(self.prior)
+        made, wanted = prior.config.encoder, model.about.encoder
+        if made and wanted and made != wanted:
+            raise ValueError(f"{self.prior} draws embeddings of {made}, {self.model} paints those of {wanted}")
+        shape = None if self.cells is None else parse_size(self.cells, "cells")
+        if shape is None and self.size is not None:
+            shape = grid_shape(model, parse_size(self.size, "size"))
+        return prior.sample([text], shape=shape, seed=self.sampling.seed)[0]
 
     def _embed(self, model: SynthesisModel, image: Path | None) -> EmbeddingGrid:
         assert image is not None
