@@ -20,6 +20,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -274,3 +275,13 @@ def _resized_size(height: int, width: int, sizing: Sizing) -> tuple[int, int]:
 def stack_pixels(canvases: Sequence[Tensor]) -> Tensor:
     """uint8 canvases (3, H, W) of one size -> (B, 3, H, W) float32 in [0, 1]."""
     return torch.stack(list(canvases)).float() / 255
+
+
+def shrink(pixels: Tensor, levels: int) -> list[Tensor]:
+    """Images and their versions at 1/2, 1/4, ... of the size, bilinear, without antialiasing as published."""
+    height, width = pixels.shape[-2:]
+    smaller = [
+        F.interpolate(pixels, size=(height // 2**k, width // 2**k), mode="bilinear", align_corners=False)
+        for k in range(1, levels + 1)
+    ]
+    return [pixels, *smaller]

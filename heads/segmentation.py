@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffrep.backbones import draw_noise
 from diffrep.heads.diffdis import DiffDisUNet
 from diffrep.heads.one_step import TIMESTEP, LatentCodec, Schedule
-from diffrep.images import stack_pixels
+from diffrep.images import shrink, stack_pixels
 
 SCALES = (0.75, 1.0, 1.25)  # of the published ensemble over test-time augmentations, each without and with mirror
 
@@ -82,7 +82,7 @@ class DiffDis(LatentCodec):
         height, width = pixels.shape[-2:]
         if height % self.multiple or width % self.multiple:
             raise ValueError(f"the sides must be multiples of {self.multiple}, got {height} x {width}")
-        return [self.encode(image) for image in shrunk(pixels, self.unet.levels)]
+        return [self.encode(image) for image in shrink(pixels, self.unet.levels)]
 
     def predict_latents(self, latents: Sequence[Tensor], noise: Tensor, *, edges: bool = False) -> Tensor:
         """Clean latents of the masks, and of the edges behind them, in one pass of the U-Net.
@@ -142,16 +142,6 @@ def image_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
     if image.size != size[::-1]:
         image = image.resize(size[::-1], Image.Resampling.BILINEAR)
     return stack_pixels([torch.from_numpy(np.array(image)).permute(2, 0, 1)])
-
-
-def shrunk(pixels: Tensor, levels: int) -> list[Tensor]:
-    """Images and their versions at 1/2, 1/4, ... of the size, bilinear, without antialiasing as published."""
-    height, width = pixels.shape[-2:]
-    smaller = [
-        F.interpolate(pixels, size=(height // 2**k, width // 2**k), mode="bilinear", align_corners=False)
-        for k in range(1, levels + 1)
-    ]
-    return [pixels, *smaller]
 
 
 def finish(raw: Tensor, *, stretch: bool = True) -> Tensor:

@@ -32,8 +32,8 @@ def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, na
     """
     if not is_diffdis(weights):
         raise BackboneError(
-            f"{name}: is no DiffDIS U-Net: its weights have no rgb_proj, attn3 and class_embedding (a plain U-Net can be"
-            " trained into one: diffrep train segmentation)"
+            f"{name}: is no DiffDIS U-Net: its weights lack rgb_proj, attn3 or class_embedding;"
+            " `diffrep train segmentation` makes one of a plain U-Net"
         )
     network = DiffDisUNet(config)
     own = network.state_dict()

@@ -35,7 +35,8 @@ class FitSettings:
     minutes: float | None = None  # or after this many minutes of training, whichever comes first
     learning_rate: float = 1e-3  # the highest
     warmup: int = 100  # steps in which the learning rate rises from 0
-    schedule: Literal["cosine", "constant", "exponential"] = "cosine"  # how it falls after that
+    schedule: Literal["cosine", "constant", "exponential", "diffdis"] = "cosine"  # how it falls after that
+    epochs: int = 100  # what the schedule "diffdis" counts in
     final_rate: float = 0.02  # share of the learning rate that is left at the end
     weight_decay: float = 0.02  # of AdamW
     decay: Literal["matrices", "all"] = "matrices"  # what decays: not biases and norms, or every parameter
@@ -63,6 +64,8 @@ class FitSettings:
         rising = min((step + 1) / (self.warmup + 1), 1.0)
         if self.schedule == "constant":
             return self.learning_rate * rising
+        if self.schedule == "diffdis":
+            return diffdis_rate(1 + int(min(progress, 1.0) * self.epochs), self.learning_rate) * rising
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         return self.learning_rate * rising * (self.final_rate + (1 - self.final_rate) * cosine)
 
@@ -72,6 +75,15 @@ def exponential_factor(step: float, total: int, *, final_ratio: float = 0.01, wa
     if step < warmup:
         return step / warmup
     return final_ratio ** min((step - warmup) / max(total - warmup, 1), 1.0)
+
+
+def diffdis_rate(epoch: int, learning_rate: float = 3e-5) -> float:
+    """DiffDIS' learning rate in an epoch, counted from 1: after each epoch e it is multiplied by 0.95^(e // 30).
+
+    >>> [f"{diffdis_rate(epoch):.2e}" for epoch in (1, 30, 31, 32, 101)]
+    ['3.00e-05', '3.00e-05', '2.85e-05', '2.71e-05', '5.46e-08']
+    """
+    return learning_rate * 0.95 ** sum(e // 30 for e in range(1, epoch))
 
 
 Module = TypeVar("Module", bound=nn.Module)

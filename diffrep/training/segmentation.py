@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.images import shrink
 from diffrep.training.loop import Batch
 
 TIMESTEP = 999
@@ -109,7 +110,6 @@ def cut_mix(values: Tensor, boxes: Tensor) -> Tensor:
 
 def encode_step(
     encode: Callable[[Tensor], Tensor],
-    shrink: Callable[[Tensor, int], Sequence[Tensor]],
     images: Tensor,
     masks: Tensor,
     edges: Tensor,
@@ -120,7 +120,6 @@ def encode_step(
 
     Args:
         encode: pixels (B, 3, H, W) in [0, 1] to scaled latents.
-        shrink: images and the number of levels to the images and their smaller versions.
         images: (B, 3, H, W); masks, edges: (B, 1, H, W); all in [0, 1].
 
     Returns:
@@ -189,12 +188,3 @@ def segmentation_losses(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapp
         if len(errors) > images:
             losses["drawn edge"] = drawn[images:].mean()
     return {"loss": torch.stack(list(losses.values())).sum(), **losses}
-
-
-def published_rate(epoch: int, learning_rate: float = 3e-5) -> float:
-    """The learning rate in an epoch, counted from 1: after every epoch e it is multiplied by 0.95^(e // 30).
-
-    >>> [f"{published_rate(epoch):.2e}" for epoch in (1, 30, 31, 32, 101)]
-    ['3.00e-05', '3.00e-05', '2.85e-05', '2.71e-05', '5.46e-08']
-    """
-    return learning_rate * 0.95 ** sum(e // 30 for e in range(1, epoch))

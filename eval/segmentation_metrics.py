@@ -1,0 +1,239 @@
+"""How masks are scored: F, weighted F, MAE, S and E measures of the DIS benchmarks, and the authors' variant of them.
+
+Two definitions are in use. `DIS` is that of the published tables' protocol and of the package pysodmetrics, with which
+the tests compare: soft maps, stretched to [0, 1] per image. `AUTHORS`, with maps thresholded at 0.5 before every
+metric, is what DiffDIS' own `test_score.py` computes: population variances, 255 thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.ndimage import convolve, distance_transform_edt
+
+from diffrep.eval.hce import human_correction_effort
+
+Array = NDArray[np.float64]
+Truth = NDArray[np.bool_]
+
+_TINY = float(np.spacing(1))
+
+
+@dataclass(frozen=True)
+class Definition:
+    """The choices in which the definitions differ.
+
+    Attributes:
+        thresholds: of the curves; with 255 the grey levels 254 and 255 count as one.
+        deviation: degrees of freedom taken off in the variances of the S-measure (its covariances lose 1).
+        floor: the S-measure is not negative.
+        epsilon, weighted_epsilon: added to denominators, of the S- and E-measures and of the weighted F.
+    """
+
+    thresholds: int = 256
+    deviation: int = 1
+    floor: bool = True
+    epsilon: float = _TINY
+    weighted_epsilon: float = _TINY
+
+
+DIS = Definition()
+AUTHORS = Definition(thresholds=255, deviation=0, floor=False, weighted_epsilon=1e-6, epsilon=1e-8)
+
+
+def prepare(predicted: NDArray[np.uint8], truth: NDArray[np.uint8]) -> tuple[Array, Truth]:
+    """8-bit maps (H, W) -> prediction in [0, 1], stretched to its full range, and truth above 128.
+
+    Raises:
+        ValueError: the maps differ in shape or are no 8-bit grey maps.
+    """
+    if predicted.shape != truth.shape or predicted.ndim != 2:
+        raise ValueError(f"prediction and truth must be (H, W) of one size, got {predicted.shape} and {truth.shape}")
+    if predicted.dtype != np.uint8 or truth.dtype != np.uint8:
+        raise ValueError(f"prediction and truth must be 8-bit maps, got {predicted.dtype} and {truth.dtype}")
+    values = predicted / 255.0
+    low, high = values.min(), values.max()
+    return (values if high == low else (values - low) / (high - low)), truth > 128
+
+
+def counts(predicted: Array, truth: Truth, definition: Definition = DIS) -> tuple[Array, Array]:
+    """Pixels of the object and of the background at or above each threshold, from the highest to the lowest."""
+    levels = np.floor(predicted * 255).astype(int)
+    if definition.thresholds == 255:
+        levels = np.minimum(levels, 254)
+    size = definition.thresholds
+    inside = np.bincount(levels[truth], minlength=size)
+    outside = np.bincount(levels[~truth], minlength=size)
+    return np.cumsum(inside[::-1]).astype(float), np.cumsum(outside[::-1]).astype(float)
+
+
+def f_curve(predicted: Array, truth: Truth, definition: Definition = DIS) -> Array:
+    """F measure (beta^2 = 0.3) at every threshold, from the highest to the lowest."""
+    hits, false = counts(predicted, truth, definition)
+    precision, recall = hits / np.maximum(hits + false, 1), hits / max(truth.sum(), 1)
+    top = 1.3 * precision * recall
+    return np.divide(top, 0.3 * precision + recall, out=np.zeros_like(top), where=top > 0)
+
+
+def adaptive_f(predicted: Array, truth: Truth) -> float:
+    """F measure at the threshold of twice the mean, at most 1."""
+    chosen = predicted >= min(2 * predicted.mean(), 1)
+    hits = float(chosen[truth].sum())
+    if not hits:
+        return 0.0
+    precision, recall = hits / chosen.sum(), hits / truth.sum()
+    return float(1.3 * precision * recall / (0.3 * precision + recall))
+
+
+def e_curve(predicted: Array, truth: Truth, definition: Definition = DIS) -> Array:
+    """E measure at every threshold, from the highest to the lowest."""
+    hits, false = counts(predicted, truth, definition)
+    return np.array([_aligned(h, f, truth, definition) for h, f in zip(hits, false, strict=True)])
+
+
+def adaptive_e(predicted: Array, truth: Truth, definition: Definition = DIS) -> float:
+    """E measure at the threshold of twice the mean, at most 1."""
+    chosen = predicted >= min(2 * predicted.mean(), 1)
+    return _aligned(float(chosen[truth].sum()), float(chosen[~truth].sum()), truth, definition)
+
+
+def _aligned(hits: float, false: float, truth: Truth, definition: Definition) -> float:
+    """E measure of a binary map with that many right and wrong pixels of the object."""
+    pixels, inside = truth.size, int(truth.sum())
+    if inside in (0, pixels):
+        right = pixels - (hits + false) if inside == 0 else hits + false
+        return float(right / (pixels - 1 + _TINY))
+    x, y = (hits + false) / pixels, inside / pixels
+    total = 0.0
+    for count, a, b in (
+        (hits, 1 - x, 1 - y),
+        (false, 1 - x, -y),
+        (inside - hits, -x, 1 - y),
+        (pixels - inside - false, -x, -y),
+    ):
+        align = 2 * a * b / (a * a + b * b + definition.epsilon)
+        total += count * (align + 1) ** 2 / 4
+    return float(total / (pixels - 1 + _TINY))
+
+
+def s_measure(predicted: Array, truth: Truth, definition: Definition = DIS) -> float:
+    """Structure measure: half of it looks at object and background as wholes, half at four regions."""
+    share = truth.mean()
+    if share == 0:
+        return float(1 - predicted.mean())
+    if share == 1:
+        return float(predicted.mean())
+    whole = share * _object(predicted[truth], definition) + (1 - share) * _object(1 - predicted[~truth], definition)
+    found = 0.5 * whole + 0.5 * _regions(predicted, truth, definition)
+    return float(max(0.0, found) if definition.floor else found)
+
+
+def _object(values: Array, definition: Definition) -> float:
+    mean = values.mean()
+    spread = values.std(ddof=definition.deviation) if len(values) > definition.deviation else 0.0
+    return float(2 * mean / (mean * mean + 1 + spread + definition.epsilon))
+
+
+def _regions(predicted: Array, truth: Truth, definition: Definition) -> float:
+    height, width = truth.shape
+    rows, columns = np.nonzero(truth)
+    y, x = int(np.round(rows.mean())) + 1, int(np.round(columns.mean())) + 1
+    total = 0.0
+    for part in (np.s_[:y, :x], np.s_[:y, x:], np.s_[y:, :x], np.s_[y:, x:]):
+        p, g = predicted[part], truth[part].astype(float)
+        if p.size:
+            total += p.size / (height * width) * _similarity(p, g, definition)
+    return total
+
+
+def _similarity(p: Array, g: Array, definition: Definition) -> float:
+    a, b = p.mean(), g.mean()
+    spread = (((p - a) ** 2).sum() + ((g - b) ** 2).sum()) / max(p.size - definition.deviation, 1)
+    together = ((p - a) * (g - b)).sum() / max(p.size - 1, 1)
+    top, bottom = 4 * a * b * together, (a * a + b * b) * spread
+    if top != 0:
+        return float(top / (bottom + definition.epsilon))
+    return 1.0 if bottom == 0 else 0.0
+
+
+def weighted_f(predicted: Array, truth: Truth, definition: Definition = DIS) -> float:
+    """F measure (beta 1) that forgives errors near the object's border and weighs distant ones.
+
+    0 where there is no object.
+    """
+    if not truth.any():
+        return 0.0
+    distance, nearest = distance_transform_edt(~truth, return_indices=True)
+    error = np.abs(predicted - truth)
+    carried = error[nearest[0], nearest[1]]  # background takes the error of the nearest pixel of the object
+    smooth = convolve(carried, _gaussian(7, 5.0), mode="constant")
+    error = np.where(truth & (smooth < error), smooth, error)
+    weighted = error * np.where(truth, 1.0, 2 - np.exp(math.log(0.5) / 5 * distance))
+    inside = weighted[truth]
+    hits, false = truth.sum() - inside.sum(), weighted[~truth].sum()
+    recall, precision = 1 - inside.mean(), hits / (hits + false + definition.weighted_epsilon)
+    return float(2 * recall * precision / (recall + precision + definition.weighted_epsilon))
+
+
+def _gaussian(side: int, sigma: float) -> Array:
+    offsets = np.arange(side) - side // 2
+    kernel = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * sigma**2))
+    return kernel / kernel.sum()
+
+
+def mean_absolute_error(predicted: Array, truth: Truth) -> float:
+    """Mean of |p - g| over the pixels."""
+    return float(np.abs(predicted - truth).mean())
+
+
+def scores(predicted: Array, truth: Truth, definition: Definition = DIS) -> Mapping[str, float]:
+    """All scores of one map but HCE and the curves: "mae", "sm", "wfm", "f_adaptive", "em_adaptive"."""
+    return {
+        "mae": mean_absolute_error(predicted, truth),
+        "sm": s_measure(predicted, truth, definition),
+        "wfm": weighted_f(predicted, truth, definition),
+        "f_adaptive": adaptive_f(predicted, truth),
+        "em_adaptive": adaptive_e(predicted, truth, definition),
+    }
+
+
+class MaskScores:
+    """Scores of a data set: means over its images, and the curves from which maximum F and mean E are read.
+
+    Args:
+        definition: see `Definition`.
+        binarize: threshold every map at 0.5 first, as the authors' script does.
+        hce: also count HCE, which is slow on large maps.
+    """
+
+    def __init__(self, definition: Definition = DIS, *, binarize: bool = False, hce: bool = False) -> None:
+        self.definition, self.binarize, self.hce = definition, binarize, hce
+        self.images = 0
+        self.sums: dict[str, float] = {}
+        self.f = np.zeros(definition.thresholds)
+        self.e = np.zeros(definition.thresholds)
+
+    def update(self, predicted: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
+        """Count one image; 8-bit maps (H, W). Returns its own scores, with "maxf" and "em_mean" of its own curves."""
+        p, g = prepare(predicted, truth)
+        if self.binarize:
+            p = (p >= 0.5).astype(float)
+        found = dict(scores(p, g, self.definition))
+        if self.hce:
+            found["hce"] = human_correction_effort(p, g)
+        f, e = f_curve(p, g, self.definition), e_curve(p, g, self.definition)
+        self.f, self.e, self.images = self.f + f, self.e + e, self.images + 1
+        for name, value in found.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        return found | {"maxf": float(f.max()), "em_mean": float(e.mean())}
+
+    def compute(self) -> dict[str, float]:
+        """Means over the images; "maxf" is the maximum of the mean curve. NaN where nothing was counted."""
+        if not self.images:
+            return {"maxf": math.nan, "em_mean": math.nan}
+        means = {name: total / self.images for name, total in self.sums.items()}
+        return {"maxf": float(self.f.max() / self.images), "em_mean": float(self.e.mean() / self.images), **means}

@@ -1,0 +1,56 @@
+"""Scores of masks: pysodmetrics' definitions and those of DiffDIS' own script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffrep.eval.segmentation_metrics import AUTHORS, DIS, MaskScores, e_curve, f_curve, prepare
+
+from .cases import assert_within, number_in
+from .diffdis_unet import tensors_of
+
+DEFINITIONS = {  # key in the case -> definition, whether maps are thresholded first
+    "pysodmetrics": (DIS, False),
+    "authors_soft": (AUTHORS, False),
+    "authors_binarized": (AUTHORS, True),
+}
+PRINTED = {"MAE": "mae", "maxF": "maxf", "wfm": "wfm", "Sm": "sm", "adpEm": "em_adaptive"}
+
+
+def check_metrics(folder: Path, case: dict[str, Any]) -> None:
+    given, expected = tensors_of(folder)
+    atol = number_in(case["tolerance"])
+    totals = {key: MaskScores(*choice[:1], binarize=choice[1], hce=True) for key, choice in DEFINITIONS.items()}
+    for pair in case["pairs"]:
+        name = pair["pair"]
+        predicted, truth = given[f"{name}/pred"].numpy(), given[f"{name}/gt"].numpy()
+        for key, (definition, binarize) in DEFINITIONS.items():
+            alone = MaskScores(definition, binarize=binarize, hce=True)
+            got = alone.update(predicted, truth)
+            got |= {"f_mean": float(alone.f.mean()), "em_max": float(alone.e.max())}
+            for score, value in pair[key].items():
+                assert abs(got[score] - value) <= (0 if score == "hce" else atol), f"{name} {key} {score}: {got[score]}"
+            if pair["kind"] != "empty_gt":
+                totals[key].update(predicted, truth)
+        curves = {"pysod_f_curve": f_curve, "pysod_e_curve": e_curve}
+        p, g = prepare(predicted, truth)
+        for key, curve in curves.items():
+            got_curve = torch.from_numpy(curve(p, g))
+            assert_within(got_curve, expected[f"{name}/{key}"], atol=atol, what=f"{name}/{key}")
+        if f"{name}/authors_soft_f_curve" in expected:
+            got_curve = torch.from_numpy(f_curve(p, g, AUTHORS))
+            assert_within(got_curve, expected[f"{name}/authors_soft_f_curve"], atol=atol, what=name)
+
+    whole = case["dataset_all_but_empty_gt"]
+    assert totals["pysodmetrics"].images == whole["images"]
+    got = totals["pysodmetrics"].compute()
+    for score, value in whole["pysodmetrics_dis_protocol"].items():
+        assert abs(got[score] - value) <= atol, f"data set, {score}: {got[score]}"
+    printed, got = whole["test_score_script_as_printed"], totals["authors_binarized"].compute()
+    for key, score in PRINTED.items():
+        assert abs(np.round(got[score], 4) - printed[key]) < 1e-9, f"as printed, {key}: {got[score]}"
+    assert int(got["hce"]) == printed["HCE"]
