@@ -7,7 +7,7 @@ own is trained along by the error of the drawn masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from diffrep.images import shrink
 from diffrep.training.loop import Batch
 
 TIMESTEP = 999
+DRAWN_WEIGHT = 10.0  # brings the cross-entropy of drawn maps to the size of the error of latents
 EDGE_THRESHOLD = 6  # grey levels
 PUBLISHED_FASTER = (("class_embedding", 10.0),)  # `FitSettings.faster`: the embedding of the branches learns faster
 
@@ -174,17 +175,22 @@ class SegmentationModel(nn.Module):
 def segmentation_losses(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Squared error of the clean latents, of masks plus of edges; see `fit`.
 
-    With a decoder, its maps' binary cross-entropy with "maps" (rows, 1, H, W) in [0, 1] is added.
+    With a decoder, `DRAWN_WEIGHT` times its maps' binary cross-entropy with "maps" (rows, 1, H, W) in [0, 1] is added.
     """
     found = module(batch)
     images = len(batch["image 0"])
     errors = (found["clean"] - batch["target"].float()).square()
-    losses = {"mask": errors[:images].mean()}
-    if len(errors) > images:
-        losses["edge"] = errors[images:].mean()
+    losses = {name: rows.mean() for name, rows in _halves(errors, images, "mask", "edge")}
+    total = torch.stack(list(losses.values())).sum()
     if "logits" in found:
-        drawn = F.binary_cross_entropy_with_logits(found["logits"].float(), batch["maps"].float(), reduction="none")
-        losses["drawn"] = drawn[:images].mean()
-        if len(errors) > images:
-            losses["drawn edge"] = drawn[images:].mean()
-    return {"loss": torch.stack(list(losses.values())).sum(), **losses}
+        entropy = F.binary_cross_entropy_with_logits(found["logits"].float(), batch["maps"].float(), reduction="none")
+        drawn = {name: rows.mean() for name, rows in _halves(entropy, images, "drawn mask", "drawn edge")}
+        total = total + DRAWN_WEIGHT * torch.stack(list(drawn.values())).sum()
+        losses |= drawn
+    return {"loss": total, **losses}
+
+
+def _halves(rows: Tensor, images: int, *names: str) -> Iterator[tuple[str, Tensor]]:
+    """The rows of masks and, where there are any, those of edges."""
+    for name, half in zip(names, rows.split(images), strict=False):
+        yield name, half
