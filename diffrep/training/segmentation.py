@@ -7,7 +7,7 @@ own is trained along by the error of the drawn masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -180,17 +180,12 @@ def segmentation_losses(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapp
     found = module(batch)
     images = len(batch["image 0"])
     errors = (found["clean"] - batch["target"].float()).square()
-    losses = {name: rows.mean() for name, rows in _halves(errors, images, "mask", "edge")}
+    losses = {name: rows.mean() for name, rows in zip(("mask", "edge"), errors.split(images), strict=False)}
     total = torch.stack(list(losses.values())).sum()
     if "logits" in found:
         entropy = F.binary_cross_entropy_with_logits(found["logits"].float(), batch["maps"].float(), reduction="none")
-        drawn = {name: rows.mean() for name, rows in _halves(entropy, images, "drawn mask", "drawn edge")}
+        names = ("drawn mask", "drawn edge")
+        drawn = {name: rows.mean() for name, rows in zip(names, entropy.split(images), strict=False)}
         total = total + DRAWN_WEIGHT * torch.stack(list(drawn.values())).sum()
         losses |= drawn
     return {"loss": total, **losses}
-
-
-def _halves(rows: Tensor, images: int, *names: str) -> Iterator[tuple[str, Tensor]]:
-    """The rows of masks and, where there are any, those of edges."""
-    for name, half in zip(names, rows.split(images), strict=False):
-        yield name, half
