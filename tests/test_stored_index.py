@@ -231,3 +231,21 @@ def test_from_a_folder_to_an_answer_on_the_command_line(
     assert "say which part of yours" in capsys.readouterr().err
     assert main(["query", index, image, "--point", "10"]) == 2
     assert "cannot read the point '10'" in capsys.readouterr().err
+
+
+def test_a_store_is_embedded_with_small_pictures(photographs: Path, backbone: Backbone, tmp_path: Path) -> None:
+    many = tmp_path / "many"
+    for part in ("left", "right"):
+        (many / part).mkdir(parents=True)
+        paint(many / part, range(0 if part == "left" else 30, 20 if part == "left" else 50))
+    extract_store([many], tmp_path / "s", backbone, CONFIG, None, BulkConfig(workers=0))
+    options = ["--tap", "layer.2", "--color", "folder", "--method", "shortest-path", "--thumbnails", "10", "--json"]
+    assert main(["embed", str(tmp_path / "s"), "-o", str(tmp_path / "map.png"), *options]) == 0
+    page = (tmp_path / "map.html").read_text()
+    content = json.loads(page.partition('type="application/json">')[2].partition("</script>")[0])
+    assert content["columns"]["image"][0] == "left/00.png"
+    assert set(content["columns"]["folder"]) == {"left", "right"}
+    assert len(content["pictures"]) == 10
+    assert all(picture.startswith("data:image/jpeg;base64,") for picture in content["pictures"].values())
+    assert main(["embed", str(tmp_path / "s"), "-o", str(tmp_path / "m.png"), "--tap", "up.1"]) == 2
+    assert not (tmp_path / "m.png").exists()

@@ -19,7 +19,7 @@ class Embed:
     Writes the picture and beside it the coordinates (.csv), the settings (.json) and a page to explore (.html).
     """
 
-    file: Annotated[Path, tyro.conf.Positional]  # .npy, .npz, .csv, .tsv, .parquet or .h5ad
+    file: Annotated[Path, tyro.conf.Positional]  # .npy, .npz, .csv, .tsv, .parquet, .h5ad, or a store of features
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("map.png")  # .png, .pdf or .svg
     json: bool = False  # print the settings and results as JSON
     config: Annotated[EmbedConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=EmbedConfig)

@@ -43,12 +43,16 @@ class EmbedConfig:
     device: str = "cpu"  # where heat is computed: cpu or cuda
     seed: int = 0  # of landmarks and scaling
     hover_points: int = 50_000  # at most so many points on the page to explore
+    tap: str | None = None  # of a store of features: which; may be left out where it has one
+    thumbnails: int = 1000  # of a store: at most so many small pictures on the page to explore
 
     def __post_init__(self) -> None:
         if self.method not in PRESETS:
             raise ValueError(f"method must be one of {', '.join(PRESETS)}, got {self.method!r}")
         if self.hover_points < 1:
             raise ValueError(f"hover_points must be at least 1, got {self.hover_points}")
+        if self.thumbnails < 0:
+            raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
 
     def estimator(self, *, verbose: bool = False) -> HeatGeodesicEmbedding:
         """The estimator that these settings describe."""
@@ -95,7 +99,8 @@ def embed_file(
     """Embed the rows of a table and draw the map.
 
     Args:
-        source: a .npy, .npz, .csv, .tsv, .parquet or .h5ad file; see `read_table`.
+        source: a .npy, .npz, .csv, .tsv, .parquet or .h5ad file, see `read_table`; or a store of features, see
+            `diffrep.manifold.stores.store_table`.
         output: the picture, .png, .pdf or .svg. Beside it, with other endings, come the coordinates (.csv),
             what made them (.json) and a page to explore (.html). None: nothing is written.
         progress: show progress bars on standard error.
@@ -111,7 +116,7 @@ def embed_file(
     exclude = config.exclude
     if config.color is not None and not from_file and Path(source).suffix in (".csv", ".tsv", ".parquet"):
         exclude += (config.color,)
-    table = read_table(source, features=config.features, exclude=exclude)
+    table = _table_of(Path(source), config, exclude)
     values, name = None, config.color
     if from_file and config.color is not None:
         values, name = np.load(config.color, allow_pickle=False), Path(config.color).stem
@@ -131,7 +136,15 @@ def embed_file(
             columns[name] = values
         title = f"{Path(source).name}, {config.method}"
         figure = draw_embedding(embedding, values, name=name, title=title)
-        page = hover_page(embedding, columns, values, name=name, title=title, max_points=config.hover_points)
+        page = hover_page(
+            embedding,
+            columns,
+            values,
+            name=name,
+            title=title,
+            max_points=config.hover_points,
+            pictures=_pictures_of(Path(source), table, config),
+        )
         numbers, document, explore = (picture.with_suffix(ending) for ending in (".csv", ".json", ".html"))
         picture.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(picture, lambda path: figure.savefig(path))
@@ -140,6 +153,30 @@ def embed_file(
         _write_whole(explore, lambda path: path.write_text(page, encoding="utf-8"))
         files = (picture, numbers, document, explore)
     return EmbeddedFile(embedding, table, estimator, files, settings)
+
+
+def _table_of(source: Path, config: EmbedConfig, exclude: tuple[str, ...]) -> Table:
+    if not source.is_dir():
+        if config.tap is not None:
+            raise ValueError(f"{source}: a tap belongs to a store of features, this is no folder")
+        return read_table(source, features=config.features, exclude=exclude)
+    from diffrep.manifold.stores import store_table
+
+    if config.features or exclude:
+        raise ValueError(f"{source}: a store of features has no columns to choose, name a tap")
+    return store_table(source, config.tap)
+
+
+def _pictures_of(source: Path, table: Table, config: EmbedConfig) -> dict[int, str]:
+    """Row -> small picture as a data URI, of a store's images; evenly spread where there are too many."""
+    if not source.is_dir() or not config.thumbnails:
+        return {}
+    from diffrep.manifold.stores import thumbnails
+
+    count = table.features.shape[0]
+    rows = np.unique(np.linspace(0, count - 1, min(count, config.thumbnails)).astype(int)).tolist()
+    made = thumbnails(source, [str(table.columns["image"][row]) for row in rows])
+    return {row: picture for row, picture in zip(rows, made, strict=True) if picture}
 
 
 def _checked_output(path: Path) -> Path:

@@ -102,6 +102,7 @@ def hover_page(
     name: str | None = None,
     title: str = "embedding",
     max_points: int = 50_000,
+    pictures: Mapping[int, str] | None = None,
 ) -> str:
     """One self-contained HTML page: the map on a canvas, to zoom, drag and point at.
 
@@ -110,8 +111,9 @@ def hover_page(
         columns: name -> (n,), shown for the point under the mouse.
         values, name: as in `draw_embedding`.
         max_points: of more, so many are drawn at random and the page says so.
+        pictures: row -> data URI of a small picture, shown for the point under the mouse.
     """
-    n = len(embedding)
+    n, known = len(embedding), pictures or {}
     shown = np.arange(n)
     if n > max_points:
         shown = np.sort(np.random.default_rng(0).choice(n, max_points, replace=False))
@@ -124,6 +126,7 @@ def hover_page(
         "row": shown.tolist(),
         "shade": shade.tolist(),
         "palette": palette.tolist(),
+        "pictures": {place: known[row] for place, row in enumerate(shown.tolist()) if row in known},
         "columns": {key: [_cell(v) for v in column[shown]] for key, column in columns.items()},
     }
     marks = "".join(f'<span><i style="background:{colour}"></i>{html.escape(text)}</span>' for text, colour in legend)
@@ -155,6 +158,7 @@ header span i { display: inline-block; width: 10px; height: 10px; border-radius:
 canvas { display: block; cursor: crosshair; border-top: 1px solid #ddd; }
 #tip { position: fixed; pointer-events: none; background: #222d; color: #fff; padding: 6px 9px;
   border-radius: 5px; max-width: 320px; font-size: 12px; white-space: pre-wrap; display: none; }
+#tip img { display: block; width: 128px; margin-bottom: 5px; image-rendering: auto; }
 .hint { color: #777; font-size: 12px; }
 </style></head><body>
 <header><h1>@TITLE@</h1><span class="hint">@NOTE@ &middot; wheel zooms, drag moves, double click resets</span>
@@ -211,6 +215,9 @@ canvas.onmousemove = e => {
   if (found < 0) { tip.style.display = "none"; return; }
   const known = Object.keys(d.columns).map(k => k + ": " + d.columns[k][found]);
   tip.textContent = ["row: " + d.row[found], ...known].join("\\n");
+  if (d.pictures[found]) {
+    const picture = document.createElement("img"); picture.src = d.pictures[found]; tip.prepend(picture);
+  }
   tip.style.display = "block";
   tip.style.left = Math.min(e.clientX + 14, innerWidth - tip.offsetWidth - 8) + "px";
   tip.style.top = Math.min(e.clientY + 14, innerHeight - tip.offsetHeight - 8) + "px";
