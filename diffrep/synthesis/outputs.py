@@ -18,6 +18,7 @@ from PIL import Image
 
 from diffrep.images import MAX_PIXELS
 from diffrep.synthesis.canvas import Lines
+from diffrep.synthesis.windows import LINES
 
 PLAIN = (".png", ".jpg", ".jpeg", ".webp")
 TIFF = (".tif", ".tiff")
@@ -115,8 +116,8 @@ def pyramid(
         shape = (-(-above.shape[0] // 2), -(-above.shape[1] // 2), 3)
         name = f"level-{len(levels)}"
         below = Lines(shape, "uint8") if scratch is None else scratch(name, shape)
-        for start in range(0, shape[0], tile):
-            stop = min(start + tile, shape[0])
+        for start in range(0, shape[0], LINES):
+            stop = min(start + LINES, shape[0])
             lines = above.read(2 * start, min(2 * stop, above.shape[0])).astype(np.uint16)
             odd = ((0, len(lines) % 2), (0, lines.shape[1] % 2), (0, 0))
             lines = np.pad(lines, odd, mode="edge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,10 @@ from torch import Tensor
 Weighting = Literal["hann", "gaussian", "uniform"]
 DecodeWeighting = Literal["hann", "official"]
 
+Block = tuple[int, np.ndarray]
+"""A first line, and lines (n, c, W) from there on."""
+
+LINES = 32  # that are finished together: what is temporary has to fit into memory for the widest of canvases
 HANN_FLOOR = 1e-3  # so that what only the border of one window covers is covered at all
 
 
@@ -97,46 +102,51 @@ class Sweep:
     def __init__(self, plan: WindowPlan, weights: Tensor, channels: int) -> None:
         self.plan, self.weights = plan, weights.numpy()
         height, width = plan.size
-        self.sums = np.zeros((channels, plan.window, width), np.float32)
         self.row = 0
+        # a ring of lines: line i of the canvas is line i modulo window here
+        self.sums = np.zeros((channels, plan.window, width), np.float32)
         # on a product of places the sum of weights is a product too: no canvas of counts is needed
         centre = self.weights[plan.window // 2]
         profile = centre / np.sqrt(centre[plan.window // 2])
-        self._down, self._across = np.zeros(height, np.float64), np.zeros(width, np.float64)
+        self._down, self._across = np.zeros(height, np.float32), np.zeros(width, np.float32)
         for starts, totals in ((plan.rows, self._down), (plan.columns, self._across)):
             for start in starts:
                 totals[start : start + plan.window] += profile
 
     @property
     def carry(self) -> np.ndarray:
-        """Sums from the top of the next row of windows on, for `resume`."""
+        """Sums of the lines that later rows of windows touch, for `resume`."""
         return self.sums
 
     def resume(self, row: int, carry: np.ndarray) -> None:
         """Go on with a row of windows where another sweep ended the one before."""
-        self.row, self.sums = row, carry.copy()
+        self.row, self.sums = row, carry
 
-    def add(self, row: int, column: int, values: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def add(self, row: int, column: int, values: np.ndarray) -> list[Block]:
         """Add a window (c, window, window); windows come in the order of rows and columns.
 
         Returns:
             What `end_row` gives, where this is the first window of a new row.
         """
-        ready = self.end_row() if row != self.row else []
-        left = self.plan.columns[column]
-        self.sums[:, :, left : left + self.plan.window] += self.weights * values
+        ready = list(self.end_row()) if row != self.row else []
+        window, top, left = self.plan.window, self.plan.rows[row], self.plan.columns[column]
+        split, weighted = window - top % window, self.weights * values
+        self.sums[:, top % window :, left : left + window] += weighted[:, :split]
+        self.sums[:, : top % window, left : left + window] += weighted[:, split:]
         return ready
 
-    def end_row(self) -> list[tuple[int, np.ndarray]]:
-        """All windows of this row were added: [(first line, (lines, c, W) averages)] that are final now."""
-        if self.row >= len(self.plan.rows):
-            return []
+    def end_row(self) -> Iterator[Block]:
+        """All windows of this row were added: the lines that are final now, a few at a time."""
+        if self.row == len(self.plan.rows):
+            return
         tops = (*self.plan.rows, self.plan.size[0])
         top, after = tops[self.row], tops[self.row + 1]
-        count = after - top
-        totals = self._down[top:after, None] * self._across
-        found = (self.sums[:, :count] / totals).astype(np.float32)
-        self.sums[:, : self.plan.window - count] = self.sums[:, count:].copy()
-        self.sums[:, self.plan.window - count :] = 0
+        while top < after:
+            place = top % self.plan.window
+            stop = min(after, top + LINES, top - place + self.plan.window)
+            sums = self.sums[:, place : place + stop - top]
+            found = sums / self._down[top:stop, None] / self._across
+            sums[:] = 0
+            yield top, np.ascontiguousarray(found.swapaxes(0, 1))
+            top = stop
         self.row += 1
-        return [(top, np.ascontiguousarray(found.swapaxes(0, 1)))]

@@ -1,0 +1,52 @@
+"""Memory does not grow with the image."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from diffrep.synthesis import EmbeddingGrid, SynthesisSettings
+from diffrep.synthesis.canvas import Run
+from diffrep.synthesis.large import grid_shape, synthesize_file
+from diffrep.synthesis.outputs import FileSettings
+from tests.synthetic_painter import Painter
+
+# 64 x 64 latents, 512 x 512 pixels a window, as in Stable Diffusion
+model = Painter(window=64, channels=4, factor=8)
+settings = SynthesisSettings(steps=2, decode_stride=64, batch_size=8)
+peaks = []
+for side in map(int, sys.argv[2:]):
+    rows, columns = grid_shape(model, (side, side))
+    grid = EmbeddingGrid(torch.randn(rows, columns, 6, generator=torch.Generator().manual_seed(0)))
+    path = Path(sys.argv[1]) / f"{side}.tiff"
+    synthesize_file(model, grid, path, (side, side), settings, file=FileSettings(compression="none"))
+    path.unlink()
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+print(json.dumps(peaks))
+"""
+
+
+def peaks_of(folder: Path, *sides: int) -> list[float]:
+    """Peak memory of a process in MiB, after each of images of growing size."""
+    command = [sys.executable, "-c", MEASURE, str(folder), *map(str, sides)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [float(peak) for peak in json.loads(result.stdout)]
+
+
+@pytest.mark.slow
+def test_sixteen_thousand_pixels_a_side(tmp_path: Path) -> None:
+    quarter, whole = peaks_of(tmp_path, 8192, 16384)
+    assert whole < 2048
+    assert whole <= 1.1 * quarter
+    assert not list(tmp_path.iterdir())
