@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module:class, one line of help)
     "probe": ("diffrep.commands.probe:ProbeCommand", "train a classifier on features, use it, or find the best block"),
     "depth": ("diffrep.commands.depth:Depth", "how far away everything in an image is: maps, point clouds"),
     "normals": ("diffrep.commands.normals:Normals", "how the surfaces in an image are turned"),
+    "segment": ("diffrep.commands.segment:Segment", "cut the object out of an image: masks, edges, cut-outs"),
     "embed": ("diffrep.commands.embed:Embed", "draw a heat-geodesic map of high-dimensional data"),
     "eval": ("diffrep.commands.evaluate:Evaluate", "run a benchmark and print its table"),
     "train": ("diffrep.commands.train:Train", "train the embedded models again"),

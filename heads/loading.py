@@ -119,13 +119,17 @@ def _load(
 ) -> DenseHead:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    config = _json(source, "unet/config.json")
+    if config is None:
+        reason = "is no folder of a head, unet/config.json is missing"
+        if not Path(source).is_dir():
+            reason = "no such folder, and the hub gave no unet/config.json of that name (not there, or not reachable)"
+        raise HeadError(f"{name}: {reason}")
     own = _json(source, HEAD_FILE)
-    base = _base_of(source, own)
-    config = _json(source, "unet/config.json") or {}
-    vae_config = _json(base, "vae/config.json") or {}
-    if not config or not vae_config:
-        missing = "unet/config.json" if not config else "vae/config.json"
-        raise HeadError(f"{source if not config else base}: is no folder of a head, {missing} is missing")
+    base = base_of(source, own)
+    vae_config = _json(base, "vae/config.json")
+    if vae_config is None:
+        raise HeadError(f"{name}: has no VAE, {base}/vae/config.json is missing")
     recognised = recognise(name, config, vae_config, own or {}, _json(source, "model_index.json") or {}, task, family)
     unet = load_component(UNet2DConditionModel, source, "unet", dtype, _variant(source, "unet"))
     vae = load_component(AutoencoderKL, base, "vae", dtype, _variant(base, "vae"))
@@ -137,7 +141,7 @@ def _load(
     scheduler = _json(source, "scheduler/scheduler_config.json") or _json(base, "scheduler/scheduler_config.json")
     if scheduler is None:
         raise HeadError(f"{source}: scheduler/scheduler_config.json is missing")
-    context = _context(source, base, device, dtype)
+    context = stored_context(source, base, device, dtype)
     if context.shape[-1] != unet.config.cross_attention_dim:
         raise HeadError(
             f"{source}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
@@ -298,14 +302,14 @@ def prompt_context(
     return text.encode([""])[""].context.clone()  # a tensor that training may use too
 
 
-def _context(source: str, base: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+def stored_context(source: str, base: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The stored embedding of the prompt; the text encoder is only loaded where there is none."""
     if (file := Path(source) / CONTEXT_FILE).is_file():
         return load_file(file)["context"].to(device, dtype)
     return prompt_context(source if _json(source, "model_index.json") else base, device=device, dtype=dtype)
 
 
-def _base_of(source: str, head: Mapping[str, Any] | None) -> str:
+def base_of(source: str, head: Mapping[str, Any] | None) -> str:
     """Where VAE and scheduler lie."""
     if not head or not head.get("base"):
         return source

@@ -93,7 +93,7 @@ class DiffDis(LatentCodec):
             edges: also predict the edges.
 
         Returns:
-            (B, c, h, w), or (2B, c, h, w) with the edges.
+            float32 (B, c, h, w), or (2B, c, h, w) with the edges.
         """
         images = len(latents[0])
         if len(noise) == 1:
@@ -102,7 +102,7 @@ class DiffDis(LatentCodec):
         output = self.unet(latents, noise, self.context, timestep=TIMESTEP, edges=edges)
         if edges and len(noise) == images:
             noise = noise.repeat(2, 1, 1, 1)
-        return self.schedule.clean(output, noise[: len(output)], TIMESTEP)
+        return self.schedule.clean(output.float(), noise[: len(output)].float(), TIMESTEP)
 
     def decode_maps(self, latents: Tensor, pixels: Tensor) -> Tensor:
         """Draw masks or edges; one after the other, to save memory.
@@ -116,7 +116,7 @@ class DiffDis(LatentCodec):
         """
         if self.decoder is None:
             return self.decode(latents, batch_size=1).mean(1, keepdim=True)
-        return self.decoder(latents, pixels.to(latents)).sigmoid() * 2 - 1
+        return self.decoder(latents.to(self.dtype), pixels.to(self.device, self.dtype)).float().sigmoid() * 2 - 1
 
     def forward(self, pixels: Tensor, noise: Tensor, *, edges: bool = False) -> tuple[Tensor, Tensor | None]:
         """Raw maps of images: the arithmetic alone.

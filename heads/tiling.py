@@ -77,8 +77,8 @@ def predict_tiled(
                 if whole is not None:
                     values = _fitted(values, _window(whole, (height, width), (top, left), values.shape[1:]))
                 right = left + values.shape[2]
-                weight = _feather(bottom - top, top > 0, bottom < height)[:, None]
-                weight = weight * _feather(right - left, left > 0, right < width)
+                weight = feather(bottom - top, top > 0, bottom < height)[:, None]
+                weight = weight * feather(right - left, left > 0, right < width)
                 band[:, :, left:right] += weight * values
                 total[:, left:right] += weight
         done = rows[number + 1] - top if number + 1 < len(rows) else bottom - top
@@ -140,7 +140,7 @@ def _fitted(values: Tensor, target: Tensor) -> Tensor:
     return values * scale[:, None, None] + shift[:, None, None]
 
 
-def _feather(length: int, before: bool, after: bool) -> Tensor:
+def feather(length: int, before: bool, after: bool) -> Tensor:
     """Weights along a tile: a squared sine that falls towards each edge beyond which the image goes on."""
     place = (torch.arange(length) + 0.5) / length
     weight = torch.ones(length)

@@ -1,4 +1,4 @@
-"""What ``diffrep depth`` and ``diffrep normals`` share: many images through one head, each into its files."""
+"""What ``diffrep depth``, ``normals`` and ``segment`` share: many images through one head, each into its files."""
 
 from __future__ import annotations
 
@@ -6,22 +6,41 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.images import load_image
 
 Map = DepthMap | NormalMap
+Result = TypeVar("Result")
+
+
+class Settings(Protocol):
+    """How a head looks at an image."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+
+class Head(Protocol[Result]):
+    """What turns images into results: `DenseHead`, `SegmentationHead`."""
+
+    @property
+    def task(self) -> str: ...
+
+    def check(self, config: Any) -> None: ...
+
+    def predict_each(self, images: list[Image.Image], config: Any) -> Iterator[Result]: ...
 
 
 def run_images(
-    head: DenseHead,
+    head: Head[Result],
     paths: Sequence[Path],
-    config: PredictConfig,
-    write: Callable[[Path, str, Image.Image, Map], list[Path]],
+    config: Settings,
+    write: Callable[[Path, str, Image.Image, Result], list[Path]],
 ) -> list[dict[str, object]]:
     """Predict and write the maps of many images; what fails is named on stderr, skipped and counted.
 
@@ -76,12 +95,12 @@ def _batches(
 
 
 def _predicted(
-    head: DenseHead,
+    head: Head[Result],
     group: list[tuple[Path, Image.Image]],
-    config: PredictConfig,
+    config: Settings,
     failed: list[tuple[Path, str]],
     bar: tqdm,
-) -> Iterator[tuple[Path, Image.Image, Map]]:
+) -> Iterator[tuple[Path, Image.Image, Result]]:
     """The maps of a batch. Its images have one size, so that what fails for one fails for all of them."""
     try:
         maps = list(head.predict_each([image for _, image in group], config))
