@@ -9,6 +9,7 @@ from typing import Annotated, Protocol
 import tyro
 
 from diffrep.commands.evaluate_dense import EvalAblation, EvalDepth, EvalNormals
+from diffrep.commands.evaluate_segmentation import EvalSegmentation
 from diffrep.commands.evaluate_probes import EvalProbes
 from diffrep.commands.output import check_writable, write_text
 from diffrep.eval.correspondence import EvalCorrespondence
@@ -93,6 +94,7 @@ Evaluate = (
     | Annotated[EvalCorrespondence, tyro.conf.subcommand("correspondence")]
     | Annotated[EvalDepth, tyro.conf.subcommand("depth")]
     | Annotated[EvalNormals, tyro.conf.subcommand("normals")]
+    | Annotated[EvalSegmentation, tyro.conf.subcommand("segmentation")]
     | Annotated[EvalAblation, tyro.conf.subcommand("depth-ablation")]
     | Annotated[Synthesis, tyro.conf.subcommand("synthesis")]
     | Annotated[EvalProbes, tyro.conf.subcommand("probes")]

@@ -1,0 +1,341 @@
+"""Masks of a head on benchmarks: DIS5K as it is released, and held-out rendered scenes, whose truth is exact.
+
+Every number says its definition: "soft" maps by the DIS protocol (pysodmetrics), or maps thresholded at 0.5 as DiffDIS'
+own script scores them, which is kinder to weighted F and MAE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import binary_opening, label
+from torch import Tensor
+from tqdm import tqdm
+
+from diffrep.eval.published_segmentation import PUBLISHED_DIS, TE
+from diffrep.eval.scene_maps import SceneMapSettings, name_of, scene_batches, scene_jobs
+from diffrep.eval.segmentation_metrics import AUTHORS, DIS, MaskScores
+from diffrep.images import load_image
+from diffrep.scenes import SEEN, UNSEEN, Scene
+from diffrep.training.segmentation_data import MaskedImage, read_dis
+
+Protocol = Literal["soft", "thresholded"]
+Map = NDArray[np.uint8]
+
+SPLITS = ("DIS-VD", "DIS-TE1", "DIS-TE2", "DIS-TE3", "DIS-TE4")
+COLUMNS = {"maxf": "max F", "wfm": "weighted F", "mae": "MAE", "sm": "S", "em_mean": "mean E", "hce": "HCE"}
+SAID = {
+    "soft": "soft maps, stretched to [0, 1] per image; truth above 128; definitions of pysodmetrics",
+    "thresholded": "maps thresholded at 0.5 before every score; definitions of DiffDIS' test_score.py, but mean E",
+}
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """What one image got: its scores, and its curves of F and E over the thresholds."""
+
+    values: Mapping[str, float]
+    f: NDArray[np.float64]
+    e: NDArray[np.float64]
+
+
+def score_image(predicted: Map, truth: Map, *, protocol: Protocol = "soft", hce: bool = False) -> ImageScores:
+    """Scores of one 8-bit map."""
+    counter = new_scores(protocol, hce=hce)
+    values = counter.update(predicted, truth)
+    return ImageScores(values, counter.f, counter.e)
+
+
+def new_scores(protocol: Protocol, *, hce: bool) -> MaskScores:
+    """An empty count of a protocol."""
+    return MaskScores(DIS if protocol == "soft" else AUTHORS, binarize=protocol == "thresholded", hce=hce)
+
+
+def together(images: Sequence[ImageScores]) -> dict[str, float]:
+    """Scores of a data set: means over images; max F and mean E from the mean curves. NaN where there are none."""
+    if not images:
+        return dict.fromkeys(("maxf", "em_mean", "mae"), float("nan"))
+    names = [name for name in images[0].values if name not in ("maxf", "em_mean")]
+    means = {name: float(np.nanmean([image.values[name] for image in images])) for name in names}
+    f, e = (np.mean([getattr(image, curve) for image in images], axis=0) for curve in ("f", "e"))
+    return {"maxf": float(f.max()), "em_mean": float(e.mean()), **means}
+
+
+def interval(images: Sequence[ImageScores], name: str, *, draws: int = 500) -> tuple[float, float]:
+    """95 % interval of a score of the data set, a bootstrap over its images."""
+    rows = np.random.default_rng(0).integers(len(images), size=(draws, len(images)))
+    if name in ("maxf", "em_mean"):
+        curves = np.stack([image.f if name == "maxf" else image.e for image in images])
+        means = np.stack([curves[chosen].mean(0) for chosen in rows])
+        values = means.max(1) if name == "maxf" else means.mean(1)
+    else:
+        values = np.nanmean(np.array([image.values[name] for image in images])[rows], axis=1)
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What every method got on every image.
+
+    Attributes:
+        rows: method -> image -> scores, the same images for all.
+        groups: group -> its images.
+        notes: lines to print below the table.
+        published: print the published figures of DIS5K too.
+    """
+
+    benchmark: str
+    protocol: Protocol
+    rows: Mapping[str, Mapping[str, ImageScores]]
+    groups: Mapping[str, Sequence[str]]
+    settings: Mapping[str, object]
+    notes: tuple[str, ...] = ()
+    published: bool = False
+
+    def of(self, method: str, group: str) -> list[ImageScores]:
+        """The scores of a method on the images of a group."""
+        return [self.rows[method][name] for name in self.groups[group]]
+
+    def columns(self) -> dict[str, str]:
+        """Score -> heading, of the scores that were counted."""
+        counted = next(iter(next(iter(self.rows.values())).values())).values
+        named = COLUMNS | {"thin": "thin found"}
+        return {name: heading for name, heading in named.items() if name in counted}
+
+    def table(self) -> str:
+        """The report as text."""
+        width = max(map(len, self.rows))
+        lines = [f"{self.benchmark}: {SAID[self.protocol]}; 95 % interval over images"]
+        columns = self.columns()
+        for group, names in self.groups.items():
+            lines += ["", f"{group}: {len(names)} images"]
+            lines.append(f"  {'':<{width}}" + "".join(f"  {heading:>22}" for heading in columns.values()))
+            for method in self.rows:
+                images = self.of(method, group)
+                values = together(images)
+                cells = (_cell(name, values[name], *interval(images, name)) for name in columns)
+                lines.append(f"  {method:<{width}}" + "".join(f"  {cell:>22}" for cell in cells))
+        lines += ["", *self.notes] if self.notes else []
+        return "\n".join(lines + (_published_lines() if self.published else []))
+
+    def to_json(self) -> str:
+        """Everything in the table as numbers, with the settings that made them."""
+        rows: dict[str, Any] = {}
+        for method in self.rows:
+            rows[method] = {}
+            for group, names in self.groups.items():
+                images = self.of(method, group)
+                values = together(images)
+                rows[method][group] = {
+                    "images": len(names),
+                    **{
+                        name: dict(zip(("value", "low", "high"), (values[name], *interval(images, name)), strict=True))
+                        for name in self.columns()
+                    },
+                }
+        published = [{"method": r.method, "quoted in": r.quoted_in, **r.values} for r in PUBLISHED_DIS]
+        about = {"benchmark": self.benchmark, "definition": SAID[self.protocol], "settings": dict(self.settings)}
+        return json.dumps(
+            about | {"rows": rows, "notes": self.notes} | ({"published": published} if self.published else {}), indent=2
+        )
+
+
+def _cell(name: str, value: float, low: float, high: float) -> str:
+    places = 0 if name == "hce" else 4 if name == "mae" else 3
+    return f"{value:.{places}f} ({low:.{places}f}..{high:.{places}f})"
+
+
+def _published_lines() -> list[str]:
+    lines = ["", "published, as quoted by others (max F / weighted F / MAE / S / mean E / HCE); sources disagree"]
+    for row in PUBLISHED_DIS:
+        for split, values in row.values.items():
+            cells = " / ".join(f"{values[name]:g}" if name in values else "-" for name in COLUMNS)
+            lines.append(f"  {row.method:<24}  {split:<10}  {cells}  ({row.quoted_in})")
+    return lines
+
+
+# -- rendered scenes ------------------------------------------------------------------------------------------------
+
+SceneMethod = Callable[[Sequence[Scene]], Tensor]
+"""Scenes of one size -> their masks (B, H, W) in [0, 1]. A predictor looks at `Scene.image` alone."""
+
+
+def thin_places(mask: NDArray[np.bool_], width: int = 4, least: int = 8) -> NDArray[np.bool_]:
+    """The parts of an object that no square of `width` pixels fits into: antennas, legs of chairs, spokes, tails.
+
+    Args:
+        least: pixels of a part; what is smaller is a corner.
+    """
+    thin = mask & ~binary_opening(mask, np.ones((width, width)))
+    parts, count = label(thin, np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    return np.asarray(sizes[parts] >= least)
+
+
+def evaluate_scene_masks(
+    methods: Mapping[str, SceneMethod],
+    settings: SceneMapSettings | None = None,
+    *,
+    protocol: Protocol = "soft",
+    hce: bool = False,
+    progress: bool = True,
+) -> MaskReport:
+    """Measure methods on held-out scenes, all on the same ones, each rendered once.
+
+    "thin found" is the share of an object's thin places (see `thin_places`) at which the mask is at least 0.5, mean
+    over the scenes that have any.
+
+    Raises:
+        ValueError: a method gives maps that are not finite.
+    """
+    settings = settings or SceneMapSettings()
+    rows: dict[str, dict[str, ImageScores]] = {method: {} for method in methods}
+    slim: list[str] = []
+    jobs = scene_jobs(settings)
+    with tqdm(total=len(jobs), desc="scenes, segmentation", disable=not progress) as bar:
+        for batch in scene_batches(jobs, settings):
+            for method, predict in methods.items():
+                found = predict(batch).float().cpu()
+                if not bool(torch.isfinite(found).all()):
+                    raise ValueError(f"{method}: gives masks that are not finite")
+                for values, scene in zip(found, batch, strict=True):
+                    name = f"{scene.category} {scene.seed}"
+                    scored = score_image(grey(values), scene.mask.astype(np.uint8) * 255, protocol=protocol, hce=hce)
+                    thin = thin_places(scene.mask)
+                    share = float((values.numpy() >= 0.5)[thin].mean()) if thin.any() else float("nan")
+                    rows[method][name] = ImageScores({**scored.values, "thin": share}, scored.f, scored.e)
+            slim += [f"{s.category} {s.seed}" for s in batch if thin_places(s.mask).sum() >= 0.1 * s.mask.sum()]
+            bar.update(len(batch))
+    names = [name_of(job) for job in jobs]
+    groups = {
+        "all": names,
+        "seen": [n for n in names if n.partition(" ")[0] in SEEN],
+        "unseen": [n for n in names if n.partition(" ")[0] in UNSEEN],
+        "thin (a tenth or more of the object)": slim,
+    }
+    return MaskReport(
+        f"scenes ({settings.split}, {settings.size} px)", protocol, rows,
+        {group: chosen for group, chosen in groups.items() if chosen}, asdict(settings),
+    )  # fmt: skip
+
+
+def grey(mask: Tensor) -> Map:
+    """(H, W) in [0, 1] -> 8-bit, rounded."""
+    values: Map = (mask.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
+    return values
+
+
+def masks_through_vae(vae: Any) -> SceneMethod:
+    """The truth, encoded and decoded again by a VAE: what no head that draws with it can beat by much."""
+
+    @torch.no_grad()
+    def method(scenes: Sequence[Scene]) -> Tensor:
+        truth = torch.stack([torch.from_numpy(scene.mask).float() for scene in scenes])[:, None]
+        pictures = truth.expand(-1, 3, -1, -1).to(vae.device) * 2 - 1
+        decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample.float()
+        masks: Tensor = decoded.mean(1).clamp(-1, 1) / 2 + 0.5
+        return masks
+
+    return method
+
+
+def centred_guess(scenes: Sequence[Scene]) -> Tensor:
+    """A guess without the image: a soft disc in the middle."""
+    height, width = scenes[0].mask.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    return torch.exp(-2 * (x * x + y * y)).expand(len(scenes), -1, -1)
+
+
+# -- DIS5K ----------------------------------------------------------------------------------------------------------
+
+Predict = Callable[[list[Image.Image]], Iterator[Tensor]]
+"""RGB images -> their masks (H, W) in [0, 1], at the images' sizes."""
+
+
+def open_dis(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[MaskedImage]], list[str]]:
+    """The splits that lie in a folder: ``ROOT/DIS-VD/im/*.jpg`` and ``gt/*.png``; `root` may be one of them.
+
+    Returns:
+        Split -> its pairs, and what was left out: truths without an image of their name and size.
+
+    Raises:
+        ValueError: none of the splits is there.
+    """
+    folders = {split: root / split for split in splits if (root / split).is_dir()}
+    if not folders and (root / "gt").is_dir():
+        folders = {root.name: root}
+    if not folders:
+        raise ValueError(f"{root}: none of {', '.join(splits)} is in this folder")
+    found, problems = {}, []
+    for split, folder in folders.items():
+        found[split] = read_dis(folder)
+        paired = {pair.mask.stem for pair in found[split]}
+        lost = [p.name for p in sorted((folder / "gt").glob("*.png")) if p.stem not in paired]
+        problems += [f"{split}/gt/{name}: no image of this name and size" for name in lost]
+    return found, problems
+
+
+def evaluate_dis(
+    name: str,
+    predict: Predict | None,
+    root: Path,
+    *,
+    splits: Sequence[str] = SPLITS,
+    protocol: Protocol = "soft",
+    hce: bool = True,
+    folder: Path | None = None,
+    progress: bool = True,
+) -> MaskReport:
+    """Score a head, or maps that already lie in a folder, on DIS5K at the truth's resolution.
+
+    Args:
+        name: of the method.
+        predict: makes the maps; None scores those in `folder`.
+        folder: keeps the maps as ``SPLIT/NAME.png``; those that are there are not made again.
+
+    Raises:
+        ValueError: neither a predictor nor a folder; a map is missing or of another size.
+    """
+    if predict is None and folder is None:
+        raise ValueError("either a head or a folder of maps is needed")
+    data, problems = open_dis(root, splits)
+    images: dict[str, ImageScores] = {}
+    groups: dict[str, list[str]] = {}
+    with tqdm(total=sum(map(len, data.values())), desc="DIS5K", unit="image", disable=not progress) as bar:
+        for split, pairs in data.items():
+            groups[split] = [f"{split}/{pair.mask.stem}" for pair in pairs]
+            for key, pair in zip(groups[split], pairs, strict=True):
+                truth = np.asarray(load_image(pair.mask).convert("L"))
+                predicted = _map(pair, predict, None if folder is None else folder / f"{key}.png")
+                if predicted.shape != truth.shape:
+                    raise ValueError(f"{key}: the map is {predicted.shape}, the truth {truth.shape} (height, width)")
+                images[key] = score_image(predicted, truth, protocol=protocol, hce=hce)
+                bar.update()
+    tested = [key for split in SPLITS[1:] for key in groups.get(split, [])]
+    if all(split in groups for split in SPLITS[1:]):
+        groups[TE] = tested
+    return MaskReport(
+        "DIS5K", protocol, {name: images}, groups, {"root": str(root), "hce": hce}, tuple(problems), published=True
+    )
+
+
+def _map(pair: MaskedImage, predict: Predict | None, file: Path | None) -> Map:
+    if file is not None and file.is_file():
+        return np.asarray(Image.open(file).convert("L"))
+    if predict is None:
+        raise ValueError(f"{file}: the map is missing")
+    found = grey(next(predict([load_image(pair.image)])))
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(found).save(file)
+    return found
