@@ -7,7 +7,7 @@ dense field), the lending image is read there (a warp), and the result is blende
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,11 +29,13 @@ class SwapField:
         points: (h, w, 2), (x, y) in pixels of the lending image; NaN where `valid` is not.
         valid: (h, w) bool: the places that are painted.
         image_size: (H, W) of the image that keeps its pose.
+        step: pixels of the lending image between the places that points are chosen from.
     """
 
     points: Tensor
     valid: Tensor
     image_size: tuple[int, int]
+    step: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class SwapConfig:
 
     resolution: int = 128  # places of the dense field along the longer side
     metric: Metric = "euclidean"  # of descriptors
-    smooth: int = 5  # side of the median filter over the field, places; 1: none
+    smooth: int = 5  # side of the window that judges outliers of the field, places; 1: they stay
     feather: float = 1.5  # softness of the mask's edge, pixels of the result
 
     def __post_init__(self) -> None:
@@ -114,7 +116,8 @@ def swap_field(
         raise ValueError("there is no place to paint: the mask of the image that keeps its pose is empty")
     points = places.new_full((len(painted), 2), torch.nan)
     points[painted] = places[sources]
-    return SwapField(points.unflatten(0, size), painted.unflatten(0, size), pose.placement.image_size)
+    step = max(appearance.placement.image_size) / max(other_size)
+    return SwapField(points.unflatten(0, size), painted.unflatten(0, size), pose.placement.image_size, step)
 
 
 @torch.no_grad()
@@ -191,15 +194,18 @@ def _reduced(size: tuple[int, int], long: int) -> tuple[int, int]:
 
 
 def smooth_field(field: SwapField, side: int) -> SwapField:
-    """Replace every place's point by the median (of x and of y) over the valid places of a window around it."""
+    """Replace points that are far from their neighbours' by the median, of x and of y, of a window of valid places.
+
+    Far is more than half a window: a field that follows the object moves about one step per place.
+    """
     if side == 1:
         return field
     margin = side // 2
     padded = F.pad(field.points.movedim(-1, 0)[None], (margin,) * 4, value=torch.nan)
     windows = F.unfold(padded, side).view(2, side * side, *field.valid.shape)
-    points = windows.nanmedian(1).values.movedim(0, -1)
-    points[~field.valid] = torch.nan
-    return SwapField(points, field.valid, field.image_size)
+    median = windows.nanmedian(1).values.movedim(0, -1)
+    astray = (field.points - median).abs().amax(-1, keepdim=True) > (margin + 1) * field.step
+    return replace(field, points=torch.where(astray, median, field.points))
 
 
 def warp(other: Image.Image, field: SwapField) -> Image.Image:
@@ -220,13 +226,12 @@ def warp(other: Image.Image, field: SwapField) -> Image.Image:
     total, weights = torch.zeros(height, width, 2), torch.zeros(height, width, 1)
     centre = cells.round().long()
     own = points[centre[..., 1].clamp(0, h - 1), centre[..., 0].clamp(0, w - 1)]
-    step = max(other.height, other.width) / max(h, w)  # about what one place further is in the lending image
     for down in (0, 1):
         for right in (0, 1):
             column = (base[..., 0].long() + right).clamp(0, w - 1)
             row = (base[..., 1].long() + down).clamp(0, h - 1)
             near = points[row, column]
-            together = (near - own).abs().amax(-1, keepdim=True) <= 4 * step
+            together = (near - own).abs().amax(-1, keepdim=True) <= 4 * field.step
             corner = torch.tensor([right, down])
             weight = (1 - (share - corner).abs()).prod(-1, keepdim=True) * together
             total += weight * near
