@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -59,34 +59,60 @@ def index_store(
         OSError: the folder cannot be written to.
         ImportError: ``cuda`` without faiss-gpu.
     """
-    config, folder = config or IndexConfig(), Path(folder)
+    config = config or IndexConfig()
     if not stores:
         raise ValueError("index_store needs at least one store")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is there already; remove it, or name another folder for the index")
     check_same_origin(stores)
     level = config.level or ("image" if stores[0].kind == "pooled" else "patch")
     tap = stores[0].taps[0] if config.tap is None and len(stores[0].taps) == 1 else config.tap
+    return index_vectors(
+        _all_vectors(stores, tap, level),
+        folder,
+        config,
+        description={
+            "tap": tap or stores[0].taps[0],
+            "level": level,
+            "features": dict(stores[0].manifest.features),
+            "collections": [{"root": str(store.root), "images": len(store)} for store in stores],
+        },
+        names=[name for store in stores for name in store.names],
+        progress=progress,
+    )
+
+
+def index_vectors(
+    runs: Iterator[Vectors],
+    folder: str | Path,
+    config: IndexConfig,
+    *,
+    description: Mapping[str, Any],
+    names: Sequence[str],
+    progress: bool = False,
+) -> StoredIndex:
+    """Index vectors that come in runs, and write the index into a new folder.
+
+    Args:
+        description: tap, level, features and collections, as `StoredIndex` has them.
+        names: of the images, which the runs number.
+
+    Raises:
+        ValueError, OSError, ImportError: as `index_store`.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: is there already; remove it, or name another folder for the index")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        vectors = _write_vectors(partial, _all_vectors(stores, tap, level), sum(map(len, stores)), progress)
+        vectors = _write_vectors(partial, runs, names, progress)
         design = choose_kind(*vectors.shape, config.kind)
         logger.info("index: %s, because %s", design.factory or design.kind, design.reason)
         if design.factory:
             codes = train(vectors, design, sample=config.sample, seed=config.seed, device=config.device)
             add(codes, vectors, progress=progress)
             _write_codes(codes, partial / CODES)
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "tap": tap or stores[0].taps[0],
-            "level": level,
-            "design": asdict(design),
-            "features": dict(stores[0].manifest.features),
-            "collections": [{"root": str(store.root), "images": list(store.names)} for store in stores],
-        }
-        (partial / DESCRIPTION).write_text(json.dumps(description), encoding="utf-8")
+        text = json.dumps({"format": FORMAT, "version": VERSION, **description, "design": asdict(design)}, indent=1)
+        (partial / DESCRIPTION).write_text(text, encoding="utf-8")
         if folder.exists():
             folder.rmdir()
         partial.replace(folder)
@@ -158,14 +184,14 @@ def _all_vectors(stores: Sequence[Store], tap: str | None, level: Literal["image
         before += len(store)
 
 
-def _write_vectors(folder: Path, runs: Iterator[Vectors], images: int, progress: bool) -> Tensor:
+def _write_vectors(folder: Path, runs: Iterator[Vectors], names: Sequence[str], progress: bool) -> Tensor:
     """Stream vectors of unit length into a safetensors file, and their places into another; (N, C) float16."""
     owners: list[Tensor] = []
     points: list[Tensor] = []
     channels = 0
     with (
         (folder / VECTORS).open("wb") as file,
-        tqdm(total=images, desc="read", unit="image", disable=not progress) as bar,
+        tqdm(total=len(names), desc="read", unit="image", disable=not progress) as bar,
     ):
         file.write(b" " * (8 + _HEADER))
         for run in runs:
@@ -181,8 +207,13 @@ def _write_vectors(folder: Path, runs: Iterator[Vectors], images: int, progress:
         entry = {"dtype": "F16", "shape": [count, channels], "data_offsets": [0, 2 * count * channels]}
         file.seek(0)
         file.write(_HEADER.to_bytes(8, "little") + json.dumps({"vectors": entry}).encode())
-    places = {"images": torch.cat(owners)} | ({"points": torch.cat(points)} if points else {})
-    save_file(places, folder / PLACES)
+    encoded = [name.encode() for name in names]
+    places = {
+        "images": torch.cat(owners),
+        "names": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),
+        "ends": torch.tensor([len(name) for name in encoded]).cumsum(0),
+    }
+    save_file(places | ({"points": torch.cat(points)} if points else {}), folder / PLACES)
     with safe_open(folder / VECTORS, "pt") as opened:
         vectors: Tensor = opened.get_tensor("vectors")
     return vectors

@@ -39,6 +39,7 @@ class Index(Protocol):
     """A gallery that can be searched by inner product, which is the cosine for vectors of unit length."""
 
     gallery: Tensor
+    longest: float  # norm of the longest vector
 
     def candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(scores, indices), both (Q, k), best first, as exact as float32 is."""
@@ -50,6 +51,7 @@ class TorchIndex:
 
     def __init__(self, gallery: Tensor, *, memory: int = CHUNK_BYTES) -> None:
         self.gallery = _matrix(gallery, "gallery")
+        self.longest = _longest(self.gallery)
         self.memory = memory
 
     def candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -72,6 +74,7 @@ class FaissIndex:
 
     def __init__(self, gallery: Tensor) -> None:
         self.gallery = _matrix(gallery, "gallery")
+        self.longest = _longest(self.gallery)
         faiss = import_faiss()
         self.index: Any = faiss.IndexFlatIP(self.gallery.shape[1])
         if self.gallery.is_cuda and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
@@ -116,8 +119,7 @@ def search(index: Index, queries: Tensor, k: int = 1) -> Neighbours:
         raise ValueError(f"k must be in 1..{len(gallery)}, the size of the gallery, got {k}")
     scores, indices = index.candidates(queries, min(k + _SPARE, len(gallery)))
     # two float32 sums of C products differ by less than this, in practice by far
-    longest = float(gallery.square().sum(1).max().sqrt())
-    slack = queries.square().sum(1).sqrt() * longest * (16 * torch.finfo(torch.float32).eps)
+    slack = queries.square().sum(1).sqrt() * index.longest * (16 * torch.finfo(torch.float32).eps)
     near = scores[:, :-1] - scores[:, 1:] < slack[:, None]
     for row in near[:, :k].any(1).nonzero()[:, 0].tolist():
         among = indices[row]
@@ -143,6 +145,10 @@ def _matrix(vectors: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(vectors).all()):
         raise ValueError(f"{name} has NaN or infinite values")
     return vectors
+
+
+def _longest(gallery: Tensor) -> float:
+    return float(gallery.square().sum(1).max().sqrt())
 
 
 def import_faiss() -> Any:

@@ -50,6 +50,7 @@ class StoredIndex:
         features: provenance that all of them share.
         design: kind of index, why, and its settings.
         vectors: (N, C) float16, of unit length, memory-mapped.
+        collections: root and number of images of each store; names are memory-mapped too.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -70,6 +71,7 @@ class StoredIndex:
                 self.vectors = opened.get_tensor("vectors")
             with safe_open(self.folder / PLACES, "pt") as opened:
                 self._images = opened.get_tensor("images")
+                self._names, self._ends = opened.get_tensor("names"), opened.get_tensor("ends")
                 self._points = opened.get_tensor("points") if self.level == "patch" else None
         except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
             raise ValueError(f"{self.folder}: the index is damaged ({error}); `diffrep index` makes it again") from None
@@ -112,12 +114,14 @@ class StoredIndex:
     def place(self, vector: int) -> Place:
         """Where a vector comes from."""
         number = int(self._images[vector])
+        start = int(self._ends[number - 1]) if number else 0
+        name = bytes(self._names[start : int(self._ends[number])].tolist()).decode()
         for collection in self.collections:
-            if number < len(collection["images"]):
+            if number < collection["images"]:
                 break
-            number -= len(collection["images"])
+            number -= collection["images"]
         point = None if self._points is None else tuple(self._points[vector].tolist())
-        return Place(collection["images"][number], Path(collection["root"]), point)
+        return Place(name, Path(collection["root"]), point)
 
     def image_of(self, vectors: Tensor) -> Tensor:
         """The number of the image of each vector, counted over all stores."""

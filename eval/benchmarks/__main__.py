@@ -12,6 +12,10 @@ BENCHMARKS = {  # name -> (module:class, one line)
         "diffrep.eval.benchmarks.features:FeaturesBenchmark",
         "extraction against a plain full forward pass with hooks",
     ),
+    "bulk": (
+        "diffrep.eval.benchmarks.bulk:BulkBenchmark",
+        "images per second from files to a store, and indexes of up to a million vectors",
+    ),
     "matching": (
         "diffrep.eval.benchmarks.matching:MatchingBenchmark",
         "matching and joint PCA against one product, loops and full-resolution features",
@@ -19,6 +23,10 @@ BENCHMARKS = {  # name -> (module:class, one line)
     "manifold": (
         "diffrep.eval.benchmarks.manifold:ManifoldBenchmark",
         "heat-geodesic embedding against PHATE, UMAP and Isomap over n",
+    ),
+    "synthesis": (
+        "diffrep.eval.benchmarks.synthesis:SynthesisBenchmark",
+        "large images: speed and memory against area, the official loop against ours",
     ),
 }
 
