@@ -214,14 +214,14 @@ def evaluate_scene_masks(
                     thin = thin_places(scene.mask)
                     share = float((values.numpy() >= 0.5)[thin].mean()) if thin.any() else float("nan")
                     rows[method][name] = ImageScores({**scored.values, "thin": share}, scored.f, scored.e)
-            slim += [f"{s.category} {s.seed}" for s in batch if thin_places(s.mask).sum() >= 0.1 * s.mask.sum()]
+            slim += [f"{s.category} {s.seed}" for s in batch if thin_places(s.mask).sum() >= 0.05 * s.mask.sum()]
             bar.update(len(batch))
     names = [name_of(job) for job in jobs]
     groups = {
         "all": names,
         "seen": [n for n in names if n.partition(" ")[0] in SEEN],
         "unseen": [n for n in names if n.partition(" ")[0] in UNSEEN],
-        "thin (a tenth or more of the object)": slim,
+        "thin (5 % or more of the object)": slim,
     }
     return MaskReport(
         f"scenes ({settings.split}, {settings.size} px)", protocol, rows,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import MaskScores
 from diffrep.heads.segmentation import DiffDis, finish
 from diffrep.scenes import SceneSet
@@ -41,7 +42,7 @@ class MaskValidation:
             mask, edge = head.forward(images, noise, edges=wanted)
             soft = finish(mask, stretch=False)
             for predicted, truth in zip(soft, masks, strict=True):
-                scores.update(grey(predicted), grey(truth))
+                scores.update(grey(predicted[0]), grey(truth[0]))
             if wanted:
                 drawn = {"image": images, "truth": masks, "mask": soft, "true edge": edges}
                 drawn["edge"] = torch.zeros_like(soft) if edge is None else finish(edge, stretch=False)
@@ -51,8 +52,3 @@ class MaskValidation:
         grid([torch.cat(maps)[: self.shown] for maps in rows.values()]).save(self.pictures / f"{step:06d}.png")
         found = scores.compute()
         return {"maxF": found["maxf"], "MAE": found["mae"], "S": found["sm"]}
-
-
-def grey(maps: Tensor) -> Any:
-    """(1, H, W) in [0, 1] -> (H, W) uint8, rounded."""
-    return (maps[0].float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
