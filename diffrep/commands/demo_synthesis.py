@@ -1,0 +1,87 @@
+"""The demo's part on large images."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from diffrep.commands.output import write_image
+from diffrep.commands.page import data_uri
+from diffrep.scenes import render_scene, scene_seed
+from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, slerp, synthesize
+from diffrep.synthesis.conditions import ImageEncoder
+
+CELLS = ("boat", "fish", "car", "chair", "mug", "lamp", "plane", "dog", "bird")  # a reference of 3 x 3 held-out scenes
+PATH = ("boat", "car")  # the strip leads from the look of one to that of the other
+STRIP = (192, 960)  # pixels
+SETTINGS = SynthesisSettings()
+
+
+def section(folder: Path) -> str:
+    """Paint two large pictures with the embedded model.
+
+    Args:
+        folder: where the pictures are written as PNG.
+
+    Returns:
+        HTML of one section, with the pictures in it.
+    """
+    model = load_synthesis("tiny-synthesis")
+    encoder = ImageEncoder.load(model.about.encoder or "tiny-dino", model.about.pooling)
+    reference = mosaic(CELLS, columns=3)
+    grid = encoder.grid(reference, (3, 3))
+    painted = Image.fromarray(synthesize(model, grid, settings=SETTINGS))
+    strip = Image.fromarray(paint_strip(model, encoder, STRIP))
+    pictures = {
+        "synthesis-reference": (reference, "The reference: nine rendered scenes that no model has seen."),
+        "synthesis-painted": (painted, "Painted from the nine embeddings, one denoising for the whole picture."),
+        "synthesis-strip": (strip, f"{STRIP[1]} x {STRIP[0]} pixels between the looks of a {PATH[0]} and a {PATH[1]}."),
+    }
+    for name, (image, _) in pictures.items():
+        write_image(folder / f"{name}.png", image)
+    text = (
+        "A small latent diffusion model that is told nothing but the DINO embedding of a patch paints pictures of any"
+        " size: every window is denoised under the embedding at its place, the predictions are averaged, and one step"
+        " is taken for the whole canvas. A window is 128 pixels; larger pictures take more time but no more memory."
+    )
+    code = "diffrep synthesize --reference photo.jpg --size 4096x4096 -o painted.ome.tiff"
+    figures = list(pictures.values())
+    return (
+        f"<section><h2>Large pictures from embeddings</h2><p>{html.escape(text)}</p>"
+        f"<pre><code>{html.escape(code)}</code></pre>"
+        f"{_figures(figures[:2])}{_figures(figures[2:], wide=True)}</section>"
+    )
+
+
+def mosaic(categories: Sequence[str], *, columns: int, size: int = 128) -> Image.Image:
+    """Held-out scenes of the given categories side by side."""
+    tiles = [
+        render_scene(scene_seed("test", number), category=name, size=size).image
+        for number, name in enumerate(categories)
+    ]
+    rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def paint_strip(model: SynthesisModel, encoder: ImageEncoder, size: tuple[int, int]) -> np.ndarray:
+    """A picture (H, W, 3) whose look changes from left to right."""
+    first, last = (encoder.grid(mosaic([name], columns=1), (1, 1)).embeddings[0, 0] for name in PATH)
+    cell = model.window * model.factor
+    rows, columns = -(-size[0] // cell), -(-size[1] // cell)
+    shares = torch.linspace(0, 1, columns)
+    row = slerp(shares, first.expand(columns, -1), last.expand(columns, -1))
+    return synthesize(model, EmbeddingGrid(row.expand(rows, -1, -1), encoder.name), size, SETTINGS)
+
+
+def _figures(figures: Sequence[tuple[Image.Image, str]], *, wide: bool = False) -> str:
+    items = "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="{data_uri(image)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for image, caption in figures
+    )
+    return f'<div class="figures{" wide" if wide else ""}">{items}</div>'
