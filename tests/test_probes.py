@@ -51,8 +51,8 @@ SMALL = ExtractConfig(sizing=Sizing("squash", 32), batch_size=4)
 QUICK = ProbeFit(
     grid=GridSettings(learning_rates=(1.0, 10.0), weight_decays=(0.0,), epochs=15, batch_size=16),
     inverse_penalties=(0.1, 1.0),
-    learning_rates=(0.05,),
-    recipe=Recipe(epochs=4, momentum=0.9),
+    learning_rates=(4e-3,),
+    recipe=Recipe(epochs=4, optimiser="adamw"),
     batch_size=8,
     ks=(3, 5),
 )
@@ -263,7 +263,7 @@ def test_every_head_learns_saves_and_predicts_alone(
     elif kind == "attention":  # DifFormer: two blocks at two timesteps
         cells = [Cell(unet.name, t, tap, 2) for t in (10, 200) for tap in ("conv_in", "up.1")]
     options = {"width": 16, "heads": 2, "depth": 1} if kind in ("cnn", "attention") else {}
-    fit = replace(QUICK, recipe=Recipe(epochs=30, momentum=0.9)) if kind in ("mlp", "cnn", "attention") else QUICK
+    fit = replace(QUICK, recipe=Recipe(epochs=30, step=15, optimiser="adamw"))
     result = train_probe(found, found.layout(kind, cells, **options), fit)  # type: ignore[arg-type]
     assert result.test.top1 > 0.6  # chance is a third
     result.probe.save(tmp_path)

@@ -75,7 +75,7 @@ class DifFeed(nn.Module):
         super().__init__()
         taps = numbered_taps(backbone)
         middle = next(number for number, tap in taps.items() if tap.module == "mid_block")
-        self.blocks = tuple(range(middle + 2, len(taps) + 1, 3)) if blocks is None else tuple(blocks)
+        self.blocks = tuple(range(middle + 2, len(taps), 3)) if blocks is None else tuple(blocks)
         if list(self.blocks) != sorted(set(self.blocks)) or not all(middle < b < len(taps) for b in self.blocks):
             raise ValueError(
                 f"feedback blocks are ascending numbers of decoder blocks, {middle + 1}..{len(taps) - 1}, got {blocks}"

@@ -81,10 +81,7 @@ class Layout:
 
 
 class FeatureHead(nn.Module):
-    """A head with the standardisation of its features.
-
-    `mean` and `scale` are (D,); heads that normalise themselves have 0 and 1.
-    """
+    """A head with the standardisation of its features: `mean` and `scale` are (D,), 0 and 1 where there is none."""
 
     mean: Tensor
     scale: Tensor

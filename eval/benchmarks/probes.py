@@ -1,0 +1,191 @@
+"""Probes: a grid on cached features against the released loop, and a grid on a million features in little memory.
+
+The released loop (arXiv 2307.08702) runs the whole U-Net over every image in every epoch, once per learning rate.
+Ours reads each image once, ends the pass at the tap, and trains all learning rates over one read of the cache.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrep.backbones import load_backbone
+from diffrep.backbones.latents import LatentBackbone
+from diffrep.eval.benchmarks.timing import Row, Timing, table
+from diffrep.eval.probe_data import digit_images
+from diffrep.heads.probes import (
+    Cell,
+    GridSettings,
+    PooledHead,
+    ProbeData,
+    ProbeFit,
+    Reading,
+    Recipe,
+    block_taps,
+    fit_grid,
+    train_probe,
+    train_recipe,
+)
+from diffrep.heads.probes.cells import noisy_input
+from diffrep.heads.probes.labelled import LabelledImages
+from diffrep.heads.probes.rows import MappedRows
+from diffrep.images import decode_image, fit_image, stack_pixels
+
+
+@dataclass(frozen=True)
+class ProbesBenchmark:
+    """Compare a cached grid with the released loop, or train a grid on many memory-mapped features."""
+
+    part: Literal["loop", "memory"] = "loop"
+    images: int = 120  # loop: handwritten digits that are used
+    epochs: int = 8  # loop: of both sides
+    rows: int = 1_000_000  # memory: features
+    width: int = 2048  # memory: of each, half precision: rows * width * 2 bytes on disk
+    passes: int = 2  # memory: epochs
+    classes: int = 100  # memory
+    limit_gib: float = 8.0  # memory: of resident memory, exceeded: exit code 1
+    folder: Path | None = None  # memory: where the features are written; a temporary folder
+
+    def run(self) -> None:
+        torch.set_num_threads(1)
+        if self.part == "loop":
+            print(self._loop())
+            return
+        text, peak = self._memory()
+        print(text)
+        if peak > self.limit_gib:
+            raise SystemExit(1)
+
+    # -- against the released loop -----------------------------------------------------------------------------
+
+    def _loop(self) -> str:
+        backbone = load_backbone("tiny")
+        assert isinstance(backbone, LatentBackbone)
+        rates = (1.0, 3.0, 10.0)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = digit_images(Path(folder) / "digits")
+            chosen = [i for i, label in enumerate(whole.labels) if label < 4][: self.images]
+            data = LabelledImages(
+                "digits",
+                tuple(whole.images[i] for i in chosen),
+                tuple(whole.labels[i] for i in chosen),
+                ("0", "1", "2", "3"),
+            )
+            tap = backbone.recommended.taps[0]
+            cell = Cell("tiny", 50, tap, 2)
+            start = time.process_time()
+            found = ProbeData.read(
+                data,
+                {"tiny": backbone},
+                [Reading("tiny", (tap,), (50,), (2,))],
+                folder,
+                progress=False,
+                dtype="float32",
+            )
+            fit = ProbeFit(
+                grid=GridSettings(learning_rates=rates, weight_decays=(0.0,), epochs=self.epochs, batch_size=32)
+            )
+            ours = train_probe(found, found.layout("linear", [cell]), fit)
+            seconds = time.process_time() - start
+            start = time.process_time()
+            plain = self._released(found, backbone, tap, rates)
+            plain_seconds = time.process_time() - start
+        row = Row(
+            f"{len(rates)} learning rates, {self.epochs} epochs, {len(data)} images, one cell",
+            Timing(plain_seconds, plain_seconds, plain_seconds),
+            Timing(seconds, seconds, seconds),
+            f"best accuracy on val: plain {100 * plain:.1f} %, ours {100 * ours.val.top1:.1f} % ({ours.val.n} images)",
+        )
+        return table([row])
+
+    def _released(self, found: ProbeData, backbone: LatentBackbone, tap: str, rates: tuple[float, ...]) -> float:
+        """Every epoch through the VAE and the whole U-Net; one run per learning rate; best accuracy on val."""
+        reading = found.features["tiny"].reading
+        sizing, conditions = reading.extract.sizing, reading.extract.conditions()
+        assert sizing is not None  # resolved
+        last = block_taps(backbone)[-1]
+        labels = found.labels
+
+        def maps(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+            images = [decode_image(found.data.images[row].read(), "image") for row in rows]
+            pixels = stack_pixels([fit_image(image, sizing)[0] for image in images])
+            noisy = noisy_input(backbone, *backbone.encode(pixels), conditions)
+            with torch.no_grad():
+                return backbone.network_maps(noisy, [tap, last, "out"], conditions)[tap]
+
+        train, val = np.array(found.split.train), np.array(found.split.val)
+        first = maps(train[:32])
+        mean, std = first.mean((0, 2, 3), keepdim=True), first.std((0, 2, 3), keepdim=True) * 4 * first.shape[1] ** 0.5
+        best = 0.0
+        for rate in rates:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                head = PooledHead(first.shape[1], len(found.data.classes), pool=2)
+
+            def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+                order = np.random.default_rng(epoch).permutation(train)
+                for begin in range(0, len(order), 32):
+                    some = order[begin : begin + 32]
+                    yield (maps(some) - mean) / std * 4, labels[torch.from_numpy(some)]
+
+            recipe = Recipe(learning_rate=rate, epochs=self.epochs, step=max(1, self.epochs // 4), momentum=0.9)
+            train_recipe(head, batches, recipe)
+            with torch.no_grad():
+                right = (head((maps(val) - mean) / std * 4).argmax(1) == labels[torch.from_numpy(val)]).float().mean()
+            best = max(best, float(right))
+        return best
+
+    # -- memory ------------------------------------------------------------------------------------------------
+
+    def _memory(self) -> tuple[str, float]:
+        with tempfile.TemporaryDirectory(dir=self.folder) as place:
+            start = time.perf_counter()
+            matrix, labels = self._written(Path(place))
+            written = time.perf_counter() - start
+            before = peak_gib()
+            train = np.arange(int(0.95 * self.rows))
+            settings = GridSettings(epochs=self.passes, batch_size=4096, weight_decays=(0.0, 1e-4))
+            start = time.perf_counter()
+            grid = fit_grid(matrix, labels, train, self.classes, settings)
+            seconds = time.perf_counter() - start
+            accuracy = grid.accuracies(matrix, labels, np.arange(len(train), self.rows))
+        peak = peak_gib()
+        size = 2 * self.rows * self.width / 2**30
+        lines = [
+            f"{self.rows:,} x {self.width} features, {size:.2f} GiB on disk, written in {written:.0f} s",
+            f"{len(grid.heads)} heads x {self.passes} epochs over {self.classes} classes in {seconds:.0f} s",
+            f"best accuracy on {self.rows - len(train):,} held-out rows {100 * float(accuracy.max()):.1f} %"
+            f" (chance {100 / self.classes:.1f} %)",
+            f"peak resident memory {peak:.2f} GiB (before training {before:.2f}), limit {self.limit_gib:g} GiB",
+        ]
+        return "\n".join(lines), peak
+
+    def _written(self, folder: Path) -> tuple[MappedRows, Tensor]:
+        """Overlapping clusters in half precision, written shard by shard and mapped."""
+        random = np.random.default_rng(0)
+        labels = random.integers(self.classes, size=self.rows)
+        centres = random.normal(0, 0.12, (self.classes, self.width)).astype(np.float32)
+        pieces = []
+        for number, start in enumerate(range(0, self.rows, 16384)):
+            own = labels[start : start + 16384]
+            values = random.standard_normal((len(own), self.width), dtype=np.float32) + centres[own]
+            file = folder / f"{number:04d}.f16"
+            values.astype(np.float16).tofile(file)
+            pieces.append(np.memmap(file, np.float16, "r", shape=(len(own), self.width)))
+        return MappedRows(pieces), torch.from_numpy(labels)
+
+
+def peak_gib() -> float:
+    """Highest resident memory of this process so far, mapped pages included, GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
