@@ -36,6 +36,15 @@ def test_spair_both_ways_of_reading_agree(tmp_path: Path) -> None:
     assert any(extra), "the images' own annotations know keypoints that the pair does not share"
 
 
+def test_a_colon_in_a_file_name_may_be_escaped(tmp_path: Path) -> None:
+    spair, ap10k = write_spair(tmp_path), write_ap10k(tmp_path)
+    as_released = read_spair(spair, categories=TWO), read_ap10k(ap10k)
+    for root in (spair, ap10k):
+        for file in (root / "PairAnnotation/test").iterdir():
+            file.rename(file.with_name(file.name.replace(":", "%3A")))
+    assert (read_spair(spair, categories=TWO), read_ap10k(ap10k)) == as_released
+
+
 def test_spair_says_what_it_lacks(tmp_path: Path) -> None:
     root = write_spair(tmp_path)
     pairs = sorted((root / "PairAnnotation/test").glob("*:cat.json"))

@@ -20,6 +20,7 @@ from diffrep.eval.datasets.pairs import (
     PairSet,
     collect,
     need_folder,
+    pair_name,
     read_json,
 )
 
@@ -59,14 +60,14 @@ def read_ap10k(
             for inside in (_below(str(pair[key])) for key in ("src_json_path", "trg_json_path"))
         )
         ids = tuple(i for i in source.keypoints if i in target.keypoints)
-        return AnnotatedPair(file.stem, _category(file), source, target, ids)
+        return AnnotatedPair(pair_name(file), _category(file), source, target, ids)
 
     entries = [(file.name, partial(read, file)) for file in files if _category(file) in wanted]
     return collect(f"AP-10K {split}", root, wanted, entries)
 
 
 def _category(file: Path) -> str:
-    return file.stem.rpartition(":")[2]
+    return pair_name(file).rpartition(":")[2]
 
 
 def _below(path: str) -> str:

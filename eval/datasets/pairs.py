@@ -122,6 +122,15 @@ def collect(
     return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted))
 
 
+def pair_name(file: Path) -> str:
+    """What a release calls a pair: the file's name, whose colon may be written ``%3A``, as Windows needs it.
+
+    >>> pair_name(Path("000001-2010_1-2011_2%3Acat.json"))
+    '000001-2010_1-2011_2:cat'
+    """
+    return file.stem.replace("%3A", ":")
+
+
 def read_json(path: Path) -> dict[str, object]:
     """Read a JSON object.
 

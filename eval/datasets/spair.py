@@ -1,7 +1,7 @@
 """SPair-71k: 1800 images, 70,958 pairs, 18 categories (Min et al. 2019, arXiv 1908.10543).
 
 Layout: ``{JPEGImages,ImageAnnotation}/<category>/<image>.{jpg,json}`` and
-``PairAnnotation/{trn,val,test}/<id>-<source>-<target>:<category>.json``.
+``PairAnnotation/{trn,val,test}/<id>-<source>-<target>:<category>.json``, the colon also as ``%3A``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from diffrep.eval.datasets.pairs import (
     PairSet,
     collect,
     need_folder,
+    pair_name,
     read_json,
 )
 
@@ -71,9 +72,9 @@ def read_spair(
         else:
             ids = tuple(int(i) for i in _list(pair["kps_ids"]))
             source, target = (_image_from_pair(category, pair, side, ids) for side in ("src", "trg"))
-        return AnnotatedPair(file.stem, category, source, target, ids)
+        return AnnotatedPair(pair_name(file), category, source, target, ids)
 
-    entries = [(file.name, partial(read, file)) for file in files if file.stem.rpartition(":")[2] in wanted]
+    entries = [(file.name, partial(read, file)) for file in files if pair_name(file).rpartition(":")[2] in wanted]
     return collect(f"SPair-71k {split}", root, wanted, entries)
 
 
