@@ -9,8 +9,9 @@ from typing import Annotated, Protocol
 import tyro
 
 from diffrep.commands.evaluate_dense import EvalAblation, EvalDepth, EvalNormals
-from diffrep.commands.evaluate_segmentation import EvalSegmentation
+from diffrep.commands.evaluate_manifold import Interpolation, Manifold
 from diffrep.commands.evaluate_probes import EvalProbes
+from diffrep.commands.evaluate_segmentation import EvalSegmentation
 from diffrep.commands.output import check_writable, write_text
 from diffrep.eval.correspondence import EvalCorrespondence
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
@@ -98,4 +99,6 @@ Evaluate = (
     | Annotated[EvalAblation, tyro.conf.subcommand("depth-ablation")]
     | Annotated[Synthesis, tyro.conf.subcommand("synthesis")]
     | Annotated[EvalProbes, tyro.conf.subcommand("probes")]
+    | Annotated[Manifold, tyro.conf.subcommand("manifold")]
+    | Annotated[Interpolation, tyro.conf.subcommand("interpolation")]
 )
