@@ -66,7 +66,7 @@ class ImageEncoder:
         assert isinstance(size, int)
         return size
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images: Tensor, *, batch_size: int = 32) -> Tensor:
         """Embed images (B, 3, H, W) in [0, 1], brought to the network's size; (B, D) float32 on the CPU."""
         tap = self.backbone.recommended.taps[-1]
@@ -77,7 +77,7 @@ class ImageEncoder:
             tokens = self._norm(self.backbone.tokens(chunk, [tap], batch_size=batch_size)[tap])
             pooled = tokens[:, 0] if self.pooling == "class" else tokens[:, self.backbone.prefix :].mean(1)
             found.append((pooled if self._project is None else pooled @ self._project).float().cpu())
-        return torch.cat(found).clone()  # outside of inference mode, so that a network can be trained on it
+        return torch.cat(found)
 
     def grid(
         self, image: ImageLike, shape: tuple[int, int] | None = None, *, patch: int | None = None
@@ -173,9 +173,8 @@ def vary_grid(grid: EmbeddingGrid, degrees: float, *, seed: int = 0) -> Embeddin
     if not 0 <= degrees <= 90:
         raise ValueError(f"degrees must be in [0, 90], got {degrees:g}")
     rows, columns = grid.shape
-    noise = torch.stack(
-        [draw_noise((columns, grid.dim), seed, row, stream=3)[0] for row in range(rows)]
-    )
+    places = [row * 2**20 + column for row in range(rows) for column in range(columns)]
+    noise = torch.cat([draw_noise((grid.dim,), seed, place, stream=3) for place in places]).view(grid.embeddings.shape)
     length = grid.embeddings.norm(dim=-1, keepdim=True)
     unit = grid.embeddings / length
     aside = F.normalize(noise - (noise * unit).sum(-1, keepdim=True) * unit, dim=-1)

@@ -30,14 +30,14 @@ class PriorTraining:
     encoder: str = "tiny-dino"  # backbone of the embeddings
     pooling: Pooling = "mean"
     shape: tuple[int, int] = (2, 2)  # cells into which a scene is cut
-    count: int = 4000  # scenes
+    count: int = 2000  # scenes
     width: int = 96
     layers: int = 3
     dropout: float = 0.1  # share of samples that are told nothing
     held_out: int = 256
     batch_size: int = 128
     fit: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=6000, minutes=5, learning_rate=1e-3, ema_decay=0.998, seed=9)
+        default_factory=lambda: FitSettings(steps=2000, learning_rate=1e-3, ema_decay=0.995, seed=9)
     )
 
     def __post_init__(self) -> None:
