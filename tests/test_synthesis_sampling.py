@@ -121,8 +121,18 @@ def test_an_image_of_any_size(tmp_path: Path) -> None:
     assert np.array_equal(whole(paint(model, grid, size, FEW, run)), image)
 
 
-def test_an_interrupted_run_ends_as_it_would_have(tmp_path: Path) -> None:
+def test_strips_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, size = grid_of(2, 5), (40, 150)
+    expected = synthesize(Painter(), grid, size, FEW)
+    monkeypatch.setattr("diffrep.synthesis.decoding.STRIP", 0)
+    monkeypatch.setattr("diffrep.synthesis.decoding.WINDOWS", 1)
+    assert np.array_equal(synthesize(Painter(), grid, size, FEW), expected)
+
+
+def test_an_interrupted_run_ends_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut after any number of calls, again and again."""
+    monkeypatch.setattr("diffrep.synthesis.decoding.STRIP", 0)
+    monkeypatch.setattr("diffrep.synthesis.decoding.WINDOWS", 1)
     grid, size = grid_of(2, 3), (60, 85)
     for scheduler in ("dpmpp_2m_sde", "pndm"):
         settings = replace(FEW, scheduler=scheduler, batch_size=4)

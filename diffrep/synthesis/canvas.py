@@ -52,11 +52,22 @@ class Lines:
         if self.path is None:
             self._array[start : start + len(lines)] = lines
             return
-        left = memoryview(np.ascontiguousarray(lines, self.dtype)).cast("B")
-        place = start * self._bytes
+        self._write(start * self._bytes, np.ascontiguousarray(lines, self.dtype))
+
+    def _write(self, place: int, values: np.ndarray) -> None:
+        left = memoryview(values).cast("B")
         while left:
             written = os.pwrite(self._file, left, place)
             left, place = left[written:], place + written
+
+    def write_at(self, start: int, column: int, lines: np.ndarray) -> None:
+        """Put a piece (n, w, ...) of lines at (start, column)."""
+        if self.path is None:
+            self._array[start : start + len(lines), column : column + lines.shape[1]] = lines
+            return
+        cell = self._bytes // self.shape[1]
+        for number, line in enumerate(np.ascontiguousarray(lines, self.dtype)):
+            self._write((start + number) * self._bytes + column * cell, line)
 
     def tensor(self, start: int, stop: int) -> Tensor:
         """`read` as a tensor."""

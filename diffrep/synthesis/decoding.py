@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from diffrep.synthesis.canvas import Lines, Position, Run
 from diffrep.synthesis.sampler import Denoiser, SynthesisSettings
 from diffrep.synthesis.windows import Sweep, WindowPlan, decode_weights, window_weights
 
+STRIP, WINDOWS = 2048, 8  # pixels, or windows: width of what is decoded from top to bottom before the next
 DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more memory than the denoiser
 
 
@@ -23,8 +24,10 @@ def decode_lines(
     *,
     run: Run | None = None,
     progress: bool = False,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Decode a canvas with overlapping windows, from top to bottom.
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Decode a canvas with overlapping windows, in strips from top to bottom.
+
+    Windows that lie across two strips are decoded for both.
 
     A decoder sees the whole of its input, so windows never agree exactly: they are blended. The official Gaussian is
     still a fifth of its height at a window's border, where it leaves a step; a raised cosine leaves none.
@@ -34,7 +37,7 @@ def decode_lines(
         run: where an interrupted run goes on; from the top where left out.
 
     Yields:
-        (first line, (lines, 3, W * factor) float32, about [0, 1], not clamped).
+        (first line, first column, (lines, 3, columns) float32, about [0, 1], not clamped), in pixels.
     """
     height, _, width = latents.shape
     stride = settings.decode_stride or max(model.window // 2, 1)
@@ -42,29 +45,44 @@ def decode_lines(
     factor = model.factor
     pixels = WindowPlan((height * factor, width * factor), model.window * factor, stride * factor)
     official = settings.decode_weights == "official"
-    sweep = Sweep(pixels, decode_weights(pixels.window) if official else window_weights("hann", pixels.window), 3)
+    weights = decode_weights(pixels.window) if official else window_weights("hann", pixels.window)
+    width, side = pixels.size[1], max(STRIP, WINDOWS * pixels.window)
+    strips = [(left, min(left + side, width)) for left in range(0, width, side)]
     run = run or Run(None, {})
-    first = run.position.row
-    if run.carry is not None:
-        sweep.resume(first, run.carry)
-        run.carry = None
-    columns = plan.columns
-    bar = tqdm(
-        total=len(plan), initial=first * len(columns), desc="decode", unit="window", disable=not progress
-    )
-    for row in range(first, len(plan.rows)):
-        top = plan.rows[row]
-        lines = latents.tensor(top, top + plan.window).movedim(1, 0)
-        for start in range(0, len(columns), DECODE_BATCH):
-            part = range(start, min(start + DECODE_BATCH, len(columns)))
-            windows = torch.stack([lines[:, :, columns[k] : columns[k] + plan.window] for k in part])
-            decoded = model.decode(windows, quantize=settings.quantize).float().cpu().numpy()
-            for column, value in zip(part, decoded, strict=True):
-                sweep.add(row, column, value)
-            bar.update(len(part))
-        yield from sweep.end_row()
-        run.checkpoint(Position("decode", 0, row + 1), sweep.carry)
+    first = run.position
+    total = sum(len(Sweep(pixels, weights, 0, strip=strip).columns) for strip in strips) * len(plan.rows)
+    bar = tqdm(total=total, desc="decode", unit="window", disable=not progress)
+    for number, strip in enumerate(strips):
+        sweep = Sweep(pixels, weights, 3, strip=strip)
+        start_row = first.row if number == first.step else 0
+        if number < first.step:
+            start_row = len(plan.rows)
+        elif run.carry is not None:
+            sweep.resume(start_row, run.carry)
+            run.carry = None
+        bar.update(start_row * len(sweep.columns))
+        for row in range(start_row, len(plan.rows)):
+            for start in range(0, len(sweep.columns), DECODE_BATCH):
+                part = sweep.columns[start : start + DECODE_BATCH]
+                decoded = _decode_row(model, latents, plan, row, part, settings)
+                for column, value in zip(part, decoded, strict=True):
+                    sweep.add(row, column, value)
+                bar.update(len(part))
+            for top, lines in sweep.end_row():
+                yield top, strip[0], lines
+            run.checkpoint(Position("decode", number, row + 1), sweep.carry)
     bar.close()
+
+
+def _decode_row(
+    model: Denoiser, latents: Lines, plan: WindowPlan, row: int, columns: Sequence[int], settings: SynthesisSettings
+) -> np.ndarray:
+    """(columns, 3, h, w): some windows of a row."""
+    top, lefts = plan.rows[row], [plan.columns[k] for k in columns]
+    lines = latents.tensor(top, top + plan.window)[:, :, lefts[0] : lefts[-1] + plan.window].movedim(1, 0)
+    windows = torch.stack([lines[:, :, left - lefts[0] :][:, :, : plan.window] for left in lefts])
+    found: np.ndarray = model.decode(windows, quantize=settings.quantize).float().cpu().numpy()
+    return found
 
 
 def to_uint8(lines: np.ndarray) -> np.ndarray:

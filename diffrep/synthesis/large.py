@@ -124,10 +124,10 @@ def paint(
     if run.position.stage == "done":
         return pixels
     latents = denoise_canvas(model, grid, latent_size(model, size), settings, run=run, progress=progress)
-    for start, lines in decode_lines(model, latents, settings, run=run, progress=progress):
-        kept = lines[: max(0, size[0] - start), :, : size[1]]  # a canvas of whole latents may be larger
-        if len(kept):
-            pixels.write(start, to_uint8(kept))
+    for start, left, lines in decode_lines(model, latents, settings, run=run, progress=progress):
+        kept = lines[: max(0, size[0] - start), :, : max(0, size[1] - left)]  # whole latents may cover more
+        if kept.size:
+            pixels.write_at(start, left, to_uint8(kept))
     run.checkpoint(Position("done"), None, force=True)
     return pixels
 

@@ -97,14 +97,24 @@ class Sweep:
     Args:
         weights: (window, window) of the values of a window, an outer product of two profiles.
         channels: of the values.
+        strip: (first, behind the last) column of the canvas that is wanted; all where left out.
+
+    Attributes:
+        columns: numbers of the columns of windows that touch the strip; only these may be added.
     """
 
-    def __init__(self, plan: WindowPlan, weights: Tensor, channels: int) -> None:
+    def __init__(
+        self, plan: WindowPlan, weights: Tensor, channels: int, *, strip: tuple[int, int] | None = None
+    ) -> None:
         self.plan, self.weights = plan, weights.numpy()
         height, width = plan.size
-        self.row = 0
+        left, right = strip or (0, width)
+        self.columns = [k for k, x in enumerate(plan.columns) if x + plan.window > left and x < right]
+        self.row, self._left = 0, plan.columns[self.columns[0]]
+        self._wanted = slice(left - self._left, right - self._left)
         # a ring of lines: line i of the canvas is line i modulo window here
-        self.sums = np.zeros((channels, plan.window, width), np.float32)
+        reach = plan.columns[self.columns[-1]] + plan.window - self._left
+        self.sums = np.zeros((channels, plan.window, reach), np.float32)
         # on a product of places the sum of weights is a product too: no canvas of counts is needed
         centre = self.weights[plan.window // 2]
         profile = centre / np.sqrt(centre[plan.window // 2])
@@ -112,6 +122,7 @@ class Sweep:
         for starts, totals in ((plan.rows, self._down), (plan.columns, self._across)):
             for start in starts:
                 totals[start : start + plan.window] += profile
+        self._across = self._across[left:right]
 
     @property
     def carry(self) -> np.ndarray:
@@ -129,7 +140,7 @@ class Sweep:
             What `end_row` gives, where this is the first window of a new row.
         """
         ready = list(self.end_row()) if row != self.row else []
-        window, top, left = self.plan.window, self.plan.rows[row], self.plan.columns[column]
+        window, top, left = self.plan.window, self.plan.rows[row], self.plan.columns[column] - self._left
         split, weighted = window - top % window, self.weights * values
         self.sums[:, top % window :, left : left + window] += weighted[:, :split]
         self.sums[:, : top % window, left : left + window] += weighted[:, split:]
@@ -145,7 +156,7 @@ class Sweep:
             place = top % self.plan.window
             stop = min(after, top + LINES, top - place + self.plan.window)
             sums = self.sums[:, place : place + stop - top]
-            found = sums / self._down[top:stop, None] / self._across
+            found = sums[:, :, self._wanted] / self._down[top:stop, None] / self._across
             sums[:] = 0
             yield top, np.ascontiguousarray(found.swapaxes(0, 1))
             top = stop

@@ -99,7 +99,7 @@ def check_decoding(case: dict[str, Any], model: Any, expected: dict[str, torch.T
     latent = expected["latent"][0].movedim(1, 0)
     lines = Lines(tuple(latent.shape), "float32")
     lines.write(0, latent.numpy())
-    rows = np.concatenate([values for _, values in decode_lines(model, lines, settings)])
+    rows = np.concatenate([values for _, _, values in decode_lines(model, lines, settings)])
     image = torch.from_numpy(rows).movedim(1, 0) * 2 - 1
     share = 0.999
     _, atol = bounds(case["tolerance"]["image_float"])
