@@ -28,6 +28,10 @@ BENCHMARKS = {  # name -> (module:class, one line)
         "diffrep.eval.benchmarks.synthesis:SynthesisBenchmark",
         "large images: speed and memory against area, the official loop against ours",
     ),
+    "probes": (
+        "diffrep.eval.benchmarks.probes:ProbesBenchmark",
+        "a cached grid of probes against the released loop; a grid on a million features in little memory",
+    ),
 }
 
 
