@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from diffrep.backbones.base import check_weights, default_dtype
@@ -267,8 +267,8 @@ def write_head(
     config = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}
     config["_class_name"] = "UNet2DConditionModel"
     (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    save_file({"context": context.detach().float().cpu().contiguous()}, folder / CONTEXT_FILE)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    (folder / CONTEXT_FILE).write_bytes(save({"context": context.detach().float().cpu().contiguous()}))
     if scheduler is not None:
         (folder / "scheduler").mkdir(exist_ok=True)
         (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(scheduler), indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -347,7 +348,7 @@ def test_tiles_cover_a_side_with_their_overlap() -> None:
         starts = tile_starts(side, tile, overlap)
         assert starts[0] == 0
         assert starts[-1] + tile >= side
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in itertools.pairwise(starts):
             assert a < b <= a + tile - overlap + 8
 
 
