@@ -284,10 +284,15 @@ def _load_checkpoint(
             target.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"{path}: is of another network ({' '.join(str(error).split())[:200]})") from None
+    parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimiser."):
             _, index, name = key.split(".")
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape and value.ndim:
+                # the fused optimiser walks through memory: moments must lie as their parameter does (channels-last)
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             moments.setdefault(int(index), {})[name] = value
     optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
     return int(about["step"]), float(about["spent"])

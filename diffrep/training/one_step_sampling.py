@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones.noise import draw_noise
@@ -55,14 +54,15 @@ def predict_maps(
         pixels: (B, 3, H, W) in [-1, 1], sides that are multiples of the VAE's stride.
 
     Returns:
-        (B, 1, H, W) in [0, 1] for depth and disparity, (B, 3, H, W) unit normals in LUB.
+        (B, 1, H, W) in [0, 1] for depth and disparity; (B, 3, H, W) normals in LUB as they are decoded, short where
+        there is no surface.
     """
     factor, maps = vae.config.scaling_factor, []
     for chunk in pixels.split(batch_size):
         images = vae.encode(chunk).latent_dist.mean * factor
         decoded = vae.decode(predict_latents(model, images, steps=steps, seed=seed) / factor).sample.float()
         if task == "normals":
-            maps.append(F.normalize(decoded, dim=1))
+            maps.append(decoded.clamp(-1, 1))
         else:  # Lotus: each channel is clamped, then averaged
             maps.append(decoded.clamp(-1, 1).mean(1, keepdim=True) / 2 + 0.5)
     return torch.cat(maps)

@@ -1,0 +1,376 @@
+"""Training of one-step heads: recipes, targets, data sets in their released layouts, runs that resume."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from diffrep.commands.train_one_step import TrainDepth, open_set, write
+from diffrep.heads.loading import load_head
+from diffrep.scenes import SceneSet, render_set
+from diffrep.training.hypersim import Hypersim
+from diffrep.training.loop import FitSettings
+from diffrep.training.one_step import (
+    E2E_FT,
+    LOTUS_D,
+    LOTUS_G,
+    MARIGOLD,
+    RECIPES,
+    OneStepModel,
+    OneStepRecipe,
+    draw_rows,
+    task_vector,
+    widen_conv_in,
+)
+from diffrep.training.one_step_data import SceneSamples, cache_latents, sample_batches
+from diffrep.training.one_step_fit import OneStepTraining, train_one_step
+from diffrep.training.one_step_losses import angular_loss, latent_loss, latent_mask
+from diffrep.training.one_step_sampling import predict_latents, predict_maps
+from diffrep.training.one_step_targets import (
+    camera_points,
+    distance_to_depth,
+    face_camera,
+    mirror_normals,
+    normalize_depth,
+    normals_from_depth,
+)
+from diffrep.training.vkitti import VirtualKitti
+
+SHORT = FitSettings(steps=2, warmup=0, bf16=False, learning_rate=1e-4)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneSet:
+    return render_set(tmp_path_factory.mktemp("scenes"), "train", 6, size=64, workers=1, progress=False)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"preserve": 1.5}, "share"),
+        ({"task_vector": False}, "task vector"),
+        ({"predicts": "epsilon"}, "first='noise'"),
+        ({"timesteps": "all"}, "first='noise'"),
+        ({"loss": "decoded"}, "detail preserver"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(LOTUS_D, **fields)
+
+
+def test_task_vector_is_the_papers() -> None:
+    torch.testing.assert_close(task_vector(annotate=True), torch.tensor([0.841471, 0, 0.540302, 1]))
+    torch.testing.assert_close(task_vector(annotate=False), torch.tensor([0, 0.841471, 1, 0.540302]))
+
+
+def test_a_wider_convolution_gives_the_same_on_an_input_repeated() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(4, 12, 3, padding=1), torch.randn(2, 4, 9, 7)
+    torch.testing.assert_close(widen_conv_in(conv)(torch.cat([x, x], 1)), conv(x))
+
+
+@pytest.mark.parametrize("predicts", ["sample", "epsilon", "v_prediction"])
+def test_the_clean_latent_is_read_back_from_what_is_predicted(predicts: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    targets, noise = torch.randn(3, 4, 2, 2, generator=generator), torch.randn(3, 4, 2, 2, generator=generator)
+    recipe = OneStepRecipe(first="noise", predicts=predicts, timesteps="all")  # type: ignore[arg-type]
+    model = OneStepModel(nn.Identity(), torch.zeros(1, 2, 8), torch.linspace(0.99, 0.01, 1000), recipe)
+    timesteps = torch.tensor([0, 500, 999])
+    noisy = model.noisy(targets, noise, timesteps)
+    found = model.clean(model.target(targets, noise, timesteps), noisy, timesteps)
+    torch.testing.assert_close(found, targets, atol=1e-4, rtol=0)
+
+
+def test_e2e_ft_reads_the_clean_latent_from_v_at_zeros() -> None:
+    model = OneStepModel(nn.Identity(), torch.zeros(1, 2, 8), torch.full((1000,), 0.0046601), E2E_FT)
+    v, at = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([999])
+    noisy = model.noisy(v, None, at)
+    assert noisy is not None
+    assert not noisy.any()
+    torch.testing.assert_close(model.clean(v, noisy, at), -0.997667 * v, atol=1e-5, rtol=0)
+
+
+def test_rows_first_annotate_then_rebuild() -> None:
+    drawn = draw_rows(4, replace(LOTUS_G, preserve=0.5), (4, 2, 2), torch.Generator().manual_seed(0))
+    assert drawn["timesteps"].tolist() == [999] * 6
+    assert torch.equal(drawn["tasks"][:4], task_vector(annotate=True).expand(4, 4))
+    assert torch.equal(drawn["tasks"][4:], task_vector(annotate=False).expand(2, 4))
+    assert drawn["noise"].shape == drawn["image_noise"].shape == (6, 4, 2, 2)
+    every = draw_rows(64, MARIGOLD, (4, 2, 2), torch.Generator().manual_seed(0))
+    assert set(every) == {"timesteps", "noise"}
+    assert 0 <= every["timesteps"].min() < 100 < 900 < every["timesteps"].max() < 1000
+
+
+# -- targets and losses -----------------------------------------------------------------------------------------
+
+
+def test_disparity_is_one_where_near_and_minus_one_in_the_sky() -> None:
+    depth = torch.linspace(1, 10, 100).view(1, 10, 10)
+    depth[0, 0] = torch.inf
+    picture = normalize_depth(depth, valid=torch.isfinite(depth))
+    assert picture.min() == -1
+    assert (picture[0, 0] == -1).all()
+    assert picture[0, 1, 0] > 0.99
+    with pytest.raises(ValueError, match="no valid pixel"):
+        normalize_depth(depth, valid=torch.zeros_like(depth, dtype=torch.bool))
+
+
+def test_distance_is_depth_on_the_axis_and_longer_beside_it() -> None:
+    depth = distance_to_depth(torch.ones(5, 5), focal=2.0)
+    assert depth[2, 2] == 1
+    assert depth[2, 4].item() == pytest.approx(2 / 8**0.5)
+
+
+def test_normals_of_a_slanted_plane_are_found_and_face_the_camera() -> None:
+    intrinsics = torch.tensor([[30.0, 0, 9.5], [0, 30.0, 7.5], [0, 0, 1]])
+    rays = camera_points(torch.ones(16, 20), intrinsics)
+    normal = nn.functional.normalize(torch.tensor([0.3, -0.4, -1.0]), dim=0)  # RDF, towards the camera
+    depth = -2.0 / torch.einsum("c,chw->hw", normal, rays)
+    found, valid = normals_from_depth(depth, intrinsics)
+    assert valid[0, 2:-2, 2:-2].all()
+    expected = (-normal).double().view(3, 1, 1).expand_as(found)  # LUB
+    torch.testing.assert_close(found[:, 3:-3, 3:-3], expected[:, 3:-3, 3:-3], atol=1e-4, rtol=0)
+    away = -expected.float()
+    assert torch.equal(face_camera(away, camera_points(depth, intrinsics)), -away)
+
+
+def test_mirrored_normals_point_to_the_other_side() -> None:
+    normals = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    mirrored = mirror_normals(normals)
+    assert torch.equal(mirror_normals(mirrored), normals)
+    assert torch.equal(mirrored[0], -normals[0].flip(-1))
+    assert torch.equal(mirrored[1:], normals[1:].flip(-1))
+
+
+def test_a_latent_cell_counts_only_if_all_its_pixels_do() -> None:
+    valid = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+    valid[0, 0, 3, 12] = False
+    mask = latent_mask(valid)
+    assert mask.tolist() == [[[[True, False], [True, True]]]]
+    target = torch.zeros(1, 4, 2, 2)
+    predicted = torch.zeros(1, 4, 2, 2)
+    predicted[0, :, 0, 1] = 100
+    assert latent_loss(predicted, target, mask) == 0
+    assert latent_loss(predicted, target) > 0
+    assert latent_loss(predicted, target, torch.zeros_like(mask)) == 0
+
+
+def test_the_angular_loss_has_finite_gradients_at_the_truth() -> None:
+    truth = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    estimate = truth.clone().requires_grad_()
+    angular_loss(estimate, truth, torch.ones(1, 1, 2, 2, dtype=torch.bool)).backward()
+    assert estimate.grad is not None
+    assert torch.isfinite(estimate.grad).all()
+
+
+# -- data sets --------------------------------------------------------------------------------------------------
+
+
+def test_scenes_face_the_camera_and_the_sky_is_far(scenes: SceneSet) -> None:
+    sky = 0
+    for index in range(len(scenes)):
+        normals, disparity = (SceneSamples(scenes, task).sample(index) for task in ("normals", "disparity"))
+        known = normals.measured[0]
+        length = normals.annotation.norm(dim=0)
+        torch.testing.assert_close(length[known], torch.ones_like(length[known]))
+        depth = torch.from_numpy(np.array(scenes.depth[index])).float()
+        intrinsics = torch.from_numpy(np.array(scenes.intrinsics[index]))
+        fx, fy, cx, cy = intrinsics.tolist()
+        points = camera_points(depth.nan_to_num(posinf=0), torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
+        assert ((normals.annotation * points).sum(0)[known] > -1e-2 * depth[known]).all()
+        assert (disparity.annotation[0][~known] == -1).all()
+        assert disparity.annotation.shape == (1, 64, 64)
+        sky += int((~known).sum())
+    assert sky > 0
+    once = SceneSamples(scenes, "normals").sample(0)
+    twice = once.mirrored().mirrored()
+    assert torch.equal(once.annotation, twice.annotation)
+    assert torch.equal(once.pixels, twice.pixels)
+
+
+def _write_vkitti(root: Path) -> None:
+    for camera in (0, 1):
+        frames = root / "Scene02" / "clone" / "frames"
+        for part in ("rgb", "depth"):
+            (frames / part / f"Camera_{camera}").mkdir(parents=True)
+        depth = np.full((375, 1242), 2000, np.uint16)  # a wall 20 m away
+        depth[:100] = 65535  # under the sky
+        Image.fromarray(depth).save(frames / "depth" / f"Camera_{camera}" / "depth_00000.png")
+        Image.new("RGB", (1242, 375), (255, 0, 0)).save(frames / "rgb" / f"Camera_{camera}" / "rgb_00000.jpg")
+
+
+def test_virtual_kitti_as_released(tmp_path: Path) -> None:
+    _write_vkitti(tmp_path)
+    images = VirtualKitti(tmp_path, "disparity")
+    assert len(images) == 2
+    one = images.sample(1)
+    assert one.pixels.shape == (3, 352, 1216)
+    assert one.valid.all()  # the sky counts for depth
+    assert one.measured.sum() == (375 - 100) * 1216
+    assert one.reference[0, -1, 0] == 20
+    with pytest.raises(ValueError, match="no image of Virtual KITTI 2"):
+        VirtualKitti(tmp_path / "Scene02", "depth")
+
+
+@pytest.mark.slow
+def test_normals_of_virtual_kitti_are_fitted_to_its_depth(tmp_path: Path) -> None:
+    _write_vkitti(tmp_path)
+    facing = VirtualKitti(tmp_path, "normals").sample(0)
+    assert not facing.valid[0, :70].any()
+    wall = facing.annotation[:, 200, 600]
+    torch.testing.assert_close(wall, torch.tensor([0.0, 0.0, 1.0]), atol=1e-3, rtol=0)
+
+
+def _write_hypersim(root: Path, frame: int, distance: np.ndarray, normals: np.ndarray) -> None:
+    h5py = pytest.importorskip("h5py")
+    images = root / "ai_001_001" / "images"
+    geometry, preview = images / "scene_cam_00_geometry_hdf5", images / "scene_cam_00_final_preview"
+    for folder in (geometry, preview):
+        folder.mkdir(parents=True, exist_ok=True)
+    height, width = distance.shape
+    Image.new("RGB", (width, height), (0, 128, 255)).save(preview / f"frame.{frame:04d}.tonemap.jpg")
+    for what, values in (("depth_meters", distance), ("normal_cam", normals)):
+        with h5py.File(geometry / f"frame.{frame:04d}.{what}.hdf5", "w") as file:
+            file["dataset"] = values.astype(np.float16)
+
+
+def test_hypersim_as_released(tmp_path: Path) -> None:
+    normals = np.zeros((48, 64, 3), np.float32)
+    normals[..., 0], normals[..., 2] = 0.6, -0.8  # RUB, looking away from the camera
+    _write_hypersim(tmp_path, 0, np.full((48, 64), np.nan, np.float32), normals)  # Lotus leaves such frames out
+    _write_hypersim(tmp_path, 3, np.full((48, 64), 5.0, np.float32), normals)
+    rows = ["ai_001_001,cam_00,0,True,,train", "ai_001_001,cam_00,3,True,,train", "ai_001_001,cam_00,7,True,,train"]
+    header = "scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,split_partition_name"
+    (tmp_path / "metadata_images_split_scene_v1.csv").write_text("\n".join([header, *rows]) + "\n")
+    images = Hypersim(tmp_path, "normals", size=(24, 32))
+    assert len(images) == 2  # frame 7 is listed but not there
+    one = images.sample(0)
+    assert one.pixels.shape == (3, 24, 32)
+    # RUB (0.6, 0, -0.8) is LUB (-0.6, 0, -0.8), turned round (0.6, 0, 0.8)
+    torch.testing.assert_close(one.annotation[:, 12, 16], torch.tensor([0.6, 0.0, 0.8]), atol=1e-3, rtol=0)
+    raw = Hypersim(tmp_path, "normals", size=(24, 32), facing=False).sample(0)
+    torch.testing.assert_close(raw.annotation, -one.annotation)
+    depth = Hypersim(tmp_path, "depth", size=(24, 32), norm="perscene_norm").sample(0)
+    assert depth.reference.max() <= 5
+    with pytest.raises(ValueError, match="no frame of Hypersim"):
+        Hypersim(tmp_path, "depth", split="test")
+
+
+def test_data_sets_are_named_at_the_command_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data set 'coco'"):
+        open_set("coco=x", "depth", tmp_path, 1)
+    with pytest.raises(ValueError, match="vkitti2=FOLDER"):
+        open_set("vkitti2", "depth", tmp_path, 1)
+
+
+def test_batches_depend_on_their_generator_alone(scenes: SceneSet) -> None:
+    sets = [SceneSamples(scenes, "depth")] * 2
+    batches = sample_batches(sets, (0.9, 0.1), LOTUS_G, batch_size=2, latent_channels=4, stride=8, workers=2)
+    first, again = (batches(torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert first["noise"].shape == (4, 4, 8, 8)
+    with pytest.raises(ValueError, match="needs a share"):
+        sample_batches(sets, (1.0,), LOTUS_G, batch_size=2, latent_channels=4, stride=8)
+
+
+# -- training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_trains_and_predicts(name: str, sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
+    recipe = RECIPES[name]
+    training = OneStepTraining(task="normals", base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2)
+    samples = SceneSamples(scenes, "normals")
+    model = train_one_step(training, [samples], [1.0], tmp_path, progress=False)
+    assert model.unet.config.in_channels == (4 if recipe.first == "none" else 8)
+    found = predict_latents(model, torch.zeros(2, 4, 8, 8), steps=2 if recipe.timesteps == "all" else 1)
+    assert found.shape == (2, 4, 8, 8)
+    assert torch.isfinite(found).all()
+    if recipe.timesteps == "one":
+        with pytest.raises(ValueError, match="predicts in one step"):
+            predict_latents(model, torch.zeros(1, 4, 8, 8), steps=2)
+
+
+def test_a_run_cut_in_two_ends_as_one_that_was_not(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
+    recipe = replace(LOTUS_D, posterior="mean", preserve=0.5)
+    samples = SceneSamples(scenes, "disparity")
+
+    def run(folder: Path, stop_at: int | None = None) -> OneStepModel:
+        training = OneStepTraining(
+            base=str(sd_folder), recipe=recipe, fit=replace(SHORT, steps=3, checkpoint_seconds=-1.0), batch_size=2,
+            cache=True,
+        )  # fmt: skip
+
+        def stop(model: OneStepModel, step: int) -> dict[str, float]:
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return {}
+
+        return train_one_step(
+            training, [samples], [1.0], folder, validate=stop, validate_every=1, latents=tmp_path / "latents",
+            progress=False,
+        )  # fmt: skip
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", stop_at=2)
+    resumed = run(tmp_path / "cut")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    other = OneStepTraining(base=str(sd_folder), recipe=replace(recipe, preserve=0.0), fit=SHORT, cache=True)
+    with pytest.raises(ValueError, match="another folder"):
+        train_one_step(other, [samples], [1.0], tmp_path / "cut", latents=tmp_path / "latents", progress=False)
+
+
+def test_cached_latents_of_another_model_are_refused(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(sd_folder / "vae")
+    samples = SceneSamples(scenes, "disparity")
+    kept = cache_latents(vae, samples, "disparity", tmp_path, made_with="one", progress=False)
+    assert kept["images"].shape == kept["targets"].shape == (6, 4, 8, 8)
+    with torch.no_grad():
+        expected = vae.encode(samples.sample(4).pixels[None]).latent_dist.mean[0] * vae.config.scaling_factor
+    torch.testing.assert_close(kept["images"][4].float(), expected, atol=0.05 * float(expected.abs().max()), rtol=0)
+    with pytest.raises(ValueError, match="holds latents of one"):
+        cache_latents(vae, samples, "disparity", tmp_path, made_with="two", progress=False)
+
+
+def test_a_trained_head_is_read_back_and_predicts_the_same(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    recipe = replace(LOTUS_D, posterior="mean")
+    training = OneStepTraining(base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2)
+    samples = SceneSamples(scenes, "disparity")
+    model = train_one_step(training, [samples], [1.0], tmp_path / "run", progress=False)
+    write(tmp_path / "head", model, training, "lotus-d", 64)
+    weights = load_file(tmp_path / "head/unet/diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    head = load_head(tmp_path / "head", dtype=torch.float32)
+    image = np.array(scenes.image[0])
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+    expected = predict_maps(model, AutoencoderKL.from_pretrained(sd_folder / "vae"), pixels, "disparity")
+    torch.testing.assert_close(head.predict(image).values, expected[0, 0], atol=5e-3, rtol=0)  # half precision
+
+
+def test_options_mean_the_embedded_recipe_or_the_papers() -> None:
+    ours = TrainDepth()._training("disparity")
+    assert ours.cache
+    assert ours.recipe == replace(LOTUS_D, posterior="mean")
+    theirs = TrainDepth(base="some/folder", recipe="e2e-ft", data=("hypersim=x",))._training("depth")
+    assert theirs.recipe == E2E_FT
+    assert (theirs.fit.learning_rate, theirs.fit.accumulate, theirs.batch_size) == (3e-5, 16, 2)
+    assert not theirs.cache
+    short = TrainDepth(steps=7, preserve=0.0)._training("disparity")
+    assert (short.fit.steps, short.fit.minutes, short.recipe.preserve) == (7, None, 0.0)
