@@ -58,7 +58,9 @@ OFFICIAL = {
 }
 
 
-def small_model(about: About | None = None, *, channels: int = 3) -> SynthesisModel:
+def small_model(
+    about: About | None = None, *, channels: int = 3, dims: tuple[int, ...] = (5, 4)
+) -> SynthesisModel:
     """Random weights: one level of attention, VQ autoencoder of factor 2, two tokens."""
     from diffusers import UNet2DConditionModel, VQModel
 
@@ -85,7 +87,7 @@ def small_model(about: About | None = None, *, channels: int = 3) -> SynthesisMo
         scaling_factor=0.7,
     )
     scheduler = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
-    return SynthesisModel(unet, ConditionEmbedder([5, 4], 12), autoencoder, scheduler, about=about).eval()
+    return SynthesisModel(unet, ConditionEmbedder(dims, 12), autoencoder, scheduler, about=about).eval()
 
 
 def test_a_folder_reads_back_as_it_was(tmp_path: Path) -> None:
