@@ -19,7 +19,7 @@ class Scores:
     """Accuracies in [0, 1] over n images.
 
     Attributes:
-        low, high: of top-1, a 95 % bootstrap interval over the images.
+        low, high: of top-1, a 95 % bootstrap interval over the images; Wilson's where all are right or all wrong.
         top5: with fewer than five classes, over all of them.
         mean_per_class: mean of the classes' accuracies; classes without an image are left out.
         per_class: class -> accuracy.
@@ -46,6 +46,8 @@ def score(scores: Tensor, labels: Tensor, classes: Sequence[str], *, voted_only:
     """
     right = scores.argmax(1) == labels
     low, high = bootstrap(right.double().numpy(), seed=seed)
+    if low == high:  # all right or all wrong: resampling says nothing
+        low, high = wilson(int(right.sum()), len(right))
     per_class = {
         name: right[labels == number].float().mean().item()
         for number, name in enumerate(classes)
