@@ -47,6 +47,7 @@ def section(folder: Path) -> str:
         " of each block, at three noise levels; the noise level and the block are chosen on val. The best,"
         f" {done.best.tap} at t = {done.best.timestep}, names {100 * test['top1']:.0f} % of {test['n']} unseen test"
         f" images ({100 * test['low']:.0f}..{100 * test['high']:.0f} at 95 %; chance {100 / len(data.classes):.0f} %)."
+        " The U-Net was trained on other scenes of these categories, among others to name their parts."
     )
     return (
         "<section><h2>Which block knows what it is?</h2>"
