@@ -16,6 +16,10 @@ BENCHMARKS = {  # name -> (module:class, one line)
         "diffrep.eval.benchmarks.bulk:BulkBenchmark",
         "images per second from files to a store, and indexes of up to a million vectors",
     ),
+    "segmentation": (
+        "diffrep.eval.benchmarks.segmentation:SegmentationBenchmark",
+        "the official pass for mask and edge against ours, both maps and the mask alone",
+    ),
     "matching": (
         "diffrep.eval.benchmarks.matching:MatchingBenchmark",
         "matching and joint PCA against one product, loops and full-resolution features",
