@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {  # name -> (module:class, one line of help)
-    "demo": ("diffrep.commands.demo:Demo", "match parts on bundled images and write one page with pictures"),
+    "demo": ("diffrep.commands.demo:Demo", "run everything on bundled images and write one page with pictures"),
     "match": ("diffrep.commands.match:Match", "point at places in one image, get the same places in another"),
     "extract": ("diffrep.commands.extract:Extract", "extract a collection of images into a store of features"),
     "swap": ("diffrep.commands.swap:Swap", "give the object in one image the looks of another"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +30,17 @@ from diffrep.scenes import UNSEEN, Scene, mirror, render_scene, scene_pairs
 # category, number of its pair in the held-out split: picked to show what works and what does not; giraffes were
 # never trained on
 PAIRS = (("dog", 2), ("fish", 0), ("giraffe", 2), ("car", 4), ("motorbike", 0), ("car", 3))
+PARTS = ("depth", "segmentation", "search", "probes", "synthesis", "manifold")  # each is a module demo_PART
 ALPHA = 0.1  # a match is right within this share of the longer side of the object's box
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Match parts on bundled images and write one page with pictures.
+    """Run everything on bundled images and write one page with pictures.
 
     Rendered pairs and real photographs are matched with diffusion features alone, with DINO features alone and
-    with both fused, by the models that are part of the package. Nothing is downloaded.
+    with both fused; then come depth, normals, masks, search, probes, large pictures and maps. All of it is done by
+    the models that are part of the package. Nothing is downloaded.
     """
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo/index.html")  # the page to write
@@ -44,7 +48,7 @@ class Demo:
 
     def run(self) -> None:
         check_writable(self.output, (".html",))
-        with tqdm(total=len(PAIRS) + len(photographs()) + 1, desc="demo", unit="part") as bar:
+        with tqdm(total=len(PAIRS) + len(photographs()) + len(PARTS) + 1, desc="demo", unit="part") as bar:
             page = build_page(Correspondence(self.recipe), bar)
         page.save(self.output)
         print(f"wrote {self.output.absolute()}: open it in a browser")
@@ -100,6 +104,12 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
         photos.append(_photograph_figure(correspondence, name, path))
         bar.update()
     page.figures(photos)
+
+    for name in PARTS:
+        module = importlib.import_module(f"diffrep.commands.demo_{name}")
+        with tempfile.TemporaryDirectory() as folder:
+            page.part(module.section(Path(folder)), Path(folder))
+        bar.update()
 
     page.section("Do it yourself")
     page.code("diffrep match a.jpg b.jpg --points 120,80 200,95 -o match.png\ndiffrep eval scenes\ndiffrep info tiny")

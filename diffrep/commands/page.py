@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +75,13 @@ class Page:
             for number, row in enumerate(rows)
         )
         self._parts.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
+
+    def part(self, text: str, folder: Path) -> None:
+        """A ready section in HTML; the pictures of `folder` that it shows go into the page."""
+        for picture in re.findall(r'src="([^":]+)"', text):
+            with Image.open(folder / picture) as image:
+                text = text.replace(f'src="{picture}"', f'src="{data_uri(image)}"')
+        self._parts.append(text)
 
     def save(self, path: Path) -> None:
         """Write the page at once: a file that is there is replaced only when the new one is whole."""

@@ -1,0 +1,72 @@
+"""The part of the demo about maps of high-dimensional data."""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffrep.eval.manifold import geodesic_scores
+from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
+from diffrep.manifold import HeatGeodesicEmbedding
+
+POINTS = 800
+
+
+def section(folder: Path) -> str:
+    """Map a noisy swiss roll, with principal components beside; one picture, written into `folder`.
+
+    Returns:
+        The HTML of one ``<section>``.
+    """
+    from sklearn.decomposition import PCA
+
+    roll = swiss_roll(POINTS, noise=0.3, dim=10)
+    maps = {
+        "principal components": PCA(2).fit_transform(roll.points),
+        "heat-geodesic map": HeatGeodesicEmbedding(random_state=0).fit_transform(roll.points),
+    }
+    scores = {name: spearman(roll, points) for name, points in maps.items()}
+    draw(roll, maps, folder / "manifold.png")
+    text = (
+        f"{POINTS} noisy points of a rolled-up sheet in ten dimensions. Distances on the sheet are estimated from how"
+        " heat spreads on the graph of neighbours, and the map keeps them. Rank correlation with the true distances: "
+        + ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+        + "."
+    )
+    code = "diffrep embed table.csv -o map.png --config.color label\ndiffrep eval manifold"
+    return (
+        f"<section><h2>Maps of high-dimensional data</h2><p>{html.escape(text)}</p>"
+        '<div class="figures wide"><figure><img alt="a swiss roll, its principal components and its map"'
+        ' src="manifold.png"><figcaption>The roll, colour along the sheet; its principal components, which leave it'
+        " rolled up; its heat-geodesic map.</figcaption></figure></div>"
+        f"<pre><code>{html.escape(code)}</code></pre></section>"
+    )
+
+
+def spearman(roll: ToyManifold, points: NDArray[Any]) -> float:
+    """Rank correlation of the distances of a map with the true ones."""
+    from scipy.spatial.distance import pdist, squareform
+
+    return geodesic_scores(squareform(pdist(points)), roll.geodesic(), (10,))["spearman_mean_rows"]
+
+
+def draw(roll: ToyManifold, maps: dict[str, NDArray[Any]], path: Path) -> None:
+    """The clean sheet in three dimensions and the maps beside it, coloured along the sheet."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
+    along = roll.position
+    sheet: Any = figure.add_subplot(1, 1 + len(maps), 1, projection="3d")
+    clean = roll.clean @ np.linalg.svd(roll.clean - roll.clean.mean(0), full_matrices=False)[2][:3].T
+    sheet.scatter(*clean.T, c=along, s=6)
+    sheet.set_title("the sheet")
+    for number, (name, points) in enumerate(maps.items(), start=2):
+        axes = figure.add_subplot(1, 1 + len(maps), number)
+        axes.scatter(points[:, 0], points[:, 1], c=along, s=8, linewidths=0)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(name)
+    figure.savefig(path)
