@@ -19,17 +19,25 @@ _checkout.install()
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, TapInfo, load_backbone
     from diffrep.features import ExtractConfig, FeatureMaps, extract, extract_each
+    from diffrep.fusion import Descriptors, Fusion, Part, fuse
     from diffrep.images import Placement, Sizing, load_image
+    from diffrep.matching import MatchConfig, match_dense, match_points
     from diffrep.recipes import Correspondence, Recipe, recipe
+    from diffrep.refinement import refine
     from diffrep.store import Store, open_store
+    from diffrep.swap import swap_appearance
 
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> module that defines it
     "Backbone": "diffrep.backbones",
     "Correspondence": "diffrep.recipes",
+    "Descriptors": "diffrep.fusion",
     "ExtractConfig": "diffrep.features",
     "FeatureMaps": "diffrep.features",
+    "Fusion": "diffrep.fusion",
+    "MatchConfig": "diffrep.matching",
+    "Part": "diffrep.fusion",
     "Placement": "diffrep.images",
     "Recipe": "diffrep.recipes",
     "Sizing": "diffrep.images",
@@ -37,10 +45,15 @@ _HOME = {  # public name -> module that defines it
     "TapInfo": "diffrep.backbones",
     "extract": "diffrep.features",
     "extract_each": "diffrep.features",
+    "fuse": "diffrep.fusion",
     "load_backbone": "diffrep.backbones",
     "load_image": "diffrep.images",
+    "match_dense": "diffrep.matching",
+    "match_points": "diffrep.matching",
     "open_store": "diffrep.store",
     "recipe": "diffrep.recipes",
+    "refine": "diffrep.refinement",
+    "swap_appearance": "diffrep.swap",
 }
 
 __all__ = [  # noqa: RUF022  # in the order in which one meets them
@@ -54,9 +67,18 @@ __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "extract_each",
     "ExtractConfig",
     "FeatureMaps",
+    "Fusion",
+    "Part",
+    "fuse",
+    "Descriptors",
+    "MatchConfig",
+    "match_points",
+    "match_dense",
     "Correspondence",
     "Recipe",
     "recipe",
+    "swap_appearance",
+    "refine",
     "open_store",
     "Store",
 ]

@@ -27,7 +27,7 @@ from diffrep.swap import composite
 class RefineConfig:
     """How much of an image is drawn again, and how."""
 
-    strength: float = 0.4  # share of the schedule that is added as noise: 0 changes nothing, 1 draws it anew
+    strength: float = 0.2  # share of the schedule that is added as noise: 0 changes nothing, 1 draws it anew
     steps: int = 20  # of denoising
     prompt: str = ""  # what the image shows
     guidance: float = 1.0  # scale of classifier-free guidance; 1: none

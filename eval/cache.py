@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from diffrep.backbones import Grid
 from diffrep.features import FeatureMaps
+from diffrep.files import write_text
 from diffrep.images import Placement
 
 SETTINGS = "settings.json"
@@ -125,13 +126,6 @@ def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
                 f"{folder} was made with {key} = {found.get(key)!r}, this run has {wanted.get(key)!r}:"
                 " use another folder, or the same settings"
             )
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a whole file or none."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def fingerprint(value: object) -> str:

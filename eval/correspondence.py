@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.cache import FeatureCache, claim_folder, fingerprint, write_text
+from diffrep.eval.cache import FeatureCache, claim_folder, fingerprint
 from diffrep.eval.correspondence_report import CorrespondenceReport, PairMatches
 from diffrep.eval.datasets.ap10k import Ap10kSet, read_ap10k
 from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
@@ -37,6 +37,7 @@ from diffrep.eval.protocols import PROTOCOLS, Protocol
 from diffrep.eval.scenes import ScenesReport, evaluate_scenes
 from diffrep.eval.tss import FlowReport, evaluate_flow
 from diffrep.features import FeatureMaps
+from diffrep.files import write_text
 from diffrep.fusion import Descriptors, fuse
 from diffrep.images import load_image
 from diffrep.matching import match_points

@@ -11,7 +11,7 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.eval.cache import FeatureCache, claim_folder, write_text
+from diffrep.eval.cache import FeatureCache, claim_folder
 from diffrep.eval.datasets.pairs import Problem
 from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
 from diffrep.eval.extraction import cache_key, extract_images, prompts_by_category
@@ -25,6 +25,7 @@ from diffrep.eval.flow import (
     nearest_flow,
 )
 from diffrep.eval.published import PUBLISHED_FLOW
+from diffrep.files import write_text
 from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.recipes import Correspondence

@@ -26,6 +26,7 @@ FLOORS = {
     "diffrep": 9,  # the package itself only re-exports
     "diffrep._checkout": 0,
     "diffrep.images": 0,
+    "diffrep.files": 0,
     "diffrep.cropping": 0,
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.base import Backbone, Conditions, TapInfo
+from diffrep.backbones.ensembles import ensemble_maps, ensemble_noise
 from diffrep.backbones.noise import draw_noise
 from diffrep.backbones.text import PromptEmbedding
 
@@ -155,34 +156,18 @@ class LatentBackbone(Backbone):
                 f"{self.name} needs sides that are multiples of {self.multiple}, got {tuple(pixels.shape[-2:])}"
             )
         mean, std = self.encode(pixels, batch_size=batch_size)
-        shape, members = mean.shape[1:], conditions.ensemble
-        clean = conditions.clean or conditions.timestep < 0
-        if noise is None and not clean:
-            noise = torch.cat([draw_noise(shape, conditions.seed, k) for k in range(members)])
-        if posterior_noise is None and conditions.posterior == "sample":
-            draws = [draw_noise(shape, conditions.seed, k, stream=1) for k in range(members)]
-            posterior_noise = torch.cat(draws)
-        for given in (noise, posterior_noise):
-            if given is not None and given.shape != (members, *shape):
-                raise ValueError(f"noise must be {(members, *shape)} for this ensemble, got {tuple(given.shape)}")
+        shape, members, seed = mean.shape[1:], conditions.ensemble, conditions.seed
+        clean, sampled = conditions.clean or conditions.timestep < 0, conditions.posterior == "sample"
+        added = None if clean else ensemble_noise(noise, shape, members, seed)
+        spread = ensemble_noise(posterior_noise, shape, members, seed, stream=1).to(std) if sampled else None
 
-        jobs = [(image, member) for image in range(len(mean)) for member in range(members)]
-        results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
-        for start in range(0, len(jobs), batch_size):
-            chunk = jobs[start : start + batch_size]
-            images, numbers = [i for i, _ in chunk], [k for _, k in chunk]
-            spread = None
-            if conditions.posterior == "sample" and posterior_noise is not None:
-                spread = std[images] * posterior_noise[numbers].to(std)
+        def run(images: list[int], numbers: list[int]) -> dict[str, Tensor]:
             latents = self.noisy_latents(
                 mean[images],
-                spread,
-                None if clean or noise is None else noise[numbers],
+                None if spread is None else std[images] * spread[numbers],
+                None if added is None else added[numbers],
                 conditions.timestep,
             )
-            for tap, value in self.network_maps(latents, taps, conditions).items():
-                results[tap].append(value)
-        maps = {tap: torch.cat(values) for tap, values in results.items()}
-        if average and members > 1:
-            maps = {tap: m.unflatten(0, (-1, members)).float().mean(1).to(m.dtype) for tap, m in maps.items()}
-        return maps
+            return self.network_maps(latents, taps, conditions)
+
+        return ensemble_maps(run, len(mean), members, batch_size=batch_size, average=average)

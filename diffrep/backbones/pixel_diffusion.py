@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.base import Backbone, Conditions, Recommended, TapError, TapInfo, reading
-from diffrep.backbones.noise import draw_noise
+from diffrep.backbones.ensembles import ensemble_maps, ensemble_noise
 from diffrep.backbones.unet_taps import tap_readers, tokens_to_map, unet_taps
 from diffrep.images import Sizing
 
@@ -119,27 +119,16 @@ class PixelDiffusion(Backbone):
             )
         shape, members = tuple(pixels.shape[1:]), conditions.ensemble
         clean = conditions.clean or conditions.timestep < 0
-        if noise is None and not clean:
-            noise = torch.cat([draw_noise(shape, conditions.seed, k) for k in range(members)])
-        if noise is not None and noise.shape != (members, *shape):
-            raise ValueError(f"noise must be {(members, *shape)} for this ensemble, got {tuple(noise.shape)}")
-        jobs = [(image, member) for image in range(len(pixels)) for member in range(members)]
-        results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
-        timestep = max(conditions.timestep, 0)
-        for start in range(0, len(jobs), batch_size):
-            images, draws = zip(*jobs[start : start + batch_size], strict=True)
-            chosen = pixels[list(images)].float()
-            if clean or noise is None:
-                noisy = chosen * 2 - 1
-            else:
-                noisy = self.noisy_pixels(chosen, noise[list(draws)].to(chosen), timestep)
-            labels = None if conditions.label is None else torch.full((len(images),), conditions.label)
-            for tap, value in self.unet_maps(noisy, taps, timestep, labels=labels).items():
-                results[tap].append(value)
-        maps = {tap: torch.cat(values) for tap, values in results.items()}
-        if average and members > 1:
-            maps = {tap: m.unflatten(0, (-1, members)).float().mean(1).to(m.dtype) for tap, m in maps.items()}
-        return maps
+        added = None if clean else ensemble_noise(noise, shape, members, conditions.seed)
+
+        def run(images: list[int], numbers: list[int]) -> dict[str, Tensor]:
+            chosen = pixels[images].float()
+            if added is None:
+                return self.network_maps(chosen * 2 - 1, taps, conditions)
+            noisy = self.noisy_pixels(chosen, added[numbers].to(chosen), conditions.timestep)
+            return self.network_maps(noisy, taps, conditions)
+
+        return ensemble_maps(run, len(pixels), members, batch_size=batch_size, average=average)
 
     def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         """`unet_maps` at the timestep and with the label of the conditions; gradients flow to hooks inside."""

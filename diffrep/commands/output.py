@@ -7,6 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from diffrep.files import write_text
+
+__all__ = ["check_writable", "write_image", "write_text"]
+
 
 def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> None:
     """Refuse an output path before any work is done for it.
@@ -30,17 +34,6 @@ def write_image(path: Path, image: Image.Image) -> None:
     partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         image.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; what was there is replaced only by a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
