@@ -23,21 +23,18 @@ class Archive:
         self.root = Path(root)
         if not self.root.is_dir() and not self.root.is_file():
             raise DatasetError(f"{self.root}: no such folder or tar archive")
+        if self.root.is_file():
+            try:
+                tarfile.open(self.root, "r:").close()
+            except tarfile.TarError as error:
+                raise DatasetError(f"{self.root}: is no uncompressed tar archive ({error})") from None
 
     @cached_property
-    def _members(self) -> dict[str, tarfile.TarInfo]:
-        try:
-            members = self._tar.getmembers()
-        except tarfile.TarError as error:
-            raise DatasetError(f"{self.root}: is no readable tar archive ({error})") from None
-        return {member.name.removeprefix("./"): member for member in members if member.isfile()}
-
-    @cached_property
-    def _tar(self) -> tarfile.TarFile:
-        try:
-            return tarfile.open(self.root, "r:")
-        except tarfile.TarError as error:
-            raise DatasetError(f"{self.root}: is no uncompressed tar archive ({error})") from None
+    def _members(self) -> dict[str, tuple[int, int]]:
+        """Path -> where a file's bytes start in the archive, and their number."""
+        with tarfile.open(self.root, "r:") as tar:
+            files = [member for member in tar.getmembers() if member.isfile()]
+        return {file.name.removeprefix("./"): (file.offset_data, file.size) for file in files}
 
     def names(self) -> list[str]:
         """Paths of all files, sorted."""
@@ -57,10 +54,12 @@ class Archive:
                 raise FileNotFoundError(2, "no such file", str(path))
             return path.read_bytes()
         member = self._members.get(name) or self._members.get(f"{self.root.stem}/{name}")
-        opened = self._tar.extractfile(member) if member is not None else None
-        if opened is None:
+        if member is None:
             raise FileNotFoundError(2, "no such file in the archive", f"{self.root}:{name}")
-        return opened.read()
+        start, size = member
+        with self.root.open("rb") as file:
+            file.seek(start)
+            return file.read(size)
 
     def image(self, name: str) -> Image.Image:
         """A picture, decoded.

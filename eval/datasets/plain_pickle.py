@@ -1,7 +1,7 @@
 """Dictionaries of numbers and numpy arrays out of pickle files, without running anything that is in them.
 
 The format is a program for a stack machine. This reader knows the few instructions that plain values need and the
-three names by which numpy writes an array; anything else is refused.
+few names by which numpy writes an array; anything else is refused.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ _MARK = object()
 _ARRAY_NAMES = frozenset(
     f"{module} {name}"
     for package in ("numpy.core", "numpy._core")
-    for module, name in ((f"{package}.multiarray", "_reconstruct"), (f"{package}.multiarray", "scalar"))
+    for module, name in (
+        (f"{package}.multiarray", "_reconstruct"),
+        (f"{package}.multiarray", "scalar"),
+        (f"{package}.numeric", "_frombuffer"),
+    )
 ) | {"numpy ndarray", "numpy dtype", "_codecs encode"}
 _VALUES = {
     "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
 }  # fmt: skip
 _LITERALS = frozenset(
     {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "INT", "LONG", "FLOAT", "BINUNICODE", "SHORT_BINUNICODE",
-     "UNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING", "STRING"}
+     "UNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "BINSTRING", "SHORT_BINSTRING", "STRING"}
 )  # fmt: skip
 
 
@@ -133,6 +137,9 @@ def _reduce(function: Any, arguments: tuple[Any, ...]) -> Any:
         found.value = np.dtype(str(arguments[0]))
         if found.value.hasobject:
             raise ValueError(f"holds an array of {arguments[0]}; only numbers are read")
+    elif kind == "_frombuffer":  # how protocol 5 writes arrays
+        content, dtype, shape, order = arguments
+        found.value = np.frombuffer(content, dtype=_final(dtype)).reshape(shape, order=order)
     elif kind == "scalar":
         found.value = np.frombuffer(arguments[1], dtype=_final(arguments[0]))[0]
     return found
