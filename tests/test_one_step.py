@@ -83,17 +83,19 @@ def test_another_way_of_conditioning_is_not_folded() -> None:
         FoldedUNet(unet, torch.zeros(1, 2, 8))
 
 
-def test_folded_and_plain_heads_agree_and_folding_saves_work(folders: dict[str, Path]) -> None:
-    for name in ("lotus-g depth", "e2e-ft depth", "marigold normals"):
-        counts, maps = [], []
-        for fold in (False, True):
-            loaded = load_head(folders[name], fold=fold)
-            loaded.predict(picture(48, 64))  # constants are computed by the first call
-            with FlopCounterMode(display=False) as counter:
-                maps.append(loaded.predict(picture(48, 64)).values)
-            counts.append(counter.get_total_flops())
-        torch.testing.assert_close(maps[0], maps[1], atol=2e-4, rtol=0)
-        assert counts[1] < counts[0]
+@pytest.mark.parametrize("name", ["lotus-g depth", "e2e-ft depth"])
+def test_a_folded_head_agrees_with_the_plain_one_and_does_less(folders: dict[str, Path], name: str) -> None:
+    counts, latents = [], []
+    image = torch.randn(1, 8, 4, 6, generator=torch.Generator().manual_seed(0))
+    for fold in (False, True):
+        model = load_head(folders[name], fold=fold).model
+        noise = None if name.startswith("e2e") else torch.ones(1, 8, 4, 6)
+        model.predict(image, noise)  # constants are computed by the first call
+        with FlopCounterMode(display=False) as counter:
+            latents.append(model.predict(image, noise))
+        counts.append(counter.get_total_flops())
+    torch.testing.assert_close(latents[0], latents[1], atol=2e-4, rtol=1e-4)
+    assert counts[1] < counts[0]
 
 
 # -- sizes, batches, noise ----------------------------------------------------------------------------------
@@ -107,12 +109,12 @@ def test_working_size_truncates_as_the_official_code() -> None:
         working_size(1, 900, 64, "truncate")
 
 
-@pytest.mark.parametrize("name", ["lotus-d disparity", "lotus-g depth", "marigold normals", "e2e-ft depth"])
+@pytest.mark.parametrize("name", ["lotus-g depth", "e2e-ft depth"])
 def test_a_map_does_not_depend_on_its_company(folders: dict[str, Path], name: str) -> None:
     loaded = load_head(folders[name])
     images = [picture(40, 56, seed) for seed in range(3)] + [picture(30, 30, 3)]
     alone = [loaded.predict(image).values for image in images]
-    for size in (1, 2, 8):
+    for size in (2, 8):
         together = loaded.predict_each(images[::-1], PredictConfig(batch_size=size))
         for got, expected in zip(together, alone[::-1], strict=True):
             torch.testing.assert_close(got.values, expected, atol=2e-4, rtol=0)
@@ -414,7 +416,7 @@ def test_memory_of_tiles_does_not_grow_with_the_area(folders: dict[str, Path]) -
 
     loaded = load_head(folders["lotus-d normals"])
     peaks = []
-    for side in (256, 512, 1024):
+    for side in (256, 512):
         image = picture(side, side)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
             loaded.predict(image, PredictConfig(tile=64, batch_size=1))
@@ -424,4 +426,4 @@ def test_memory_of_tiles_does_not_grow_with_the_area(folders: dict[str, Path]) -
                 level += event.nbytes()
                 peak = max(peak, level)
         peaks.append(peak - 3 * side * side)  # the image itself; the map is numpy's
-    assert peaks[2] < 1.5 * peaks[0] + 64 * 1024 * 4 * 8  # a band of the width, never the area
+    assert peaks[1] < 1.5 * peaks[0] + 64 * 512 * 4 * 8  # a band of the width, never the area
