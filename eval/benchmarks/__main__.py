@@ -36,6 +36,10 @@ BENCHMARKS = {  # name -> (module:class, one line)
         "diffrep.eval.benchmarks.probes:ProbesBenchmark",
         "a cached grid of probes against the released loop; a grid on a million features in little memory",
     ),
+    "depth": (
+        "diffrep.eval.benchmarks.depth:DepthBenchmark",
+        "one-step heads against the official sequence of calls",
+    ),
 }
 
 
