@@ -7,7 +7,6 @@ timestep and task, project the context to keys and values in every layer, feed E
 from __future__ import annotations
 
 import copy
-import gc
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,8 +92,6 @@ class DepthBenchmark:
                     f" {megabytes(ours.network, parts.vae):.0f} MB",
                 )
             )
-        del ours
-        gc.collect()
         return rows
 
 
