@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffrep.backbones import Backbone, TapInfo, load_backbone
     from diffrep.features import ExtractConfig, FeatureMaps, extract, extract_each
     from diffrep.fusion import Descriptors, Fusion, Part, fuse
+    from diffrep.heads.loading import load_head
     from diffrep.images import Placement, Sizing, load_image
     from diffrep.matching import MatchConfig, match_dense, match_points
     from diffrep.recipes import Correspondence, Recipe, recipe
@@ -47,6 +48,7 @@ _HOME = {  # public name -> module that defines it
     "extract_each": "diffrep.features",
     "fuse": "diffrep.fusion",
     "load_backbone": "diffrep.backbones",
+    "load_head": "diffrep.heads.loading",
     "load_image": "diffrep.images",
     "match_dense": "diffrep.matching",
     "match_points": "diffrep.matching",
@@ -63,6 +65,7 @@ __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "load_backbone",
     "Backbone",
     "TapInfo",
+    "load_head",
     "extract",
     "extract_each",
     "ExtractConfig",
