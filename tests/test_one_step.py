@@ -427,3 +427,15 @@ def test_memory_of_tiles_does_not_grow_with_the_area(folders: dict[str, Path]) -
                 peak = max(peak, level)
         peaks.append(peak - 3 * side * side)  # the image itself; the map is numpy's
     assert peaks[1] < 1.5 * peaks[0] + 64 * 512 * 4 * 8  # a band of the width, never the area
+
+
+@pytest.mark.slow
+def test_the_benchmark_compares_equal_results() -> None:
+    from diffrep.eval.benchmarks.depth import DepthBenchmark
+
+    rows = DepthBenchmark(side=64, images=2, families=("lotus-g", "e2e-ft"), repeats=1).run()
+    assert len(rows) == 6
+    for row in rows:
+        assert float(row.equality.split()[2]) < 1e-4
+        plain, ours = (float(word) for word in row.flops.split()[1:4:2])
+        assert plain >= ours

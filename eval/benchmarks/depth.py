@@ -145,10 +145,14 @@ def random_parts(size: Literal["small", "sd"], family: Family, device: str, dtyp
                 num_hidden_layers=23 if full else 4,
                 num_attention_heads=16 if full else 4,
                 vocab_size=49408 if full else 512,
+                bos_token_id=0,
+                eos_token_id=1,
             )
         )
     for module in (unet, vae, text):
-        module.to(dtype).eval().requires_grad_(False)
+        module.eval().requires_grad_(False)
+        if dtype != torch.float32:  # diffusers warns about a cast even when it is none
+            module.to(dtype)
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "set_alpha_to_one": False}
     predicts = "sample" if family.result == "output" else "v_prediction"
     return Parts(unet, vae, text, Schedule.from_config({**config, "prediction_type": predicts}), dtype)
