@@ -84,7 +84,7 @@ class DenseHead:
 
         Args:
             decoded: (B, 3, h, w).
-            unit: bring normals to unit length where the family's released code does not.
+            unit: bring normals to unit length where the family's released code does not, 0 where there is no surface.
 
         Returns:
             Depth or disparity (B, 1, h, w) in [0, 1]; normals (B, 3, h, w) in the family's frame.
@@ -99,7 +99,9 @@ class DenseHead:
                 decoded = decoded / (decoded.norm(dim=1, keepdim=True) + 1e-5)
             return decoded.clamp(-1, 1)
         normals = decoded.clamp(-1, 1)
-        return normals if self.family.normals == "raw" and not unit else unit_length(normals)
+        if self.family.normals == "unit":
+            return unit_length(normals)
+        return surface_normals(normals) if unit else normals
 
     # -- images ---------------------------------------------------------------------------------------------
 
@@ -274,6 +276,14 @@ class DenseHead:
         if self.task == "normals":
             return NormalMap(values, self.family.frame, uncertainty, settings)
         return DepthMap(values, self.task, uncertainty=uncertainty, settings=settings)
+
+
+def surface_normals(normals: Tensor, shortest: float = 0.3) -> Tensor:
+    """(B, 3, h, w) of unit length, or 0 where they are shorter than `shortest`: the sky faces nowhere.
+
+    Networks that are taught the vector 0 there would otherwise show noise, blown up to unit length.
+    """
+    return unit_length(normals) * (normals.norm(dim=1, keepdim=True) >= shortest)
 
 
 def unit_length(normals: Tensor) -> Tensor:
