@@ -76,7 +76,8 @@ class TrainPrior:
         output = self.output or self.work / "model"
         rendered = self.scenes or render_set(self.work / "scenes", "train", self.training.count).folder
         prior = train_prior(self.training, SceneSet(rendered), self.work / "run")
-        replace_folder(output, lambda folder: half(prior.to("cpu")).save(folder))
+        copy: Any = half(prior.to("cpu"))
+        replace_folder(output, copy.save)
         print(f"wrote {output}")
 
 
@@ -95,7 +96,7 @@ def write_model(
         run: the folder that `train_synthesis` worked in.
     """
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    checked = next((row for row in reversed(rows) if "own" in row), {})
+    checked: dict[str, Any] = next((row for row in reversed(rows) if "own" in row), {})
     card = {
         "what": "SSL-conditioned latent diffusion (Graikos, Yellapragada et al., CVPR 2024)",
         "trained by": f"diffrep {diffrep.__version__}, `diffrep train synthesis`",
@@ -114,7 +115,8 @@ def write_model(
     }
 
     def write(folder: Path) -> None:
-        half(model.to("cpu")).save(folder)  # type: ignore[operator]  # a copy of the model is one too
+        copy: Any = half(model.to("cpu"))
+        copy.save(folder)
         (folder / "model-card.json").write_text(json.dumps(card, indent=2) + "\n")
 
     replace_folder(output, write)

@@ -29,7 +29,9 @@ Flips = Literal["none", "horizontal", "both"]
 class Patches(Protocol):
     """Images that patches are cut from."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What tells these patches from others."""
 
     def __len__(self) -> int: ...
 
