@@ -37,13 +37,11 @@ def _imagenet() -> list[PublishedProbe]:
             rows.append(_linear(block, timestep, pool, value))
     for timestep, value in ((10, 49.23), (30, 53.10), (50, 54.37), (90, 55.09), (300, 50.74), (500, 34.67)):
         rows.append(_linear(19, timestep, 1, value))
-    for timestep, values in (
-        (90, (11.08, 16.67, 41.23, None, None, 45.98, 30.08)),
-        (150, (9.65, 14.43, 40.77, None, 61.86, 47.22, 30.80)),
-    ):
-        for block, found in zip((6, 9, 15, 19, 24, 30, 33), values, strict=True):
-            if found is not None:
-                rows.append(_linear(block, timestep, 1, found))
+    swept: dict[int, dict[int, float]] = {  # timestep -> block -> value
+        90: {6: 11.08, 9: 16.67, 15: 41.23, 30: 45.98, 33: 30.08},
+        150: {6: 9.65, 9: 14.43, 15: 40.77, 24: 61.86, 30: 47.22, 33: 30.80},
+    }
+    rows += [_linear(block, timestep, 1, v) for timestep, found in swept.items() for block, v in found.items()]
     named = (
         ("ADM attention head, one block", 71.89, PAPER_1),
         ("ADM attention head", 74.6, PAPER_2),

@@ -28,6 +28,7 @@ from diffrep.heads.probes import (
     top_accuracy,
 )
 from diffrep.heads.probes.feeding import FeedbackSettings, load_feedback_probe, train_feedback
+from diffrep.heads.probes.pixel_probe import IGNORED, load_pixel_probe, train_pixel_probe
 from diffrep.images import Sizing
 
 from .probe_images import image_folder
@@ -156,3 +157,31 @@ def test_depth_stays_in_its_limits_and_maps_are_left_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(maps, kept, strict=True))
     with pytest.raises(ValueError, match="takes four maps, got 2"):
         DepthProbe((6, 5), reader="dpt")
+
+
+def test_a_pixel_probe_learns_from_two_images_and_is_kept(unet: Backbone, tmp_path: Path) -> None:
+    def halves(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dark on the left, bright on the right of a random column."""
+        edge = 16 + 8 * seed
+        image = torch.rand(3, 32, 64, generator=torch.Generator().manual_seed(seed)) * 0.2
+        image[:, :, edge:] += 0.8
+        return image, (torch.arange(64) >= edge).long().expand(32, 64)
+
+    config = ExtractConfig(sizing=Sizing("pad", 64))
+    settings = PixelSettings(members=2, epochs=4)
+    told = [halves(0), halves(2)]
+    told[1] = (told[1][0], told[1][1].clone().index_fill(0, torch.tensor([0]), IGNORED))
+    probe = train_pixel_probe(
+        told, ("dark", "bright"), unet, taps=["in", "conv_in"], timesteps=(10, 50), extract=config, settings=settings
+    )
+    image, truth = halves(1)
+    found = probe.segment(image, backbone=unet)
+    assert found.labels.shape == (32, 64)
+    assert (found.labels == truth).float().mean() > 0.75
+    probe.save(tmp_path)
+    again = load_pixel_probe(tmp_path).segment(image, backbone=unet)
+    assert torch.equal(again.labels, found.labels)
+    with pytest.raises(ValueError, match=r"labels of image 0 must be \(32, 64\), as the image is, got \(4, 4\)"):
+        train_pixel_probe([(image, torch.zeros(4, 4))], ("a", "b"), unet)
+    with pytest.raises(ValueError, match="holds no pixel probe"):
+        load_pixel_probe(tmp_path / "nowhere")

@@ -11,12 +11,14 @@ from diffrep.heads.probes.cells import Cell, Reading, block_taps, parse_cells, r
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe
 from diffrep.heads.probes.experiment import ProbeData, Result, train_probe
 from diffrep.heads.probes.feedback import DifFeed, feedback_layer, numbered_taps
+from diffrep.heads.probes.feeding import FeedbackProbe, FeedbackSettings, load_feedback_probe, train_feedback
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
 from diffrep.heads.probes.grid import GridSettings, LinearGrid, Standardiser, fit_grid
 from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labelled
 from diffrep.heads.probes.layouts import KINDS, FeatureHead, Layout, build_head
 from diffrep.heads.probes.neighbours import NearestNeighbours, top_accuracy
 from diffrep.heads.probes.pictures import draw_heat_map
+from diffrep.heads.probes.pixel_probe import PixelProbe, load_pixel_probe, train_pixel_probe
 from diffrep.heads.probes.pixels import PixelClassifier, PixelEnsemble, PixelSettings, fit_pixels, pixel_features
 from diffrep.heads.probes.pooled import CnnHead, PooledHead
 from diffrep.heads.probes.probe import Prediction, Probe, load_probe
@@ -36,6 +38,8 @@ __all__ = [
     "DepthProbe",
     "DifFeed",
     "FeatureHead",
+    "FeedbackProbe",
+    "FeedbackSettings",
     "GridSettings",
     "HeldRows",
     "LabelledImages",
@@ -46,6 +50,7 @@ __all__ = [
     "NormalsProbe",
     "PixelClassifier",
     "PixelEnsemble",
+    "PixelProbe",
     "PixelSettings",
     "PooledFeatures",
     "PooledHead",
@@ -71,6 +76,8 @@ __all__ = [
     "fit_grid",
     "fit_head",
     "fit_pixels",
+    "load_feedback_probe",
+    "load_pixel_probe",
     "load_probe",
     "load_sweep",
     "numbered_taps",
@@ -85,6 +92,8 @@ __all__ = [
     "split_rows",
     "sweep",
     "top_accuracy",
+    "train_feedback",
+    "train_pixel_probe",
     "train_probe",
     "train_recipe",
     "wilson",

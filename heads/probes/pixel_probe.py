@@ -1,0 +1,154 @@
+"""Few-shot segmentation as a probe: a few labelled images teach the classes of pixels (DDPM-seg, arXiv 2112.03126)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffrep.backbones import Backbone, load_backbone
+from diffrep.features import ExtractConfig
+from diffrep.features import extract as extract_maps
+from diffrep.heads.probes.pixels import PixelEnsemble, PixelSettings, Segmentation, fit_pixels, pixel_features
+from diffrep.images import ImageLike, load_image
+from diffrep.store.manifest import write_whole
+from diffrep.store.provenance import extract_config, provenance, weights_sha256
+from diffrep.training.loop import save_weights
+
+FORMAT, VERSION = "diffrep-pixel-probe", 1
+_ABOUT, _WEIGHTS = "pixel_probe.json", "pixel_probe.safetensors"
+IGNORED = -1  # label of pixels that are not used
+
+
+@dataclass(frozen=True)
+class PixelProbe:
+    """An ensemble of pixel classifiers with how its features are read.
+
+    Attributes:
+        classes: names of the K classes.
+        timesteps: noise levels; the maps of all taps of the first come first.
+        features: provenance; its taps are read at every timestep, with one noise for all images.
+    """
+
+    ensemble: PixelEnsemble
+    classes: tuple[str, ...]
+    timesteps: tuple[int, ...]
+    features: Mapping[str, Any]
+
+    def segment(self, image: ImageLike, *, backbone: Backbone | None = None, device: str = "cpu") -> Segmentation:
+        """Label every pixel of an image of any size.
+
+        Raises:
+            ValueError: the backbone is not the one the probe was trained on.
+        """
+        if backbone is None:
+            dtype = getattr(torch, self.features["dtype"])
+            backbone = load_backbone(self.features["backbone"], device=device, dtype=dtype)
+        if weights_sha256(backbone) != self.features["weights_sha256"]:
+            name = self.features["backbone"]
+            raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
+        return self.ensemble.segment(_features(backbone, image, extract_config(self.features), self.timesteps))
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``pixel_probe.json`` and ``pixel_probe.safetensors``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v for k, v in self.ensemble.state_dict().items() if not k.endswith("num_batches_tracked")}
+        save_weights(folder / _WEIGHTS, state)
+        document = {
+            "format": FORMAT,
+            "version": VERSION,
+            "classes": list(self.classes),
+            "timesteps": list(self.timesteps),
+            "members": len(self.ensemble),
+            "channels": int(state["0.layers.0.weight"].shape[1]),
+            "features": dict(self.features),
+        }
+        write_whole(folder / _ABOUT, json.dumps(document, indent=1).encode() + b"\n")
+
+
+def load_pixel_probe(folder: str | Path) -> PixelProbe:
+    """Read a probe that `PixelProbe.save` wrote.
+
+    Raises:
+        ValueError: the folder holds none, or one that is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / _ABOUT).is_file():
+        raise ValueError(f"{folder}: holds no pixel probe (no {_ABOUT})")
+    try:
+        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        classes = tuple(about["classes"])
+        ensemble = PixelEnsemble.untrained(about["channels"], len(classes), members=about["members"])
+        tracked = {k: v for k, v in ensemble.state_dict().items() if k.endswith("num_batches_tracked")}
+        ensemble.load_state_dict(load_file(folder / _WEIGHTS) | tracked)
+        return PixelProbe(ensemble.eval(), classes, tuple(about["timesteps"]), about["features"])
+    except (KeyError, TypeError, RuntimeError, OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: the probe cannot be read ({' '.join(str(error).split())[:300]})") from None
+
+
+def train_pixel_probe(
+    examples: Sequence[tuple[ImageLike, Tensor]],
+    classes: Sequence[str],
+    backbone: Backbone,
+    *,
+    taps: Sequence[str] | None = None,
+    timesteps: Sequence[int] = (50, 150, 250),
+    pixels_per_image: int = 4096,
+    extract: ExtractConfig | None = None,
+    settings: PixelSettings | None = None,
+) -> PixelProbe:
+    """Train on a few images with labels of their pixels.
+
+    Args:
+        examples: image, and its labels (H, W) int64 in 0..K - 1, `IGNORED` where a pixel is not used.
+        taps: None: as the backbone recommends.
+        timesteps: of noise; the published ones on FFHQ and LSUN.
+        pixels_per_image: drawn from each image, so that memory does not grow with its size.
+
+    Raises:
+        ValueError: labels are not of the image's size, or no pixel is labelled.
+    """
+    settings = settings or PixelSettings()
+    config = dataclasses.replace(extract or ExtractConfig(), taps=tuple(taps) if taps else None, timestep=timesteps[0])
+    config = config.resolve(backbone)
+    columns, targets = [], []
+    for number, (image, labels) in enumerate(examples):
+        picture = load_image(image)
+        if tuple(labels.shape) != (picture.height, picture.width):
+            size = (picture.height, picture.width)
+            raise ValueError(f"labels of image {number} must be {size}, as the image is, got {tuple(labels.shape)}")
+        used = (labels.flatten() != IGNORED).nonzero()[:, 0]
+        generator = torch.Generator().manual_seed(settings.seed * 0x9E3779B9 + number)
+        used = used[torch.randperm(len(used), generator=generator)[:pixels_per_image]]
+        columns.append(_features(backbone, picture, config, timesteps).flatten(1).T[used])
+        targets.append(labels.flatten()[used])
+    if not targets or not sum(map(len, targets)):
+        raise ValueError("no pixel of the examples is labelled")
+    ensemble = fit_pixels(torch.cat(columns), torch.cat(targets), len(classes), settings)
+    return PixelProbe(ensemble, tuple(classes), tuple(timesteps), provenance(backbone, config))
+
+
+def _features(backbone: Backbone, image: ImageLike, config: ExtractConfig, timesteps: Sequence[int]) -> Tensor:
+    """(D, H, W) in the image's own pixels, padding cut away."""
+    return torch.cat(list(_each_timestep(backbone, image, config, timesteps)))
+
+
+def _each_timestep(
+    backbone: Backbone, image: ImageLike, config: ExtractConfig, timesteps: Sequence[int]
+) -> Iterator[Tensor]:
+    for timestep in timesteps:
+        maps = extract_maps(backbone, [image], dataclasses.replace(config, timestep=timestep))
+        placement = maps.placements[0]
+        whole = pixel_features([maps.maps[tap].cpu() for tap in maps.taps], placement.canvas_size)
+        x0, y0, x1, y1 = (round(edge) for edge in placement.content_box)
+        height, width = placement.image_size
+        yield pixel_features([whole[..., y0:y1, x0:x1]], (height, width))[0]
