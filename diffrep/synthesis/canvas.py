@@ -55,7 +55,7 @@ class Lines:
         self._write(start * self._bytes, np.ascontiguousarray(lines, self.dtype))
 
     def _write(self, place: int, values: np.ndarray) -> None:
-        left = memoryview(values).cast("B")
+        left = values.data.cast("B")
         while left:
             written = os.pwrite(self._file, left, place)
             left, place = left[written:], place + written
@@ -146,8 +146,9 @@ class Run:
         for lines in self._open.values():
             lines.flush()
         self._number += 1
-        name = None if carry is None else f"carry-{self._number}.npy"
-        if name is not None:
+        name = None
+        if carry is not None:
+            name = f"carry-{self._number}.npy"
             np.save(self.folder / name, carry)
         note = {"stage": position.stage, "step": position.step, "row": position.row, "carry": name}
         _replace(self.folder / "progress.json", json.dumps(note))

@@ -199,7 +199,7 @@ def _write_zarr(path: Path, levels: list[Lines], settings: FileSettings, note: s
     unit = {} if size is None else {"unit": "micrometer"}
     axes = [{"name": "c", "type": "channel"}, *({"name": name, "type": "space", **unit} for name in "yx")]
     modern = int(zarr.__version__.split(".")[0]) >= 3
-    scales = [{"axes": axes, "datasets": data_sets, **({} if modern else {"version": "0.4"})}]
+    scales: list[Any] = [{"axes": axes, "datasets": data_sets, **({} if modern else {"version": "0.4"})}]
     group.attrs.update({"ome": {"version": "0.5", "multiscales": scales}} if modern else {"multiscales": scales})
     group.attrs["diffrep"] = json.loads(note)
 
