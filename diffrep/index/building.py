@@ -105,7 +105,7 @@ def index_vectors(
     try:
         partial.mkdir(parents=True)
         vectors = _write_vectors(partial, runs, names, progress)
-        design = choose_kind(*vectors.shape, config.kind)
+        design = choose_kind(vectors.shape[0], vectors.shape[1], config.kind)
         logger.info("index: %s, because %s", design.factory or design.kind, design.reason)
         if design.factory:
             codes = train(vectors, design, sample=config.sample, seed=config.seed, device=config.device)
@@ -196,7 +196,7 @@ def _write_vectors(folder: Path, runs: Iterator[Vectors], names: Sequence[str], 
         file.write(b" " * (8 + _HEADER))
         for run in runs:
             channels = run.values.shape[1]
-            file.write(memoryview(F.normalize(run.values, dim=1).half().numpy()).cast("B"))
+            file.write(F.normalize(run.values, dim=1).half().numpy().data.cast("B"))
             owners.append(run.images.int())
             if run.points is not None:
                 points.append(run.points)

@@ -89,7 +89,7 @@ def decode_portion(job: int, start: int, sources: Sequence[ImageSource], sizing:
     by_size: dict[tuple[int, int], list[tuple[Tensor, int, ImageFile, Placement]]] = {}
     unusable = []
     for position, source in enumerate(sources, start):
-        file = ImageFile(source.name, source.bytes, source.modified)
+        file = ImageFile(source.name, source.size, source.modified)
         try:
             content = source.read()
             file = ImageFile(source.name, len(content), source.modified, hashlib.sha256(content).hexdigest())

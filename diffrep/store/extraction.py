@@ -104,7 +104,7 @@ def make_plan(
 
 def _differs(file: ImageFile, source: ImageSource) -> bool:
     """Whether an image has other bytes than it had; they are read only where size or time say that it may."""
-    if (file.bytes, file.modified) == (source.bytes, source.modified):
+    if (file.bytes, file.modified) == (source.size, source.modified):
         return False
     try:
         return sha256(source.read()).hexdigest() != file.sha256
@@ -119,7 +119,7 @@ def _in_order(
     root = Path(writer.manifest.root)
     order = {name: position for position, name in enumerate(given)}
     sources = [given.get(file.name) or locate(root, file.name) for file in listed]
-    if gone := [source.name for source in sources if source.bytes < 0 and source.name not in given]:
+    if gone := [source.name for source in sources if source.size < 0 and source.name not in given]:
         raise StoreError(f"{writer.folder}: a shard must be made again, but its image {gone[0]} is gone")
     return tuple(sorted(sources, key=lambda source: (order.get(source.name, len(order)), source.name)))
 

@@ -40,7 +40,7 @@ def weights_sha256(backbone: Backbone) -> str:
         if isinstance(module, nn.Module):
             for name, values in sorted(module.state_dict().items()):
                 digest.update(f"{part}.{name} {values.dtype} {tuple(values.shape)}".encode())
-                digest.update(memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+                digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -62,14 +62,15 @@ def environment(backbone: Backbone) -> dict[str, Any]:
 def extract_config(features: Mapping[str, Any]) -> ExtractConfig:
     """The settings of a provenance, to extract further images in the same way."""
     known = {f.name for f in dataclasses.fields(ExtractConfig)}
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in features.items() if key in known}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in features.items() if k in known}
     if isinstance(sizing := values.get("sizing"), Mapping):
         size = tuple(sizing["size"]) if isinstance(sizing["size"], list) else sizing["size"]
         values["sizing"] = Sizing(**{**sizing, "size": size})
     if isinstance(freeu := values.get("freeu"), Mapping):
         from diffrep.backbones import FreeU
 
-        values["freeu"] = FreeU(**{key: tuple(v) if isinstance(v, list) else v for key, v in freeu.items()})
+        parts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in freeu.items()}
+        values["freeu"] = FreeU(**parts)
     return ExtractConfig(**values)
 
 

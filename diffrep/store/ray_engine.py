@@ -82,15 +82,16 @@ def ray_shards(
         return
     started = not ray.is_initialized()
     if started:
-        ray.init(address=bulk.address, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.init(address=bulk.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = DataContext.get_current()
         context.execution_options.preserve_order = True  # shards are committed in order
         context.enable_progress_bars = False
+        actor: Any = ShardActor  # Ray's own types know functions only
         rows = [{"job": json.dumps(asdict(job))} for job in jobs]
         shards = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-            ShardActor,
+            actor,
             fn_constructor_kwargs={
                 "folder": str(writer.folder.absolute()),
                 "backbone": backbone if not Path(backbone).exists() else str(Path(backbone).absolute()),

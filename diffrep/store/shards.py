@@ -238,7 +238,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Sequence[Tensor]]) -> str:
             opened.write(part)
         for name in names:
             for piece in tensors[name]:
-                content = memoryview(piece.contiguous().view(torch.uint8).numpy()).cast("B") if piece.numel() else b""
+                content = piece.contiguous().view(torch.uint8).numpy().data.cast("B") if piece.numel() else b""
                 digest.update(content)
                 opened.write(content)
         opened.flush()

@@ -20,14 +20,14 @@ class ImageSource:
     Attributes:
         name: unique in the collection: the path relative to the collection's root, with ``/``.
         file: that holds it.
-        bytes: how many it has; -1 where the file does not exist.
+        size: bytes that it has; -1 where the file does not exist.
         modified: the file's time of change, nanoseconds since 1970.
         offset: where it begins in the file; None: it is the file.
     """
 
     name: str
     file: str
-    bytes: int
+    size: int
     modified: int
     offset: int | None = None
 
@@ -42,7 +42,7 @@ class ImageSource:
                 if self.offset is None:
                     return opened.read()
                 opened.seek(self.offset)
-                return opened.read(self.bytes)
+                return opened.read(self.size)
         except FileNotFoundError:
             raise ImageError(f"{self.name}: no such image file") from None
         except OSError as error:
