@@ -121,7 +121,7 @@ class DenseHead:
         """
         return next(iter(self.predict_each([image], config, noise=noise, posterior_noise=posterior_noise)))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict_each(
         self,
         images: Iterable[ImageLike],
@@ -194,7 +194,7 @@ class DenseHead:
         """The family's way back to the image's size, or ours: bilinear with antialiasing."""
         return self.family if config.official else dataclasses.replace(self.family, resize_back="antialias")
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def maps(
         self,
         pixels: Tensor,

@@ -38,7 +38,7 @@ def tile_starts(side: int, tile: int, overlap: int) -> list[int]:
     return [round(i * last / (count - 1) / 8) * 8 if i < count - 1 else last for i in range(count)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_tiled(
     head: DenseHead, pixels: Tensor, config: PredictConfig, *, into: np.ndarray | None = None
 ) -> DepthMap | NormalMap:

@@ -60,7 +60,8 @@ def test_a_folder_skips_names_and_counts_what_fails(
     assert "empty.jpg: the file is empty" in error
     for name in ("a", "b", "more/a"):
         assert np.load(output / f"{name}_disparity.npy").shape == (40, 56)
-        assert Image.open(output / f"{name}_disparity_preview.png").size == (56, 40)
+        with Image.open(output / f"{name}_disparity_preview.png") as drawn:
+            assert drawn.size == (56, 40)
         assert json.loads((output / f"{name}_disparity.json").read_text())["large_values_are"] == "near"
     assert not [p for p in output.rglob("*") if "partial" in p.name]
 
