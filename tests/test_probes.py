@@ -131,6 +131,12 @@ def test_reading_goes_on_where_it_was_killed_and_reads_nothing_twice(
     assert not calls
     other = cache.read_features(data.images, unet, replace(reading, pools=(2,)), tmp_path / "killed", progress=False)
     assert other.folder != again.folder
+    calls.clear()
+    narrow = replace(reading, timesteps=(200,))
+    part = cache.read_features(data.images, unet, narrow, tmp_path / "killed", progress=False)
+    assert not calls  # what a wider reading has is not read again
+    (cell,) = part.reading.cells()
+    assert torch.equal(part.rows(cell).read([3]), whole.rows(cell).read([3]))
 
 
 def test_padding_is_not_pooled(unet: Backbone, tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def read_features(
     identity = about | {"features": {k: v for k, v in made.items() if k not in ("source", "batch_size")}}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     home = Path(folder) / f"{Path(reading.backbone).name}-{digest}"
+    if (wider := _wider(Path(folder), about, reading)) is not None:
+        return PooledFeatures(wider, reading, made, len(images), dtype)
     _claim(home, about)
     found = PooledFeatures(home, reading, made, len(images), dtype)
     jobs = []
@@ -119,6 +121,20 @@ def read_features(
         reasons = found.unreadable()
         raise DataError(f"none of the {len(images)} images can be read: {reasons[0] if reasons else home}")
     return found
+
+
+def _wider(folder: Path, about: dict[str, Any], reading: Reading) -> Path | None:
+    """A complete folder that was read for more taps or pools, such as a sweep's, where there is one."""
+    wanted = json.loads(json.dumps(about))
+    for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
+        there = json.loads(manifest.read_text(encoding="utf-8"))
+        same = all(there[key] == wanted[key] for key in ("images", "names_sha256", "dtype"))
+        covered = all(set(wanted[key]) <= set(there[key]) for key in ("taps", "pools"))
+        if same and covered and difference(there["features"], wanted["features"]) is None:
+            shards = range(_shards(about["images"]))
+            if all(_file(manifest.parent, t, n).is_file() for t in reading.timesteps or () for n in shards):
+                return manifest.parent
+    return None
 
 
 def _shards(images: int) -> int:

@@ -168,7 +168,11 @@ def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, prune: float, seed: i
     document = {
         "data": found.data.name,
         "split_sha256": hashlib.sha256(rows.encode()).hexdigest(),
-        "features": {name: features.folder.name for name, features in found.features.items()},
+        "features": {
+            name: {k: v for k, v in features.features.items() if k not in ("source", "batch_size")}
+            | {"cells": [str(cell) for cell in features.reading.cells()], "kept_as": features.dtype}
+            for name, features in found.features.items()
+        },
         "kind": kind,
         "fit": asdict(fit),
         "prune": prune,
