@@ -12,6 +12,7 @@ from torch import Tensor
 from diffrep.backbones import Backbone, Grid, load_backbone
 from diffrep.cli import main
 from diffrep.commands.query import contact_sheet
+from diffrep.eval.benchmarks.bulk import measure_index
 from diffrep.features import ExtractConfig, FeatureMaps
 from diffrep.images import Placement, Sizing, load_image
 from diffrep.index import IndexConfig, StoredIndex, choose_kind, index_store, open_index, query_image
@@ -249,3 +250,11 @@ def test_a_store_is_embedded_with_small_pictures(photographs: Path, backbone: Ba
     assert all(picture.startswith("data:image/jpeg;base64,") for picture in content["pictures"].values())
     assert main(["embed", str(tmp_path / "s"), "-o", str(tmp_path / "m.png"), "--tap", "up.1"]) == 2
     assert not (tmp_path / "m.png").exists()
+
+
+def test_the_benchmark_compares_with_the_exact_product(tmp_path: Path) -> None:
+    line = measure_index(tmp_path / "i", 3000, CHANNELS, 100, "ivf")
+    first, ten, code_first, code_ten = line.recall
+    assert 0.9 < first <= ten <= 1
+    assert code_first <= code_ten <= ten
+    assert CHANNELS < line.bytes < 4 * CHANNELS + 60
