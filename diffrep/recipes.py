@@ -97,9 +97,20 @@ RECIPES: dict[str, Recipe] = {
                 Reading(backbone="tiny-dino", extract=ExtractConfig(taps=("layer.4",))),
             ),
             # weights and full-resolution search chosen on validation pairs, see docs/model-card.md
-            fusion=Fusion.of("up.2.resnet.0", "layer.4", weights=(2, 1)),
+            fusion=Fusion.of("up.2.resnet.0", "layer.4", weights=(1, 1)),
             matching=MatchConfig(mode="pixel"),
             source="the embedded pair of backbones, side by side",
+        ),
+        Recipe(
+            name="tiny-views",
+            readings=(
+                Reading(backbone="tiny", extract=ExtractConfig(taps=("up.2.resnet.0", "down.0.resnet.0"))),
+                Reading(backbone="tiny-dino", extract=ExtractConfig(taps=("layer.4",))),
+            ),
+            # the early activation knows colours and edges, which stay where the object is the same
+            fusion=Fusion.of("up.2.resnet.0", "down.0.resnet.0", "layer.4"),
+            matching=MatchConfig(mode="pixel"),
+            source="the embedded pair for other views of the same scene; taps and weights chosen on other views",
         ),
         Recipe(
             name="dift",

@@ -95,13 +95,14 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
 
     page.section(
         "Real photographs",
-        "The models have seen nothing but renderings. A photograph is looked at again through a known perspective; the"
-        " caption says how far from the truth the matches land, in pixels and in strides (the distance of neighbouring"
-        " features).",
+        "The models have seen nothing but renderings. A photograph is looked at again through a known perspective (recipe"
+        " tiny-views: for two views of one scene, an early activation of the U-Net joins in); the caption says how far"
+        " from the truth the matches land, in pixels and in strides (the distance of neighbouring features).",
     )
     photos = []
+    views = Correspondence("tiny-views") if correspondence.recipe.name == "tiny" else correspondence
     for name, path in photographs().items():
-        photos.append(_photograph_figure(correspondence, name, path))
+        photos.append(_photograph_figure(views, name, path))
         bar.update()
     page.figures(photos)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -37,6 +38,14 @@ def show(report: Report, output: Path | None, *, json: bool) -> None:
     print(report.to_json() if json else report.table())
 
 
+def compare(evaluate: Callable[..., Report], asked: Scenes | Homography, *, box: bool) -> None:
+    """Evaluate a recipe's matchers beside those without a network; `box`: views show an object in a known box."""
+    if asked.output is not None:
+        check_writable(asked.output, (".json",))
+    plain, ours = baselines(box=box), matchers_of(Correspondence(asked.recipe))
+    show(evaluate(plain[0] | ours[0], plain[1] | ours[1], asked.settings), asked.output, json=asked.json)
+
+
 @dataclass(frozen=True)
 class Scenes:
     """Match parts of rendered objects: held-out pairs of different instances, seen and unseen categories."""
@@ -47,28 +56,20 @@ class Scenes:
     settings: Annotated[ScenesSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=ScenesSettings)
 
     def run(self) -> None:
-        if self.output is not None:
-            check_writable(self.output, (".json",))
-        plain, ours = baselines(box=True), matchers_of(Correspondence(self.recipe))
-        report = evaluate_scenes(plain[0] | ours[0], plain[1] | ours[1], self.settings)
-        show(report, self.output, json=self.json)
+        compare(evaluate_scenes, self, box=True)
 
 
 @dataclass(frozen=True)
 class Homography:
     """Match points of real photographs in views of them that a known homography gives."""
 
-    recipe: str = "tiny"  # each of its backbones alone and all of them fused are compared
+    recipe: str = "tiny-views"  # each of its backbones alone and all of them fused are compared
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also keep the report as this JSON file
     json: bool = False  # print JSON instead of the table
     settings: Annotated[HomographySettings, tyro.conf.OmitArgPrefixes] = field(default_factory=HomographySettings)
 
     def run(self) -> None:
-        if self.output is not None:
-            check_writable(self.output, (".json",))
-        plain, ours = baselines(box=False), matchers_of(Correspondence(self.recipe))
-        report = evaluate_homographies(plain[0] | ours[0], plain[1] | ours[1], self.settings)
-        show(report, self.output, json=self.json)
+        compare(evaluate_homographies, self, box=False)
 
 
 @dataclass(frozen=True)
