@@ -146,6 +146,7 @@ def test_a_perfect_map_and_its_inverse() -> None:
     assert score_image(255 - truth, truth).values["mae"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:This class will be removed")
 def test_scores_equal_those_of_the_maintained_package() -> None:
     sod = pytest.importorskip("py_sod_metrics")
     rng = np.random.default_rng(0)
