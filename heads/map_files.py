@@ -66,7 +66,7 @@ def _colour_png(counts: np.ndarray, note: str) -> bytes:
     height, width, _ = counts.shape
     big = counts.astype(">u2")
     # filter 1 of the PNG standard: differences to the pixel on the left, byte by byte
-    left = np.concatenate([np.zeros_like(big[:, :1]), big[:, :-1]], axis=1)
+    left = np.concatenate([np.zeros_like(big[:, :1]), big[:, :-1]], axis=1).astype(">u2")
     rows = (big.view(np.uint8) - left.view(np.uint8)).reshape(height, -1)
     lines = np.concatenate([np.ones((height, 1), np.uint8), rows], axis=1)
     head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
