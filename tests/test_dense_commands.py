@@ -111,7 +111,6 @@ def test_point_cloud_and_known_depths(heads: dict[str, str], photos: Path, tmp_p
         (["--field-of-view", "60"], "belong to --formats ply"),
         (["--known", "nowhere.npy"], "no such file or folder of known depths"),
         (["--ensemble", "4"], "needs noise, and a lotus-d head has none"),
-        (["--tile", "10"], "tile must be at least 64"),
         (["--task", "depth"], "predicts disparity"),
         (["--family", "dpt"], "there is no family 'dpt'"),
         (["--model", "tiny"], "no such folder and no known head"),
