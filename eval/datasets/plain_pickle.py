@@ -70,6 +70,7 @@ def _run(data: bytes) -> Any:
         del stack[start:]
         return taken
 
+    argument: Any
     for operation, argument, _ in pickletools.genops(data):
         code = operation.name
         if code in ("PROTO", "FRAME"):
