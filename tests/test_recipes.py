@@ -52,7 +52,7 @@ window = 3
 
 
 def test_published_systems_have_names() -> None:
-    names = "dift dift-adm sd-dino geoaware cleandift cleandift-sd-dino hyperfeatures ditf tiny"
+    names = "dift dift-adm sd-dino geoaware cleandift cleandift-sd-dino hyperfeatures ditf tiny tiny-views"
     assert set(RECIPES) == set(names.split())
     for name, entry in RECIPES.items():
         assert entry.name == name
