@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -130,7 +131,7 @@ def _png(image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
     return out.getvalue()
 
 
-def _from_table(file: Path, rows: list[tuple[Path, str, Part | None]]) -> LabelledImages:
+def _from_table(file: Path, rows: Sequence[tuple[Path, str, Part | None]]) -> LabelledImages:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["path", "label", "split"])
