@@ -97,9 +97,9 @@ def _robust_line(p: Tensor, r: Tensor, trials: int, rounds: int, seed: int) -> t
         i, j = p.argmin()[None], p.argmax()[None]
     scales = (r[i] - r[j]) / (p[i] - p[j])
     shifts = r[i] - scales * p[i]
-    judges = (
-        torch.randint(len(p), (min(len(p), 4096),), generator=generator).to(p.device) if len(p) > 4096 else slice(None)
-    )
+    judges: Tensor | slice = slice(None)
+    if len(p) > 4096:
+        judges = torch.randint(len(p), (4096,), generator=generator).to(p.device)
     residuals = (scales[:, None] * p[judges] + shifts[:, None] - r[judges]).abs().median(1).values
     best = residuals.argmin()
     scale, shift = scales[best], shifts[best]

@@ -166,7 +166,8 @@ class OneStep(LatentCodec):
             has = "no class embedding" if unet.config.class_embed_type is None else "a class embedding"
             raise ValueError(f"this U-Net has {has}, which is not how a {family.name} is built")
         zeros = self.channels if family.first_latent == "zeros" else 0
-        self.network = (FoldedUNet if fold else PlainUNet)(unet, context, padding_channels=zeros)
+        kind: type[FoldedUNet] | type[PlainUNet] = FoldedUNet if fold else PlainUNet
+        self.network: FoldedUNet | PlainUNet = kind(unet, context, padding_channels=zeros)
 
     @property
     def device(self) -> torch.device:
