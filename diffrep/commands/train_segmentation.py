@@ -49,6 +49,7 @@ class TrainSegmentation:
     batch_size: int | None = None
     learning_rate: float | None = None
     bf16: bool | None = None  # autocast to bfloat16
+    sharpen: float = 0.0  # minutes in which the decoder then learns on alone; scenes only
     seed: int | None = None
     validate_every: int = 500  # steps between measurements and pictures of held-out scenes
     validation_scenes: int = 48
@@ -94,4 +95,5 @@ class TrainSegmentation:
             batch_size=batch_size,
             size=self.size or (128 if embedded else 1024),
             scenes=self.scenes,
+            sharpen=self.sharpen,
         )

@@ -189,3 +189,17 @@ def segmentation_losses(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapp
         total = total + DRAWN_WEIGHT * torch.stack(list(drawn.values())).sum()
         losses |= drawn
     return {"loss": total, **losses}
+
+
+def drawn_losses(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Losses of a decoder on its own: binary cross-entropy plus 1 - soft intersection over union; see `fit`.
+
+    Args:
+        batch: "latents" (B, c, h, w), "pixels" (B, 3, H, W), "maps" (B, 1, H, W) in [0, 1].
+    """
+    logits, maps = module(batch["latents"], batch["pixels"]).float(), batch["maps"].float()
+    entropy = F.binary_cross_entropy_with_logits(logits, maps)
+    drawn = logits.sigmoid()
+    both = (drawn * maps).sum((1, 2, 3))
+    overlap = 1 - ((both + 1) / ((drawn + maps).sum((1, 2, 3)) - both + 1)).mean()
+    return {"loss": entropy + overlap, "entropy": entropy, "overlap": overlap}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
@@ -17,13 +18,26 @@ from diffrep.heads.mask_decoder import MaskDecoder
 from diffrep.heads.one_step import LatentCodec, Schedule
 from diffrep.heads.segmentation import DiffDis
 from diffrep.scenes import SceneSet
-from diffrep.training.loop import FitSettings, fit
+from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
 from diffrep.training.one_step_fit import parts_fingerprint
-from diffrep.training.segmentation import PUBLISHED_FASTER, SegmentationModel, segmentation_losses
-from diffrep.training.segmentation_data import MaskedImage, cache_scenes, image_batches, scene_batches
+from diffrep.training.segmentation import (
+    PUBLISHED_FASTER,
+    TIMESTEP,
+    SegmentationModel,
+    drawn_losses,
+    segmentation_losses,
+)
+from diffrep.training.segmentation_data import (
+    MaskedImage,
+    cache_scenes,
+    image_batches,
+    scene_batches,
+    scene_maps,
+)
 
 EMBEDDED_FIT = FitSettings(steps=20000, minutes=10, learning_rate=1e-3, warmup=50, ema_decay=0.998, seed=21)
 EMBEDDED_SCENES = 10000
+SHARPENING = FitSettings(steps=20000, learning_rate=2e-3, warmup=20, ema_decay=0.995, seed=22)
 
 PUBLISHED_EPOCHS = 100
 PUBLISHED_BATCH = 4
@@ -49,6 +63,7 @@ class SegmentationTraining:
     batch_size: int = 16  # images
     size: int = 128  # pixels a side
     scenes: int = EMBEDDED_SCENES  # of a set of scenes, how many are encoded and trained on
+    sharpen: float = 0.0  # minutes for the decoder alone behind that, on what the U-Net predicts for scenes
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.scenes < 1:
@@ -136,10 +151,65 @@ def train_segmentation(
             data, codec.encode, size=training.size, batch_size=training.batch_size, levels=levels,
             edges=training.edges, decoder=training.decoder,
         )  # fmt: skip
-    return fit(
+    trained = fit(
         model, batches, segmentation_losses, training.fit, folder,
         validate=validate, validate_every=validate_every, progress=progress,
     )  # fmt: skip
+    if training.sharpen and isinstance(data, SceneSet):
+        sharpen_decoder(trained, data, cached, training, folder, progress=progress)
+    return trained
+
+
+@torch.no_grad()
+def predicted_latents(
+    model: SegmentationModel, cached: Mapping[str, torch.Tensor], training: SegmentationTraining, count: int
+) -> torch.Tensor:
+    """What the U-Net predicts for the first `count` scenes, (count or 2 count, c, h, w): masks, then edges."""
+    parts: list[torch.Tensor] = []
+    latents = [cached[f"image {level}"] for level in range(len([n for n in cached if n.startswith("image ")]))]
+    for start in range(0, count, 32):
+        rows = [part[start : min(start + 32, count)].float() for part in latents]
+        shape = (len(rows[0]) * (2 if training.edges else 1), *rows[0].shape[1:])
+        noise = torch.randn(shape, generator=step_generator(SHARPENING.seed, start))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model.unet(rows, noise, model.context, timestep=TIMESTEP, edges=training.edges)
+        parts.append(model.schedule.clean(output.float(), noise, TIMESTEP))
+    halves = [part.chunk(2) if training.edges else (part,) for part in parts]
+    return torch.cat([half[kind] for kind in range(len(halves[0])) for half in halves])
+
+
+def sharpen_decoder(
+    model: SegmentationModel,
+    data: SceneSet,
+    cached: Mapping[str, torch.Tensor],
+    training: SegmentationTraining,
+    folder: Path,
+    *,
+    count: int = 4000,
+    progress: bool = True,
+) -> None:
+    """Train the decoder on, alone, on latents that the finished U-Net predicts; in place."""
+    assert model.decoder is not None
+    file, count = folder / "predicted.safetensors", min(count, len(cached["mask"]))
+    if not file.exists():
+        save_weights(file, {"latents": predicted_latents(model, cached, training, count).half()})
+    latents = load_file(file)["latents"]
+
+    def batches(generator: torch.Generator) -> Batch:
+        rows = torch.randint(count, (16,), generator=generator)
+        images, masks, edges = scene_maps(data, rows.numpy())
+        edged = torch.rand(16, generator=generator) < (0.25 if training.edges else 0.0)
+        return {
+            "latents": latents[rows + edged * count].float(),
+            "pixels": images.to(memory_format=torch.channels_last),
+            "maps": torch.where(edged[:, None, None, None], edges, masks),
+        }
+
+    decoder = model.decoder.requires_grad_(True)
+    settings = replace(SHARPENING, minutes=training.sharpen)
+    sharper = fit(decoder, batches, drawn_losses, settings, folder / "decoder", progress=progress)
+    model.decoder.load_state_dict(sharper.state_dict())
+    model.eval()
 
 
 def write_segmentation_head(
