@@ -49,7 +49,7 @@ class TrainSegmentation:
     batch_size: int | None = None
     learning_rate: float | None = None
     bf16: bool | None = None  # autocast to bfloat16
-    sharpen: float = 0.0  # minutes in which the decoder then learns on alone; scenes only
+    sharpen: float | None = None  # minutes in which the decoder then learns on alone; 4 with base tiny, unless --steps
     seed: int | None = None
     validate_every: int = 500  # steps between measurements and pictures of held-out scenes
     validation_scenes: int = 48
@@ -95,5 +95,5 @@ class TrainSegmentation:
             batch_size=batch_size,
             size=self.size or (128 if embedded else 1024),
             scenes=self.scenes,
-            sharpen=self.sharpen,
+            sharpen=(4.0 if embedded and self.steps is None else 0.0) if self.sharpen is None else self.sharpen,
         )
