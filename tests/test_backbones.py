@@ -212,7 +212,7 @@ def test_patches_behind_a_convolutional_stem_have_the_stride_of_both() -> None:
     assert {(tap.channels, tap.stride) for tap in build().taps()} == {(24, 8)}
     assert build().maps(PIXELS, ["layer.1"])["layer.1"].shape[2:] == (PIXELS.shape[2] // 8, PIXELS.shape[3] // 8)
     assert build(stride=4).maps(torch.rand(1, 3, 40, 32), ["layer.0"])["layer.0"].shape[2:] == (9, 7)
-    with pytest.raises(ValueError, match="multiple of 4 in 4..8.*got 2"):
+    with pytest.raises(ValueError, match=r"multiple of 4 in 4\.\.8.*got 2"):
         build(stride=2)
 
 

@@ -17,9 +17,9 @@ from diffrep.backbones.loading import (
     HUB,
     MODELS,
     _alphas_cumprod,
-    read_json,
     load_component,
     local_variant,
+    read_json,
 )
 from diffrep.backbones.text import TextEncoders
 

@@ -96,7 +96,7 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
     page.section(
         "Real photographs",
         "The models have seen nothing but renderings. A photograph is looked at again through a known perspective"
-        " (recipe tiny-views: an early activation of the U-Net joins in, for it is the same scene); captions say how far"
+        " (recipe tiny-views: an early activation of the U-Net joins in, as it is the same scene); captions say how far"
         " from the truth the matches land, in pixels and in strides (the distance of neighbouring features).",
     )
     photos = []
