@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class SceneValidation:
         rows = []
         for prediction, depth in zip(found[:, 0], self.depth, strict=True):
             valid = (depth > SCENE_BOUNDS[0]) & (depth < SCENE_BOUNDS[1])
-            space = "disparity" if self.task == "disparity" else "depth"
+            space: Literal["depth", "disparity"] = "disparity" if self.task == "disparity" else "depth"
             aligned, _, _ = align_depth(prediction, depth, valid, space=space, bounds=SCENE_BOUNDS)
             rows.append(depth_metrics(aligned, depth, valid))
         return mean_metrics(rows)

@@ -220,7 +220,7 @@ def scene_depth_metrics(prediction: Tensor, scene: Scene, task: Task) -> dict[st
     """`depth_metrics` of an (H, W) map, aligned in its own space."""
     depth = torch.from_numpy(scene.depth)
     valid = (depth > SCENE_BOUNDS[0]) & (depth < SCENE_BOUNDS[1])
-    space = "disparity" if task == "disparity" else "depth"
+    space: Literal["depth", "disparity"] = "disparity" if task == "disparity" else "depth"
     aligned, _, _ = align_depth(prediction.cpu(), depth, valid, space=space, bounds=SCENE_BOUNDS)
     return depth_metrics(aligned, depth, valid)
 

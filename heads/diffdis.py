@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    UNet2DConditionModel: Any  # diffusers declares no types
+else:
+    from diffusers import UNet2DConditionModel
 
 LABELS = ((0.0, 1.0), (1.0, 0.0))  # of a mask and of an edge
 
@@ -137,7 +141,7 @@ def inject(skip: Tensor, latents: Tensor, conv: nn.Module, scale: nn.Module, shi
     return injected
 
 
-class DiffDisUNet(UNet2DConditionModel):  # type: ignore[misc]  # diffusers declares no types
+class DiffDisUNet(UNet2DConditionModel):
     """The U-Net of DiffDIS, built from the config of a stock `UNet2DConditionModel`.
 
     Args:

@@ -16,6 +16,7 @@ from diffrep.images import load_image
 
 Map = DepthMap | NormalMap
 Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Settings(Protocol):
@@ -25,7 +26,7 @@ class Settings(Protocol):
     def batch_size(self) -> int: ...
 
 
-class Head(Protocol[Result]):
+class Head(Protocol[Result_co]):
     """What turns images into results: `DenseHead`, `SegmentationHead`."""
 
     @property
@@ -33,7 +34,7 @@ class Head(Protocol[Result]):
 
     def check(self, config: Any) -> None: ...
 
-    def predict_each(self, images: list[Image.Image], config: Any) -> Iterator[Result]: ...
+    def predict_each(self, images: list[Image.Image], config: Any) -> Iterator[Result_co]: ...
 
 
 def run_images(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -64,7 +64,8 @@ class Interpolation:
         embedded = embed_file(self.file, None, config, progress=not self.json)
         times = np.asarray(embedded.table.column(self.times))
         found = interpolate_times(embedded.embedding, times, max_points=self.max_points, seed=self.seed)
-        scores = {"per_time": {str(k): dict(v) for k, v in found.per_time.items()}, "mean": found.mean()}
+        per_time = {str(k): dict(v) for k, v in found.per_time.items()}
+        scores: dict[str, Any] = {"per_time": per_time, "mean": found.mean()}
         document = json.dumps({**scores, "settings": {**found.settings, "embedding": embedded.settings}}, indent=2)
         if self.output is not None:
             write_text(self.output, document + "\n")

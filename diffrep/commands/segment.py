@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -57,7 +57,7 @@ class Segment:
             about[str(path)] = result.metadata(self.threshold)
             return self._write(self.output / name, image, result)
 
-        summary = {"model": self.model, "found": head.found, "images": []}
+        summary: dict[str, Any] = {"model": self.model, "found": head.found, "images": []}
         try:
             done = run_images(head, paths, self._config(), write)
         finally:  # also where images failed, for those that did not

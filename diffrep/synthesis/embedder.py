@@ -59,7 +59,8 @@ class ConditionEmbedder(nn.Module):
 
     def null(self, batch: int = 1) -> Tensor:
         """Context (batch, tokens, width) of the null condition."""
-        return torch.stack([linear.bias for linear in self.tokens]).expand(batch, -1, -1)
+        biases: list[Any] = [linear.bias for linear in self.tokens]
+        return torch.stack(biases).expand(batch, -1, -1)
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""

@@ -103,11 +103,11 @@ class SynthesisModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.embedder.tokens[0].weight.device
+        return next(self.embedder.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedder.tokens[0].weight.dtype
+        return next(self.embedder.parameters()).dtype
 
     def _apply(self, fn: Any, recurse: bool = True) -> SynthesisModel:
         self.autoencoder._apply(fn)  # goes along to another device or dtype

@@ -164,7 +164,7 @@ def cache_latents(
         ValueError: the folder holds latents of another base model or number of images.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found = {}
+    found: dict[str, Any] = {}
     for name, part in (("images", "pixels"), ("targets", "annotation")):
         file = folder / f"latents-{'images' if name == 'images' else task}.safetensors"
         note = f"{made_with}, {len(samples)} {samples.name}"

@@ -59,6 +59,7 @@ def draw_heat_map(scores: Sequence[CellScore], *, title: str = "", bottleneck: s
         axis.set_title(f"{backbone}, pool {pool} x {pool}", fontsize=9)
         if bottleneck in taps:
             axis.get_xticklabels()[taps.index(bottleneck)].set_fontweight("bold")
+    assert image is not None  # there is at least one cell
     figure.colorbar(image, ax=list(axes), label="accuracy on val, %", shrink=0.9)
     if title:
         figure.suptitle(title, fontsize=11)

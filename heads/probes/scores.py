@@ -84,7 +84,7 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     share, spread = right / n, z * z / n
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    return 0.0 if right == 0 else middle - half, 1.0 if right == n else middle + half
 
 
 def paired_gain(ours: Tensor, theirs: Tensor, labels: Tensor, *, seed: int = 0) -> tuple[float, float, float]:
