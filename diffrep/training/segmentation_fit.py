@@ -35,7 +35,7 @@ from diffrep.training.segmentation_data import (
     scene_maps,
 )
 
-EMBEDDED_FIT = FitSettings(steps=20000, minutes=10, learning_rate=1e-3, warmup=50, ema_decay=0.998, seed=21)
+EMBEDDED_FIT = FitSettings(steps=20000, minutes=22, learning_rate=1e-3, warmup=50, ema_decay=0.998, seed=21)
 EMBEDDED_SCENES = 10000
 SHARPENING = FitSettings(steps=20000, learning_rate=2e-3, warmup=20, ema_decay=0.995, seed=22)
 
@@ -135,7 +135,8 @@ def train_segmentation(
     parts = load_parts(training.base, pad=False)
     model = build_model(training, parts)
     vae = parts.vae.eval().to(memory_format=torch.channels_last)
-    codec, levels = LatentCodec(vae), model.unet.levels
+    codec = LatentCodec(vae)
+    levels: Any = model.unet.levels  # an int, which torch's modules cannot say
     if isinstance(data, SceneSet):
         cached = cache_scenes(
             codec.encode, data, min(training.scenes, len(data)), levels, latents or folder / "latents.safetensors",
