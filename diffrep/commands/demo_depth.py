@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffrep.commands.output import write_image
+from diffrep.commands.page import written_figures
 from diffrep.draw import side_by_side
 from diffrep.eval.homography import photographs
 from diffrep.heads.loading import load_head
@@ -68,16 +67,11 @@ def section(folder: Path) -> str:
             f"{name}: the heads have seen nothing but renderings; scale, shift and camera are assumed for the points"
         )
         figures.append((side_by_side(pictures, titles=titles, height=220)[0], f"depth_{name}.png", caption))
-    items = ""
-    for picture, file, caption in figures:
-        write_image(folder / file, picture)
-        text = html.escape(caption)
-        items += f'<figure><img alt="{text}" src="{html.escape(file)}"><figcaption>{text}</figcaption></figure>'
     return (
         "<section><h2>Depth and normals in one step</h2><p>One pass of a diffusion U-Net that became a depth or"
         " normal head: red is near, blue is far; normals are coloured by x right, y up and z towards the camera. These"
         " scenes are held out.</p>"
-        f'<div class="figures wide">{items}</div>'
+        f'<div class="figures wide">{written_figures(folder, figures)}</div>'
         "<pre><code>diffrep depth photo.jpg -o maps\ndiffrep normals photo.jpg -o maps</code></pre></section>"
     )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from diffrep.commands.output import write_image
+from diffrep.commands.page import written_figures
 from diffrep.draw import side_by_side
 from diffrep.eval.homography import photographs
 from diffrep.eval.segmentation import grey, score_image
@@ -51,16 +50,11 @@ def section(folder: Path) -> str:
         titles = ["photograph", "soft mask", "edge", "cut out", "on a colour"]
         caption = f"{name}: the head has seen nothing but renderings of single objects"
         figures.append((side_by_side(pictures, titles=titles, height=190)[0], f"mask_{name}.png", caption))
-    items = ""
-    for picture, file, caption in figures:
-        write_image(folder / file, picture)
-        text = html.escape(caption)
-        items += f'<figure><img alt="{text}" src="{html.escape(file)}"><figcaption>{text}</figcaption></figure>'
     return (
         "<section><h2>Masks in one step</h2><p>One pass of a diffusion U-Net that predicts an object's mask and its"
         " edges side by side (DiffDIS). The mask alone costs a third less and is the same. These scenes are held out;"
         " they were picked to show thin parts and a category that was never trained on.</p>"
-        f'<div class="figures wide">{items}</div>'
+        f'<div class="figures wide">{written_figures(folder, figures)}</div>'
         "<pre><code>diffrep segment photo.jpg -o out --outputs mask edge cutout</code></pre></section>"
     )
 

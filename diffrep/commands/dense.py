@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
 
+from diffrep.commands.output import write_image, write_text
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.images import load_image
 
@@ -35,6 +37,19 @@ class Head(Protocol[Result_co]):
     def check(self, config: Any) -> None: ...
 
     def predict_each(self, images: list[Image.Image], config: Any) -> Iterator[Result_co]: ...
+
+
+def write_beside(
+    base: Path, pictures: Mapping[str, Image.Image], kind: str, metadata: Mapping[str, object]
+) -> list[Path]:
+    """Write a map's pictures, BASE_NAME.png each, and its metadata, BASE_KIND.json; returns the files."""
+    written = []
+    for name, picture in pictures.items():
+        written.append(base.with_name(f"{base.name}_{name}.png"))
+        write_image(written[-1], picture)
+    written.append(base.with_name(f"{base.name}_{kind}.json"))
+    write_text(written[-1], json.dumps(metadata, indent=2) + "\n")
+    return written
 
 
 def run_images(

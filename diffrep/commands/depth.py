@@ -12,8 +12,7 @@ import torch
 import tyro
 from PIL import Image
 
-from diffrep.commands.dense import Map, check_folder, run_images
-from diffrep.commands.output import write_image, write_text
+from diffrep.commands.dense import Map, check_folder, run_images, write_beside
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.heads.loading import load_head
@@ -136,12 +135,7 @@ class Depth:
             pictures[f"{result.space}_preview"] = preview(result)
         if result.uncertainty is not None:
             pictures["uncertainty"] = preview_of_uncertainty(result)
-        for name, picture in pictures.items():
-            written.append(base.with_name(f"{base.name}_{name}.png"))
-            write_image(written[-1], picture)
-        written.append(base.with_name(f"{base.name}_{result.space}.json"))
-        write_text(written[-1], json.dumps(result.metadata(), indent=2) + "\n")
-        return written
+        return [*written, *write_beside(base, pictures, result.space, result.metadata())]
 
     def _points(self, image: Image.Image, result: DepthMap, head: DenseHead | None) -> bytes:
         camera = self._camera(image.height, image.width)

@@ -11,8 +11,7 @@ import torch
 import tyro
 from PIL import Image
 
-from diffrep.commands.dense import Map, check_folder, run_images
-from diffrep.commands.output import write_image, write_text
+from diffrep.commands.dense import Map, check_folder, run_images, write_beside
 from diffrep.heads.dense import PredictConfig
 from diffrep.heads.families import Frame
 from diffrep.heads.loading import load_head
@@ -76,9 +75,4 @@ class Normals:
         pictures = {"normals_preview": preview(result)} if self.preview else {}
         if result.uncertainty is not None:
             pictures["uncertainty"] = preview_of_uncertainty(result)
-        for name, picture in pictures.items():
-            written.append(base.with_name(f"{base.name}_{name}.png"))
-            write_image(written[-1], picture)
-        written.append(base.with_name(f"{base.name}_normals.json"))
-        write_text(written[-1], json.dumps(result.metadata(), indent=2) + "\n")
-        return written
+        return [*written, *write_beside(base, pictures, "normals", result.metadata())]

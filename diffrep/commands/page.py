@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffrep.commands.output import write_text
+from diffrep.commands.output import write_image, write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #2f7d5b; }
@@ -92,6 +92,16 @@ class Page:
             + "\n".join(self._parts)
         )
         write_text(path, text)
+
+
+def written_figures(folder: Path, figures: Sequence[tuple[Image.Image, str, str]]) -> str:
+    """Write pictures, given as (picture, file name, caption), into a folder: HTML of figures that show them."""
+    items = ""
+    for picture, file, caption in figures:
+        write_image(folder / file, picture)
+        text = html.escape(caption)
+        items += f'<figure><img alt="{text}" src="{html.escape(file)}"><figcaption>{text}</figcaption></figure>'
+    return items
 
 
 def data_uri(image: Image.Image) -> str:
