@@ -182,7 +182,7 @@ def squared_heat(lap: Csr, t: float) -> NDArray[np.float64]:
     cancels; a short time is summed and squared until it has grown to t, which also multiplies how far the
     kernel sees: beyond 24 * 2^squarings edges the result is zero.
     """
-    rate = max(float(lap.diagonal().max(initial=0.0)), np.finfo(np.float64).tiny)
+    rate = max(float(lap.diagonal().max(initial=0.0)), float(np.finfo(np.float64).tiny))
     squarings = max(0, int(np.ceil(np.log2(max(t * rate, 1e-9)))))
     short = t * rate / 2**squarings
     step = (sp.identity(lap.shape[0]) - lap / rate).tocsr() * short
