@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from diffrep.eval.cache import FeatureCache, claim_folder, fingerprint
 from diffrep.eval.correspondence_report import CorrespondenceReport, PairMatches
-from diffrep.eval.datasets.ap10k import Ap10kSet, read_ap10k
+from diffrep.eval.datasets.ap10k import read_ap10k
+from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
 from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet, Problem
 from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
-from diffrep.eval.datasets.spair import read_spair
+from diffrep.eval.datasets.spair import read_spair, read_spair_u
 from diffrep.eval.datasets.tss import read_tss
 from diffrep.eval.extraction import cache_key, extract_images, images_by_prompt, prompts_by_category
 from diffrep.eval.failures import save_failures
@@ -120,6 +121,7 @@ def evaluate_pairs(
         parts = Pck(protocol.alphas, tuple(shared))
     return CorrespondenceReport(
         dataset=pairs.name,
+        split=pairs.split,
         protocol=protocol,
         recipe=recipe.name,
         search=used,
@@ -267,9 +269,10 @@ def predict(
     return protocol.to_frame(match_points(a, b, points, recipe.matching).points.cpu(), pair.target)
 
 
-Benchmark = Literal["scenes", "spair", "pf-pascal", "pf-willow", "ap-10k", "tss"]
+Benchmark = Literal["scenes", "spair", "spair-u", "pf-pascal", "pf-willow", "ap-10k", "tss"]
 _USUAL = {  # benchmark -> protocol where the recipe has none of its own
     "spair": "spair-dift",
+    "spair-u": "spair-u-geoaware",
     "pf-pascal": "pf-pascal-sd-dino",
     "pf-willow": "pf-willow",
     "ap-10k": "ap-10k-geoaware",
@@ -360,13 +363,18 @@ class EvalCorrespondence:
             DatasetError: the folder is not that data set.
             ValueError: the benchmark has no such split or category.
         """
-        splits = {"ap-10k": get_args(Ap10kSet), "pf-willow": ("test",)}.get(self.benchmark, ("trn", "val", "test"))
+        special: dict[str, tuple[str, ...]] = {
+            "ap-10k": get_args(Ap10kSet), "pf-willow": ("test",), "spair-u": ("test",)
+        }  # fmt: skip
+        splits = special.get(self.benchmark, ("trn", "val", "test"))
         if self.split not in splits:
             raise ValueError(f"{self.benchmark} has no split {self.split!r}; it has {', '.join(splits)}")
         categories = self.categories or None
         split: Any = self.split  # checked above
         if self.benchmark == "spair":
             return read_spair(data, split=split, categories=categories, keypoints=protocol.keypoints)
+        if self.benchmark == "spair-u":
+            return read_spair_u(data, categories=categories, keypoints=protocol.keypoints)
         if self.benchmark == "pf-pascal":
             return read_pf_pascal(data, split=split, categories=categories)
         if self.benchmark == "pf-willow":

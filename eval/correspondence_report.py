@@ -32,6 +32,7 @@ class CorrespondenceReport:
     """What a recipe got on a benchmark."""
 
     dataset: str
+    split: str
     protocol: Protocol
     recipe: str
     search: str  # "protocol" or "recipe": whose way from keypoints to matches was used
@@ -64,8 +65,9 @@ class CorrespondenceReport:
         return [failure for *_, failure in sorted(judged, key=lambda entry: entry[:3])[:count]]
 
     def rows(self) -> tuple[Published, ...]:
-        """The papers' rows that count like this protocol."""
-        return published(self.protocol.benchmark, threshold=self.protocol.threshold)
+        """The papers' rows that count the same pairs like this protocol."""
+        benchmark, split = self.protocol.benchmark, self.split
+        return published(benchmark if split == "test" else f"{benchmark} {split}", threshold=self.protocol.threshold)
 
     def table(self) -> str:
         """The report as text."""

@@ -76,7 +76,7 @@ class Protocol:
     """
 
     name: str
-    benchmark: Literal["spair", "pf-pascal", "pf-willow", "ap-10k"]
+    benchmark: Literal["spair", "spair-u", "pf-pascal", "pf-willow", "ap-10k"]
     alphas: tuple[float, ...]
     frame: int | None = None
     threshold: Literal["box", "image", "keypoints"] = "box"
@@ -196,6 +196,24 @@ PROTOCOLS = {
             search=CellSearch(centre=7.0, metric="cosine", window=5),
             by_part=True,
             source="GeoAware-SC, pck_train.py: 840 px square, <, window soft-argmax",
+        ),
+        Protocol(
+            name="spair-u-geoaware",
+            benchmark="spair-u",
+            alphas=(0.1, 0.05, 0.01),
+            frame=SQUARE,
+            inclusive=False,
+            aggregate="per image",
+            keypoints="image",
+            search=CellSearch(centre=7.0, metric="cosine", window=5),
+            source="SPair-U: GeoAware-SC's evaluation of SPair-71k on other annotations (Jamais Vu's README)",
+        ),
+        Protocol(
+            name="spair-u-dift",
+            benchmark="spair-u",
+            alphas=(0.1,),
+            aggregate="per image",
+            source="SPair-U counted as DIFT counts SPair-71k: original pixels, <=",
         ),
         Protocol(
             name="pf-pascal-sd-dino",

@@ -15,6 +15,9 @@ SPAIR_COLUMNS = (
 SD_DINO = "Zhang et al. 2023, A Tale of Two Features (arXiv 2305.15347)"
 GEOAWARE = "Zhang et al. 2024, Telling Left from Right (arXiv 2311.17034), project page"
 CLEANDIFT = "Stracke et al. 2024, CleanDIFT (arXiv 2412.03439), project page"
+# the next two are known from other papers' tables only
+DTM = "the comparison table of DTM, at second hand"
+ANCHORS = "the comparison tables of ImCorr and 3D-SC (2026), at second hand"
 GDF = "Meng et al. 2024, Not All Diffusion Model Activations (arXiv 2410.03558)"
 
 
@@ -32,6 +35,19 @@ class Published:
     trained: bool = False  # on the benchmark's own training pairs
     recipe: str = ""  # the recipe here that follows this method
     note: str = ""
+
+
+def _dtm(method: str, row: Sequence[float], recipe: str) -> Published:
+    *categories, overall = row
+    return Published(
+        method=method,
+        benchmark="spair",
+        values={0.1: overall},
+        source=DTM,
+        aggregate="per point",
+        categories=dict(zip(SPAIR_COLUMNS, categories, strict=True)),
+        recipe=recipe,
+    )
 
 
 def _table_3(method: str, row: Sequence[float], *, trained: bool = False, recipe: str = "") -> Published:
@@ -141,6 +157,43 @@ def _summary() -> list[Published]:
     return rows
 
 
+# method -> (trained on keypoints, SPair at alpha 0.01 / 0.05 / 0.1, AP-10K at 0.1: same species / other / family)
+_ANCHORS = {
+    "Spherical maps": (False, "8.4/48.2/64.4 65.4/63.1/51.0"),
+    "DIY-SC": (False, "10.1/53.8/71.6 70.6/69.8/57.8"),
+    "DIY-SC, estimated pose": (False, "9.5/51.2/69.6 69.3/66.8/54.0"),
+    "3D-SC": (False, "10.2/54.8/73.0 69.6/68.5/56.9"),
+    "GECO": (True, "14.2/59.6/73.6 82.5/81.2/76.6"),
+    "DTM on FLUX": (True, "-/70.0/80.5 86.2/84.8/77.9"),
+    "MARCO": (True, "27.0/77.6/87.2 89.1/88.3/83.4"),
+    "ImCorr": (True, "33.2/78.9/86.2 90.0/89.4/82.9"),
+}
+
+
+def _anchors() -> list[Published]:
+    rows = []
+    for method, (trained, cells) in _ANCHORS.items():
+        spair, ap10k = (cell.split("/") for cell in cells.split())
+        values = {alpha: float(v) for alpha, v in zip(_SMALL, spair, strict=True) if v != "-"}
+        sets = [("spair", values), *((s, {0.1: float(v)}) for (s, _), v in zip(_SETS[1:4], ap10k, strict=True))]
+        rows += [
+            Published(
+                method=method, benchmark=name, values=values, source=ANCHORS, aggregate="per image", trained=trained
+            )
+            for name, values in sets
+        ]
+    return rows
+
+
+_FLUX = {  # one timestep of FLUX, per image, in the pipeline of DTM
+    "spair": {0.05: 49.5, 0.1: 61.1},
+    "spair-u": {0.1: 53.4},
+    "ap-10k": dict(zip(_SMALL, (7.6, 49.7, 62.2), strict=True)),
+    "ap-10k test_cross_species": dict(zip(_SMALL, (6.8, 48.2, 61.7), strict=True)),
+    "ap-10k test_cross_family": dict(zip(_SMALL, (5.7, 34.2, 48.9), strict=True)),
+}
+
+
 def _pascal(method: str, values: Sequence[float], *, trained: bool = False, recipe: str = "") -> Published:
     return Published(
         method=method,
@@ -165,7 +218,24 @@ def _cleandift(method: str, image: float, box: float, recipe: str = "") -> list[
 
 PUBLISHED: tuple[Published, ...] = (
     *_TABLE_3,
+    _dtm(
+        "DIFT, SD2.1",
+        (63.5, 54.5, 80.8, 34.5, 46.2, 52.7, 48.3, 77.7, 39.0, 76.0, 54.9, 61.3, 53.3, 46.0, 57.8, 57.1, 71.1,
+         63.4, 57.7),
+        "dift",
+    ),
+    _dtm(
+        "DiTF, FLUX",
+        (74.3, 65.0, 88.1, 48.1, 53.2, 60.7, 60.7, 84.9, 42.4, 82.8, 68.4, 72.1, 70.9, 74.2, 62.1, 72.6, 66.0,
+         60.3, 67.1),
+        "ditf",
+    ),
     *_summary(),
+    *(
+        Published(method="FLUX, one timestep", benchmark=name, values=values, source=DTM, aggregate="per image")
+        for name, values in _FLUX.items()
+    ),
+    *_anchors(),
     _pascal("DINOv2-B/14", (56.2, 77.3, 83.3)),
     _pascal("SD1.5", (61.0, 80.3, 86.1)),
     _pascal("SD1.5 + DINOv2-B/14", (73.0, 86.1, 91.1), recipe="sd-dino"),

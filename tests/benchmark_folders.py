@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,35 @@ def write_ap10k(root: Path) -> Path:
                 }
                 file = f"{Path(a).name}-{Path(b).name}:fox.json"
                 _write_json(root / "PairAnnotation" / "test" / file, pair)
+    return root
+
+
+def write_ap10k_release(root: Path, species: Mapping[tuple[str, str], int]) -> Path:
+    """AP-10K as released: (family, species) -> how many images. One split of three files; the others repeat it."""
+    root = root / "AP-10K"
+    categories, images, animals = [], [], []
+    for kind, ((family, name), count) in enumerate(species.items(), start=1):
+        categories.append({"id": kind, "supercategory": family, "name": name})
+        for _ in range(count):
+            number = len(images) + 1
+            file = f"{number:012d}.jpg"
+            write_image(root / "data" / file, 40, 32, number)
+            images.append({"id": number, "file_name": file, "width": 40, "height": 32})
+            keypoints = [[2 * k, k + number % 5, 0 if k == number % 17 else 2] for k in range(17)]
+            animals.append(
+                {
+                    "id": number, "image_id": number, "category_id": kind, "bbox": [1, 2, 36, 28], "iscrowd": 0,
+                    "num_keypoints": 16, "keypoints": [v for k in keypoints for v in k],
+                }
+            )  # fmt: skip
+    for split in (1, 2, 3):
+        for k, part in enumerate(("train", "val", "test")):
+            notes = {
+                "categories": categories,
+                "images": images[k::3],
+                "annotations": [animal for animal in animals if (animal["image_id"] - 1) % 3 == k],
+            }
+            _write_json(root / "annotations" / f"ap10k-{part}-split{split}.json", notes)
     return root
 
 

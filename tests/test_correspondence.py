@@ -25,7 +25,7 @@ from diffrep.images import Sizing
 from diffrep.matching import MatchConfig
 from diffrep.recipes import Correspondence, Reading, Recipe
 
-from .benchmark_folders import write_spair
+from .benchmark_folders import write_ap10k_release, write_spair
 
 TWO = ("bus", "cat")
 
@@ -272,6 +272,35 @@ def test_the_command_writes_reports_and_pictures(
     assert shares == sorted(shares)
     with Image.open(pictures[0]) as picture:
         assert picture.width > 2 * 300
+
+
+def test_a_set_stands_beside_the_papers_numbers_of_that_set(
+    tmp_path: Path, vit: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffrep import recipes
+
+    monkeypatch.setitem(recipes.RECIPES, "small", recipe())
+    monkeypatch.setattr(recipes, "load_backbone", lambda name, **_: vit)
+
+    def published(benchmark: str, data: Path, **options: object) -> set[tuple[str, float]]:
+        command = EvalCorrespondence(
+            benchmark=benchmark, data=data, recipe="small", failures=0,  # type: ignore[arg-type]
+            output=tmp_path / f"out-{benchmark}{options.get('split', '')}", **options,  # type: ignore[arg-type]
+        )  # fmt: skip
+        report = command.run()
+        assert isinstance(report, CorrespondenceReport)
+        return {(row.method, row.values[0.1]) for row in report.rows()}
+
+    species = {("Canidae", "fox"): 4, ("Canidae", "wolf"): 24, ("Felidae", "cat"): 3}
+    animals = write_ap10k_release(tmp_path, species)
+    assert ("DIFT", 50.3) in published("ap-10k", animals)
+    assert ("DIFT", 46.0) in published("ap-10k", animals, split="test_cross_species")
+    assert ("DIFT", 35.0) in published("ap-10k", animals, split="test_cross_family")
+    write_spair(tmp_path)
+    unseen = write_spair(tmp_path / "other").rename(tmp_path / "SPair-U")
+    assert published("spair-u", unseen, categories=TWO) == {("FLUX, one timestep", 53.4)}
+    validation = write_spair(tmp_path / "validation", split="val")
+    assert not published("spair", validation, categories=TWO, split="val")
 
 
 def test_wrong_names_are_refused_before_any_work(tmp_path: Path) -> None:

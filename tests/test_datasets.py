@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
 from diffrep.eval.datasets.ap10k import read_ap10k
+from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
 from diffrep.eval.datasets.pairs import DatasetError
 from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
-from diffrep.eval.datasets.spair import CATEGORIES, read_spair
+from diffrep.eval.datasets.spair import CATEGORIES, read_spair, read_spair_u
 from diffrep.eval.datasets.spair_keypoints import KEYPOINTS, mirror_ids, part_groups
 from diffrep.eval.datasets.tss import read_flo, read_tss, tss_category
 
-from .benchmark_folders import write_ap10k, write_pf_pascal, write_pf_willow, write_spair, write_tss
+from .benchmark_folders import (
+    write_ap10k,
+    write_ap10k_release,
+    write_pf_pascal,
+    write_pf_willow,
+    write_spair,
+    write_tss,
+)
 
 TWO = ("bus", "cat")
 
@@ -34,6 +44,27 @@ def test_spair_both_ways_of_reading_agree(tmp_path: Path) -> None:
         assert torch.equal(a.target.points(a.ids), b.target.points(b.ids))
     extra = [set(pair.target.keypoints) - set(pair.ids) for pair in own.pairs]
     assert any(extra), "the images' own annotations know keypoints that the pair does not share"
+
+
+def test_spair_u_is_annotated_on_the_images_of_spair(tmp_path: Path) -> None:
+    spair = write_spair(tmp_path)
+    plain = read_spair(spair, categories=TWO, keypoints="image")
+    other = tmp_path / "SPair-U"  # as it is unpacked: annotations alone
+    shutil.copytree(spair, other, ignore=shutil.ignore_patterns("JPEGImages"))
+    for file in (other / "ImageAnnotation").rglob("*.json"):
+        note = json.loads(file.read_text())
+        file.write_text(json.dumps({**note, "kps": {**note["kps"], "0": None}}))
+    read = read_spair_u(other, categories=TWO, keypoints="image")
+    assert read.name == "SPair-U"
+    assert read.root == spair
+    assert [p.name for p in read.pairs] == [p.name for p in plain.pairs]
+    assert [p.ids for p in read.pairs] == [tuple(i for i in p.ids if i != 0) for p in plain.pairs]
+    assert not read.problems
+    (spair / "JPEGImages").rename(other / "JPEGImages")
+    assert read_spair_u(other, categories=TWO).root == other
+    (other / "JPEGImages").rename(tmp_path / "elsewhere")
+    with pytest.raises(DatasetError, match="annotated on the images of SPair-71k, which are neither in"):
+        read_spair_u(other)
 
 
 def test_a_colon_in_a_file_name_may_be_escaped(tmp_path: Path) -> None:
@@ -134,6 +165,55 @@ def test_ap10k(tmp_path: Path) -> None:
     assert set(range(17)) - set(pair.ids) == {5, 6}  # each image hides one
     with pytest.raises(ValueError, match="no category wolf; it has fox"):
         read_ap10k(tmp_path / "ap-10k", categories=["wolf"])
+
+
+def test_ap10k_pairs_are_made_of_the_release(tmp_path: Path) -> None:
+    root = write_ap10k_release(tmp_path, {("Canidae", "fox"): 53, ("Canidae", "wolf"): 4, ("Felidae", "cat"): 3})
+    read = {split: read_ap10k(root, split=split) for split in get_args(Ap10kSet)}
+    assert not any(pairs.problems for pairs in read.values())
+    test = read["test"]
+    assert "pairs made here" in test.name
+    assert {c: len(test.of(c)) for c in test.categories} == {"cat": 3, "fox": 435, "wolf": 6}
+    assert min(p.source.path for p in test.of("fox")) == "data/000000000024.jpg"  # the last 30 of 53
+    pair = test.of("cat")[0]
+    assert (pair.name, pair.source.box) == ("000000000058-000000000059:cat", (1, 2, 37, 30))
+    assert set(range(17)) - set(pair.ids) == {58 % 17, 59 % 17}
+    assert len(read["val"].pairs) == 20 * 19 / 2
+    assert len(read["trn"].pairs) == 3
+    across = read["test_cross_species"]
+    assert across.categories == ("Canidae",)
+    assert len(across.pairs) == 30 * 4  # fewer than 900
+    families = read["test_cross_family"]
+    assert families.categories == ("Canidae-Felidae",)
+    assert len({p.name for p in families.pairs}) == 30
+    assert read_ap10k(root, split="test_cross_family") == families
+    with pytest.raises(ValueError, match="no category bear; it has cat, fox, wolf"):
+        read_ap10k(root, categories=["bear"])
+
+
+def test_ap10k_release_says_what_it_lacks(tmp_path: Path) -> None:
+    root = write_ap10k_release(tmp_path, {("Canidae", "fox"): 5})
+    for file in sorted((root / "annotations").glob("*.json")):
+        note = json.loads(file.read_text())
+        for animal in note["annotations"]:
+            if animal["image_id"] == 2:
+                animal["keypoints"] = animal["keypoints"][:6]
+            if animal["image_id"] == 3:
+                animal["keypoints"] = [0] * 45 + [9, 9, 2] * 2  # too few of them to be of use
+        file.write_text(json.dumps(note))
+    (root / "data/000000000004.jpg").unlink()
+    read = read_ap10k(root)
+    assert [p.name for p in read.pairs] == ["000000000001-000000000005:fox"]
+    what = [str(problem) for problem in read.problems]
+    assert "has 6 keypoint numbers, expected 51" in what[0]
+    assert sum("000000000004.jpg is missing" in text for text in what) == 2
+    (root / "annotations/ap10k-train-split1.json").write_text('{"images": 3}')
+    with pytest.raises(DatasetError, match=r"ap10k-train-split1\.json: annotations as COCO has them were expected"):
+        read_ap10k(root)
+    for file in (root / "annotations").iterdir():
+        file.write_text('{"images": [], "annotations": [], "categories": []}')
+    with pytest.raises(DatasetError, match="no two images that make a pair of the set val"):
+        read_ap10k(root, split="val")
 
 
 def test_tss_flow_leads_from_target_to_source(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""AP-10K as a correspondence benchmark: animals of 54 species, three test sets (GeoAware-SC, arXiv
-2311.17034).
+"""AP-10K as a correspondence benchmark: animals of 54 species, three test sets (GeoAware-SC, arXiv 2311.17034).
 
-Layout (made once from the released AP-10K): ``JPEGImages/<family>/<species>/<image>.jpg``,
-``ImageAnnotation/<family>/<species>/<image>.json`` with COCO fields (keypoints, bbox as left, top, width,
-height, width, height), ``PairAnnotation/<set>/<a>-<b>:<name>.json`` with src_json_path and trg_json_path.
+Layout: that of the release (see `ap10k_release`), or the one that GeoAware-SC's scripts make of it:
+``JPEGImages/<family>/<species>/<image>.jpg``, ``ImageAnnotation/<family>/<species>/<image>.json`` with COCO fields
+(keypoints, bbox as left, top, width, height, width, height), ``PairAnnotation/<set>/<a>-<b>:<name>.json`` with
+src_json_path and trg_json_path.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
+from diffrep.eval.datasets.ap10k_release import Ap10kSet, as_image, is_release, read_release
 from diffrep.eval.datasets.pairs import (
     AnnotatedImage,
     AnnotatedPair,
@@ -23,14 +24,6 @@ from diffrep.eval.datasets.pairs import (
     pair_name,
     read_json,
 )
-
-KEYPOINTS = (
-    "left eye", "right eye", "nose", "neck", "tail root", "left shoulder", "left elbow", "left front paw",
-    "right shoulder", "right elbow", "right front paw", "left hip", "left knee", "left back paw", "right hip",
-    "right knee", "right back paw",
-)  # fmt: skip
-
-Ap10kSet = Literal["trn", "val", "test", "test_cross_species", "test_cross_family"]
 
 
 def read_ap10k(
@@ -43,6 +36,8 @@ def read_ap10k(
         ValueError: that set has no such category.
     """
     root = Path(root)
+    if is_release(root):
+        return read_release(root, split, categories)
     need_folder(root, "ImageAnnotation", "JPEGImages", f"PairAnnotation/{split}")
     files = sorted((root / "PairAnnotation" / split).glob("*.json"))
     if not files:
@@ -63,7 +58,7 @@ def read_ap10k(
         return AnnotatedPair(pair_name(file), _category(file), source, target, ids)
 
     entries = [(file.name, partial(read, file)) for file in files if _category(file) in wanted]
-    return collect(f"AP-10K {split}", root, wanted, entries)
+    return collect(f"AP-10K {split}", root, wanted, entries, split=split)
 
 
 def _category(file: Path) -> str:
@@ -79,16 +74,5 @@ def _below(path: str) -> str:
 
 
 def _image(note_path: str, note: Mapping[str, Any]) -> AnnotatedImage:
-    values = note["keypoints"]
-    if len(values) != 3 * len(KEYPOINTS):
-        raise ValueError(f"{note_path} has {len(values)} keypoint numbers, expected {3 * len(KEYPOINTS)}")
-    keypoints = {
-        i: (float(values[3 * i]), float(values[3 * i + 1]))
-        for i in range(len(KEYPOINTS))
-        if values[3 * i + 2] > 0
-    }
-    left, top, width, height = (float(v) for v in note["bbox"])
     path = str(PurePosixPath(note_path.replace("ImageAnnotation", "JPEGImages", 1)).with_suffix(".jpg"))
-    return AnnotatedImage(
-        path, (int(note["height"]), int(note["width"])), keypoints, (left, top, left + width, top + height)
-    )
+    return as_image(path, note)

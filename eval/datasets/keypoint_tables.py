@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffrep.eval.datasets.ap10k import KEYPOINTS as AP10K_KEYPOINTS
+from diffrep.eval.datasets.ap10k_release import KEYPOINTS as AP10K_KEYPOINTS
 from diffrep.eval.datasets.spair_keypoints import mirror_ids, mirror_name, part_groups
 
 if sys.version_info >= (3, 11):

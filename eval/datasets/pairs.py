@@ -62,6 +62,7 @@ class PairSet:
     categories: tuple[str, ...]  # that the benchmark has, whether or not they have pairs here
     pairs: tuple[AnnotatedPair, ...]
     problems: tuple[Problem, ...]  # what was left out, and why
+    split: str = "test"
 
     def images(self) -> tuple[str, ...]:
         """Relative paths of all images that any pair uses, each once, sorted."""
@@ -78,6 +79,8 @@ def collect(
     categories: Sequence[str],
     entries: Collection[tuple[str, Callable[[], AnnotatedPair]]],
     problems: Sequence[Problem] = (),
+    *,
+    split: str = "test",
 ) -> PairSet:
     """Read the pairs that can be read and note the others, missing images and empty categories among them.
 
@@ -119,7 +122,7 @@ def collect(
         for category in categories
         if category not in found
     ]
-    return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted))
+    return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted), split)
 
 
 def pair_name(file: Path) -> str:

@@ -70,7 +70,7 @@ def read_pf_pascal(
         if category_of(row)
         in (*wanted, None)  # a row without a readable class is a problem, not another class
     ]
-    return collect(f"PF-PASCAL {split}", root, wanted, entries)
+    return collect(f"PF-PASCAL {split}", root, wanted, entries, split=split)
 
 
 def read_pf_willow(root: str | Path, *, categories: Sequence[str] | None = None) -> PairSet:

@@ -1,7 +1,9 @@
-"""SPair-71k: 1800 images, 70,958 pairs, 18 categories (Min et al. 2019, arXiv 1908.10543).
+"""SPair-71k: 1800 images, 70,958 pairs, 18 categories (Min et al. 2019, arXiv 1908.10543); and SPair-U, other
+keypoints on its test images (Mariotti et al. 2025, arXiv 2506.08220).
 
 Layout: ``{JPEGImages,ImageAnnotation}/<category>/<image>.{jpg,json}`` and
-``PairAnnotation/{trn,val,test}/<id>-<source>-<target>:<category>.json``, the colon also as ``%3A``.
+``PairAnnotation/{trn,val,test}/<id>-<source>-<target>:<category>.json``, the colon also as ``%3A``. SPair-U has the
+annotations of the test split in that layout and no images.
 """
 
 from __future__ import annotations
@@ -48,12 +50,51 @@ def read_spair(
         ValueError: there is no such category.
     """
     root = Path(root)
-    need_folder(
-        root, f"PairAnnotation/{split}", "JPEGImages", *(["ImageAnnotation"] if keypoints == "image" else [])
-    )
+    need_folder(root, *_folders(split, keypoints), "JPEGImages")
+    return _read(f"SPair-71k {split}", root, root, split, categories, keypoints)
+
+
+def read_spair_u(
+    root: str | Path, *, categories: Sequence[str] | None = None, keypoints: Literal["pair", "image"] = "pair"
+) -> PairSet:
+    """Read SPair-U: keypoints that SPair-71k has no annotation of, on the images of its test split.
+
+    Args:
+        root: folder of the annotations. The images are those of SPair-71k: in ``JPEGImages`` of this folder, or of
+            a folder ``SPair-71k`` beside it.
+        categories, keypoints: as in `read_spair`.
+
+    Raises:
+        DatasetError: there are no such annotations, or no images.
+        ValueError: there is no such category.
+    """
+    root = Path(root)
+    need_folder(root, *_folders("test", keypoints))
+    homes = (root, root.absolute().parent / "SPair-71k")
+    home = next((folder for folder in homes if (folder / "JPEGImages").is_dir()), None)
+    if home is None:
+        raise DatasetError(
+            f"{root}: SPair-U is annotated on the images of SPair-71k, which are neither in"
+            f" {homes[0] / 'JPEGImages'} nor in {homes[1] / 'JPEGImages'}"
+        )
+    return _read("SPair-U", root, home, "test", categories, keypoints)
+
+
+def _folders(split: str, keypoints: Literal["pair", "image"]) -> tuple[str, ...]:
+    return (f"PairAnnotation/{split}", *(["ImageAnnotation"] if keypoints == "image" else []))
+
+
+def _read(
+    name: str,
+    root: Path,
+    images: Path,
+    split: str,
+    categories: Sequence[str] | None,
+    keypoints: Literal["pair", "image"],
+) -> PairSet:
     wanted = tuple(categories or CATEGORIES)
     if unknown := sorted(set(wanted) - set(CATEGORIES)):
-        raise ValueError(f"SPair-71k has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
+        raise ValueError(f"{name} has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
     files = sorted((root / "PairAnnotation" / split).glob("*.json"))
     if not files:
         raise DatasetError(f"{root / 'PairAnnotation' / split}: no pair annotation (*.json) in it")
@@ -75,7 +116,7 @@ def read_spair(
         return AnnotatedPair(pair_name(file), category, source, target, ids)
 
     entries = [(file.name, partial(read, file)) for file in files if pair_name(file).rpartition(":")[2] in wanted]
-    return collect(f"SPair-71k {split}", root, wanted, entries)
+    return collect(name, images, wanted, entries, split=split)
 
 
 def _image_from_pair(category: str, pair: Mapping[str, Any], side: str, ids: Sequence[int]) -> AnnotatedImage:

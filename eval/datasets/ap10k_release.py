@@ -1,0 +1,215 @@
+"""AP-10K as released, in the layout of COCO, and the pairs that GeoAware-SC makes of it (arXiv 2311.17034).
+
+Layout: ``annotations/ap10k-{train,val,test}-split{1,2,3}.json`` and ``data/<image>.jpg``. Each image's first animal
+is taken, if it shows three keypoints or more. The images of a species, in order: the last 30 are for ``test``, the 20
+before them for ``val``, the others for ``trn``. Two images make a pair if they share three keypoints or more:
+
+- ``trn``, ``val``, ``test``: of one species; all such pairs, but at most 50 for each image of ``trn``;
+- ``test_cross_species``: of two species of a family, 900 drawn for each family;
+- ``test_cross_family``: of two families, 30 drawn for each two.
+
+The published benchmark lists the files in the order of its authors' disk, and leaves out a list of crowded images that
+is not part of the release. Here they are sorted, and nothing is left out, so pairs can differ from the published ones.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import combinations, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from diffrep.eval.datasets.pairs import (
+    AnnotatedImage,
+    AnnotatedPair,
+    DatasetError,
+    PairSet,
+    Problem,
+    collect,
+    read_json,
+)
+
+KEYPOINTS = (
+    "left eye", "right eye", "nose", "neck", "tail root", "left shoulder", "left elbow", "left front paw",
+    "right shoulder", "right elbow", "right front paw", "left hip", "left knee", "left back paw", "right hip",
+    "right knee", "right back paw",
+)  # fmt: skip
+
+Ap10kSet = Literal["trn", "val", "test", "test_cross_species", "test_cross_family"]
+
+SHARED = 3  # keypoints that a pair needs
+_TEST, _VAL = 30, 20  # images of a species
+_TRAIN_PAIRS = 50  # for each image
+_OF_FAMILY, _OF_FAMILIES = 900, 30  # pairs that are drawn
+_SEED = 42
+
+Species = tuple[str, str]  # family, species
+
+
+def is_release(root: Path) -> bool:
+    """Whether a folder holds AP-10K as its authors released it."""
+    return any((root / "annotations").glob("ap10k-*-split*.json"))
+
+
+def read_release(root: Path, split: Ap10kSet, categories: Sequence[str] | None = None) -> PairSet:
+    """Make the pairs of one set.
+
+    Args:
+        categories: species, families, or two families as ``Canidae-Felidae``, as the set has it; all where None.
+
+    Raises:
+        DatasetError: there are no pairs for that set.
+        ValueError: the set has no such category.
+    """
+    images, problems = _read_images(root)
+    part = "test" if split.startswith("test") else split
+    taken = {species: _part(found, part) for species, found in sorted(images.items())}
+    drawing = random.Random(_SEED)
+    if split == "test_cross_species":
+        pairs = _across_species(taken, drawing)
+    elif split == "test_cross_family":
+        pairs = _across_families(taken, drawing)
+    else:
+        pairs = _within_species(taken, _TRAIN_PAIRS if split == "trn" else None, drawing)
+    by_category: dict[str, list[tuple[AnnotatedImage, AnnotatedImage]]] = defaultdict(list)
+    for category, source, target in pairs:
+        by_category[category].append((source, target))
+    if not by_category:
+        raise DatasetError(f"{root / 'annotations'}: no two images that make a pair of the set {split}")
+    wanted = tuple(categories or sorted(by_category))
+    if unknown := sorted(set(wanted) - set(by_category)):
+        known = ", ".join(sorted(by_category))
+        raise ValueError(f"AP-10K {split} has no category {', '.join(unknown)}; it has {known}")
+    entries = [
+        (f"{category}: {source.path}, {target.path}", partial(_pair, category, source, target))
+        for category in wanted
+        for source, target in by_category[category]
+    ]
+    name = f"AP-10K {split} (pairs made here, images in sorted order)"
+    return collect(name, root, wanted, entries, problems, split=split)
+
+
+def as_image(path: str, note: Mapping[str, Any]) -> AnnotatedImage:
+    """An image from COCO's fields: keypoints (x, y, visible)..., bbox (left, top, width, height), width, height.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing or malformed.
+    """
+    values = note["keypoints"]
+    if len(values) != 3 * len(KEYPOINTS):
+        raise ValueError(f"{path} has {len(values)} keypoint numbers, expected {3 * len(KEYPOINTS)}")
+    keypoints = {
+        i: (float(values[3 * i]), float(values[3 * i + 1]))
+        for i in range(len(KEYPOINTS))
+        if values[3 * i + 2] > 0
+    }
+    left, top, width, height = (float(v) for v in note["bbox"])
+    return AnnotatedImage(
+        path, (int(note["height"]), int(note["width"])), keypoints, (left, top, left + width, top + height)
+    )
+
+
+def _read_images(root: Path) -> tuple[dict[Species, list[AnnotatedImage]], list[Problem]]:
+    """The images of every species, sorted by name, and what could not be used.
+
+    Raises:
+        DatasetError: a file of annotations is not COCO's.
+    """
+    images: dict[Species, dict[str, AnnotatedImage]] = defaultdict(dict)
+    problems = []
+    seen = set()  # each of the three splits of the release has all images
+    for file in sorted((root / "annotations").glob("ap10k-*-split*.json")):
+        try:
+            note = read_json(file)
+            species = {c["id"]: (str(c["supercategory"]), str(c["name"])) for c in _entries(note, "categories")}
+            of_image = {image["id"]: image for image in _entries(note, "images")}
+            animals = [(animal["image_id"], animal) for animal in _entries(note, "annotations")]
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise DatasetError(f"{file}: annotations as COCO has them were expected ({error!r})") from None
+        for number, animal in animals:
+            if number in seen:
+                continue
+            seen.add(number)
+            try:
+                about = of_image[number]
+                name = str(about["file_name"])
+                image = as_image(f"data/{name}", {**about, **animal})
+                kind = species[animal["category_id"]]
+            except (KeyError, TypeError, ValueError) as error:
+                problems.append(Problem(f"{file.name}, image {number}", f"malformed annotation ({error!r})"))
+                continue
+            if len(image.keypoints) >= SHARED:
+                images[kind][name] = image
+    return {kind: [found[name] for name in sorted(found)] for kind, found in images.items()}, problems
+
+
+def _entries(note: Mapping[str, object], field: str) -> list[Any]:
+    entries = note[field]
+    if not isinstance(entries, list):
+        raise ValueError(f"{field} should be a list")
+    return entries
+
+
+def _part(images: Sequence[AnnotatedImage], part: str) -> Sequence[AnnotatedImage]:
+    test, val = max(0, len(images) - _TEST), max(0, len(images) - _TEST - _VAL)
+    return {"test": images[test:], "val": images[val:test], "trn": images[:val]}[part]
+
+
+Drawn = Iterator[tuple[str, AnnotatedImage, AnnotatedImage]]  # category, source, target
+
+
+def _within_species(
+    taken: Mapping[Species, Sequence[AnnotatedImage]], per_image: int | None, drawing: random.Random
+) -> Drawn:
+    for (_, species), images in taken.items():
+        pairs = [(a, b) for a, b in combinations(images, 2) if _match(a, b)]
+        if per_image is not None and len(pairs) > per_image * len(images):
+            pairs = drawing.sample(pairs, per_image * len(images))
+        yield from ((species, a, b) for a, b in pairs)
+
+
+def _across_species(taken: Mapping[Species, Sequence[AnnotatedImage]], drawing: random.Random) -> Drawn:
+    for family, members in _families(taken).items():
+        pairs = [
+            (a, b) for one, other in combinations(members, 2) for a in one for b in other if _match(a, b)
+        ]  # fmt: skip
+        yield from ((family, a, b) for a, b in drawing.sample(pairs, min(_OF_FAMILY, len(pairs))))
+
+
+def _across_families(taken: Mapping[Species, Sequence[AnnotatedImage]], drawing: random.Random) -> Drawn:
+    families = {name: [image for images in members for image in images] for name, members in _families(taken).items()}
+    for one, other in combinations(families, 2):
+        drawn = _products(families[one], families[other], drawing)
+        for a, b in islice((pair for pair in drawn if _match(*pair)), _OF_FAMILIES):
+            yield f"{one}-{other}", a, b
+
+
+def _families(taken: Mapping[Species, Sequence[AnnotatedImage]]) -> dict[str, list[Sequence[AnnotatedImage]]]:
+    families: dict[str, list[Sequence[AnnotatedImage]]] = defaultdict(list)
+    for (family, _), images in taken.items():
+        families[family].append(images)
+    return families
+
+
+def _products(
+    one: Sequence[AnnotatedImage], other: Sequence[AnnotatedImage], drawing: random.Random
+) -> Iterator[tuple[AnnotatedImage, AnnotatedImage]]:
+    """All pairs of two sets in random order; drawn one by one, for there are many and few are wanted."""
+    total, seen = len(one) * len(other), set[int]()
+    while len(seen) < total:
+        number = drawing.randrange(total)
+        if number not in seen:
+            seen.add(number)
+            yield one[number // len(other)], other[number % len(other)]
+
+
+def _match(a: AnnotatedImage, b: AnnotatedImage) -> bool:
+    return len(a.keypoints.keys() & b.keypoints.keys()) >= SHARED
+
+
+def _pair(category: str, source: AnnotatedImage, target: AnnotatedImage) -> AnnotatedPair:
+    ids = tuple(i for i in source.keypoints if i in target.keypoints)
+    return AnnotatedPair(f"{Path(source.path).stem}-{Path(target.path).stem}:{category}", category, source, target, ids)
