@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from diffrep.features import FeatureMaps
 from diffrep.store.manifest import (
@@ -88,7 +89,7 @@ class StoreWriter:
 
     def close(self) -> None:
         """Let others write."""
-        self._lock.close()
+        self._lock.release()
 
     def builder(self) -> ShardBuilder:
         """For the next shard."""
@@ -131,17 +132,15 @@ class StoreWriter:
         self.manifest = manifest
         self._remove(shard.name)
 
-    def _take_lock(self) -> IO[bytes]:
+    def _take_lock(self) -> BaseFileLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / LOCK).open("ab")
+            lock = FileLock(self.folder / LOCK, thread_local=False)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise StoreError(f"{self.folder}: another process is writing into this store; wait for it to end") from None
         except OSError as error:
             raise OSError(f"{self.folder}: cannot be written to ({error.strerror})") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise StoreError(f"{self.folder}: another process is writing into this store; wait for it to end") from None
         return lock
 
     def _check_same(self, wanted: Manifest, check_root: bool) -> None:
