@@ -7,12 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
+# before torch is imported: threads that wait must not spin on a core that another process needs, which made the
+# tests ten times slower wherever they shared their cores; the notebooks' kernels inherit it
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a hub
+os.environ.setdefault("MPLBACKEND", "Agg")
+
 import pytest
 import torch
 from hypothesis import settings
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a hub
-os.environ.setdefault("MPLBACKEND", "Agg")
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz "
 

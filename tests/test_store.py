@@ -237,16 +237,17 @@ def test_twenty_kills_lose_and_double_nothing(vit_folder: Path, tmp_path: Path) 
     length = time.monotonic() - begun
     expected = contents(tmp_path / "whole")
     assert len(open_store(tmp_path / "whole")) == 64
-    while kills < 20 or finished == 0:
+    while kills < 20 or finished == 0 or not reached - {0, 64}:  # some of them in the middle
         folder = tmp_path / f"killed{finished}"
         attempt += 1
         child = start(folder, workers=attempt % 2)
         # all moments of a run, and enough runs that get further than the one before
-        child.join(draws.uniform(0, 1.2 * length) if kills < 20 else None)
+        child.join(None if kills >= 20 and reached - {0, 64} else draws.uniform(0, 1.2 * length))
         if child.is_alive():
             child.kill()
             child.join()
             kills += 1
+            length *= 1.02  # should the machine have become slower than it was
             if (folder / "manifest.json").exists():
                 names = open_store(folder).names
                 assert len(set(names)) == len(names)
@@ -255,8 +256,7 @@ def test_twenty_kills_lose_and_double_nothing(vit_folder: Path, tmp_path: Path) 
             assert child.exitcode == 0
             assert contents(folder) == expected
             finished += 1
-    assert kills == 20
-    assert reached - {0, 64}  # some of them in the middle
+    assert kills >= 20
 
 
 def test_new_images_are_appended(images: Path, backbone: Backbone, tmp_path: Path) -> None:
