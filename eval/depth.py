@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from diffrep.alignment import Space, align_depth
 from diffrep.eval.cache import claim_folder
@@ -19,7 +18,7 @@ from diffrep.eval.datasets.depth_images import DepthSample, DepthSet
 from diffrep.eval.datasets.pairs import Problem
 from diffrep.eval.depth_metrics import DEPTH_METRICS, depth_metrics, mean_metrics
 from diffrep.eval.published_dense import PUBLISHED_DEPTH, depth_rows
-from diffrep.eval.resume import ResultFile
+from diffrep.eval.resume import ResultFile, count_images
 from diffrep.heads.sizes import working_size
 
 Predict = Callable[[Tensor], Tensor]
@@ -167,18 +166,12 @@ def evaluate_depth(
     if folder is not None:
         claim_folder(Path(folder), settings)
     kept = ResultFile(Path(folder) / "images.jsonl" if folder is not None else None)
-    problems = list(data.problems)
-    done = len(kept.rows)
-    with tqdm(total=len(data), initial=done, desc=data.benchmark.name, unit="image", disable=not progress) as bar:
-        for sample in data.samples(frozenset(kept.rows)):
-            bar.update(1)
-            if isinstance(sample, Problem):
-                problems.append(sample)
-                continue
-            try:
-                kept.add(sample.name, measure_depth(predict, sample, protocol, data.benchmark.bounds))
-            except ValueError as error:
-                problems.append(Problem(sample.name, str(error)))
     benchmark = data.benchmark
+
+    def count(sample: DepthSample) -> None:
+        kept.add(sample.name, measure_depth(predict, sample, protocol, benchmark.bounds))
+
+    found = count_images(data, frozenset(kept.rows), count, title=benchmark.name, progress=progress)
+    problems = [*data.problems, *found]
     ordered = {names[0]: kept.rows[names[0]] for names in data.entries if names[0] in kept.rows}
     return DepthReport(benchmark.name, benchmark.title, method, settings, ordered, tuple(problems), benchmark.images)

@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from diffrep.eval.cache import claim_folder
 from diffrep.eval.datasets.normal_images import PADDING, NormalSample, NormalSet, normal_padding
@@ -19,7 +18,7 @@ from diffrep.eval.datasets.pairs import Problem
 from diffrep.eval.depth import problem_lines
 from diffrep.eval.normal_metrics import PooledAngles, angular_error, mean_of_images
 from diffrep.eval.published_dense import PUBLISHED_NORMALS, normal_rows
-from diffrep.eval.resume import AngleFiles
+from diffrep.eval.resume import AngleFiles, count_images
 from diffrep.heads.sizes import working_size
 
 PredictNormals = Callable[[Tensor], Tensor]
@@ -159,18 +158,12 @@ def evaluate_normals(
     if folder is not None:
         claim_folder(Path(folder), settings)
     kept = AngleFiles(Path(folder) if folder is not None else None)
-    problems: list[Problem] = []
+
+    def count(sample: NormalSample) -> None:
+        kept.add(sample.name, measure_normals(predict, sample, protocol))
+
     done = frozenset(name for name in data.entries if name in kept)
-    with tqdm(total=len(data), initial=len(done), desc=data.benchmark.name, unit="image", disable=not progress) as bar:
-        for sample in data.samples(done):
-            bar.update(1)
-            if isinstance(sample, Problem):
-                problems.append(sample)
-                continue
-            try:
-                kept.add(sample.name, measure_normals(predict, sample, protocol))
-            except ValueError as error:
-                problems.append(Problem(sample.name, str(error)))
+    problems = count_images(data, done, count, title=data.benchmark.name, progress=progress)
     counted = [name for name in data.entries if name in kept]
     if protocol.average == "images":
         metrics = mean_of_images([kept.errors(name) for name in counted])

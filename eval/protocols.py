@@ -8,7 +8,7 @@ all of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -160,6 +160,20 @@ def square_placement(size: tuple[int, int], side: int) -> tuple[float, tuple[int
 
 SQUARE = 840
 
+_GEOAWARE_SEARCH = CellSearch(centre=7.0, metric="cosine", window=5)
+_SPAIR_GEOAWARE = Protocol(
+    name="spair-geoaware",
+    benchmark="spair",
+    alphas=(0.1, 0.05, 0.01),
+    frame=SQUARE,
+    inclusive=False,
+    aggregate="per image",
+    keypoints="image",
+    search=_GEOAWARE_SEARCH,
+    by_part=True,
+    source="GeoAware-SC, pck_train.py: 840 px square, <, window soft-argmax",
+)
+
 PROTOCOLS = {
     p.name: p
     for p in (
@@ -185,27 +199,12 @@ PROTOCOLS = {
             search=CellSearch(),
             source="sd-dino, pck_spair_pascal.py: 840 px square, <, prints category mean and pair-weighted",
         ),
-        Protocol(
-            name="spair-geoaware",
-            benchmark="spair",
-            alphas=(0.1, 0.05, 0.01),
-            frame=SQUARE,
-            inclusive=False,
-            aggregate="per image",
-            keypoints="image",
-            search=CellSearch(centre=7.0, metric="cosine", window=5),
-            by_part=True,
-            source="GeoAware-SC, pck_train.py: 840 px square, <, window soft-argmax",
-        ),
-        Protocol(
+        _SPAIR_GEOAWARE,
+        replace(
+            _SPAIR_GEOAWARE,
             name="spair-u-geoaware",
             benchmark="spair-u",
-            alphas=(0.1, 0.05, 0.01),
-            frame=SQUARE,
-            inclusive=False,
-            aggregate="per image",
-            keypoints="image",
-            search=CellSearch(centre=7.0, metric="cosine", window=5),
+            by_part=False,
             source="SPair-U: GeoAware-SC's evaluation of SPair-71k on other annotations (Jamais Vu's README)",
         ),
         Protocol(
@@ -233,7 +232,7 @@ PROTOCOLS = {
             threshold="image",
             inclusive=False,
             aggregate="per image",
-            search=CellSearch(centre=7.0, metric="cosine", window=5),
+            search=_GEOAWARE_SEARCH,
             source="GeoAware-SC, pck_train.py, eval_pascal",
         ),
         Protocol(
@@ -251,7 +250,7 @@ PROTOCOLS = {
             frame=SQUARE,
             inclusive=False,
             aggregate="per image",
-            search=CellSearch(centre=7.0, metric="cosine", window=5),
+            search=_GEOAWARE_SEARCH,
             source="GeoAware-SC, pck_train.py, eval_ap10k; category is the species or family pair",
         ),
     )

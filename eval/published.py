@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from diffrep.eval.pck import Aggregate
 
@@ -37,32 +38,31 @@ class Published:
     note: str = ""
 
 
-def _dtm(method: str, row: Sequence[float], recipe: str) -> Published:
+def _by_category(
+    method: str, row: Sequence[float], source: str, aggregate: Aggregate, **options: Any
+) -> Published:
     *categories, overall = row
     return Published(
         method=method,
         benchmark="spair",
         values={0.1: overall},
-        source=DTM,
-        aggregate="per point",
+        source=source,
+        aggregate=aggregate,
         categories=dict(zip(SPAIR_COLUMNS, categories, strict=True)),
-        recipe=recipe,
+        **options,
     )
+
+
+def _dtm(method: str, row: Sequence[float], recipe: str) -> Published:
+    return _by_category(method, row, DTM, "per point", recipe=recipe)
 
 
 def _table_3(method: str, row: Sequence[float], *, trained: bool = False, recipe: str = "") -> Published:
-    *categories, overall = row
-    return Published(
-        method=method,
-        benchmark="spair",
-        values={0.1: overall},
-        source=f"{SD_DINO}, table 3",
-        aggregate="pair-weighted category" if trained else "per point",
-        categories=dict(zip(SPAIR_COLUMNS, categories, strict=True)),
-        trained=trained,
-        recipe=recipe,
-        note="" if trained else "the caption says per point; the row's mean and pair-weighted mean differ from it",
-    )
+    averages = "the caption says per point; the row's mean and pair-weighted mean differ from it"
+    return _by_category(
+        method, row, f"{SD_DINO}, table 3", "pair-weighted category" if trained else "per point",
+        trained=trained, recipe=recipe, note="" if trained else averages,
+    )  # fmt: skip
 
 
 _TABLE_3 = (

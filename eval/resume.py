@@ -1,14 +1,53 @@
-"""Numbers per image in a file that a killed run goes on from."""
+"""Numbers per image in files that a killed run goes on from, and the loop over the images that they lack."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
+
+from diffrep.eval.datasets.pairs import Problem
+
+Sample = TypeVar("Sample", bound="Named", covariant=True)
+
+
+class Named(Protocol):
+    """Something with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class SampleSet(Protocol[Sample]):
+    """Images of a benchmark, read one by one."""
+
+    def __len__(self) -> int: ...
+
+    def samples(self, skip: frozenset[str]) -> Iterator[Sample | Problem]: ...
+
+
+def count_images(
+    data: SampleSet[Sample], done: frozenset[str], count: Callable[[Sample], None], *, title: str, progress: bool
+) -> list[Problem]:
+    """Call `count` with every image that is not done; what could not be read or raised ValueError comes back."""
+    problems = []
+    with tqdm(total=len(data), initial=len(done), desc=title, unit="image", disable=not progress) as bar:
+        for sample in data.samples(done):
+            bar.update(1)
+            if isinstance(sample, Problem):
+                problems.append(sample)
+                continue
+            try:
+                count(sample)
+            except ValueError as error:
+                problems.append(Problem(sample.name, str(error)))
+    return problems
 
 
 class ResultFile:

@@ -225,13 +225,15 @@ ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-INSIDE = {
+RES_BLOCK = {  # of guided-diffusion, and of latent diffusion, which took it over
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
     "out_layers.0": "norm2",
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
+}
+INSIDE = RES_BLOCK | {
     "op": "conv",
     "conv": "conv",
     "norm": "group_norm",

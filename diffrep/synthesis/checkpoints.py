@@ -17,20 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import BackboneError
+from diffrep.backbones.adm import RES_BLOCK
 from diffrep.synthesis.embedder import OFFICIAL_TOKENS, ConditionEmbedder, official_tokens
 from diffrep.synthesis.model import About, SynthesisModel
 
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 AVERAGE = "model_ema.diffusion_model"  # + a U-Net key without its dots
 
-_RES_BLOCK = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
 _WHOLE = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -257,7 +250,7 @@ def unet_name(key: str, layers: int, levels: int) -> str:
 
 
 def _res_block(rest: str) -> str:
-    for official, ours in _RES_BLOCK.items():
+    for official, ours in RES_BLOCK.items():
         if rest.startswith(f"{official}."):
             return ours + rest.removeprefix(official)
     return rest
