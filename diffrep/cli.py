@@ -20,7 +20,7 @@ COMMANDS = {  # name -> (module:class, one line of help)
     "query": ("diffrep.commands.query:Query", "find images, or places in them, that look like yours"),
     "synthesize": ("diffrep.commands.synthesize:Synthesize", "paint an image of any size that looks like a reference"),
     "convert": ("diffrep.commands.convert:Convert", "turn a published synthesis checkpoint into a diffusers folder"),
-    "probe": ("diffrep.commands.probe:ProbeCommand", "train a classifier on features, use it, or find the best block"),
+    "probe": ("diffrep.commands.probe:ProbeCommand", "train a head on frozen features, use it, or find the best block"),
     "depth": ("diffrep.commands.depth:Depth", "how far away everything in an image is: maps, point clouds"),
     "normals": ("diffrep.commands.normals:Normals", "how the surfaces in an image are turned"),
     "segment": ("diffrep.commands.segment:Segment", "cut the object out of an image: masks, edges, cut-outs"),

@@ -12,14 +12,16 @@ from torch import Tensor
 ENDINGS = (".npy", ".png", ".csv")
 
 
-def read_known_depths(source: Path, image: Path, size: tuple[int, int]) -> Tensor:
+def read_known_depths(source: Path, image: Path, size: tuple[int, int], *, per_metre: float = 1000.0) -> Tensor:
     """Known depths of an image as a map.
 
     Args:
-        source: ``.npy``, (H, W) metres; ``.png``, 16 bits, millimetres; ``.csv``, lines x,y,metres with x, y in pixels
-            of the image; or a folder with such a file for each image, of the same name.
+        source: ``.npy``, (H, W) metres; ``.png``, 16 bits, millimetres unless `per_metre` says otherwise; ``.csv``,
+            lines x,y,metres with x, y in pixels of the image; or a folder with such a file for each image, of the
+            same name.
         image: the image's path, for its name.
         size: (width, height) of the image.
+        per_metre: counts of a ``.png`` that make a metre.
 
     Returns:
         (H, W) float32 metres; 0 where nothing is known.
@@ -45,7 +47,7 @@ def read_known_depths(source: Path, image: Path, size: tuple[int, int]) -> Tenso
             with Image.open(source) as opened:
                 if not opened.mode.startswith("I"):
                     raise ValueError(f"a depth picture has one channel of 16 bits, this one is of mode {opened.mode}")
-                array = np.asarray(opened).astype(np.float32) / 1000
+                array = np.asarray(opened).astype(np.float32) / per_metre
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{source}: cannot be read as known depths ({error})") from None
     if array.shape != (height, width):

@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffrep.commands.output import write_image, write_text
+from diffrep.heads.map_files import WRITERS, preview, preview_of_uncertainty, save_map
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.images import load_image
 
@@ -50,6 +51,19 @@ def write_beside(
     written.append(base.with_name(f"{base.name}_{kind}.json"))
     write_text(written[-1], json.dumps(metadata, indent=2) + "\n")
     return written
+
+
+def write_map(base: Path, result: Map, formats: Sequence[str], *, show: bool = True) -> list[Path]:
+    """Write a map in formats of `WRITERS`, its preview where it is shown, an ensemble's doubt, and what it measures."""
+    kind = result.space if isinstance(result, DepthMap) else "normals"
+    written = []
+    for name in formats:
+        written.append(base.with_name(f"{base.name}_{kind}{WRITERS[name][0]}"))
+        save_map(written[-1], result)
+    pictures = {f"{kind}_preview": preview(result)} if show else {}
+    if result.uncertainty is not None:
+        pictures["uncertainty"] = preview_of_uncertainty(result)
+    return [*written, *write_beside(base, pictures, kind, result.metadata())]
 
 
 def run_images(

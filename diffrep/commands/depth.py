@@ -12,11 +12,11 @@ import torch
 import tyro
 from PIL import Image
 
-from diffrep.commands.dense import Map, check_folder, run_images, write_beside
+from diffrep.commands.dense import Map, check_folder, run_images, write_map
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.heads.loading import load_head
-from diffrep.heads.map_files import WRITERS, preview, preview_of_uncertainty, save_map, write_bytes
+from diffrep.heads.map_files import write_bytes
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
 from diffrep.heads.sparse import read_known_depths
@@ -122,20 +122,11 @@ class Depth:
 
     def _write(self, base: Path, image: Image.Image, result: DepthMap, normals: DenseHead | None) -> list[Path]:
         written = []
-        for kind in self.formats:
-            if kind == "ply":
-                path = base.with_name(f"{base.name}_points.ply")
-                write_bytes(path, self._points(image, result, normals))
-            else:
-                path = base.with_name(f"{base.name}_{result.space}{WRITERS[kind][0]}")
-                save_map(path, result)
-            written.append(path)
-        pictures = {}
-        if self.preview:
-            pictures[f"{result.space}_preview"] = preview(result)
-        if result.uncertainty is not None:
-            pictures["uncertainty"] = preview_of_uncertainty(result)
-        return [*written, *write_beside(base, pictures, result.space, result.metadata())]
+        if "ply" in self.formats:
+            written.append(base.with_name(f"{base.name}_points.ply"))
+            write_bytes(written[0], self._points(image, result, normals))
+        maps = [kind for kind in self.formats if kind != "ply"]
+        return [*written, *write_map(base, result, maps, show=self.preview)]
 
     def _points(self, image: Image.Image, result: DepthMap, head: DenseHead | None) -> bytes:
         camera = self._camera(image.height, image.width)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from diffrep.commands.output import check_writable, write_text
-from diffrep.commands.probe import Extraction, Images, with_seed
+from diffrep.commands.probe_options import Extraction, Images, with_seed
 from diffrep.eval.probe_layouts import BENCHMARKS, imagenet_subset
 from diffrep.eval.probes import compare_probes, rows_of
 from diffrep.heads.probes import LabelledImages, ProbeFit, balance, parse_cells, readings_of

@@ -11,11 +11,10 @@ import torch
 import tyro
 from PIL import Image
 
-from diffrep.commands.dense import Map, check_folder, run_images, write_beside
+from diffrep.commands.dense import Map, check_folder, run_images, write_map
 from diffrep.heads.dense import PredictConfig
 from diffrep.heads.families import Frame
 from diffrep.heads.loading import load_head
-from diffrep.heads.map_files import WRITERS, preview, preview_of_uncertainty, save_map
 from diffrep.heads.maps import NormalMap
 from diffrep.images import find_images
 
@@ -57,7 +56,8 @@ class Normals:
 
         def write(path: Path, name: str, image: Image.Image, result: Map) -> list[Path]:
             assert isinstance(result, NormalMap)
-            return self._write(self.output / name, result)
+            result = result if self.frame is None else result.to_frame(self.frame)
+            return write_map(self.output / name, result, self.formats, show=self.preview)
 
         done = run_images(head, paths, self.predict, write)
         if self.json:
@@ -65,14 +65,3 @@ class Normals:
         else:
             print(f"{self.model}: {head.found}")
             print(f"wrote {sum(len(entry['files']) for entry in done)} files for {len(done)} images into {self.output}")  # type: ignore[arg-type, misc]  # lists, by run_images
-
-    def _write(self, base: Path, result: NormalMap) -> list[Path]:
-        result = result if self.frame is None else result.to_frame(self.frame)
-        written = []
-        for kind in self.formats:
-            written.append(base.with_name(f"{base.name}_normals{WRITERS[kind][0]}"))
-            save_map(written[-1], result)
-        pictures = {"normals_preview": preview(result)} if self.preview else {}
-        if result.uncertainty is not None:
-            pictures["uncertainty"] = preview_of_uncertainty(result)
-        return [*written, *write_beside(base, pictures, "normals", result.metadata())]

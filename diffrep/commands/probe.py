@@ -1,103 +1,35 @@
-"""``diffrep probe``: classify images with the features of a frozen backbone."""
+"""``diffrep probe``: train heads on the features of a frozen backbone, and use them."""
 
 from __future__ import annotations
 
 import json as json_module
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 
-from diffrep.backbones import Backbone, load_backbone
-from diffrep.commands.output import check_writable, write_image, write_text
-from diffrep.eval.probe_data import named_images
-from diffrep.features import ExtractConfig
+from diffrep.commands.output import check_writable, write_image
+from diffrep.commands.probe_maps import TrainDense, TrainPixels
+from diffrep.commands.probe_options import Extraction, Images, check_new, score_lines, with_seed
+from diffrep.commands.probe_predict import Predict
 from diffrep.heads.probes import (
-    LabelledImages,
-    Probe,
-    ProbeData,
+    FeedbackSettings,
     ProbeFit,
     Reading,
     balance,
     block_taps,
     draw_heat_map,
-    load_probe,
     parse_cells,
     readings_of,
+    split_rows,
     sweep,
+    train_feedback,
     train_probe,
 )
 from diffrep.heads.probes.layouts import Kind
-from diffrep.images import Sizing, find_images
 
 SWEPT = (10, 50, 100, 200, 350, 500)  # timesteps of a sweep
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images:
-    """Which labelled images, and how they are split."""
-
-    image: str | None = None  # column or key of the image; "path" in a table, "image" in a data set
-    label: str = "label"  # column or key of the label
-    group: str | None = None  # column or key of a group that is kept together in the split
-    shares: tuple[float, float, float] = (0.6, 0.2, 0.2)  # of train, val, test, where the source names no split
-    split_seed: int = 0
-    work: Path = Path("runs/probe")  # features are kept here, so that they are read once
-    workers: int = 0  # processes that decode images ahead
-    dtype: Literal["float16", "float32"] = "float16"  # in which features are kept
-
-    def find(self, source: str) -> LabelledImages:
-        """Find the images."""
-        return named_images(
-            source, self.work, workers=max(self.workers, 1), image=self.image, label=self.label, group=self.group
-        )
-
-    def read(self, data: LabelledImages, backbones: Mapping[str, Backbone], readings: Sequence[Reading]) -> ProbeData:
-        """Read the features that are not kept yet, and say what could not be read."""
-        found = ProbeData.read(
-            data,
-            backbones,
-            readings,
-            self.work / "features",
-            shares=self.shares,
-            seed=self.split_seed,
-            workers=self.workers,
-            dtype=self.dtype,
-        )
-        if lost := found.unreadable():
-            print(f"left out {len(lost)} images that cannot be read, the first: {lost[0]}", file=sys.stderr)
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """How the backbone is used; what is left out is as it recommends."""
-
-    size: int | None = None  # side of the square that images are brought to, pixels
-    prompt: str = ""  # the text condition
-    ensemble: int | None = None  # noise draws that are averaged
-    noise_seed: int = 0
-    batch_size: int = 16
-    device: str = "cpu"  # cpu or cuda
-
-    def config(self) -> ExtractConfig:
-        """The settings without taps and timesteps."""
-        sizing = None if self.size is None else Sizing("squash", self.size)
-        return ExtractConfig(
-            sizing=sizing,
-            prompt=self.prompt,
-            ensemble=self.ensemble,
-            seed=self.noise_seed,
-            batch_size=self.batch_size,
-        )
-
-    def load(self, names: Sequence[str]) -> dict[str, Backbone]:
-        """Load backbones by their names."""
-        return {name: load_backbone(name, device=self.device) for name in dict.fromkeys(names)}
 
 
 @dataclass(frozen=True)
@@ -122,7 +54,7 @@ class Train:
     fit: ProbeFit = field(default_factory=ProbeFit)
 
     def run(self) -> None:
-        check_new(self.output, overwrite=self.overwrite)
+        check_new(self.output, "classification", overwrite=self.overwrite)
         data = self.images.find(self.data)
         names = [text.split(",")[0] for text in self.cells]
         backbones = self.extraction.load(names)
@@ -136,66 +68,39 @@ class Train:
             return
         print(balance(data, found.split))
         print(f"chosen on val: {', '.join(f'{k} {v:g}' for k, v in result.choice.items())}")
-        for part, scores in (("val", result.val), ("test", result.test)):
-            print(
-                f"{part:<4}  top-1 {100 * scores.top1:.1f} % ({100 * scores.low:.1f}..{100 * scores.high:.1f})"
-                f"  top-5 {100 * scores.top5:.1f} %  mean per class {100 * scores.mean_per_class:.1f} %"
-                f"  {scores.n} images"
-            )
+        print("\n".join(score_lines({"val": result.val, "test": result.test})))
         print(f"wrote {self.output}")
 
 
 @dataclass(frozen=True)
-class Predict:
-    """Classify images with a trained probe.
+class TrainFeedback:
+    """Train a DifFeed: the U-Net's decoder feeds back into its encoder, an attention head reads the second pass.
 
-    For example: diffrep probe predict probe/ photos/ --top 3
+    For example: diffrep probe feedback photos/ --backbone tiny -o feedback-probe
     """
 
-    model: Annotated[Path, tyro.conf.Positional]  # folder of a probe
-    paths: Annotated[tuple[str, ...], tyro.conf.Positional]  # images, folders, glob patterns
-    top: int = 1  # classes shown of each image
-    backbone: str | None = None  # instead of the probe's own: where its backbone lies now
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # write the predictions to this .csv or .json
+    data: Annotated[str, tyro.conf.Positional]  # as for train
+    backbone: str = "tiny"  # a diffusion U-Net
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("feedback-probe")  # folder of the probe
+    overwrite: bool = False  # a probe that is there already
     json: bool = False  # print JSON
-    device: str = "cpu"  # cpu or cuda
-    batch_size: int = 16
+    images: Annotated[Images, tyro.conf.OmitArgPrefixes] = field(default_factory=Images)
+    extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
+    fit: FeedbackSettings = field(default_factory=FeedbackSettings)
 
     def run(self) -> None:
-        if self.output is not None:
-            check_writable(self.output, (".csv", ".json"))
-        if self.top < 1:
-            raise ValueError(f"top must be at least 1, got {self.top}")
-        probe = load_probe(self.model)
-        files = find_images(self.paths)
-        prediction = probe.predict(
-            files, backbones=self._backbones(probe), device=self.device, batch_size=self.batch_size
-        )
-        rows = list(zip(files, prediction.top(self.top), strict=True))
-        document = json_module.dumps(
-            [
-                {"image": str(file), "classes": [{"class": c, "probability": round(p, 6)} for c, p in found]}
-                for file, found in rows
-            ],
-            indent=2,
-        )
-        if self.output is not None:
-            lines = ["image,class,probability", *(f'"{f}","{c}",{p:.6f}' for f, found in rows for c, p in found)]
-            write_text(self.output, document + "\n" if self.output.suffix == ".json" else "\n".join(lines) + "\n")
+        check_new(self.output, "feedback", overwrite=self.overwrite)
+        data = self.images.find(self.data)
+        split = split_rows(data, shares=self.images.shares, seed=self.images.split_seed)
+        backbone = self.extraction.load([self.backbone])[self.backbone]
+        probe, test = train_feedback(data, split, backbone, self.fit, self.extraction.config())
+        probe.save(self.output)
         if self.json:
-            print(document)
+            print(json_module.dumps(probe.about, indent=2))
             return
-        for file, found in rows:
-            print(f"{file}  " + "  ".join(f"{c} {100 * p:.1f} %" for c, p in found))
-
-    def _backbones(self, probe: Probe) -> Mapping[str, Backbone] | None:
-        if self.backbone is None:
-            return None
-        if len(probe.features) > 1:
-            raise ValueError(f"--backbone stands for one, this probe reads {', '.join(probe.features)}")
-        (name,) = probe.features
-        dtype = getattr(torch, probe.features[name]["dtype"])
-        return {name: load_backbone(self.backbone, device=self.device, dtype=dtype)}
+        print(balance(data, split))
+        print("\n".join(score_lines({"test": test})))
+        print(f"wrote {self.output}")
 
 
 @dataclass(frozen=True)
@@ -255,24 +160,11 @@ class SweepCells:
         print(f"wrote {self.output}: heatmap.png, cells.csv, result.json and the probe")
 
 
-def with_seed(fit: ProbeFit, seed: int, balanced: bool) -> ProbeFit:
-    """The seed and the class weights of the command line."""
-    return replace(fit, grid=replace(fit.grid, seed=seed, balanced=balanced or fit.grid.balanced))
-
-
-def check_new(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a probe.
-
-    Raises:
-        ValueError: it does, and it is not to be overwritten.
-    """
-    check_writable(folder / "probe.json", (".json",))
-    if (folder / "probe.json").exists() and not overwrite:
-        raise ValueError(f"{folder}: holds a probe already; name another folder, or say --overwrite")
-
-
 ProbeCommand = (
     Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[TrainFeedback, tyro.conf.subcommand("feedback")]
+    | Annotated[TrainPixels, tyro.conf.subcommand("pixels")]
+    | Annotated[TrainDense, tyro.conf.subcommand("dense")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[SweepCells, tyro.conf.subcommand("sweep")]
 )

@@ -2,13 +2,22 @@
 
 `read_labelled` and `split_rows` bring images, `Reading` says where features are read, `ProbeData.read` reads them into
 a cache, `train_probe` trains one probe and `sweep` one for every block and timestep; `Probe` is what is saved, loaded
-and used on images.
+and used on images. `train_feedback`, `train_pixel_probe` and `train_dense_probe` train DifFeed, few-shot segmentation,
+and depth or normals on frozen maps; `pair_annotations` finds the files beside the images.
 """
 
+from diffrep.heads.probes.annotated import AnnotatedImages, hold_out, pair_annotations
 from diffrep.heads.probes.attention import AttentionFusion, TokenReadout, TransformerBlock, readout_string
 from diffrep.heads.probes.cache import PooledFeatures, read_features
 from diffrep.heads.probes.cells import Cell, Reading, block_taps, parse_cells, readings_of
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe
+from diffrep.heads.probes.dense_probe import (
+    Annotation,
+    DenseProbe,
+    DenseSettings,
+    load_dense_probe,
+    train_dense_probe,
+)
 from diffrep.heads.probes.experiment import ProbeData, Result, train_probe
 from diffrep.heads.probes.feedback import DifFeed, feedback_layer, numbered_taps
 from diffrep.heads.probes.feeding import FeedbackProbe, FeedbackSettings, load_feedback_probe, train_feedback
@@ -18,23 +27,29 @@ from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labell
 from diffrep.heads.probes.layouts import KINDS, FeatureHead, Layout, build_head
 from diffrep.heads.probes.neighbours import NearestNeighbours, top_accuracy
 from diffrep.heads.probes.pictures import draw_heat_map
+from diffrep.heads.probes.pixel_labels import PixelClasses, find_classes
 from diffrep.heads.probes.pixel_probe import PixelProbe, load_pixel_probe, train_pixel_probe
 from diffrep.heads.probes.pixels import PixelClassifier, PixelEnsemble, PixelSettings, fit_pixels, pixel_features
 from diffrep.heads.probes.pooled import CnnHead, PooledHead
 from diffrep.heads.probes.probe import Prediction, Probe, load_probe
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.rows import HeldRows, MappedRows, SideBySide
+from diffrep.heads.probes.saved import saved_kind
 from diffrep.heads.probes.scores import Scores, paired_gain, score, wilson
 from diffrep.heads.probes.splits import Split, balance, split_rows
 from diffrep.heads.probes.sweeps import CellScore, Sweep, load_sweep, sweep
 
 __all__ = [
     "KINDS",
+    "AnnotatedImages",
+    "Annotation",
     "AttentionFusion",
     "Cell",
     "CellScore",
     "CnnHead",
     "DataError",
+    "DenseProbe",
+    "DenseSettings",
     "DepthProbe",
     "DifFeed",
     "FeatureHead",
@@ -48,6 +63,7 @@ __all__ = [
     "MappedRows",
     "NearestNeighbours",
     "NormalsProbe",
+    "PixelClasses",
     "PixelClassifier",
     "PixelEnsemble",
     "PixelProbe",
@@ -73,14 +89,18 @@ __all__ = [
     "build_head",
     "draw_heat_map",
     "feedback_layer",
+    "find_classes",
     "fit_grid",
     "fit_head",
     "fit_pixels",
+    "hold_out",
+    "load_dense_probe",
     "load_feedback_probe",
     "load_pixel_probe",
     "load_probe",
     "load_sweep",
     "numbered_taps",
+    "pair_annotations",
     "paired_gain",
     "parse_cells",
     "pixel_features",
@@ -88,10 +108,12 @@ __all__ = [
     "read_labelled",
     "readings_of",
     "readout_string",
+    "saved_kind",
     "score",
     "split_rows",
     "sweep",
     "top_accuracy",
+    "train_dense_probe",
     "train_feedback",
     "train_pixel_probe",
     "train_probe",

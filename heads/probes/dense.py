@@ -26,7 +26,10 @@ class LinearReader(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C_i, h, w) -> (B, out, 4h, 4w)."""
-        out: Tensor = self.conv(_resize(torch.cat(list(maps), dim=1), 4))
+        read = torch.cat(list(maps), dim=1)
+        if self.conv.kernel_size == (1, 1):  # the same before resizing, where there are sixteen times fewer cells
+            return _resize(self.conv(read), 4)
+        out: Tensor = self.conv(_resize(read, 4))
         return out
 
 
@@ -158,7 +161,7 @@ class DepthProbe(nn.Module):
             return low + (high - low) * x.sigmoid()
         weights = x.relu() + 0.1
         centres = torch.linspace(low, high, x.shape[1], device=x.device, dtype=x.dtype)
-        return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), centres)[:, None]
+        return torch.einsum("bkhw,k->bhw", weights, centres)[:, None] / weights.sum(1, keepdim=True)
 
 
 class NormalsProbe(nn.Module):

@@ -26,7 +26,7 @@ from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input
 from diffrep.heads.probes.feedback import DifFeed
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.probe import Prediction
+from diffrep.heads.probes.probe import Prediction, batches_of
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.scores import Scores, score
 from diffrep.heads.probes.splits import Split
@@ -36,7 +36,7 @@ from diffrep.store.provenance import extract_config, provenance, weights_sha256
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-diffeed", 1
-_ABOUT, _WEIGHTS = "diffeed.json", "diffeed.safetensors"
+ABOUT, _WEIGHTS = "diffeed.json", "diffeed.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class FeedbackProbe:
             "map_size": self.map_size,
             "about": dict(self.about),
         }
-        write_whole(folder / _ABOUT, json.dumps(document, indent=1).encode() + b"\n")
+        write_whole(folder / ABOUT, json.dumps(document, indent=1).encode() + b"\n")
 
     @torch.no_grad()
     def predict(
@@ -112,17 +112,13 @@ class FeedbackProbe:
         if weights_sha256(backbone) != self.features["weights_sha256"]:
             raise ValueError(f"the probe was trained on {self.backbone}; {backbone.name} has other weights")
         config = extract_config(self.features)
-        loaded = [load_image(image) for image in images]
-        if not loaded:
-            raise ValueError("predict needs at least one image")
         assert config.sizing is not None  # resolved when it was trained
-        noisy = torch.cat(
-            [
-                _noisy(backbone, [fit_image(image, config.sizing)[0] for image in loaded[i : i + batch_size]], config)
-                for i in range(0, len(loaded), batch_size)
-            ]
-        )
-        logits = [self.model(backbone, chunk, config.conditions()) for chunk in noisy.split(batch_size)]
+        logits = []
+        for batch in batches_of(images, batch_size):
+            noisy = _noisy(backbone, [fit_image(load_image(image), config.sizing)[0] for image in batch], config)
+            logits.append(self.model(backbone, noisy, config.conditions()))
+        if not logits:
+            raise ValueError("predict needs at least one image")
         return Prediction(torch.cat(logits).softmax(1), self.classes)
 
 
@@ -130,17 +126,20 @@ def load_feedback_probe(folder: str | Path, backbone: Backbone | None = None) ->
     """Read a probe that `FeedbackProbe.save` wrote; its backbone is loaded where none is given, for its channels.
 
     Raises:
-        ValueError: the folder holds none, or one that is damaged.
+        ValueError: the folder holds none, or one that is damaged, or the backbone is another.
     """
     folder = Path(folder)
-    if not (folder / _ABOUT).is_file():
-        raise ValueError(f"{folder}: holds no DifFeed probe (no {_ABOUT})")
+    if not (folder / ABOUT).is_file():
+        raise ValueError(f"{folder}: holds no DifFeed probe (no {ABOUT})")
     try:
-        document = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        document = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         values = document["settings"]
         blocks = None if values["blocks"] is None else tuple(values["blocks"])
         settings = FeedbackSettings(**{**values, "blocks": blocks, "recipe": Recipe(**values["recipe"])})
-        backbone = backbone or load_backbone(document["features"]["backbone"])
+        features = document["features"]
+        backbone = backbone or load_backbone(features["backbone"], dtype=getattr(torch, features["dtype"]))
+        if weights_sha256(backbone) != features["weights_sha256"]:  # its channels may differ
+            raise ValueError(f"the probe was trained on {features['backbone']}; {backbone.name} has other weights")
         model = _model(backbone, settings, len(document["classes"]), document["map_size"])
         model.load_state_dict(load_file(folder / _WEIGHTS))
     except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
@@ -208,8 +207,6 @@ def _inputs(
     for start in range(0, len(rows), batch_size):
         images = [data.images[row] for row in rows[start : start + batch_size]]
         canvases = [fit_image(decode_image(image.read(), image.name), config.sizing)[0] for image in images]
-        if len({canvas.shape for canvas in canvases}) > 1:
-            raise ValueError("DifFeed trains on images of one canvas size: choose a Sizing with 'squash' or 'pad'")
         pieces.append(_noisy(backbone, canvases, config))
     return torch.cat(pieces)
 
@@ -218,6 +215,8 @@ def _inputs(
 def _noisy(backbone: Backbone, canvases: Sequence[Tensor], config: ExtractConfig) -> Tensor:
     """What the network is given for some canvases; normal tensors, which autograd accepts."""
     conditions: Conditions = config.conditions()
+    if len({canvas.shape for canvas in canvases}) > 1:
+        raise ValueError("DifFeed reads images of one canvas size: choose a Sizing with 'squash' or 'pad'")
     pixels = stack_pixels(canvases)
     if isinstance(backbone, LatentBackbone):
         return noisy_input(backbone, *backbone.encode(pixels), conditions).clone()

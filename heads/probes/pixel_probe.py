@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from diffrep.store.provenance import extract_config, provenance, weights_sha256
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-pixel-probe", 1
-_ABOUT, _WEIGHTS = "pixel_probe.json", "pixel_probe.safetensors"
+ABOUT, _WEIGHTS = "pixel_probe.json", "pixel_probe.safetensors"
 IGNORED = -1  # label of pixels that are not used
+LEAST_PIXELS = 20  # a class that has fewer in an image is left out of it, as published
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,58 @@ class PixelProbe:
         classes: names of the K classes.
         timesteps: noise levels; the maps of all taps of the first come first.
         features: provenance; its taps are read at every timestep, with one noise for all images.
+        about: how it was trained and what it scored, JSON-ready.
     """
 
     ensemble: PixelEnsemble
     classes: tuple[str, ...]
     timesteps: tuple[int, ...]
     features: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
-    def segment(self, image: ImageLike, *, backbone: Backbone | None = None, device: str = "cpu") -> Segmentation:
-        """Label every pixel of an image of any size.
+    @property
+    def backbone(self) -> str:
+        """The name of its backbone."""
+        return str(self.features["backbone"])
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a backbone that is not the one the probe was trained on.
 
         Raises:
+            ValueError: it has other weights.
+        """
+        if weights_sha256(backbone) != self.features["weights_sha256"]:
+            raise ValueError(
+                f"the probe was trained on the features of {self.backbone}; {backbone.name} has other weights"
+            )
+
+    def segment(self, image: ImageLike, *, backbone: Backbone | None = None, device: str = "cpu") -> Segmentation:
+        """Label every pixel of an image of any size; see `segment_each`."""
+        return next(self.segment_each([image], backbone=backbone, device=device))
+
+    def segment_each(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        backbone: Backbone | None = None,
+        checked: bool = False,
+        device: str = "cpu",
+    ) -> Iterator[Segmentation]:
+        """Label every pixel of images of any sizes, one after the other.
+
+        Args:
+            checked: the backbone has been through `check` already.
+
+        Raises:
+            ImageError: an image cannot be read.
             ValueError: the backbone is not the one the probe was trained on.
         """
         if backbone is None:
-            dtype = getattr(torch, self.features["dtype"])
-            backbone = load_backbone(self.features["backbone"], device=device, dtype=dtype)
-        if weights_sha256(backbone) != self.features["weights_sha256"]:
-            name = self.features["backbone"]
-            raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
-        return self.ensemble.segment(_features(backbone, image, extract_config(self.features), self.timesteps))
+            backbone = load_backbone(self.backbone, device=device, dtype=getattr(torch, self.features["dtype"]))
+        if not checked:
+            self.check(backbone)
+        for image in images:
+            yield self.ensemble.segment(_features(backbone, image, extract_config(self.features), self.timesteps))
 
     def save(self, folder: str | Path) -> None:
         """Write ``pixel_probe.json`` and ``pixel_probe.safetensors``."""
@@ -71,8 +104,9 @@ class PixelProbe:
             "members": len(self.ensemble),
             "channels": int(state["0.layers.0.weight"].shape[1]),
             "features": dict(self.features),
+            "about": dict(self.about),
         }
-        write_whole(folder / _ABOUT, json.dumps(document, indent=1).encode() + b"\n")
+        write_whole(folder / ABOUT, json.dumps(document, indent=1).encode() + b"\n")
 
 
 def load_pixel_probe(folder: str | Path) -> PixelProbe:
@@ -82,21 +116,22 @@ def load_pixel_probe(folder: str | Path) -> PixelProbe:
         ValueError: the folder holds none, or one that is damaged.
     """
     folder = Path(folder)
-    if not (folder / _ABOUT).is_file():
-        raise ValueError(f"{folder}: holds no pixel probe (no {_ABOUT})")
+    if not (folder / ABOUT).is_file():
+        raise ValueError(f"{folder}: holds no pixel probe (no {ABOUT})")
     try:
-        about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         classes = tuple(about["classes"])
         ensemble = PixelEnsemble.untrained(about["channels"], len(classes), members=about["members"])
         tracked = {k: v for k, v in ensemble.state_dict().items() if k.endswith("num_batches_tracked")}
         ensemble.load_state_dict(load_file(folder / _WEIGHTS) | tracked)
-        return PixelProbe(ensemble.eval(), classes, tuple(about["timesteps"]), about["features"])
+        made = about.get("about", {})
+        return PixelProbe(ensemble.eval(), classes, tuple(about["timesteps"]), about["features"], made)
     except (KeyError, TypeError, RuntimeError, OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder}: the probe cannot be read ({' '.join(str(error).split())[:300]})") from None
 
 
 def train_pixel_probe(
-    examples: Sequence[tuple[ImageLike, Tensor]],
+    examples: Iterable[tuple[ImageLike, Tensor]],
     classes: Sequence[str],
     backbone: Backbone,
     *,
@@ -109,7 +144,8 @@ def train_pixel_probe(
     """Train on a few images with labels of their pixels.
 
     Args:
-        examples: image, and its labels (H, W) int64 in 0..K - 1, `IGNORED` where a pixel is not used.
+        examples: image, and its labels (H, W) int64 in 0..K - 1, `IGNORED` where a pixel is not used. A class with
+            fewer than `LEAST_PIXELS` pixels in an image is not used there.
         taps: None: as the backbone recommends.
         timesteps: of noise; the published ones on FFHQ and LSUN.
         pixels_per_image: drawn from each image, so that memory does not grow with its size.
@@ -126,7 +162,7 @@ def train_pixel_probe(
         if tuple(labels.shape) != (picture.height, picture.width):
             size = (picture.height, picture.width)
             raise ValueError(f"labels of image {number} must be {size}, as the image is, got {tuple(labels.shape)}")
-        used = (labels.flatten() != IGNORED).nonzero()[:, 0]
+        used = _used(labels.flatten()).nonzero()[:, 0]
         generator = torch.Generator().manual_seed(settings.seed * 0x9E3779B9 + number)
         used = used[torch.randperm(len(used), generator=generator)[:pixels_per_image]]
         columns.append(_features(backbone, picture, config, timesteps).flatten(1).T[used])
@@ -135,6 +171,12 @@ def train_pixel_probe(
         raise ValueError("no pixel of the examples is labelled")
     ensemble = fit_pixels(torch.cat(columns), torch.cat(targets), len(classes), settings)
     return PixelProbe(ensemble, tuple(classes), tuple(timesteps), provenance(backbone, config))
+
+
+def _used(labels: Tensor) -> Tensor:
+    """(N,) bool: the pixels that are labelled, with a class that has enough of them."""
+    numbers, counts = labels.unique(return_counts=True)
+    return torch.isin(labels, numbers[(counts >= LEAST_PIXELS) & (numbers != IGNORED)])
 
 
 def _features(backbone: Backbone, image: ImageLike, config: ExtractConfig, timesteps: Sequence[int]) -> Tensor:

@@ -24,7 +24,7 @@ from diffrep.store.provenance import difference, extract_config, provenance, wei
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-probe", 1
-_ABOUT, _WEIGHTS = "probe.json", "probe.safetensors"
+ABOUT, _WEIGHTS = "probe.json", "probe.safetensors"
 _NOT_COMPARED = frozenset({"taps", "timestep", "backbone"})  # the name of a folder may change, its weights may not
 
 
@@ -82,7 +82,7 @@ class Probe:
             "features": {name: dict(values) for name, values in self.features.items()},
             "about": dict(self.about),
         }
-        write_whole(folder / _ABOUT, json.dumps(document, indent=1).encode() + b"\n")
+        write_whole(folder / ABOUT, json.dumps(document, indent=1).encode() + b"\n")
 
     def load_backbones(self, device: str = "cpu") -> dict[str, Backbone]:
         """The backbones that it was trained on, in the precision that it was trained with."""
@@ -128,7 +128,7 @@ class Probe:
         for name in self.features:
             self.check(backbones[name], name)
         readings = {name: self._reading(name).resolve(backbones[name]) for name in self.features}
-        scores = [self.head(self._read(batch, backbones, readings)) for batch in _batches(images, batch_size)]
+        scores = [self.head(self._read(batch, backbones, readings)) for batch in batches_of(images, batch_size)]
         if not scores:
             raise ValueError("predict needs at least one image")
         return Prediction(softmax(torch.cat(scores), self.head.layout), self.classes)
@@ -167,7 +167,8 @@ class Probe:
         return torch.cat([found[cell] for cell in self.cells], dim=1)
 
 
-def _batches(images: Iterable[ImageLike], size: int) -> Iterator[list[ImageLike]]:
+def batches_of(images: Iterable[ImageLike], size: int) -> Iterator[list[ImageLike]]:
+    """The images in lists of at most `size`."""
     iterator = iter(images)
     while batch := list(islice(iterator, size)):
         yield batch
@@ -180,10 +181,10 @@ def load_probe(folder: str | Path) -> Probe:
         ValueError: the folder holds no probe, or one that is damaged or was made by a newer version.
     """
     folder = Path(folder)
-    if not (folder / _ABOUT).is_file():
-        raise ValueError(f"{folder}: holds no probe (no {_ABOUT}); `diffrep probe train` makes one")
+    if not (folder / ABOUT).is_file():
+        raise ValueError(f"{folder}: holds no probe (no {ABOUT}); `diffrep probe train` makes one")
     try:
-        document = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        document = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if (document["format"], document["version"]) != (FORMAT, VERSION):
             raise ValueError(f"it is not of format {FORMAT!r}, version {VERSION}")
         head = FeatureHead(Layout.read(document["layout"]))

@@ -1,0 +1,175 @@
+"""``diffrep probe pixels`` and ``diffrep probe dense``: probes that say something of every pixel."""
+
+from __future__ import annotations
+
+import json as json_module
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from diffrep.commands.probe_options import Extraction, check_new
+from diffrep.eval.annotated_scenes import SceneFiles, What, annotated_scenes, scene_classes
+from diffrep.eval.map_probes import score_dense_probe, score_pixel_probe
+from diffrep.features import ExtractConfig
+from diffrep.heads.probes import PixelSettings, train_pixel_probe
+from diffrep.heads.probes.annotated import AnnotatedImages, hold_out, pair_annotations
+from diffrep.heads.probes.dense_probe import Annotation, DenseSettings, DenseTask, train_dense_probe
+from diffrep.heads.probes.pixel_labels import PixelClasses, find_classes
+
+SCENES = "scenes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapImages:
+    """Which annotated images, and which of them are held out."""
+
+    held_out: float = 0.2  # share of a folder's images that the probe is measured on
+    split_seed: int = 0
+    work: Path = Path("runs/probe")  # maps and rendered scenes are kept here
+    workers: int = 0  # processes that decode and render ahead
+    scenes: Annotated[SceneFiles, tyro.conf.OmitArgPrefixes] = field(default_factory=SceneFiles)
+
+    def find(self, images: str, annotations: Path | None, what: What) -> tuple[AnnotatedImages, AnnotatedImages]:
+        """Images to train on and images to measure on.
+
+        Raises:
+            ValueError: the folder of annotations is missing, or is named beside scenes.
+        """
+        if images == SCENES:
+            if annotations is not None:
+                raise ValueError(f"{SCENES} bring their own annotations, got {annotations}")
+            chosen = self.scenes
+            place = f"annotated-{chosen.scene_size}-{chosen.scenes}-{chosen.test_scenes}"
+            return annotated_scenes(self.work / place, what, chosen, workers=max(self.workers, 1))
+        if annotations is None:
+            raise ValueError(f"{images}: say which folder holds the {what} of the images, files of the same names")
+        return hold_out(pair_annotations(images, annotations), self.held_out, self.split_seed)
+
+
+@dataclass(frozen=True)
+class TrainPixels:
+    """Few-shot segmentation: labels of a few images teach the classes of pixels (DDPM-seg).
+
+    For example: diffrep probe pixels photos/ labels/ --classes names.txt -o pixel-probe
+    """
+
+    images: Annotated[str, tyro.conf.Positional]  # folder; or scenes (classes of parts), scenes:categories
+    labels: Annotated[Path | None, tyro.conf.Positional] = None  # folder of .png or .npy of the images' names
+    classes: Path | None = None  # names: a text file, one a line, or JSON; by numbers where left out
+    ignored: int = 255  # number of pixels that are not used
+    backbone: str = "tiny"
+    taps: tuple[str, ...] | None = None  # as the backbone recommends where left out
+    timesteps: tuple[int, ...] = (50, 150, 250)  # noise levels whose maps are put together
+    pixels_per_image: int = 4096  # at most, drawn at random
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("pixel-probe")  # folder of the probe
+    overwrite: bool = False  # a probe that is there already
+    json: bool = False  # print JSON
+    data: Annotated[MapImages, tyro.conf.OmitArgPrefixes] = field(default_factory=MapImages)
+    extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
+    fit: PixelSettings = field(default_factory=PixelSettings)
+
+    def run(self) -> None:
+        check_new(self.output, "pixels", overwrite=self.overwrite)
+        if not self.timesteps:
+            raise ValueError("--timesteps needs at least one noise level")
+        train, test, labels = self._data()
+        backbone = self.extraction.load([self.backbone])[self.backbone]
+        probe = train_pixel_probe(
+            labels.examples(train),
+            labels.names,
+            backbone,
+            taps=self.taps,
+            timesteps=self.timesteps,
+            pixels_per_image=self.pixels_per_image,
+            extract=self.extraction.config(),
+            settings=self.fit,
+        )
+        scores = score_pixel_probe(probe, test, backbone, labels).document()
+        about = {"data": train.name, "images": len(train), "test": {"images": len(test), **scores}}
+        replace(probe, about=about).save(self.output)
+        if self.json:
+            print(json_module.dumps(about, indent=2))
+            return
+        for name, value in sorted(scores["iou"].items(), key=lambda item: -item[1]):
+            print(f"{name:<20} IoU {100 * value:5.1f} %")
+        print(
+            f"test  mIoU {100 * scores['mean_iou']:.1f} %  pixels {100 * scores['pixel_accuracy']:.1f} %"
+            f"  {len(test)} images, {len(train)} to train on"
+        )
+        print(f"wrote {self.output}")
+
+    def _data(self) -> tuple[AnnotatedImages, AnnotatedImages, PixelClasses]:
+        name, _, what = self.images.partition(":")
+        if name != SCENES:
+            train, test = self.data.find(self.images, self.labels, "parts")
+            return train, test, find_classes([train, test], self.classes, self.ignored)
+        if what not in ("", "parts", "categories"):
+            raise ValueError(f"scenes have labels of parts and categories, got {self.images!r}")
+        kind: What = "categories" if what == "categories" else "parts"
+        train, test = self.data.find(SCENES, self.labels, kind)
+        names = scene_classes(kind)
+        return train, test, PixelClasses(names, tuple(range(len(names))))
+
+
+@dataclass(frozen=True)
+class TrainDense:
+    """Train a probe of depth or surface normals on frozen maps, with probe3d's recipe.
+
+    For example: diffrep probe dense depth photos/ depths/ --taps up.1 up.2 -o depth-probe
+    """
+
+    task: Annotated[DenseTask, tyro.conf.Positional]
+    images: Annotated[str, tyro.conf.Positional]  # folder, or scenes
+    annotations: Annotated[Path | None, tyro.conf.Positional] = None  # folder of .npy or .png of the images' names
+    backbone: str = "tiny"
+    taps: tuple[str, ...] | None = None  # as the backbone recommends where left out; a dpt reader takes four
+    timestep: int | None = None  # noise level 0..999
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("dense-probe")  # folder of the probe
+    overwrite: bool = False  # a probe that is there already
+    json: bool = False  # print JSON
+    annotation: Annotated[Annotation, tyro.conf.OmitArgPrefixes] = field(default_factory=Annotation)
+    data: Annotated[MapImages, tyro.conf.OmitArgPrefixes] = field(default_factory=MapImages)
+    extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
+    fit: DenseSettings = field(default_factory=DenseSettings)
+
+    def run(self) -> None:
+        check_new(self.output, "dense", overwrite=self.overwrite)
+        train, test = self.data.find(self.images, self.annotations, self.task)
+        annotation = Annotation() if self.images == SCENES else self.annotation
+        backbone = self.extraction.load([self.backbone])[self.backbone]
+        probe = train_dense_probe(
+            train,
+            self.task,
+            backbone,
+            self.data.work / "maps",
+            settings=self.fit,
+            extract=self._extract(),
+            annotation=annotation,
+            workers=self.data.workers,
+        )
+        scores = score_dense_probe(probe, test, backbone, annotation)
+        about = {**probe.about, "test": scores}
+        replace(probe, about=about).save(self.output)
+        if self.json:
+            print(json_module.dumps(about, indent=2))
+            return
+        print("\n".join(_lines(scores)))
+        print(f"wrote {self.output}")
+
+    def _extract(self) -> ExtractConfig:
+        return replace(self.extraction.config(), taps=self.taps, timestep=self.timestep)
+
+
+def _lines(scores: dict[str, Any]) -> list[str]:
+    if "metric" not in scores:
+        return [
+            f"test  mean angle {scores['mean']:.2f}, median {scores['median']:.2f}, under 11.25"
+            f" {scores['under 11.25']:.1f} %, under 30 {scores['under 30']:.1f} %  {scores['images']} images"
+        ]
+    return [
+        f"test, {name:<7}  AbsRel {100 * scores[key]['abs_rel']:.2f} %  delta1 {100 * scores[key]['delta1']:.2f} %"
+        f"  RMSE {scores[key]['rmse']:.3f} m  {scores['images']} images"
+        for name, key in (("metric", "metric"), ("aligned", "aligned"))
+    ]
