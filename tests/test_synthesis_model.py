@@ -101,6 +101,10 @@ def test_a_folder_reads_back_as_it_was(tmp_path: Path) -> None:
     embeddings = [torch.ones(2, 5), torch.ones(2, 4)]
     with torch.no_grad():
         assert torch.equal(other(x, t, other.context(*embeddings)), model(x, t, model.context(*embeddings)))
+    other.save(tmp_path / "again")  # a network that was read from disk remembers where
+    for part in ("unet", "vqvae"):
+        again, first = (json.loads((tmp_path / f / part / "config.json").read_text()) for f in ("again", "model"))
+        assert again == first
     assert not other.training
     assert not any(p.requires_grad for p in other.parameters())
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights
 from diffrep.backbones.loading import MODELS, load_component, local_variant
+from diffrep.files import forget_origin
 from diffrep.synthesis.embedder import ConditionEmbedder
 
 EMBEDDED = ("tiny-synthesis",)
@@ -198,6 +199,7 @@ class SynthesisModel(nn.Module):
         if self.about.autoencoder is None if autoencoder is None else autoencoder:
             part = "vqvae" if hasattr(self.autoencoder, "quantize") else "vae"
             self.autoencoder.save_pretrained(folder / part)
+        forget_origin(folder)
         about = {k: v for k, v in vars(self.about).items() if v is not None}
         (folder / "synthesis.json").write_text(json.dumps(about, indent=2) + "\n")
 

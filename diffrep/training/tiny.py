@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import diffrep
+from diffrep.files import forget_origin
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
 from diffrep.training.correspondence import LabelSettings, check_unseen
 from diffrep.training.dino import DinoSettings, train_dino, write_vit
@@ -231,10 +232,7 @@ def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
             requires_safety_checker=False,
         )
         pipeline.save_pretrained(where, safe_serialization=True)
-        for path in where.glob("*/config.json"):  # where the parts were read from is nobody's business
-            config = json.loads(path.read_text())
-            config.pop("_name_or_path", None)
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        forget_origin(where)
         shutil.rmtree(where / "tokenizer")  # the files that every version of transformers reads, and no others
         write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
         (where / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
