@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tqdm import tqdm
 
 from diffrep.commands.probe_options import Extraction, check_new
 from diffrep.eval.annotated_scenes import SceneFiles, What, annotated_scenes, scene_classes
@@ -77,7 +78,7 @@ class TrainPixels:
         train, test, labels = self._data()
         backbone = self.extraction.load([self.backbone])[self.backbone]
         probe = train_pixel_probe(
-            labels.examples(train),
+            tqdm(labels.examples(train), desc="reading pixels", unit="image", total=len(train)),
             labels.names,
             backbone,
             taps=self.taps,
