@@ -22,7 +22,7 @@ from diffrep.synthesis.canvas import Lines, Run
 from diffrep.synthesis.large import grid_shape, paint
 from diffrep.synthesis.noise import GivenNoise, KeyedNoise
 from diffrep.synthesis.schedulers import SCHEDULERS, build_scheduler
-from diffrep.synthesis.windows import Sweep, WindowPlan, window_weights
+from diffrep.synthesis.windows import BETWEEN, Sweep, Weighting, WindowPlan, between_cells, window_weights
 
 from .synthetic_painter import Painter
 
@@ -53,17 +53,20 @@ def test_windows_cover_every_canvas() -> None:
         WindowPlan((8, 30), 8, 9)
 
 
-@pytest.mark.parametrize("weighting", ["hann", "gaussian", "uniform"])
-def test_sweep_is_the_weighted_average(weighting: str) -> None:
-    plan, weights = WindowPlan((19, 13), 8, 5), window_weights(weighting, 8)  # type: ignore[arg-type]
+@pytest.mark.parametrize("weighting", ["cells", "hann", "gaussian", "uniform"])
+@pytest.mark.parametrize("stride", [4, 5])
+def test_sweep_is_the_weighted_average(weighting: Weighting, stride: int) -> None:
+    plan, weights = WindowPlan((19, 13), 8, stride), window_weights(weighting, 8)
+    less = BETWEEN if (weighting, stride) == ("cells", 4) else 1.0  # at a stride of 5 few cells have their own window
     values = np.random.default_rng(0).normal(size=(len(plan), 2, 8, 8)).astype(np.float32)
     sums, totals = np.zeros((2, 19, 13)), np.zeros((19, 13))
-    sweep, found = Sweep(plan, weights, 2), []
+    sweep, found = Sweep(plan, weights, 2, between=between_cells(weighting, plan)), []
     places = [(r, c) for r in range(len(plan.rows)) for c in range(len(plan.columns))]
     for value, (row, column) in zip(values, places, strict=True):
         i, j = plan.rows[row], plan.columns[column]
-        sums[:, i : i + 8, j : j + 8] += weights.numpy() * value
-        totals[i : i + 8, j : j + 8] += weights.numpy()
+        weight = weights.numpy() * (less if i % 8 else 1) * (less if j % 8 else 1)
+        sums[:, i : i + 8, j : j + 8] += weight * value
+        totals[i : i + 8, j : j + 8] += weight
         found += sweep.add(row, column, value)
     found += list(sweep.end_row())
     starts = [start for start, _ in found]

@@ -31,7 +31,7 @@ class TrainSynthesis:
 
     images: tuple[str, ...] = ()  # files, folders or patterns to cut patches from; none: rendered scenes
     scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
-    count: int = 12000  # scenes that patches are cut from
+    count: int = 16000  # scenes that patches are cut from
     sides: tuple[float, float] | None = None  # of a patch, shares of the image; scenes: 0.5 1.0, files: not scaled
     published: bool = False  # options of training that are left out are the authors', not those of tiny-synthesis
     work: Path = Path("runs/synthesis")  # encoded patches, checkpoints and log

@@ -22,7 +22,7 @@ from diffrep.synthesis.grids import EmbeddingGrid, GridError
 from diffrep.synthesis.model import About
 from diffrep.synthesis.noise import KeyedNoise, Noise
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
-from diffrep.synthesis.windows import DecodeWeighting, Sweep, Weighting, WindowPlan, window_weights
+from diffrep.synthesis.windows import DecodeWeighting, Sweep, Weighting, WindowPlan, between_cells, window_weights
 
 SchedulerName = Literal[
     "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
@@ -63,7 +63,9 @@ class SynthesisSettings:
     guidance: float | None = None  # null + guidance * (conditional - null); 1: none; the model's own where left out
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
-    weights: Weighting = "hann"  # of a window's predictions where windows overlap; uniform is the published average
+    # of a window's predictions where windows overlap: uniform is the published average, hann smooth, cells as smooth
+    # but with less of the windows between cells, whose embeddings are mixed
+    weights: Weighting = "cells"
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
     decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
     quantize: bool = True  # VQ autoencoders: decode entries of the codebook
@@ -225,7 +227,8 @@ def _denoise_step(
     step, now, after = stepper.position, stepper.position % 2, (stepper.position + 1) % 2
     old, new = run.lines(f"{now}-canvas", shape), run.lines(f"{after}-canvas", shape)
     kept_names = stepper.kept
-    sweep = Sweep(plan, window_weights(settings.weights, plan.window), model.channels)
+    weights = window_weights(settings.weights, plan.window)
+    sweep = Sweep(plan, weights, model.channels, between=between_cells(settings.weights, plan))
     first_row = run.position.row
     if run.carry is not None:
         sweep.resume(first_row, run.carry)
