@@ -17,8 +17,7 @@ from diffrep.training.hypersim import Hypersim
 from diffrep.training.one_step import RECIPES, OneStepModel, Task
 from diffrep.training.one_step_data import AnnotatedImages, SceneSamples
 from diffrep.training.one_step_fit import (
-    EMBEDDED_FIT,
-    EMBEDDED_RECIPE,
+    EMBEDDED,
     PUBLISHED_BATCH,
     OneStepTraining,
     published_fit,
@@ -63,8 +62,9 @@ class OneStepOptions:
         embedded = self.base == "tiny" and all(name.startswith("scenes") for name in self.data)
         recipe, fit, batch = RECIPES[self.recipe], published_fit(self.recipe, task), PUBLISHED_BATCH[self.recipe]
         if embedded:
-            recipe = EMBEDDED_RECIPE if self.recipe == "lotus-d" else replace(recipe, posterior="mean")
-            fit, batch = EMBEDDED_FIT, OneStepTraining().batch_size
+            own, fit = EMBEDDED[task]
+            recipe = own if self.recipe == "lotus-d" else replace(recipe, posterior="mean")
+            batch = OneStepTraining().batch_size
         if self.preserve is not None:
             recipe = replace(recipe, preserve=self.preserve)
         given = {name: getattr(self, name) for name in ("steps", "minutes", "learning_rate", "accumulate", "seed")}
