@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from diffrep.commands.train_one_step import TrainDepth, open_set, write
+from diffrep.commands.train_one_step import TrainDepth, TrainNormals, open_set, write
 from diffrep.heads.loading import load_head
 from diffrep.scenes import SceneSet, render_set
 from diffrep.training.hypersim import Hypersim
@@ -30,7 +30,7 @@ from diffrep.training.one_step import (
     widen_conv_in,
 )
 from diffrep.training.one_step_data import SceneSamples, cache_latents, sample_batches
-from diffrep.training.one_step_fit import OneStepTraining, train_one_step
+from diffrep.training.one_step_fit import OneStepTraining, embedded, train_one_step
 from diffrep.training.one_step_losses import angular_loss, latent_loss, latent_mask
 from diffrep.training.one_step_sampling import predict_latents, predict_maps
 from diffrep.training.one_step_targets import (
@@ -368,6 +368,9 @@ def test_options_mean_the_embedded_recipe_or_the_papers() -> None:
     ours = TrainDepth()._training("disparity")
     assert ours.cache
     assert ours.recipe == replace(LOTUS_D, posterior="mean")
+    normals = TrainNormals()._training("normals")
+    assert (normals.recipe.preserve, normals.fit.minutes) == (0.0, 24)
+    assert embedded("normals") == (normals.recipe, normals.fit)
     theirs = TrainDepth(base="some/folder", recipe="e2e-ft", data=("hypersim=x",))._training("depth")
     assert theirs.recipe == E2E_FT
     assert (theirs.fit.learning_rate, theirs.fit.accumulate, theirs.batch_size) == (3e-5, 16, 2)

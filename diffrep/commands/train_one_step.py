@@ -17,7 +17,6 @@ from diffrep.training.hypersim import Hypersim
 from diffrep.training.one_step import RECIPES, OneStepModel, Task
 from diffrep.training.one_step_data import AnnotatedImages, SceneSamples
 from diffrep.training.one_step_fit import (
-    EMBEDDED,
     PUBLISHED_BATCH,
     OneStepTraining,
     published_fit,
@@ -62,7 +61,7 @@ class OneStepOptions:
         embedded = self.base == "tiny" and all(name.startswith("scenes") for name in self.data)
         recipe, fit, batch = RECIPES[self.recipe], published_fit(self.recipe, task), PUBLISHED_BATCH[self.recipe]
         if embedded:
-            own, fit = EMBEDDED[task]
+            own, fit = embedded(task)
             recipe = own if self.recipe == "lotus-d" else replace(recipe, posterior="mean")
             batch = OneStepTraining().batch_size
         if self.preserve is not None:

@@ -31,11 +31,14 @@ EMBEDDED_RECIPE = replace(LOTUS_D, posterior="mean")
 EMBEDDED_FIT = FitSettings(
     steps=20000, minutes=12, learning_rate=1e-3, warmup=50, weight_decay=0.02, ema_decay=0.998, seed=11
 )
-EMBEDDED: Mapping[Task, tuple[OneStepRecipe, FitSettings]] = {  # that made tiny-depth and tiny-normals
-    "depth": (EMBEDDED_RECIPE, EMBEDDED_FIT),
-    # at this size the detail preserver's half of the work is better spent on normals (see `diffrep eval depth-ablation`)
-    "normals": (replace(EMBEDDED_RECIPE, preserve=0.0), replace(EMBEDDED_FIT, minutes=24)),
-}
+
+
+def embedded(task: Task) -> tuple[OneStepRecipe, FitSettings]:
+    """The settings that made the heads in the package."""
+    if task != "normals":
+        return EMBEDDED_RECIPE, EMBEDDED_FIT
+    # half of the work would go to the detail preserver, which brings nothing here: `diffrep eval depth-ablation`
+    return replace(EMBEDDED_RECIPE, preserve=0.0), replace(EMBEDDED_FIT, minutes=24)
 
 
 def published_fit(recipe: str, task: Task) -> FitSettings:
