@@ -58,9 +58,9 @@ class OneStepOptions:
         Raises:
             ValueError: options that do not go together.
         """
-        embedded = self.base == "tiny" and all(name.startswith("scenes") for name in self.data)
+        ours = self.base == "tiny" and all(name.startswith("scenes") for name in self.data)
         recipe, fit, batch = RECIPES[self.recipe], published_fit(self.recipe, task), PUBLISHED_BATCH[self.recipe]
-        if embedded:
+        if ours:
             own, fit = embedded(task)
             recipe = own if self.recipe == "lotus-d" else replace(recipe, posterior="mean")
             batch = OneStepTraining().batch_size
@@ -78,7 +78,7 @@ class OneStepOptions:
             fit=fit,
             batch_size=self.batch_size or batch,
             scratch=self.scratch,
-            cache=embedded and recipe.loss == "latent" and len(self.data) == 1,
+            cache=ours and recipe.loss == "latent" and len(self.data) == 1,
             gradient_checkpointing=self.gradient_checkpointing,
         )
 
