@@ -19,6 +19,7 @@ from diffrep.training.one_step_data import AnnotatedImages, SceneSamples
 from diffrep.training.one_step_fit import (
     PUBLISHED_BATCH,
     OneStepTraining,
+    embedded,
     published_fit,
     train_one_step,
 )
