@@ -247,14 +247,16 @@ def _denoise_step(
         for name, value in kept.items():
             run.lines(f"{after}-kept-{name}", shape).write(start, value[:, :, 0].float().numpy())
 
-    band = settings.band or math.ceil(settings.batch_size / len(plan.columns))
+    band = settings.band or max(settings.batch_size // len(plan.columns), 1)
     for first in range(first_row - first_row % band, len(plan.rows), band):
         rows = range(max(first, first_row), min(first + band, len(plan.rows)))
         top = plan.rows[rows[0]]
         lines = old.tensor(top, plan.rows[rows[-1]] + plan.window).movedim(1, 0)
         places = [(row, column) for row in rows for column in range(len(plan.columns))]
-        for start in range(0, len(places), settings.batch_size):
-            part = places[start : start + settings.batch_size]
+        # batches of one size: a remainder of a few windows costs more than its share
+        count = math.ceil(len(places) / math.ceil(len(places) / settings.batch_size))
+        for start in range(0, len(places), count):
+            part = places[start : start + count]
             corners = [(plan.rows[row], plan.columns[column]) for row, column in part]
             windows = torch.stack([lines[:, i - top : i - top + plan.window, j : j + plan.window] for i, j in corners])
             embeddings = grid.at(torch.tensor(corners), model.window)

@@ -42,7 +42,7 @@ class SynthesisBenchmark:
     side: int = 3  # cells a side of the canvas on which both are timed
     sides: tuple[int, ...] = (2, 4, 8)  # cells a side of the canvases that ours alone paints
     steps: int = 2
-    batch_size: int = 16
+    batch_size: int = 32
     repeats: int = 3
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
