@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -64,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(name, COMMANDS, n=2) or list(COMMANDS)
         print(f"diffrep: there is no command {name!r}; near names: {', '.join(near)}", file=sys.stderr)
         return 2
+    # read when torch is loaded: threads that spin while they wait make small networks ten times slower where other
+    # processes want their cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     import tyro
 
     module, _, attribute = COMMANDS[name][0].partition(":")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,15 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
 
 def test_unknown_commands_name_their_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
     assert "near names: match" in fails(capsys, "matsch")
+
+
+def test_waiting_threads_give_their_core_away_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert main(["info", "no-such-backbone"]) == 2
+    assert os.environ["OMP_WAIT_POLICY"] == "active"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert main(["info", "no-such-backbone"]) == 2
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
 def test_info(sd_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
