@@ -148,6 +148,8 @@ class ProbesBenchmark:
     # -- memory ------------------------------------------------------------------------------------------------
 
     def _memory(self) -> tuple[str, float]:
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             start = time.perf_counter()
             matrix, labels = self._written(Path(place))
