@@ -381,7 +381,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             return np.atleast_1d(np.asarray(self.t, dtype=np.float64))
         n = self.affinity_.shape[0]
         grid = graph.times()
-        columns = np.sort(rng.choice(n, min(n, 64 if n <= 20_000 else 32), replace=False))
+        columns = np.sort(rng.choice(n, min(n, 64 if n <= 20_000 else 16), replace=False))
         entropy = graph.entropies(grid.tolist(), columns)
         found = knee(grid, entropy)
         if found is None:  # heat has mixed from the beginning, or still spreads at the end

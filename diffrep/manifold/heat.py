@@ -22,6 +22,7 @@ from diffrep.manifold.graphs import Csr, largest_eigenvalue
 Array = NDArray[Any]
 
 _TERMS = 24  # of the short-time series; far pairs need more of them than the largest entries do
+_TERM_NUMBERS = 2**25  # of Chebyshev terms that are held before they are added
 
 
 def chebyshev_coefficients(t: float, phi: float, order: int) -> NDArray[np.float64]:
@@ -106,18 +107,29 @@ def _chebyshev_scipy(
     operator: Csr, signals: Array, coefficients: NDArray[np.float64], progress: Callable[[int], object] | None
 ) -> Array:
     before, now = signals.copy(), operator @ signals * signals.dtype.type(0.5)
-    sums = [c[0] / 2 * before + c[1] * now if len(c) > 1 else c[0] / 2 * before for c in coefficients]
-    scaled = np.empty_like(now)
-    for k in range(2, coefficients.shape[1]):
+    factors = coefficients.astype(now.dtype)
+    factors[:, 0] /= 2
+    sums = np.stack([c[0] * before + c[1] * now if len(c) > 1 else c[0] * before for c in factors])
+    # several times share each term; a few terms are added together, so that the sums are not read for every one
+    together = int(np.clip(_TERM_NUMBERS // signals.size, 1, 8)) if len(factors) > 1 else 1
+    terms, scaled = np.empty((together, *signals.shape), now.dtype), np.empty_like(now)
+    for k in range(2, factors.shape[1]):
         after = operator @ now
         after -= before
         before, now = now, after
-        for c, total in zip(coefficients, sums, strict=True):
-            np.multiply(now, now.dtype.type(c[k]), out=scaled)
-            total += scaled
+        if together == 1:
+            for c, total in zip(factors, sums, strict=True):
+                np.multiply(now, c[k], out=scaled)
+                total += scaled
+        else:
+            waiting = (k - 2) % together
+            terms[waiting] = now
+            if waiting == together - 1 or k == factors.shape[1] - 1:
+                some = factors[:, k - waiting : k + 1]
+                sums.reshape(len(sums), -1)[...] += some @ terms[: waiting + 1].reshape(waiting + 1, -1)
         if progress is not None:
             progress(1)
-    return np.stack(sums).astype(signals.dtype, copy=False)
+    return sums
 
 
 def _chebyshev_torch(
