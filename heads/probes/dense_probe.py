@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig, extract_each
 from diffrep.heads.families import Frame
 from diffrep.heads.maps import DepthMap, NormalMap
@@ -31,12 +31,13 @@ from diffrep.heads.probes.annotated import AnnotatedImages, read_normals
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe, Reader
 from diffrep.heads.probes.dense_losses import depth_loss
 from diffrep.heads.probes.labelled import DataError
+from diffrep.heads.probes.one_backbone import OneBackbone
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.sparse import read_known_depths
 from diffrep.images import ImageLike, Placement
 from diffrep.store import BulkConfig, Keep, Store, extract_store, open_store
 from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import extract_config, provenance, weights_sha256
+from diffrep.store.provenance import extract_config, provenance
 from diffrep.training.loop import save_weights
 from diffrep.training.one_step_losses import angular_loss
 from diffrep.training.one_step_targets import resize_nearest
@@ -117,7 +118,7 @@ class StandardisedProbe(nn.Module):
 
 
 @dataclass(frozen=True)
-class DenseProbe:
+class DenseProbe(OneBackbone):
     """A trained probe with everything needed to use it on images.
 
     Attributes:
@@ -130,22 +131,6 @@ class DenseProbe:
     settings: DenseSettings
     features: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def backbone(self) -> str:
-        """The name of its backbone."""
-        return str(self.features["backbone"])
-
-    def check(self, backbone: Backbone) -> None:
-        """Refuse a backbone that is not the one the probe was trained on.
-
-        Raises:
-            ValueError: it has other weights.
-        """
-        if weights_sha256(backbone) != self.features["weights_sha256"]:
-            raise ValueError(
-                f"the probe was trained on the features of {self.backbone}; {backbone.name} has other weights"
-            )
 
     def save(self, folder: str | Path) -> None:
         """Write ``dense_probe.json`` and ``dense_probe.safetensors``."""
@@ -184,7 +169,7 @@ class DenseProbe:
             ValueError: the backbone is not the one it was trained on.
         """
         if backbone is None:
-            backbone = load_backbone(self.backbone, device=device, dtype=getattr(torch, self.features["dtype"]))
+            backbone = self.load_own(device)
         if not checked:
             self.check(backbone)
         config = dataclasses.replace(extract_config(self.features), batch_size=batch_size)

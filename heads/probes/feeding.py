@@ -26,6 +26,7 @@ from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input
 from diffrep.heads.probes.feedback import DifFeed
 from diffrep.heads.probes.labelled import LabelledImages
+from diffrep.heads.probes.one_backbone import OneBackbone
 from diffrep.heads.probes.probe import Prediction, batches_of
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.scores import Scores, score
@@ -61,7 +62,7 @@ class FeedbackSettings:
 
 
 @dataclass(frozen=True)
-class FeedbackProbe:
+class FeedbackProbe(OneBackbone):
     """A trained DifFeed with everything needed to use it on images."""
 
     model: DifFeed
@@ -70,11 +71,6 @@ class FeedbackProbe:
     features: Mapping[str, Any]  # provenance
     map_size: int  # cells a side of the map that is read
     about: Mapping[str, Any]
-
-    @property
-    def backbone(self) -> str:
-        """The name of its backbone."""
-        return str(self.features["backbone"])
 
     def save(self, folder: str | Path) -> None:
         """Write ``diffeed.json`` and ``diffeed.safetensors``."""
@@ -107,8 +103,7 @@ class FeedbackProbe:
             ImageError: an image cannot be read.
             ValueError: no image is given, or the backbone is not the one it was trained on.
         """
-        dtype = getattr(torch, self.features["dtype"])
-        backbone = backbone or load_backbone(self.backbone, device=device, dtype=dtype)
+        backbone = backbone or self.load_own(device)
         if weights_sha256(backbone) != self.features["weights_sha256"]:
             raise ValueError(f"the probe was trained on {self.backbone}; {backbone.name} has other weights")
         config = extract_config(self.features)

@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig
 from diffrep.features import extract as extract_maps
+from diffrep.heads.probes.one_backbone import OneBackbone
 from diffrep.heads.probes.pixels import PixelEnsemble, PixelSettings, Segmentation, fit_pixels, pixel_features
 from diffrep.images import ImageLike, load_image
 from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import extract_config, provenance, weights_sha256
+from diffrep.store.provenance import extract_config, provenance
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-pixel-probe", 1
@@ -30,7 +31,7 @@ LEAST_PIXELS = 20  # a class that has fewer in an image is left out of it, as pu
 
 
 @dataclass(frozen=True)
-class PixelProbe:
+class PixelProbe(OneBackbone):
     """An ensemble of pixel classifiers with how its features are read.
 
     Attributes:
@@ -45,22 +46,6 @@ class PixelProbe:
     timesteps: tuple[int, ...]
     features: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def backbone(self) -> str:
-        """The name of its backbone."""
-        return str(self.features["backbone"])
-
-    def check(self, backbone: Backbone) -> None:
-        """Refuse a backbone that is not the one the probe was trained on.
-
-        Raises:
-            ValueError: it has other weights.
-        """
-        if weights_sha256(backbone) != self.features["weights_sha256"]:
-            raise ValueError(
-                f"the probe was trained on the features of {self.backbone}; {backbone.name} has other weights"
-            )
 
     def segment(self, image: ImageLike, *, backbone: Backbone | None = None, device: str = "cpu") -> Segmentation:
         """Label every pixel of an image of any size; see `segment_each`."""
@@ -84,7 +69,7 @@ class PixelProbe:
             ValueError: the backbone is not the one the probe was trained on.
         """
         if backbone is None:
-            backbone = load_backbone(self.backbone, device=device, dtype=getattr(torch, self.features["dtype"]))
+            backbone = self.load_own(device)
         if not checked:
             self.check(backbone)
         for image in images:
