@@ -33,7 +33,7 @@ class Painter:
         self.alphas = (1 - betas).cumprod(0).float()
 
     def context(self, *embeddings: Tensor) -> Tensor:
-        return embeddings[0][:, None]
+        return embeddings[0][:, None, : self.channels]
 
     def null_context(self, batch: int = 1) -> Tensor:
         return torch.zeros(batch, 1, self.channels)
@@ -43,7 +43,7 @@ class Painter:
             raise KeyboardInterrupt
         self.calls_left -= 1
         alpha = self.alphas[int(timesteps)]
-        clean = 0.1 * context[:, 0, : self.channels, None, None].tanh()
+        clean = 0.1 * context[:, 0, :, None, None].tanh()
         # the neighbours count, as for a network: a window must be given whole
         blurred = torch.nn.functional.avg_pool2d(latents, 3, 1, 1)
         return 0.5 * ((latents - alpha.sqrt() * clean) / (1 - alpha).sqrt()) + 0.5 * blurred

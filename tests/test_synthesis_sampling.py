@@ -21,8 +21,17 @@ from diffrep.synthesis import EmbeddingGrid, GridError, SynthesisSettings, denoi
 from diffrep.synthesis.canvas import Lines, Run
 from diffrep.synthesis.large import grid_shape, paint
 from diffrep.synthesis.noise import GivenNoise, KeyedNoise
+from diffrep.synthesis.sampler import predict
 from diffrep.synthesis.schedulers import SCHEDULERS, build_scheduler
-from diffrep.synthesis.windows import BETWEEN, Sweep, Weighting, WindowPlan, between_cells, window_weights
+from diffrep.synthesis.windows import (
+    BETWEEN,
+    Sweep,
+    Weighting,
+    WindowPlan,
+    between_cells,
+    told_windows,
+    window_weights,
+)
 
 from .synthetic_painter import Painter
 
@@ -73,6 +82,36 @@ def test_sweep_is_the_weighted_average(weighting: Weighting, stride: int) -> Non
     assert starts == sorted(starts)
     assert set(plan.rows) <= set(starts)
     np.testing.assert_allclose(np.concatenate([v for _, v in found]).swapaxes(0, 1), sums / totals, atol=2e-5)
+
+
+def test_windows_between_cells_are_told_nothing() -> None:
+    rows, columns = told_windows("cells", WindowPlan((16, 20), 8, 4))
+    assert rows == [True, False, True]
+    assert columns == [True, False, True, True]  # the canvas ends within the third cell: 12..20 is all that it has
+    for weighting, stride in (("hann", 4), ("uniform", 4), ("cells", 5)):
+        assert all(all(axis) for axis in told_windows(weighting, WindowPlan((16, 20), 8, stride)))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_what_is_not_told_is_predicted_under_the_null_condition(guidance: float) -> None:
+    model, settings = Painter(), SynthesisSettings(guidance=guidance)
+    latents, embeddings = torch.randn(4, 3, 8, 8), torch.randn(4, 6)
+    time, told = torch.tensor(500), torch.tensor([True, False, False, True])
+    conditional = model(latents, time, model.context(embeddings))
+    null = model(latents, time, model.null_context(4))
+    guided = null + guidance * (conditional - null)
+    found = predict(model, latents, time, [embeddings], settings, told=told)
+    torch.testing.assert_close(found, torch.where(told[:, None, None, None], guided, null))
+    torch.testing.assert_close(predict(model, latents, time, [embeddings], settings), guided)
+    nothing = predict(model, latents, time, [embeddings], settings, told=torch.zeros(4, dtype=torch.bool))
+    torch.testing.assert_close(nothing, null)
+
+
+def test_every_visible_cell_is_painted_by_its_embedding() -> None:
+    """Also one that the canvas ends within: its windows begin between cells."""
+    grid, size = EmbeddingGrid(torch.full((2, 3, 6), 3.0)), (12, 20)
+    painted = whole(denoise_canvas(Painter(), grid, size, replace(FEW, steps=12)))
+    assert painted[2:-2, :, 2:-2].mean() > 0.05  # the painter's clean value is 0.1 tanh(3); 0 without a condition
 
 
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))

@@ -22,7 +22,7 @@ from diffrep.synthesis.grids import EmbeddingGrid, GridError
 from diffrep.synthesis.model import About
 from diffrep.synthesis.noise import KeyedNoise, Noise
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
-from diffrep.synthesis.windows import DecodeWeighting, Sweep, Weighting, WindowPlan, between_cells, window_weights
+from diffrep.synthesis.windows import DecodeWeighting, Sweep, Weighting, WindowPlan, between_cells, told_windows, window_weights
 
 SchedulerName = Literal[
     "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
@@ -63,8 +63,8 @@ class SynthesisSettings:
     guidance: float | None = None  # null + guidance * (conditional - null); 1: none; the model's own where left out
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
-    # of a window's predictions where windows overlap: uniform is the published average, hann smooth, cells as smooth
-    # but with less of the windows between cells, whose embeddings are mixed
+    # of a window's predictions where windows overlap: uniform is the published average, hann smooth; with cells,
+    # windows between cells, whose embeddings would be mixed, count little and are told no embedding
     weights: Weighting = "cells"
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
     decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
@@ -94,26 +94,42 @@ OFFICIAL = SynthesisSettings(
 
 @torch.inference_mode()
 def predict(
-    model: Denoiser, latents: Tensor, timestep: Tensor, embeddings: Sequence[Tensor], settings: SynthesisSettings
+    model: Denoiser,
+    latents: Tensor,
+    timestep: Tensor,
+    embeddings: Sequence[Tensor],
+    settings: SynthesisSettings,
+    *,
+    told: Tensor | None = None,
 ) -> Tensor:
     """The guided prediction for a batch of windows.
 
     Args:
         latents: (B, c, h, w), as the scheduler scales them.
         embeddings: (B, dim) for each token, raw.
+        told: (B,) bool, which windows are told their embedding; the others get the prediction under the null
+            condition, which takes half the work. All where left out.
 
     Returns:
         (B, c, h, w) float32 on the CPU.
     """
-    context = model.context(*(e.to(model.device, model.dtype) for e in embeddings))
+    told = torch.ones(len(latents), dtype=torch.bool) if told is None else told
+    context = model.context(*(e[told].to(model.device, model.dtype) for e in embeddings))
     latents = latents.to(model.device, model.dtype)
     time = (timestep.float() + settings.timestep_shift).to(model.device)
     guidance = model.about.guidance if settings.guidance is None else settings.guidance
+    # with a scale of 1 the null prediction cancels where there is another
+    null = ~told if guidance == 1 else torch.ones_like(told)
+    both = torch.cat([latents[told.to(latents.device)], latents[null.to(latents.device)]])
+    contexts = torch.cat([context, model.null_context(int(null.sum()))])
+    found = model(both, time, contexts).float().cpu()
+    predicted = torch.empty(latents.shape)
+    predicted[null], conditional = found[len(context) :], found[: len(context)]
     if guidance == 1:
-        return model(latents, time, context).float().cpu()
-    both = torch.cat([context, model.null_context(len(latents))])
-    conditional, null = model(latents.repeat(2, 1, 1, 1), time, both).float().cpu().chunk(2)
-    return null + guidance * (conditional - null)
+        predicted[told] = conditional
+    else:
+        predicted[told] += guidance * (conditional - predicted[told])
+    return predicted
 
 
 @torch.inference_mode()
@@ -229,6 +245,7 @@ def _denoise_step(
     kept_names = stepper.kept
     weights = window_weights(settings.weights, plan.window)
     sweep = Sweep(plan, weights, model.channels, between=between_cells(settings.weights, plan))
+    told_rows, told_columns = told_windows(settings.weights, plan)
     first_row = run.position.row
     if run.carry is not None:
         sweep.resume(first_row, run.carry)
@@ -260,7 +277,8 @@ def _denoise_step(
             corners = [(plan.rows[row], plan.columns[column]) for row, column in part]
             windows = torch.stack([lines[:, i - top : i - top + plan.window, j : j + plan.window] for i, j in corners])
             embeddings = grid.at(torch.tensor(corners), model.window)
-            found = predict(model, stepper.scale(windows), stepper.timestep, [embeddings], settings)
+            told = torch.tensor([told_rows[row] and told_columns[column] for row, column in part])
+            found = predict(model, stepper.scale(windows), stepper.timestep, [embeddings], settings, told=told)
             for (row, column), value in zip(part, found.numpy(), strict=True):
                 for ready in sweep.add(row, column, value):
                     finish(*ready)
