@@ -9,7 +9,7 @@ from scipy.linalg import expm
 from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.special import gammaln
 
-from diffrep.manifold import mds
+from diffrep.manifold import graphs, heat, mds
 from diffrep.manifold.bridges import connect_components
 from diffrep.manifold.distances import (
     heat_geodesic_distances,
@@ -24,6 +24,7 @@ from diffrep.manifold.graphs import (
     hop_diameter,
     laplacian,
     largest_eigenvalue,
+    neighbor_pairs,
     out_of_sample_transitions,
 )
 from diffrep.manifold.heat import (
@@ -155,6 +156,49 @@ def test_crank_nicolson_is_of_second_order(graph: sp.csr_matrix) -> None:
     }
     assert 1.7 < errors[1.0][0] / errors[1.0][1] < 2.3
     assert 3.5 < errors[0.5][0] / errors[0.5][1] < 4.5
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("times", [[3.0], [1.0, 3.0, 6.0]])
+def test_rows_that_heat_has_not_reached_are_left_out(shuffled: bool, times: list[float]) -> None:
+    """A long chain, in order and not, with a point without edges: the same as with all rows, and zero beyond."""
+    n, order = 200, 12
+    affinity = sp.block_diag([chain(n - 1), sp.csr_matrix((1, 1))]).tocsr()
+    places = np.random.default_rng(1).permutation(n) if shuffled else np.arange(n)
+    affinity = affinity[places][:, places].tocsr()
+    source = np.argsort(places)[[40, 43, n - 1]]
+    signals = np.zeros((n, 3))
+    signals[source, [0, 1, 2]] = 1
+    lap = laplacian(affinity)
+    found = chebyshev_heat(lap, signals, times, order=order, lmax=2.0)
+    scaled, everything = lap.toarray() - np.eye(n), []
+    for t in times:
+        weights = heat.chebyshev_coefficients(t, 1.0, order)
+        before, now = signals, scaled @ signals
+        total = weights[0] / 2 * before + weights[1] * now
+        for weight in weights[2:]:
+            before, now = now, 2 * scaled @ now - before
+            total = total + weight * now
+        everything.append(total)
+    np.testing.assert_allclose(found, everything, atol=1e-14)
+    distance = np.abs(places[:, None] - np.array([40, 43]))
+    assert (found[..., :2][:, distance > order] == 0).all()
+    assert not chebyshev_heat(lap, np.zeros((n, 2)), times, order=order, lmax=2.0).any()
+
+
+def test_pairs_do_not_depend_on_how_many_are_asked_for_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = np.random.default_rng(5).normal(size=(300, 30))  # distances are alike: the kernel reaches most points
+    search = NeighborSearch(points)
+    plain = neighbor_pairs(search, points, 6, 1.2)
+    monkeypatch.setattr(graphs, "_PILOT", 20)
+    asked = []
+    query = search.query
+    monkeypatch.setattr(search, "query", lambda rows, k: asked.append((len(rows), k)) or query(rows, k))
+    guessed = neighbor_pairs(search, points, 6, 1.2)
+    assert len(np.unique(plain[0] * 300 + plain[1])) == len(plain[0])
+    assert set(zip(*plain[:3], strict=True)) == set(zip(*guessed[:3], strict=True))
+    np.testing.assert_array_equal(plain[3], guessed[3])
+    assert sum(rows for rows, _ in asked if rows > 20) < 1.2 * 300  # all points are searched once
 
 
 def test_float32_columns_have_the_values_of_float64(graph: sp.csr_matrix) -> None:

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 EXACT_POINTS = 1500  # with n_landmarks="auto": up to here all pairs are computed
+LANDMARKS = 256  # with n_landmarks="auto", above that: more of them cost time and hardly change a map in two dimensions
 
 
 class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -88,7 +89,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     mds_weights : weights of pairs in the stress: None, "heat", "inverse" or "gaussian"; of pairs of landmarks,
         where there are.
     mds_weights_argument : exponent of "inverse", width of "gaussian".
-    n_landmarks : "auto" (all pairs up to 1,500 points, then sqrt(n), between 256 and 512), a number, or None:
+    n_landmarks : "auto" (all pairs up to 1,500 points, then 256 landmarks), a number, or None:
         all pairs, whatever the size.
     far_field : "stitch" gives pairs that heat did not reach the shortest path through others; "floor"
         leaves them at the largest distance that `floor` allows.
@@ -333,7 +334,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def _landmark_count(self, n: int) -> int | None:
         if self.n_landmarks == "auto":
-            return None if n <= EXACT_POINTS else int(np.clip(np.sqrt(n), 256, 512))
+            return None if n <= EXACT_POINTS else LANDMARKS
         if self.n_landmarks is None or self.n_landmarks >= n:
             return None
         if self.n_landmarks <= self.n_components:

@@ -112,7 +112,7 @@ class HeatGraph:
         lap, place = self.local_laplacian()
         totals = np.zeros(len(times))
         width = int(np.clip(_BLOCK_NUMBERS // (self.affinity.shape[0] * len(times)), 4, 32))
-        for block in np.array_split(place[columns], -(-len(columns) // width)):
+        for block in np.array_split(np.sort(place[columns]), -(-len(columns) // width)):
             signals = np.zeros((self.affinity.shape[0], len(block)), dtype=self.settings.dtype)
             signals[block, np.arange(len(block))] = 1
             heats = kernels.chebyshev_heat(

@@ -14,6 +14,8 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 
 from diffrep.manifold.neighbors import NeighborSearch
 
+_PILOT = 1_000  # queries from which it is guessed how many neighbours all need
+
 LaplacianKind = Literal["normalized", "combinatorial"]
 Csr: TypeAlias = Any  # scipy.sparse.csr_matrix, which scipy does not type
 
@@ -99,8 +101,10 @@ def neighbor_pairs(
         rows, columns and distances of the pairs, and the bandwidths (q,).
     """
     n = search.points.shape[0]
-    k = min(n, 2 * rank)
     open_rows = np.arange(queries.shape[0])
+    k = min(n, 2 * rank)
+    if len(open_rows) > _PILOT:
+        k = _common_count(search, queries[:: len(open_rows) // _PILOT], k, rank, reach)
     bandwidth = np.zeros(len(open_rows))
     found: list[Any] = []
     while len(open_rows):
@@ -114,6 +118,22 @@ def neighbor_pairs(
         open_rows, k = open_rows[~done], min(n, 4 * k)
     rows, columns, lengths = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return rows, columns, lengths, bandwidth
+
+
+def _common_count(search: NeighborSearch, some: Any, k: int, rank: int, reach: float) -> int:
+    """At least `k`; as many neighbours as nearly all of these queries need, with a little to spare.
+
+    In many dimensions distances are alike and the kernel reaches several times `rank` neighbours: to find that out
+    with all points costs a whole search.
+    """
+    n = search.points.shape[0]
+    while True:
+        distances, _ = search.query(some, k)
+        within = (distances <= reach * distances[:, min(rank, n) - 1, None]).sum(axis=1)
+        most = int(np.quantile(within, 0.98))
+        if most < k or k == n:
+            return min(n, max(k if most == k else most * 5 // 4 + 1, 2 * rank))
+        k = min(n, 4 * k)
 
 
 def _kernel(

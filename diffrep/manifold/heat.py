@@ -106,30 +106,74 @@ def chebyshev_heat(
 def _chebyshev_scipy(
     operator: Csr, signals: Array, coefficients: NDArray[np.float64], progress: Callable[[int], object] | None
 ) -> Array:
-    before, now = signals.copy(), operator @ signals * signals.dtype.type(0.5)
-    factors = coefficients.astype(now.dtype)
+    """The recursion, in each step on the rows alone that the signals have reached by then."""
+    count, terms = coefficients.shape
+    reached = _reached_rows(operator, signals, terms)
+    factors = coefficients.astype(signals.dtype)
     factors[:, 0] /= 2
-    sums = np.stack([c[0] * before + c[1] * now if len(c) > 1 else c[0] * before for c in factors])
+    before, now = signals.copy(), np.zeros_like(signals)
+    if terms > 1:
+        now[reached[1]] = _rows(operator, reached[1]) @ signals * signals.dtype.type(0.5)
+    sums = np.zeros((count, *signals.shape), signals.dtype)
+    for k, term in enumerate((before, now)[:terms]):
+        for c, total in zip(factors[:, k], sums, strict=True):
+            total[reached[k]] += c * term[reached[k]]
     # several times share each term; a few terms are added together, so that the sums are not read for every one
-    together = int(np.clip(_TERM_NUMBERS // signals.size, 1, 8)) if len(factors) > 1 else 1
-    terms, scaled = np.empty((together, *signals.shape), now.dtype), np.empty_like(now)
-    for k in range(2, factors.shape[1]):
-        after = operator @ now
-        after -= before
-        before, now = now, after
-        if together == 1:
-            for c, total in zip(factors, sums, strict=True):
-                np.multiply(now, c[k], out=scaled)
-                total += scaled
+    together = int(np.clip(_TERM_NUMBERS // signals.size, 1, 8)) if count > 1 else 1
+    waiting = np.zeros((together, *signals.shape), signals.dtype) if together > 1 else None
+    for k in range(2, terms):
+        rows = reached[k]
+        after = before[rows]
+        np.subtract(_rows(operator, rows) @ now, after, out=after)
+        before, now = now, before
+        if waiting is None:
+            for c, total in zip(factors[:, k], sums, strict=True):
+                total[rows] += c * now[rows]
         else:
-            waiting = (k - 2) % together
-            terms[waiting] = now
-            if waiting == together - 1 or k == factors.shape[1] - 1:
-                some = factors[:, k - waiting : k + 1]
-                sums.reshape(len(sums), -1)[...] += some @ terms[: waiting + 1].reshape(waiting + 1, -1)
+            place = (k - 2) % together
+            waiting[place, rows] = now[rows]
+            if place == together - 1 or k == terms - 1:
+                some = factors[:, k - place : k + 1]
+                entries = slice(rows.start * signals.shape[1], rows.stop * signals.shape[1])
+                sums.reshape(count, -1)[:, entries] += some @ waiting.reshape(together, -1)[: place + 1, entries]
         if progress is not None:
             progress(1)
     return sums
+
+
+def _reached_rows(operator: Csr, signals: Array, terms: int) -> list[slice]:
+    """For each of T_0..T_(terms - 1), a slice of rows outside of which its product with the signals is zero.
+
+    Where neighbours are close in memory it grows by one layer of neighbours with each term; on a random order it is
+    everything at once.
+    """
+    n = operator.shape[0]
+    rows = np.flatnonzero(signals.any(axis=1))
+    if not len(rows):
+        return [slice(0, 0)] * terms
+    own, filled = np.arange(n), np.flatnonzero(np.diff(operator.indptr))
+    lowest, highest = own.copy(), own.copy()
+    starts = operator.indptr[filled]
+    lowest[filled] = np.minimum(own[filled], np.minimum.reduceat(operator.indices, starts))
+    highest[filled] = np.maximum(own[filled], np.maximum.reduceat(operator.indices, starts))
+    lowest = np.minimum.accumulate(lowest[::-1])[::-1]  # of this row and all behind it
+    highest = np.maximum.accumulate(highest)  # of this row and all before it
+    low, high = int(rows[0]), int(rows[-1])
+    reached = [slice(low, high + 1)]
+    for _ in range(terms - 1):
+        low, high = int(lowest[low]), int(highest[high])
+        reached.append(slice(low, high + 1))
+    return reached
+
+
+def _rows(matrix: Csr, rows: slice) -> Csr:
+    """Some rows of a matrix, without copying their numbers."""
+    if rows == slice(0, matrix.shape[0]):
+        return matrix
+    pointers = matrix.indptr[rows.start : rows.stop + 1]
+    part = slice(pointers[0], pointers[-1])
+    shape = rows.stop - rows.start, matrix.shape[1]
+    return sp.csr_matrix((matrix.data[part], matrix.indices[part], pointers - pointers[0]), shape=shape, copy=False)
 
 
 def _chebyshev_torch(

@@ -205,9 +205,10 @@ def column_blocks(
     """
     n = len(place)
     columns = np.empty((n, len(landmarks)), dtype=dtype)
+    order = np.argsort(place[landmarks], kind="stable")  # a block's landmarks lie together, so heat has few rows to go
     for start in range(0, len(landmarks), width):
-        block = landmarks[start : start + width]
+        block = order[start : start + width]
         signals = np.zeros((n, len(block)), dtype=dtype)
-        signals[place[block], np.arange(len(block))] = 1
-        columns[:, start : start + len(block)] = apply(signals)[place]
+        signals[place[landmarks[block]], np.arange(len(block))] = 1
+        columns[:, block] = apply(signals)[place]
     return columns

@@ -22,7 +22,15 @@ from diffrep.synthesis.grids import EmbeddingGrid, GridError
 from diffrep.synthesis.model import About
 from diffrep.synthesis.noise import KeyedNoise, Noise
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
-from diffrep.synthesis.windows import DecodeWeighting, Sweep, Weighting, WindowPlan, between_cells, told_windows, window_weights
+from diffrep.synthesis.windows import (
+    DecodeWeighting,
+    Sweep,
+    Weighting,
+    WindowPlan,
+    between_cells,
+    told_windows,
+    window_weights,
+)
 
 SchedulerName = Literal[
     "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
