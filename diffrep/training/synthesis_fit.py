@@ -37,9 +37,9 @@ class SynthesisTraining:
     flips: Flips = "none"  # mirrored patches with the unmirrored patch's embedding
     held_out: int = 256  # patches that the condition is checked on and nothing is trained on
     batch_size: int = 32
-    guidance: float = 4.0  # scale that is written into the model's record
+    guidance: float = 6.0  # scale that is written into the model's record
     fit: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=20000, minutes=62, learning_rate=1e-3, seed=8)
+        default_factory=lambda: FitSettings(steps=20000, minutes=135, learning_rate=1e-3, seed=8)
     )
 
     def __post_init__(self) -> None:
