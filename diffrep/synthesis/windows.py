@@ -18,7 +18,7 @@ Block = tuple[int, np.ndarray]
 
 LINES = 32  # that are finished together: what is temporary has to fit into memory for the widest of canvases
 HANN_FLOOR = 1e-3  # so that what only the border of one window covers is covered at all
-BETWEEN = 0.05  # weight, for each axis, of windows between cells in the weighting "cells"
+BETWEEN = 0.1  # weight, for each axis, of windows between cells in the weighting "cells"
 
 
 @dataclass(frozen=True)
