@@ -71,8 +71,8 @@ class SynthesisSettings:
     guidance: float | None = None  # null + guidance * (conditional - null); 1: none; the model's own where left out
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
-    # of a window's predictions where windows overlap: uniform is the published average, hann smooth; with cells,
-    # windows between cells, whose embeddings would be mixed, count little and are told no embedding
+    # of a window's predictions where windows overlap: uniform is the published average; hann lets cells flow into each
+    # other; with cells each keeps to its embedding: windows between them count little and are told none
     weights: Weighting = "cells"
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
     decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
