@@ -121,7 +121,7 @@ def neighbor_pairs(
 
 
 def _common_count(search: NeighborSearch, some: Any, k: int, rank: int, reach: float) -> int:
-    """At least `k`; as many neighbours as nearly all of these queries need, with a little to spare.
+    """As many neighbours as nearly all of these queries need, with a little to spare; `k` are tried first.
 
     In many dimensions distances are alike and the kernel reaches several times `rank` neighbours: to find that out
     with all points costs a whole search.
@@ -131,8 +131,10 @@ def _common_count(search: NeighborSearch, some: Any, k: int, rank: int, reach: f
         distances, _ = search.query(some, k)
         within = (distances <= reach * distances[:, min(rank, n) - 1, None]).sum(axis=1)
         most = int(np.quantile(within, 0.98))
-        if most < k or k == n:
-            return min(n, max(k if most == k else most * 5 // 4 + 1, 2 * rank))
+        if most < k:
+            return min(n, max(most * 5 // 4 + 1, 2 * rank))
+        if k == n:
+            return n
         k = min(n, 4 * k)
 
 

@@ -19,21 +19,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.backbones import Backbone, Conditions, PixelDiffusion, draw_noise, load_backbone
+from diffrep.backbones import Backbone, Conditions, PixelDiffusion, draw_noise
 from diffrep.backbones.latents import LatentBackbone
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input
 from diffrep.heads.probes.feedback import DifFeed
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.one_backbone import OneBackbone
+from diffrep.heads.probes.one_backbone import OneBackbone, check_weights_of, load_recorded
 from diffrep.heads.probes.probe import Prediction, batches_of
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.scores import Scores, score
 from diffrep.heads.probes.splits import Split
 from diffrep.images import ImageLike, decode_image, fit_image, load_image, stack_pixels
 from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import extract_config, provenance, weights_sha256
+from diffrep.store.provenance import extract_config, provenance
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-diffeed", 1
@@ -104,8 +104,7 @@ class FeedbackProbe(OneBackbone):
             ValueError: no image is given, or the backbone is not the one it was trained on.
         """
         backbone = backbone or self.load_own(device)
-        if weights_sha256(backbone) != self.features["weights_sha256"]:
-            raise ValueError(f"the probe was trained on {self.backbone}; {backbone.name} has other weights")
+        self.check(backbone)
         config = extract_config(self.features)
         assert config.sizing is not None  # resolved when it was trained
         logits = []
@@ -132,9 +131,8 @@ def load_feedback_probe(folder: str | Path, backbone: Backbone | None = None) ->
         blocks = None if values["blocks"] is None else tuple(values["blocks"])
         settings = FeedbackSettings(**{**values, "blocks": blocks, "recipe": Recipe(**values["recipe"])})
         features = document["features"]
-        backbone = backbone or load_backbone(features["backbone"], dtype=getattr(torch, features["dtype"]))
-        if weights_sha256(backbone) != features["weights_sha256"]:  # its channels may differ
-            raise ValueError(f"the probe was trained on {features['backbone']}; {backbone.name} has other weights")
+        backbone = backbone or load_recorded(features["backbone"], features)
+        check_weights_of(features["backbone"], features, backbone)  # its channels may differ
         model = _model(backbone, settings, len(document["classes"]), document["map_size"])
         model.load_state_dict(load_file(folder / _WEIGHTS))
     except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:

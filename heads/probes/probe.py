@@ -14,13 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones import Backbone
 from diffrep.heads.probes.cells import Cell, Reading, read_cells
 from diffrep.heads.probes.fitting import softmax
 from diffrep.heads.probes.layouts import FeatureHead, Layout
+from diffrep.heads.probes.one_backbone import check_weights_of, load_recorded
 from diffrep.images import ImageLike, fit_image, load_image
 from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import difference, extract_config, provenance, weights_sha256
+from diffrep.store.provenance import difference, extract_config, provenance
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-probe", 1
@@ -86,10 +87,7 @@ class Probe:
 
     def load_backbones(self, device: str = "cpu") -> dict[str, Backbone]:
         """The backbones that it was trained on, in the precision that it was trained with."""
-        return {
-            name: load_backbone(name, device=device, dtype=getattr(torch, values["dtype"]))
-            for name, values in self.features.items()
-        }
+        return {name: load_recorded(name, values, device) for name, values in self.features.items()}
 
     def check(self, backbone: Backbone, name: str) -> None:
         """Refuse a backbone that is not the one the probe was trained on.
@@ -98,8 +96,7 @@ class Probe:
             ValueError: its weights or its precision differ; the message names the first difference.
         """
         kept = self.features[name]
-        if weights_sha256(backbone) != kept["weights_sha256"]:
-            raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
+        check_weights_of(name, kept, backbone)
         given = provenance(backbone, self._reading(name).extract)
         if found := difference(kept, given, ignore=_NOT_COMPARED):
             raise ValueError(f"the probe was trained on {name}, this backbone is another ({found})")
