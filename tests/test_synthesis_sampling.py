@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from diffrep.synthesis import EmbeddingGrid, GridError, SynthesisSettings, denoise_canvas, synthesize, synthesize_file
 from diffrep.synthesis.canvas import Lines, Run
@@ -23,15 +24,7 @@ from diffrep.synthesis.large import grid_shape, paint
 from diffrep.synthesis.noise import GivenNoise, KeyedNoise
 from diffrep.synthesis.sampler import predict
 from diffrep.synthesis.schedulers import SCHEDULERS, build_scheduler
-from diffrep.synthesis.windows import (
-    BETWEEN,
-    Sweep,
-    Weighting,
-    WindowPlan,
-    between_cells,
-    told_windows,
-    window_weights,
-)
+from diffrep.synthesis.windows import ALIKE, BETWEEN, Sweep, Weighting, WindowPlan, window_shares, window_weights
 
 from .synthetic_painter import Painter
 
@@ -66,17 +59,17 @@ def test_windows_cover_every_canvas() -> None:
 @pytest.mark.parametrize("stride", [4, 5])
 def test_sweep_is_the_weighted_average(weighting: Weighting, stride: int) -> None:
     plan, weights = WindowPlan((19, 13), 8, stride), window_weights(weighting, 8)
-    less = BETWEEN if (weighting, stride) == ("cells", 4) else 1.0  # at a stride of 5 few cells have their own window
-    values = np.random.default_rng(0).normal(size=(len(plan), 2, 8, 8)).astype(np.float32)
+    draws = np.random.default_rng(0)
+    values = draws.normal(size=(len(plan), 2, 8, 8)).astype(np.float32)
+    factors = draws.uniform(0.1, 1, len(plan))
     sums, totals = np.zeros((2, 19, 13)), np.zeros((19, 13))
-    sweep, found = Sweep(plan, weights, 2, between=between_cells(weighting, plan)), []
+    sweep, found = Sweep(plan, weights, 2), []
     places = [(r, c) for r in range(len(plan.rows)) for c in range(len(plan.columns))]
-    for value, (row, column) in zip(values, places, strict=True):
+    for value, factor, (row, column) in zip(values, factors, places, strict=True):
         i, j = plan.rows[row], plan.columns[column]
-        weight = weights.numpy() * (less if i % 8 else 1) * (less if j % 8 else 1)
-        sums[:, i : i + 8, j : j + 8] += weight * value
-        totals[i : i + 8, j : j + 8] += weight
-        found += sweep.add(row, column, value)
+        sums[:, i : i + 8, j : j + 8] += factor * weights.numpy() * value
+        totals[i : i + 8, j : j + 8] += factor * weights.numpy()
+        found += sweep.add(row, column, value, factor)
     found += list(sweep.end_row())
     starts = [start for start, _ in found]
     assert starts == sorted(starts)
@@ -84,27 +77,67 @@ def test_sweep_is_the_weighted_average(weighting: Weighting, stride: int) -> Non
     np.testing.assert_allclose(np.concatenate([v for _, v in found]).swapaxes(0, 1), sums / totals, atol=2e-5)
 
 
-def test_windows_between_cells_are_told_nothing() -> None:
-    rows, columns = told_windows("cells", WindowPlan((16, 20), 8, 4))
-    assert rows == [True, False, True]
-    assert columns == [True, False, True, True]  # the canvas ends within the third cell: 12..20 is all that it has
+def shares_of(plan: WindowPlan, grid: EmbeddingGrid, weighting: Weighting = "cells") -> tuple[np.ndarray, np.ndarray]:
+    """Weight and guidance of every window, (rows, columns)."""
+    corners = torch.tensor([(row, column) for row in plan.rows for column in plan.columns])
+    weight, told = window_shares(weighting, plan, corners, grid, unrelated=0.6)
+    shape = len(plan.rows), len(plan.columns)
+    return weight.reshape(shape).numpy(), told.reshape(shape).numpy()
+
+
+def test_windows_between_unrelated_cells_close_the_border_and_are_told_nothing() -> None:
+    plan, grid = WindowPlan((16, 20), 8, 4), EmbeddingGrid(torch.eye(6).unflatten(0, (2, 3)))
+    weight, told = shares_of(plan, grid)
+    assert plan.columns == (0, 4, 8, 12)
+    less, both = BETWEEN, BETWEEN**2
+    np.testing.assert_allclose(weight, [[1, less, 1, less], [less, both, less, both], [1, less, 1, less]], rtol=1e-6)
+    # the canvas ends within the third cell: 12..20 is all that it has
+    assert told.tolist() == [[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
+
+
+def test_windows_between_alike_cells_are_like_those_of_cells() -> None:
+    plan = WindowPlan((16, 24), 8, 4)
     for weighting, stride in (("hann", 4), ("uniform", 4), ("cells", 5)):
-        assert all(all(axis) for axis in told_windows(weighting, WindowPlan((16, 20), 8, stride)))
+        shares = shares_of(WindowPlan((16, 24), 8, stride), EmbeddingGrid(torch.eye(6).unflatten(0, (2, 3))), weighting)
+        assert all((share == 1).all() for share in shares)
+    values = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]).repeat(2, 1).unflatten(0, (2, 3))
+    weight, told = shares_of(plan, EmbeddingGrid(values))
+    assert (weight[:, :3] == 1).all()  # the first two columns of cells agree
+    assert (told[:, :3] == 1).all()
+    np.testing.assert_allclose(weight[:, 3], [BETWEEN, BETWEEN**2, BETWEEN], rtol=1e-6)
+    middle = 0.6 + ALIKE * 0.4 / 2
+    half = EmbeddingGrid(torch.tensor([[[1.0, 0.0], [middle, (1 - middle**2) ** 0.5]]]))
+    weight, told = shares_of(WindowPlan((8, 16), 8, 4), half)
+    np.testing.assert_allclose(told, [[1, 0.5, 1]], atol=1e-6)
+    np.testing.assert_allclose(weight, [[1, (1 + BETWEEN) / 2, 1]], atol=1e-6)
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_what_is_not_told_is_predicted_under_the_null_condition(guidance: float) -> None:
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
+def test_guidance_is_as_strong_as_windows_are_told(guidance: float) -> None:
     model, settings = Painter(), SynthesisSettings(guidance=guidance)
     latents, embeddings = torch.randn(4, 3, 8, 8), torch.randn(4, 6)
-    time, told = torch.tensor(500), torch.tensor([True, False, False, True])
-    conditional = model(latents, time, model.context(embeddings))
-    null = model(latents, time, model.null_context(4))
-    guided = null + guidance * (conditional - null)
+    time, told = torch.tensor(500), torch.tensor([1.0, 0.0, 0.25, 1 / 3])
+    null, conditional = model(latents, time, model.null_context(4)), model(latents, time, model.context(embeddings))
+    scale = guidance * told[:, None, None, None]
     found = predict(model, latents, time, [embeddings], settings, told=told)
-    torch.testing.assert_close(found, torch.where(told[:, None, None, None], guided, null))
-    torch.testing.assert_close(predict(model, latents, time, [embeddings], settings), guided)
-    nothing = predict(model, latents, time, [embeddings], settings, told=torch.zeros(4, dtype=torch.bool))
-    torch.testing.assert_close(nothing, null)
+    torch.testing.assert_close(found, null + scale * (conditional - null))
+    everything = predict(model, latents, time, [embeddings], settings)
+    torch.testing.assert_close(everything, null + guidance * (conditional - null))
+
+
+def test_a_prediction_that_cancels_is_not_made() -> None:
+    sizes: list[int] = []
+
+    class Counting(Painter):
+        def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+            sizes.append(len(latents))
+            return super().__call__(latents, timesteps, context)
+
+    for guidance, told, expected in ((3.0, [1, 0, 0.5, 1 / 3], 3 + 3), (1.0, [1, 1, 1, 1], 4), (0.0, [1, 1, 1, 1], 4)):
+        settings = SynthesisSettings(guidance=guidance)
+        predict(Counting(), torch.randn(4, 3, 8, 8), torch.tensor(5), [torch.randn(4, 6)], settings,
+                told=torch.tensor(told))  # fmt: skip
+        assert sizes.pop() == expected
 
 
 def test_every_visible_cell_is_painted_by_its_embedding() -> None:
@@ -304,6 +337,13 @@ def test_grids_are_checked() -> None:
     values[0, 1, 3] = float("nan")
     with pytest.raises(GridError, match=r"cell \(0, 1\) has NaN"):
         EmbeddingGrid(values)
+
+
+def test_cells_that_a_window_touches_agree_as_their_embeddings_do() -> None:
+    values = torch.tensor([[[3.0, 0.0], [1.0, 1.0]], [[0.0, 2.0], [-1.0, 0.0]]])
+    offsets = torch.tensor([[0, 0], [0, 3], [5, 0], [8, 4], [4, 4], [0, 8], [8, 12]])
+    expected = torch.tensor([1, 0.5**0.5, 0, 0, -1, 1, 1])  # beyond the border the last cell goes on
+    torch.testing.assert_close(EmbeddingGrid(values).agreement(offsets, 8), expected)
 
 
 def test_grid_between_cells() -> None:

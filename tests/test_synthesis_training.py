@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.scenes import SceneSet, render_set
-from diffrep.synthesis import ConditionEmbedder, SynthesisModel, load_synthesis
+from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.conditions import ImageEncoder
+from diffrep.training.decoder import relative_steps, smooth_decoder
 from diffrep.training.loop import FitSettings, fit
 from diffrep.training.synthesis import Objective, draw_perturbation, synthesis_loss
 from diffrep.training.synthesis_data import EncodedPatches, ImagePatches, ScenePatches, encode_patches, patch_batches
@@ -22,6 +23,7 @@ from diffrep.training.synthesis_fit import (
     build_model,
     condition_check,
     train_synthesis,
+    unrelated_cosine,
     whiten_tokens,
 )
 
@@ -41,7 +43,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneSet:
     return render_set(tmp_path_factory.mktemp("scenes"), "train", 14, workers=1, progress=False)
 
 
-def small_model(prediction: str = "v_prediction") -> SynthesisModel:
+def small_model(prediction: str = "v_prediction", *, channels: tuple[int, ...] = (8,)) -> SynthesisModel:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -50,7 +52,10 @@ def small_model(prediction: str = "v_prediction") -> SynthesisModel:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
     )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=2, norm_num_groups=2)
+    vae = AutoencoderKL(
+        block_out_channels=channels, latent_channels=2, norm_num_groups=2, layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
+    )  # fmt: skip
     scheduler = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction}
     return SynthesisModel(unet, ConditionEmbedder([4], 8), vae, scheduler)
 
@@ -113,6 +118,59 @@ def test_the_network_learns_to_listen_to_its_condition(tmp_path: Path) -> None:
     found = condition_check(held_out)(trained, 0)
     assert found["own"] < 0.8 * found["other"]
     assert found["own"] < found["null"]
+
+
+def test_unrelated_embeddings_are_told_by_their_cosine() -> None:
+    assert unrelated_cosine(draw(2000, 400)) == pytest.approx(1.645 / 400**0.5, abs=0.01)  # normal, 95th percentile
+    assert unrelated_cosine(torch.ones(50, 4)) == 0.99
+
+
+# -- the decoder --------------------------------------------------------------------------------------------
+
+
+def test_steps_are_compared_within_a_period() -> None:
+    even = relative_steps(draw(64, 3, 16, 24), 4)
+    torch.testing.assert_close(even, torch.ones(2, 4), atol=0.05, rtol=0)
+    blocks = draw(64, 3, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(relative_steps(blocks, 4), torch.tensor([[0.0, 0, 0, 4]] * 2))
+    assert relative_steps(torch.zeros(1, 3, 8, 8), 4).isfinite().all()
+
+
+def test_the_decoder_alone_learns_to_draw_no_grid(scenes: SceneSet, tmp_path: Path) -> None:
+    model, patches = small_model(channels=(8, 8, 8)), ScenePatches(scenes)
+    assert model.factor == 4
+    before = {name: value.clone() for name, value in model.autoencoder.state_dict().items()}
+    images = patches.draw([i % len(patches) for i in range(64)], 32, generator(5))
+    latents = model.encode(images)
+
+    def measured() -> tuple[float, float]:
+        painted = model.decode(latents)
+        wanted = relative_steps(images, 4)
+        return float((relative_steps(painted, 4) - wanted).abs().mean()), float((painted - images).square().mean())
+
+    grid, error = measured()
+    settings = FitSettings(steps=80, learning_rate=5e-3, warmup=5, weight_decay=0.0, ema_decay=0.9, bf16=False)
+    smooth_decoder(model, patches, tmp_path, settings, progress=False)
+    for name, value in model.autoencoder.state_dict().items():
+        assert name.startswith(("decoder.", "post_quant_conv.")) or torch.equal(value, before[name])
+    smoother, better = measured()
+    assert smoother < 0.5 * grid
+    assert better < 0.9 * error
+    assert not any(p.requires_grad for p in model.autoencoder.parameters())
+
+
+def test_a_smoothed_decoder_is_kept_with_the_model(scenes: SceneSet, tmp_path: Path) -> None:
+    from diffrep.commands.train_synthesis import write_model
+
+    training, patches = SynthesisTraining(fit=SHORT, batch_size=2, held_out=4, smooth=0.01), ScenePatches(scenes)
+    model = train_synthesis(training, patches, tmp_path / "run", progress=False)
+    assert model.about.autoencoder is None
+    write_model(tmp_path / "model", model, training, patches, tmp_path / "run")
+    loaded, latents = load_synthesis(tmp_path / "model"), draw(1, 8, 16, 16)
+    torch.testing.assert_close(loaded.decode(latents), model.decode(latents), atol=2e-2, rtol=0)
+    assert not torch.equal(load_synthesis().decode(latents), loaded.decode(latents))
+    with pytest.raises(ValueError, match="smooth must be 0 minutes or more"):
+        SynthesisTraining(smooth=-1)
 
 
 # -- patches ------------------------------------------------------------------------------------------------
@@ -178,6 +236,7 @@ def test_a_run_is_written_and_trained_on(scenes: SceneSet, tmp_path: Path) -> No
     loaded = load_synthesis(tmp_path / "model")
     assert loaded.about.encoder == "tiny-dino"
     assert loaded.about.pooling == "mean"
+    assert loaded.about.unrelated == model.about.unrelated != About().unrelated
     assert sum(p.numel() for p in loaded.unet.parameters()) < 3.3e6
     assert sum(f.stat().st_size for f in (tmp_path / "model").rglob("*") if f.is_file()) < 7 * 2**20
     for name, value in loaded.unet.state_dict().items():

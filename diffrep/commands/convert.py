@@ -28,6 +28,7 @@ class Convert:
     encoder: str | None = None  # backbone that made the embeddings, to be remembered
     pooling: Literal["class", "mean"] = "class"  # how its tokens become one embedding
     guidance: float = 4.0  # scale to be remembered; the published sampler's 3 is 4
+    unrelated: float = 0.6  # cosine up to which the encoder's embeddings are unrelated, to be remembered
     pixel_size: float | None = None  # micrometres a pixel, to be remembered
 
     def run(self) -> None:
@@ -41,8 +42,9 @@ class Convert:
             checkpoint, config = self.source, self.config
         config = self.config or config
         about = About(
-            encoder=self.encoder, pooling=self.pooling, guidance=self.guidance, pixel_size=self.pixel_size
-        )
+            encoder=self.encoder, pooling=self.pooling, guidance=self.guidance, unrelated=self.unrelated,
+            pixel_size=self.pixel_size,
+        )  # fmt: skip
         model = convert_official(
             read_checkpoint(checkpoint), read_config(config), groups=self.groups, ema=self.ema, about=about
         )

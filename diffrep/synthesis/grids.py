@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NEARLY_PARALLEL = 0.9995  # |cosine| above which the official code interpolates linearly
@@ -67,6 +69,27 @@ class EmbeddingGrid:
         Returns:
             (N, D).
         """
+        (upper, lower), (down, across) = self._around(offsets, cell)
+        return slerp(down, slerp(across, *upper), slerp(across, *lower))
+
+    def agreement(self, offsets: Tensor, cell: int | Sequence[int]) -> Tensor:
+        """The smallest cosine between the embeddings of two cells that a window touches; see `at`.
+
+        Returns:
+            (N,); 1 for a window that touches a single cell.
+        """
+        corners, parts = self._around(offsets, cell)
+        down, across = (part > 0 for part in parts)
+        flat = [[F.normalize(cells, dim=1) for cells in row] for row in corners]
+        found = torch.ones(len(offsets))
+        for one, other in itertools.combinations(itertools.product((0, 1), (0, 1)), 2):
+            cosine = (flat[one[0]][one[1]] * flat[other[0]][other[1]]).sum(1)
+            touched = (down | (one[0] + other[0] == 0)) & (across | (one[1] + other[1] == 0))
+            found = torch.where(touched, torch.minimum(found, cosine), found)
+        return found
+
+    def _around(self, offsets: Tensor, cell: int | Sequence[int]) -> tuple[list[list[Tensor]], tuple[Tensor, Tensor]]:
+        """The four cells around each corner, upper and lower, left and right, and how far down and across it lies."""
         rows, columns = self.shape
         height, width = (cell, cell) if isinstance(cell, int) else cell
         place = offsets.double() / torch.tensor([height, width], dtype=torch.float64)
@@ -74,10 +97,7 @@ class EmbeddingGrid:
         r0, c0 = corner[:, 0].clamp(0, rows - 1), corner[:, 1].clamp(0, columns - 1)
         r1, c1 = (r0 + 1).clamp(max=rows - 1), (c0 + 1).clamp(max=columns - 1)
         down, across = (place - corner).clamp(0, 1).float().unbind(1)
-        grid = self.embeddings
-        upper = slerp(across, grid[r0, c0], grid[r0, c1])
-        lower = slerp(across, grid[r1, c0], grid[r1, c1])
-        return slerp(down, upper, lower)
+        return [[self.embeddings[r, c0], self.embeddings[r, c1]] for r in (r0, r1)], (down, across)
 
     def resized(self, shape: tuple[int, int]) -> EmbeddingGrid:
         """The grid brought to (rows, columns): cell centres are laid over each other, values between interpolated."""

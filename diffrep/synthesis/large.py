@@ -89,6 +89,7 @@ def synthesize_file(
         "size": list(size),
         "grid": grid.checksum(),
         "model": model.checksum(),
+        "record": asdict(model.about),
         "diffrep": diffrep.__version__,
     }
     run = Run(work, identity)

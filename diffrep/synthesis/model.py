@@ -37,6 +37,8 @@ class About:
         encoder: backbone that made the embeddings, as `load_backbone` knows it; None: unknown.
         pooling: how the encoder's tokens become one embedding: "class" or "mean" (of the patches).
         guidance: scale that suits the model.
+        unrelated: cosine that 19 of 20 pairs of unrelated patches' embeddings stay under; above it cells of a large
+            picture flow into each other.
         pixel_size: micrometres a pixel, of the images it was trained on; None: not a length.
     """
 
@@ -44,7 +46,12 @@ class About:
     encoder: str | None = None
     pooling: str = "class"
     guidance: float = 2.0
+    unrelated: float = 0.6
     pixel_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.unrelated < 1:
+            raise ValueError(f"unrelated must be a cosine under 1, got {self.unrelated}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> About:

@@ -27,8 +27,7 @@ from diffrep.synthesis.windows import (
     Sweep,
     Weighting,
     WindowPlan,
-    between_cells,
-    told_windows,
+    window_shares,
     window_weights,
 )
 
@@ -72,7 +71,7 @@ class SynthesisSettings:
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
     # of a window's predictions where windows overlap: uniform is the published average; hann lets cells flow into each
-    # other; with cells each keeps to its embedding: windows between them count little and are told none
+    # other; with cells they only do where they are alike: windows between others count little and are told none
     weights: Weighting = "cells"
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
     decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
@@ -115,28 +114,23 @@ def predict(
     Args:
         latents: (B, c, h, w), as the scheduler scales them.
         embeddings: (B, dim) for each token, raw.
-        told: (B,) bool, which windows are told their embedding; the others get the prediction under the null
-            condition, which takes half the work. All where left out.
+        told: (B,) in 0..1, how strongly each window is told its embedding: factor of the guidance. Where that leaves
+            a scale of 0 or 1, the window passes the network once instead of twice. All 1 where left out.
 
     Returns:
         (B, c, h, w) float32 on the CPU.
     """
-    told = torch.ones(len(latents), dtype=torch.bool) if told is None else told
-    context = model.context(*(e[told].to(model.device, model.dtype) for e in embeddings))
-    latents = latents.to(model.device, model.dtype)
-    time = (timestep.float() + settings.timestep_shift).to(model.device)
     guidance = model.about.guidance if settings.guidance is None else settings.guidance
-    # with a scale of 1 the null prediction cancels where there is another
-    null = ~told if guidance == 1 else torch.ones_like(told)
-    both = torch.cat([latents[told.to(latents.device)], latents[null.to(latents.device)]])
+    scale = guidance * (torch.ones(len(latents)) if told is None else told)
+    conditional, null = scale != 0, scale != 1  # which of the two predictions are needed
+    context = model.context(*(e[conditional].to(model.device, model.dtype) for e in embeddings))
     contexts = torch.cat([context, model.null_context(int(null.sum()))])
+    both = torch.cat([latents[conditional], latents[null]]).to(model.device, model.dtype)
+    time = (timestep.float() + settings.timestep_shift).to(model.device)
     found = model(both, time, contexts).float().cpu()
-    predicted = torch.empty(latents.shape)
-    predicted[null], conditional = found[len(context) :], found[: len(context)]
-    if guidance == 1:
-        predicted[told] = conditional
-    else:
-        predicted[told] += guidance * (conditional - predicted[told])
+    predicted = torch.zeros(latents.shape)
+    predicted[null] = found[len(context) :] * (1 - scale[null])[:, None, None, None]
+    predicted[conditional] += found[: len(context)] * scale[conditional][:, None, None, None]
     return predicted
 
 
@@ -252,8 +246,7 @@ def _denoise_step(
     old, new = run.lines(f"{now}-canvas", shape), run.lines(f"{after}-canvas", shape)
     kept_names = stepper.kept
     weights = window_weights(settings.weights, plan.window)
-    sweep = Sweep(plan, weights, model.channels, between=between_cells(settings.weights, plan))
-    told_rows, told_columns = told_windows(settings.weights, plan)
+    sweep = Sweep(plan, weights, model.channels)
     first_row = run.position.row
     if run.carry is not None:
         sweep.resume(first_row, run.carry)
@@ -284,11 +277,13 @@ def _denoise_step(
             part = places[start : start + count]
             corners = [(plan.rows[row], plan.columns[column]) for row, column in part]
             windows = torch.stack([lines[:, i - top : i - top + plan.window, j : j + plan.window] for i, j in corners])
-            embeddings = grid.at(torch.tensor(corners), model.window)
-            told = torch.tensor([told_rows[row] and told_columns[column] for row, column in part])
+            places_of = torch.tensor(corners)
+            embeddings = grid.at(places_of, model.window)
+            unrelated = model.about.unrelated
+            shares, told = window_shares(settings.weights, plan, places_of, grid, unrelated=unrelated)
             found = predict(model, stepper.scale(windows), stepper.timestep, [embeddings], settings, told=told)
-            for (row, column), value in zip(part, found.numpy(), strict=True):
-                for ready in sweep.add(row, column, value):
+            for (row, column), share, value in zip(part, shares.tolist(), found.numpy(), strict=True):
+                for ready in sweep.add(row, column, value, share):
                     finish(*ready)
             bar.update(len(part))
         for ready in sweep.end_row():

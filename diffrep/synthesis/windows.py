@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffrep.synthesis.grids import EmbeddingGrid
+
 Weighting = Literal["cells", "hann", "gaussian", "uniform"]
 DecodeWeighting = Literal["hann", "official"]
 
@@ -18,7 +20,8 @@ Block = tuple[int, np.ndarray]
 
 LINES = 32  # that are finished together: what is temporary has to fit into memory for the widest of canvases
 HANN_FLOOR = 1e-3  # so that what only the border of one window covers is covered at all
-BETWEEN = 0.1  # weight, for each axis, of windows between cells in the weighting "cells"
+BETWEEN = 0.1  # weight, for each axis, of windows between unrelated cells in the weighting "cells"
+ALIKE = 0.75  # of the way from the cosine of unrelated embeddings to 1, cells are wholly alike
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def window_weights(weighting: Weighting, window: int) -> Tensor:
 
     ``uniform`` is the official average (and MultiDiffusion's); ``hann`` a raised cosine, by which seams vanish at half
     overlap; ``gaussian`` that of Mixture of Diffusers: variance 0.01 in units of the side. ``cells`` is ``hann`` for
-    one window; see `between_cells`.
+    one window; see `window_shares`.
     """
     places = torch.arange(window, dtype=torch.float64)
     if weighting == "uniform":
@@ -86,32 +89,36 @@ def window_weights(weighting: Weighting, window: int) -> Tensor:
     return torch.outer(profile, profile).float()
 
 
-def between_cells(weighting: Weighting, plan: WindowPlan) -> float:
-    """Factor, for each axis, of the weights of windows that do not begin at a cell.
+def window_shares(
+    weighting: Weighting, plan: WindowPlan, corners: Tensor, grid: EmbeddingGrid, *, unrelated: float
+) -> tuple[Tensor, Tensor]:
+    """How much windows count where they overlap with others, and how strongly they are told their embedding.
 
-    At half overlap a cell's own window makes a quarter of it, the windows around it, whose embeddings are mixed with
-    the neighbours', the rest: little is left of what a cell was to be. With this factor the windows between cells only
-    close the borders, which are as smooth but narrower.
-    """
-    return BETWEEN if _by_cells(weighting, plan) else 1.0
+    All count and are told fully but with ``cells``. There a window between cells does so only as far as its cells are
+    alike (`EmbeddingGrid.agreement`). What lies between the embeddings of unrelated cells describes nothing that
+    belongs there: guidance to it strews small objects along the borders, and at half overlap a cell's own window makes
+    only a quarter of the cell. Between unrelated cells the windows are therefore told nothing and only close the
+    borders, with a weight of `BETWEEN` for each axis. Between alike cells, as of one continuous picture, it is the
+    other way round: a window that is told nothing paints whatever it likes, and is told what lies on both sides.
 
+    Where a canvas ends within a cell, the last windows, which are flush with its end, are all that the cell has, and
+    are told.
 
-def told_windows(weighting: Weighting, plan: WindowPlan) -> tuple[list[bool], list[bool]]:
-    """Rows and columns of windows that are told their embedding; a window is told it where both are.
+    Args:
+        corners: (N, 2) of windows of the plan, row and column.
+        unrelated: cosine up to which embeddings are unrelated; from `ALIKE` of the way from there to 1 on, they are
+            wholly alike.
 
-    With ``cells`` windows between cells are told nothing. What lies between the embeddings of unrelated cells
-    describes nothing that belongs there, and guidance to it strews small objects along the borders: of pictures of
-    4 x 4 unrelated scenes, two thirds of the cells were nearest to their own embedding when they were embedded again,
-    nine of ten without it (tiny-synthesis). Where a canvas ends within a cell, the last windows, which are flush with
-    its end, are all that the cell has, and are told.
+    Returns:
+        (N,) factors of the weights, and (N,) of guidance, each in 0..1.
     """
     if not _by_cells(weighting, plan):
-        return [True] * len(plan.rows), [True] * len(plan.columns)
-    rows, columns = (
-        [start % plan.window == 0 or start + plan.window == side for start in starts]
-        for starts, side in zip((plan.rows, plan.columns), plan.size, strict=True)
-    )
-    return rows, columns
+        return torch.ones(len(corners)), torch.ones(len(corners))
+    alike = ((grid.agreement(corners, plan.window) - unrelated) / (ALIKE * (1 - unrelated))).clamp(0, 1)
+    between = corners % plan.window != 0
+    weight = torch.where(between, BETWEEN + (1 - BETWEEN) * alike[:, None], 1.0).prod(1)
+    last = corners + plan.window == torch.tensor(plan.size)
+    return weight, torch.where((between & ~last).any(1), alike, 1.0)
 
 
 def _by_cells(weighting: Weighting, plan: WindowPlan) -> bool:
@@ -129,10 +136,9 @@ class Sweep:
     """Averages windows that come row by row; gives lines as soon as no later window touches them.
 
     Args:
-        weights: (window, window) of the values of a window, an outer product of two profiles.
+        weights: (window, window) of the values of a window.
         channels: of the values.
         strip: (first, behind the last) column of the canvas that is wanted; all where left out.
-        between: factor, for each axis, of the weights of windows that do not begin at a multiple of their side.
 
     Attributes:
         columns: numbers of the columns of windows that touch the strip; only these may be added.
@@ -145,30 +151,15 @@ class Sweep:
         channels: int,
         *,
         strip: tuple[int, int] | None = None,
-        between: float = 1.0,
     ) -> None:
         self.plan, self.weights = plan, weights.numpy()
-        height, width = plan.size
-        left, right = strip or (0, width)
+        left, right = strip or (0, plan.size[1])
         self.columns = [k for k, x in enumerate(plan.columns) if x + plan.window > left and x < right]
         self.row, self._left = 0, plan.columns[self.columns[0]]
         self._wanted = slice(left - self._left, right - self._left)
-        # a ring of lines: line i of the canvas is line i modulo window here
+        # a ring of lines: line i of the canvas is line i modulo window here; the last channel is that of the weights
         reach = plan.columns[self.columns[-1]] + plan.window - self._left
-        self.sums = np.zeros((channels, plan.window, reach), np.float32)
-        # on a product of places the sum of weights is a product too: no canvas of counts is needed
-        centre = self.weights[plan.window // 2]
-        profile = centre / np.sqrt(centre[plan.window // 2])
-        self._down, self._across = np.zeros(height, np.float32), np.zeros(width, np.float32)
-        self._factors = tuple(
-            [1.0 if start % plan.window == 0 else between for start in starts] for starts in (plan.rows, plan.columns)
-        )
-        for starts, totals, factors in zip(
-            (plan.rows, plan.columns), (self._down, self._across), self._factors, strict=True
-        ):
-            for start, factor in zip(starts, factors, strict=True):
-                totals[start : start + plan.window] += profile * factor
-        self._across = self._across[left:right]
+        self.sums = np.zeros((channels + 1, plan.window, reach), np.float32)
 
     @property
     def carry(self) -> np.ndarray:
@@ -179,18 +170,21 @@ class Sweep:
         """Go on with a row of windows where another sweep ended the one before."""
         self.row, self.sums = row, carry
 
-    def add(self, row: int, column: int, values: np.ndarray) -> list[Block]:
+    def add(self, row: int, column: int, values: np.ndarray, factor: float = 1.0) -> list[Block]:
         """Add a window (c, window, window); windows come in the order of rows and columns.
+
+        Args:
+            factor: of its weights.
 
         Returns:
             What `end_row` gives, where this is the first window of a new row.
         """
         ready = list(self.end_row()) if row != self.row else []
         window, top, left = self.plan.window, self.plan.rows[row], self.plan.columns[column] - self._left
-        factor = np.float32(self._factors[0][row] * self._factors[1][column])
-        split, weighted = window - top % window, self.weights * factor * values
-        self.sums[:, top % window :, left : left + window] += weighted[:, :split]
-        self.sums[:, : top % window, left : left + window] += weighted[:, split:]
+        split, weights = window - top % window, self.weights * np.float32(factor)
+        for sums, weighted in ((self.sums[:-1], weights * values), (self.sums[-1:], weights[None])):
+            sums[:, top % window :, left : left + window] += weighted[:, :split]
+            sums[:, : top % window, left : left + window] += weighted[:, split:]
         return ready
 
     def end_row(self) -> Iterator[Block]:
@@ -203,7 +197,7 @@ class Sweep:
             place = top % self.plan.window
             stop = min(after, top + LINES, top - place + self.plan.window)
             sums = self.sums[:, place : place + stop - top]
-            found = sums[:, :, self._wanted] / self._down[top:stop, None] / self._across
+            found = sums[:-1, :, self._wanted] / sums[-1:, :, self._wanted]
             sums[:] = 0
             yield top, np.ascontiguousarray(found.swapaxes(0, 1))
             top = stop

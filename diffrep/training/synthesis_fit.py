@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,7 @@ from diffrep.backbones.loading import MODELS
 from diffrep.backbones.pipelines import load_parts
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.conditions import ImageEncoder, Pooling
+from diffrep.training.decoder import SMOOTHING, smooth_decoder
 from diffrep.training.loop import FitSettings, fit, step_generator
 from diffrep.training.synthesis import Cep, Objective, draw_perturbation, synthesis_loss
 from diffrep.training.synthesis_data import EncodedPatches, Flips, Patches, encode_patches, patch_batches
@@ -23,7 +25,7 @@ from diffrep.training.synthesis_data import EncodedPatches, Flips, Patches, enco
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisTraining:
-    """A model for synthesis and its training. The defaults made the embedded ``tiny-synthesis``."""
+    """A model for synthesis and its training. The defaults, with 15 minutes of `smooth`, made ``tiny-synthesis``."""
 
     base: str = "tiny"  # autoencoder, schedule and first weights: embedded model, diffusers or synthesis folder, hub id
     scratch: bool = False  # start the U-Net from random weights
@@ -38,6 +40,7 @@ class SynthesisTraining:
     held_out: int = 256  # patches that the condition is checked on and nothing is trained on
     batch_size: int = 32
     guidance: float = 6.0  # scale that is written into the model's record
+    smooth: float = 0.0  # minutes in which the autoencoder's decoder alone learns on, not to draw a grid; then kept
     fit: FitSettings = field(
         default_factory=lambda: FitSettings(steps=20000, minutes=135, learning_rate=1e-3, seed=8)
     )
@@ -45,6 +48,8 @@ class SynthesisTraining:
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout:g}")
+        if not self.smooth >= 0:
+            raise ValueError(f"smooth must be 0 minutes or more, got {self.smooth:g}")
         if self.batch_size < 1 or self.copies < 1 or self.held_out < 2 or self.gamma < 0:
             raise ValueError(
                 "batch_size and copies must be at least 1, held_out 2 and gamma 0, got"
@@ -69,15 +74,15 @@ def build_model(training: SynthesisTraining, encoder: ImageEncoder) -> Synthesis
     A base that is a synthesis model keeps its embedder where that takes the encoder's embeddings.
     """
     base: SynthesisModel | None = None
+    home = training.base if (MODELS / training.base).is_dir() else os.path.abspath(training.base)
     if _is_synthesis(training.base):
         base = load_synthesis(training.base).requires_grad_(True)
         unet, autoencoder, scheduler = base.unet, base.autoencoder, base.scheduler
-        home = base.about.autoencoder or os.path.abspath(training.base)
+        home = base.about.autoencoder or home
     else:
         parts = load_parts(training.base)
         unet, autoencoder = parts.unet, parts.vae
         scheduler = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
-        home = training.base if (MODELS / training.base).is_dir() else os.path.abspath(training.base)
     width = training.width or int(unet.config.cross_attention_dim)
     with torch.random.fork_rng():
         torch.manual_seed(training.fit.seed)  # the libraries draw initial weights from the global generator
@@ -125,6 +130,14 @@ def whiten_tokens(embedder: ConditionEmbedder, embeddings: Tensor) -> None:
     linear.bias.copy_(-(linear.weight.double() @ mean))
 
 
+def unrelated_cosine(embeddings: Tensor) -> float:
+    """The cosine that 19 of 20 pairs of different patches' embeddings (N, D) stay under, at most 0.99; see `About`."""
+    rows = F.normalize(embeddings.float(), dim=1)
+    others = torch.randperm(len(rows), generator=step_generator(0, 0))
+    cosines = (rows * rows[others]).sum(1)[others != torch.arange(len(rows))]
+    return round(min(float(np.quantile(cosines.numpy(), 0.95)), 0.99), 3)
+
+
 def train_synthesis(
     training: SynthesisTraining,
     patches: Patches,
@@ -165,6 +178,7 @@ def train_synthesis(
 
         model.unet.set_attn_processor(AttnProcessor())  # faster on a CPU than its flash attention, and equal
         model.unet.to(memory_format=torch.channels_last)
+    model.about = replace(model.about, unrelated=unrelated_cosine(learnt.embeddings))
     shape = 1, model.embedder.width
 
     def perturb(count: int, generator: torch.Generator) -> Tensor | None:
@@ -180,6 +194,10 @@ def train_synthesis(
         validate=condition_check(held_out), validate_every=validate_every, progress=progress,
     )  # fmt: skip
     trained: SynthesisModel = (average if training.fit.ema_decay > 0 else objective).model
+    if training.smooth:
+        trained.about = replace(trained.about, autoencoder=None)  # it is no longer the base's
+        settings = replace(SMOOTHING, minutes=training.smooth)
+        smooth_decoder(trained, patches, folder / "decoder", settings, progress=progress)
     return trained.eval().requires_grad_(False)
 
 

@@ -1,0 +1,122 @@
+"""An autoencoder's decoder that draws no grid: trained on alone, for pictures that are painted from latents.
+
+A decoder that doubles the resolution by repeating pixels tends to step more where one latent pixel ends than inside it.
+One hardly sees it in a reconstruction, but every border of a large picture's windows lies there, and each looks like a
+seam. The loss therefore also compares how steep the pictures are at each place within a latent pixel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffrep.synthesis import SynthesisModel
+from diffrep.training.loop import Batch, FitSettings, fit
+from diffrep.training.synthesis_data import Patches
+
+SMOOTHING = FitSettings(
+    steps=4000, learning_rate=4e-4, warmup=100, weight_decay=0.0, ema_decay=0.995, bf16=False, seed=31
+)
+NOISE = 0.05  # added to the latents, in units of theirs: painted ones are not exact either
+BALANCE = 0.05  # weight of the differences of `relative_steps`
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def relative_steps(images: Tensor, period: int) -> Tensor:
+    """How steep images are at each place of a period, relative to all places.
+
+    Args:
+        images: (B, 3, H, W), H and W multiples of the period.
+        period: pixels, at least 2.
+
+    Returns:
+        (2, period): across and down, the mean absolute luminance difference to the next pixel at places 0, 1, ...,
+        divided by the mean over the places; the last is the step from one period to the next.
+    """
+    luminance = images.movedim(1, -1) @ torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device)
+    found = []
+    for lines in (luminance, luminance.mT):
+        steps = lines.diff(dim=-1).abs().mean((0, 1))
+        places = [steps[place::period].mean() for place in range(period)]
+        found.append(torch.stack(places))
+    values = torch.stack(found)
+    return values / values.mean(1, keepdim=True).clamp_min(1e-12)
+
+
+class Decoding(nn.Module):
+    """A frozen encoder and the decoder that learns."""
+
+    def __init__(self, model: SynthesisModel) -> None:
+        super().__init__()
+        self.autoencoder, self.period = model.autoencoder, model.factor
+        self.autoencoder.requires_grad_(False)
+        for name in ("decoder", "post_quant_conv"):
+            part = getattr(self.autoencoder, name, None)
+            if part is not None:
+                part.requires_grad_(True)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], encoded and decoded; noise is of the latents' shape and unit variance."""
+        with torch.no_grad():
+            encoded = self.autoencoder.encode(images)
+            if hasattr(encoded, "latent_dist"):
+                latents = encoded.latent_dist.mean + NOISE / self.autoencoder.config.scaling_factor * noise
+            else:
+                latents = encoded.latents  # goes through the codebook, as painted ones do
+        found: Tensor = self.autoencoder.decode(latents).sample
+        return found
+
+
+def decoding_losses(module: Decoding, ema: Decoding, batch: Batch) -> Mapping[str, Tensor]:
+    """L1, L1 of differences between neighbouring pixels, and of `relative_steps`; see `fit`."""
+    images = batch["images"]
+    found = module(images, batch["noise"]).float()
+    difference = found - images
+    l1 = difference.abs().mean()
+    gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    balance = (relative_steps(found, ema.period) - relative_steps(images, ema.period)).abs().mean()
+    return {
+        "loss": l1 + gradient + BALANCE * balance,
+        "balance": balance.detach(),
+        "psnr": 10 * torch.log10(4 / difference.detach().square().mean()),
+    }
+
+
+def smooth_decoder(
+    model: SynthesisModel,
+    patches: Patches,
+    folder: Path,
+    settings: FitSettings = SMOOTHING,
+    *,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> None:
+    """Train the decoder of a model's autoencoder on, in place; the latents stay what they are.
+
+    Called again with the same folder, it goes on where it was.
+    """
+    decoding = Decoding(model)
+    trained = fit(
+        decoding, decoding_batches(model, patches, batch_size), decoding_losses, settings, folder, progress=progress
+    )
+    weights = (trained if settings.ema_decay > 0 else decoding).autoencoder.state_dict()
+    model.autoencoder.load_state_dict(weights)
+    model.autoencoder.to(model.device).eval().requires_grad_(False)
+
+
+def decoding_batches(
+    model: SynthesisModel, patches: Patches, batch_size: int
+) -> Callable[[torch.Generator], Batch]:
+    """Batches for `decoding_losses`: patches of a window's size."""
+
+    def batches(generator: torch.Generator) -> Batch:
+        rows: Any = torch.randint(len(patches), (batch_size,), generator=generator).tolist()
+        images = patches.draw(rows, model.window * model.factor, generator)
+        noise = torch.randn(batch_size, model.channels, model.window, model.window, generator=generator)
+        return {"images": images * 2 - 1, "noise": noise}
+
+    return batches
