@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -24,8 +24,8 @@ class SynthesisEvaluation:
     """What is painted and measured."""
 
     patches: int = 200  # painted alone, against as many real ones
-    images: int = 4  # large ones; the seam ratio is their mean
-    rows: int = 4  # cells of each, every one the embedding of another scene
+    images: int = 4  # large ones of each kind: of unrelated cells, and cut from one scene; the seam ratio is their mean
+    rows: int = 4  # cells of each
     columns: int = 4
     features: tuple[str, ...] = ("tiny-dino@class",)  # FID's feature spaces; inception:FILE and open_clip models too
     augment: bool = True  # also the augmentation experiment
@@ -51,6 +51,28 @@ class Fid:
 
 
 @dataclass(frozen=True)
+class LargePictures:
+    """The measures of large pictures of one kind, means over them."""
+
+    seams: Mapping[str, float]  # by where the borders lie
+    control: float  # the same where no tile begins: an autoencoder's own steps from latent to latent
+    own: float  # mean cosine of a painted cell and its condition
+    other: float  # and the nearest other condition
+    right: float  # share of cells nearest to their own condition
+
+    def lines(self, title: str) -> list[str]:
+        return [
+            "",
+            f"{title:<46}{'against the control':>21}",
+            *(f"  {f'seams {name}':<36}{v:>8.3f}{v / self.control:>21.3f}" for name, v in self.seams.items()),
+            f"  {'seams where no tile begins (control)':<36}{self.control:>8.3f}",
+            f"  {'embedded again: cosine with its own':<36}{self.own:>8.3f}",
+            f"  {'with the nearest other condition':<36}{self.other:>8.3f}",
+            f"  {'nearest to its own condition':<36}{100 * self.right:>8.1f} %",
+        ]
+
+
+@dataclass(frozen=True)
 class SynthesisReport:
     """The measures of one model."""
 
@@ -58,12 +80,9 @@ class SynthesisReport:
     sampling: SynthesisSettings
     settings: SynthesisEvaluation
     fid: Mapping[str, Fid]  # by feature space
-    seams: Mapping[str, float]  # by where the borders lie
-    control: float  # the same where no tile begins: an autoencoder's own steps from latent to latent
-    own: float  # mean cosine of a painted cell and its condition
-    other: float  # and the nearest other condition
-    right: float  # share of cells nearest to their own condition
-    right_patches: float  # the same of patches painted alone
+    unrelated: LargePictures  # every cell has the embedding of another scene
+    whole: LargePictures  # the cells are cut from one scene
+    right_patches: float  # share of patches painted alone that are nearest to their own condition
     augmentation: Augmentation | None
 
     def table(self) -> str:
@@ -71,17 +90,9 @@ class SynthesisReport:
         lines += [f"{'FID':<24}{'patches':>10}{'real':>10}{'crops':>10}"]
         for name, fid in self.fid.items():
             lines.append(f"{name:<24}{fid.patches:>10.2f}{fid.real:>10.2f}{fid.crops:>10.2f}")
-        lines += ["", f"{f'seam ratio, mean of {self.settings.images} images':<44}{'against the control':>22}"]
-        lines += [f"  {name:<34}{value:>8.3f}{value / self.control:>22.3f}" for name, value in self.seams.items()]
-        lines += [f"  {'where no tile begins (control)':<34}{self.control:>8.3f}"]
-        lines += [
-            "",
-            "embedded again",
-            f"  {'cells nearest to their own condition':<42}{100 * self.right:>6.1f} %",
-            f"  {'patches nearest to their own condition':<42}{100 * self.right_patches:>6.1f} %",
-            f"  {'cosine with it':<42}{self.own:>8.3f}",
-            f"  {'cosine with the nearest other one':<42}{self.other:>8.3f}",
-        ]
+        lines += ["", f"{'patches nearest to their own condition':<38}{100 * self.right_patches:>8.1f} %"]
+        lines += self.unrelated.lines(f"{self.settings.images} images of unrelated cells")
+        lines += self.whole.lines(f"{self.settings.images} images of one scene each")
         if self.augmentation is not None:
             setup = self.settings.augmentation
             lines += ["", f"accuracy of a linear probe, {setup.per_class} scenes a category"]
@@ -137,7 +148,8 @@ def evaluate_synthesis(
         if model.about.encoder is None:
             raise ValueError(f"{model.name}: its record names no encoder of the embeddings; give one")
         encoder = ImageEncoder.load(model.about.encoder, model.about.pooling)
-    size, cells = model.window * model.factor, settings.rows * settings.columns
+    size, shape = model.window * model.factor, (settings.rows, settings.columns)
+    cells = settings.rows * settings.columns
     extractors = {name: load_features(name) for name in settings.features}
     first = settings.seed * 2**20
     shown = held_out_patches(settings.patches, size, first=first)
@@ -147,26 +159,16 @@ def evaluate_synthesis(
     alone = torch.nn.functional.normalize(encoder(painted), dim=1) @ torch.nn.functional.normalize(conditions, dim=1).T
     right_patches = float((alone.argmax(1) == torch.arange(len(alone))).float().mean())
 
-    stride = (sampling.stride or max(model.window // 2, 1)) * model.factor
-    decode_stride = (sampling.decode_stride or max(model.window // 2, 1)) * model.factor
-    beside = stride // 2 // model.factor * model.factor  # whole latents away: decoders have a period of one latent
-    borders = {
-        f"every {stride} px, where windows start": (stride, 0),
-        f"every {decode_stride} px, where decoding starts": (decode_stride, 0),
-        f"every {size} px, where cells start": (size, 0),
-        "control": (stride, beside),
-    }
-    ratios: dict[str, list[float]] = {name: [] for name in borders}
-    measured, crops = [], []
-    grids = encoder(held_out_patches(settings.images * cells, size, first=first + 2**19))
-    for number, embeddings in enumerate(tqdm(grids.split(cells), desc="images", unit="image", disable=not progress)):
-        grid = EmbeddingGrid(embeddings.unflatten(0, (settings.rows, settings.columns)), encoder.name)
-        image = synthesize(model, grid, settings=sampling)
-        for name, (period, offset) in borders.items():
-            ratios[name].append(seam_ratio(image, period, offset=offset))
-        measured.append(consistency(image, grid, encoder))
-        crops.append(random_crops(image, 2 * cells, size, seed=number))
-    cropped = torch.cat(crops)
+    embeddings = encoder(held_out_patches(settings.images * cells, size, first=first + 2**19))
+    mosaics = [EmbeddingGrid(part.unflatten(0, shape), encoder.name) for part in embeddings.split(cells)]
+    scenes = held_out_patches(settings.images, size * max(shape), first=first + 2**19 + 2**18)
+    pictures = (scenes[..., : size * shape[0], : size * shape[1]].movedim(1, -1) * 255).round().byte().numpy()
+    wholes = [encoder.grid(picture, shape) for picture in pictures]
+    bar = tqdm(total=2 * settings.images, desc="images", unit="image", disable=not progress)
+    unrelated, images = _large_pictures(model, mosaics, sampling, encoder, bar)
+    whole, _ = _large_pictures(model, wholes, sampling, encoder, bar)
+    bar.close()
+    cropped = torch.cat([random_crops(image, 2 * cells, size, seed=number) for number, image in enumerate(images)])
     fid = {
         name: Fid(
             frechet_distance(others, painted, extractor),
@@ -186,11 +188,45 @@ def evaluate_synthesis(
         sampling=sampling,
         settings=settings,
         fid=fid,
+        unrelated=unrelated,
+        whole=whole,
+        right_patches=right_patches,
+        augmentation=augmentation,
+    )
+
+
+def _large_pictures(
+    model: SynthesisModel,
+    grids: Sequence[EmbeddingGrid],
+    sampling: SynthesisSettings,
+    encoder: ImageEncoder,
+    bar: tqdm,
+) -> tuple[LargePictures, list[np.ndarray]]:
+    """Paint and measure; also the pictures."""
+    stride = (sampling.stride or max(model.window // 2, 1)) * model.factor
+    decode_stride = (sampling.decode_stride or max(model.window // 2, 1)) * model.factor
+    size = model.window * model.factor
+    beside = stride // 2 // model.factor * model.factor  # whole latents away: decoders have a period of one latent
+    borders = {
+        f"every {stride} px: windows": (stride, 0),
+        f"every {decode_stride} px: decoding": (decode_stride, 0),
+        f"every {size} px: cells": (size, 0),
+        "control": (stride, beside),
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in borders}
+    measured, images = [], []
+    for grid in grids:
+        image = synthesize(model, grid, settings=sampling)
+        for name, (period, offset) in borders.items():
+            ratios[name].append(seam_ratio(image, period, offset=offset))
+        measured.append(consistency(image, grid, encoder))
+        images.append(image)
+        bar.update(1)
+    found = LargePictures(
         control=float(np.mean(ratios.pop("control"))),
         seams={name: float(np.mean(values)) for name, values in ratios.items()},
         own=float(np.mean([m.own for m in measured])),
         other=float(np.mean([m.other for m in measured])),
         right=float(np.mean([m.right for m in measured])),
-        right_patches=right_patches,
-        augmentation=augmentation,
     )
+    return found, images

@@ -168,9 +168,12 @@ def test_a_whole_evaluation(model: SynthesisModel) -> None:
     )  # fmt: skip
     report = evaluate_synthesis(model, settings, SynthesisSettings(steps=2), progress=False)
     values = json.loads(report.to_json())
-    assert 0 <= values["right"] <= 1
+    for kind in ("unrelated", "whole"):
+        assert 0 <= values[kind]["right"] <= 1
+        assert all(value > 0 for value in values[kind]["seams"].values())
+    # cells of one scene are more alike than those of several
+    assert values["whole"]["other"] > values["unrelated"]["other"]
     assert len(values["augmentation"]["real"]) == 1
-    assert all(value > 0 for value in values["seams"].values())
-    assert "nearest to their own condition" in report.table()
+    assert "images of one scene each" in report.table()
     with pytest.raises(ValueError, match="patches must be at least 2"):
         SynthesisEvaluation(patches=1)
