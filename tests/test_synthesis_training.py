@@ -14,7 +14,7 @@ from torch import Tensor
 from diffrep.scenes import SceneSet, render_set
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.conditions import ImageEncoder
-from diffrep.training.decoder import relative_steps, smooth_decoder
+from diffrep.training.decoder import paint_latents, relative_steps, smooth_decoder
 from diffrep.training.loop import FitSettings, fit
 from diffrep.training.synthesis import Objective, draw_perturbation, synthesis_loss
 from diffrep.training.synthesis_data import EncodedPatches, ImagePatches, ScenePatches, encode_patches, patch_batches
@@ -141,21 +141,26 @@ def test_the_decoder_alone_learns_to_draw_no_grid(scenes: SceneSet, tmp_path: Pa
     assert model.factor == 4
     before = {name: value.clone() for name, value in model.autoencoder.state_dict().items()}
     images = patches.draw([i % len(patches) for i in range(64)], 32, generator(5))
-    latents = model.encode(images)
+    latents, painted = model.encode(images), paint_latents(model, draw(16, 4), tmp_path / "painted")
+    assert painted.shape == (16, 2, 8, 8)
 
-    def measured() -> tuple[float, float]:
-        painted = model.decode(latents)
-        wanted = relative_steps(images, 4)
-        return float((relative_steps(painted, 4) - wanted).abs().mean()), float((painted - images).square().mean())
+    def measured() -> tuple[float, float, float]:
+        """Unevenness against the images, and of painted patches; squared error."""
+        decoded = model.decode(latents)
+        uneven = relative_steps(decoded, 4) - relative_steps(images, 4)
+        grid = relative_steps(model.decode(painted * model.autoencoder.config.scaling_factor), 4) - 1
+        return float(uneven.abs().mean()), float(grid.abs().mean()), float((decoded - images).square().mean())
 
-    grid, error = measured()
+    uneven, grid, error = measured()
     settings = FitSettings(steps=80, learning_rate=5e-3, warmup=5, weight_decay=0.0, ema_decay=0.9, bf16=False)
-    smooth_decoder(model, patches, tmp_path, settings, progress=False)
+    smooth_decoder(model, patches, painted, tmp_path, settings, progress=False)
     for name, value in model.autoencoder.state_dict().items():
         assert name.startswith(("decoder.", "post_quant_conv.")) or torch.equal(value, before[name])
-    smoother, better = measured()
-    assert smoother < 0.5 * grid
-    assert better < 0.9 * error
+    found = measured()
+    assert found[0] < 0.5 * uneven
+    assert found[1] < 0.5 * grid
+    assert found[2] < 0.9 * error
+    assert torch.equal(paint_latents(model, draw(16, 4, seed=1), tmp_path / "painted"), painted)  # kept
     assert not any(p.requires_grad for p in model.autoencoder.parameters())
 
 

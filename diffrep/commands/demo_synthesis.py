@@ -17,13 +17,14 @@ from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, 
 from diffrep.synthesis.conditions import ImageEncoder
 
 CELLS = ("boat", "fish", "car", "chair", "mug", "lamp", "plane", "dog", "bird")  # a reference of 3 x 3 held-out scenes
+WHOLE = ("bird", 4)  # category of one more reference, and cells a side into which it is cut
 PATH = ("boat", "car")  # the strip leads from the look of one to that of the other
 STRIP = (192, 960)  # pixels
 SETTINGS = SynthesisSettings()
 
 
 def section(folder: Path) -> str:
-    """Paint two large pictures with the embedded model.
+    """Paint three large pictures with the embedded model.
 
     Args:
         folder: where the pictures are written as PNG.
@@ -36,10 +37,15 @@ def section(folder: Path) -> str:
     reference = mosaic(CELLS, columns=3)
     grid = encoder.grid(reference, (3, 3))
     painted = Image.fromarray(synthesize(model, grid, settings=SETTINGS))
+    category, side = WHOLE
+    scene = mosaic([category], columns=1, size=side * model.window * model.factor)
+    whole = Image.fromarray(synthesize(model, encoder.grid(scene, (side, side)), settings=SETTINGS))
     strip = Image.fromarray(paint_strip(model, encoder, STRIP))
     pictures = {
         "synthesis-reference": (reference, "The reference: nine rendered scenes that no model has seen."),
         "synthesis-painted": (painted, "Painted from the nine embeddings, one denoising for the whole picture."),
+        "synthesis-scene": (scene, f"Another reference: one scene, cut into {side} x {side} cells."),
+        "synthesis-whole": (whole, "Painted from its embeddings: where neighbours are alike, they flow into each other."),
         "synthesis-strip": (strip, f"{STRIP[1]} x {STRIP[0]} pixels between the looks of a {PATH[0]} and a {PATH[1]}."),
     }
     for name, (image, _) in pictures.items():
@@ -55,7 +61,7 @@ def section(folder: Path) -> str:
     return (
         f"<section><h2>Large pictures from embeddings</h2><p>{html.escape(text)}</p>"
         f"<pre><code>{html.escape(code)}</code></pre>"
-        f"{_figures(figures[:2])}{_figures(figures[2:], wide=True)}</section>"
+        f"{_figures(figures[:4])}{_figures(figures[4:], wide=True)}</section>"
     )
 
 

@@ -173,13 +173,18 @@ class SynthesisModel(nn.Module):
         Args:
             quantize: bring the latents of a VQ autoencoder to its codebook first.
         """
-        shift = getattr(self.autoencoder.config, "shift_factor", None) or 0.0
-        latents = latents.to(self.device, self.dtype) / self.autoencoder.config.scaling_factor + shift
+        latents = self.unscaled(latents.to(self.device, self.dtype))
         if hasattr(self.autoencoder, "quantize"):
             sample: Tensor = self.autoencoder.decode(latents, force_not_quantize=not quantize).sample
         else:
             sample = self.autoencoder.decode(latents).sample
         return (sample + 1) / 2
+
+    def unscaled(self, latents: Tensor) -> Tensor:
+        """Scaled latents as the autoencoder itself has them."""
+        shift = getattr(self.autoencoder.config, "shift_factor", None) or 0.0
+        found: Tensor = latents / self.autoencoder.config.scaling_factor + shift
+        return found
 
     @torch.no_grad()
     def code_indices(self, latents: Tensor) -> Tensor:

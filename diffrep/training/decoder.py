@@ -2,7 +2,8 @@
 
 A decoder that doubles the resolution by repeating pixels tends to step more where one latent pixel ends than inside it.
 One hardly sees it in a reconstruction, but every border of a large picture's windows lies there, and each looks like a
-seam. The loss therefore also compares how steep the pictures are at each place within a latent pixel.
+seam. The loss therefore also compares how steep the pictures are at each place within a latent pixel, and asks the same
+of latents that the model has painted, on which the steps are largest and for which there is no picture to compare with.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffrep.synthesis import SynthesisModel
-from diffrep.training.loop import Batch, FitSettings, fit
+from diffrep.synthesis import SynthesisModel, SynthesisSettings, sample_patches
+from diffrep.training.loop import Batch, FitSettings, fit, save_weights
 from diffrep.training.synthesis_data import Patches
 
 SMOOTHING = FitSettings(
     steps=4000, learning_rate=4e-4, warmup=100, weight_decay=0.0, ema_decay=0.995, bf16=False, seed=31
 )
 NOISE = 0.05  # added to the latents, in units of theirs: painted ones are not exact either
-BALANCE = 0.05  # weight of the differences of `relative_steps`
+BALANCE = 0.05  # weight of uneven `relative_steps`
+PAINTED = 192  # patches that the model paints
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -50,6 +53,8 @@ def relative_steps(images: Tensor, period: int) -> Tensor:
 class Decoding(nn.Module):
     """A frozen encoder and the decoder that learns."""
 
+    autoencoder: Any
+
     def __init__(self, model: SynthesisModel) -> None:
         super().__init__()
         self.autoencoder, self.period = model.autoencoder, model.factor
@@ -72,23 +77,35 @@ class Decoding(nn.Module):
 
 
 def decoding_losses(module: Decoding, ema: Decoding, batch: Batch) -> Mapping[str, Tensor]:
-    """L1, L1 of differences between neighbouring pixels, and of `relative_steps`; see `fit`."""
+    """L1, L1 of differences between neighbouring pixels, and uneven `relative_steps`; see `fit`."""
     images = batch["images"]
     found = module(images, batch["noise"]).float()
     difference = found - images
     l1 = difference.abs().mean()
     gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     balance = (relative_steps(found, ema.period) - relative_steps(images, ema.period)).abs().mean()
+    painted = module.autoencoder.decode(batch["painted"]).sample.float()
+    even = (relative_steps(painted, ema.period) - 1).abs().mean()
     return {
-        "loss": l1 + gradient + BALANCE * balance,
+        "loss": l1 + gradient + BALANCE * (balance + even),
         "balance": balance.detach(),
+        "painted": even.detach(),
         "psnr": 10 * torch.log10(4 / difference.detach().square().mean()),
     }
+
+
+def paint_latents(model: SynthesisModel, embeddings: Tensor, file: Path) -> Tensor:
+    """Latents (N, c, h, w), not scaled, that a model paints for embeddings (N, D); painted once and kept in `file`."""
+    if not file.exists():
+        scaled = sample_patches(model, embeddings, SynthesisSettings(seed=SMOOTHING.seed))
+        save_weights(file, {"latents": model.unscaled(scaled).half()})
+    return load_file(file)["latents"].float()
 
 
 def smooth_decoder(
     model: SynthesisModel,
     patches: Patches,
+    painted: Tensor,
     folder: Path,
     settings: FitSettings = SMOOTHING,
     *,
@@ -98,25 +115,28 @@ def smooth_decoder(
     """Train the decoder of a model's autoencoder on, in place; the latents stay what they are.
 
     Called again with the same folder, it goes on where it was.
+
+    Args:
+        painted: see `paint_latents`.
     """
     decoding = Decoding(model)
-    trained = fit(
-        decoding, decoding_batches(model, patches, batch_size), decoding_losses, settings, folder, progress=progress
-    )
+    batches = decoding_batches(model, patches, painted, batch_size)
+    trained = fit(decoding, batches, decoding_losses, settings, folder, progress=progress)
     weights = (trained if settings.ema_decay > 0 else decoding).autoencoder.state_dict()
     model.autoencoder.load_state_dict(weights)
     model.autoencoder.to(model.device).eval().requires_grad_(False)
 
 
 def decoding_batches(
-    model: SynthesisModel, patches: Patches, batch_size: int
+    model: SynthesisModel, patches: Patches, painted: Tensor, batch_size: int
 ) -> Callable[[torch.Generator], Batch]:
-    """Batches for `decoding_losses`: patches of a window's size."""
+    """Batches for `decoding_losses`: patches of a window's size, and as many painted ones."""
 
     def batches(generator: torch.Generator) -> Batch:
-        rows: Any = torch.randint(len(patches), (batch_size,), generator=generator).tolist()
+        rows = torch.randint(len(patches), (batch_size,), generator=generator).tolist()
         images = patches.draw(rows, model.window * model.factor, generator)
         noise = torch.randn(batch_size, model.channels, model.window, model.window, generator=generator)
-        return {"images": images * 2 - 1, "noise": noise}
+        chosen = torch.randint(len(painted), (batch_size,), generator=generator)
+        return {"images": images * 2 - 1, "noise": noise, "painted": painted[chosen]}
 
     return batches

@@ -17,7 +17,7 @@ from diffrep.backbones.loading import MODELS
 from diffrep.backbones.pipelines import load_parts
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.conditions import ImageEncoder, Pooling
-from diffrep.training.decoder import SMOOTHING, smooth_decoder
+from diffrep.training.decoder import PAINTED, SMOOTHING, paint_latents, smooth_decoder
 from diffrep.training.loop import FitSettings, fit, step_generator
 from diffrep.training.synthesis import Cep, Objective, draw_perturbation, synthesis_loss
 from diffrep.training.synthesis_data import EncodedPatches, Flips, Patches, encode_patches, patch_batches
@@ -196,8 +196,10 @@ def train_synthesis(
     trained: SynthesisModel = (average if training.fit.ema_decay > 0 else objective).model
     if training.smooth:
         trained.about = replace(trained.about, autoencoder=None)  # it is no longer the base's
+        trained.eval()
+        painted = paint_latents(trained, learnt.embeddings[:PAINTED].float(), folder / "painted.safetensors")
         settings = replace(SMOOTHING, minutes=training.smooth)
-        smooth_decoder(trained, patches, folder / "decoder", settings, progress=progress)
+        smooth_decoder(trained, patches, painted, folder / "decoder", settings, progress=progress)
     return trained.eval().requires_grad_(False)
 
 
