@@ -45,7 +45,7 @@ def section(folder: Path) -> str:
         "synthesis-reference": (reference, "The reference: nine rendered scenes that no model has seen."),
         "synthesis-painted": (painted, "Painted from the nine embeddings, one denoising for the whole picture."),
         "synthesis-scene": (scene, f"Another reference: one scene, cut into {side} x {side} cells."),
-        "synthesis-whole": (whole, "Painted from its embeddings: where neighbours are alike, they flow into each other."),
+        "synthesis-whole": (whole, "Painted from its embeddings: alike neighbours flow into each other."),
         "synthesis-strip": (strip, f"{STRIP[1]} x {STRIP[0]} pixels between the looks of a {PATH[0]} and a {PATH[1]}."),
     }
     for name, (image, _) in pictures.items():
