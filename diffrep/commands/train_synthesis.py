@@ -25,14 +25,14 @@ from diffrep.training.tiny import half, replace_folder
 class TrainSynthesis:
     """Train a diffusion model to paint patches from the embeddings of a self-supervised encoder.
 
-    The defaults made the embedded `tiny-synthesis`. Your own patches: --images FOLDER. Called again with the same
-    work folder it goes on where it was.
+    The embedded `tiny-synthesis` was made so, in the stages that its card names. Your own patches: --images FOLDER.
+    Called again with the same work folder it goes on where it was.
     """
 
     images: tuple[str, ...] = ()  # files, folders or patterns to cut patches from; none: rendered scenes
     scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
     count: int = 16000  # scenes that patches are cut from
-    sides: tuple[float, float] | None = None  # of a patch, shares of the image; scenes: 0.5 1.0, files: not scaled
+    sides: tuple[float, float] | None = None  # of a patch, shares of the image; scenes: 0.2 1.0, files: not scaled
     published: bool = False  # options of training that are left out are the authors', not those of tiny-synthesis
     work: Path = Path("runs/synthesis")  # encoded patches, checkpoints and log
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
@@ -57,7 +57,7 @@ class TrainSynthesis:
                 raise ValueError("--images and --scenes are two sources of patches: give one")
             return ImagePatches(tuple(find_images(self.images)), self.sides)
         scenes = SceneSet(self.scenes) if self.scenes else render_set(self.work / "scenes", "train", self.count)
-        return ScenePatches(scenes, self.sides or (0.5, 1.0), self.count)
+        return ScenePatches(scenes, self.sides or (0.2, 1.0), self.count)
 
 
 @dataclass(frozen=True, kw_only=True)

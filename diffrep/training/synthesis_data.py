@@ -44,7 +44,7 @@ class ScenePatches:
     """Random square windows of rendered scenes, half of them mirrored."""
 
     scenes: SceneSet
-    sides: tuple[float, float] = (0.5, 1.0)  # of a window, shares of the scene's side
+    sides: tuple[float, float] = (0.2, 1.0)  # of a window, shares of the scene's side
     count: int | None = None  # only that many scenes, spread over the set
 
     @property

@@ -25,7 +25,7 @@ from diffrep.training.synthesis_data import EncodedPatches, Flips, Patches, enco
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisTraining:
-    """A model for synthesis and its training. The defaults, with 15 minutes of `smooth`, made ``tiny-synthesis``."""
+    """A model for synthesis and its training. ``tiny-synthesis`` was made so, in stages; see its card."""
 
     base: str = "tiny"  # autoencoder, schedule and first weights: embedded model, diffusers or synthesis folder, hub id
     scratch: bool = False  # start the U-Net from random weights
@@ -39,7 +39,7 @@ class SynthesisTraining:
     flips: Flips = "none"  # mirrored patches with the unmirrored patch's embedding
     held_out: int = 256  # patches that the condition is checked on and nothing is trained on
     batch_size: int = 32
-    guidance: float = 6.0  # scale that is written into the model's record
+    guidance: float = 4.0  # scale that is written into the model's record
     smooth: float = 0.0  # minutes in which the autoencoder's decoder alone learns on, not to draw a grid; then kept
     fit: FitSettings = field(
         default_factory=lambda: FitSettings(steps=20000, minutes=135, learning_rate=1e-3, seed=8)
