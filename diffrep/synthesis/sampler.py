@@ -277,10 +277,9 @@ def _denoise_step(
             part = places[start : start + count]
             corners = [(plan.rows[row], plan.columns[column]) for row, column in part]
             windows = torch.stack([lines[:, i - top : i - top + plan.window, j : j + plan.window] for i, j in corners])
-            places_of = torch.tensor(corners)
-            embeddings = grid.at(places_of, model.window)
-            unrelated = model.about.unrelated
-            shares, told = window_shares(settings.weights, plan, places_of, grid, unrelated=unrelated)
+            offsets = torch.tensor(corners)
+            embeddings = grid.at(offsets, model.window)
+            shares, told = window_shares(settings.weights, plan, offsets, grid, unrelated=model.about.unrelated)
             found = predict(model, stepper.scale(windows), stepper.timestep, [embeddings], settings, told=told)
             for (row, column), share, value in zip(part, shares.tolist(), found.numpy(), strict=True):
                 for ready in sweep.add(row, column, value, share):
