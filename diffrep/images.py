@@ -27,6 +27,7 @@ from torch import Tensor
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 MAX_PIXELS = 2**28  # 268 megapixels: above this a file is taken for a decompression bomb
+LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green and blue, ITU-R BT.601
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 
 _RESAMPLE = {

@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.images import ImageLike, load_image
+from diffrep.images import LUMINANCE, ImageLike, load_image
 from diffrep.synthesis.conditions import ImageEncoder
 from diffrep.synthesis.grids import EmbeddingGrid
-
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def seam_ratio(image: ImageLike, period: int, *, offset: int = 0) -> float:

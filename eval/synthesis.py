@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -111,12 +111,16 @@ class SynthesisReport:
         return json.dumps({"benchmark": "synthesis", **asdict(self)}, indent=2)
 
 
+def held_out_images(count: int, size: int, *, first: int) -> Iterator[np.ndarray]:
+    """Test scenes first, first + 1, ... of the seen categories in turn, (size, size, 3) uint8."""
+    for i in range(count):
+        yield render_scene(scene_seed("test", first + i), category=SEEN[i % len(SEEN)], size=size).image
+
+
 def held_out_patches(count: int, size: int, *, first: int) -> Tensor:
-    """Test scenes first, first + 1, ... of the seen categories in turn, (count, 3, size, size) in [0, 1]."""
-    scenes = (
-        render_scene(scene_seed("test", first + i), category=SEEN[i % len(SEEN)], size=size) for i in range(count)
-    )
-    return torch.stack([torch.from_numpy(s.image.copy()).permute(2, 0, 1).float() / 255 for s in scenes])
+    """`held_out_images` as a batch, (count, 3, size, size) in [0, 1]."""
+    images = held_out_images(count, size, first=first)
+    return torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images])
 
 
 def random_crops(image: np.ndarray, count: int, size: int, *, seed: int) -> Tensor:
@@ -161,9 +165,8 @@ def evaluate_synthesis(
 
     embeddings = encoder(held_out_patches(settings.images * cells, size, first=first + 2**19))
     mosaics = [EmbeddingGrid(part.unflatten(0, shape), encoder.name) for part in embeddings.split(cells)]
-    scenes = held_out_patches(settings.images, size * max(shape), first=first + 2**19 + 2**18)
-    pictures = (scenes[..., : size * shape[0], : size * shape[1]].movedim(1, -1) * 255).round().byte().numpy()
-    wholes = [encoder.grid(picture, shape) for picture in pictures]
+    scenes = held_out_images(settings.images, size * max(shape), first=first + 2**19 + 2**18)
+    wholes = [encoder.grid(scene[: size * settings.rows, : size * settings.columns], shape) for scene in scenes]
     bar = tqdm(total=2 * settings.images, desc="images", unit="image", disable=not progress)
     unrelated, images = _large_pictures(model, mosaics, sampling, encoder, bar)
     whole, _ = _large_pictures(model, wholes, sampling, encoder, bar)

@@ -57,7 +57,7 @@ class TrainSynthesis:
                 raise ValueError("--images and --scenes are two sources of patches: give one")
             return ImagePatches(tuple(find_images(self.images)), self.sides)
         scenes = SceneSet(self.scenes) if self.scenes else render_set(self.work / "scenes", "train", self.count)
-        return ScenePatches(scenes, self.sides or (0.2, 1.0), self.count)
+        return ScenePatches(scenes, self.sides or ScenePatches.sides, self.count)
 
 
 @dataclass(frozen=True, kw_only=True)

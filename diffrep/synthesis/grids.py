@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -78,15 +77,13 @@ class EmbeddingGrid:
         Returns:
             (N,); 1 for a window that touches a single cell.
         """
-        corners, parts = self._around(offsets, cell)
+        (upper, lower), parts = self._around(offsets, cell)
         down, across = (part > 0 for part in parts)
-        flat = [[F.normalize(cells, dim=1) for cells in row] for row in corners]
-        found = torch.ones(len(offsets))
-        for one, other in itertools.combinations(itertools.product((0, 1), (0, 1)), 2):
-            cosine = (flat[one[0]][one[1]] * flat[other[0]][other[1]]).sum(1)
-            touched = (down | (one[0] + other[0] == 0)) & (across | (one[1] + other[1] == 0))
-            found = torch.where(touched, torch.minimum(found, cosine), found)
-        return found
+        cells = F.normalize(torch.stack([*upper, *lower], dim=1), dim=2)
+        touched = torch.stack([torch.ones_like(down), across, down, down & across], dim=1)
+        cells = torch.where(touched[:, :, None], cells, cells[:, :1])
+        # not as a product of matrices, whose rounding may depend on how many windows there are
+        return (cells[:, :, None] * cells[:, None]).sum(3).flatten(1).amin(1)
 
     def _around(self, offsets: Tensor, cell: int | Sequence[int]) -> tuple[list[list[Tensor]], tuple[Tensor, Tensor]]:
         """The four cells around each corner, upper and lower, left and right, and how far down and across it lies."""

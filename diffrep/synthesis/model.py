@@ -189,7 +189,7 @@ class SynthesisModel(nn.Module):
     @torch.no_grad()
     def code_indices(self, latents: Tensor) -> Tensor:
         """Scaled latents -> (B, h, w) int64: the nearest entry of a VQ autoencoder's codebook."""
-        latents = latents.to(self.device, self.dtype) / self.autoencoder.config.scaling_factor
+        latents = self.unscaled(latents.to(self.device, self.dtype))
         _, _, (_, _, indices) = self.autoencoder.quantize(latents)
         codes: Tensor = indices.reshape(len(latents), *latents.shape[-2:])
         return codes

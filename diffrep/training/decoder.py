@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffrep.images import LUMINANCE
 from diffrep.synthesis import SynthesisModel, SynthesisSettings, sample_patches
 from diffrep.training.loop import Batch, FitSettings, fit, save_weights
 from diffrep.training.synthesis_data import Patches
+from diffrep.training.vae import reconstruction
 
 SMOOTHING = FitSettings(
     steps=4000, learning_rate=4e-4, warmup=100, weight_decay=0.0, ema_decay=0.995, bf16=False, seed=31
@@ -26,7 +28,6 @@ SMOOTHING = FitSettings(
 NOISE = 0.05  # added to the latents, in units of theirs: painted ones are not exact either
 BALANCE = 0.05  # weight of uneven `relative_steps`
 PAINTED = 192  # patches that the model paints
-LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 def relative_steps(images: Tensor, period: int) -> Tensor:
@@ -80,9 +81,7 @@ def decoding_losses(module: Decoding, ema: Decoding, batch: Batch) -> Mapping[st
     """L1, L1 of differences between neighbouring pixels, and uneven `relative_steps`; see `fit`."""
     images = batch["images"]
     found = module(images, batch["noise"]).float()
-    difference = found - images
-    l1 = difference.abs().mean()
-    gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    l1, gradient, psnr = reconstruction(found, images)
     balance = (relative_steps(found, ema.period) - relative_steps(images, ema.period)).abs().mean()
     painted = module.autoencoder.decode(batch["painted"]).sample.float()
     even = (relative_steps(painted, ema.period) - 1).abs().mean()
@@ -90,7 +89,7 @@ def decoding_losses(module: Decoding, ema: Decoding, batch: Batch) -> Mapping[st
         "loss": l1 + gradient + BALANCE * (balance + even),
         "balance": balance.detach(),
         "painted": even.detach(),
-        "psnr": 10 * torch.log10(4 / difference.detach().square().mean()),
+        "psnr": psnr,
     }
 
 

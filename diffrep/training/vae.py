@@ -215,18 +215,26 @@ class Autoencoding(nn.Module):
         return self.vae.decode(mean + self.settings.noise * noise).sample, mean
 
 
+def reconstruction(found: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """L1, L1 of the differences between neighbouring pixels, and PSNR in dB, which has no gradient.
+
+    Args:
+        found, images: (B, 3, H, W) in [-1, 1].
+    """
+    difference = found - images
+    gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    return difference.abs().mean(), gradient, 10 * torch.log10(4 / difference.detach().square().mean())
+
+
 def vae_loss(module: Autoencoding, ema: Autoencoding, batch: Batch) -> Mapping[str, Tensor]:
     """Losses of `Autoencoding`; see `fit`."""
-    images = batch["images"]
-    found, mean = module(images, batch["noise"])
-    difference = found.float() - images
-    l1 = difference.abs().mean()
-    gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
+    found, mean = module(batch["images"], batch["noise"])
+    l1, gradient, psnr = reconstruction(found.float(), batch["images"])
     kl = 0.5 * mean.float().square().mean()
     settings = ema.settings
     return {
         "loss": l1 + settings.gradient * gradient + settings.kl * kl,
-        "psnr": (10 * torch.log10(4 / difference.detach().square().mean())),
+        "psnr": psnr,
     }
 
 
