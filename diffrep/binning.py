@@ -30,8 +30,6 @@ def log_bin(feature_map: Tensor, *, hierarchy: int = 2) -> Tensor:
                 if down == right == 0 and scale > 0:
                     continue
                 bins.append(
-                    pooled[..., (rows + down).clamp(0, height - 1), :][
-                        ..., (columns + right).clamp(0, width - 1)
-                    ]
+                    pooled[..., (rows + down).clamp(0, height - 1), :][..., (columns + right).clamp(0, width - 1)]
                 )
     return torch.cat(bins, dim=1)

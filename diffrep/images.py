@@ -92,9 +92,7 @@ def decode_image(
     return _decoded(io.BytesIO(content), name, background, max_pixels)
 
 
-def _decoded(
-    source: Path | io.BytesIO, name: str, background: tuple[int, int, int], max_pixels: int
-) -> Image.Image:
+def _decoded(source: Path | io.BytesIO, name: str, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
@@ -163,9 +161,7 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
         elif path.exists():
             files = [path]
         elif any(c in str(source) for c in "*?["):
-            files = sorted(
-                p for p in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if p.is_file()
-            )
+            files = sorted(p for p in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if p.is_file())
         else:
             raise ImageError(f"{path}: no such file or folder")
         if not files:
@@ -180,9 +176,7 @@ class Placement:
 
     image_size: tuple[int, int]  # (H, W) of the original image
     canvas_size: tuple[int, int]  # (H, W) of what the network saw
-    content_box: tuple[
-        float, float, float, float
-    ]  # x0, y0, x1, y1: the image's edges on the canvas, in pixels
+    content_box: tuple[float, float, float, float]  # x0, y0, x1, y1: the image's edges on the canvas, in pixels
 
     @classmethod
     def identity(cls, size: tuple[int, int]) -> Placement:
@@ -229,9 +223,7 @@ class Sizing:
         if self.mode != "native" and any(s is None or s < 1 for s in sides):
             raise ValueError(f"Sizing(mode={self.mode!r}) needs a size of at least 1 pixel, got {self.size}")
         if isinstance(self.size, tuple) and (self.mode != "squash" or len(self.size) != 2):
-            raise ValueError(
-                f"a size of (height, width) goes with mode 'squash', got {self.size} for {self.mode!r}"
-            )
+            raise ValueError(f"a size of (height, width) goes with mode 'squash', got {self.size} for {self.mode!r}")
         if self.multiple < 1:
             raise ValueError(f"Sizing.multiple must be at least 1, got {self.multiple}")
 

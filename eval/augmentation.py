@@ -112,9 +112,7 @@ def augmentation_experiment(
         extra = labelled_scenes(
             "val", settings.per_class * settings.variations, settings.categories, first=first + 2**11, size=size
         )
-        painted = probed(
-            paint_variations(model, encoder(images), settings.variations, settings.degrees, sampling)
-        )
+        painted = probed(paint_variations(model, encoder(images), settings.variations, settings.degrees, sampling))
         real, more = probed(images), probed(extra)
         found["real"].append(accuracy(real, labels, test, truth))
         found["painted"].append(accuracy(painted, more_labels, test, truth))

@@ -196,7 +196,11 @@ def run_ablation(
         weights[variant.name] = asdict(training)
     methods |= {"no look": no_look(task), "truth through the VAE": through_vae(vae, task)}
     found = evaluate_scene_maps(
-        methods, task, SceneMapSettings(count=settings.held_out), folder=work / "scenes", weights=weights,
+        methods,
+        task,
+        SceneMapSettings(count=settings.held_out),
+        folder=work / "scenes",
+        weights=weights,
         progress=progress,
     )
     return AblationReport(settings, chosen, found)

@@ -38,9 +38,7 @@ class Published:
     note: str = ""
 
 
-def _by_category(
-    method: str, row: Sequence[float], source: str, aggregate: Aggregate, **options: Any
-) -> Published:
+def _by_category(method: str, row: Sequence[float], source: str, aggregate: Aggregate, **options: Any) -> Published:
     *categories, overall = row
     return Published(
         method=method,

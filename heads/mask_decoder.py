@@ -39,9 +39,7 @@ class MaskDecoder(nn.Module):
         self.look = nn.ModuleList(looks)
         self.enter = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
         self.refine = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths)
-        self.narrow = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths)
-        )
+        self.narrow = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.leave = nn.Conv2d(widths[-1], 4, 3, padding=1)
 
     def forward(self, latents: Tensor, pixels: Tensor) -> Tensor:
@@ -82,9 +80,7 @@ class MaskDecoder(nn.Module):
             return None
         settings: dict[str, Any] = json.loads((folder / CONFIG).read_text())
         try:
-            decoder = cls(
-                settings["latent_channels"], stride=settings["stride"], widths=tuple(settings["widths"])
-            )
+            decoder = cls(settings["latent_channels"], stride=settings["stride"], widths=tuple(settings["widths"]))
             decoder.load_state_dict({k: v.float() for k, v in load_file(folder / FILE).items()})
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{folder / FILE}: does not fit {CONFIG} ({' '.join(str(error).split())[:200]})") from None

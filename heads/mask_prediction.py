@@ -124,9 +124,7 @@ class SegmentationHead:
         return next(iter(self.predict_each([image], config)))
 
     @torch.inference_mode()
-    def predict_each(
-        self, images: Iterable[ImageLike], config: SegmentConfig | None = None
-    ) -> Iterator[Segmentation]:
+    def predict_each(self, images: Iterable[ImageLike], config: SegmentConfig | None = None) -> Iterator[Segmentation]:
         """Find the objects of images of any sizes, in order; neighbours that the network sees alike share a batch.
 
         A mask does not depend on the other images, their order or the batch size beyond float rounding.

@@ -110,8 +110,7 @@ def write_ap10k(root: Path) -> Path:
         for b in names:
             if a != b:
                 pair = {
-                    f"{side}_json_path": f"data/ap-10k/ImageAnnotation/{n}.json"
-                    for side, n in (("src", a), ("trg", b))
+                    f"{side}_json_path": f"data/ap-10k/ImageAnnotation/{n}.json" for side, n in (("src", a), ("trg", b))
                 }
                 file = f"{Path(a).name}-{Path(b).name}:fox.json"
                 _write_json(root / "PairAnnotation" / "test" / file, pair)

@@ -81,9 +81,7 @@ def test_nothing_runs_behind_the_deepest_tap_and_the_numbers_are_those_of_a_full
 ) -> None:
     full = sd.maps(PIXELS[:1], [t.name for t in sd.taps()], NOISY)
     ran = modules_that_run(sd.network, lambda: sd.unet_maps(torch.zeros(1, 4, 8, 8), [tap], NOISY))
-    whole = modules_that_run(
-        sd.network, lambda: sd.network(torch.zeros(1, 4, 8, 8), 200, sd.embed("a cat").context)
-    )
+    whole = modules_that_run(sd.network, lambda: sd.network(torch.zeros(1, 4, 8, 8), 200, sd.embed("a cat").context))
     path = sd.tap(tap).module
     last = max(i for i, name in enumerate(whole) if name == path or name.startswith(f"{path}."))
     assert ran == whole[: last + 1]
@@ -98,17 +96,13 @@ def test_order_and_batch_size_do_not_matter(sd: LatentDiffusion) -> None:
         for tap, value in alone.items():
             torch.testing.assert_close(together[tap][i : i + 1], value, rtol=1e-4, atol=1e-5)
     other_seed = sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=200, seed=1))
-    assert not torch.allclose(
-        other_seed["up.1"], sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=200))["up.1"]
-    )
+    assert not torch.allclose(other_seed["up.1"], sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=200))["up.1"])
 
 
 def test_an_ensemble_is_the_mean_of_its_members(sd: LatentDiffusion) -> None:
     members = sd.maps(PIXELS[:2], ["up.1"], NOISY, average=False)["up.1"]
     assert members.shape[0] == 4
-    torch.testing.assert_close(
-        sd.maps(PIXELS[:2], ["up.1"], NOISY)["up.1"], members.unflatten(0, (2, 2)).mean(1)
-    )
+    torch.testing.assert_close(sd.maps(PIXELS[:2], ["up.1"], NOISY)["up.1"], members.unflatten(0, (2, 2)).mean(1))
     assert not torch.allclose(members[0], members[1])
 
 
@@ -146,17 +140,13 @@ def test_text_encoder_is_loaded_once_for_many_prompts(sd_folder: Path) -> None:
 
 def test_clean_latents_take_no_noise(sd: LatentDiffusion) -> None:
     first = sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=261, clean=True, seed=0))["up.1"]
-    assert torch.equal(
-        first, sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=261, clean=True, seed=9))["up.1"]
-    )
+    assert torch.equal(first, sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=261, clean=True, seed=9))["up.1"])
     no_time = sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=-1))["up.1"]
     assert torch.equal(no_time, sd.maps(PIXELS[:1], ["up.1"], Conditions(timestep=0, clean=True))["up.1"])
 
 
 def test_noise_is_a_function_of_seed_and_draw() -> None:
-    assert torch.equal(
-        draw_noise((4, 6, 6), 42), torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(42))
-    )
+    assert torch.equal(draw_noise((4, 6, 6), 42), torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(42)))
     draws = torch.cat([draw_noise((64,), s, k, stream=r) for s in (0, 1) for k in (0, 1, 2) for r in (0, 1)])
     assert len(draws.unique(dim=0)) == len(draws)
 
@@ -169,9 +159,7 @@ def test_explicit_noise_of_another_shape_is_refused(sd: LatentDiffusion) -> None
 
 
 def test_odd_latents_give_maps_that_cover_the_canvas(sd: LatentDiffusion) -> None:
-    maps = sd.maps(
-        torch.rand(1, 3, 120, 136), ["up.0", "up.1", "up.3", "up.1.attention.0.block.0.self.k"], NOISY
-    )
+    maps = sd.maps(torch.rand(1, 3, 120, 136), ["up.0", "up.1", "up.3", "up.1.attention.0.block.0.self.k"], NOISY)
     assert [tuple(m.shape[-2:]) for m in maps.values()] == [(4, 5), (8, 9), (15, 17), (4, 5)]
 
 
@@ -240,9 +228,7 @@ def test_open_clip_towers_are_tapped() -> None:
         normalised = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
         expected = tower.transformer(tower._embeds(normalised))  # before our embedding step takes its place
     backbone = open_clip_backbone(model, name="tower", source="random")
-    torch.testing.assert_close(
-        backbone.tokens(pixels, ["layer.2"])["layer.2"], expected, rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(backbone.tokens(pixels, ["layer.2"])["layer.2"], expected, rtol=1e-5, atol=1e-5)
     assert backbone.maps(torch.rand(1, 3, 64, 48), ["layer.1.key"])["layer.1.key"].shape == (1, 24, 8, 6)
 
 
@@ -357,9 +343,7 @@ class TestBadFolders:
 
     def test_weights_that_do_not_fit(self, broken: Path) -> None:
         config = json.loads((broken / "unet" / "config.json").read_text())
-        (broken / "unet" / "config.json").write_text(
-            json.dumps(config | {"block_out_channels": [16, 16, 32, 64]})
-        )
+        (broken / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [16, 16, 32, 64]}))
         self.fails(broken, "unet.*fit")
 
     def test_missing_keys(self, broken: Path) -> None:

@@ -107,12 +107,7 @@ def test_dense_match_with_masks(
     mask[:, 25:] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     arguments = ["match", *photos, "--dense", "--backbone", str(sd_folder), "--taps", "up.2", "--size", "64"]
-    assert (
-        main(
-            [*arguments, "--mask-b", str(tmp_path / "mask.png"), "--json", "-o", str(tmp_path / "field.png")]
-        )
-        == 0
-    )
+    assert main([*arguments, "--mask-b", str(tmp_path / "mask.png"), "--json", "-o", str(tmp_path / "field.png")]) == 0
     dense = json.loads(capsys.readouterr().out)["dense"]
     assert len(dense["sources"]) == len(dense["matches"]) > 10
     assert min(x for x, _ in dense["matches"]) >= 25 - 8
@@ -131,29 +126,21 @@ def test_bad_input_is_one_line(
     one = ("--points", "1,1", "--backbone", sd_folder, "-o", output)
     assert "--points x,y" in fails(capsys, "match", a, b)
     assert "cannot read the point '7'" in fails(capsys, "match", a, b, "--points", "7")
-    assert "(95, 10) lies outside the image of 90 x 70" in fails(
-        capsys, "match", a, b, "--points", "95,10", *one[2:]
-    )
+    assert "(95, 10) lies outside the image of 90 x 70" in fails(capsys, "match", a, b, "--points", "95,10", *one[2:])
     assert "outside" in fails(capsys, "match", a, b, "--points", "nan,1", *one[2:])
     assert "cut.jpg" in fails(capsys, "match", a, cut, *one)
     assert "empty.png: the file is empty" in fails(capsys, "match", empty, b, *one)
     assert "gone.png: no such image" in fails(capsys, "match", tmp_path / "gone.png", b, *one)
     assert "no tap 'up.7'" in fails(capsys, "match", a, b, *one, "--taps", "up.7")
-    assert "no such folder" in fails(
-        capsys, "match", a, b, "--points", "1,1", "--backbone", "sd9", "-o", output
-    )
+    assert "no such folder" in fails(capsys, "match", a, b, "--points", "1,1", "--backbone", "sd9", "-o", output)
     assert "is no backbone folder" in fails(
         capsys, "match", a, b, "--points", "1,1", "--backbone", tmp_path, "-o", output
     )
-    assert "no recipe 'tinny'" in fails(
-        capsys, "match", a, b, "--points", "1,1", "--recipe", "tinny", "-o", output
-    )
+    assert "no recipe 'tinny'" in fails(capsys, "match", a, b, "--points", "1,1", "--recipe", "tinny", "-o", output)
     assert "must end in .png" in fails(capsys, "match", a, b, "--points", "1,1", "-o", tmp_path / "x.txt")
     (tmp_path / "dir.png").mkdir()
     assert "is a folder" in fails(capsys, "match", a, b, "--points", "1,1", "-o", tmp_path / "dir.png")
-    assert "go with --backbone" in fails(
-        capsys, "match", a, b, "--points", "1,1", "--timestep", "3", "-o", output
-    )
+    assert "go with --backbone" in fails(capsys, "match", a, b, "--points", "1,1", "--timestep", "3", "-o", output)
     assert not output.exists()
 
 

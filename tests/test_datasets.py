@@ -81,9 +81,7 @@ def test_spair_says_what_it_lacks(tmp_path: Path) -> None:
     pairs = sorted((root / "PairAnnotation/test").glob("*:cat.json"))
     note = json.loads(pairs[0].read_text())
     pairs[0].write_text("{")
-    pairs[1].write_text(
-        json.dumps({k: v for k, v in json.loads(pairs[1].read_text()).items() if k != "src_kps"})
-    )
+    pairs[1].write_text(json.dumps({k: v for k, v in json.loads(pairs[1].read_text()).items() if k != "src_kps"}))
     pairs[2].write_text(json.dumps({**json.loads(pairs[2].read_text()), "trg_bndbox": [5, 5, 5, 9]}))
     pairs[3].write_text(json.dumps({**json.loads(pairs[3].read_text()), "kps_ids": ["0"]}))
     missing = root / "JPEGImages/cat" / note["trg_imname"]
@@ -101,9 +99,7 @@ def test_spair_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        DatasetError, match="no such folder; the data set needs PairAnnotation/test, JPEGImages"
-    ):
+    with pytest.raises(DatasetError, match="no such folder; the data set needs PairAnnotation/test, JPEGImages"):
         read_spair(tmp_path)
     with pytest.raises(ValueError, match="no category zebra"):
         read_spair(write_spair(tmp_path), categories=["zebra"])
@@ -133,9 +129,7 @@ def test_pf_pascal_says_what_it_lacks(tmp_path: Path) -> None:
     table = root / "test_pairs_pf_pascal.csv"
     rows = table.read_text().splitlines()
     (root / "JPEGImages/2009_000000.jpg").unlink()
-    table.write_text(
-        "\n".join([*rows[:2], rows[2].replace("13.5000;", "", 1), rows[3], "x,y,nine,1,2,3,4"]) + "\n"
-    )
+    table.write_text("\n".join([*rows[:2], rows[2].replace("13.5000;", "", 1), rows[3], "x,y,nine,1,2,3,4"]) + "\n")
     read = read_pf_pascal(root, categories=("bottle", "sofa"))
     assert [str(problem).removeprefix("test_pairs_pf_pascal.csv ") for problem in read.problems] == [
         "row 1: image JPEGImages/2009_000000.jpg is missing",

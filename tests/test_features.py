@@ -57,9 +57,7 @@ def test_a_point_reads_the_feature_at_its_place(
     maps = pixels_as_features(height, width, cells, sizing)
     points = torch.tensor([[width * 0.5, height * 0.5], [width * 0.4, height * 0.6]])[None]
     # interpolation of the coordinates between cell centres gives the coordinates themselves
-    torch.testing.assert_close(
-        maps.at("xy", points)[0], maps.placements[0].to_canvas(points[0]), rtol=0, atol=1e-3
-    )
+    torch.testing.assert_close(maps.at("xy", points)[0], maps.placements[0].to_canvas(points[0]), rtol=0, atol=1e-3)
     torch.testing.assert_close(maps.points("xy", maps.cells("xy", points[0])), points[0], rtol=0, atol=1e-3)
     inside = maps.content_mask("xy")
     centres = maps.cell_centres("xy")[inside]
@@ -70,9 +68,7 @@ def test_a_point_reads_the_feature_at_its_place(
 
 def test_at_on_a_map_of_the_images_own_size_returns_its_pixels() -> None:
     values = torch.rand(1, 3, 9, 14)
-    maps = FeatureMaps(
-        {"rgb": values}, (Placement.identity((9, 14)),), {"rgb": Grid.covering((9, 14), (9, 14))}
-    )
+    maps = FeatureMaps({"rgb": values}, (Placement.identity((9, 14)),), {"rgb": Grid.covering((9, 14), (9, 14))})
     points = torch.tensor([[0.0, 0.0], [13.0, 8.0], [5.0, 2.0]])
     torch.testing.assert_close(maps.at("rgb", points[None])[0], values[0, :, [0, 8, 2], [0, 13, 5]].T)
 
@@ -148,9 +144,7 @@ def test_windows_cover_the_side(side: int, window: int, origins: list[int]) -> N
 
 def test_windows_are_averaged_where_they_overlap(sd: Backbone) -> None:
     image = picture(96, 96)
-    tiled = extract(
-        sd, [image], ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), window=64, timestep=50)
-    )
+    tiled = extract(sd, [image], ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), window=64, timestep=50))
     assert tiled.maps["up.3"].shape[-2:] == (12, 12)
     total, count = torch.zeros(1, tiled.maps["up.3"].shape[1], 12, 12), torch.zeros(12, 12)
     for y in (0, 32):
@@ -166,9 +160,7 @@ def test_windows_are_averaged_where_they_overlap(sd: Backbone) -> None:
     assert tiled.grids["up.3"] == Grid((3.5, 3.5), (8.0, 8.0))
     one = ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), window=96, timestep=50)
     whole = ExtractConfig(taps=("up.3",), sizing=Sizing("native", None), timestep=50)
-    torch.testing.assert_close(
-        extract(sd, [image], one).maps["up.3"], extract(sd, [image], whole).maps["up.3"]
-    )
+    torch.testing.assert_close(extract(sd, [image], one).maps["up.3"], extract(sd, [image], whole).maps["up.3"])
 
 
 def test_windows_that_miss_the_cells_are_refused(sd: Backbone) -> None:

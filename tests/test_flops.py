@@ -55,9 +55,7 @@ def gigaflops(backbone: LatentDiffusion, tap: str, side: int, **conditions: int)
     """Of extracting one tap of one image: VAE encoder and U-Net."""
     backbone._keys_values.clear()  # count the prompt's keys and values too, as the table does
     with FlopCounterMode(display=False) as counter:
-        backbone.maps(
-            torch.empty(1, 3, side, side, device="meta"), [tap], Conditions(timestep=261, **conditions)
-        )
+        backbone.maps(torch.empty(1, 3, side, side, device="meta"), [tap], Conditions(timestep=261, **conditions))
     return float(counter.get_total_flops()) / 1e9
 
 
@@ -65,9 +63,7 @@ def gigaflops(backbone: LatentDiffusion, tap: str, side: int, **conditions: int)
     "side", [512, 768, pytest.param(960, marks=pytest.mark.slow), pytest.param(1024, marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("tap", COST)
-def test_extraction_costs_no_more_than_the_modules_up_to_the_tap(
-    sd21: LatentDiffusion, tap: str, side: int
-) -> None:
+def test_extraction_costs_no_more_than_the_modules_up_to_the_tap(sd21: LatentDiffusion, tap: str, side: int) -> None:
     with FlopCounterMode(display=False) as counter:
         sd21.encode(torch.empty(1, 3, side, side, device="meta"))
     encoder = counter.get_total_flops() / 1e9
@@ -86,9 +82,7 @@ def test_the_decoder_never_runs_and_the_encoder_once_a_batch(sd21: LatentDiffusi
     calls: Counter[str] = Counter()
     modules = [m for m in (sd21.vae.encoder, sd21.vae.decoder) if m is not None]
     handles = [m.register_forward_pre_hook(lambda m, _: calls.update([type(m).__name__])) for m in modules]
-    sd21.maps(
-        torch.empty(3, 3, 512, 512, device="meta"), ["mid"], Conditions(timestep=1, ensemble=4), batch_size=3
-    )
+    sd21.maps(torch.empty(3, 3, 512, 512, device="meta"), ["mid"], Conditions(timestep=1, ensemble=4), batch_size=3)
     for handle in handles:
         handle.remove()
     assert calls == {"Encoder": 1}  # one batch of three images, whatever the ensemble; the decoder never

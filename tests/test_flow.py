@@ -112,9 +112,7 @@ def test_tss_end_to_end_and_again(tmp_path: Path, vit_folder: Path) -> None:
     root = write_tss(tmp_path)
     recipe = Recipe(
         name="small",
-        readings=(
-            Reading(backbone="vit", extract=ExtractConfig(taps=("layer.0",), sizing=Sizing("pad", 96))),
-        ),
+        readings=(Reading(backbone="vit", extract=ExtractConfig(taps=("layer.0",), sizing=Sizing("pad", 96))),),
         fusion=Fusion(parts=(Part(taps=("layer.0",)),)),
     )
     whole = Correspondence(recipe, backbones={"vit": load_backbone(vit_folder)})

@@ -97,9 +97,7 @@ def test_imports_go_down_only(name: str, file: Path) -> None:
             floor = floor_of(target)
             if target == "diffrep":  # `from diffrep import x` is judged by x below
                 continue
-            assert floor is None or floor == 9 or floor <= own, (
-                f"{file}: floor {own} imports {target} of floor {floor}"
-            )
+            assert floor is None or floor == 9 or floor <= own, f"{file}: floor {own} imports {target} of floor {floor}"
 
 
 def listed_packages() -> dict[str, str]:
@@ -206,8 +204,6 @@ def test_doctests() -> None:
 def test_weights_are_read_by_safe_readers_only() -> None:
     for name, file in sources():
         text = file.read_text()
-        assert not re.search(
-            r"\b(import pickle\b|pickle\.loads?|joblib|np\.load\(.*allow_pickle=True)", text
-        ), name
+        assert not re.search(r"\b(import pickle\b|pickle\.loads?|joblib|np\.load\(.*allow_pickle=True)", text), name
         for call in text.split("torch.load(")[1:]:
             assert "weights_only=True" in call.split(")")[0], name

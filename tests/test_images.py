@@ -126,9 +126,7 @@ SIZINGS = st.sampled_from(
 def test_points_survive_the_way_to_the_canvas_and_back(height: int, width: int, sizing: Sizing) -> None:
     canvas, placement = fit_image(Image.fromarray(gradient(height, width)), sizing)
     assert canvas.shape[1:] == placement.canvas_size
-    points = torch.tensor(
-        [[0.0, 0.0], [width - 1.0, height - 1.0], [width / 3, height / 2]], dtype=torch.float64
-    )
+    points = torch.tensor([[0.0, 0.0], [width - 1.0, height - 1.0], [width / 3, height / 2]], dtype=torch.float64)
     torch.testing.assert_close(placement.to_image(placement.to_canvas(points)), points)
     x0, y0, x1, y1 = placement.content_box
     corners = torch.tensor([[-0.5, -0.5], [width - 0.5, height - 0.5]], dtype=torch.float64)

@@ -337,9 +337,7 @@ def test_segment_writes_what_was_asked_for(folder: Path, tmp_path: Path) -> None
     assert summary["images"][0]["object"] == pytest.approx((binary > 0).mean(), abs=1e-4)
 
 
-def test_segment_names_and_counts_what_failed(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_segment_names_and_counts_what_failed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "in"
     source.mkdir()
     picture(50, 70).save(source / "a.png")

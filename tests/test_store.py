@@ -444,9 +444,7 @@ def test_features_that_do_not_fit_are_set_apart(
     images: Path, backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maps = backbone.maps
-    monkeypatch.setattr(
-        backbone, "maps", lambda *a, **k: {tap: 1e6 * values for tap, values in maps(*a, **k).items()}
-    )
+    monkeypatch.setattr(backbone, "maps", lambda *a, **k: {tap: 1e6 * values for tap, values in maps(*a, **k).items()})
     done = run(images, tmp_path / "s", backbone)
     assert done.images == 0
     assert "not finite in float16 (bfloat16 has the range of float32)" in done.quarantined[0][1]

@@ -54,9 +54,7 @@ def store(vectors: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf", "ivf-pq"])
-def test_every_kind_finds_what_an_exact_product_finds(
-    kind: str, store: Store, vectors: Tensor, tmp_path: Path
-) -> None:
+def test_every_kind_finds_what_an_exact_product_finds(kind: str, store: Store, vectors: Tensor, tmp_path: Path) -> None:
     index_store([store], tmp_path / "i", IndexConfig(kind=kind))  # type: ignore[arg-type]
     index = open_index(tmp_path / "i")
     assert (len(index), index.design.kind, index.level, index.tap) == (4000, kind, "image", "a")
@@ -153,9 +151,7 @@ def backbone(vit_folder: Path) -> Backbone:
 @pytest.fixture(scope="module")
 def places(photographs: Path, vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> StoredIndex:
     folder = tmp_path_factory.mktemp("places")
-    extract_store(
-        [photographs], folder / "s", str(vit_folder), CONFIG, Keep(kind="maps"), BulkConfig(workers=0)
-    )
+    extract_store([photographs], folder / "s", str(vit_folder), CONFIG, Keep(kind="maps"), BulkConfig(workers=0))
     return index_store([open_store(folder / "s")], folder / "i")
 
 

@@ -58,9 +58,7 @@ OFFICIAL = {
 }
 
 
-def small_model(
-    about: About | None = None, *, channels: int = 3, dims: tuple[int, ...] = (5, 4)
-) -> SynthesisModel:
+def small_model(about: About | None = None, *, channels: int = 3, dims: tuple[int, ...] = (5, 4)) -> SynthesisModel:
     """Random weights: one level of attention, VQ autoencoder of factor 2, two tokens."""
     from diffusers import UNet2DConditionModel, VQModel
 

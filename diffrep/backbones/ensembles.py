@@ -10,9 +10,7 @@ from torch import Tensor
 from diffrep.backbones.noise import draw_noise
 
 
-def ensemble_noise(
-    given: Tensor | None, shape: Sequence[int], members: int, seed: int, *, stream: int = 0
-) -> Tensor:
+def ensemble_noise(given: Tensor | None, shape: Sequence[int], members: int, seed: int, *, stream: int = 0) -> Tensor:
     """The noise of each member, (members, *shape): drawn from the seed, or given.
 
     Raises:

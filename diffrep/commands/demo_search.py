@@ -77,9 +77,7 @@ def _question(category: str, part: str) -> tuple[Image.Image, tuple[float, float
     """A scene that is not in the collection and shows the part, and where it does."""
     for pair in scene_pairs("test", _FIRST_QUESTION + 12, categories=(category,))[_FIRST_QUESTION:]:
         scene = render_scene(pair[0], category=category, size=_SIZE)
-        shown = {
-            n: p for n, p, seen in zip(scene.keypoint_names, scene.keypoints, scene.visible, strict=True) if seen
-        }
+        shown = {n: p for n, p, seen in zip(scene.keypoint_names, scene.keypoints, scene.visible, strict=True) if seen}
         if part in shown:
             x, y = shown[part].tolist()
             return Image.fromarray(scene.image), (x, y)

@@ -119,9 +119,7 @@ class EvalNormals(DenseEvaluation):
         small = head.working_size if head.working_size < 256 else None
         own = small if self.working_size is None else self.working_size
         lotus = self.protocol == "lotus"
-        protocol = NormalProtocol(
-            pad="lotus" if lotus else "none", stretch=not lotus, side=own, average=self.average
-        )
+        protocol = NormalProtocol(pad="lotus" if lotus else "none", stretch=not lotus, side=own, average=self.average)
         self._show(evaluate_normals(normal_predictor(head), data, protocol, method=self.head, folder=self.work))
 
 
@@ -146,9 +144,7 @@ class EvalAblation:
         if self.output is not None:
             check_writable(self.output, (".json",))
         samples = open_set(self.data, self.task, self.work, self.scenes_to_render)
-        report = run_ablation(
-            samples, self.task, self.work, self.settings, base=self.base, latents=self.latents
-        )
+        report = run_ablation(samples, self.task, self.work, self.settings, base=self.base, latents=self.latents)
         if self.output is not None:
             write_text(self.output, report.to_json() + "\n")
         print(report.to_json() if self.json else report.table())

@@ -87,9 +87,7 @@ def given(settings: Any, defaults: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
 
-def write_model(
-    output: Path, model: SynthesisModel, training: SynthesisTraining, patches: Patches, run: Path
-) -> None:
+def write_model(output: Path, model: SynthesisModel, training: SynthesisTraining, patches: Patches, run: Path) -> None:
     """Write the folder in half precision, with a card of data, settings and losses, all of it or nothing.
 
     Args:

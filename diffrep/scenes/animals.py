@@ -8,9 +8,7 @@ from diffrep.scenes.build import SIDES, Body, turn, xyz
 from diffrep.scenes.shapes import Array, Ball, prism
 
 
-def eyes(
-    b: Body, part: str, centre: Array, radii: Array, rotation: Array, direction: Array, size: float
-) -> None:
+def eyes(b: Body, part: str, centre: Array, radii: Array, rotation: Array, direction: Array, size: float) -> None:
     """A pair of eyes on an ellipsoid head, named as keypoints."""
     for s, side in SIDES:
         local = direction * xyz(s, 1, 1)
@@ -25,9 +23,7 @@ def eyes(
         b.point(f"{side} eye", pupil, frame / np.linalg.norm(frame))
 
 
-def _leg(
-    b: Body, name: str, hip: Array, knee_bend: float, swing: float, length: float, radius: float
-) -> None:
+def _leg(b: Body, name: str, hip: Array, knee_bend: float, swing: float, length: float, radius: float) -> None:
     """A four-legged animal's leg from the hip down, with a paw, named at the paw and the knee."""
     thigh = length * 0.5
     first = swing
@@ -50,9 +46,7 @@ def dog(b: Body) -> None:
     ears = d.choice(("pointed", "floppy", "round"))
     b.variant = f"{ears} ears"
     body = b.ball("body", "main", (0, height, 0), (girth, girth * 1.02, length))
-    b.ball(
-        "body", "main", (0, height + girth * 0.08, length * 0.55), (girth * 1.02, girth * 1.12, length * 0.44)
-    )
+    b.ball("body", "main", (0, height + girth * 0.08, length * 0.55), (girth * 1.02, girth * 1.12, length * 0.44))
     b.ball("body", "main", (0, height + girth * 0.02, -length * 0.6), (girth * 0.98, girth, length * 0.38))
     b.point("back", body, (0, 1, -0.08))
     for s, side in SIDES:
@@ -119,9 +113,7 @@ def giraffe(b: Body) -> None:
     tuft = d.choice(("short horns", "long horns"))
     b.variant = tuft
     body = b.ball("body", "main", (0, height, 0), (girth, girth * 1.05, length))
-    b.ball(
-        "body", "main", (0, height + girth * 0.2, length * 0.5), (girth * 0.96, girth * 1.2, length * 0.46)
-    )
+    b.ball("body", "main", (0, height + girth * 0.2, length * 0.5), (girth * 0.96, girth * 1.2, length * 0.46))
     b.point("back", body, (0, 1, -0.25))
     for s, side in SIDES:
         b.point(f"{side} flank", body, (s, 0.15, 0))
@@ -278,9 +270,7 @@ def fish(b: Body) -> None:
         b.point(f"{side} flank", body, (s, 0, -0.25))
     b.ball("head", "second", centre + xyz(0, 0, length * 0.42), (wide * 0.97, tall * 0.84, length * 0.52))
     radii, at = xyz(wide * 0.97, tall * 0.84, length * 0.52), centre + xyz(0, 0, length * 0.42)
-    mouth = b.ball(
-        "head", "bright", centre + xyz(0, -tall * 0.06, length * 0.93), (wide * 0.4, tall * 0.13, 0.05)
-    )
+    mouth = b.ball("head", "bright", centre + xyz(0, -tall * 0.06, length * 0.93), (wide * 0.4, tall * 0.13, 0.05))
     b.point("mouth", mouth, (0, 0.1, 1))
     eyes(b, "head", at, radii, np.eye(3), xyz(0.72, 0.36, 0.5), wide * 0.34)
     bend = d.angle(26)
@@ -322,9 +312,7 @@ def fish(b: Body) -> None:
     b.point("dorsal fin tip", back, (0, 1.0, -0.55))
     for s, side in SIDES:
         spread = d.angle(18, 42)
-        outline = prism(
-            [(1.0, 0.0), (0.2, s * 0.6), (-0.9, s * 1.0), (-1.0, s * 0.45), (-0.3, 0.0)], axis="y"
-        )
+        outline = prism([(1.0, 0.0), (0.2, s * 0.6), (-0.9, s * 1.0), (-1.0, s * 0.45), (-0.3, 0.0)], axis="y")
         rotation = turn("z", -s * spread)
         at = centre + xyz(s * wide * 0.72, -tall * 0.32, length * 0.22)
         pectoral = b.add(outline, f"{side} fin", "second", at, (tall * 0.95, 0.018, length * 0.2), rotation)

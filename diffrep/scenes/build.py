@@ -125,9 +125,7 @@ class Body:
     primitives: list[Primitive] = field(default_factory=list)
     keypoints: list[Keypoint] = field(default_factory=list)
     variant: str = "plain"
-    places: tuple[str, ...] = (
-        "ground",
-    )  # where it may be: "ground", "sky", "water" (under it), "sea" (on it)
+    places: tuple[str, ...] = ("ground",)  # where it may be: "ground", "sky", "water" (under it), "sea" (on it)
 
     def add(
         self,

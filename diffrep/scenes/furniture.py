@@ -44,9 +44,7 @@ def chair(b: Body) -> None:
         return root + tilt @ xyz(x, y, 0.0)
 
     for s, side in SIDES:
-        post = b.tube(
-            f"{side} back post", "wood", on_back(s * half * 0.86, -0.02), on_back(s * half * 0.86, back), leg
-        )
+        post = b.tube(f"{side} back post", "wood", on_back(s * half * 0.86, -0.02), on_back(s * half * 0.86, back), leg)
         b.point(f"{side} top corner of the back", post, (0, 1, 0))
     if kind == "panel":
         b.add(block(), "back rest", "main", on_back(0, back * 0.56), (half * 0.86, back * 0.36, 0.024), tilt)
@@ -63,9 +61,7 @@ def chair(b: Body) -> None:
     else:
         for x in (-0.48, -0.16, 0.16, 0.48):
             b.tube("back rest", "wood", on_back(x * half, 0), on_back(x * half, back * 0.86), leg * 0.6)
-    rail = b.add(
-        block(), "back rest", "main", on_back(0, back * 0.90), (half * 0.86, back * 0.10, 0.028), tilt
-    )
+    rail = b.add(block(), "back rest", "main", on_back(0, back * 0.90), (half * 0.86, back * 0.10, 0.028), tilt)
     b.point("middle of the back, front", rail, (0, 0, 1))
     b.point("middle of the back, rear", rail, (0, 0, -1))
     b.point("front edge of the seat", seat, (0, 0, 1))
@@ -221,8 +217,6 @@ def teapot(b: Body) -> None:
     size, attach = tall * d.between(0.62, 0.78), -radius * 0.86
     ring = Tube(1.0, 1.0, 0.76, (Clip((1.0, 0.0, 0.0), 0.65),))
     frame = np.stack([[0, 0, 1.0], [1.0, 0, 0], [0, 1.0, 0]], axis=1)
-    handle = b.add(
-        ring, "handle", "second", (0, middle + tall * 0.1, attach), (size * 0.9, 0.055, size), frame
-    )
+    handle = b.add(ring, "handle", "second", (0, middle + tall * 0.1, attach), (size * 0.9, 0.055, size), frame)
     b.point("handle top", handle, (0, 0, 1))
     b.point("handle rear", handle, (-1, 0, 0))

@@ -142,9 +142,7 @@ def draw_look(place: str, size: float, ground: float, rng: np.random.Generator) 
     paints["main"] = _pattern(pattern, main, other, size, rng)
     if rng.random() < 0.25:
         kind = str(rng.choice(("striped", "spotted", "marbled")))
-        paints["second"] = _pattern(
-            kind, second, np.clip(second + rng.choice((-0.22, 0.22)), 0.03, 0.97), size, rng
-        )
+        paints["second"] = _pattern(kind, second, np.clip(second + rng.choice((-0.22, 0.22)), 0.03, 0.97), size, rng)
     body_gloss = float(rng.uniform(0.0, 0.35))
     gloss = dict.fromkeys(paints, body_gloss * 0.6) | {
         "main": body_gloss,
@@ -183,9 +181,7 @@ def draw_look(place: str, size: float, ground: float, rng: np.random.Generator) 
         floor = texture(kind, tone, partner, spin * scale * frequency, rng)
         outdoors = floor_name in ("grass", "sand", "road")
         back = str(
-            rng.choice(
-                ("sky", "sky", "haze") if outdoors else ("wall", "striped wall", "brick wall", "haze", "wall")
-            )
+            rng.choice(("sky", "sky", "haze") if outdoors else ("wall", "striped wall", "brick wall", "haze", "wall"))
         )
         if "wall" in back:
             paper = _shade_of(str(rng.choice([c for c in COLOURS if c not in ("black",)])), rng)
@@ -273,9 +269,7 @@ def _distractors(place: str, size: float, ground: float, rng: np.random.Generato
             body.ball("", paint, at + xyz(0, half, 0), half)
         elif kind == "box":
             tall = half * rng.uniform(0.6, 1.6)
-            body.add(
-                block(), "", paint, at + xyz(0, tall, 0), (half, tall, half * rng.uniform(0.6, 1.2)), spin
-            )
+            body.add(block(), "", paint, at + xyz(0, tall, 0), (half, tall, half * rng.uniform(0.6, 1.2)), spin)
         elif kind == "bubble":
             body.ball("", paint, at * 0.9 + xyz(0, size * rng.uniform(0.2, 1.1), 0), half * 0.4)
         elif kind == "weed":

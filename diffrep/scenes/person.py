@@ -35,9 +35,7 @@ def person(b: Body) -> None:
         knee = joint + leg * 0.49 * xyz(0, -np.cos(swing), np.sin(swing))
         lower = swing + bend
         ankle = knee + leg * 0.46 * xyz(0, -np.cos(lower), np.sin(lower))
-        tubes = b.limb(
-            f"{side} leg", "second", [joint, knee, ankle], [thick * 1.35, thick * 1.02, thick * 0.72]
-        )
+        tubes = b.limb(f"{side} leg", "second", [joint, knee, ankle], [thick * 1.35, thick * 1.02, thick * 0.72])
         b.point(f"{side} knee", tubes[0], (0, 1, 1))
         shoe = b.ball(f"{side} foot", "dark", ankle + xyz(0, -0.01, 0.055), (thick * 0.8, thick * 0.72, 0.13))
         b.point(f"{side} toe", shoe, (0, 0.2, 1))

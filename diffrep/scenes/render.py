@@ -129,9 +129,7 @@ def _shade(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> _B
         local = s.primitive.shape.normals(points)
         facing = s.matrix.T.astype(np.float32) @ local
         facing *= 1 / np.sqrt((facing * facing).sum(0))
-        facing *= np.where(
-            (facing * ray[:, here]).sum(0) > 0, np.float32(-1), np.float32(1)
-        )  # insides of shells
+        facing *= np.where((facing * ray[:, here]).sum(0) > 0, np.float32(-1), np.float32(1))  # insides of shells
         normal[:, here] = facing
         gloss[here] = s.gloss
         linear, middle = (s.template or s.primitive).resting
@@ -159,9 +157,7 @@ def _shade(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> _B
     sky, solid = slice(0, ends[_SKY]), slice(ends[_SKY], None)
     colour = np.empty_like(ray)
     colour[:, sky] = _sky(stage, rotation.T @ ray[:, sky])
-    colour[:, solid] = _light(
-        stage, ray[:, solid], normal[:, solid], albedo[:, solid], gloss[solid], light[solid]
-    )
+    colour[:, solid] = _light(stage, ray[:, solid], normal[:, solid], albedo[:, solid], gloss[solid], light[solid])
     horizon = look.sky[0].astype(np.float32)
     if look.wall is None and look.floor is not None:  # the floor fades into the horizon
         away = np.float32(2.2 * np.linalg.norm(stage.camera.shift))
@@ -227,9 +223,7 @@ def _sky(stage: Stage, directions: Array) -> Array:
         across = (spin.T @ directions)[0]
         u, v = across * 2.6 + rise * 1.1 + stage.look.clouds * 40, rise * 6.5 - across * 0.9
         wave = smooth_noise(u, v) + 0.5 * smooth_noise(u * 2.7 - v * 0.8, v * 2.7 + u * 0.8)
-        cloud = np.clip(
-            (wave - np.float32(1.02 - 0.42 * stage.look.clouds)) * np.float32(1.9), 0, np.float32(0.85)
-        )
+        cloud = np.clip((wave - np.float32(1.02 - 0.42 * stage.look.clouds)) * np.float32(1.9), 0, np.float32(0.85))
         colour += (np.float32(0.97) - colour) * cloud
     return colour
 
@@ -261,8 +255,7 @@ def render_scene(
     offsets = _offsets(supersample)
     step = max(_BAND // (width * len(offsets)), 1)
     bands = [
-        _draw_band(stage, shape, slice(start, min(start + step, height)), offsets)
-        for start in range(0, height, step)
+        _draw_band(stage, shape, slice(start, min(start + step, height)), offsets) for start in range(0, height, step)
     ]
     image = np.concatenate([b.image for b in bands])
     bright = np.maximum(image - np.float32(0.75), 0)  # highlights are compressed, not clipped

@@ -66,9 +66,7 @@ def scene_pairs(
         while len(used) < 2 * per_category:
             used.setdefault(int(draws.integers(_SEEDS_PER_SPLIT)))
         seeds = [scene_seed(split, index) for index in used]
-        pairs += [
-            (a, b, category, i % 3 == 2) for i, (a, b) in enumerate(zip(seeds[::2], seeds[1::2], strict=True))
-        ]
+        pairs += [(a, b, category, i % 3 == 2) for i, (a, b) in enumerate(zip(seeds[::2], seeds[1::2], strict=True))]
     return pairs
 
 
@@ -224,16 +222,12 @@ def render_set(
     _prepare(folder, settings)
     missing = _missing_chunks(folder, settings)
     done = count - sum(stop - start for start, stop in missing)
-    with tqdm(
-        total=count, initial=done, desc=f"rendering {split}", unit="scene", disable=not progress
-    ) as bar:
+    with tqdm(total=count, initial=done, desc=f"rendering {split}", unit="scene", disable=not progress) as bar:
         if workers == 1:
             for chunk in missing:
                 bar.update(_render_chunk(folder, settings, chunk))
         elif missing:
-            context = get_context(
-                "spawn"
-            )  # a forked child would inherit the threads' locks of other libraries
+            context = get_context("spawn")  # a forked child would inherit the threads' locks of other libraries
             with ProcessPoolExecutor(workers, mp_context=context) as pool:
                 jobs = [pool.submit(_render_chunk, folder, settings, chunk) for chunk in missing]
                 for job in as_completed(jobs):

@@ -264,9 +264,7 @@ def block(taper: tuple[float, float] = (1.0, 1.0), bevel: float = 0.0) -> Hull:
     return Hull(np.concatenate([hull.planes, extra]), hull.corners)
 
 
-def prism(
-    polygon: Sequence[tuple[float, float]], *, axis: str = "x", taper: tuple[float, float] = (1.0, 1.0)
-) -> Hull:
+def prism(polygon: Sequence[tuple[float, float]], *, axis: str = "x", taper: tuple[float, float] = (1.0, 1.0)) -> Hull:
     """A convex polygon drawn out along one axis from -1 to 1.
 
     Args:

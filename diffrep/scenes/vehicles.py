@@ -40,9 +40,7 @@ def car(b: Body) -> None:
     )
     b.add(lower, "body", "main", (0, (deck + low) / 2, 0), (half, (deck - low) / 2, long))
     for end, s in (("front", 1.0), ("rear", -1.0)):
-        bumper = b.add(
-            block(), "bumper", "dark", (0, low + 0.03, s * long * 0.98), (half * 0.94, 0.045, 0.045)
-        )
+        bumper = b.add(block(), "bumper", "dark", (0, low + 0.03, s * long * 0.98), (half * 0.94, 0.045, 0.045))
         b.point(f"{end} bumper", bumper, (0, 0, s))
     tall = d.between(0.23, 0.30)
     front = d.between(0.36, 0.46)
@@ -141,9 +139,7 @@ def truck(b: Body) -> None:
     cab, tall = d.between(0.42, 0.52), d.between(0.52, 0.64)
     b.add(block(), "chassis", "dark", (0, floor - 0.04, -0.02), (half * 0.72, 0.05, long * 0.97))
     start = long - cab
-    body = prism(
-        [(-1.0, -1.0), (1.0, -1.0), (1.0, 0.05), (0.55, 1.0), (-1.0, 1.0)], axis="x", taper=(0.92, 1.0)
-    )
+    body = prism([(-1.0, -1.0), (1.0, -1.0), (1.0, 0.05), (0.55, 1.0), (-1.0, 1.0)], axis="x", taper=(0.92, 1.0))
     b.add(body, "body", "main", (0, floor + tall / 2, start + cab / 2), (half, tall / 2, cab / 2))
     pane = prism([(1.01, 0.12), (0.62, 0.88), (0.2, 0.88), (0.2, 0.12)], axis="x", taper=(0.94, 1.02))
     b.add(pane, "windows", "glass", (0, floor + tall / 2, start + cab / 2 + 0.008), (half, tall / 2, cab / 2))
@@ -230,9 +226,7 @@ def plane(b: Body) -> None:
             at = root + np.array(
                 [s * span * share, np.sin(dihedral) * span * share - 0.075, chord * (1 + tip * share) - 0.06]
             )
-            b.tube(
-                f"{side} engine", "metal", at - xyz(0, 0, 0.13), at + xyz(0, 0, 0.10), 0.045, 0.062, inner=0.8
-            )
+            b.tube(f"{side} engine", "metal", at - xyz(0, 0, 0.13), at + xyz(0, 0, 0.10), 0.045, 0.062, inner=0.8)
             b.tube(f"{side} engine", "dark", at - xyz(0, 0, 0.12), at + xyz(0, 0, 0.05), 0.036, 0.05)
         plan = prism([(1.0, 0.0), (-0.1, s), (-1.0, s), (-1.0, 0.0)], axis="y")
         at = xyz(0, y + girth * 0.45, -long * 0.86)
@@ -277,9 +271,7 @@ def boat(b: Body) -> None:
     b.add(prism(polygon, axis="y", taper=(flare, flare)), "hull", "main", (0, (low + high) / 2, 0), scale)
     hull = b.primitives[-1]
     b.point("bow", hull, (0, 1, flare))
-    rim = b.add(
-        prism(polygon, axis="y"), "deck", "second", (0, high + 0.012, 0), (half * 1.03, 0.022, long * 1.02)
-    )
+    rim = b.add(prism(polygon, axis="y"), "deck", "second", (0, high + 0.012, 0), (half * 1.03, 0.022, long * 1.02))
     for s, side in SIDES:
         b.point(f"{side} stern corner", rim, (s * 0.86, 1, -1))
         b.point(f"{side} widest point", rim, (s * 1.0, 1, -0.2))
@@ -317,9 +309,7 @@ def boat(b: Body) -> None:
         swing = turn("y", d.angle(18))
         sail = prism([(0.0, -1.0), (0.0, 1.0), (-1.0, -1.0)], axis="x")
         reach = (mast - tall - 0.16) / 2
-        b.add(
-            sail, "sail", "light", (0, high + tall + 0.12 + reach, foot - 0.02), (0.010, reach, boom), swing
-        )
+        b.add(sail, "sail", "light", (0, high + tall + 0.12 + reach, foot - 0.02), (0.010, reach, boom), swing)
         jib = prism([(0.0, 1.0), (1.0, -1.0), (0.12, -1.0)], axis="x")
         b.add(
             jib,

@@ -106,9 +106,7 @@ def write_pixels(
         partial.unlink(missing_ok=True)
 
 
-def pyramid(
-    pixels: Lines, tile: int, scratch: Callable[[str, tuple[int, ...]], Lines] | None = None
-) -> list[Lines]:
+def pyramid(pixels: Lines, tile: int, scratch: Callable[[str, tuple[int, ...]], Lines] | None = None) -> list[Lines]:
     """The image and its halves, down to one that fits into a tile; each is the mean of 2 x 2 pixels of the last."""
     levels = [pixels]
     while max(levels[-1].shape[:2]) > tile:

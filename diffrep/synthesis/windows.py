@@ -46,9 +46,7 @@ class WindowPlan:
 
     def __post_init__(self) -> None:
         if min(self.size) < self.window:
-            raise ValueError(
-                f"the canvas is {self.size[0]} x {self.size[1]}, smaller than one window of {self.window}"
-            )
+            raise ValueError(f"the canvas is {self.size[0]} x {self.size[1]}, smaller than one window of {self.window}")
         if not 1 <= self.stride <= self.window:
             raise ValueError(f"the window stride must be in 1..{self.window}, got {self.stride}")
 

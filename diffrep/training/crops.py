@@ -109,9 +109,7 @@ def gather(scenes: SceneSet, name: str, indices: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(getattr(scenes, name)[indices.numpy()]))
 
 
-def draw_groups(
-    category: Sequence[int] | np.ndarray, groups: int, members: int, generator: torch.Generator
-) -> Tensor:
+def draw_groups(category: Sequence[int] | np.ndarray, groups: int, members: int, generator: torch.Generator) -> Tensor:
     """Indices (groups * members,) of scenes: each run of `members` shows different objects of one category.
 
     Raises:

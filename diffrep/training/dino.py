@@ -119,8 +119,9 @@ def sinkhorn(scores: Tensor, temperature: float, *, rounds: int = 3) -> Tensor:
     return q
 
 
-def self_losses(student: Tensor, teacher: Tensor, prototypes: tuple[Tensor, Tensor], batch: Batch,
-                settings: DinoSettings) -> Mapping[str, Tensor]:
+def self_losses(
+    student: Tensor, teacher: Tensor, prototypes: tuple[Tensor, Tensor], batch: Batch, settings: DinoSettings
+) -> Mapping[str, Tensor]:
     """Losses between projections of the same places in two views.
 
     Args:
@@ -139,9 +140,7 @@ def self_losses(student: Tensor, teacher: Tensor, prototypes: tuple[Tensor, Tens
     return {"assign": assign, "contrast": contrast, "self": assign + settings.contrast * contrast}
 
 
-def view_batches(
-    scenes: SceneSet, settings: DinoSettings, *, labels: bool
-) -> Callable[[torch.Generator], Batch]:
+def view_batches(scenes: SceneSet, settings: DinoSettings, *, labels: bool) -> Callable[[torch.Generator], Batch]:
     """Two views of random scenes; with the labels of the first view where asked for."""
 
     def batches(generator: torch.Generator) -> Batch:
@@ -170,9 +169,7 @@ def view_batches(
             "shared": shared,
         }
         if labels:
-            part, canonical = first.labels(
-                gather(scenes, "part", indices), gather(scenes, "canonical", indices), cells
-            )
+            part, canonical = first.labels(gather(scenes, "part", indices), gather(scenes, "canonical", indices), cells)
             queries = draw_queries(part, settings.labels, generator)
             kept = int(len(images) * settings.kept)
             fewer = {name: batch[name][:kept] for name in ("other", "cells", "elsewhere", "shared")}
@@ -220,8 +217,13 @@ def train_dino(
     networks = []
     for name, run, labels in stages:
         average = fit(
-            student, view_batches(scenes, settings, labels=labels), dino_loss, run, folder / name,
-            validate=validate, progress=progress,
+            student,
+            view_batches(scenes, settings, labels=labels),
+            dino_loss,
+            run,
+            folder / name,
+            validate=validate,
+            progress=progress,
         )
         student.load_state_dict(average.state_dict())
         networks.append(average.network)

@@ -94,9 +94,7 @@ class PriorObjective(nn.Module):
         self.alphas_cumprod: Tensor
         self.register_buffer("alphas_cumprod", build_scheduler().alphas_cumprod.float())
 
-    def forward(
-        self, grids: Tensor, noise: Tensor, timesteps: Tensor, conditions: Tensor, dropped: Tensor
-    ) -> Tensor:
+    def forward(self, grids: Tensor, noise: Tensor, timesteps: Tensor, conditions: Tensor, dropped: Tensor) -> Tensor:
         """Mean squared error of the clean grid, ()."""
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         found = self.prior(alpha.sqrt() * grids + (1 - alpha).sqrt() * noise, timesteps, conditions, dropped)

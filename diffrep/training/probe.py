@@ -36,9 +36,7 @@ class ProbePairs:
         """Render pairs of the validation split."""
         images: tuple[list[Tensor], list[Tensor]] = ([], [])
         asked, truth, scale, kinds = [], [], [], []
-        for seed_a, seed_b, category, mirrored in scene_pairs(
-            "val", per_category, categories=categories, seed=seed
-        ):
+        for seed_a, seed_b, category, mirrored in scene_pairs("val", per_category, categories=categories, seed=seed):
             a, b = (render_scene(s, category=category, size=size) for s in (seed_a, seed_b))
             b = mirror(b) if mirrored else b
             both = np.flatnonzero(a.visible & b.visible)
@@ -104,9 +102,7 @@ def vit_maps(network: Any, images: Tensor, *, layer: int = -1) -> Tensor:
 
 
 @torch.no_grad()
-def unet_maps(
-    vae: Any, model: Any, null: Tensor, images: Tensor, *, timestep: int = 50, seed: int = 0
-) -> list[Tensor]:
+def unet_maps(vae: Any, model: Any, null: Tensor, images: Tensor, *, timestep: int = 50, seed: int = 0) -> list[Tensor]:
     """The tapped maps of a `Denoiser` for images (B, 3, H, W) in [0, 1], with the empty caption."""
     found: list[list[Tensor]] = []
     noise = None

@@ -67,9 +67,7 @@ class SegmentationTraining:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.scenes < 1:
-            raise ValueError(
-                f"batch_size and scenes must be at least 1, got {self.batch_size} and {self.scenes}"
-            )
+            raise ValueError(f"batch_size and scenes must be at least 1, got {self.batch_size} and {self.scenes}")
 
 
 def build_model(training: SegmentationTraining, parts: PipelineParts) -> SegmentationModel:

@@ -41,9 +41,7 @@ class SynthesisTraining:
     batch_size: int = 32
     guidance: float = 4.0  # scale that is written into the model's record
     smooth: float = 0.0  # minutes in which the autoencoder's decoder alone learns on, not to draw a grid; then kept
-    fit: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=20000, minutes=135, learning_rate=1e-3, seed=8)
-    )
+    fit: FitSettings = field(default_factory=lambda: FitSettings(steps=20000, minutes=135, learning_rate=1e-3, seed=8))
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:

@@ -104,9 +104,7 @@ def train_tiny(config: TinyTraining, *, progress: bool = True) -> dict[str, Any]
         ValueError: the work folder holds a run or scenes of other settings, or scenes of unseen categories.
     """
     config.work.mkdir(parents=True, exist_ok=True)
-    scenes = render_set(
-        config.work / "scenes", "train", config.scenes, workers=config.workers, progress=progress
-    )
+    scenes = render_set(config.work / "scenes", "train", config.scenes, workers=config.workers, progress=progress)
     check_unseen(scenes)
     if config.workers > 1:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

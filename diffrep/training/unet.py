@@ -48,9 +48,7 @@ class UNetSettings:
     label_free: FitSettings = field(
         default_factory=lambda: FitSettings(steps=30000, minutes=11, learning_rate=1.2e-3, seed=4)
     )
-    joint: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=60000, minutes=95, learning_rate=1e-3, seed=5)
-    )
+    joint: FitSettings = field(default_factory=lambda: FitSettings(steps=60000, minutes=95, learning_rate=1e-3, seed=5))
 
 
 def build_unet(settings: UNetSettings, latent_channels: int, latent_size: int) -> Any:
@@ -192,9 +190,7 @@ class Denoiser(nn.Module):
         return v, [found[tap] for tap in self.settings.taps]
 
 
-def latent_batches(
-    data: LatentSet, settings: UNetSettings, *, labels: bool
-) -> Callable[[torch.Generator], Batch]:
+def latent_batches(data: LatentSet, settings: UNetSettings, *, labels: bool) -> Callable[[torch.Generator], Batch]:
     """Noisy latents, timesteps and captions; in the joint phase groups of one category with their labels."""
 
     def batches(generator: torch.Generator) -> Batch:
@@ -285,8 +281,13 @@ def train_unet(
     models = []
     for name, run, labels in stages:
         average = fit(
-            module, latent_batches(data, settings, labels=labels), unet_loss, run, folder / name,
-            validate=validate, progress=progress,
+            module,
+            latent_batches(data, settings, labels=labels),
+            unet_loss,
+            run,
+            folder / name,
+            validate=validate,
+            progress=progress,
         )
         module.load_state_dict(average.state_dict())
         models.append(average)

@@ -146,9 +146,7 @@ class LinearAutoencoder(nn.Module):
         return self.decoder(self.encoder(images)[:, : self.latent_channels])
 
 
-def start_linear(
-    vae: Any, scenes: SceneSet, settings: VaeSettings, folder: Path, *, progress: bool = True
-) -> None:
+def start_linear(vae: Any, scenes: SceneSet, settings: VaeSettings, folder: Path, *, progress: bool = True) -> None:
     """Fit the linear chain and set the network to compute it, with white latents.
 
     Afterwards encoding and decoding equal the chain up to the change of the groups' variance between images.

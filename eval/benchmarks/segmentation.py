@@ -139,9 +139,7 @@ def unet_both(unet: DiffDisUNet, latents: list[Tensor], noise: Tensor, context: 
     return predicted
 
 
-def published_head(
-    device: str, dtype: torch.dtype = torch.float32, *, size: Literal["small", "sd"] = "sd"
-) -> DiffDis:
+def published_head(device: str, dtype: torch.dtype = torch.float32, *, size: Literal["small", "sd"] = "sd") -> DiffDis:
     """The published architecture with random weights, at full size or with narrow layers; "meta" computes nothing."""
     from diffusers import AutoencoderKL
 

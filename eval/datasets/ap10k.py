@@ -26,9 +26,7 @@ from diffrep.eval.datasets.pairs import (
 )
 
 
-def read_ap10k(
-    root: str | Path, *, split: Ap10kSet = "test", categories: Sequence[str] | None = None
-) -> PairSet:
+def read_ap10k(root: str | Path, *, split: Ap10kSet = "test", categories: Sequence[str] | None = None) -> PairSet:
     """Read AP-10K pairs. A category is a species, a family or a pair of families, as the set has it.
 
     Raises:

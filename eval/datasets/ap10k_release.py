@@ -102,9 +102,7 @@ def as_image(path: str, note: Mapping[str, Any]) -> AnnotatedImage:
     if len(values) != 3 * len(KEYPOINTS):
         raise ValueError(f"{path} has {len(values)} keypoint numbers, expected {3 * len(KEYPOINTS)}")
     keypoints = {
-        i: (float(values[3 * i]), float(values[3 * i + 1]))
-        for i in range(len(KEYPOINTS))
-        if values[3 * i + 2] > 0
+        i: (float(values[3 * i]), float(values[3 * i + 1])) for i in range(len(KEYPOINTS)) if values[3 * i + 2] > 0
     }
     left, top, width, height = (float(v) for v in note["bbox"])
     return AnnotatedImage(

@@ -22,9 +22,7 @@ class AnnotatedImage:
     path: str  # relative to the data set's folder, with forward slashes
     size: tuple[int, int]  # (H, W)
     keypoints: Mapping[int, tuple[float, float]]  # id -> (x, y) in pixels; only visible ones
-    box: tuple[float, float, float, float] | None = (
-        None  # of the object: x0, y0, x1, y1; None where there is none
-    )
+    box: tuple[float, float, float, float] | None = None  # of the object: x0, y0, x1, y1; None where there is none
 
     def points(self, ids: Sequence[int]) -> Tensor:
         """(N, 2) float32: the keypoints of these ids."""
@@ -117,11 +115,7 @@ def collect(
         else:
             pairs.append(pair)
     found = {pair.category for pair in pairs}
-    noted += [
-        Problem(category, "the category has no usable pair")
-        for category in categories
-        if category not in found
-    ]
+    noted += [Problem(category, "the category has no usable pair") for category in categories if category not in found]
     return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted), split)
 
 
@@ -154,6 +148,4 @@ def need_folder(root: Path, *parts: str) -> None:
     """
     for part in ("", *parts):
         if not (root / part).is_dir():
-            raise DatasetError(
-                f"{root / part}: no such folder; the data set needs {', '.join(parts)} below {root}"
-            )
+            raise DatasetError(f"{root / part}: no such folder; the data set needs {', '.join(parts)} below {root}")

@@ -50,9 +50,7 @@ def read_pf_pascal(
     need_folder(root, "JPEGImages")
     wanted = tuple(categories or PASCAL_CATEGORIES)
     if unknown := sorted(set(wanted) - set(PASCAL_CATEGORIES)):
-        raise ValueError(
-            f"PF-PASCAL has no category {', '.join(unknown)}; it has {', '.join(PASCAL_CATEGORIES)}"
-        )
+        raise ValueError(f"PF-PASCAL has no category {', '.join(unknown)}; it has {', '.join(PASCAL_CATEGORIES)}")
     table = root / f"{split}_pairs_pf_pascal.csv"
     rows = _rows(table, ("source_image", "target_image", "class", "XA", "YA", "XB", "YB"))
 
@@ -67,8 +65,7 @@ def read_pf_pascal(
     entries = [
         (name, partial(read, name, row))
         for name, row in rows
-        if category_of(row)
-        in (*wanted, None)  # a row without a readable class is a problem, not another class
+        if category_of(row) in (*wanted, None)  # a row without a readable class is a problem, not another class
     ]
     return collect(f"PF-PASCAL {split}", root, wanted, entries, split=split)
 
@@ -84,9 +81,7 @@ def read_pf_willow(root: str | Path, *, categories: Sequence[str] | None = None)
     need_folder(root)
     wanted = tuple(categories or WILLOW_CATEGORIES)
     if unknown := sorted(set(wanted) - set(WILLOW_CATEGORIES)):
-        raise ValueError(
-            f"PF-WILLOW has no category {', '.join(unknown)}; it has {', '.join(WILLOW_CATEGORIES)}"
-        )
+        raise ValueError(f"PF-WILLOW has no category {', '.join(unknown)}; it has {', '.join(WILLOW_CATEGORIES)}")
 
     def category_of(row: Sequence[str]) -> str:
         return Path(row[0]).parent.name.partition("(")[0]  # "car(G)" -> "car"
@@ -112,9 +107,7 @@ def _rows(table: Path, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
     with table.open(newline="") as file:
         head, *rows = [row for row in csv.reader(file) if row] or [[]]
     if [cell.strip().lower() for cell in head[: len(columns)]] != [column.lower() for column in columns]:
-        raise DatasetError(
-            f"{table}: the columns should begin with {', '.join(columns)}, they are {', '.join(head)}"
-        )
+        raise DatasetError(f"{table}: the columns should begin with {', '.join(columns)}, they are {', '.join(head)}")
     return [(f"{table.name} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 

@@ -130,9 +130,7 @@ def _image_from_pair(category: str, pair: Mapping[str, Any], side: str, ids: Seq
 
 
 def _image_from_own_note(category: str, note: Mapping[str, Any]) -> AnnotatedImage:
-    keypoints = {
-        int(i): _point(p) for i, p in sorted(note["kps"].items(), key=lambda kv: int(kv[0])) if p is not None
-    }
+    keypoints = {int(i): _point(p) for i, p in sorted(note["kps"].items(), key=lambda kv: int(kv[0])) if p is not None}
     size = (int(note["image_height"]), int(note["image_width"]))
     return AnnotatedImage(f"JPEGImages/{category}/{note['filename']}", size, keypoints, _box(note["bndbox"]))
 

@@ -20,9 +20,7 @@ _EARS = "right ear, left ear, right ear tip, left ear tip, right eye, left eye"
 _KNEES = "right front knee, left front knee, right back knee, left back knee"
 _BUS_SIDES = [
     ", ".join(
-        f"{side} {end} {part}"
-        for end in ("back", "front")
-        for part in ("wheel arch rear", "wheel", "wheel arch fore")
+        f"{side} {end} {part}" for end in ("back", "front") for part in ("wheel arch rear", "wheel", "wheel arch fore")
     )
     for side in ("right", "left")
 ]
@@ -184,9 +182,7 @@ _RELEASED_ORDER = {
 def released_mirror_ids(category: str, used: Iterable[int]) -> dict[int, int]:
     """As `mirror_ids` over the ids that occur in a category's pairs, with the released code's slip."""
     partner = mirror_ids(category)
-    table = sorted(
-        {tuple(sorted({i, partner[i]})) for i in partner}, key=lambda ids: _released_key(category, ids)
-    )
+    table = sorted({tuple(sorted({i, partner[i]})) for i in partner}, key=lambda ids: _released_key(category, ids))
     swapped: dict[int, int] = {}
     for ids in _renumbered(category, table, used):
         swapped |= dict(zip(ids, reversed(ids), strict=True))
@@ -208,9 +204,7 @@ def _released_key(category: str, ids: tuple[int, ...]) -> tuple[int, int]:
     return (order.index(part) if part in order else len(order), ids[0])
 
 
-def _renumbered(
-    category: str, table: Iterable[tuple[int, ...]], used: Iterable[int]
-) -> list[tuple[int, ...]]:
+def _renumbered(category: str, table: Iterable[tuple[int, ...]], used: Iterable[int]) -> list[tuple[int, ...]]:
     used = sorted(used)
     compact = {i: number for number, i in enumerate(KEYPOINTS[category])}  # the tables skip unused ids
     kept = [[i for i in ids if compact[i] in used] for ids in table]

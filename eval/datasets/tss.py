@@ -56,9 +56,7 @@ class FlowItem:
         """
         flow = read_flo(root / self.flow_file)
         if flow.shape[1:] != self.target_size:
-            raise ValueError(
-                f"{self.flow_file}: the flow is {tuple(flow.shape[1:])}, its image {self.target_size}"
-            )
+            raise ValueError(f"{self.flow_file}: the flow is {tuple(flow.shape[1:])}, its image {self.target_size}")
         bottom, right = (a - b for a, b in zip(self.padded_size, self.target_size, strict=True))
         return torch.nn.functional.pad(flow[None], (0, right, 0, bottom), mode="replicate")[0]
 
@@ -97,9 +95,7 @@ def read_tss(root: str | Path, *, subsets: Sequence[str] | None = None) -> FlowS
     present = [subset for subset in wanted if (root / subset).is_dir()]
     if not present:
         raise DatasetError(f"{root}: none of the folders {', '.join(wanted)} is there")
-    problems = [
-        Problem(subset, "the subset's folder is missing") for subset in wanted if subset not in present
-    ]
+    problems = [Problem(subset, "the subset's folder is missing") for subset in wanted if subset not in present]
     items = []
     for subset in present:
         for folder in sorted(path for path in (root / subset).iterdir() if path.is_dir()):

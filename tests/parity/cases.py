@@ -40,9 +40,7 @@ def assert_near(got: Tensor, expected: Tensor, *, relative: float, what: str) ->
     assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
     scale = float(expected.abs().max())
     difference = float((got.float() - expected.float()).abs().max())
-    assert difference <= relative * scale, (
-        f"{what}: differs by {difference / max(scale, 1e-30):.2e} of the maximum"
-    )
+    assert difference <= relative * scale, f"{what}: differs by {difference / max(scale, 1e-30):.2e} of the maximum"
 
 
 def assert_within(got: Tensor, expected: Tensor, *, atol: float, what: str) -> None:

@@ -121,9 +121,7 @@ def check_lr_schedule(folder: Path, case: dict[str, Any]) -> None:
     for name, factors in case["factor"].items():
         values = dict(part.split("=") for part in name.split(","))
         total, final, warmup = int(values["total"]), float(values["final_ratio"]), int(values["warmup"])
-        settings = FitSettings(
-            steps=total, learning_rate=1.0, warmup=warmup, schedule="exponential", final_rate=final
-        )
+        settings = FitSettings(steps=total, learning_rate=1.0, warmup=warmup, schedule="exponential", final_rate=final)
         for step, factor in factors.items():
             n = int(step)
             allowed = pytest.approx(factor, rel=case["tolerance"]["rtol"])

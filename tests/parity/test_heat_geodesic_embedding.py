@@ -59,8 +59,7 @@ def tensors(folder: Path) -> tuple[dict[str, Array], dict[str, Array]]:
     files = (folder / "inputs.safetensors", folder / "expected.safetensors")
     given, expected = (load_file(file) if file.exists() else {} for file in files)
     return tuple(
-        {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in t.items()}
-        for t in (given, expected)
+        {k: v.astype(np.float64) if v.dtype.kind == "f" else v for k, v in t.items()} for t in (given, expected)
     )  # type: ignore[return-value]
 
 
@@ -169,11 +168,7 @@ def distances_of(points: Array, params: Params) -> tuple[Array, Array]:
 def weights_of(distances: Array, heat: Array, params: Params) -> Array | None:
     kinds = {"heat_kernel": "heat", "inv_dist": "inverse", "gaussian_dist": "gaussian"}
     kind = params.get("mds_weights_type")
-    return (
-        None
-        if kind is None
-        else mds_weights(kinds[kind], distances, heat, params.get("mds_weights_args") or 1.0)
-    )  # type: ignore[arg-type]
+    return None if kind is None else mds_weights(kinds[kind], distances, heat, params.get("mds_weights_args") or 1.0)  # type: ignore[arg-type]
 
 
 def check_graph(folder: Path, case: Params) -> None:
@@ -279,9 +274,7 @@ def check_embedding(folder: Path, case: Params) -> None:
         params = setting["params"]
         components = params.get("emb_dim", 2)
         distances, heat = distances_of(given["X"], params)
-        near(
-            distances, symmetric(expected[f"{name}.D.triu"]), rtol=1e-4, atol=1e-3, what=f"{name}: distances"
-        )
+        near(distances, symmetric(expected[f"{name}.D.triu"]), rtol=1e-4, atol=1e-3, what=f"{name}: distances")
         start = mds.squared_axes_start(distances, components)
         near(
             pdist(start),
@@ -301,9 +294,7 @@ def check_embedding(folder: Path, case: Params) -> None:
         runs = [run(seed, start) for seed in (0, 1)]
         for embedding in runs:
             got = mds.stress(distances, embedding, weights=weights if components == 2 else None)
-            assert got <= factor * setting["stress"], (
-                f"{name}: stress {got:.4f}, official {setting['stress']:.4f}"
-            )
+            assert got <= factor * setting["stress"], f"{name}: stress {got:.4f}, official {setting['stress']:.4f}"
         if weights is not None:
             continue
         got = spearmanr(pdist(runs[0]), official)[0]
@@ -356,12 +347,10 @@ def check_phate(folder: Path, case: Params) -> None:
         # where our minimum is theirs, new points lie alike as well
         ours, theirs = pdist(spread @ anchors), expected[f"{name}.emb.pdist"]
         agreement = spearmanr(ours, theirs)[0]
-        placed = spearmanr(
-            cdist(to_new @ anchors, spread @ anchors).ravel(), expected[f"{name}.new_to_train"].ravel()
-        )[0]
-        assert placed >= agreement - 0.05, (
-            f"{name}: new points agree to {placed:.3f}, the others to {agreement:.3f}"
-        )
+        placed = spearmanr(cdist(to_new @ anchors, spread @ anchors).ravel(), expected[f"{name}.new_to_train"].ravel())[
+            0
+        ]
+        assert placed >= agreement - 0.05, f"{name}: new points agree to {placed:.3f}, the others to {agreement:.3f}"
 
 
 def check_baselines(folder: Path, case: Params) -> None:
@@ -412,9 +401,7 @@ def check_toy_data(folder: Path, case: Params) -> None:
     for name, setting in case["settings"].items():
         toy = toy_of(setting["cls"], setting["params"])
         rtol = tolerance(case, "X: rtol")
-        scale = float(
-            np.abs(toy.points).max()
-        )  # single coordinates close to zero are differences of large ones
+        scale = float(np.abs(toy.points).max())  # single coordinates close to zero are differences of large ones
         near(toy.points, expected[f"{name}.X"], rtol=rtol, atol=rtol * scale, what=f"{name}: points")
         near(toy.labels, expected[f"{name}.labels"], what=f"{name}: labels")
         if f"{name}.clean" in expected:
@@ -426,9 +413,7 @@ def check_toy_data(folder: Path, case: Params) -> None:
                 what=f"{name}: clean points",
             )
         truth = symmetric(expected[f"{name}.geodesic.triu"])
-        near(
-            toy.geodesic(), truth, rtol=tolerance(case, "geodesic rtol"), atol=1e-5, what=f"{name}: geodesics"
-        )
+        near(toy.geodesic(), truth, rtol=tolerance(case, "geodesic rtol"), atol=1e-5, what=f"{name}: geodesics")
 
 
 def check_metrics(folder: Path, case: Params) -> None:
