@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from diffrep.eval.scene_maps import SceneMapSettings, scene_batches
 from diffrep.heads.probes.annotated import AnnotatedImages
+from diffrep.heads.training.dense_data import RDF_TO_LUB
 from diffrep.scenes import PART_CLASS_OF, PART_CLASSES, SEEN, Scene, scene_seed
 from diffrep.store.manifest import write_whole
-from diffrep.training.one_step_targets import RDF_TO_LUB
 
 What: TypeAlias = Literal["depth", "normals", "parts", "categories"]
 

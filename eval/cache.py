@@ -11,19 +11,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
 
 from diffrep.backbones import Grid
+from diffrep.eval.datasets.pairs import PairSet, Problem
 from diffrep.features import FeatureMaps
 from diffrep.files import write_text
-from diffrep.images import Placement
+from diffrep.images import ImageError, Placement
+from diffrep.recipes import Correspondence, Recipe
 
 SETTINGS = "settings.json"
 
@@ -131,3 +137,172 @@ def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
 def fingerprint(value: object) -> str:
     """Short text that is the same for the same JSON-ready value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+Sample = TypeVar("Sample", bound="Named", covariant=True)
+
+
+class Named(Protocol):
+    """Something with a name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+class SampleSet(Protocol[Sample]):
+    """Images of a benchmark, read one by one."""
+
+    def __len__(self) -> int: ...
+
+    def samples(self, skip: frozenset[str]) -> Iterator[Sample | Problem]: ...
+
+
+def count_images(
+    data: SampleSet[Sample], done: frozenset[str], count: Callable[[Sample], None], *, title: str, progress: bool
+) -> list[Problem]:
+    """Call `count` with every image that is not done; what could not be read or raised ValueError comes back."""
+    problems = []
+    with tqdm(total=len(data), initial=len(done), desc=title, unit="image", disable=not progress) as bar:
+        for sample in data.samples(done):
+            bar.update(1)
+            if isinstance(sample, Problem):
+                problems.append(sample)
+                continue
+            try:
+                count(sample)
+            except ValueError as error:
+                problems.append(Problem(sample.name, str(error)))
+    return problems
+
+
+class ResultFile:
+    """One JSON object a line: an image's name and its numbers. A line that was cut off is dropped.
+
+    Args:
+        path: None keeps them in memory only.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, Mapping[str, float]] = {}
+        if path is None or not path.is_file():
+            return
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                row = json.loads(line)
+                self.rows[row.pop("image")] = row
+        path.write_text("".join(json.dumps({"image": name, **row}) + "\n" for name, row in self.rows.items()))
+
+    def add(self, image: str, values: Mapping[str, float]) -> None:
+        """Keep the numbers of one image."""
+        self.rows[image] = dict(values)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"image": image, **values}) + "\n")
+
+
+class AngleFiles:
+    """Angular errors of every image, one .npy file each.
+
+    Args:
+        folder: None keeps them in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder / "angles" if folder is not None else None
+        self.kept: dict[str, Tensor] = {}
+
+    def _file(self, image: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{image}.npy"
+
+    def __contains__(self, image: str) -> bool:
+        return image in self.kept if self.folder is None else self._file(image).is_file()
+
+    def add(self, image: str, errors: Tensor) -> None:
+        """Keep the errors of one image: (N,) degrees."""
+        if self.folder is None:
+            self.kept[image] = errors
+            return
+        file = self._file(image)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial.npy")
+        np.save(partial, errors.numpy())
+        partial.replace(file)
+
+    def errors(self, image: str) -> Tensor:
+        """What was kept: (N,) degrees."""
+        return self.kept[image] if self.folder is None else torch.from_numpy(np.load(self._file(image)))
+
+
+CATEGORY = "{category}"  # in a prompt: stands for the name of the image's category
+
+
+def extract_images(
+    groups: Mapping[str, Sequence[str]],
+    load: Callable[[str], Image.Image],
+    correspondence: Correspondence,
+    cache: FeatureCache,
+    *,
+    batch_size: int,
+    progress: bool,
+) -> dict[str, str]:
+    """Extract every image that the cache lacks.
+
+    Batches are fixed by the list of images, and a batch that is not complete is extracted as a whole, so
+    that a run in two halves gives the very numbers of a run in one.
+
+    Args:
+        groups: category -> images, as `images_by_prompt` gives them.
+        load: reads an image by its name.
+
+    Returns:
+        Image -> what was wrong, for those that cannot be read.
+    """
+    unreadable: dict[str, str] = {}
+    with tqdm(total=sum(map(len, groups.values())), desc="extract", unit="image", disable=not progress) as bar:
+        for category, images in groups.items():
+            own = _with_prompt(correspondence, category)
+            for start in range(0, len(images), batch_size):
+                batch = images[start : start + batch_size]
+                if not all(cache_key(category, image) in cache for image in batch):
+                    pictures: dict[str, Image.Image] = {}
+                    for image in batch:
+                        try:
+                            pictures[image] = load(image)
+                        except ImageError as error:
+                            unreadable[image] = str(error)
+                    for image, features in zip(pictures, own.features(list(pictures.values())), strict=True):
+                        cache.save(cache_key(category, image), features)
+                bar.update(len(batch))
+    return unreadable
+
+
+def cache_key(category: str, image: str) -> str:
+    """The name of an image's features: with the category where the prompt depends on it."""
+    return f"{category}/{image}" if category else image
+
+
+def prompts_by_category(recipe: Recipe) -> bool:
+    """Whether an image's features depend on its category's name."""
+    return any(CATEGORY in reading.extract.prompt for reading in recipe.readings)
+
+
+def images_by_prompt(pairs: PairSet, recipe: Recipe) -> dict[str, list[str]]:
+    """Category -> its images, sorted; one entry "" with all images where the prompt is the same for all."""
+    if not prompts_by_category(recipe):
+        return {"": list(pairs.images())}
+    names = sorted({pair.category for pair in pairs.pairs})
+    return {name: list(replace(pairs, pairs=pairs.of(name)).images()) for name in names}
+
+
+def _with_prompt(correspondence: Correspondence, category: str) -> Correspondence:
+    if not category:
+        return correspondence
+    recipe = correspondence.recipe
+    readings = tuple(
+        replace(r, extract=replace(r.extract, prompt=r.extract.prompt.replace(CATEGORY, category)))
+        for r in recipe.readings
+    )
+    backbones = {r.backbone: b for r, b in zip(readings, correspondence.backbones, strict=True)}
+    return Correspondence(replace(recipe, readings=readings), backbones=backbones)

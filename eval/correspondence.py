@@ -20,7 +20,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.cache import FeatureCache, claim_folder, fingerprint
+from diffrep.eval.cache import (
+    FeatureCache,
+    cache_key,
+    claim_folder,
+    extract_images,
+    fingerprint,
+    images_by_prompt,
+    prompts_by_category,
+)
 from diffrep.eval.correspondence_report import CorrespondenceReport, PairMatches
 from diffrep.eval.datasets.ap10k import read_ap10k
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
@@ -29,7 +37,6 @@ from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet, Problem
 from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
 from diffrep.eval.datasets.spair import read_spair, read_spair_u
 from diffrep.eval.datasets.tss import read_tss
-from diffrep.eval.extraction import cache_key, extract_images, images_by_prompt, prompts_by_category
 from diffrep.eval.failures import save_failures
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.pck import Pck

@@ -26,12 +26,11 @@ from diffrep.eval.scene_maps import (
     no_look,
     through_vae,
 )
+from diffrep.heads.training.dense import LOTUS_D, LOTUS_G, OneStepModel, OneStepRecipe, Task, predict_maps
+from diffrep.heads.training.dense_data import AnnotatedImages
+from diffrep.heads.training.dense_fit import EMBEDDED_FIT, OneStepTraining, train_one_step
 from diffrep.scenes import Scene
 from diffrep.training.loop import FitSettings
-from diffrep.training.one_step import LOTUS_D, LOTUS_G, OneStepModel, OneStepRecipe, Task
-from diffrep.training.one_step_data import AnnotatedImages
-from diffrep.training.one_step_fit import EMBEDDED_FIT, OneStepTraining, train_one_step
-from diffrep.training.one_step_sampling import predict_maps
 
 
 @dataclass(frozen=True)

@@ -22,15 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.alignment import align_depth
-from diffrep.eval.cache import claim_folder
-from diffrep.eval.depth_metrics import depth_metrics
-from diffrep.eval.normal_metrics import PooledAngles, angular_error
-from diffrep.eval.one_step_validation import SCENE_BOUNDS
-from diffrep.eval.resume import AngleFiles, ResultFile
-from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, Scene, render_scene, scene_seed
-from diffrep.training.one_step import Task
-from diffrep.training.one_step_data import scene_depth
-from diffrep.training.one_step_targets import RDF_TO_LUB
+from diffrep.eval.cache import AngleFiles, ResultFile, claim_folder
+from diffrep.eval.depth import depth_metrics, mean_metrics
+from diffrep.eval.normals import PooledAngles, angular_error
+from diffrep.heads.training.dense import OneStepModel, Task, predict_maps
+from diffrep.heads.training.dense_data import RDF_TO_LUB, SceneSamples, scene_depth
+from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, Scene, SceneSet, render_scene, scene_seed
+from diffrep.training.tiny.pictures import grid
 
 Method = Callable[[Sequence[Scene]], Tensor]
 """Scenes of one size -> their maps (B, 1 or 3, H, W): relative depth or disparity, or normals in LUB. A predictor looks
@@ -297,3 +295,57 @@ def scene_batches(jobs: Sequence[tuple[int, str, int]], settings: SceneMapSettin
 def _batched(scenes: Iterator[Scene], size: int) -> Iterator[list[Scene]]:
     while batch := list(islice(scenes, size)):
         yield batch
+
+
+SCENE_BOUNDS = (1e-3, 80.0)  # metres: what counts of a scene's depth, and what predictions are clipped to
+
+
+class SceneValidation:
+    """Metrics and a picture of a model in training; see `fit`.
+
+    Args:
+        scenes: of the validation split.
+        vae: of the base model.
+        folder: where the pictures go, one per step.
+        shown: images in a picture.
+        steps: of DDIM, for recipes trained on all timesteps.
+    """
+
+    def __init__(
+        self, scenes: SceneSet, vae: Any, task: Task, folder: Path | None = None, *, shown: int = 8, steps: int = 1
+    ) -> None:
+        self.vae, self.task, self.folder, self.shown, self.steps = vae, task, folder, shown, steps
+        samples = [SceneSamples(scenes, task).sample(i) for i in range(len(scenes))]
+        self.pixels = torch.stack([one.pixels for one in samples])
+        self.annotations = torch.stack([one.annotation for one in samples])
+        self.depth = torch.stack([torch.from_numpy(scenes.depth[i].copy()).float() for i in range(len(scenes))])
+
+    def __call__(self, model: OneStepModel, step: int) -> Mapping[str, float]:
+        device = model.alphas_cumprod.device
+        vae = self.vae.to(device)
+        found = predict_maps(model, vae, self.pixels.to(device), self.task, steps=self.steps).cpu()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.picture(found).save(self.folder / f"{step:06d}.png")
+        return self.measure(found)
+
+    def measure(self, found: Tensor) -> dict[str, float]:
+        """Metrics of predicted maps: of all pixels nearer than 80 m, affine-aligned per image; or of all surfaces."""
+        if self.task == "normals":
+            angles = PooledAngles()
+            angles.update(angular_error(found, self.annotations)[torch.isfinite(self.depth)[:, None]])
+            return angles.compute()
+        rows = []
+        for prediction, depth in zip(found[:, 0], self.depth, strict=True):
+            valid = (depth > SCENE_BOUNDS[0]) & (depth < SCENE_BOUNDS[1])
+            space: Literal["depth", "disparity"] = "disparity" if self.task == "disparity" else "depth"
+            aligned, _, _ = align_depth(prediction, depth, valid, space=space, bounds=SCENE_BOUNDS)
+            rows.append(depth_metrics(aligned, depth, valid))
+        return mean_metrics(rows)
+
+    def picture(self, found: Tensor) -> Any:
+        """Images, true maps and predicted maps as one picture."""
+        images = self.pixels[: self.shown] / 2 + 0.5
+        truth = self.annotations[: self.shown] / 2 + 0.5
+        maps = found[: self.shown] / 2 + 0.5 if self.task == "normals" else found[: self.shown]
+        return grid([images, truth.expand(-1, 3, -1, -1), maps.clamp(0, 1).expand(-1, 3, -1, -1)])

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from diffrep.eval.published_segmentation import PUBLISHED_DIS, TE
 from diffrep.eval.scene_maps import SceneMapSettings, name_of, scene_batches, scene_jobs
 from diffrep.eval.segmentation_metrics import AUTHORS, DIS, MaskScores
+from diffrep.heads.training.masks_data import MaskedImage, read_dis
 from diffrep.images import load_image
 from diffrep.scenes import SEEN, UNSEEN, Scene
-from diffrep.training.segmentation_data import MaskedImage, read_dis
 
 Protocol = Literal["soft", "thresholded"]
 Map = NDArray[np.uint8]

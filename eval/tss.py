@@ -11,10 +11,9 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.eval.cache import FeatureCache, claim_folder
+from diffrep.eval.cache import FeatureCache, cache_key, claim_folder, extract_images, prompts_by_category
 from diffrep.eval.datasets.pairs import Problem
 from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
-from diffrep.eval.extraction import cache_key, extract_images, prompts_by_category
 from diffrep.eval.flow import (
     FlowCount,
     count_flow,

@@ -20,10 +20,16 @@ from diffrep.eval.datasets.depth_images import DEPTH_BENCHMARKS, DepthSample, op
 from diffrep.eval.datasets.normal_images import NormalSample, open_normal_set
 from diffrep.eval.datasets.pairs import DatasetError, Problem
 from diffrep.eval.datasets.plain_pickle import read_plain
-from diffrep.eval.depth import DepthProtocol, evaluate_depth, predict_at
-from diffrep.eval.depth_metrics import depth_metrics, mean_metrics
-from diffrep.eval.normal_metrics import PooledAngles, angular_error, mean_of_images, normal_metrics
-from diffrep.eval.normals import NormalProtocol, evaluate_normals, predict_normals
+from diffrep.eval.depth import DepthProtocol, depth_metrics, evaluate_depth, mean_metrics, predict_at
+from diffrep.eval.normals import (
+    NormalProtocol,
+    PooledAngles,
+    angular_error,
+    evaluate_normals,
+    mean_of_images,
+    normal_metrics,
+    predict_normals,
+)
 from diffrep.eval.one_step_ablation import variants
 from diffrep.eval.published_dense import depth_rows, normal_rows
 from diffrep.eval.scene_maps import SceneMapSettings, evaluate_scene_maps, no_look, scene_truth

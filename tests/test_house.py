@@ -46,7 +46,7 @@ FLOORS = {
     "diffrep.manifold": 3,
     "diffrep.synthesis": 3,
     "diffrep.training": 3,
-    "diffrep.training.segmentation_fit": 4,  # it builds, trains and writes a head
+    "diffrep.heads.training.masks_fit": 4,  # it builds, trains and writes a head
     "diffrep.heads": 4,
     "diffrep.eval": 5,
     "diffrep.cli": 6,

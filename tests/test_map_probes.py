@@ -19,7 +19,7 @@ from diffrep.features import ExtractConfig
 from diffrep.heads.map_files import save_map
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.annotated import hold_out, pair_annotations, read_labels, read_normals
-from diffrep.heads.probes.dense_losses import depth_loss, gradient_loss, scale_invariant_loss
+from diffrep.heads.probes.dense import depth_loss, gradient_loss, scale_invariant_loss
 from diffrep.heads.probes.dense_probe import DenseSettings, load_dense_probe, on_canvas, train_dense_probe
 from diffrep.heads.probes.labelled import DataError
 from diffrep.heads.probes.pixel_labels import find_classes

@@ -14,10 +14,7 @@ from torch import nn
 
 from diffrep.commands.train_one_step import TrainDepth, TrainNormals, open_set, write
 from diffrep.heads.loading import load_head
-from diffrep.scenes import SceneSet, render_set
-from diffrep.training.hypersim import Hypersim
-from diffrep.training.loop import FitSettings
-from diffrep.training.one_step import (
+from diffrep.heads.training.dense import (
     E2E_FT,
     LOTUS_D,
     LOTUS_G,
@@ -25,23 +22,31 @@ from diffrep.training.one_step import (
     RECIPES,
     OneStepModel,
     OneStepRecipe,
+    angular_loss,
     draw_rows,
+    latent_loss,
+    latent_mask,
+    predict_latents,
+    predict_maps,
     task_vector,
     widen_conv_in,
 )
-from diffrep.training.one_step_data import SceneSamples, cache_latents, sample_batches
-from diffrep.training.one_step_fit import OneStepTraining, embedded, train_one_step
-from diffrep.training.one_step_losses import angular_loss, latent_loss, latent_mask
-from diffrep.training.one_step_sampling import predict_latents, predict_maps
-from diffrep.training.one_step_targets import (
+from diffrep.heads.training.dense_data import (
+    SceneSamples,
+    cache_latents,
     camera_points,
     distance_to_depth,
     face_camera,
     mirror_normals,
     normalize_depth,
     normals_from_depth,
+    sample_batches,
 )
-from diffrep.training.vkitti import VirtualKitti
+from diffrep.heads.training.dense_fit import OneStepTraining, embedded, train_one_step
+from diffrep.heads.training.hypersim import Hypersim
+from diffrep.heads.training.vkitti import VirtualKitti
+from diffrep.scenes import SceneSet, render_set
+from diffrep.training.loop import FitSettings
 
 SHORT = FitSettings(steps=2, warmup=0, bf16=False, learning_rate=1e-4)
 

@@ -27,7 +27,7 @@ from diffrep.heads.probes import (
     split_rows,
     top_accuracy,
 )
-from diffrep.heads.probes.feeding import FeedbackSettings, load_feedback_probe, train_feedback
+from diffrep.heads.probes.feedback_probe import FeedbackSettings, load_feedback_probe, train_feedback
 from diffrep.heads.probes.pixel_probe import IGNORED, load_pixel_probe, train_pixel_probe
 from diffrep.images import Sizing
 

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.cli import main
-from diffrep.eval.hce import simplified_length
 from diffrep.eval.scene_maps import SceneMapSettings
 from diffrep.eval.segmentation import (
     centred_guess,
@@ -24,11 +23,11 @@ from diffrep.eval.segmentation import (
     score_image,
     thin_places,
 )
-from diffrep.eval.segmentation_metrics import MaskScores, f_curve, prepare, scores
+from diffrep.eval.segmentation_metrics import MaskScores, f_curve, prepare, scores, simplified_length
 from diffrep.heads.segmentation_loading import load_segmentation
+from diffrep.heads.training.masks import cut_mix, edge_map, pyramid_noise, stretch
+from diffrep.heads.training.masks_data import augment, draw_boxes, read_dis
 from diffrep.scenes import render_set
-from diffrep.training.segmentation import cut_mix, edge_map, pyramid_noise, stretch
-from diffrep.training.segmentation_data import augment, draw_boxes, read_dis
 
 
 def disc(height: int = 60, width: int = 80, radius: int = 20) -> np.ndarray:

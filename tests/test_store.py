@@ -558,7 +558,7 @@ def test_ray_needs_a_name_and_ray(
 
 
 def test_batches_do_not_depend_on_how_images_are_decoded(images: Path, backbone: Backbone) -> None:
-    from diffrep.store.decoding import Job
+    from diffrep.store.sources import Job
 
     base, sources = find_sources([images])
     maker = ShardMaker(backbone, CONFIG.resolve(backbone), Keep())

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from diffrep.backbones import load_backbone
 from diffrep.scenes import PART_MIRROR, SEEN, UNSEEN, VOCABULARY, SceneSet, render_scene, render_set, scene_seed
 from diffrep.training import Batch, FitSettings, TinyTraining, fit, train_tiny
-from diffrep.training.correspondence import LabelSettings, check_unseen, draw_queries, matching_loss
-from diffrep.training.crops import Crops, draw_groups, gather, jitter
-from diffrep.training.dino import sinkhorn
 from diffrep.training.loop import step_generator, update_average
-from diffrep.training.tokenizer import encode_word, reachable_merges, write_tokenizer
-from diffrep.training.vae import VaeSettings, build_vae, psnr, start_linear
+from diffrep.training.tiny.correspondence import LabelSettings, check_unseen, draw_queries, matching_loss
+from diffrep.training.tiny.crops import Crops, draw_groups, gather, jitter
+from diffrep.training.tiny.dino import sinkhorn
+from diffrep.training.tiny.tokenizer import encode_word, reachable_merges, write_tokenizer
+from diffrep.training.tiny.vae import VaeSettings, build_vae, psnr, start_linear
 
 
 def generator(seed: int = 0) -> torch.Generator:

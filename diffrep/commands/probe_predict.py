@@ -26,7 +26,7 @@ from diffrep.heads.probes import (
     load_probe,
 )
 from diffrep.heads.probes.dense_probe import DenseProbe, load_dense_probe
-from diffrep.heads.probes.pixels import Segmentation
+from diffrep.heads.probes.pixel_probe import Segmentation
 from diffrep.heads.probes.saved import saved_features, saved_kind
 from diffrep.images import find_images
 

@@ -12,7 +12,7 @@ import tyro
 from diffrep.commands.train_one_step import TrainDepth, TrainNormals
 from diffrep.commands.train_segmentation import TrainSegmentation
 from diffrep.commands.train_synthesis import TrainPrior, TrainSynthesis
-from diffrep.training.tiny import TinyTraining, train_tiny
+from diffrep.training.tiny.pipeline import TinyTraining, train_tiny
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class TrainTiny:
     """Train the embedded models from rendered scenes alone, with the settings of the ones in the package.
 
     Called again with the same work folder it goes on where it was. Every other setting is a field of
-    `diffrep.training.tiny.TinyTraining`.
+    `diffrep.training.tiny.pipeline.TinyTraining`.
     """
 
     work: Path = Path("runs/tiny")  # scenes, checkpoints and logs; a few GB

@@ -10,21 +10,21 @@ from typing import Annotated, Literal
 import tyro
 
 from diffrep.backbones.pipelines import load_parts
-from diffrep.eval.one_step_validation import SceneValidation
+from diffrep.eval.scene_maps import SceneValidation
 from diffrep.heads.loading import write_head
-from diffrep.scenes import SceneSet, render_set
-from diffrep.training.hypersim import Hypersim
-from diffrep.training.one_step import RECIPES, OneStepModel, Task
-from diffrep.training.one_step_data import AnnotatedImages, SceneSamples
-from diffrep.training.one_step_fit import (
+from diffrep.heads.training.dense import RECIPES, OneStepModel, Task
+from diffrep.heads.training.dense_data import AnnotatedImages, SceneSamples
+from diffrep.heads.training.dense_fit import (
     PUBLISHED_BATCH,
     OneStepTraining,
     embedded,
     published_fit,
     train_one_step,
 )
-from diffrep.training.tiny import replace_folder
-from diffrep.training.vkitti import VirtualKitti
+from diffrep.heads.training.hypersim import Hypersim
+from diffrep.heads.training.vkitti import VirtualKitti
+from diffrep.scenes import SceneSet, render_set
+from diffrep.training.tiny.pipeline import replace_folder
 
 RecipeName = Literal["lotus-d", "lotus-g", "e2e-ft", "marigold"]
 

@@ -9,9 +9,8 @@ from typing import Annotated
 import tyro
 
 from diffrep.eval.segmentation_validation import MaskValidation
-from diffrep.scenes import SceneSet, render_set
-from diffrep.training.segmentation_data import MaskedImage, read_dis
-from diffrep.training.segmentation_fit import (
+from diffrep.heads.training.masks_data import MaskedImage, read_dis
+from diffrep.heads.training.masks_fit import (
     EMBEDDED_FIT,
     EMBEDDED_SCENES,
     PUBLISHED_BATCH,
@@ -23,7 +22,8 @@ from diffrep.training.segmentation_fit import (
     train_segmentation,
     write_segmentation_head,
 )
-from diffrep.training.tiny import replace_folder
+from diffrep.scenes import SceneSet, render_set
+from diffrep.training.tiny.pipeline import replace_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from diffrep.synthesis import SynthesisModel
 from diffrep.training.prior import PriorTraining, train_prior
 from diffrep.training.synthesis_data import ImagePatches, Patches, ScenePatches
 from diffrep.training.synthesis_fit import PUBLISHED, SynthesisTraining, train_synthesis
-from diffrep.training.tiny import half, replace_folder
+from diffrep.training.tiny.pipeline import half, replace_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from diffrep.index.exact import import_faiss
 from diffrep.index.kinds import Design, IndexKind, choose_kind
 from diffrep.index.stored import CODES, DESCRIPTION, FORMAT, PLACES, VECTORS, VERSION, StoredIndex
 from diffrep.store import Store, StoreError, Vectors
-from diffrep.store.provenance import difference
+from diffrep.store.manifest import difference
 
 logger = logging.getLogger(__name__)
 

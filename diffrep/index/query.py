@@ -13,8 +13,8 @@ from diffrep.backbones import Backbone, load_backbone
 from diffrep.features import FeatureMaps, extract
 from diffrep.images import ImageLike, load_image
 from diffrep.index.stored import Place, StoredIndex
-from diffrep.store.provenance import difference, extract_config, provenance
-from diffrep.store.selection import pooled
+from diffrep.store.manifest import difference, extract_config, provenance
+from diffrep.store.shards import pooled
 
 _MORE = 8  # times as many places as images are searched, and more again, for one image can have several
 _MOST = 4096  # places that are searched at most

@@ -1,8 +1,7 @@
 """Features kept on disk: sharded, memory-mapped, appendable; the layout is described in docs/store.md."""
 
 from diffrep.store.bulk import BulkConfig, Extracted, extract_store
-from diffrep.store.manifest import Keep, Manifest, StoreError, load_manifest
-from diffrep.store.provenance import provenance
+from diffrep.store.manifest import Keep, Manifest, StoreError, load_manifest, provenance
 from diffrep.store.reader import Store, StoredImage, Vectors, open_store
 from diffrep.store.writer import StoreWriter, write_store
 

@@ -21,11 +21,9 @@ import torch
 from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig, FeatureMaps, extract_canvases
 from diffrep.images import ImageError
-from diffrep.store.decoding import Canvases, Job, decode
 from diffrep.store.manifest import Keep, StoreError, shard_number
-from diffrep.store.selection import PlacesError, select
-from diffrep.store.shards import ImageFile, ShardBuilder, damage, load_records
-from diffrep.store.sources import ImageSource, locate
+from diffrep.store.shards import ImageFile, PlacesError, ShardBuilder, damage, load_records, select
+from diffrep.store.sources import Canvases, ImageSource, Job, decode, locate
 from diffrep.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)

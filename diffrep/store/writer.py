@@ -19,13 +19,12 @@ from diffrep.store.manifest import (
     Manifest,
     ShardEntry,
     StoreError,
+    difference,
     load_manifest,
     save_manifest,
     shard_number,
 )
-from diffrep.store.provenance import difference
-from diffrep.store.selection import select
-from diffrep.store.shards import SHARDS, ImageFile, ShardBuilder
+from diffrep.store.shards import SHARDS, ImageFile, ShardBuilder, select
 
 LOCK = ".lock"
 
@@ -38,7 +37,7 @@ class StoreWriter:
 
     Args:
         folder: the store.
-        features: provenance; see `diffrep.store.provenance`.
+        features: provenance; see `diffrep.store.manifest`.
         root: the folder to which image names are relative. None: that of the store that is there.
 
     Raises:

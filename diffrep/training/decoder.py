@@ -20,7 +20,7 @@ from diffrep.images import LUMINANCE
 from diffrep.synthesis import SynthesisModel, SynthesisSettings, sample_patches
 from diffrep.training.loop import Batch, FitSettings, fit, save_weights
 from diffrep.training.synthesis_data import Patches
-from diffrep.training.vae import reconstruction
+from diffrep.training.tiny.vae import reconstruction
 
 SMOOTHING = FitSettings(
     steps=4000, learning_rate=4e-4, warmup=100, weight_decay=0.0, ema_decay=0.995, bf16=False, seed=31

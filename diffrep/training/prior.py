@@ -16,9 +16,9 @@ from tqdm import tqdm
 from diffrep.scenes import CATEGORIES, SceneSet
 from diffrep.synthesis.conditions import ImageEncoder, Pooling
 from diffrep.synthesis.prior import TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
-from diffrep.training.crops import gather
 from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
-from diffrep.training.unet import build_scheduler
+from diffrep.training.tiny.crops import gather
+from diffrep.training.tiny.unet import build_scheduler
 
 
 @dataclass(frozen=True, kw_only=True)

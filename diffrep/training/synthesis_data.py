@@ -20,8 +20,8 @@ from diffrep.images import load_image
 from diffrep.scenes import SceneSet
 from diffrep.synthesis import SynthesisModel
 from diffrep.synthesis.conditions import ImageEncoder
-from diffrep.training.crops import Crops, gather
 from diffrep.training.loop import Batch, save_weights, step_generator
+from diffrep.training.tiny.crops import Crops, gather
 
 Flips = Literal["none", "horizontal", "both"]
 

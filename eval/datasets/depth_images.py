@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffrep.eval.datasets.archives import Archive
 from diffrep.eval.datasets.pairs import DatasetError, Problem
-from diffrep.training.vkitti import KITTI_SIZE, kitti_crop
+from diffrep.heads.training.vkitti import KITTI_SIZE, kitti_crop
 
 # first and last row, first and last column, as shares of height and width
 _KITTI_MASKS = {

@@ -20,24 +20,30 @@ from diffrep.heads.probes.dense_probe import (
 )
 from diffrep.heads.probes.experiment import ProbeData, Result, train_probe
 from diffrep.heads.probes.feedback import DifFeed, feedback_layer, numbered_taps
-from diffrep.heads.probes.feeding import FeedbackProbe, FeedbackSettings, load_feedback_probe, train_feedback
+from diffrep.heads.probes.feedback_probe import FeedbackProbe, FeedbackSettings, load_feedback_probe, train_feedback
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
 from diffrep.heads.probes.grid import GridSettings, LinearGrid, Standardiser, fit_grid
 from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labelled
-from diffrep.heads.probes.layouts import KINDS, FeatureHead, Layout, build_head
+from diffrep.heads.probes.layouts import KINDS, CnnHead, FeatureHead, Layout, PooledHead, build_head
 from diffrep.heads.probes.neighbours import NearestNeighbours, top_accuracy
-from diffrep.heads.probes.pictures import draw_heat_map
 from diffrep.heads.probes.pixel_labels import PixelClasses, find_classes
-from diffrep.heads.probes.pixel_probe import PixelProbe, load_pixel_probe, train_pixel_probe
-from diffrep.heads.probes.pixels import PixelClassifier, PixelEnsemble, PixelSettings, fit_pixels, pixel_features
-from diffrep.heads.probes.pooled import CnnHead, PooledHead
+from diffrep.heads.probes.pixel_probe import (
+    PixelClassifier,
+    PixelEnsemble,
+    PixelProbe,
+    PixelSettings,
+    fit_pixels,
+    load_pixel_probe,
+    pixel_features,
+    train_pixel_probe,
+)
 from diffrep.heads.probes.probe import Prediction, Probe, load_probe
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.rows import HeldRows, MappedRows, SideBySide
 from diffrep.heads.probes.saved import saved_kind
 from diffrep.heads.probes.scores import Scores, paired_gain, score, wilson
 from diffrep.heads.probes.splits import Split, balance, split_rows
-from diffrep.heads.probes.sweeps import CellScore, Sweep, load_sweep, sweep
+from diffrep.heads.probes.sweeps import CellScore, Sweep, draw_heat_map, load_sweep, sweep
 
 __all__ = [
     "KINDS",

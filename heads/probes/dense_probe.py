@@ -28,19 +28,17 @@ from diffrep.features import ExtractConfig, extract_each
 from diffrep.heads.families import Frame
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.annotated import AnnotatedImages, read_normals
-from diffrep.heads.probes.dense import DepthProbe, NormalsProbe, Reader
-from diffrep.heads.probes.dense_losses import depth_loss
+from diffrep.heads.probes.dense import DepthProbe, NormalsProbe, Reader, depth_loss
 from diffrep.heads.probes.labelled import DataError
-from diffrep.heads.probes.one_backbone import OneBackbone
+from diffrep.heads.probes.probe import OneBackbone
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.sparse import read_known_depths
+from diffrep.heads.training.dense import angular_loss
+from diffrep.heads.training.dense_data import resize_nearest
 from diffrep.images import ImageLike, Placement
 from diffrep.store import BulkConfig, Keep, Store, extract_store, open_store
-from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import extract_config, provenance
+from diffrep.store.manifest import extract_config, provenance, write_whole
 from diffrep.training.loop import save_weights
-from diffrep.training.one_step_losses import angular_loss
-from diffrep.training.one_step_targets import resize_nearest
 
 FORMAT, VERSION = "diffrep-dense-probe", 1
 ABOUT, _WEIGHTS = "dense_probe.json", "dense_probe.safetensors"

@@ -6,8 +6,9 @@ the head again before its weights are loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,7 +19,6 @@ from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import Cell
 from diffrep.heads.probes.grid import Standardiser
 from diffrep.heads.probes.neighbours import TEMPERATURE, NearestNeighbours
-from diffrep.heads.probes.pooled import CnnHead, PooledHead
 
 Kind: TypeAlias = Literal["linear", "logistic", "mlp", "cnn", "attention", "knn"]
 KINDS: tuple[Kind, ...] = ("linear", "logistic", "mlp", "cnn", "attention", "knn")
@@ -203,3 +203,50 @@ def gallery_head(layout: Layout, features: Tensor, labels: Tensor) -> FeatureHea
     voters.gallery.copy_(voters.unit(features))
     voters.labels.copy_(labels)
     return head
+
+
+class PooledHead(nn.Module):
+    """Average pool to `pool` x `pool` cells, then a linear layer, or linear layers with ReLU between them.
+
+    Args:
+        channels: of the map.
+        hidden: widths of the hidden layers; none for the linear head.
+
+    State: ``fcs.N.weight`` and ``fcs.N.bias``, the released names.
+    """
+
+    def __init__(self, channels: int, classes: int, *, pool: int = 1, hidden: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.pool = pool
+        widths = [channels * pool * pool, *hidden, classes]
+        self.fcs = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(widths))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, h, w) -> logits (B, K)."""
+        x = F.adaptive_avg_pool2d(maps, self.pool).flatten(1)
+        for layer in self.fcs[:-1]:
+            x = layer(x).relu()
+        logits: Tensor = self.fcs[-1](x)
+        return logits
+
+
+class CnnHead(nn.Module):
+    """Average pool to `pool` x `pool` cells, two 3x3 convolutions with batch norm and ReLU, mean, linear layer.
+
+    Not the paper's: of its CNN head no layer is published.
+    """
+
+    def __init__(self, channels: int, classes: int, *, pool: int = 8, width: int = 128) -> None:
+        super().__init__()
+        self.pool = pool
+        layers: list[nn.Module] = []
+        for before in (channels, width):
+            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width, classes)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B, C, h, w) -> logits (B, K)."""
+        x = self.convolutions(F.adaptive_avg_pool2d(maps, self.pool))
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits

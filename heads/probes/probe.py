@@ -14,14 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.backbones import Backbone
+from diffrep.backbones import Backbone, load_backbone
 from diffrep.heads.probes.cells import Cell, Reading, read_cells
 from diffrep.heads.probes.fitting import softmax
 from diffrep.heads.probes.layouts import FeatureHead, Layout
-from diffrep.heads.probes.one_backbone import check_weights_of, load_recorded
 from diffrep.images import ImageLike, fit_image, load_image
-from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import difference, extract_config, provenance
+from diffrep.store.manifest import difference, extract_config, provenance, weights_sha256, write_whole
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-probe", 1
@@ -190,3 +188,45 @@ def load_probe(folder: str | Path) -> Probe:
         return Probe(head.eval(), tuple(document["classes"]), document["features"], document["about"])
     except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"{folder}: the probe cannot be read ({' '.join(str(error).split())[:300]})") from None
+
+
+def load_recorded(name: str, features: Mapping[str, Any], device: str = "cpu") -> Backbone:
+    """The backbone that a probe was trained on, in the precision that it was trained with.
+
+    Args:
+        features: provenance of its features.
+    """
+    return load_backbone(name, device=device, dtype=getattr(torch, features["dtype"]))
+
+
+def check_weights_of(name: str, features: Mapping[str, Any], backbone: Backbone) -> None:
+    """Refuse a backbone that is not the one the probe was trained on.
+
+    Args:
+        name: of the one that it was trained on.
+        features: provenance of its features.
+
+    Raises:
+        ValueError: it has other weights.
+    """
+    if weights_sha256(backbone) != features["weights_sha256"]:
+        raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
+
+
+class OneBackbone:
+    """Base of probes whose `features` are the provenance of one backbone's features."""
+
+    features: Mapping[str, Any]
+
+    @property
+    def backbone(self) -> str:
+        """The name of its backbone."""
+        return str(self.features["backbone"])
+
+    def load_own(self, device: str = "cpu") -> Backbone:
+        """See `load_recorded`."""
+        return load_recorded(self.backbone, self.features, device)
+
+    def check(self, backbone: Backbone) -> None:
+        """See `check_weights_of`."""
+        check_weights_of(self.backbone, self.features, backbone)

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from diffrep.heads.probes import dense_probe, feeding, pixel_probe, probe
+from diffrep.heads.probes import dense_probe, feedback_probe, pixel_probe, probe
 
 SavedKind: TypeAlias = Literal["classification", "feedback", "pixels", "dense"]
 _FILES: dict[str, SavedKind] = {
     probe.ABOUT: "classification",
-    feeding.ABOUT: "feedback",
+    feedback_probe.ABOUT: "feedback",
     pixel_probe.ABOUT: "pixels",
     dense_probe.ABOUT: "dense",
 }

@@ -12,12 +12,17 @@ from safetensors.torch import load_file
 from diffrep.alignment import align_depth
 from diffrep.eval.datasets.depth_images import kitti_mask, nyu_mask, open_depth_set
 from diffrep.eval.datasets.normal_images import PADDING, normal_padding, open_normal_set
-from diffrep.eval.depth import DepthProtocol, evaluate_depth
-from diffrep.eval.depth_metrics import depth_metrics
-from diffrep.eval.normal_metrics import PooledAngles, angular_error, mean_of_images, normal_metrics
-from diffrep.eval.normals import NormalProtocol, evaluate_normals
-from diffrep.training.one_step_targets import distance_to_depth
-from diffrep.training.vkitti import KITTI_SIZE, kitti_crop, vkitti_crop
+from diffrep.eval.depth import DepthProtocol, depth_metrics, evaluate_depth
+from diffrep.eval.normals import (
+    NormalProtocol,
+    PooledAngles,
+    angular_error,
+    evaluate_normals,
+    mean_of_images,
+    normal_metrics,
+)
+from diffrep.heads.training.dense_data import distance_to_depth
+from diffrep.heads.training.vkitti import KITTI_SIZE, kitti_crop, vkitti_crop
 
 from .cases import assert_within
 

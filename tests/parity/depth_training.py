@@ -13,26 +13,23 @@ from torch import nn
 
 from diffrep.alignment import fit_scale_shift
 from diffrep.backbones.pipelines import load_parts
-from diffrep.training.loop import FitSettings, exponential_factor, make_optimiser
-from diffrep.training.one_step import (
+from diffrep.heads.training.dense import (
     LOTUS_D,
     LOTUS_G,
     OneStepModel,
     OneStepRecipe,
     adapt_unet,
-    draw_rows,
-    encode_rows,
-    latent_losses,
-    widen_conv_in,
-)
-from diffrep.training.one_step_losses import (
     affine_invariant_loss,
     angular_loss,
     decoded_depth,
     decoded_normals,
+    draw_rows,
+    encode_rows,
+    latent_losses,
     latent_mask,
+    widen_conv_in,
 )
-from diffrep.training.one_step_targets import (
+from diffrep.heads.training.dense_data import (
     camera_points,
     face_camera,
     hypersim_normals,
@@ -42,6 +39,7 @@ from diffrep.training.one_step_targets import (
     normals_from_depth,
     resize_nearest,
 )
+from diffrep.training.loop import FitSettings, exponential_factor, make_optimiser
 
 from .cases import assert_within
 

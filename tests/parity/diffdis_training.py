@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from diffrep.heads.diffdis import DiffDisUNet, derived_weights
 from diffrep.heads.one_step import LatentCodec, Schedule
-from diffrep.training.loop import FitSettings, diffdis_rate, make_optimiser
-from diffrep.training.segmentation import (
+from diffrep.heads.training.masks import (
     PUBLISHED_FASTER,
     SegmentationModel,
     cut_mix,
@@ -23,6 +22,7 @@ from diffrep.training.segmentation import (
     segmentation_losses,
     stretch,
 )
+from diffrep.training.loop import FitSettings, diffdis_rate, make_optimiser
 
 from .diffdis_unet import assert_equal, tensors_of, tolerances
 

@@ -14,16 +14,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.alignment import fit_scale_shift
+from diffrep.backbones.noise import draw_noise
 from diffrep.training.loop import Batch
-from diffrep.training.one_step_losses import (
-    affine_invariant_loss,
-    angular_loss,
-    decoded_depth,
-    decoded_normals,
-    latent_loss,
-)
 
 Task = Literal["depth", "disparity", "normals"]
 Predicts = Literal["sample", "epsilon", "v_prediction"]
@@ -277,3 +273,115 @@ def decoded_losses(vae: Any, task: Task) -> Callable[[nn.Module, OneStepModel, B
         return {"loss": affine_invariant_loss(decoded_depth(decoded), batch["reference"], batch["valid"])}
 
     return losses
+
+
+def latent_mask(valid: Tensor, stride: int = 8) -> Tensor:
+    """Cells of which every pixel is valid: (B, 1, H, W) bool -> (B, 1, H / stride, W / stride) bool."""
+    return F.max_pool2d((~valid).float(), stride, stride) == 0
+
+
+def latent_loss(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared error in float32 over the latent cells that count.
+
+    Args:
+        predicted, target: (B, c, h, w).
+        mask: (B, 1, h, w) bool; None counts all. Zero where it counts none.
+    """
+    squares = (predicted.float() - target.float()).square()
+    if mask is None:
+        return squares.mean()
+    keep = mask.expand_as(squares)
+    return torch.where(keep, squares, 0.0).sum() / keep.sum().clamp(min=1)
+
+
+def decoded_depth(decoded: Tensor) -> Tensor:
+    """(B, 3, H, W) as the VAE decodes it -> (B, 1, H, W) in [-1, 1]: the channels' mean, clamped."""
+    return decoded.mean(1, keepdim=True).clamp(-1, 1)
+
+
+def decoded_normals(decoded: Tensor) -> Tensor:
+    """(B, 3, H, W) as the VAE decodes it -> nearly unit normals (E2E-FT divides by the length + 1e-5, and clamps)."""
+    length = torch.linalg.vector_norm(decoded, dim=1, keepdim=True)
+    return (decoded / (length + 1e-5)).clamp(-1, 1)
+
+
+def affine_invariant_loss(estimate: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """E2E-FT's depth loss: mean over all masked pixels of the batch of |s p + t - d|.
+
+    Scale and shift are fitted per image by least squares, and gradients flow through the fit.
+
+    Args:
+        estimate, reference: (B, 1, H, W); mask: (B, 1, H, W) bool.
+    """
+    scale, shift = fit_scale_shift(estimate, reference, mask, undetermined="zero")
+    aligned = scale.view(-1, 1, 1, 1) * estimate + shift.view(-1, 1, 1, 1)
+    return (aligned - reference)[mask].abs().mean()
+
+
+def angular_loss(estimate: Tensor, reference: Tensor, mask: Tensor, *, margin: float = 1e-4) -> Tensor:
+    """E2E-FT's normal loss: mean angle over the masked pixels, radians.
+
+    Args:
+        estimate, reference: (B, 3, H, W) unit normals; mask: (B, 1, H, W) bool.
+        margin: cosines are kept this far from 1 and -1, where the gradient is infinite; 0 is the published form,
+            which gives NaN gradients where the estimate is exact.
+    """
+    cosine = (estimate * reference).sum(1, keepdim=True)[mask]
+    return torch.acos(cosine.clamp(-1 + margin, 1 - margin)).mean()
+
+
+@torch.no_grad()
+def predict_latents(model: OneStepModel, images: Tensor, *, steps: int = 1, seed: int = 0) -> Tensor:
+    """Annotation latents of image latents.
+
+    One step asks the recipe's timestep; more are DDIM (eta 0) with trailing spacing.
+
+    Args:
+        images: (B, c, h, w), scaled.
+        seed: of the noise that recipes with noise start from, the same for all images.
+
+    Raises:
+        ValueError: several steps of a recipe that is trained on one timestep.
+    """
+    recipe = model.recipe
+    if steps > 1 and recipe.timesteps == "one":
+        raise ValueError(f"this recipe predicts in one step, got steps={steps}")
+    tasks = task_vector(annotate=True).to(images).expand(len(images), 4) if recipe.task_vector else None
+    noise = draw_noise(images.shape[1:], seed).to(images).expand_as(images) if recipe.first == "noise" else None
+    total = len(model.alphas_cumprod)
+    asked = [round(total - i * total / steps) - 1 for i in range(steps)] if steps > 1 else [recipe.timestep]
+    noisy = noise if noise is not None else model.noisy(images, None, torch.empty(0))
+    clean = images
+    for step, timestep in enumerate(asked):
+        timesteps = torch.full((len(images),), timestep, device=images.device)
+        output = model(model.inputs(images, noisy), timesteps, tasks)
+        clean = model.clean(output, noisy, timesteps)
+        if step + 1 < steps and noisy is not None:
+            now, later = (float(model.alphas_cumprod[t]) for t in (timestep, asked[step + 1]))
+            drawn = (noisy - now**0.5 * clean) / (1 - now) ** 0.5
+            noisy = later**0.5 * clean + (1 - later) ** 0.5 * drawn
+    return clean
+
+
+@torch.no_grad()
+def predict_maps(
+    model: OneStepModel, vae: Any, pixels: Tensor, task: Task, *, steps: int = 1, seed: int = 0, batch_size: int = 16
+) -> Tensor:
+    """Maps of images, decoded.
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1], sides that are multiples of the VAE's stride.
+
+    Returns:
+        (B, 1, H, W) in [0, 1] for depth and disparity; (B, 3, H, W) normals in LUB as they are decoded, short where
+        there is no surface.
+    """
+    factor, maps = vae.config.scaling_factor, []
+    for chunk in pixels.split(batch_size):
+        images = vae.encode(chunk).latent_dist.mean * factor
+        decoded = vae.decode(predict_latents(model, images, steps=steps, seed=seed) / factor).sample.float()
+        if task == "normals":
+            maps.append(decoded.clamp(-1, 1))
+        else:  # Lotus: each channel is clamped, then averaged
+            maps.append(decoded.clamp(-1, 1).mean(1, keepdim=True) / 2 + 0.5)
+    return torch.cat(maps)

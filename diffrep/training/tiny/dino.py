@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.scenes import SceneSet
-from diffrep.training.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
-from diffrep.training.crops import Crops, draw_groups, gather, jitter
 from diffrep.training.loop import Batch, FitSettings, fit, save_weights
+from diffrep.training.tiny.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
+from diffrep.training.tiny.crops import Crops, draw_groups, gather, jitter
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -13,9 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.training.one_step import Task
-from diffrep.training.one_step_data import Sample, clamp_depth
-from diffrep.training.one_step_targets import DepthNorm, image_target, normalize_depth, normals_from_depth
+from diffrep.heads.training.dense import Task
+from diffrep.heads.training.dense_data import (
+    DepthNorm,
+    Sample,
+    clamp_depth,
+    image_target,
+    normalize_depth,
+    normals_from_depth,
+)
 
 KITTI_SIZE = (352, 1216)
 VKITTI_SCENES = ("Scene02", "Scene06", "Scene18", "Scene20")  # what Lotus trains on

@@ -88,7 +88,7 @@ def _resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 @torch.no_grad()
 def vit_maps(network: Any, images: Tensor, *, layer: int = -1) -> Tensor:
     """The raw output of a block of a timm ViT for images (B, 3, H, W) in [0, 1]: (B, C, h, w)."""
-    from diffrep.training.dino import MEAN, STD
+    from diffrep.training.tiny.dino import MEAN, STD
 
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     found = []

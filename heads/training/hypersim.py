@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.training.one_step import Task
-from diffrep.training.one_step_data import Sample, clamp_depth
-from diffrep.training.one_step_targets import (
+from diffrep.heads.training.dense import Task
+from diffrep.heads.training.dense_data import (
     HYPERSIM_FOCAL,
     DepthNorm,
+    Sample,
     camera_points,
+    clamp_depth,
     distance_to_depth,
     face_camera,
     hypersim_normals,

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 import diffrep
 from diffrep.files import forget_origin
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
-from diffrep.training.correspondence import LabelSettings, check_unseen
-from diffrep.training.dino import DinoSettings, train_dino, write_vit
 from diffrep.training.loop import FitSettings
-from diffrep.training.probe import ProbePairs, probe_unet, probe_vit, unet_maps, vit_maps
-from diffrep.training.tokenizer import write_tokenizer
-from diffrep.training.unet import Denoiser, UNetSettings, build_scheduler, tokenize, train_unet
-from diffrep.training.vae import VaeSettings, psnr, train_vae
+from diffrep.training.tiny.correspondence import LabelSettings, check_unseen
+from diffrep.training.tiny.dino import DinoSettings, train_dino, write_vit
+from diffrep.training.tiny.probe import ProbePairs, probe_unet, probe_vit, unet_maps, vit_maps
+from diffrep.training.tiny.tokenizer import write_tokenizer
+from diffrep.training.tiny.unet import Denoiser, UNetSettings, build_scheduler, tokenize, train_unet
+from diffrep.training.tiny.vae import VaeSettings, psnr, train_vae
 
 RECOMMENDED = {  # diffrep.json: how the model is best used as a backbone
     "taps": ["up.2.resnet.0"],

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.scenes import SceneSet
-from diffrep.training.crops import Crops, gather, jitter
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
+from diffrep.training.tiny.crops import Crops, gather, jitter
 
 _CONSTANT = 16.0  # of the channels that pin a group's variance, in units of the signal
 

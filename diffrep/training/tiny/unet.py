@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffrep.scenes import VOCABULARY, SceneSet
-from diffrep.training.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
-from diffrep.training.crops import Crops, draw_groups, gather
 from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
-from diffrep.training.tokenizer import write_tokenizer
+from diffrep.training.tiny.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
+from diffrep.training.tiny.crops import Crops, draw_groups, gather
+from diffrep.training.tiny.tokenizer import write_tokenizer
 
 TIMESTEPS = 1000
 

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
-from diffrep.training.loop import Batch, FitSettings, Loss, fit
-from diffrep.training.one_step import (
+from diffrep.heads.training.dense import (
     LOTUS_D,
     RECIPES,
     OneStepModel,
@@ -23,9 +22,10 @@ from diffrep.training.one_step import (
     decoded_losses,
     encode_rows,
     latent_losses,
+    latent_mask,
 )
-from diffrep.training.one_step_data import AnnotatedImages, cache_latents, latent_batches, sample_batches
-from diffrep.training.one_step_losses import latent_mask
+from diffrep.heads.training.dense_data import AnnotatedImages, cache_latents, latent_batches, sample_batches
+from diffrep.training.loop import Batch, FitSettings, Loss, fit
 
 EMBEDDED_RECIPE = replace(LOTUS_D, posterior="mean")
 EMBEDDED_FIT = FitSettings(

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.heads.training.masks import cut_mix, edge_map, encode_step, pyramid_noise, stretch
 from diffrep.images import load_image
 from diffrep.scenes import SceneSet
 from diffrep.training.loop import Batch, save_weights
-from diffrep.training.segmentation import cut_mix, edge_map, encode_step, pyramid_noise, stretch
 
 Encode = Callable[[Tensor], Tensor]
 """(B, 3, H, W) pixels in [0, 1] -> scaled latents."""

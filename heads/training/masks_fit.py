@@ -17,23 +17,23 @@ from diffrep.heads.loading import write_head
 from diffrep.heads.mask_decoder import MaskDecoder
 from diffrep.heads.one_step import LatentCodec, Schedule
 from diffrep.heads.segmentation import DiffDis
-from diffrep.scenes import SceneSet
-from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
-from diffrep.training.one_step_fit import parts_fingerprint
-from diffrep.training.segmentation import (
+from diffrep.heads.training.dense_fit import parts_fingerprint
+from diffrep.heads.training.masks import (
     PUBLISHED_FASTER,
     TIMESTEP,
     SegmentationModel,
     drawn_losses,
     segmentation_losses,
 )
-from diffrep.training.segmentation_data import (
+from diffrep.heads.training.masks_data import (
     MaskedImage,
     cache_scenes,
     image_batches,
     scene_batches,
     scene_maps,
 )
+from diffrep.scenes import SceneSet
+from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
 
 EMBEDDED_FIT = FitSettings(steps=20000, minutes=22, learning_rate=1e-3, warmup=50, ema_decay=0.998, seed=21)
 EMBEDDED_SCENES = 10000

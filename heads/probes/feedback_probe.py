@@ -26,14 +26,12 @@ from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input
 from diffrep.heads.probes.feedback import DifFeed
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.one_backbone import OneBackbone, check_weights_of, load_recorded
-from diffrep.heads.probes.probe import Prediction, batches_of
+from diffrep.heads.probes.probe import OneBackbone, Prediction, batches_of, check_weights_of, load_recorded
 from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.scores import Scores, score
 from diffrep.heads.probes.splits import Split
 from diffrep.images import ImageLike, decode_image, fit_image, load_image, stack_pixels
-from diffrep.store.manifest import write_whole
-from diffrep.store.provenance import extract_config, provenance
+from diffrep.store.manifest import extract_config, provenance, write_whole
 from diffrep.training.loop import save_weights
 
 FORMAT, VERSION = "diffrep-diffeed", 1

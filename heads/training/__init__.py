@@ -1,0 +1,1 @@
+"""Training of the dense heads: depth and normals, masks with their edges."""
