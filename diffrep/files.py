@@ -1,26 +1,219 @@
-"""Writing files so that nothing is ever half there."""
+"""Files and folders that are whole or not there: the one atomic writer, the one folder claim, the one JSON reader.
+
+Everything that diffrep keeps goes through here. A file is written under a hidden name beside its place,
+``.NAME.PID.partial.ENDING``, and renamed when it is whole; a killed run leaves at most such a file, which
+`sweep_partials` removes on the next one.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SETTINGS = "settings.json"
+_PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; what was there is replaced only by a whole one. Its folder is made where it is missing."""
+def partial_path(path: Path) -> Path:
+    """Where `path` is written before it is whole: hidden, beside it, with its ending, so that writers know the format.
+
+    >>> partial_path(Path("maps/a.png")).name.replace(str(os.getpid()), "PID")
+    '.a.PID.partial.png'
+    """
+    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+
+
+def write_whole(
+    path: str | os.PathLike[str], content: bytes | str | Callable[[Path], object], *, sync: bool = False
+) -> None:
+    """Write a file or none: what was there is replaced only by a whole one. Its folder is made where it is missing.
+
+    Args:
+        content: bytes, text (written as UTF-8), or a function that writes a file at the path that it is given, such
+            as `PIL.Image.Image.save`.
+        sync: wait until the bytes are on the disk, for what a resumed run must be able to trust.
+
+    Raises:
+        OSError: as the system has it; nothing is left behind.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        if isinstance(content, (bytes, str)):
+            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        else:
+            content(partial)
+        if sync:
+            with partial.open("rb+") as opened:
+                os.fsync(opened.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_document(path: str | os.PathLike[str], document: Mapping[str, Any], *, sync: bool = False) -> None:
+    """Write a JSON file, indented, as `write_whole` does; values that JSON does not know become text."""
+    write_whole(path, json.dumps(document, indent=2, default=str) + "\n", sync=sync)
+
+
+def read_document(path: str | os.PathLike[str], *, error: type[Exception] = ValueError) -> dict[str, Any]:
+    """Read a JSON file that holds one object, whoever made it.
+
+    Args:
+        error: the kind of error that the caller's readers raise.
+
+    Raises:
+        error: the file is missing, no UTF-8, no JSON, nested too deeply, or no object; the message begins with its
+            path.
+    """
+    try:
+        document = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: cannot be read as JSON ({_reason(problem)})") from None
+    if not isinstance(document, dict):
+        raise error(f"{path}: must hold a JSON object, found {type(document).__name__}")
+    return document
+
+
+def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write tensors as one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda partial: save_file(contiguous, partial, metadata=metadata or None))
+
+
+def claim_folder(folder: str | os.PathLike[str], settings: Mapping[str, object], *, name: str = SETTINGS) -> None:
+    """Write the settings of a run into its folder, or check that those that are there are the same.
+
+    Args:
+        settings: JSON-ready; all that the contents of the folder depend on.
+        name: of the file that holds them.
+
+    Raises:
+        ValueError: other settings are there, or the file cannot be read; the message names the first difference.
+    """
+    wanted = json.loads(json.dumps(settings, default=str))
+    file = Path(folder) / name
+    if not file.exists():
+        write_document(file, wanted)
+        return
+    existing = read_document(file)
+    for key in {**wanted, **existing}:
+        if wanted.get(key) != existing.get(key):
+            raise ValueError(
+                f"{folder} was made with {key} = {existing.get(key)!r}, this run has {wanted.get(key)!r}:"
+                " use another folder, or the same settings"
+            )
+
+
+def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
+    """Write a folder through `write(partial folder)`; what was there is replaced only by a whole one."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(folder)
+    previous = partial.with_name(f"{partial.name}.old")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write(partial)
+        if folder.exists():
+            folder.replace(previous)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def sweep_partials(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed runs left half written directly in a folder. Links and files of running processes stay."""
+    if not Path(folder).is_dir():
+        return
+    for path in Path(folder).iterdir():
+        match = _PARTIAL.fullmatch(path.name)
+        if match is None or path.is_symlink() or _is_running(int(match[1])):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+class JsonLines:
+    """A log of JSON objects, one a line, that a killed run goes on from.
+
+    A last line that was cut off is dropped, and removed from the file when the next object is added.
+
+    Args:
+        path: None keeps nothing on the disk.
+
+    Raises:
+        ValueError: a whole line is no JSON object; the message names file and line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.rows: list[dict[str, Any]] = list(self._read())
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        if self.path is None or not self.path.is_file():
+            return
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_whole(self.path, whole)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as problem:
+                raise ValueError(f"{self.path}: line {number} is damaged ({_reason(problem)})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{self.path}: line {number} must hold a JSON object")
+            yield row
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append one object; it is on the disk when this returns."""
+        self.rows.append(dict(row))
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
 def forget_origin(folder: Path) -> None:
     """Take out of the configurations in a model's folder where its parts were read from, which diffusers writes."""
     for path in sorted(folder.glob("*/config.json")):
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_document(path)
         if config.pop("_name_or_path", None) is not None:
-            write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+            write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _is_running(process: int) -> bool:
+    if process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _reason(problem: BaseException) -> str:
+    """The message of an error in one line, short."""
+    if isinstance(problem, RecursionError):
+        return "nested too deeply"
+    return " ".join(str(problem).split())[:200]

@@ -17,10 +17,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffrep.eval.scene_maps import SceneMapSettings, scene_batches
+from diffrep.files import write_whole
 from diffrep.heads.probes.annotated import AnnotatedImages
 from diffrep.heads.training.dense_data import RDF_TO_LUB
 from diffrep.scenes import PART_CLASS_OF, PART_CLASSES, SEEN, Scene, scene_seed
-from diffrep.store.manifest import write_whole
 
 What: TypeAlias = Literal["depth", "normals", "parts", "categories"]
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from diffrep.backbones import Grid
 from diffrep.eval.datasets.pairs import PairSet, Problem
 from diffrep.features import FeatureMaps
-from diffrep.files import write_text
+from diffrep.files import claim_folder
 from diffrep.images import ImageError, Placement
 from diffrep.recipes import Correspondence, Recipe
 
@@ -111,27 +111,6 @@ def _features(number: int, note: Mapping[str, Any], tensors: Mapping[str, torch.
     grids = {tap: Grid(tuple(g["origin"]), tuple(g["stride"])) for tap, g in note["grids"].items()}
     maps = {tap: tensors[f"{number}/{tap}"] for tap in grids}
     return FeatureMaps(maps, (placement,), grids, note["settings"])
-
-
-def claim_folder(folder: Path, settings: Mapping[str, object]) -> None:
-    """Write settings into a folder, or check that those that are there are the same.
-
-    Raises:
-        ValueError: they are not; the message names the first difference.
-    """
-    wanted = json.loads(json.dumps(settings, default=str))
-    file = folder / SETTINGS
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(wanted, indent=2))
-        return
-    found = json.loads(file.read_text())
-    for key in {**wanted, **found}:
-        if wanted.get(key) != found.get(key):
-            raise ValueError(
-                f"{folder} was made with {key} = {found.get(key)!r}, this run has {wanted.get(key)!r}:"
-                " use another folder, or the same settings"
-            )
 
 
 def fingerprint(value: object) -> str:

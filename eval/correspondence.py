@@ -23,7 +23,6 @@ from tqdm import tqdm
 from diffrep.eval.cache import (
     FeatureCache,
     cache_key,
-    claim_folder,
     extract_images,
     fingerprint,
     images_by_prompt,
@@ -45,7 +44,7 @@ from diffrep.eval.protocols import PROTOCOLS, Protocol
 from diffrep.eval.scenes import ScenesReport, evaluate_scenes
 from diffrep.eval.tss import FlowReport, evaluate_flow
 from diffrep.features import FeatureMaps
-from diffrep.files import write_text
+from diffrep.files import claim_folder, write_whole
 from diffrep.fusion import Descriptors, fuse
 from diffrep.images import load_image
 from diffrep.matching import match_points
@@ -237,7 +236,7 @@ def match_pairs(
                         by_protocol=by_protocol, mirrored=mirrored, partners=partners.get(pair.category),
                     )  # fmt: skip
                     found.append(points.tolist())
-                write_text(file, json.dumps(found))
+                write_whole(file, json.dumps(found))
             # read back also what was just written: a run in two halves sees the same numbers
             for pair, points in zip(chunk, json.loads(file.read_text()), strict=True):
                 yield PairMatches(pair, torch.tensor(points, dtype=torch.float32).reshape(-1, 2))
@@ -346,8 +345,8 @@ class EvalCorrespondence:
             save_failures(report.failures(self.failures, pairs.root), self.output / "failures")
         print(report.table())
         self.output.mkdir(parents=True, exist_ok=True)
-        write_text(self.output / "report.json", report.to_json())
-        write_text(self.output / "report.txt", report.table() + "\n")
+        write_whole(self.output / "report.json", report.to_json())
+        write_whole(self.output / "report.txt", report.table() + "\n")
         return report
 
     def chosen_protocol(self) -> Protocol:

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.alignment import Space, align_depth
-from diffrep.eval.cache import ResultFile, claim_folder, count_images
+from diffrep.eval.cache import ResultFile, count_images
 from diffrep.eval.datasets.depth_images import DepthSample, DepthSet
 from diffrep.eval.datasets.pairs import Problem
 from diffrep.eval.published_dense import PUBLISHED_DEPTH, depth_rows
+from diffrep.files import claim_folder
 from diffrep.heads.sizes import working_size
 
 Predict = Callable[[Tensor], Tensor]

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.eval.cache import AngleFiles, claim_folder, count_images
+from diffrep.eval.cache import AngleFiles, count_images
 from diffrep.eval.datasets.normal_images import PADDING, NormalSample, NormalSet, normal_padding
 from diffrep.eval.datasets.pairs import Problem
 from diffrep.eval.depth import problem_lines
 from diffrep.eval.published_dense import PUBLISHED_NORMALS, normal_rows
+from diffrep.files import claim_folder
 from diffrep.heads.sizes import working_size
 
 PredictNormals = Callable[[Tensor], Tensor]

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from diffrep.files import write_whole
 from diffrep.heads.probes.labelled import PARTS, LabelledImages, Part, read_labelled
 from diffrep.scenes import SEEN, render_scene, scene_seed
-from diffrep.store.manifest import write_whole
 
 ATTRIBUTES = ("category", "colour", "second colour", "pattern", "view", "floor", "back")
 DIGITS, SCENES = "digits", "scenes"

@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.alignment import align_depth
-from diffrep.eval.cache import AngleFiles, ResultFile, claim_folder
+from diffrep.eval.cache import AngleFiles, ResultFile
 from diffrep.eval.depth import depth_metrics, mean_metrics
 from diffrep.eval.normals import PooledAngles, angular_error
+from diffrep.files import claim_folder
 from diffrep.heads.training.dense import OneStepModel, Task, predict_maps
 from diffrep.heads.training.dense_data import RDF_TO_LUB, SceneSamples, scene_depth
 from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, Scene, SceneSet, render_scene, scene_seed

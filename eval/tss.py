@@ -11,7 +11,7 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.eval.cache import FeatureCache, cache_key, claim_folder, extract_images, prompts_by_category
+from diffrep.eval.cache import FeatureCache, cache_key, extract_images, prompts_by_category
 from diffrep.eval.datasets.pairs import Problem
 from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
 from diffrep.eval.flow import (
@@ -24,7 +24,7 @@ from diffrep.eval.flow import (
     nearest_flow,
 )
 from diffrep.eval.published import PUBLISHED_FLOW
-from diffrep.files import write_text
+from diffrep.files import claim_folder, write_whole
 from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.recipes import Correspondence
@@ -145,7 +145,7 @@ def evaluate_flow(
             except (OSError, ValueError) as error:
                 problems.append(Problem(item.name, str(error)))
                 continue
-            write_text(file, json.dumps(asdict(count)))
+            write_whole(file, json.dumps(asdict(count)))
         found = json.loads(file.read_text())
         counts.append(FlowCount(**{**found, "correct": tuple(found["correct"])}))
     made = {**settings, "recipe": asdict(recipe), "kept_as": keep}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffrep.files import write_whole
 from diffrep.heads.maps import DepthMap, NormalMap
 
 MILLIMETRES = 1000  # a metric 16-bit PNG counts these per metre, as the public data sets do
@@ -137,17 +137,6 @@ WRITERS: dict[str, tuple[str, Callable[[DepthMap | NormalMap], bytes]]] = {  # f
 }
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file; what was there is replaced only by a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def save_map(path: Path, values: DepthMap | NormalMap) -> None:
     """Write a map in the format that the ending names: ``.png``, ``.npy`` or ``.tiff``.
 
@@ -157,4 +146,4 @@ def save_map(path: Path, values: DepthMap | NormalMap) -> None:
     writers = {ending: writer for ending, writer in WRITERS.values()}
     if path.suffix.lower() not in writers:
         raise ValueError(f"{path}: a map is written as {', '.join(writers)}")
-    write_bytes(path, writers[path.suffix.lower()](values))
+    write_whole(path, writers[path.suffix.lower()](values))

@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.commands.output import write_image, write_text
+from diffrep.commands.output import write_image
+from diffrep.files import write_whole
 from diffrep.heads.map_files import WRITERS, preview, preview_of_uncertainty, save_map
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.images import load_image
@@ -49,7 +50,7 @@ def write_beside(
         written.append(base.with_name(f"{base.name}_{name}.png"))
         write_image(written[-1], picture)
     written.append(base.with_name(f"{base.name}_{kind}.json"))
-    write_text(written[-1], json.dumps(metadata, indent=2) + "\n")
+    write_whole(written[-1], json.dumps(metadata, indent=2) + "\n")
     return written
 
 

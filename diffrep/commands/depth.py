@@ -13,10 +13,10 @@ import tyro
 from PIL import Image
 
 from diffrep.commands.dense import Map, check_folder, run_images, write_map
+from diffrep.files import write_whole
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.heads.loading import load_head
-from diffrep.heads.map_files import write_bytes
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
 from diffrep.heads.sparse import read_known_depths
@@ -124,7 +124,7 @@ class Depth:
         written = []
         if "ply" in self.formats:
             written.append(base.with_name(f"{base.name}_points.ply"))
-            write_bytes(written[0], self._points(image, result, normals))
+            write_whole(written[0], self._points(image, result, normals))
         maps = [kind for kind in self.formats if kind != "ply"]
         return [*written, *write_map(base, result, maps, show=self.preview)]
 

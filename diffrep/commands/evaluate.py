@@ -13,12 +13,13 @@ from diffrep.commands.evaluate_dense import EvalAblation, EvalDepth, EvalNormals
 from diffrep.commands.evaluate_manifold import Interpolation, Manifold
 from diffrep.commands.evaluate_probes import EvalProbes
 from diffrep.commands.evaluate_segmentation import EvalSegmentation
-from diffrep.commands.output import check_writable, write_text
+from diffrep.commands.output import check_writable
 from diffrep.eval.correspondence import EvalCorrespondence
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
+from diffrep.files import write_whole
 from diffrep.recipes import Correspondence
 from diffrep.synthesis import SynthesisSettings, load_synthesis
 
@@ -34,7 +35,7 @@ class Report(Protocol):
 def show(report: Report, output: Path | None, *, json: bool) -> None:
     """Print a report as a table or as JSON, and keep the JSON where asked."""
     if output is not None:
-        write_text(output, report.to_json() + "\n")
+        write_whole(output, report.to_json() + "\n")
     print(report.to_json() if json else report.table())
 
 

@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from diffrep.commands.output import check_writable, write_text
+from diffrep.commands.output import check_writable
 from diffrep.commands.train_one_step import open_set
 from diffrep.eval.datasets.depth_images import open_depth_set
 from diffrep.eval.datasets.normal_images import open_normal_set
@@ -27,6 +27,7 @@ from diffrep.eval.scene_maps import (
     no_look,
     through_vae,
 )
+from diffrep.files import write_whole
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
@@ -49,7 +50,7 @@ class DenseEvaluation:
 
     def _show(self, report: DepthReport | NormalReport | SceneMapReport) -> None:
         if self.output is not None:
-            write_text(self.output, report.to_json() + "\n")
+            write_whole(self.output, report.to_json() + "\n")
         print(report.to_json() if self.json else report.table())
         problems = getattr(report, "problems", ())
         if problems:
@@ -146,7 +147,7 @@ class EvalAblation:
         samples = open_set(self.data, self.task, self.work, self.scenes_to_render)
         report = run_ablation(samples, self.task, self.work, self.settings, base=self.base, latents=self.latents)
         if self.output is not None:
-            write_text(self.output, report.to_json() + "\n")
+            write_whole(self.output, report.to_json() + "\n")
         print(report.to_json() if self.json else report.table())
 
 

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from diffrep.commands.output import check_writable, write_text
+from diffrep.commands.output import check_writable
 from diffrep.eval.manifold import interpolate_times
 from diffrep.eval.manifold_table import SCORES, ManifoldSettings, evaluate_manifolds
+from diffrep.files import write_whole
 from diffrep.manifold.files import EmbedConfig, embed_file
 
 
@@ -38,7 +39,7 @@ class Manifold:
             check_writable(self.plot, (".png", ".pdf", ".svg"))
         report = evaluate_manifolds(self.settings, progress=not self.json)
         if self.output is not None:
-            write_text(self.output, report.to_json() + "\n")
+            write_whole(self.output, report.to_json() + "\n")
         if self.plot is not None:
             self.plot.parent.mkdir(parents=True, exist_ok=True)
             report.plot(self.score[0]).savefig(self.plot)
@@ -68,7 +69,7 @@ class Interpolation:
         scores: dict[str, Any] = {"per_time": per_time, "mean": found.mean()}
         document = json.dumps({**scores, "settings": {**found.settings, "embedding": embedded.settings}}, indent=2)
         if self.output is not None:
-            write_text(self.output, document + "\n")
+            write_whole(self.output, document + "\n")
         if self.json:
             print(document)
             return

@@ -8,10 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.output import check_writable, write_text
+from diffrep.commands.output import check_writable
 from diffrep.commands.probe_options import Extraction, Images, with_seed
 from diffrep.eval.probe_layouts import BENCHMARKS, imagenet_subset
 from diffrep.eval.probes import compare_probes, rows_of
+from diffrep.files import write_whole
 from diffrep.heads.probes import LabelledImages, ProbeFit, balance, parse_cells, readings_of
 from diffrep.heads.probes.layouts import Kind
 
@@ -52,7 +53,7 @@ class EvalProbes:
             benchmark=self.benchmark if self.classes is None else "",
         )
         if self.output is not None:
-            write_text(self.output, report.to_json() + "\n")
+            write_whole(self.output, report.to_json() + "\n")
         print(report.to_json() if self.json else f"{balance(data, found.split)}\n\n{report.table()}")
 
     def _data(self) -> LabelledImages:

@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from diffrep.commands.output import check_writable, write_text
+from diffrep.commands.output import check_writable
 from diffrep.eval.scene_maps import SceneMapSettings
 from diffrep.eval.segmentation import (
     SPLITS,
@@ -24,6 +24,7 @@ from diffrep.eval.segmentation import (
     evaluate_scene_masks,
     masks_through_vae,
 )
+from diffrep.files import write_whole
 from diffrep.heads.mask_prediction import SegmentationHead, SegmentConfig
 from diffrep.heads.segmentation_loading import load_segmentation
 from diffrep.scenes import Scene
@@ -56,7 +57,7 @@ class EvalSegmentation:
             check_writable(self.output, (".json",))
         report = self._scenes() if self.benchmark == "scenes" else self._dis()
         if self.output is not None:
-            write_text(self.output, report.to_json() + "\n")
+            write_whole(self.output, report.to_json() + "\n")
         print(report.to_json() if self.json else report.table())
 
     def _load(self, name: str) -> SegmentationHead:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffrep.files import write_text
+from diffrep.files import write_whole
 
-__all__ = ["check_writable", "write_image", "write_text"]
+__all__ = ["check_writable", "write_image", "write_whole"]
 
 
 def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> None:
@@ -30,10 +30,4 @@ def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jp
 
 def write_image(path: Path, image: Image.Image) -> None:
     """Write a picture; what was there is replaced only by a whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        image.save(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, image.save)

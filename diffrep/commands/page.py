@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffrep.commands.output import write_image, write_text
+from diffrep.commands.output import write_image
+from diffrep.files import write_whole
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; --accent: #2f7d5b; }
@@ -91,7 +92,7 @@ class Page:
             f"<style>{_STYLE}</style><h1>{html.escape(self.title)}</h1><p>{html.escape(self.lead)}</p>"
             + "\n".join(self._parts)
         )
-        write_text(path, text)
+        write_whole(path, text)
 
 
 def written_figures(folder: Path, figures: Sequence[tuple[Image.Image, str, str]]) -> str:

@@ -15,8 +15,9 @@ from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.dense import Map, check_folder, run_images, write_beside, write_map
-from diffrep.commands.output import check_writable, write_text
+from diffrep.commands.output import check_writable
 from diffrep.draw import point_colours
+from diffrep.files import write_whole
 from diffrep.heads.probes import (
     PixelProbe,
     Prediction,
@@ -101,7 +102,7 @@ class Predict:
         )
         if self.output is not None:
             lines = ["image,class,probability", *(f'"{f}","{c}",{p:.6f}' for f, found in rows for c, p in found)]
-            write_text(self.output, document + "\n" if self.output.suffix == ".json" else "\n".join(lines) + "\n")
+            write_whole(self.output, document + "\n" if self.output.suffix == ".json" else "\n".join(lines) + "\n")
         if self.json:
             print(document)
             return

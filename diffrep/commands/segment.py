@@ -12,7 +12,8 @@ import tyro
 from PIL import Image
 
 from diffrep.commands.dense import check_folder, run_images
-from diffrep.commands.output import write_image, write_text
+from diffrep.commands.output import write_image
+from diffrep.files import write_whole
 from diffrep.heads.cutouts import backdrop, composite, cut_out, grey_image
 from diffrep.heads.mask_prediction import Segmentation, SegmentConfig
 from diffrep.heads.segmentation_loading import load_segmentation
@@ -63,7 +64,7 @@ class Segment:
         finally:  # also where images failed, for those that did not
             summary["images"] = [{"image": path, **values} for path, values in about.items()]
             if about:
-                write_text(self.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
+                write_whole(self.output / SUMMARY, json.dumps(summary, indent=2) + "\n")
         if self.json:
             print(json.dumps(summary, indent=2))
         else:

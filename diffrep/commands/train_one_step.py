@@ -11,6 +11,7 @@ import tyro
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.eval.scene_maps import SceneValidation
+from diffrep.files import replace_folder
 from diffrep.heads.loading import write_head
 from diffrep.heads.training.dense import RECIPES, OneStepModel, Task
 from diffrep.heads.training.dense_data import AnnotatedImages, SceneSamples
@@ -24,7 +25,6 @@ from diffrep.heads.training.dense_fit import (
 from diffrep.heads.training.hypersim import Hypersim
 from diffrep.heads.training.vkitti import VirtualKitti
 from diffrep.scenes import SceneSet, render_set
-from diffrep.training.tiny.pipeline import replace_folder
 
 RecipeName = Literal["lotus-d", "lotus-g", "e2e-ft", "marigold"]
 

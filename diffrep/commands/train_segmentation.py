@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from diffrep.eval.segmentation_validation import MaskValidation
+from diffrep.files import replace_folder
 from diffrep.heads.training.masks_data import MaskedImage, read_dis
 from diffrep.heads.training.masks_fit import (
     EMBEDDED_FIT,
@@ -23,7 +24,6 @@ from diffrep.heads.training.masks_fit import (
     write_segmentation_head,
 )
 from diffrep.scenes import SceneSet, render_set
-from diffrep.training.tiny.pipeline import replace_folder
 
 
 @dataclass(frozen=True, kw_only=True)

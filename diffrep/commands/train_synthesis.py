@@ -12,13 +12,14 @@ import torch
 import tyro
 
 import diffrep
+from diffrep.files import replace_folder
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
 from diffrep.synthesis import SynthesisModel
 from diffrep.training.prior import PriorTraining, train_prior
 from diffrep.training.synthesis_data import ImagePatches, Patches, ScenePatches
 from diffrep.training.synthesis_fit import PUBLISHED, SynthesisTraining, train_synthesis
-from diffrep.training.tiny.pipeline import half, replace_folder
+from diffrep.training.tiny.pipeline import half
 
 
 @dataclass(frozen=True, kw_only=True)

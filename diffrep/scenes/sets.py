@@ -24,7 +24,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from diffrep.files import write_text
+from diffrep.files import write_whole
 from diffrep.scenes.categories import CATEGORIES, KEYPOINTS, SEEN
 from diffrep.scenes.render import render_scene
 from diffrep.scenes.shapes import Array
@@ -268,7 +268,7 @@ def _prepare(folder: Path, settings: SetSettings) -> None:
     (folder / "captions").mkdir(parents=True, exist_ok=True)
     for name, (dtype, shape) in _layout(settings).items():
         open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(settings.count, *shape)).flush()
-    write_text(folder / "settings.json", json.dumps(asdict(settings), indent=2))
+    write_whole(folder / "settings.json", json.dumps(asdict(settings), indent=2))
 
 
 def _render_chunk(folder: Path, settings: SetSettings, chunk: tuple[int, int]) -> int:
@@ -295,5 +295,5 @@ def _render_chunk(folder: Path, settings: SetSettings, chunk: tuple[int, int]) -
         words.append({"caption": scene.caption, "attributes": dict(scene.attributes)})
     for array in arrays.values():
         array.flush()
-    write_text(_words_file(folder, chunk), json.dumps(words))
+    write_whole(_words_file(folder, chunk), json.dumps(words))
     return stop - start

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from torch import nn
 
 from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig
+from diffrep.files import write_whole
 from diffrep.images import Sizing
 
 FORMAT, VERSION = "diffrep-store", 1
@@ -141,24 +141,7 @@ def load_manifest(folder: Path) -> Manifest:
 def save_manifest(folder: Path, manifest: Manifest) -> None:
     """Put a manifest in the place of the one that is there, at once."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}, indent=1)
-    write_whole(folder / MANIFEST, text.encode() + b"\n")
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file or none: under another name, to the disk, then renamed.
-
-    Raises:
-        OSError: as the system has it; nothing is left behind.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / MANIFEST, text + "\n", sync=True)
 
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "timm", "open_clip_torch", "numpy", "Pillow")

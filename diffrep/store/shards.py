@@ -19,8 +19,9 @@ from torch import Tensor
 
 from diffrep.backbones import Grid
 from diffrep.features import FeatureMaps
+from diffrep.files import write_whole
 from diffrep.images import Placement
-from diffrep.store.manifest import Keep, Kind, ShardEntry, StoreError, write_whole
+from diffrep.store.manifest import Keep, Kind, ShardEntry, StoreError
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors writes them
 SHARDS = "shards"
@@ -196,7 +197,7 @@ class ShardBuilder:
             # named after both files, so that a change in either gives new names
             name = f"{number:06d}-{hashlib.sha256((digest + text_digest).encode()).hexdigest()[:12]}"
             size = partial.stat().st_size
-            write_whole(folder / SHARDS / f"{name}.json", content)
+            write_whole(folder / SHARDS / f"{name}.json", content, sync=True)
             partial.replace(folder / SHARDS / f"{name}.safetensors")
         finally:
             partial.unlink(missing_ok=True)

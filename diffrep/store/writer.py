@@ -13,6 +13,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from diffrep.features import FeatureMaps
+from diffrep.files import sweep_partials
 from diffrep.store.manifest import (
     MANIFEST,
     Keep,
@@ -157,8 +158,7 @@ class StoreWriter:
         for file in sorted((self.folder / SHARDS).glob("*")):
             if file.stem not in listed:
                 file.unlink()
-        for file in self.folder.glob(".*.partial"):
-            file.unlink()
+        sweep_partials(self.folder)
 
     def _remove(self, name: str) -> None:
         for ending in ("safetensors", "json"):

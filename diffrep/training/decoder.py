@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffrep.files import save_weights
 from diffrep.images import LUMINANCE
 from diffrep.synthesis import SynthesisModel, SynthesisSettings, sample_patches
-from diffrep.training.loop import Batch, FitSettings, fit, save_weights
+from diffrep.training.loop import Batch, FitSettings, fit
 from diffrep.training.synthesis_data import Patches
 from diffrep.training.tiny.vae import reconstruction
 

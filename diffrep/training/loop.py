@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from diffrep.files import save_weights
 
 Batch = Mapping[str, Tensor]
 
@@ -238,14 +239,6 @@ class _Log:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return row
-
-
-def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:
-    """Write a safetensors file so that it is either the old or the new one, never half of it."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, metadata or None)
-    os.replace(partial, path)
 
 
 def _identity(settings: FitSettings) -> dict[str, Any]:

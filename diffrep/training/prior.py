@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffrep.files import save_weights
 from diffrep.scenes import CATEGORIES, SceneSet
 from diffrep.synthesis.conditions import ImageEncoder, Pooling
 from diffrep.synthesis.prior import TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
-from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
+from diffrep.training.loop import Batch, FitSettings, fit, step_generator
 from diffrep.training.tiny.crops import gather
 from diffrep.training.tiny.unet import build_scheduler
 

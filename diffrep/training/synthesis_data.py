@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.files import save_weights
 from diffrep.images import load_image
 from diffrep.scenes import SceneSet
 from diffrep.synthesis import SynthesisModel
 from diffrep.synthesis.conditions import ImageEncoder
-from diffrep.training.loop import Batch, save_weights, step_generator
+from diffrep.training.loop import Batch, step_generator
 from diffrep.training.tiny.crops import Crops, gather
 
 Flips = Literal["none", "horizontal", "both"]

@@ -22,11 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffrep.backbones import Backbone
+from diffrep.files import write_whole
 from diffrep.heads.probes.cells import Cell, Reading, read_cells
 from diffrep.heads.probes.labelled import DataError, Readable
 from diffrep.heads.probes.rows import MappedRows, map_tensor
 from diffrep.images import ImageError, Placement, Sizing, decode_image, fit_image
-from diffrep.store.manifest import difference, provenance, write_whole
+from diffrep.store.manifest import difference, provenance
 from diffrep.store.shards import write_tensors
 
 SHARD_IMAGES = 256

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig, extract_each
+from diffrep.files import save_weights, write_whole
 from diffrep.heads.families import Frame
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.annotated import AnnotatedImages, read_normals
@@ -37,8 +38,7 @@ from diffrep.heads.training.dense import angular_loss
 from diffrep.heads.training.dense_data import resize_nearest
 from diffrep.images import ImageLike, Placement
 from diffrep.store import BulkConfig, Keep, Store, extract_store, open_store
-from diffrep.store.manifest import extract_config, provenance, write_whole
-from diffrep.training.loop import save_weights
+from diffrep.store.manifest import extract_config, provenance
 
 FORMAT, VERSION = "diffrep-dense-probe", 1
 ABOUT, _WEIGHTS = "dense_probe.json", "dense_probe.safetensors"

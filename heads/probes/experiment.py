@@ -23,7 +23,6 @@ from diffrep.heads.probes.probe import Probe
 from diffrep.heads.probes.rows import Rows, SideBySide
 from diffrep.heads.probes.scores import Scores, score
 from diffrep.heads.probes.splits import Split, split_rows
-from diffrep.store.manifest import write_whole
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,3 @@ def _versions() -> dict[str, str]:
     import diffrep
 
     return {"diffrep": diffrep.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def write_document(file: Path, document: Mapping[str, Any]) -> None:
-    """A JSON file, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(document, indent=1).encode() + b"\n")

@@ -22,6 +22,7 @@ from torch import Tensor
 from diffrep.backbones import Backbone, Conditions, PixelDiffusion, draw_noise
 from diffrep.backbones.latents import LatentBackbone
 from diffrep.features import ExtractConfig
+from diffrep.files import save_weights, write_whole
 from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input
 from diffrep.heads.probes.feedback import DifFeed
@@ -31,8 +32,7 @@ from diffrep.heads.probes.recipe import Recipe, train_recipe
 from diffrep.heads.probes.scores import Scores, score
 from diffrep.heads.probes.splits import Split
 from diffrep.images import ImageLike, decode_image, fit_image, load_image, stack_pixels
-from diffrep.store.manifest import extract_config, provenance, write_whole
-from diffrep.training.loop import save_weights
+from diffrep.store.manifest import extract_config, provenance
 
 FORMAT, VERSION = "diffrep-diffeed", 1
 ABOUT, _WEIGHTS = "diffeed.json", "diffeed.safetensors"

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig
 from diffrep.features import extract as extract_maps
+from diffrep.files import save_weights, write_whole
 from diffrep.heads.probes.probe import OneBackbone
 from diffrep.images import ImageLike, load_image
-from diffrep.store.manifest import extract_config, provenance, write_whole
-from diffrep.training.loop import save_weights, step_generator
+from diffrep.store.manifest import extract_config, provenance
+from diffrep.training.loop import step_generator
 
 FORMAT, VERSION = "diffrep-pixel-probe", 1
 ABOUT, _WEIGHTS = "pixel_probe.json", "pixel_probe.safetensors"

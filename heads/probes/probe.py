@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import Backbone, load_backbone
+from diffrep.files import save_weights, write_whole
 from diffrep.heads.probes.cells import Cell, Reading, read_cells
 from diffrep.heads.probes.fitting import softmax
 from diffrep.heads.probes.layouts import FeatureHead, Layout
 from diffrep.images import ImageLike, fit_image, load_image
-from diffrep.store.manifest import difference, extract_config, provenance, weights_sha256, write_whole
-from diffrep.training.loop import save_weights
+from diffrep.store.manifest import difference, extract_config, provenance, weights_sha256
 
 FORMAT, VERSION = "diffrep-probe", 1
 ABOUT, _WEIGHTS = "probe.json", "probe.safetensors"

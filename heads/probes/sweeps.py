@@ -21,13 +21,13 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from diffrep.files import write_document, write_whole
 from diffrep.heads.probes.cells import Cell
-from diffrep.heads.probes.experiment import ProbeData, train_probe, write_document
+from diffrep.heads.probes.experiment import ProbeData, train_probe
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
 from diffrep.heads.probes.layouts import Kind
 from diffrep.heads.probes.probe import load_probe
 from diffrep.heads.probes.scores import wilson
-from diffrep.store.manifest import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.files import save_weights
 from diffrep.heads.training.dense import OneStepRecipe, Task, draw_rows
 from diffrep.scenes import SceneSet
-from diffrep.training.loop import Batch, save_weights
+from diffrep.training.loop import Batch
 
 
 @dataclass(frozen=True)

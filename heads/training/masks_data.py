@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.files import save_weights
 from diffrep.heads.training.masks import cut_mix, edge_map, encode_step, pyramid_noise, stretch
 from diffrep.images import load_image
 from diffrep.scenes import SceneSet
-from diffrep.training.loop import Batch, save_weights
+from diffrep.training.loop import Batch
 
 Encode = Callable[[Tensor], Tensor]
 """(B, 3, H, W) pixels in [0, 1] -> scaled latents."""

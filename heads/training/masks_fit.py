@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
+from diffrep.files import save_weights
 from diffrep.heads.diffdis import DiffDisUNet, from_base
 from diffrep.heads.loading import write_head
 from diffrep.heads.mask_decoder import MaskDecoder
@@ -33,7 +34,7 @@ from diffrep.heads.training.masks_data import (
     scene_maps,
 )
 from diffrep.scenes import SceneSet
-from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
+from diffrep.training.loop import Batch, FitSettings, fit, step_generator
 
 EMBEDDED_FIT = FitSettings(steps=20000, minutes=22, learning_rate=1e-3, warmup=50, ema_decay=0.998, seed=21)
 EMBEDDED_SCENES = 10000

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.files import save_weights
 from diffrep.scenes import SceneSet
-from diffrep.training.loop import Batch, FitSettings, fit, save_weights
+from diffrep.training.loop import Batch, FitSettings, fit
 from diffrep.training.tiny.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
 from diffrep.training.tiny.crops import Crops, draw_groups, gather, jitter
 

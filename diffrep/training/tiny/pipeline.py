@@ -6,7 +6,6 @@ Everything is resumable: called again with the same settings and work folder, it
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import diffrep
-from diffrep.files import forget_origin
+from diffrep.files import forget_origin, replace_folder
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
 from diffrep.training.loop import FitSettings
 from diffrep.training.tiny.correspondence import LabelSettings, check_unseen
@@ -242,19 +241,6 @@ def half(module: nn.Module) -> nn.Module:
     from copy import deepcopy
 
     return deepcopy(module).half().to(memory_format=torch.contiguous_format)
-
-
-def replace_folder(folder: Path, write: Any) -> None:
-    """Fill a new folder, then put it in the place of the old one."""
-    partial, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "old"))
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write(partial)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _last_step(run: Path) -> dict[str, float]:

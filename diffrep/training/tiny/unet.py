@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffrep.files import save_weights
 from diffrep.scenes import VOCABULARY, SceneSet
-from diffrep.training.loop import Batch, FitSettings, fit, save_weights, step_generator
+from diffrep.training.loop import Batch, FitSettings, fit, step_generator
 from diffrep.training.tiny.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
 from diffrep.training.tiny.crops import Crops, draw_groups, gather
 from diffrep.training.tiny.tokenizer import write_tokenizer
