@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from diffrep.features import FeatureMaps
 from diffrep.images import Placement
 from diffrep.store.manifest import Manifest, StoreError, load_manifest
 from diffrep.store.shards import SHARDS, ImageFile, Records, damage, load_records, pooled, tensor_name
-
-if TYPE_CHECKING:
-    from diffrep.store.reader import Store
 
 _OPEN_SHARDS = 64  # memory maps kept open
 
