@@ -27,6 +27,7 @@ FLOORS = {
     "diffrep._checkout": 0,
     "diffrep.images": 0,
     "diffrep.files": 0,
+    "diffrep.results": 0,
     "diffrep.devices": 0,
     "diffrep.cropping": 0,
     "diffrep.scenes": 0,
