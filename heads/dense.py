@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class PredictConfig:
     ensemble: int = 1  # predictions from different noise that are aligned and brought together
     reduction: Literal["median", "mean", "closest"] | None = None  # median and mean: depth; closest and mean: normals
     steps: int = 1  # of DDIM; more than one for Marigold only
+    timestep: int | None = None  # of the single pass; None: the last of the schedule, 999
     official: bool = False  # treat sizes, posterior and lengths exactly as the family's released code does
     tile: int | None = None  # side of square tiles that go through the network on their own, pixels
     overlap: float = 0.25  # share of a tile that it has in common with its neighbour
@@ -51,6 +52,12 @@ class PredictConfig:
         for name in ("ensemble", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resample not in get_args(Resample):
+            raise ValueError(f"resample must be {', '.join(get_args(Resample))}, got {self.resample!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63-1, got {self.seed}")
+        if self.timestep is not None and (self.steps > 1 or not 0 <= self.timestep < 1000):
+            raise ValueError(f"timestep is of a single step and lies in 0..999, got {self.timestep}")
         if self.tile is not None and self.tile < 64:
             raise ValueError(f"tile must be at least 64 pixels, got {self.tile}")
         if not 0 < self.overlap <= 0.5:
@@ -97,7 +104,7 @@ class DenseHead:
         if self.family.normals == "twice":
             for _ in range(2):
                 decoded = decoded / (decoded.norm(dim=1, keepdim=True) + 1e-5)
-            return decoded.clamp(-1, 1)
+            return decoded
         normals = decoded.clamp(-1, 1)
         if self.family.normals == "unit":
             return unit_length(normals)
@@ -234,7 +241,9 @@ class DenseHead:
             if member < len(draws):  # every member has a latent of its own, or all share one
                 latents = model.encode(canvas, draws[member], batch_size=config.batch_size)
             start = None if noise is None else noise[member : member + 1]
-            annotation = model.predict(latents, start, steps=config.steps, batch_size=config.batch_size)
+            annotation = model.predict(
+                latents, start, steps=config.steps, timestep=config.timestep, batch_size=config.batch_size
+            )
             decoded = model.decode(annotation, batch_size=config.batch_size)
             results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])
         if members == 1:
@@ -262,8 +271,9 @@ class DenseHead:
         uncertainty = None if uncertainty is None else uncertainty.cpu()
         if self.task != "normals":
             return self.wrap(values[0].clamp(0, 1), config, uncertainty)
-        raw = config.official and not self.family.renormalize
-        return self.wrap(values if raw else unit_length(values[None])[0], config, uncertainty)
+        if config.official and not self.family.renormalize:  # interpolation between pixels can leave the range
+            return self.wrap(values.clamp(-1, 1), config, uncertainty)
+        return self.wrap(unit_length(values[None])[0], config, uncertainty)
 
     def wrap(self, values: Tensor, config: PredictConfig, uncertainty: Tensor | None = None) -> DepthMap | NormalMap:
         """The typed map of finished values: (H, W) depth or disparity in [0, 1], or (3, H, W) normals."""

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.alignment import fit_scale_shift
+from diffrep.heads.sizes import SizeRule, resize, working_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,10 @@ class DepthEnsemble:
         shift: members have their own shift; without, only their own scale.
         regularizer: weight of the distance of the result from the range [0, 1].
         iterations, tolerance: where BFGS stops.
+        precision: of the solver's values and of its objective; in float32 its numerical gradient takes wider steps.
         pairs: the root mean square is taken of each pair and summed, or once over all pairs together.
-        fit_size: the fit reads maps at most this long, by nearest subsampling.
+        fit_size: the fit reads maps at most this long, by nearest subsampling; None reads them whole.
+        size_rule: of the subsampled size, see `diffrep.heads.sizes.working_size`.
     """
 
     method: Literal["least squares", "pairs"] = "least squares"
@@ -41,13 +43,17 @@ class DepthEnsemble:
     regularizer: float = 0.02
     iterations: int = 50
     tolerance: float = 1e-6
+    precision: Literal["float64", "float32"] = "float64"
     pairs: Literal["each", "together"] = "each"
     fit_size: int | None = 1024
+    size_rule: SizeRule = "truncate"
 
 
 MARIGOLD_ENSEMBLE = DepthEnsemble(method="pairs")
-DIFFUSERS_ENSEMBLE = DepthEnsemble(method="pairs", iterations=2, tolerance=1e-3)
-E2E_ENSEMBLE = DepthEnsemble(method="pairs", iterations=2, tolerance=1e-3, pairs="together")
+DIFFUSERS_ENSEMBLE = DepthEnsemble(method="pairs", iterations=2, tolerance=1e-3, size_rule="integer")
+E2E_ENSEMBLE = DepthEnsemble(
+    method="pairs", iterations=2, tolerance=1e-3, precision="float32", pairs="together", fit_size=None
+)
 
 
 def ensemble_depth(members: Tensor, settings: DepthEnsemble | None = None) -> tuple[Tensor, Tensor]:
@@ -70,7 +76,7 @@ def ensemble_depth(members: Tensor, settings: DepthEnsemble | None = None) -> tu
     if settings.method == "least squares":
         aligned = _align_to_median(members, settings.shift)
     else:
-        aligned = _align(members, *_fit(_at_most(members, settings.fit_size), settings))
+        aligned = _align(members, *_fit(_subsampled(members, settings), settings))
     result, uncertainty = _reduce(aligned, settings.reduction)
     low = result.min() if settings.shift else result.new_zeros(())
     extent = (result.max() - low).clamp(min=1e-6)
@@ -119,12 +125,11 @@ def _align_to_median(members: Tensor, shift: bool, rounds: int = 5) -> Tensor:
     return aligned
 
 
-def _at_most(members: Tensor, side: int | None) -> Tensor:
+def _subsampled(members: Tensor, settings: DepthEnsemble) -> Tensor:
     height, width = members.shape[-2:]
-    if side is None or max(height, width) <= side:
+    if settings.fit_size is None or max(height, width) <= settings.fit_size:
         return members
-    size = height * side // max(height, width), width * side // max(height, width)
-    return F.interpolate(members[None], size, mode="nearest-exact")[0]
+    return resize(members[None], working_size(height, width, settings.fit_size, settings.size_rule), "nearest")[0]
 
 
 def _align(members: Tensor, scale: np.ndarray, shift: np.ndarray) -> Tensor:
@@ -142,13 +147,13 @@ def _fit(members: Tensor, settings: DepthEnsemble) -> tuple[np.ndarray, np.ndarr
     """Scale and shift of every member, by BFGS with numerical gradients as the official code does it."""
     from scipy.optimize import minimize
 
-    count = len(members)
+    count, dtype = len(members), np.dtype(settings.precision)
     low, high = members.flatten(1).min(1).values, members.flatten(1).max(1).values
     scale = 1 / (high - (low if settings.shift else 0)).clamp(min=1e-6)
     start = torch.cat([scale, -scale * low]) if settings.shift else scale
     first, second = torch.combinations(torch.arange(count)).T
 
-    def cost(parameters: np.ndarray) -> float:
+    def cost(parameters: np.ndarray) -> np.floating[Any]:
         shift = parameters[count:] if settings.shift else np.zeros(count)
         aligned = _align(members, parameters[:count], shift)
         if settings.pairs == "each":
@@ -157,10 +162,12 @@ def _fit(members: Tensor, settings: DepthEnsemble) -> tuple[np.ndarray, np.ndarr
             )
         else:
             distance = float((aligned[first] - aligned[second]).square().mean().sqrt())
-        result, _ = _reduce(aligned, settings.reduction) if settings.regularizer else (aligned[0], None)
-        outside = float(result.min().abs()) + float((1 - result.max()).abs())
-        return distance + settings.regularizer * outside
+        if settings.regularizer:
+            result, _ = _reduce(aligned, settings.reduction)
+            distance += settings.regularizer * (float(result.min().abs()) + float((1 - result.max()).abs()))
+        rounded: np.floating[Any] = dtype.type(distance)
+        return rounded
 
     options = {"maxiter": settings.iterations, "disp": False}
-    found = minimize(cost, start.cpu().double().numpy(), method="BFGS", tol=settings.tolerance, options=options).x
-    return found[:count], found[count:] if settings.shift else np.zeros(count)
+    solved = minimize(cost, start.cpu().numpy().astype(dtype), method="BFGS", tol=settings.tolerance, options=options)
+    return solved.x[:count], solved.x[count:] if settings.shift else np.zeros(count)

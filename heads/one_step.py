@@ -202,6 +202,7 @@ class OneStep(LatentCodec):
         noise: Tensor | None = None,
         *,
         steps: int = 1,
+        timestep: int | None = None,
         switch: tuple[float, ...] | None = None,
         batch_size: int = 8,
     ) -> Tensor:
@@ -210,31 +211,41 @@ class OneStep(LatentCodec):
         Args:
             latents: (B, c, h, w), of `encode`.
             noise: (B or 1, c, h, w) standard normal, for families that start from it.
+            timestep: of the single pass; the schedule's last where None.
             switch: class vector instead of the family's own, for example Lotus' reconstruction.
 
         Returns:
             (B, c, h, w), scaled, for `decode`.
 
         Raises:
-            ValueError: noise is missing or superfluous, or more steps are asked of a family that has one.
+            ValueError: noise is missing or superfluous, more steps are asked of a family that has one, or the schedule
+                has no such timestep.
         """
         if steps > 1 and self.family.result != "sample":
             raise ValueError(f"a {self.family.name} head predicts in one step, got steps={steps}")
         self.unet_input(latents[:1], None if noise is None else noise[:1])  # refuses before any work
+        timesteps = self.schedule.timesteps(steps)
+        if timestep is not None:
+            if steps > 1 or not 0 <= timestep < len(self.schedule.alphas_cumprod):
+                last = len(self.schedule.alphas_cumprod) - 1
+                raise ValueError(
+                    f"timestep is of a single step and lies in 0..{last}, got {timestep} for {steps} steps"
+                )
+            timesteps = [timestep]
         task = switch if switch is not None else self.family.task_vector
         results = []
         for start in range(0, len(latents), batch_size):
             image = latents[start : start + batch_size]
             current = None if noise is None else noise.expand(len(latents), -1, -1, -1)[start : start + batch_size]
-            for timestep in self.schedule.timesteps(steps):
-                output = self.network(self.unet_input(image, current), timestep, task)
+            for t in timesteps:
+                output = self.network(self.unet_input(image, current), t, task)
                 noisy = torch.zeros_like(output) if current is None else current.to(output)
                 if self.family.result == "output":
                     current = output
                 elif self.family.result == "clean":
-                    current = self.schedule.clean(output, noisy, timestep)
+                    current = self.schedule.clean(output, noisy, t)
                 else:
-                    current = self.schedule.step(output, noisy, timestep, steps)
+                    current = self.schedule.step(output, noisy, t, steps)
             assert current is not None
             results.append(current)
         return torch.cat(results)

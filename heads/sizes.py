@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.heads.families import Family
 
-Resample = Literal["bilinear", "bicubic", "nearest-exact"]
+Resample: TypeAlias = Literal["bilinear", "bicubic", "nearest", "nearest-exact"]
+"""As the official programs call them; "nearest" takes the value under the pixel's centre, like "nearest-exact"."""
+SizeRule: TypeAlias = Literal["truncate", "integer"]
 
 
-def working_size(height: int, width: int, side: int, rule: Literal["truncate", "integer"]) -> tuple[int, int]:
+def working_size(height: int, width: int, side: int, rule: SizeRule) -> tuple[int, int]:
     """Height and width with a long side of `side` pixels, up as well as down; side 0 keeps the image's own.
 
     The truncation can lose a pixel, as it does in the official code:
@@ -55,10 +57,16 @@ def to_working(pixels: Tensor, family: Family, side: int, resample: Resample = "
 
 
 def resize(values: Tensor, size: tuple[int, int], resample: Resample = "bilinear", *, antialias: bool = True) -> Tensor:
-    """Resize (B, C, h, w) maps; nothing is done where the size is right already."""
+    """Resize (B, C, h, w) maps; nothing is done where the size is right already.
+
+    Raises:
+        ValueError: there is no such way of resampling.
+    """
+    if resample not in get_args(Resample):
+        raise ValueError(f"resample must be {', '.join(get_args(Resample))}, got {resample!r}")
     if size == tuple(values.shape[-2:]):
         return values
-    if resample == "nearest-exact":
+    if resample.startswith("nearest"):
         return F.interpolate(values, size, mode="nearest-exact")
     return F.interpolate(values, size, mode=resample, align_corners=False, antialias=antialias)
 

@@ -23,7 +23,7 @@ from diffrep.heads.families import E2E_FT, LOTUS_D, LOTUS_G, MARIGOLD, task_vect
 from diffrep.heads.folding import FoldedUNet, PlainUNet
 from diffrep.heads.loading import HeadError, load_head, recognise
 from diffrep.heads.maps import DepthMap, NormalMap
-from diffrep.heads.sizes import working_size
+from diffrep.heads.sizes import resize, working_size
 from diffrep.heads.tiling import tile_starts
 
 from .one_step_heads import random_head
@@ -441,3 +441,31 @@ def test_the_benchmark_compares_equal_results() -> None:
         assert float(row.equality.split()[2]) < 1e-4
         plain, ours = (float(word) for word in row.flops.split()[1:4:2])
         assert plain >= ours
+
+
+def test_resampling_goes_by_the_names_of_the_official_programs() -> None:
+    values = torch.arange(24.0).reshape(1, 1, 4, 6)
+    assert torch.equal(resize(values, (2, 3), "nearest"), resize(values, (2, 3), "nearest-exact"))
+    with pytest.raises(ValueError, match="resample must be bilinear, bicubic, nearest, nearest-exact, got 'lanczos'"):
+        resize(values, (2, 3), "lanczos")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="resample must be"):
+        PredictConfig(resample="area")  # type: ignore[arg-type]
+
+
+def test_the_timestep_of_the_single_pass_is_an_option(tmp_path: Path) -> None:
+    head = load_head(random_head(tmp_path / "head"))
+    image = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+    plain, last = (head.predict(image, PredictConfig(timestep=t)).values for t in (None, 999))
+    assert torch.equal(plain, last)
+    assert not torch.allclose(plain, head.predict(image, PredictConfig(timestep=500)).values)
+    with pytest.raises(ValueError, match=r"timestep is of a single step and lies in 0..999, got 1000"):
+        PredictConfig(timestep=1000)
+    with pytest.raises(ValueError, match=r"seed must lie in 0..2\^63-1"):
+        PredictConfig(seed=2**80)
+
+
+def test_bicubic_normals_of_e2e_ft_stay_in_range(tmp_path: Path) -> None:
+    head = load_head(random_head(tmp_path / "head", family="e2e-ft", task="normals"))
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    normals = head.predict(image, PredictConfig(size=32, resample="bicubic", official=True)).values
+    assert float(normals.abs().max()) == 1.0  # clipped behind the resize, which overshoots

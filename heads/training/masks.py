@@ -18,6 +18,7 @@ from diffrep.images import shrink
 from diffrep.training.loop import Batch
 
 TIMESTEP = 999
+DISCOUNT = 0.8  # of pyramid noise, from one level to the next
 DRAWN_WEIGHT = 10.0  # brings the cross-entropy of drawn maps to the size of the error of latents
 EDGE_THRESHOLD = 6  # grey levels
 PUBLISHED_FASTER = (("class_embedding", 10.0),)  # `FitSettings.faster`: the embedding of the branches learns faster
@@ -50,7 +51,7 @@ def edge_map(masks: Tensor, *, window: int = 5, threshold: float = EDGE_THRESHOL
 def pyramid_noise(
     shape: Sequence[int],
     *,
-    discount: float = 0.8,
+    discount: float = DISCOUNT,
     levels: int = 10,
     generator: torch.Generator | None = None,
     draws: Sequence[Tensor] | None = None,

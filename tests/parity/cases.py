@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,35 @@ def cases_of(system: str, kinds: Collection[str]) -> list[Any]:
         if os.environ.get("DIFFREP_PARITY_KINDS") != "built" or case["kind"] in kinds:
             found.append(pytest.param(file.parent, case, id=file.parent.name))
     return found or [pytest.param(ROOT, {"kind": "none", "system": system}, id="no-case-found")]
+
+
+class Fields(dict[str, Any]):
+    """The parameters of a case or of one of its runs, which knows what has been read of them."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.unread = set(values)
+
+    def __getitem__(self, name: str) -> Any:
+        self.unread.discard(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.unread.discard(name)
+        return super().get(name, default)
+
+
+def each(runs: Iterable[Mapping[str, Any]], *, describing: Collection[str] = ()) -> Iterator[Fields]:
+    """The runs of a case one after the other; a parameter that a check never reads fails it.
+
+    Args:
+        describing: names that say how the stored tensors were drawn or what their statistics are, and change nothing.
+    """
+    for run in runs:
+        fields = Fields(run)
+        yield fields
+        unread = sorted(fields.unread - {"note", *describing})
+        assert not unread, f"the case names {', '.join(unread)}, which this check does not read"
 
 
 def assert_near(got: Tensor, expected: Tensor, *, relative: float, what: str) -> None:

@@ -24,7 +24,7 @@ from diffrep.eval.normals import (
 from diffrep.heads.training.dense_data import distance_to_depth
 from diffrep.heads.training.vkitti import KITTI_SIZE, kitti_crop, vkitti_crop
 
-from .cases import assert_within
+from .cases import assert_within, each
 
 OFFICIAL_DEPTH = {  # ours -> the name in the papers' code
     "abs_rel": "abs_relative_difference",
@@ -59,8 +59,10 @@ MARIGOLD = {
 def check_depth_metrics(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     tolerance = case["tolerance"]
-    for run in case["runs"]:
+    for run in each(case["runs"], describing=("lo", "hi", "drop")):
         i = run["index"]
+        assert given[f"{i}.gt"].shape == (run["h"], run["w"])
+        assert run["aligned_dtype"] in ("float32", "float64")  # of the published code; compared within the tolerance
         prediction, reference, valid = (given[f"{i}.{name}"] for name in ("pred", "gt", "valid"))
         assert int(valid.sum()) == run["n_valid"]
         aligned, scale, shift = align_depth(
@@ -82,8 +84,9 @@ def check_normal_metrics(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     atol = case["tolerance"]["metrics"]["atol"]
     pooled, images = PooledAngles(), []
-    for run in case["runs"]:
+    for run in each(case["runs"], describing=("noise", "drop", "unit")):
         i = run["index"]
+        assert given[f"{i}.gt"].shape[-2:] == (run["h"], run["w"])
         errors = angular_error(given[f"{i}.pred"], given[f"{i}.gt"])
         what = f"run {i}, error_deg"
         assert_within(errors, expected[f"{i}.error_deg"], atol=case["tolerance"]["error_deg"]["atol"], what=what)
@@ -136,14 +139,16 @@ def _check_box(mask: torch.Tensor, box: dict[str, list[int]]) -> None:
 
 def check_harness(folder: Path, case: dict[str, Any]) -> None:
     rel = case["tolerance"]["rtol"]
-    for run in case["depth"]["runs"]:
+    for run in each(case["depth"]["runs"]):
+        assert run["alignment"] in ("least_square", "least_square_disparity")
         disparity = run["alignment"] == "least_square_disparity"
-        config = run["config"]
+        (config,) = each([run["config"]], describing=run["config"])
         protocol = DepthProtocol(
             space="disparity" if disparity else "depth",
             side=config.get("processing_res"),
             fit_size=config.get("alignment_max_res"),
         )
+        assert not config.unread, f"not read: {sorted(config.unread)}"
 
         def predict(image: torch.Tensor, disparity: bool = disparity) -> torch.Tensor:
             y = torch.einsum("c,chw->hw", torch.tensor([0.7, 0.2, 0.1]), image.float()) / 255
@@ -156,7 +161,7 @@ def check_harness(folder: Path, case: dict[str, Any]) -> None:
         for line, values in zip(run["per_sample"], report.images.values(), strict=True):
             official = dict(zip(OFFICIAL_DEPTH.values(), map(float, line.split(",")[1:]), strict=True))
             _compare(dict(values), official, OFFICIAL_DEPTH, rel=rel)
-    for run in case["normals"]["runs"]:
+    for run in each(case["normals"]["runs"]):
         data_set = open_normal_set("nyuv2", folder / "data" / "dsine_eval")
         found = evaluate_normals(
             lambda image: 0.9 * image + 0.05,

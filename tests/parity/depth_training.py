@@ -41,14 +41,16 @@ from diffrep.heads.training.dense_data import (
 )
 from diffrep.training.loop import FitSettings, exponential_factor, make_optimiser
 
-from .cases import assert_within
+from .cases import assert_within, each
 
 
 def check_e2e_losses(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     tolerance = case["tolerance"]
-    for run in case["runs"]:
+    for run in each(case["runs"], describing=("drop", "scale")):
         i = run["index"]
+        assert given[f"{i}.decoded"].shape == (run["B"], 3, run["h"], run["w"])
+        assert expected[f"{i}.loss"].item() == pytest.approx(run["loss"])
         decoded = given[f"{i}.decoded"].requires_grad_()
         reference, mask = given[f"{i}.gt"], given[f"{i}.mask"]
         if run["kind"] == "depth":
@@ -69,7 +71,7 @@ def check_e2e_losses(folder: Path, case: dict[str, Any]) -> None:
 
 def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-    parameters, atol = case["parameters"], case["tolerance"]["atol"]
+    (parameters,), atol = [*each([case["parameters"]], describing=case["parameters"])], case["tolerance"]["atol"]
     size = tuple(parameters["resize_to_hw"])
     fx, fy, cx, cy = parameters["K_used_by_align"]
     intrinsics = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
@@ -98,6 +100,7 @@ def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
     shown = expected.pop("d2n.valid")[0]
     assert_within(normals[:, shown], expected.pop("d2n.normal")[:, shown], atol=1e-4, what="d2n.normal")
     assert not expected, f"not compared: {sorted(expected)}"
+    assert not parameters.unread, f"not read: {sorted(parameters.unread)}"
 
 
 def check_conv_in_expansion(folder: Path, case: dict[str, Any]) -> None:
@@ -130,7 +133,16 @@ def check_lr_schedule(folder: Path, case: dict[str, Any]) -> None:
 def check_lotus_train(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     compared: set[str] = set()
-    for run in case["runs"]:
+    for run in each(case["runs"]):
+        assert run["dataset_kind"] in ("hypersim", "vkitti")
+        channels = {"depth": 1, "normal": 3}[run["task"]]
+        assert given[f"{run['key']}.0.annotation"].shape[1] == channels
+        assert (run["dataset_kind"] == "vkitti") == (f"{run['key']}.0.valid_mask" in given)
+        shape = (run["batch"], 3, run["h"], run["w"])
+        assert all(given[f"{run['key']}.{step}.pixel_uint8"].shape == shape for step in range(run["steps"]))
+        for step, printed in enumerate(run["losses"]):
+            for ours, theirs in (("anno_loss", "anno"), ("rgb_loss", "rgb"), ("grad_norm_before_clip", "grad_norm")):
+                assert expected[f"{run['key']}.{step}.{ours}"].item() == pytest.approx(printed[theirs])
         key, lr, tolerance = run["key"], run["lr"], case["tolerance"]
         recipe = {"d": LOTUS_D, "g": LOTUS_G}[run["variant"]]
         parts = load_parts(folder / "model", pad=recipe.padded_context)

@@ -10,8 +10,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from diffrep.heads.segmentation import DiffDis, ensemble, finish, image_pixels, published_grey
+from diffrep.heads.segmentation import DiffDis, ensemble, ensemble_sizes, finish, image_pixels, published_grey
 
+from .cases import each
 from .diffdis_unet import assert_equal, load_unet, tensors_of
 
 
@@ -25,8 +26,11 @@ def load_pipeline(folder: Path, text: Tensor) -> DiffDis:
 def check_pipeline(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
     head, tolerance = load_pipeline(folder / "model", given["text"]), case["tolerance"]
-    for name in (v["name"] for v in case["variants"]):
+    described = ("fraction_of_raw_mask_inside_clip", "mask_std", "edge_std", "mask_edge_max_difference")
+    for variant in each(case["variants"], describing=described):
+        name = variant["name"]
         pixels, noise = given[f"{name}/image"].float() / 255, given[f"{name}/noise"]
+        assert pixels.shape[-2:] == (variant["image_side"], variant["image_side"])
         latents = head.encode_scales(pixels)
         for level, latent in enumerate(latents):
             key = f"{name}/rgb_latent_{2**level}"
@@ -52,8 +56,9 @@ def check_tta_image(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
     head = load_pipeline((folder / case["model"]).resolve(), given["text"])
     side = case["processing_res"]
-    for variant in case["variants"]:
+    for variant in each(case["variants"], describing=("mask_levels", "mask_std")):
         name = variant["name"]
+        assert [list(size) for size in ensemble_sizes((side, side), head.multiple) * 2] == variant["passes"]
         image = Image.fromarray(given[f"{name}/image"].numpy())
         pixels = image_pixels(image, (side, side))
         noises = [given[f"{name}/noise_flip{flip}_scale{scale}"] for flip in range(2) for scale in range(3)]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 from diffrep.heads.diffdis import DiffDisUNet, derived_weights
 from diffrep.heads.one_step import LatentCodec, Schedule
 from diffrep.heads.training.masks import (
+    DISCOUNT,
     PUBLISHED_FASTER,
+    TIMESTEP,
     SegmentationModel,
     cut_mix,
     edge_map,
@@ -24,6 +27,7 @@ from diffrep.heads.training.masks import (
 )
 from diffrep.training.loop import FitSettings, diffdis_rate, make_optimiser
 
+from .cases import each
 from .diffdis_unet import assert_equal, tensors_of, tolerances
 
 
@@ -45,9 +49,10 @@ def check_contour(folder: Path, case: dict[str, Any]) -> None:
 
 def check_pyramid_noise(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
-    for variant in case["variants"]:
+    for variant in each(case["variants"], describing=("std",)):
         name = variant["name"]
         draws = [given[f"{name}/draw_{n}"] for n in range(len(variant["draw_sizes"]))]
+        assert [list(draw.shape[-2:]) for draw in draws] == variant["draw_sizes"]
         noise = pyramid_noise(
             variant["shape"], discount=variant["discount"], draws=draws, uniforms=given[f"{name}/uniform"].tolist()
         )
@@ -63,6 +68,8 @@ def check_train_step(folder: Path, case: dict[str, Any]) -> None:
     unet.load_state_dict(load_file(folder / "model" / "unet" / "diffusion_pytorch_model.safetensors"))
     scheduler = (vae_folder.parent / "scheduler" / "scheduler_config.json").read_text()
     model = SegmentationModel(unet, given["text"], Schedule.from_config(json.loads(scheduler))).train()
+    assert (case["timestep"], case["noise_discount"]) == (TIMESTEP, DISCOUNT)
+    assert given["image"].shape == (case["batch"], 3, case["image_side"], case["image_side"])
 
     boxes = given["box"].bool()
     image, mask, edge = (
@@ -96,6 +103,8 @@ def check_train_step(folder: Path, case: dict[str, Any]) -> None:
     torch.testing.assert_close(sorted(rates), sorted([adam["lr"], adam["class_embedding_lr"]]))
     torch.testing.assert_close([diffdis_rate(2, lr) for lr in sorted(rates)], case["learning_rates_after_epoch"])
     losses = segmentation_losses(model, model, batch)
+    for name, printed in case["losses"].items():
+        assert expected[f"loss_{name}"].item() == pytest.approx(printed)
     for ours, key in (("mask", "loss_mask"), ("edge", "loss_edge"), ("loss", "loss")):
         assert_equal(losses[ours].detach(), expected[key], tolerance["loss"], key)
     losses["loss"].backward()

@@ -29,6 +29,8 @@ from diffrep.heads.diffdis import (
 from diffrep.heads.one_step import Schedule
 from diffrep.heads.segmentation_loading import diffdis_unet
 
+from .cases import each
+
 
 def tensors_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
@@ -97,7 +99,11 @@ def check_dbia(folder: Path, case: dict[str, Any]) -> None:
     for module in (attention, block, mid_block):
         module.eval()
     plain, _, in_mid_block = case["tolerance"].partition("mid_block")
-    for variant in (v["name"] for v in case["variants"]):
+    described = ("rms_difference_from_plain_self_attention", "attn3_rms")
+    for fields in each(case["variants"], describing=described):
+        variant, (height, width) = fields["name"], fields["hw"]
+        assert given[f"{variant}/tokens"].shape == (2 * fields["images"], height * width, channels)
+        assert given[f"{variant}/text"].shape[1] == fields["text_tokens"]
         tokens, text = given[f"{variant}/tokens"], given[f"{variant}/text"]
         assert_equal(attention(tokens), expected[f"{variant}/attn3"], plain, f"{variant}/attn3")
         got = block(tokens, encoder_hidden_states=text)
@@ -110,8 +116,9 @@ def check_dbia(folder: Path, case: dict[str, Any]) -> None:
 def check_swci(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
     weights = load_file(folder / "model" / "weights.safetensors")
-    for variant in case["variants"]:
-        name = variant["name"]
+    for variant in each(case["variants"], describing=("rms_change", "main_path_unchanged")):
+        name, (height, width) = variant["name"], variant["latent_hw"]
+        assert given[f"{name}/token_0"].shape[-2:] == (height // 2, width // 2)
         latent_channels = given[f"{name}/token_0"].shape[1]
         parts = torch.nn.ModuleDict(injection_parts(case["widths"], latent_channels))
         parts.load_state_dict(weights)
@@ -165,7 +172,9 @@ def watching(unet: DiffDisUNet) -> Iterator[dict[str, Tensor]]:
 def check_unet_step(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
     unet, schedule = load_unet(folder / "model")
-    for variant in case["variants"]:
+    for variant in each(case["variants"], describing=("unet_out_std", "x0_std")):
+        assert list(given[f"{variant['name']}/noise"].shape[-2:]) == variant["latent_hw"]
+        assert given[f"{variant['name']}/text"].shape[1] == variant["text_tokens"]
         name, images, timestep = variant["name"], variant["images"], variant["timestep"]
         latents = [given[f"{name}/rgb_latent_{2**k}"] for k in range(unet.levels + 1)]
         noise, text = given[f"{name}/noise"], given[f"{name}/text"]
