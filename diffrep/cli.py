@@ -6,53 +6,121 @@ are the options. Only the module of the command that was asked for is imported.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
 
-COMMANDS = {  # name -> (module:class, one line of help)
-    "demo": ("diffrep.commands.demo:Demo", "run everything on bundled images and write one page with pictures"),
-    "match": ("diffrep.commands.match:Match", "point at places in one image, get the same places in another"),
-    "extract": ("diffrep.commands.extract:Extract", "extract a collection of images into a store of features"),
-    "swap": ("diffrep.commands.swap:Swap", "give the object in one image the looks of another"),
-    "index": ("diffrep.commands.index:Index", "make the features of stores searchable"),
-    "query": ("diffrep.commands.query:Query", "find images, or places in them, that look like yours"),
-    "synthesize": ("diffrep.commands.synthesize:Synthesize", "paint an image of any size that looks like a reference"),
-    "convert": ("diffrep.commands.convert:Convert", "turn a published synthesis checkpoint into a diffusers folder"),
-    "probe": ("diffrep.commands.probe:ProbeCommand", "train a head on frozen features, use it, or find the best block"),
-    "depth": ("diffrep.commands.depth:Depth", "how far away everything in an image is: maps, point clouds"),
-    "normals": ("diffrep.commands.normals:Normals", "how the surfaces in an image are turned"),
-    "segment": ("diffrep.commands.segment:Segment", "cut the object out of an image: masks, edges, cut-outs"),
-    "embed": ("diffrep.commands.embed:Embed", "draw a heat-geodesic map of high-dimensional data"),
-    "eval": ("diffrep.commands.evaluate:Evaluate", "run a benchmark and print its table"),
-    "train": ("diffrep.commands.train:Train", "train the embedded models again"),
-    "info": ("diffrep.commands.info:Info", "list backbones, or the taps of one"),
+COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the command `depth` of the group `eval`
+    "demo": ("demo:Demo", "run everything on bundled images and write one page with pictures"),
+    "match": ("match:Match", "point at places in one image, get the same places in another"),
+    "extract": ("extract:Extract", "extract a collection of images into a store of features"),
+    "swap": ("swap:Swap", "give the object in one image the looks of another"),
+    "index": ("index:Index", "make the features of stores searchable"),
+    "query": ("query:Query", "find images, or places in them, that look like yours"),
+    "synthesize": ("synthesize:Synthesize", "paint an image of any size that looks like a reference"),
+    "convert": ("convert:Convert", "turn a published synthesis checkpoint into a diffusers folder"),
+    "probe": ("", "train a head on frozen features, use it, or find the best block"),
+    "probe train": ("probe:Train", "a classifier of images on features of one block"),
+    "probe feedback": ("probe:TrainFeedback", "a classifier on several blocks with feedback (DifFeed)"),
+    "probe pixels": ("probe_maps:TrainPixels", "labels of pixels from a few annotated images (DDPM-seg)"),
+    "probe dense": ("probe_maps:TrainDense", "depth or normals from frozen maps (probe3d)"),
+    "probe predict": ("probe_predict:Predict", "use a trained probe of any kind"),
+    "probe sweep": ("probe:SweepCells", "which block, which timestep: a probe for every cell, a heat map"),
+    "depth": ("depth:Depth", "how far away everything in an image is: maps, point clouds"),
+    "normals": ("normals:Normals", "how the surfaces in an image are turned"),
+    "segment": ("segment:Segment", "cut the object out of an image: masks, edges, cut-outs"),
+    "embed": ("embed:Embed", "draw a heat-geodesic map of high-dimensional data"),
+    "eval": ("", "run a benchmark and print its table"),
+    "eval scenes": ("evaluate:Scenes", "parts of held-out rendered objects, matched"),
+    "eval homography": ("evaluate:Homography", "points of photographs, matched in views of them"),
+    "eval correspondence": ("diffrep.eval.correspondence:EvalCorrespondence", "SPair-71k, PF-PASCAL, TSS and others"),
+    "eval depth": ("evaluate_dense:EvalDepth", "depth of a head on rendered scenes or a benchmark"),
+    "eval normals": ("evaluate_dense:EvalNormals", "surface normals of a head on rendered scenes or a benchmark"),
+    "eval segmentation": ("evaluate_segmentation:EvalSegmentation", "masks of a head on rendered scenes or DIS5K"),
+    "eval depth-ablation": ("evaluate_dense:EvalAblation", "Lotus's ablation in small: nine trainings compared"),
+    "eval synthesis": ("evaluate:Synthesis", "painted images: FID, seams, embedding consistency"),
+    "eval probes": ("evaluate_probes:EvalProbes", "probes of frozen features beside the papers' numbers"),
+    "eval manifold": ("evaluate_manifold:Manifold", "embeddings of toy data with known distances"),
+    "eval interpolation": ("evaluate_manifold:Interpolation", "missing time points of a series, interpolated"),
+    "train": ("", "train the embedded models again, or heads of your own"),
+    "train tiny": ("train:TrainTiny", "the embedded backbones, from rendered scenes alone"),
+    "train depth": ("train_one_step:TrainDepth", "a one-step depth or disparity head"),
+    "train normals": ("train_one_step:TrainNormals", "a one-step head of surface normals"),
+    "train segmentation": ("train_segmentation:TrainSegmentation", "a one-step head of masks and edges"),
+    "train synthesis": ("train_synthesis:TrainSynthesis", "a painter of patches from embeddings"),
+    "train prior": ("train_synthesis:TrainPrior", "a model that draws embeddings from texts or labels"),
+    "info": ("info:Info", "list backbones, or the taps of one"),
 }
 
+_TERMINATED = 128 + signal.SIGTERM
+_BROKEN_PIPE = 128 + 13  # as if the signal SIGPIPE had ended the program
 
-def usage() -> str:
-    """The text of ``diffrep --help``."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+
+def usage(group: str = "") -> str:
+    """The text of ``diffrep --help``, or of ``diffrep GROUP --help``."""
+    names = _members(group)
+    width = max(map(len, names))
+    program = f"diffrep {group}".strip()
     return "\n".join(
         [
-            "usage: diffrep COMMAND [options]",
+            f"usage: {program} COMMAND [options]",
             "",
-            "Diffusion models as vision backbones.",
+            f"{COMMANDS[group][1]}:" if group else "Diffusion models as vision backbones.",
             "",
-            *lines,
+            *(f"  {name:<{width}}  {COMMANDS[f'{group} {name}'.strip()][1]}" for name in names),
             "",
-            "`diffrep COMMAND --help` explains a command, `diffrep --version` prints the version.",
+            f"`{program} COMMAND --help` explains a command"
+            + ("." if group else ", `diffrep --version` prints the version.")
+            + " With `--traceback` an error shows where it comes from.",
         ]
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, 2 on bad input (with one line on stderr), 130 on Ctrl-C."""
+    """Run one command.
+
+    Returns:
+        The exit code: 0; 2 on bad input and 1 on an unexpected error, each with one line on stderr; 130 on Ctrl-C, 143
+        when terminated, 141 when nobody reads the output any more. ``--traceback`` shows where an error comes from.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal's encoding does not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # read when torch is loaded: threads that spin while they wait make small networks ten times slower where other
+    # processes want their cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    show_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    name = " ".join(["diffrep", *arguments[: _depth(arguments)]])
+    try:
+        with _termination():
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # what is still buffered would raise again when Python flushes it at its end
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+    except Exception as error:  # the last handler: no error of any kind may reach a user as a traceback
+        if show_traceback:
+            traceback.print_exc()
+        expected = isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, UnicodeError)
+        print(f"{name}: {_message(error, expected)}", file=sys.stderr)
+        return 2 if expected else 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all", "help"):
         print(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
@@ -60,27 +128,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"diffrep {diffrep.__version__}")
         return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=2) or list(COMMANDS)
-        print(f"diffrep: there is no command {name!r}; near names: {', '.join(near)}", file=sys.stderr)
-        return 2
-    # read when torch is loaded: threads that spin while they wait make small networks ten times slower where other
-    # processes want their cores
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    import tyro
+    depth = _depth(arguments)
+    name, rest = " ".join(arguments[:depth]), arguments[depth:]
+    if name not in COMMANDS or not COMMANDS[name][0]:  # a group without a command, or no command at all
+        group = name if name in COMMANDS else ""
+        if group and rest and rest[0] in ("-h", "--help", "--help-all"):
+            print(usage(group))
+            return 0
+        if group and not rest:
+            raise ValueError(f"say which: {', '.join(_members(group))}")
+        word = rest[0] if group else arguments[0]
+        near = difflib.get_close_matches(word, _members(group), n=2) or _members(group)
+        raise ValueError(f"there is no command {word!r}; near names: {', '.join(near)}")
+    from diffrep.commands.parsing import help_text, read_command
 
     module, _, attribute = COMMANDS[name][0].partition(":")
-    try:
-        kind = getattr(importlib.import_module(module), attribute)
-        command = tyro.cli(kind, args=rest, prog=f"diffrep {name}")
-        command.run()
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"diffrep {name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    module = module if module.startswith("diffrep.") else f"diffrep.commands.{module}"
+    kind = getattr(importlib.import_module(module), attribute)
+    upto = rest.index("--") if "--" in rest else len(rest)
+    if {"-h", "--help", "--help-all"} & set(rest[:upto]):
+        print(help_text(kind, f"diffrep {name}", everything="--help-all" in rest))
+        return 0
+    read_command(kind, rest, f"diffrep {name}").run()
     return 0
+
+
+def _members(group: str) -> list[str]:
+    """The commands of a group, or all commands and groups."""
+    if group:
+        return [name.removeprefix(f"{group} ") for name in COMMANDS if name.startswith(f"{group} ")]
+    return [name for name in COMMANDS if " " not in name]
+
+
+def _depth(arguments: Sequence[str]) -> int:
+    """How many words name the command: 2 for ``eval depth``, else 1; 0 where there is none."""
+    if " ".join(arguments[:2]) in COMMANDS and len(arguments) > 1:
+        return 2
+    return 1 if arguments and arguments[0] in COMMANDS else 0
+
+
+def _message(error: Exception, expected: bool) -> str:
+    """An error in one line."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    text = " ".join(text.split())
+    return text if expected and text else f"{type(error).__name__}: {text or 'no message'}; --traceback shows where"
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process = os.getpid()
+
+    def terminate(number: int, frame: object) -> None:
+        if os.getpid() != process:  # a worker that was forked from here
+            os._exit(_TERMINATED)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise SystemExit(_TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 if __name__ == "__main__":

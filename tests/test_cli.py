@@ -2,16 +2,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 from diffrep.cli import COMMANDS, main
+from diffrep.commands.options import DeviceOptions
+from diffrep.commands.parsing import UsageError, options_of, read_command
 
 
 @pytest.fixture
@@ -37,16 +43,157 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {name} " in text for name in COMMANDS)
+    assert all(f"  {name} " in text for name in COMMANDS if " " not in name)
     assert main(["--version"]) == 0
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main([name, "--help"])
-    assert caught.value.code == 0
-    assert f"diffrep {name}" in capsys.readouterr().out
+    assert main([*name.split(), "--help"]) == 0
+    short = capsys.readouterr().out
+    assert f"usage: diffrep {name} " in short
+    for text in (short, _everything(name, capsys)):
+        assert "{None}" not in text
+        assert "None)" not in text
+        assert "(default: )" not in text
+
+
+def _everything(name: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main([*name.split(), "--help-all"]) == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_ten_options_and_the_rest_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["match", "--help"]) == 0
+    short = capsys.readouterr().out
+    everything = _everything("match", capsys)
+    assert len(re.findall(r"^  -", short, re.M)) == 10
+    hidden = len(re.findall(r"^  -", everything, re.M)) - 10
+    assert f"{hidden} more options: diffrep match --help-all" in short
+    assert "--matching.temperature" in everything
+    assert "--matching.temperature" not in short
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inner:
+    speed: float = 1.0  # beside
+    # above, in
+    # two lines
+    turn: int = 0
+    bare: str = "a # b"
+    late: tuple[int, ...] = ()  # on its last line
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample(DeviceOptions):
+    """A command."""
+
+    place: Annotated[Path, tyro.conf.Positional]  # where
+    name: str = "plain"  # which settings
+    # for nothing
+    pair: tuple[float, float] | None = None
+    preview: bool = True  # a picture
+    inner: _Inner = field(default_factory=_Inner)
+
+    def defaults(self) -> _Sample:
+        return replace(self, inner=replace(self.inner, speed=7.0, turn=7)) if self.name == "fast" else self
+
+
+def test_a_comment_belongs_to_one_option() -> None:
+    texts = {option.field: option.help for option in options_of(_Sample)}
+    assert texts == {
+        "place": "where",
+        "name": "which settings",
+        "pair": "for nothing",
+        "preview": "a picture",
+        "device": "where the networks run: auto, cpu, cuda, cuda:N or mps",
+        "inner.speed": "beside",
+        "inner.turn": "above, in two lines",
+        "inner.bare": "",
+        "inner.late": "on its last line",
+    }
+
+
+def test_what_was_typed_wins_over_defaults_that_depend_on_it() -> None:
+    def read(*words: str) -> _Sample:
+        return read_command(_Sample, ["here", *words], "sample")
+
+    assert read().inner == _Inner()
+    assert read("--name", "fast").inner == _Inner(speed=7.0, turn=7)
+    typed = read("--name", "fast", "--inner.speed", "1.0")  # the value that is its default anyway
+    assert typed.inner == _Inner(speed=1.0, turn=7)
+    assert typed.typed == {"name", "inner.speed"}
+    assert read("--no-preview", "--inner.late", "-1", "2", "--device=cpu").typed == {"preview", "inner.late", "device"}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "PLACE is missing: where"),
+        (["here", "--nam", "x"], "no option --nam; near names: --name"),
+        (["here", "--inner.speed", "fast"], "--inner.speed must be a number, got 'fast'"),
+        (["here", "--inner.turn", "1.5"], "--inner.turn must be a whole number, got '1.5'"),
+        (["here", "--inner.late", "1", "x"], "--inner.late must be a whole number, got 'x'"),
+        (["here", "--pair", "1"], "--pair needs X X"),
+        (["here", "--name"], "--name needs TEXT"),
+        (["here", "there"], "cannot place 'there'"),
+        (["here", "--pair", "1", "2", "3"], "cannot place '3'"),
+    ],
+)
+def test_usage_errors_name_the_culprit_in_one_line(words: list[str], says: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(says)) as caught:
+        read_command(_Sample, words, "sample")
+    assert "\n" not in str(caught.value)
+
+
+def test_errors_of_any_kind_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for error, code, says in (
+        (ValueError("two\nlines"), 2, "diffrep info: two lines"),
+        (FileNotFoundError(2, "No such file or directory", "a.png"), 2, "diffrep info: a.png: No such file"),
+        (KeyError("up.1"), 1, "diffrep info: KeyError: 'up.1'; --traceback shows where"),
+        (RecursionError(), 1, "diffrep info: RecursionError: no message"),
+        (MemoryError(), 1, "diffrep info: out of memory"),
+    ):
+
+        def run(self: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("diffrep.commands.info.Info.run", run)
+        assert main(["info"]) == code
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith(says)
+        assert main(["info", "--traceback"]) == code
+        assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_an_output_that_nobody_reads_ends_quietly() -> None:
+    program = f"{sys.executable} -m diffrep info tiny --all"
+    done = subprocess.run(
+        ["bash", "-c", f"{program} | head -1; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
+    assert done.returncode in (0, 141)  # 0: all was written before the reader left
+
+
+def test_a_terminated_command_cleans_up(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from diffrep.cli import main\n"
+        "from diffrep.commands.info import Info\n"
+        "from diffrep.files import write_whole\n"
+        "def write(path):\n"
+        "    path.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"Info.run = lambda self: write_whole(Path({str(tmp_path)!r}) / 'a.txt', write)\n"
+        "sys.exit(main(['info']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_commands_name_their_neighbours(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,12 +9,7 @@ from typing import Annotated, Protocol
 
 import tyro
 
-from diffrep.commands.evaluate_dense import EvalAblation, EvalDepth, EvalNormals
-from diffrep.commands.evaluate_manifold import Interpolation, Manifold
-from diffrep.commands.evaluate_probes import EvalProbes
-from diffrep.commands.evaluate_segmentation import EvalSegmentation
 from diffrep.commands.output import check_writable
-from diffrep.eval.correspondence import EvalCorrespondence
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
@@ -89,18 +84,3 @@ class Synthesis:
             check_writable(self.output, (".json",))
         model = load_synthesis(self.model, device=self.device)
         show(evaluate_synthesis(model, self.settings, self.sampling), self.output, json=self.json)
-
-
-Evaluate = (
-    Annotated[Scenes, tyro.conf.subcommand("scenes")]
-    | Annotated[Homography, tyro.conf.subcommand("homography")]
-    | Annotated[EvalCorrespondence, tyro.conf.subcommand("correspondence")]
-    | Annotated[EvalDepth, tyro.conf.subcommand("depth")]
-    | Annotated[EvalNormals, tyro.conf.subcommand("normals")]
-    | Annotated[EvalSegmentation, tyro.conf.subcommand("segmentation")]
-    | Annotated[EvalAblation, tyro.conf.subcommand("depth-ablation")]
-    | Annotated[Synthesis, tyro.conf.subcommand("synthesis")]
-    | Annotated[EvalProbes, tyro.conf.subcommand("probes")]
-    | Annotated[Manifold, tyro.conf.subcommand("manifold")]
-    | Annotated[Interpolation, tyro.conf.subcommand("interpolation")]
-)

@@ -10,9 +10,7 @@ from typing import Annotated
 import tyro
 
 from diffrep.commands.output import check_writable, write_image
-from diffrep.commands.probe_maps import TrainDense, TrainPixels
 from diffrep.commands.probe_options import Extraction, Images, check_new, score_lines, with_seed
-from diffrep.commands.probe_predict import Predict
 from diffrep.heads.probes import (
     FeedbackSettings,
     ProbeFit,
@@ -158,13 +156,3 @@ class SweepCells:
             return
         print(done.summary())
         print(f"wrote {self.output}: heatmap.png, cells.csv, result.json and the probe")
-
-
-ProbeCommand = (
-    Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[TrainFeedback, tyro.conf.subcommand("feedback")]
-    | Annotated[TrainPixels, tyro.conf.subcommand("pixels")]
-    | Annotated[TrainDense, tyro.conf.subcommand("dense")]
-    | Annotated[Predict, tyro.conf.subcommand("predict")]
-    | Annotated[SweepCells, tyro.conf.subcommand("sweep")]
-)

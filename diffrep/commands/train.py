@@ -9,9 +9,6 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.train_one_step import TrainDepth, TrainNormals
-from diffrep.commands.train_segmentation import TrainSegmentation
-from diffrep.commands.train_synthesis import TrainPrior, TrainSynthesis
 from diffrep.training.tiny.pipeline import TinyTraining, train_tiny
 
 
@@ -40,13 +37,3 @@ class TrainTiny:
             config = dataclasses.replace(config, scenes=self.scenes)
         train_tiny(config)
         print(f"wrote {output / 'tiny'} and {output / 'tiny-dino'}")
-
-
-Train = (
-    Annotated[TrainTiny, tyro.conf.subcommand("tiny")]
-    | Annotated[TrainDepth, tyro.conf.subcommand("depth")]
-    | Annotated[TrainNormals, tyro.conf.subcommand("normals")]
-    | Annotated[TrainSegmentation, tyro.conf.subcommand("segmentation")]
-    | Annotated[TrainSynthesis, tyro.conf.subcommand("synthesis")]
-    | Annotated[TrainPrior, tyro.conf.subcommand("prior")]
-)

@@ -1,0 +1,76 @@
+"""Options that several commands share. A command inherits the groups that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+import tyro
+
+from diffrep.commands.output import check_writable
+from diffrep.commands.parsing import Command
+from diffrep.files import write_whole
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Command", "DeviceOptions", "PrecisionOptions", "Printable", "ReportOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Command):
+    """Where the networks run."""
+
+    device: str = "auto"  # where the networks run: auto, cpu, cuda, cuda:N or mps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionOptions(DeviceOptions):
+    """Where the networks run, and in which numbers."""
+
+    # floating point numbers of the networks; auto: bfloat16 on CUDA, float32 elsewhere
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def resolved(self) -> tuple[torch.device, torch.dtype]:
+        """The device and the floating point type, as `diffrep.devices` has them.
+
+        Raises:
+            DeviceError: this machine does not have the device.
+        """
+        from diffrep.devices import resolve_device, resolve_dtype
+
+        device = resolve_device(self.device)
+        return device, resolve_dtype(self.precision, device)
+
+
+class Printable(Protocol):
+    """A report of an evaluation or a benchmark."""
+
+    def table(self) -> str: ...
+
+    def to_json(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(Command):
+    """Where a report goes."""
+
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also write the report as this JSON file
+    json: bool = False  # print JSON instead of the table
+
+    def check_output(self) -> None:
+        """Refuse an output that cannot be written, before any work is done for it.
+
+        Raises:
+            ValueError: its ending is not .json, or it is a folder.
+            OSError: its folder cannot be written to.
+        """
+        if self.output is not None:
+            check_writable(self.output, (".json",))
+
+    def show(self, report: Printable) -> None:
+        """Print a report and write it where it was asked for."""
+        if self.output is not None:
+            write_whole(self.output, report.to_json() + "\n")
+        print(report.to_json() if self.json else report.table())
