@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffrep.heads.probes.labelled import DataError, LabelledImages, Part, Row, assemble, image_file
+from diffrep.heads.probes.labelled import DataError, LabelledImage, LabelledImages, Part, assemble, image_file
 from diffrep.images import SUFFIXES
 
 _OFFICIAL: tuple[Part, ...] = ("train", "test")
@@ -50,7 +50,7 @@ def imagenet(folder: Path, classes: Sequence[str] | None = None) -> LabelledImag
     Args:
         classes: WordNet ids of a subset, such as ImageNet-50.
     """
-    rows: list[Row] = []
+    rows: list[LabelledImage] = []
     places: tuple[tuple[Part, str], ...] = (("train", "train"), ("test", "val"))
     for part, place in places:
         root = folder / place
@@ -70,10 +70,10 @@ def imagenet_subset(folder: Path, list_file: Path) -> LabelledImages:
     return imagenet(folder, [line.split()[0] for line in _lines(list_file)])
 
 
-def _in_folder(class_folder: Path, root: Path, label: str, part: Part) -> Iterator[Row]:
+def _in_folder(class_folder: Path, root: Path, label: str, part: Part) -> Iterator[LabelledImage]:
     for file in sorted(class_folder.iterdir()):
         if file.suffix.lower() in SUFFIXES or file.suffix == ".JPEG":
-            yield Row(image_file(file, root), label, None, part)
+            yield LabelledImage(image_file(file, root), label, None, part)
 
 
 def aircraft(folder: Path) -> LabelledImages:
@@ -83,7 +83,7 @@ def aircraft(folder: Path) -> LabelledImages:
     lists: tuple[tuple[Part, str], ...] = (("train", "trainval"), ("test", "test"))
     for part, name in lists:
         for key, label in _pairs(data / f"images_variant_{name}.txt").items():
-            rows.append(Row(image_file(data / "images" / f"{key}.jpg", folder), label, None, part))
+            rows.append(LabelledImage(image_file(data / "images" / f"{key}.jpg", folder), label, None, part))
     return assemble(str(folder), rows)
 
 
@@ -106,7 +106,7 @@ def _caltech_lists(folder: Path, images: str) -> LabelledImages:
             raise DataError(f"{folder}: image {key} ({file}) has no class or no split in the lists")
         label = f"{labels[key]} {names.get(labels[key], '')}".strip()
         part: Part = "train" if training[key] == "1" else "test"
-        rows.append(Row(image_file(folder / images / file, folder), label, None, part))
+        rows.append(LabelledImage(image_file(folder / images / file, folder), label, None, part))
     return assemble(str(folder), rows)
 
 
@@ -115,7 +115,7 @@ def dogs(folder: Path) -> LabelledImages:
     rows = []
     for part in _OFFICIAL:
         for name in _cell_strings(_mat(folder / f"{part}_list.mat")["file_list"]):
-            rows.append(Row(image_file(folder / "Images" / name, folder), name.split("/")[0], None, part))
+            rows.append(LabelledImage(image_file(folder / "Images" / name, folder), name.split("/")[0], None, part))
     return assemble(str(folder), rows)
 
 
@@ -131,7 +131,7 @@ def cars(folder: Path) -> LabelledImages:
         annotations = _mat(file)["annotations"].reshape(-1)
         for record in annotations:
             image, label = str(record["fname"].reshape(-1)[0]), int(record["class"].reshape(-1)[0])
-            rows.append(Row(image_file(folder / f"cars_{part}" / image, folder), f"{label:03d}", None, part))
+            rows.append(LabelledImage(image_file(folder / f"cars_{part}" / image, folder), f"{label:03d}", None, part))
     return assemble(str(folder), rows)
 
 
@@ -147,7 +147,7 @@ def flowers(folder: Path) -> LabelledImages:
     for key, part in lists:
         for number in ids[key].reshape(-1).tolist():
             image = image_file(folder / "jpg" / f"image_{number:05d}.jpg", folder)
-            rows.append(Row(image, f"{int(labels[number - 1]):03d}", None, part))
+            rows.append(LabelledImage(image, f"{int(labels[number - 1]):03d}", None, part))
     return assemble(str(folder), rows)
 
 
@@ -177,7 +177,7 @@ def from_list(folder: Path, list_file: Path) -> LabelledImages:
     wanted = {Path(line.split()[0]).name for line in _lines(list_file)}
     parts = whole.parts or ()
     rows = [
-        Row(image, whole.classes[label], None, part)
+        LabelledImage(image, whole.classes[label], None, part)
         for image, label, part in zip(whole.images, whole.labels, parts, strict=True)
         if part != "train" or Path(image.name).name in wanted
     ]

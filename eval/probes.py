@@ -62,7 +62,7 @@ class ProbesReport:
             "data": self.data,
             "images": dict(self.images),
             "classes": self.classes,
-            "rows": {name: dict(result.probe.about) for name, result in self.rows.items()},
+            "rows": {name: result.document() for name, result in self.rows.items()},
             "cells": {name: [str(cell) for cell in result.probe.cells] for name, result in self.rows.items()},
             "gains": [
                 {"row": ours, "over": theirs, "value": gain[0], "low": gain[1], "high": gain[2]}

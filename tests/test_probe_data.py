@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -80,6 +82,40 @@ def test_a_parquet_file_is_read_and_numbers_sort_as_numbers(tmp_path: Path) -> N
     table = pa.table({"image": images, "label": [str(n) for n in range(12)]})
     pq.write_table(table, tmp_path / "set.parquet")
     assert read_labelled(tmp_path / "set.parquet").classes == tuple(str(n) for n in range(12))
+
+
+@pytest.mark.parametrize(
+    ("note", "message"),
+    [
+        (b"[1]", "the label of red000 cannot be read .its .json must hold an object, found list"),
+        (b"null", "must hold an object, found NoneType"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"label": "\xff"}', "the label of red000 cannot be read"),
+        (b'{"label": {}}', "red000 has no label"),
+        (b"{}", "red000 has no label"),
+    ],
+)
+def test_a_damaged_note_in_a_shard_is_named(note: bytes, message: str, tmp_path: Path) -> None:
+    content = {"red000.png": png(picture("red", 0)), "red000.json": note}
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        for name, value in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(value)
+            archive.addfile(member, io.BytesIO(value))
+    with pytest.raises(DataError, match=f"bad.tar: .*{message}"):
+        read_labelled(tmp_path / "bad.tar")
+
+
+def test_damaged_tables_and_data_sets_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.csv").write_bytes(b"path,label\na.png,\xff\n")
+    (tmp_path / "set.parquet").write_bytes(b"no parquet")
+    saved = hugging_face_set(tmp_path / "arrow")
+    (saved / "data-00000-of-00001.arrow").write_bytes(b"no arrow")
+    (tmp_path / "dict").mkdir()
+    (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": [1]}')
+    for name in ("latin.csv", "set.parquet", "arrow", "dict", "missing.csv", "missing.parquet"):
+        with pytest.raises(DataError, match=f"{name}: cannot be read"):
+            read_labelled(tmp_path / name)
 
 
 def test_a_split_is_stratified_and_does_not_depend_on_the_order_of_files(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +140,61 @@ def test_reading_goes_on_where_it_was_killed_and_reads_nothing_twice(
     assert not calls  # what a wider reading has is not read again
     (cell,) = part.reading.cells()
     assert torch.equal(part.rows(cell).read([3]), whole.rows(cell).read([3]))
+
+
+def test_what_is_kept_is_known_by_the_images_contents(vit: Backbone, tmp_path: Path) -> None:
+    """Other images of the same names, sizes and times of change are read again, whatever holds them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    reading = Reading(vit.name, ("layer.1",), None, (1,), SMALL)
+
+    def first(source: Path, cache: Path) -> torch.Tensor:
+        found = ProbeData.read(read_labelled(source), {vit.name: vit}, [reading], cache, progress=False)
+        return found.rows([Cell(vit.name, 0, "layer.1", 1)]).read([0])
+
+    def write(place: Path, level: int) -> None:
+        noise = np.random.default_rng(0).integers(0, 9, (12, 8, 8, 3))
+        images = [Image.fromarray((level + 5 * n + noise[n]).astype(np.uint8)) for n in range(12)]
+        folder, table = place / "folder", []
+        for number, image in enumerate(images):
+            file = folder / ("even", "odd")[number % 2] / f"{number:02d}.bmp"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+            table.append({"image": {"bytes": file.read_bytes(), "path": None}, "label": str(number % 2)})
+            os.utime(file, (1e9, 1e9))
+        pq.write_table(pa.Table.from_pylist(table), place / "set.parquet")
+        with tarfile.open(place / "set.tar", "w") as archive:
+            for number, file in enumerate(sorted(folder.rglob("*.bmp"))):
+                archive.add(file, f"{number}.bmp")
+                label = tarfile.TarInfo(f"{number}.cls")
+                label.size = 1
+                archive.addfile(label, io.BytesIO(str(number % 2).encode()))
+        os.utime(place / "set.tar", (1e9, 1e9))
+
+    for source in ("folder", "set.parquet", "set.tar"):
+        write(tmp_path / "one", 10)
+        write(tmp_path / "two", 100)
+        before = first(tmp_path / "one" / source, tmp_path / "cache")
+        assert not torch.equal(first(tmp_path / "two" / source, tmp_path / "cache"), before), source
+        write(tmp_path / "one", 200)  # in place
+        again = first(tmp_path / "one" / source, tmp_path / "cache")
+        assert torch.equal(again, first(tmp_path / "one" / source, tmp_path / "fresh")), source
+        assert not torch.equal(again, before), source
+
+
+def test_large_files_are_known_by_time_and_both_ends(tmp_path: Path) -> None:
+    from diffrep.heads.probes.labelled import SAMPLED, image_file, images_sha256
+
+    def known_by(content: bytes, time: float = 1e9) -> str:
+        (tmp_path / "a.bin").write_bytes(content)
+        os.utime(tmp_path / "a.bin", (time, time))
+        return images_sha256([image_file(tmp_path / "a.bin", tmp_path)])
+
+    zeros = bytes(10 * SAMPLED)
+    assert known_by(zeros) == known_by(zeros)
+    others = [known_by(zeros, 2e9), known_by(b"1" + zeros[1:]), known_by(zeros[1:] + b"1"), known_by(zeros + b"0")]
+    assert known_by(zeros) not in others
 
 
 def test_padding_is_not_pooled(unet: Backbone, tmp_path: Path) -> None:
@@ -360,6 +418,10 @@ def test_a_sweep_goes_on_after_a_kill_and_touches_test_once(
     third = sweep(found, tmp_path / "killed", fit=QUICK, progress=False)
     assert third.result["test"] == again.result["test"]
     assert load_sweep(tmp_path / "killed").best == whole.best
+    files = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file())
+    different = [f for f in files if (tmp_path / "whole" / f).read_bytes() != (tmp_path / "killed" / f).read_bytes()]
+    assert [str(f) for f in different] in ([], ["timing.json"])
+    assert again.seconds is not None
     assert (tmp_path / "killed" / "cells.csv").read_text().count("\n") == len(whole.cells) + 1
     with pytest.raises(ValueError, match="holds a sweep with another kind"):
         sweep(found, tmp_path / "killed", kind="knn", fit=QUICK, progress=False)
@@ -377,6 +439,16 @@ def test_pruning_looks_closer_at_the_better_cells_only(found: ProbeData, tmp_pat
 
 
 # -- the command line -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--backbones"], ["--timesteps"], ["--pool"], ["--taps"], ["--prune", "nan"]])
+def test_a_sweep_without_anything_to_sweep_is_refused(
+    arguments: list[str], folder: Path, vit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--work", str(tmp_path / "work"), "-o", str(tmp_path / "sweep"), "--size", "32"]
+    assert main(["probe", "sweep", str(folder), "--backbones", str(vit_folder), *where, *arguments]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_commands_from_training_to_prediction(

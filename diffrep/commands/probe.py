@@ -26,6 +26,7 @@ from diffrep.heads.probes import (
     train_probe,
 )
 from diffrep.heads.probes.layouts import Kind
+from diffrep.heads.probes.sweeps import check_prune
 
 SWEPT = (10, 50, 100, 200, 350, 500)  # timesteps of a sweep
 
@@ -62,7 +63,7 @@ class Train:
         result = train_probe(found, found.layout(self.head, cells), fit, seed=self.images.split_seed)
         result.probe.save(self.output)
         if self.json:
-            print(json_module.dumps(result.probe.about, indent=2))
+            print(json_module.dumps(result.document(), indent=2))
             return
         print(balance(data, found.split))
         print(f"chosen on val: {', '.join(f'{k} {v:g}' for k, v in result.choice.items())}")
@@ -125,6 +126,9 @@ class SweepCells:
 
     def run(self) -> None:
         check_writable(self.output / "heatmap.png")
+        check_prune(self.prune)
+        if not self.backbones or not self.timesteps or self.taps == ():
+            raise ValueError("--backbones, --taps and --timesteps need at least one value each")
         if self.taps is not None and len(self.backbones) > 1:
             raise ValueError("--taps go with one backbone; several are swept over every block")
         data = self.images.find(self.data)
@@ -152,7 +156,8 @@ class SweepCells:
         write_image(self.output / "heatmap.png", picture)
         if self.json:
             cells = [{"cell": str(s.cell), "val": s.val, "low": s.low, "high": s.high} for s in done.cells]
-            print(json_module.dumps({"best": str(done.best), "result": done.result, "cells": cells}, indent=2))
+            result = {**done.result, "seconds": done.seconds}
+            print(json_module.dumps({"best": str(done.best), "result": result, "cells": cells}, indent=2))
             return
         print(done.summary())
         print(f"wrote {self.output}: heatmap.png, cells.csv, result.json and the probe")

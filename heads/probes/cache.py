@@ -1,8 +1,8 @@
 """Pooled features on disk: memory-mapped safetensors shards, one per timestep and a few hundred images.
 
-A folder belongs to one backbone with one set of settings and one list of images; its manifest says which, and a
-folder that says otherwise is refused. Shards are written whole, so a run that is killed goes on where it was. A row
-of NaN stands for an image that cannot be read.
+A folder belongs to one backbone with one set of settings and one list of images, known by their names and contents;
+its manifest says which. Shards are written whole, so a run that is killed goes on where it was. A row of NaN stands
+for an image that cannot be read.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from diffrep.backbones import Backbone
-from diffrep.files import write_whole
+from diffrep.files import claim_folder, read_document, sweep_partials, write_whole
 from diffrep.heads.probes.cells import Cell, Reading, read_cells
-from diffrep.heads.probes.labelled import DataError, Readable
+from diffrep.heads.probes.labelled import DataError, Readable, images_sha256
 from diffrep.heads.probes.rows import MappedRows, map_tensor
 from diffrep.images import ImageError, Placement, Sizing, decode_image, fit_image
-from diffrep.store.manifest import difference, provenance
+from diffrep.store.manifest import provenance
 from diffrep.store.shards import write_tensors
 
 SHARD_IMAGES = 256
@@ -41,6 +41,7 @@ class PooledFeatures:
 
     Attributes:
         features: provenance: backbone, hash of its weights, and every extraction setting.
+        images_sha256: hash of the images' names and contents, see `diffrep.heads.probes.labelled.images_sha256`.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class PooledFeatures:
     features: dict[str, Any]
     images: int
     dtype: Literal["float16", "float32"]
+    images_sha256: str
 
     def rows(self, cell: Cell) -> MappedRows:
         """The memory-mapped matrix (N, D) of a cell.
@@ -70,7 +72,7 @@ class PooledFeatures:
     def unreadable(self) -> list[str]:
         """Why images could not be read, one line each."""
         log = self.folder / "unreadable.txt"
-        return sorted(set(log.read_text(encoding="utf-8").splitlines())) if log.exists() else []
+        return sorted(set(log.read_text(encoding="utf-8", errors="replace").splitlines())) if log.exists() else []
 
 
 def read_features(
@@ -95,27 +97,30 @@ def read_features(
         ValueError: the folder was made otherwise, or the features do not fit into float16.
     """
     reading = reading.resolve(backbone)
-    made = {k: v for k, v in provenance(backbone, reading.extract).items() if k not in _PLANNED}
+    features = {k: v for k, v in provenance(backbone, reading.extract).items() if k not in _PLANNED}
     about = {
-        "features": made,
+        # neither where the weights lie nor the size of a batch changes a number
+        "features": {k: v for k, v in features.items() if k not in ("source", "batch_size")},
         "taps": list(reading.taps or ()),
         "pools": list(reading.pools),
         "images": len(images),
-        "names_sha256": hashlib.sha256("\n".join(image.name for image in images).encode()).hexdigest(),
+        "images_sha256": images_sha256(images),
         "dtype": dtype,
     }
-    identity = about | {"features": {k: v for k, v in made.items() if k not in ("source", "batch_size")}}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     home = Path(folder) / f"{Path(reading.backbone).name}-{digest}"
-    if (wider := _wider(Path(folder), about, reading)) is not None:
-        return PooledFeatures(wider, reading, made, len(images), dtype)
-    _claim(home, about)
-    found = PooledFeatures(home, reading, made, len(images), dtype)
+    wider = _wider(Path(folder), about, reading)
+    found = PooledFeatures(wider or home, reading, features, len(images), dtype, about["images_sha256"])
+    if wider is not None:
+        return found
+    claim_folder(home, about, name=MANIFEST)
     jobs = []
     for number in range(_shards(len(images))):
         if missing := [t for t in reading.timesteps or () if not _file(home, t, number).is_file()]:
             jobs.append((number, missing))
     if jobs:
+        for timestep in reading.timesteps or ():
+            sweep_partials(_file(home, timestep, 0).parent)
         _read_shards(images, backbone, found, jobs, workers, progress)
     if not found.readable.any():
         reasons = found.unreadable()
@@ -125,12 +130,14 @@ def read_features(
 
 def _wider(folder: Path, about: dict[str, Any], reading: Reading) -> Path | None:
     """A complete folder that was read for more taps or pools, such as a sweep's, where there is one."""
-    wanted = json.loads(json.dumps(about))
+    same = ("features", "images", "images_sha256", "dtype")
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
-        there = json.loads(manifest.read_text(encoding="utf-8"))
-        same = all(there[key] == wanted[key] for key in ("images", "names_sha256", "dtype"))
-        covered = all(set(wanted[key]) <= set(there[key]) for key in ("taps", "pools"))
-        if same and covered and difference(there["features"], wanted["features"]) is None:
+        try:
+            existing = read_document(manifest)
+            covered = all(set(about[key]) <= set(existing[key]) for key in ("taps", "pools"))
+        except (ValueError, KeyError, TypeError):  # damaged, or made by an older version: of no use here
+            continue
+        if covered and all(existing.get(key) == about[key] for key in same):
             shards = range(_shards(about["images"]))
             if all(_file(manifest.parent, t, n).is_file() for t in reading.timesteps or () for n in shards):
                 return manifest.parent
@@ -147,20 +154,6 @@ def _file(folder: Path, timestep: int, number: int) -> Path:
 
 def _tensor(tap: str, pool: int) -> str:
     return f"{tap}/{pool}"
-
-
-def _claim(folder: Path, about: dict[str, Any]) -> None:
-    manifest = folder / MANIFEST
-    if manifest.is_file():
-        there = json.loads(manifest.read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(about))
-        if found := difference(there["features"], wanted["features"]) or difference(
-            there | {"features": 0}, wanted | {"features": 0}
-        ):
-            raise ValueError(f"{folder} was made otherwise ({found}): delete it or name another folder")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(manifest, json.dumps(about, indent=1).encode())
 
 
 class _Shards(Dataset[Any]):
@@ -208,15 +201,12 @@ def _read_shards(
     with tqdm(total=total, desc=f"reading {found.reading.backbone}", unit="pass", disable=not progress) as bar:
         for number, groups, reasons in loader:
             if reasons:
-                with (found.folder / "unreadable.txt").open("a", encoding="utf-8") as log:
+                with (found.folder / "unreadable.txt").open("a", encoding="utf-8", errors="replace") as log:
                     log.writelines(f"{reason}\n" for reason in reasons)
             count = min(SHARD_IMAGES, len(images) - number * SHARD_IMAGES)
             for timestep, tensors in _shard_tensors(backbone, found, groups, count, missing[number]):
-                file = _file(found.folder, timestep, number)
-                file.parent.mkdir(exist_ok=True)
-                partial = file.with_suffix(".partial")
-                write_tensors(partial, {name: [value] for name, value in tensors.items()})
-                partial.replace(file)
+                columns = {name: [value] for name, value in tensors.items()}
+                write_whole(_file(found.folder, timestep, number), partial(write_tensors, tensors=columns))
                 bar.update(count)
 
 

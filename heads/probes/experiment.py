@@ -112,6 +112,7 @@ class Result:
         val: of the chosen setting, trained on train alone; chosen by it, so an optimistic number.
         test: looked at once.
         scores: (n, K) of the test images, in the order of `Split.test`.
+        seconds: that training took; the only number that a second run does not repeat.
     """
 
     probe: Probe
@@ -120,6 +121,11 @@ class Result:
     val: Scores
     test: Scores
     scores: Tensor
+    seconds: float
+
+    def document(self) -> dict[str, Any]:
+        """What the probe says about itself, and the seconds."""
+        return {**self.probe.about, "seconds": self.seconds}
 
 
 def train_probe(found: ProbeData, layout: Layout, fit: ProbeFit | None = None, *, seed: int = 0) -> Result:
@@ -145,12 +151,11 @@ def train_probe(found: ProbeData, layout: Layout, fit: ProbeFit | None = None, *
         "fit": asdict(fit),
         "val": val.document(),
         "test": test.document(),
-        "seconds": round(time.monotonic() - start, 2),
         "versions": _versions(),
     }
     features = {cell.backbone: found.features[cell.backbone].features for cell in layout.cells}
     probe = Probe(head, data.classes, features, json.loads(json.dumps(about)))
-    return Result(probe, fitted.choice, fitted.tried, val, test, scores)
+    return Result(probe, fitted.choice, fitted.tried, val, test, scores, round(time.monotonic() - start, 2))
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import tarfile
 from collections import Counter, defaultdict
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
+from diffrep.files import read_document
 from diffrep.images import SUFFIXES
 from diffrep.store.sources import ImageSource
 
@@ -47,6 +49,33 @@ class StoredBytes:
         return self.content
 
 
+SAMPLED = 2**15  # bytes at either end of a file that are looked at
+
+
+def images_sha256(images: Iterable[Readable]) -> str:
+    """What a list of images is known by when something is kept for it: SHA-256 over their names and contents.
+
+    Files of up to twice `SAMPLED` bytes count in full, larger ones by size, time of change and both ends.
+    """
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(image.name.encode("utf-8", "surrogateescape") + b"\0")
+        if not isinstance(image, ImageSource):
+            digest.update(hashlib.sha256(image.read()).digest())
+            continue
+        digest.update(f"{image.size}\0".encode())
+        if image.size > 2 * SAMPLED:
+            digest.update(f"{image.modified}\0".encode())
+        try:
+            with open(image.file, "rb") as opened:
+                for start in sorted({0, max(0, image.size - SAMPLED)}):
+                    opened.seek((image.offset or 0) + start)
+                    digest.update(opened.read(min(SAMPLED, image.size)))
+        except OSError as error:  # reading it will fail too, and say so
+            digest.update(str(error.errno).encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class LabelledImages:
     """N images with one label each.
@@ -76,7 +105,7 @@ class LabelledImages:
 
 
 @dataclass(frozen=True)
-class Row:
+class LabelledImage:
     """One image with its label, and its group and part where the source names them."""
 
     image: Readable
@@ -85,7 +114,7 @@ class Row:
     part: Part | None = None
 
 
-def assemble(name: str, rows: Sequence[Row], classes: Sequence[str] | None = None) -> LabelledImages:
+def assemble(name: str, rows: Sequence[LabelledImage], classes: Sequence[str] | None = None) -> LabelledImages:
     """Check rows and number their classes: in the given order, else sorted, as numbers where all are.
 
     Raises:
@@ -123,14 +152,15 @@ def assemble(name: str, rows: Sequence[Row], classes: Sequence[str] | None = Non
 
 
 def read_labelled(
-    source: str | Path, *, image: str | None = None, label: str = "label", group: str | None = None
+    source: str | Path | Any, *, image: str | None = None, label: str = "label", group: str | None = None
 ) -> LabelledImages:
     """Find the labelled images of a source.
 
     Sources: a folder with one folder of images per class, or with ``train``, ``val``, ``test`` folders of such; a
     ``.csv`` table with columns for path (relative to the table), label and, where they are there, ``split``; a
     ``.tar`` in webdataset's layout, or a folder or glob pattern of such (image beside ``.cls`` or ``.json``); a
-    Hugging Face data set that `save_to_disk` wrote, or a ``.parquet`` file of one.
+    Hugging Face data set that `save_to_disk` wrote, or a ``.parquet`` file of one; in Python also a `datasets.Dataset`
+    or `DatasetDict` itself.
 
     Args:
         image: the column or key that holds the image; None: "path" in a table, "image" in a data set.
@@ -140,6 +170,8 @@ def read_labelled(
     Raises:
         DataError: nothing is found, or labels disagree; see also `assemble`.
     """
+    if not isinstance(source, (str, Path)):
+        return from_data_set(source, image=image or "image", label=label, group=group)
     path = Path(source)
     if path.suffix.lower() == ".csv":
         return _from_csv(path, image or "path", label, group)
@@ -182,10 +214,10 @@ def _from_folder(folder: Path) -> LabelledImages:
     return assemble(str(folder), rows)
 
 
-def _class_folders(folder: Path, root: Path, part: Part | None) -> Iterable[Row]:
+def _class_folders(folder: Path, root: Path, part: Part | None) -> Iterable[LabelledImage]:
     for class_folder in sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")):
         for file in sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
-            yield Row(image_file(file, root), class_folder.name, part=part)
+            yield LabelledImage(image_file(file, root), class_folder.name, part=part)
 
 
 def image_file(file: Path, root: Path) -> ImageSource:
@@ -202,22 +234,23 @@ def image_file(file: Path, root: Path) -> ImageSource:
 
 
 def _from_csv(file: Path, image: str, label: str, group: str | None) -> LabelledImages:
-    if not file.is_file():
-        raise DataError(f"{file}: no such file")
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        table = csv.DictReader(opened)
-        wanted = [image, label, *([group] if group else [])]
-        columns = table.fieldnames or []
-        if missing := [name for name in wanted if name not in columns]:
-            raise DataError(f"{file}: has no column {', '.join(missing)}, only {', '.join(columns)}")
-        rows = []
-        for number, row in enumerate(table, 2):
-            if not row[image] or not row[label]:
-                raise DataError(f"{file}, line {number}: the {image if not row[image] else label} is empty")
-            part = _part(row["split"], f"{file}, line {number}") if row.get("split") else None
-            rows.append(
-                Row(image_file(file.parent / row[image], file.parent), row[label], row[group] if group else None, part)
-            )
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as opened:
+            table = csv.DictReader(opened)
+            columns, lines = table.fieldnames or [], list(enumerate(table, 2))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{file}: cannot be read as a table in UTF-8 ({_reason(error)})") from None
+    wanted = [image, label, *([group] if group else [])]
+    if missing := [name for name in wanted if name not in columns]:
+        raise DataError(f"{file}: has no column {', '.join(missing)}, only {', '.join(columns)}")
+    rows = []
+    for number, line in lines:
+        where = f"{file}, line {number}"
+        if empty := [name for name in wanted if not line[name]]:
+            raise DataError(f"{where}: the {empty[0]} is empty")
+        source = image_file(file.parent / line[image], file.parent)
+        part = _part(line["split"], where) if line.get("split") else None
+        rows.append(LabelledImage(source, line[label], line[group] if group else None, part))
     return assemble(str(file), rows)
 
 
@@ -241,9 +274,9 @@ def _shards(path: Path) -> list[Path]:
 def _from_shards(name: str, shards: Sequence[Path], label: str, group: str | None) -> LabelledImages:
     rows = []
     for shard in shards:
-        modified = shard.stat().st_mtime_ns
         samples: dict[str, dict[str, Any]] = defaultdict(dict)
         try:
+            modified = shard.stat().st_mtime_ns
             with tarfile.open(shard, "r:") as archive:
                 for member in archive:
                     if not member.isfile():
@@ -256,27 +289,33 @@ def _from_shards(name: str, shards: Sequence[Path], label: str, group: str | Non
                         sample["image"] = ImageSource(inside, str(shard), member.size, modified, member.offset_data)
                     elif ending in ("cls", "json"):
                         content = archive.extractfile(member)
-                        assert content is not None  # it is a file
-                        sample[ending] = content.read().decode()
-        except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
+                        sample[ending] = content.read() if content is not None else b""
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             raise DataError(f"{shard}: is not an uncompressed webdataset shard ({error})") from None
         rows += [_sample_row(shard, key, sample, label, group) for key, sample in samples.items() if "image" in sample]
     return assemble(name, rows)
 
 
-def _sample_row(shard: Path, key: str, sample: Mapping[str, Any], label: str, group: str | None) -> Row:
-    values = {}
-    if "json" in sample:
-        try:
+def _sample_row(shard: Path, key: str, sample: Mapping[str, Any], label: str, group: str | None) -> LabelledImage:
+    values: Mapping[str, Any] = {}
+    try:
+        if "json" in sample:
             values = json.loads(sample["json"])
-        except ValueError as error:
-            raise DataError(f"{shard}: the .json of {key} cannot be read ({error})") from None
-    given = sample["cls"].strip() if "cls" in sample else values.get(label)
-    if given is None:
+            if not isinstance(values, Mapping):
+                raise ValueError(f"its .json must hold an object, found {type(values).__name__}")
+        text = sample["cls"].decode().strip() if "cls" in sample else values.get(label)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{shard}: the label of {key} cannot be read ({_reason(error)})") from None
+    if text is None or isinstance(text, (list, dict)):
         raise DataError(f"{shard}: {key} has no label (neither .cls nor {label!r} in a .json)")
     if group is not None and group not in values:
         raise DataError(f"{shard}: {key} has no group ({group!r} in a .json)")
-    return Row(sample["image"], str(given), str(values[group]) if group is not None else None)
+    return LabelledImage(sample["image"], str(text), str(values[group]) if group is not None else None)
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an error in one short line."""
+    return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
 
 
 # -- Hugging Face data sets ---------------------------------------------------------------------------------
@@ -288,22 +327,45 @@ def _from_arrow(path: Path, image: str, label: str, group: str | None) -> Labell
         import pyarrow.parquet as pq
     except ImportError:
         raise ImportError(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install pyarrow") from None
-    if path.suffix.lower() == ".parquet":
-        if not path.is_file():
-            raise DataError(f"{path}: no such file")
-        return _from_tables(path, [(path.stem, pq.read_table(path), None)], image, label, group)
-    folders: list[tuple[Path, Part | None]] = [(path, None)]
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        folders = [(path / name, _part(name, str(path))) for name in splits]
-    tables = []
-    for folder, part in folders:
-        files = json.loads((folder / "state.json").read_text())["_data_files"]
-        for file in files:
-            with pa.memory_map(str(folder / file["filename"])) as opened:
-                table = pa.ipc.open_stream(opened).read_all()
-            tables.append((f"{folder.name}/{file['filename']}", table, part))
+    tables: list[tuple[str, Any, Part | None]] = []
+    try:
+        if path.suffix.lower() == ".parquet":
+            tables.append((path.stem, pq.read_table(path), None))
+        else:
+            for folder, part in _split_folders(path):
+                for entry in read_document(folder / "state.json", error=DataError)["_data_files"]:
+                    with pa.memory_map(str(folder / Path(entry["filename"]).name)) as opened:
+                        table = pa.ipc.open_stream(opened).read_all()
+                    tables.append((f"{folder.name}/{entry['filename']}", table, part))
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: cannot be read as a data set ({_reason(error)})") from None
     return _from_tables(path, tables, image, label, group)
+
+
+def _split_folders(path: Path) -> list[tuple[Path, Part | None]]:
+    """The folders of a saved data set's parts; the folder itself where it has none."""
+    if not (path / "dataset_dict.json").is_file():
+        return [(path, None)]
+    names = read_document(path / "dataset_dict.json", error=DataError)["splits"]
+    return [(path / Path(name).name, _part(name, str(path))) for name in names]
+
+
+def from_data_set(
+    data_set: Any, *, image: str = "image", label: str = "label", group: str | None = None
+) -> LabelledImages:
+    """The images of a `datasets.Dataset` with an undecoded or decoded `Image` column, or of a `DatasetDict` of such.
+
+    Raises:
+        DataError: a column is missing, or a name of a part is none of train, validation and test; see `assemble`.
+    """
+    parts = data_set.items() if isinstance(data_set, Mapping) else [("", data_set)]
+    tables = [
+        (name or "data", one.with_format("arrow")[:], _part(name, "the data set") if name else None)
+        for name, one in parts
+    ]
+    return _from_tables(Path("data set"), tables, image, label, group)
 
 
 def _from_tables(
@@ -314,29 +376,40 @@ def _from_tables(
         wanted = [image, label, *([group] if group else [])]
         if missing := [column for column in wanted if column not in table.column_names]:
             raise DataError(f"{path}: has no column {', '.join(missing)}, only {', '.join(table.column_names)}")
-        classes = _class_names(table, label) or classes
-        for number, (picture, given, of) in enumerate(
-            zip(
-                table[image].to_pylist(),
-                table[label].to_pylist(),
-                table[group].to_pylist() if group else [None] * len(table),
-                strict=True,
+        classes = _class_names(path, table, label) or classes
+        for number, record in enumerate(table.select(wanted).to_pylist()):
+            picture, value = record[image], record[label]
+            content = picture if isinstance(picture, Mapping) else {}
+            if value is None or not (content.get("bytes") or content.get("path")):
+                raise DataError(f"{path}, {name}, row {number}: has no {label if value is None else image}")
+            source: Readable = (
+                StoredBytes(f"{name}/{number:08d}", content["bytes"])
+                if content.get("bytes")
+                else image_file(Path(content["path"]), path)
             )
-        ):
-            if given is None or not isinstance(picture, Mapping):
-                raise DataError(f"{path}, {name}, row {number}: has no {label if given is None else image}")
-            key = f"{name}/{number:08d}"
-            inside = picture.get("bytes")
-            source: Readable = StoredBytes(key, inside) if inside else image_file(Path(picture["path"]), path)
-            text = classes[int(given)] if classes is not None and isinstance(given, int) else str(given)
-            rows.append(Row(source, text, None if of is None else str(of), part))
+            rows.append(LabelledImage(source, _class_of(path, value, classes), _text(record, group), part))
     return assemble(str(path), rows, classes)
 
 
-def _class_names(table: Any, label: str) -> tuple[str, ...] | None:
+def _text(record: Mapping[str, Any], column: str | None) -> str | None:
+    return None if column is None or record[column] is None else str(record[column])
+
+
+def _class_of(path: Path, value: object, classes: Sequence[str] | None) -> str:
+    if classes is None or not isinstance(value, int):
+        return str(value)
+    if not 0 <= value < len(classes):
+        raise DataError(f"{path}: has the label {value}, but only {len(classes)} classes")
+    return classes[value]
+
+
+def _class_names(path: Path, table: Any, label: str) -> tuple[str, ...] | None:
     """The names that a `ClassLabel` feature gives its numbers, from the schema's metadata."""
     about = (table.schema.metadata or {}).get(b"huggingface")
     if about is None:
         return None
-    names = json.loads(about)["info"]["features"].get(label, {}).get("names")
-    return None if names is None else tuple(names)
+    try:
+        names = json.loads(about)["info"]["features"].get(label, {}).get("names")
+        return None if names is None else tuple(map(str, names))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: its description of the column {label} cannot be read ({_reason(error)})") from None

@@ -1,7 +1,8 @@
 """Which block, which timestep? One probe for every cell, chosen on val; the best one's test score is looked at once.
 
 Every cell's result is a line of ``cells.jsonl`` as soon as it is known, so a sweep that is killed goes on where it
-was. ``result.json`` is written last; while it is there, test is not scored again.
+was and ends with the same bytes. ``result.json`` is written last; while it is there, test is not scored again. How
+long the last training took is in ``timing.json``, the only file that differs from run to run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.files import write_document, write_whole
+from diffrep.files import JsonLines, read_document, write_document, write_whole
 from diffrep.heads.probes.cells import Cell
 from diffrep.heads.probes.experiment import ProbeData, train_probe
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
@@ -30,6 +30,8 @@ from diffrep.heads.probes.probe import load_probe
 from diffrep.heads.probes.scores import wilson
 
 logger = logging.getLogger(__name__)
+
+CELLS, RESULT, TIMING = "cells.jsonl", "result.json", "timing.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Sweep:
     best: Cell
     result: dict[str, Any]  # what the refitted probe's `about` says
     folder: Path
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the best cell's last training took; None: not noted."""
+        return read_document(self.folder / TIMING).get("seconds") if (self.folder / TIMING).is_file() else None
 
     def table(self) -> str:
         """Long CSV: one row per cell."""
@@ -98,11 +105,10 @@ def sweep(
         ValueError: the folder holds a sweep of other data or settings, or prune is not in [0, 1).
     """
     fit, folder = fit or ProbeFit(), Path(folder)
-    if not 0 <= prune < 1:
-        raise ValueError(f"prune is a share of the cells, at least 0 and below 1, got {prune}")
+    check_prune(prune)
     cells = [cell for features in found.features.values() for cell in features.reading.cells()]
-    log = _Log(folder, _identity(found, kind, fit, prune, seed))
-    scores = log.scores()
+    log = _CellLog(folder, _identity(found, kind, fit, prune, seed))
+    scores = log.latest()
     kept = cells
     with tqdm(total=len(cells), initial=0, desc="cells", unit="cell", disable=not progress) as bar:
         if prune > 0 and len(cells) > 1:
@@ -115,20 +121,28 @@ def sweep(
     ordered = tuple(scores[cell] for cell in cells)
     # equals go to the earlier block; a pruned cell was judged by less
     best = max((s for s in ordered if s.cell in set(kept)), key=lambda s: s.val).cell
-    result_file = folder / "result.json"
-    if result_file.is_file():
-        result = json.loads(result_file.read_text(encoding="utf-8"))
+    if (folder / RESULT).is_file():
         logger.info("%s: test was scored before, its score is repeated", folder)
-        return _written(Sweep(ordered, Cell(**result["best"]), result["result"], folder))
-    probe = train_probe(found, found.layout(kind, [best]), fit, seed=seed).probe
-    probe.save(folder / "probe")
-    write_document(result_file, {"best": asdict(best), "result": dict(probe.about)})
-    return _written(Sweep(ordered, best, dict(probe.about), folder))
-
-
-def _written(done: Sweep) -> Sweep:
-    write_whole(done.folder / "cells.csv", done.table().encode())
+        best, result = _read_result(folder / RESULT)
+    else:
+        trained = train_probe(found, found.layout(kind, [best]), fit, seed=seed)
+        result = dict(trained.probe.about)
+        trained.probe.save(folder / "probe")
+        write_document(folder / TIMING, {"seconds": trained.seconds})
+        write_document(folder / RESULT, {"best": asdict(best), "result": result})
+    done = Sweep(ordered, best, result, folder)
+    write_whole(folder / "cells.csv", done.table())
     return done
+
+
+def check_prune(prune: float) -> None:
+    """Refuse what is no share of the cells, before any feature is read.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
+    if not 0 <= prune < 1:  # not a number fails too
+        raise ValueError(f"prune is a share of the cells, at least 0 and below 1, got {prune}")
 
 
 def _score(found: ProbeData, cell: Cell, kind: Kind, fit: ProbeFit, train: Sequence[int]) -> CellScore:
@@ -146,7 +160,7 @@ def _prune(
     kind: Kind,
     fit: ProbeFit,
     prune: float,
-    log: _Log,
+    log: _CellLog,
     scores: dict[Cell, CellScore],
 ) -> list[Cell]:
     """The cells that are worth a full look."""
@@ -168,6 +182,7 @@ def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, prune: float, seed: i
     rows = json.dumps([found.split.train, found.split.val, found.split.test, found.data.labels])
     document = {
         "data": found.data.name,
+        "images_sha256": {name: features.images_sha256 for name, features in found.features.items()},
         "split_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         "features": {
             name: {k: v for k, v in features.features.items() if k not in ("source", "batch_size")}
@@ -182,64 +197,62 @@ def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, prune: float, seed: i
     return dict(json.loads(json.dumps(document)))
 
 
-class _Log:
+class _CellLog:
     """Results of cells, one JSON object a line, behind a line with the settings."""
 
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.file = folder / "cells.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.rows: list[CellScore] = []
-        lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True) if self.file.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-        if not whole:
-            write_whole(self.file, json.dumps(identity).encode() + b"\n")
-            return
-        there = json.loads(whole[0])
-        if differ := [key for key in identity if there.get(key) != identity[key]]:
+        self.lines = JsonLines(folder / CELLS)
+        if not self.lines.rows:
+            self.lines.add(identity)
+        existing = self.lines.rows[0]
+        if differ := [key for key in identity if existing.get(key) != identity[key]]:
             raise ValueError(
                 f"{folder} holds a sweep with another {', '.join(differ)}: name another folder or delete this one"
             )
-        if len(whole) < len(lines):
-            write_whole(self.file, "".join(whole).encode())
-        for line in whole[1:]:
-            values = json.loads(line)
-            self.rows.append(CellScore(**{**values, "cell": Cell(**values["cell"])}))
+        self.scores = _cell_scores(self.lines)
 
-    def add(self, found: CellScore) -> CellScore:
-        with self.file.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(asdict(found)) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
-        self.rows.append(found)
-        return found
+    def add(self, score: CellScore) -> CellScore:
+        self.lines.add(asdict(score))
+        self.scores.append(score)
+        return score
 
-    def scores(self) -> dict[Cell, CellScore]:
+    def latest(self) -> dict[Cell, CellScore]:
         """The last result of each cell."""
-        return {row.cell: row for row in self.rows}
+        return {score.cell: score for score in self.scores}
 
     def first_looks(self) -> dict[Cell, CellScore]:
         """The result of each cell that pruning goes by."""
-        return {row.cell: row for row in reversed(self.rows) if row.pruned} or self.scores()
+        return {score.cell: score for score in reversed(self.scores) if score.pruned} or self.latest()
+
+
+def _cell_scores(lines: JsonLines) -> list[CellScore]:
+    try:
+        return [CellScore(**{**row, "cell": Cell(**row["cell"])}) for row in lines.rows[1:]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{lines.path}: is no log of a sweep's cells ({error})") from None
 
 
 def load_sweep(folder: str | Path) -> Sweep:
     """A finished sweep.
 
     Raises:
-        ValueError: the folder holds none, or one that is not finished.
+        ValueError: the folder holds none, or one that is not finished, or a damaged one.
     """
     folder = Path(folder)
-    if not (folder / "result.json").is_file():
-        raise ValueError(f"{folder}: holds no finished sweep (no result.json)")
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    lines = (folder / "cells.jsonl").read_text(encoding="utf-8").splitlines()[1:]
-    latest: dict[Cell, CellScore] = {}
-    for line in lines:
-        values = json.loads(line)
-        cell = Cell(**values["cell"])
-        latest[cell] = CellScore(**{**values, "cell": cell})
+    if not (folder / RESULT).is_file():
+        raise ValueError(f"{folder}: holds no finished sweep (no {RESULT})")
+    best, result = _read_result(folder / RESULT)
+    latest = {score.cell: score for score in _cell_scores(JsonLines(folder / CELLS))}
     load_probe(folder / "probe")
-    return Sweep(tuple(latest.values()), Cell(**result["best"]), result["result"], folder)
+    return Sweep(tuple(latest.values()), best, result, folder)
+
+
+def _read_result(file: Path) -> tuple[Cell, dict[str, Any]]:
+    document = read_document(file)
+    try:
+        return Cell(**document["best"]), dict(document["result"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: is no result of a sweep ({error})") from None
 
 
 def draw_heat_map(scores: Sequence[CellScore], *, title: str = "", bottleneck: str | None = "mid") -> Image.Image:
