@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 
 SETTINGS = "settings.json"
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
+
+
+def printable(name: str | os.PathLike[str]) -> str:
+    """A name as one line of text that can be printed and drawn: control characters and bytes that are no UTF-8 escaped.
+
+    >>> print(printable("two\\nlines"))
+    two\\nlines
+    """
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in os.fspath(name)
+    )
 
 
 def partial_path(path: Path) -> Path:

@@ -10,10 +10,14 @@ Sizes are (H, W).
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import io
+import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -21,20 +25,53 @@ from typing import Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+from diffrep.files import printable
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 MAX_PIXELS = 2**28  # 268 megapixels: above this a file is taken for a decompression bomb
+MAX_CANVAS = 2**26  # pixels that a network's canvas has at most, 8192 x 8192
 LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green and blue, ITU-R BT.601
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+
+FORMATS = {  # that photographs come in, as Pillow calls them, and their endings; others are not even tried
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".mpo",),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "GIF": (".gif",),
+}
+_PLUGINS = {"AVIF": "PIL._avif", "WEBP": "PIL._webp", "HEIF": "pillow_heif"}  # that a system may lack
+SUFFIXES = frozenset(
+    ending
+    for form, endings in FORMATS.items()
+    if form not in _PLUGINS or importlib.util.find_spec(_PLUGINS[form]) is not None
+    for ending in endings
+)
 
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+}
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {  # its value -> what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
@@ -48,7 +85,7 @@ def load_image(
     """Read an image as 8-bit RGB.
 
     The EXIF orientation is applied, transparency is composited on `background`, greyscale, palette, CMYK
-    and 16-bit images are converted.
+    and 16-bit images are converted. Damaged metadata beside sound pixels are no reason to refuse an image.
 
     Args:
         source: a path; a PIL image; an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), uint8, uint16 or
@@ -60,23 +97,24 @@ def load_image(
             shape, type or range.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source, background, "the image")
+        with _decoding("the image"):
+            return _to_rgb(source, background)
     if isinstance(source, Tensor):
-        array = source.detach().cpu()
-        if array.ndim != 3 or array.shape[0] not in (1, 3):
-            raise ImageError(f"an image tensor must be (3, H, W), got {tuple(array.shape)}")
-        return _from_array(array.permute(1, 2, 0).numpy(), background)
+        values = source.detach().cpu()
+        if values.ndim != 3 or values.shape[0] not in (1, 3):
+            raise ImageError(f"an image tensor must be (3, H, W), got {tuple(values.shape)}")
+        if values.dtype == torch.bfloat16:  # which numpy lacks
+            values = values.float()
+        return _from_array(values.permute(1, 2, 0).numpy(), background)
     if isinstance(source, np.ndarray):
         return _from_array(source, background)
-    return _from_file(Path(source), background, max_pixels)
-
-
-def _from_file(path: Path, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
+    path = Path(source)
+    name = printable(path)
     if not path.is_file():
-        raise ImageError(f"{path}: no such image file" if not path.exists() else f"{path}: is not a file")
+        raise ImageError(f"{name}: no such image file" if not path.exists() else f"{name}: is not a file")
     if path.stat().st_size == 0:
-        raise ImageError(f"{path}: the file is empty")
-    return _decoded(path, str(path), background, max_pixels)
+        raise ImageError(f"{name}: the file is empty")
+    return _decoded(path, name, background, max_pixels)
 
 
 def decode_image(
@@ -87,30 +125,37 @@ def decode_image(
     Raises:
         ImageError: the content is empty, truncated, no image or too large.
     """
+    name = printable(name)
     if not content:
         raise ImageError(f"{name}: the file is empty")
     return _decoded(io.BytesIO(content), name, background, max_pixels)
 
 
 def _decoded(source: Path | io.BytesIO, name: str, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
+    Image.init()  # registers the plug-ins of all formats
+    with _decoding(name), Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN]) as image:
+        if image.width * image.height > max_pixels:
+            raise ImageError(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,}")
+        image.load()
+        return _to_rgb(image, background)
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    """Whatever a decoder raises, of whatever type, becomes an ImageError that begins with the image's name."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            with Image.open(source) as image:
-                if image.width * image.height > max_pixels:
-                    raise ImageError(
-                        f"{name}: {image.width} x {image.height} pixels are more than the limit of {max_pixels:,}"
-                    )
-                image.load()
-                return _to_rgb(image, background, name)
-    except ImageError:
-        raise
+            warnings.simplefilter("ignore")  # of damaged metadata, and of sizes below our own limit
+            yield
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{name}: more pixels than the limit of {max_pixels:,}") from None
+        raise ImageError(f"{name}: has more pixels than Pillow reads") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: is not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on broken files
-        raise ImageError(f"{name}: cannot be decoded ({error})") from None
+        raise ImageError(f"{name}: is not an image that can be read ({', '.join(FORMATS)})") from None
+    except Exception as error:  # decoders of broken files raise anything, from struct.error to NotImplementedError
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{name}: cannot be decoded ({reason})") from None
 
 
 def _from_array(array: np.ndarray, background: tuple[int, int, int]) -> Image.Image:
@@ -127,17 +172,18 @@ def _from_array(array: np.ndarray, background: tuple[int, int, int]) -> Image.Im
         array = np.round(np.clip(array, 0, 1) * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ImageError(f"an image array must be uint8, uint16 or float, got {array.dtype}")
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), background, "the array")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), background)
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int], name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if 0 in image.size:
-        raise ImageError(f"{name}: has no pixels, its size is {image.width} x {image.height}")
-    image = ImageOps.exif_transpose(image)
+        raise ImageError(f"has no pixels, its size is {image.width} x {image.height}")
+    if (turn := _TURNS.get(_orientation(image))) is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):  # 16 or 32 bits of integer; what is larger than 16 bits has no known range
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"{name}: integer pixels must lie in 0..65535, got up to {values.max()}")
+            raise ImageError(f"integer pixels must lie in 0..65535, got up to {values.max()}")
         image = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
     elif image.mode == "F":
         return _from_array(np.asarray(image), background)
@@ -147,27 +193,57 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], name: str) -> 
     return image.convert("RGB")
 
 
+def _orientation(image: Image.Image) -> object:
+    """The value of the EXIF tag. Pillow's `exif_transpose` rewrites all tags, and one that is damaged stops it."""
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:
+        return None
+
+
 def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Files named by paths, folders (searched recursively, by suffix) and glob patterns, in sorted order.
+    """Image files named by paths, folders and glob patterns, each once, in sorted order of each source.
+
+    A folder is searched with those in it for the endings of images that can be read here. Hidden files and folders
+    (editors' copies, the sidecars of other systems) are left out unless they are named. A file that several
+    spellings lead to (``..``, links to folders) is taken under the first.
 
     Raises:
         ImageError: a path does not exist, or a folder or pattern has no image.
     """
-    found: list[Path] = []
+    files: dict[tuple[str, str], Path] = {}
+    real: dict[Path, str] = {}  # folder -> where it lies, looked up once per folder and not once per image
     for source in sources:
         path = Path(source)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            matches = images_below(path)
         elif path.exists():
-            files = [path]
+            matches = [path]
         elif any(c in str(source) for c in "*?["):
-            files = sorted(p for p in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if p.is_file())
+            matches = sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file())
         else:
-            raise ImageError(f"{path}: no such file or folder")
-        if not files:
-            raise ImageError(f"{source}: no image found (looked for {', '.join(sorted(SUFFIXES))})")
-        found += files
-    return list(dict.fromkeys(found))
+            raise ImageError(f"{printable(path)}: no such file or folder")
+        if not matches:
+            raise ImageError(f"{printable(source)}: no image found (looked for {', '.join(sorted(SUFFIXES))})")
+        for match in matches:
+            if match.parent not in real:
+                real[match.parent] = os.path.realpath(match.parent)
+            files.setdefault((real[match.parent], match.name), match)
+    return list(files.values())
+
+
+def images_below(folder: Path) -> list[Path]:
+    """The images in a folder and the folders in it, sorted; see `find_images`."""
+    matches = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        matches += [Path(parent, name) for name in files if not name.startswith(".") and is_image(name)]
+    return sorted(path for path in matches if path.is_file())
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as images that can be read here do."""
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -222,6 +298,8 @@ class Sizing:
         sides = self.size if isinstance(self.size, tuple) else (self.size,)
         if self.mode != "native" and any(s is None or s < 1 for s in sides):
             raise ValueError(f"Sizing(mode={self.mode!r}) needs a size of at least 1 pixel, got {self.size}")
+        if self.mode != "native" and math.prod(s or 0 for s in (sides[0], sides[-1])) > MAX_CANVAS:
+            raise ValueError(f"a size of {self.size} pixels makes a canvas of more than {MAX_CANVAS:,} pixels")
         if isinstance(self.size, tuple) and (self.mode != "squash" or len(self.size) != 2):
             raise ValueError(f"a size of (height, width) goes with mode 'squash', got {self.size} for {self.mode!r}")
         if self.multiple < 1:
@@ -236,6 +314,8 @@ def fit_image(image: Image.Image, sizing: Sizing) -> tuple[Tensor, Placement]:
     """
     width, height = image.size
     resized_height, resized_width = _resized_size(height, width, sizing)
+    if resized_height * resized_width > MAX_CANVAS:
+        raise ImageError(f"an image of {width} x {height} pixels makes a canvas of more than {MAX_CANVAS:,} pixels")
     if (resized_width, resized_height) != image.size:
         image = image.resize((resized_width, resized_height), _RESAMPLE[sizing.resample])
     pixels = np.array(image)

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import io
+import os
+import struct
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from diffrep.images import ImageError, Placement, Sizing, find_images, fit_image, load_image
+from diffrep.files import printable
+from diffrep.images import ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 
 
 def gradient(height: int, width: int) -> np.ndarray:
@@ -95,6 +100,111 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 def test_bad_arrays_are_refused(array: np.ndarray) -> None:
     with pytest.raises(ImageError):
         load_image(array)
+
+
+def test_a_broken_tag_beside_sound_pixels_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Path(__file__).parent / "cases/broken-exif.jpg"
+
+    def fail(*arguments: object, **options: object) -> bytes:
+        raise TypeError("write_string() takes text")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)  # what some versions of Pillow do with its tags
+    assert load_image(broken).size == (64, 96)  # turned
+    monkeypatch.setattr(Image.Exif, "get", fail)
+    assert load_image(broken).size == (96, 64)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(gradient(8, 12)).save(tmp_path / "a.png", exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png")), np.asarray(expected))
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "DDS", "TGA"])
+def test_damaged_files_of_every_form_are_named(form: str, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(gradient(24, 36)).save(buffer, form, **({"exif": exif} if form in ("JPEG", "PNG", "WEBP") else {}))
+    content, draws = buffer.getvalue(), np.random.default_rng(0)
+    if form in ("DDS", "TGA"):  # photographs do not come in these
+        with pytest.raises(ImageError, match="JPEG"):
+            decode_image(content, "a")
+        return
+    assert decode_image(content, "a").size in ((36, 24), (24, 36))
+    outcomes = Counter()
+    for _ in range(60):
+        damaged = bytearray(content)
+        for at in draws.integers(0, min(len(content), 400), draws.integers(1, 6)):
+            damaged[at] = draws.integers(256)
+        try:
+            decode_image(bytes(damaged), "two\nlines")
+            outcomes["read"] += 1
+        except ImageError as error:
+            outcomes["refused" if str(error).startswith("two\\nlines: ") else "unnamed"] += 1
+    assert not outcomes["unnamed"]
+    assert sum(outcomes.values()) == 60
+    assert outcomes["refused"] or form in ("BMP", "PPM", "JPEG")
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError, NotImplementedError, KeyError, OverflowError, MemoryError, struct.error]
+)
+def test_whatever_a_decoder_raises_names_the_file(
+    error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(gradient(8, 12)).save(tmp_path / "a.png")
+
+    def fail(self: object) -> None:
+        raise error("a\nreason")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ImageError, match=r"a\.png: cannot be decoded") as caught:
+        load_image(tmp_path / "a.png")
+    assert "\n" not in str(caught.value)
+
+
+def test_float_files_are_named_and_other_arrays_are_taken(tmp_path: Path) -> None:
+    for name, values in (("large", [[0.0, 255.0]]), ("nan", [[0.0, np.nan]])):
+        Image.fromarray(np.array(values, np.float32)).save(tmp_path / f"{name}.tif")
+        with pytest.raises(ImageError, match=rf"{name}\.tif: a float image must lie in \[0, 1\]"):
+            load_image(tmp_path / f"{name}.tif")
+    array = gradient(8, 12)
+    tensor = torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    assert load_image(tensor.bfloat16()).size == (12, 8)
+    np.testing.assert_array_equal(np.asarray(load_image(array[::-1, ::-1])), array[::-1, ::-1])
+
+
+def test_folders_take_what_can_be_read_and_nothing_hidden(tmp_path: Path) -> None:
+    picture = Image.fromarray(gradient(8, 12))
+    for name in ("a.png", "b.avif", "c.jfif", "sub/d.JPG", ".ipynb_checkpoints/a.png", "._a.png", "e.dds"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture.save(tmp_path / name, "AVIF" if name.endswith("avif") else "PNG")
+    (tmp_path / "notes.png").mkdir()
+    assert [p.name for p in find_images([tmp_path])] == ["a.png", "b.avif", "c.jfif", "d.JPG"]
+    assert find_images([tmp_path / "._a.png"]) == [tmp_path / "._a.png"]  # named
+    assert [p.name for p in find_images([tmp_path / ".ipynb_checkpoints"])] == ["a.png"]
+    assert [p.name for p in find_images([str(tmp_path / "*.png")])] == ["a.png"]
+    assert len(find_images([str(tmp_path / ".*" / "*.png")])) == 1
+
+
+def test_spellings_of_one_file_are_one_image(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(gradient(8, 12)).save(folder / "a.png")
+    (tmp_path / "link").symlink_to(folder)
+    spellings = [folder / "a.png", folder / ".." / "photos" / "a.png", tmp_path / "link", folder]
+    assert find_images(spellings) == [folder / "a.png"]
+
+
+def test_names_can_be_printed() -> None:
+    assert printable("two\nlines\x1b[31m.png") == r"two\nlines\x1b[31m.png"
+    assert printable(os.fsdecode(b"caf\xe9.png")).encode() == rb"caf\udce9.png"
+    assert printable("café 图 n\u00a0b.png") == "café 图 n\u00a0b.png"
+    assert "\u202e" not in printable("gpj\u202e.exe")
 
 
 def test_find_images(tmp_path: Path) -> None:

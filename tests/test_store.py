@@ -165,7 +165,8 @@ def test_whole_maps_of_several_sizes(images: Path, backbone: Backbone, tmp_path:
 
 def test_unusable_images_are_set_apart_with_the_reason(whole: Path) -> None:
     ((name, reason),) = open_store(whole).quarantined
-    assert (name, reason) == ("05-broken.png", "is not an image that Pillow can read")
+    assert name == "05-broken.png"
+    assert reason.startswith("is not an image that can be read")
 
 
 def test_names_numbers_and_taps_that_are_not_there(whole: Path) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffrep.files import printable
 from diffrep.images import SUFFIXES, ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 from diffrep.store.shards import ImageFile
 
@@ -248,7 +249,7 @@ def decode_portion(job: int, start: int, sources: Sequence[ImageSource], sizing:
             file = ImageFile(source.name, len(content), source.modified, hashlib.sha256(content).hexdigest())
             canvas, placement = fit_image(decode_image(content, source.name), sizing)
         except ImageError as error:
-            unusable.append((position, file, str(error).removeprefix(f"{source.name}: ")))
+            unusable.append((position, file, str(error).removeprefix(f"{printable(source.name)}: ")))
             continue
         by_size.setdefault(placement.canvas_size, []).append((canvas, position, file, placement))
     canvases = []

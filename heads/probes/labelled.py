@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol
 
 from diffrep.files import read_document
-from diffrep.images import SUFFIXES
+from diffrep.images import SUFFIXES, images_below
 from diffrep.store.sources import ImageSource
 
 Part = Literal["train", "val", "test"]
@@ -216,7 +216,7 @@ def _from_folder(folder: Path) -> LabelledImages:
 
 def _class_folders(folder: Path, root: Path, part: Part | None) -> Iterable[LabelledImage]:
     for class_folder in sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")):
-        for file in sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        for file in images_below(class_folder):
             yield LabelledImage(image_file(file, root), class_folder.name, part=part)
 
 
