@@ -7,13 +7,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from diffrep.backbones.freeu import FreeU
 from diffrep.images import Sizing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TapError(ValueError):
@@ -57,7 +62,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class Conditions:
-    """What a diffusion backbone is told beside the image. Other backbones ignore it."""
+    """The inputs of a diffusion backbone beside the image. Other backbones ignore them."""
 
     timestep: int = 0  # 0..999; -1: no noise and time embedding 0
     clean: bool = False  # no noise whatever the timestep says (CleanDIFT)
@@ -68,7 +73,7 @@ class Conditions:
     freeu: FreeU | None = None  # U-Nets: amplify the decoder, damp its skips (GeoAware-SC)
     label: int | None = None  # class-conditional networks: the class; None: their null class, if they have one
     discard: tuple[int, ...] = ()  # transformers: channels set to 0 before the modulated taps are normalised
-    guidance: float = 3.5  # guidance-distilled transformers (FLUX): the scale that they are told
+    guidance: float = 3.5  # guidance-distilled transformers (FLUX): the scale of the guidance to imitate
 
     def __post_init__(self) -> None:
         if not -1 <= self.timestep < 1000:
@@ -86,19 +91,37 @@ class Recommended:
     conditions: Conditions = field(default_factory=Conditions)
 
 
-class Backbone(ABC):
-    """A frozen network that turns a batch of images into feature maps.
+class Backbone(nn.Module, ModelHubMixin, ABC):
+    """A frozen network that turns a batch of images into feature maps; an `nn.Module` that stays in evaluation mode.
 
     Attributes:
         name: as `load_backbone` was asked for it.
         source: where the weights came from: a folder, a hub id, or "random".
-        recommended: the settings used when none are given.
+        recommended: the settings used where the caller chooses none.
+        network: the module that is tapped.
+        multiple: the sides of a canvas are multiples of it.
+        denoises: what a diffusion network takes noise from, "latents" of a VAE or "pixels"; its features depend on a
+            timestep. None: no timestep.
+        has_unet: `network` is a U-Net of diffusers with down blocks, a mid block and up blocks.
     """
 
     name: str
     source: str
     recommended: Recommended
-    network: Any  # the nn.Module that is tapped; Any, for its libraries declare no types of its parts
+    network: Any  # an nn.Module; Any, for its libraries declare no types of its parts
+    multiple: int = 1
+    denoises: Literal["latents", "pixels"] | None = None
+    has_unet: bool = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        instance = super().__new__(cls, *args, **kwargs)
+        nn.Module.__init__(instance)  # so that a subclass without super().__init__() can hold modules too
+        return instance
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks that an image goes through, by what they are called in print."""
+        return {"network": self.network}
 
     @abstractmethod
     def taps(self) -> tuple[TapInfo, ...]:
@@ -118,6 +141,18 @@ class Backbone(ABC):
         Returns:
             tap -> (B, C, h, w), in the backbone's dtype on its device.
         """
+
+    def forward(
+        self,
+        pixels: Tensor,
+        taps: Sequence[str] | None = None,
+        conditions: Conditions | None = None,
+        *,
+        batch_size: int = 8,
+    ) -> dict[str, Tensor]:
+        """`maps`, with the recommended taps and conditions where None."""
+        chosen, settings = taps or self.recommended.taps, conditions or self.recommended.conditions
+        return self.maps(pixels, chosen, settings, batch_size=batch_size)
 
     def grid(self, tap: str, canvas_size: Sequence[int], map_size: Sequence[int]) -> Grid:
         """Where the cells of a tap's map lie on a canvas of (H, W) pixels."""
@@ -142,6 +177,38 @@ class Backbone(ABC):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode: what trains on top of a backbone may call `train` on the whole."""
+        return super().train(False)
+
+    def __repr__(self) -> str:
+        million = sum(p.numel() for part in self.parts.values() for p in part.parameters()) / 1e6
+        taps = self.taps()
+        return (
+            f"{type(self).__name__}({self.name!r}, weights from {self.source}, {million:.1f} M parameters,"
+            f" {len(taps)} taps {taps[0].name} .. {taps[-1].name}, default {', '.join(self.recommended.taps)},"
+            f" {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
+        """`load_backbone`, and a check that what it loads is of this class.
+
+        Raises:
+            BackboneError: as `load_backbone`, or it is another kind of backbone.
+        """
+        from diffrep.backbones.loading import load_backbone
+
+        backbone = load_backbone(pretrained_model_name_or_path, **options)
+        if not isinstance(backbone, cls):
+            raise BackboneError(f"{pretrained_model_name_or_path}: is a {type(backbone).__name__}, no {cls.__name__}")
+        return backbone
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        raise BackboneError(
+            f"{self.name}: a {type(self).__name__} cannot be saved; keep the folder or file it came from"
+        )
 
 
 class _Reached(Exception):
@@ -170,12 +237,12 @@ def reading(readers: Mapping[str, Reader]) -> Iterator[dict[str, Tensor]]:
     The body is left right behind the deepest of the modules, however deep inside the call it is: what lies
     behind it is never computed.
     """
-    found: dict[str, Tensor] = {}
+    activations: dict[str, Tensor] = {}
     handles = []
 
-    def keep(tap: str, value: Tensor) -> None:
-        found[tap] = value
-        if len(found) == len(readers):
+    def record(tap: str, value: Tensor) -> None:
+        activations[tap] = value
+        if len(activations) == len(readers):
             raise _Reached
 
     try:
@@ -183,7 +250,7 @@ def reading(readers: Mapping[str, Reader]) -> Iterator[dict[str, Tensor]]:
             if reader.before:
 
                 def enter(module: nn.Module, inputs: Any, named: Any, tap: str = tap, read: Any = reader.read) -> None:
-                    keep(tap, read(inputs, named, None))
+                    record(tap, read(inputs, named, None))
 
                 handles.append(reader.module.register_forward_pre_hook(enter, with_kwargs=True))
             else:
@@ -191,16 +258,16 @@ def reading(readers: Mapping[str, Reader]) -> Iterator[dict[str, Tensor]]:
                 def leave(
                     module: nn.Module, inputs: Any, named: Any, output: Any, tap: str = tap, read: Any = reader.read
                 ) -> None:
-                    keep(tap, read(inputs, named, output))
+                    record(tap, read(inputs, named, output))
 
                 handles.append(reader.module.register_forward_hook(leave, with_kwargs=True))
-        yield found
+        yield activations
     except _Reached:
         return
     finally:
         for handle in handles:
             handle.remove()
-    missing = sorted(set(readers) - set(found))
+    missing = sorted(set(readers) - set(activations))
     raise TapError(f"the network ended without computing {', '.join(missing)}")
 
 

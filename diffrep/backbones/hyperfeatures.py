@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrep.backbones.aggregation import AggregationNetwork
 from diffrep.backbones.base import Backbone, Conditions, Recommended, TapInfo
@@ -142,8 +142,9 @@ class Hyperfeatures(Backbone):
         trajectory: Trajectory | None = None,
         name: str = "hyperfeatures",
     ) -> None:
+        super().__init__()
         self.base, self.aggregation = base, aggregation.to(base.device, base.dtype)
-        self.network, self.name, self.source = base.network, name, base.source
+        self.name, self.source, self.multiple = name, base.source, base.multiple
         self.read = tuple(taps)
         if trajectory is None and aggregation.steps == 1:
             trajectory = Trajectory(steps=1, saved=(0,))
@@ -160,6 +161,15 @@ class Hyperfeatures(Backbone):
             sizing=Sizing(mode="squash", size=side, resample="bilinear"),
             conditions=Conditions(posterior="sample"),
         )
+
+    @property
+    def network(self) -> Any:
+        """The U-Net of the base."""
+        return self.base.network
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {**self.base.parts, "aggregation network": self.aggregation}
 
     def taps(self) -> tuple[TapInfo, ...]:
         return (TapInfo("hyperfeatures", self.aggregation.projection, self.base.stride, "bottleneck_layers"),)

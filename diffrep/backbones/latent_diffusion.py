@@ -32,6 +32,8 @@ class LatentDiffusion(LatentBackbone):
         predicts: what the network was trained to predict, "epsilon" or "v_prediction"; features do not depend on it.
     """
 
+    has_unet = True
+
     def __init__(
         self,
         unet: Any,
@@ -44,6 +46,7 @@ class LatentDiffusion(LatentBackbone):
         source: str = "random",
         recommended: Recommended | None = None,
     ) -> None:
+        super().__init__()
         self.network = unet.eval().requires_grad_(False)
         self.vae = vae.eval().requires_grad_(False)
         self.alphas_cumprod = alphas_cumprod.float()
@@ -60,6 +63,14 @@ class LatentDiffusion(LatentBackbone):
             sizing=Sizing(mode="squash", size=side),
             conditions=Conditions(timestep=261, posterior="sample"),
         )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._keys_values.clear()  # they lie on the device that the weights leave
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._keys_values.clear()
+        super()._load_from_state_dict(*args)
 
     def embed(self, prompt: str, embedding: PromptEmbedding | None = None) -> PromptEmbedding:
         if embedding is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrep.backbones.base import Backbone, Conditions, TapInfo
 from diffrep.backbones.ensembles import ensemble_maps, ensemble_noise
@@ -36,9 +36,9 @@ class LatentBackbone(Backbone):
         text: encodes prompts; or None where `embed` is given prompt embeddings.
     """
 
+    denoises = "latents"
     vae: Any
     stride: int
-    multiple: int
     alphas_cumprod: Tensor
     text: PromptEncoder | None
     _taps: Mapping[str, TapInfo]
@@ -46,6 +46,10 @@ class LatentBackbone(Backbone):
 
     def taps(self) -> tuple[TapInfo, ...]:
         return tuple(self._taps.values())
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"U-Net" if self.has_unet else "transformer": self.network, "VAE encoder": self.vae}
 
     @abstractmethod
     def network_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:

@@ -104,18 +104,11 @@ def load_backbone(
         raise BackboneError(f"{name}: a weight file is damaged ({error})") from None
     except OSError as error:  # what the hub clients raise when something cannot be fetched
         raise BackboneError(f"{name}: cannot be loaded ({str(error).splitlines()[0]})") from None
-    modules = [backbone.network]
-    if isinstance(backbone, LatentBackbone):
-        modules.append(backbone.vae)
-    if isinstance(backbone, Hyperfeatures):
-        modules += [backbone.base.vae, backbone.aggregation]
-    for module in modules:
-        check_weights(module, name)
-        module.to(device)
-        if next(module.parameters()).dtype != dtype:  # diffusers warns about a cast even when it is none
-            module.to(dtype)
-        if channels_last:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    for part in backbone.parts.values():
+        check_weights(part, name)
+    backbone.to(device, dtype)
+    if channels_last:
+        backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     if compile:
         _compile_blocks(backbone)
     return backbone

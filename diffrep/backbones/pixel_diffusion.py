@@ -48,9 +48,12 @@ class PixelDiffusion(Backbone):
         alphas_cumprod: (T,) the schedule's cumulative product, indexed by the timestep.
     """
 
+    denoises, has_unet = "pixels", True
+
     def __init__(
         self, unet: Any, alphas_cumprod: Tensor, *, name: str = "pixel diffusion", source: str = "random"
     ) -> None:
+        super().__init__()
         self.network = unet.eval().requires_grad_(False)
         self.alphas_cumprod = alphas_cumprod.float()
         self.name, self.source = name, source

@@ -58,6 +58,7 @@ class DiffusionTransformer(LatentBackbone):
         name: str = "diffusion transformer",
         source: str = "random",
     ) -> None:
+        super().__init__()
         self.kind = type(transformer).__name__
         if self.kind not in KINDS:
             raise BackboneError(f"{name}: a {self.kind} cannot be tapped; known are {', '.join(KINDS)}")

@@ -72,6 +72,7 @@ class VisionTransformer(Backbone):
         source: str = "random",
         size: int | None = None,
     ) -> None:
+        super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.name, self.source = name, source
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
@@ -80,7 +81,7 @@ class VisionTransformer(Backbone):
         self._blocks: Sequence[Any] = list(network.blocks if self._is_timm else network.transformer.resblocks)
         # behind a convolutional stem, the patches are patches of a smaller map
         shrink = int(network.patch_embed.feature_ratio[0]) if _has_stem(network) else 1
-        self.patch = shrink * int(convolution.kernel_size[0])
+        self.patch = self.multiple = shrink * int(convolution.kernel_size[0])
         self.stride = stride or shrink * int(convolution.stride[0])
         if not shrink <= self.stride <= self.patch or self.stride % shrink:
             steps = f"a multiple of {shrink} in {shrink}" if shrink > 1 else "in 1"

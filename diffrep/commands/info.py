@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.backbones import Backbone, LatentDiffusion, load_backbone
+from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.loading import EMBEDDED, HUB, TIMM
 
 
@@ -42,14 +42,12 @@ def known_backbones() -> dict[str, dict[str, str]]:
 
 def describe(backbone: Backbone) -> dict[str, object]:
     """What a backbone is and gives, JSON-ready."""
-    parts = {"network": backbone.network}
-    if isinstance(backbone, LatentDiffusion):
-        parts = {"U-Net": backbone.network, "VAE encoder": backbone.vae}
     return {
         "backbone": backbone.name,
         "kind": type(backbone).__name__,
         "weights": backbone.source,
-        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+        "denoises": backbone.denoises,
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in backbone.parts.items()},
         "recommended": asdict(backbone.recommended),
         "taps": [asdict(tap) for tap in backbone.taps()],
     }
@@ -71,7 +69,7 @@ def _facts_text(facts: dict, *, everything: bool) -> str:
     lines += [f"  {name}: {count / 1e6:.2f} M parameters" for name, count in facts["parameters"].items()]
     recommended = facts["recommended"]
     lines.append(f"  used by default: taps {', '.join(recommended['taps'])}; {_pairs(recommended['sizing'])}")
-    if facts["kind"] == "LatentDiffusion":
+    if facts["denoises"]:
         lines.append(f"  conditions: {_pairs(recommended['conditions'])}")
     fine = (".block.", ".increment", ".query", ".key", ".value")
     taps = [t for t in facts["taps"] if everything or not any(f in t["name"] for f in fine)]

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
 
 from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig
@@ -163,11 +162,10 @@ def provenance(backbone: Backbone, config: ExtractConfig) -> dict[str, Any]:
 def weights_sha256(backbone: Backbone) -> str:
     """SHA-256 over all weights of a backbone, with their names, as they were loaded."""
     digest = hashlib.sha256()
-    for part, module in sorted(vars(backbone).items()):
-        if isinstance(module, nn.Module):
-            for name, values in sorted(module.state_dict().items()):
-                digest.update(f"{part}.{name} {values.dtype} {tuple(values.shape)}".encode())
-                digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for part, module in sorted(backbone.named_children()):
+        for name, values in sorted(module.state_dict().items()):
+            digest.update(f"{part}.{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
