@@ -29,6 +29,7 @@ FLOORS = {
     "diffrep.files": 0,
     "diffrep.results": 0,
     "diffrep.devices": 0,
+    "diffrep.pages": 0,
     "diffrep.cropping": 0,
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,
@@ -143,6 +144,7 @@ def test_the_wheel_has_one_top_level_and_everything_in_it(tmp_path: Path) -> Non
         "diffrep/heads/__init__.py",
         "diffrep/eval/__init__.py",
         "diffrep/py.typed",
+        "diffrep/templates/base.html",
         "diffrep/models/tiny/unet/config.json",
         "diffrep/models/tiny-dino/model.safetensors",
     ):

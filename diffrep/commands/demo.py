@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.commands.output import check_writable
-from diffrep.commands.page import Page
 from diffrep.draw import draw_components, draw_field, draw_matches
 from diffrep.eval.homography import HomographySettings, carry, photographs, see_through, view_homography
 from diffrep.features import FeatureMaps
 from diffrep.fusion import Descriptors, fuse
 from diffrep.images import load_image
 from diffrep.matching import match_dense, match_points
+from diffrep.pages import Page
 from diffrep.recipes import Correspondence, Recipe, alone
 from diffrep.scenes import UNSEEN, Scene, mirror, render_scene, scene_pairs
 
@@ -91,7 +90,7 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
         " part has the same colour on both. Then a dense match: the right object wears a colour wheel, every place of"
         " the left one has the colour of where it was found.",
     )
-    page.figures(_dense_figures(correspondence, whole), wide=False)
+    page.figures(_dense_figures(correspondence, whole))
 
     page.section(
         "Real photographs",
@@ -108,8 +107,7 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
 
     for name in PARTS:
         module = importlib.import_module(f"diffrep.commands.demo_{name}")
-        with tempfile.TemporaryDirectory() as folder:
-            page.part(module.section(Path(folder)), Path(folder))
+        module.section(page)
         bar.update()
 
     page.section("Do it yourself")

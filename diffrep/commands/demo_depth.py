@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffrep.commands.page import written_figures
 from diffrep.draw import side_by_side
 from diffrep.eval.homography import photographs
 from diffrep.heads.loading import load_head
@@ -16,6 +15,7 @@ from diffrep.heads.map_files import preview
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.images import load_image
+from diffrep.pages import Page
 from diffrep.scenes import UNSEEN, Scene, render_scene, scene_seed
 
 SCENES = (
@@ -25,15 +25,8 @@ SCENES = (
 )  # category, number in the test split; giraffes were never trained on
 
 
-def section(folder: Path) -> str:
-    """Predict depth and normals of held-out scenes and of photographs.
-
-    Args:
-        folder: the pictures go there.
-
-    Returns:
-        The HTML of one ``<section>`` that shows them by their names.
-    """
+def section(page: Page) -> None:
+    """Predict depth and normals of held-out scenes and of photographs."""
     depth, normals = load_head("tiny-depth"), load_head("tiny-normals")
     figures = []
     for category, number in SCENES:
@@ -56,7 +49,7 @@ def section(folder: Path) -> str:
         titles = ["image", "disparity", "as rendered", "normals", "as rendered"]
         note = ", a category it never saw" if category in UNSEEN else ""
         caption = f"{category}{note}: depth is off by {100 * error:.0f} % on average once scale and shift are known"
-        figures.append((side_by_side(pictures, titles=titles, height=220)[0], f"depth_{category}.png", caption))
+        figures.append((side_by_side(pictures, titles=titles, height=220)[0], caption))
     for name, path in ((Path(file).stem, path) for file, path in photographs().items()):
         image = load_image(path)
         disparity = depth.predict(image)
@@ -66,14 +59,14 @@ def section(folder: Path) -> str:
         caption = (
             f"{name}: the heads have seen nothing but renderings; scale, shift and camera are assumed for the points"
         )
-        figures.append((side_by_side(pictures, titles=titles, height=220)[0], f"depth_{name}.png", caption))
-    return (
-        "<section><h2>Depth and normals in one step</h2><p>One pass of a diffusion U-Net that became a depth or"
-        " normal head: red is near, blue is far; normals are coloured by x right, y up and z towards the camera. These"
-        " scenes are held out.</p>"
-        f'<div class="figures wide">{written_figures(folder, figures)}</div>'
-        "<pre><code>diffrep depth photo.jpg -o maps\ndiffrep normals photo.jpg -o maps</code></pre></section>"
+        figures.append((side_by_side(pictures, titles=titles, height=220)[0], caption))
+    page.section(
+        "Depth and normals in one step",
+        "One pass of a diffusion U-Net that became a depth or normal head: red is near, blue is far; normals are"
+        " coloured by x right, y up and z towards the camera. These scenes are held out.",
     )
+    page.figures(figures, layout="wide")
+    page.code("diffrep depth photo.jpg -o maps\ndiffrep normals photo.jpg -o maps")
 
 
 def true_disparity(scene: Scene) -> DepthMap:

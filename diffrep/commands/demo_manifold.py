@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import html
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from diffrep.eval.manifold import geodesic_scores
 from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
 from diffrep.manifold import HeatGeodesicEmbedding
+from diffrep.pages import Page
 
 POINTS = 800
 
 
-def section(folder: Path) -> str:
-    """Map a noisy swiss roll, with principal components beside; one picture, written into `folder`.
-
-    Returns:
-        The HTML of one ``<section>``.
-    """
+def section(page: Page) -> None:
+    """Map a noisy swiss roll, with principal components beside."""
     from sklearn.decomposition import PCA
 
     roll = swiss_roll(POINTS, noise=0.3, dim=10)
@@ -30,21 +26,18 @@ def section(folder: Path) -> str:
         "heat-geodesic map": HeatGeodesicEmbedding(random_state=0).fit_transform(roll.points),
     }
     scores = {name: spearman(roll, points) for name, points in maps.items()}
-    draw(roll, maps, folder / "manifold.png")
-    text = (
+    page.section(
+        "Maps of high-dimensional data",
         f"{POINTS} noisy points of a rolled-up sheet in ten dimensions. Distances on the sheet are estimated from how"
         " heat spreads on the graph of neighbours, and the map keeps them. Rank correlation with the true distances: "
         + ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
-        + "."
+        + ".",
     )
-    code = "diffrep embed table.csv -o map.png --config.color label\ndiffrep eval manifold"
-    return (
-        f"<section><h2>Maps of high-dimensional data</h2><p>{html.escape(text)}</p>"
-        '<div class="figures wide"><figure><img alt="a swiss roll, its principal components and its map"'
-        ' src="manifold.png"><figcaption>The roll, colour along the sheet; its principal components, which leave it'
-        " rolled up; its heat-geodesic map.</figcaption></figure></div>"
-        f"<pre><code>{html.escape(code)}</code></pre></section>"
+    caption = (
+        "The roll, colour along the sheet; its principal components, which leave it rolled up; its heat-geodesic map."
     )
+    page.figures([(draw(roll, maps), caption)], layout="wide")
+    page.code("diffrep embed table.csv -o map.png --color label\ndiffrep eval manifold")
 
 
 def spearman(roll: ToyManifold, points: NDArray[Any]) -> float:
@@ -54,8 +47,9 @@ def spearman(roll: ToyManifold, points: NDArray[Any]) -> float:
     return geodesic_scores(squareform(pdist(points)), roll.geodesic(), (10,))["spearman_mean_rows"]
 
 
-def draw(roll: ToyManifold, maps: dict[str, NDArray[Any]], path: Path) -> None:
+def draw(roll: ToyManifold, maps: dict[str, NDArray[Any]]) -> Image.Image:
     """The clean sheet in three dimensions and the maps beside it, coloured along the sheet."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
@@ -69,4 +63,6 @@ def draw(roll: ToyManifold, maps: dict[str, NDArray[Any]], path: Path) -> None:
         axes.scatter(points[:, 0], points[:, 1], c=along, s=8, linewidths=0)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_title(name)
-    figure.savefig(path)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import tempfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from diffrep.backbones import load_backbone
 from diffrep.commands.output import write_image
 from diffrep.commands.query import contact_sheet
 from diffrep.index import index_store, query_image
+from diffrep.pages import Page
 from diffrep.scenes import render_scene, scene_pairs
 from diffrep.store import BulkConfig, Keep, extract_store, open_store
 
@@ -22,12 +22,8 @@ _SIZE = 128  # of the scenes, pixels
 _FIRST_QUESTION = PER_CATEGORY // 2  # pairs before it are the collection's
 
 
-def section(folder: Path) -> str:
-    """Extract a small collection, index its places, ask for parts; one contact sheet each, written into `folder`.
-
-    Returns:
-        The HTML of one ``<section>``.
-    """
+def section(page: Page) -> None:
+    """Extract a small collection, index its places, ask for parts; one contact sheet each."""
     backbone = load_backbone("tiny")
     figures = []
     with tempfile.TemporaryDirectory() as work:
@@ -45,27 +41,20 @@ def section(folder: Path) -> str:
         for category, part in QUESTIONS:
             picture, point = _question(category, part)
             hits = query_image(places, picture, point=point, k=10, backbone=backbone)
-            name = f"search-{category}.png"
-            write_image(folder / name, contact_sheet(picture, hits, point=point))
             same = sum(hit.place.image.startswith(f"{category}/") for hit in hits[:PER_CATEGORY])
             caption = f"{part} of a {category}: {same} of the first {PER_CATEGORY} are a {category}"
-            figures.append(
-                f'<figure><img alt="{html.escape(caption)}" src="{name}">'
-                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-            )
-        told = (
+            figures.append((contact_sheet(picture, hits, point=point), caption))
+        text = (
             f"{done.images} rendered scenes, {PER_CATEGORY} of each of {len(CATEGORIES)} categories, were extracted"
             f" into a store, and the {len(places):,} places in them indexed ({places.design.kind}:"
             f" {places.design.reason}). The large image is not among them; its ring marks the part that is looked for,"
             " small rings where it was found, best first, one per image."
         )
-    commands = (
+    page.section("Where in the collection is this part?", text)
+    page.figures(figures, layout="wide")
+    page.code(
         "diffrep extract photos/ -o photos.store --keep.kind maps\ndiffrep index photos.store -o photos.index\n"
         "diffrep query photos.index cat.jpg --point 120,80"
-    )
-    return (
-        f"<section><h2>Where in the collection is this part?</h2><p>{html.escape(told)}</p>"
-        f'<div class="figures wide">{"".join(figures)}</div><pre><code>{html.escape(commands)}</code></pre></section>'
     )
 
 

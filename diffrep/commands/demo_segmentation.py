@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffrep.commands.page import written_figures
 from diffrep.draw import side_by_side
 from diffrep.eval.homography import photographs
 from diffrep.eval.segmentation import grey, score_image
@@ -15,21 +14,15 @@ from diffrep.heads.cutouts import composite, cut_out, grey_image
 from diffrep.heads.mask_prediction import Segmentation, SegmentConfig
 from diffrep.heads.segmentation_loading import load_segmentation
 from diffrep.images import load_image
+from diffrep.pages import Page
 from diffrep.scenes import UNSEEN, render_scene, scene_seed
 
 SCENES = (("dog", 0), ("plane", 5), ("motorbike", 7), ("chair", 2), ("giraffe", 5))  # numbers in the test split
 _BACKGROUND = "#2f7d5b"
 
 
-def section(folder: Path) -> str:
-    """Cut objects out of held-out scenes and photographs.
-
-    Args:
-        folder: the pictures go there.
-
-    Returns:
-        The HTML of one ``<section>`` that shows them by their names.
-    """
+def section(page: Page) -> None:
+    """Cut objects out of held-out scenes and photographs."""
     head, config = load_segmentation("tiny-segmentation"), SegmentConfig(edges=True)
     figures = []
     for category, number in SCENES:
@@ -42,21 +35,22 @@ def section(folder: Path) -> str:
         titles = ["image", "soft mask", "edge", "cut out", "on a colour", "true mask"]
         note = ", a category it never saw" if category in UNSEEN else ""
         caption = f"{category}{note}: max F {scores['maxf']:.2f}, mean absolute error {scores['mae']:.3f}"
-        figures.append((side_by_side(pictures, titles=titles, height=190)[0], f"mask_{category}.png", caption))
+        figures.append((side_by_side(pictures, titles=titles, height=190)[0], caption))
     for file, path in photographs().items():
         name = Path(file).stem
         image = load_image(path)
         pictures = _pictures(image, head.predict(image, config))
         titles = ["photograph", "soft mask", "edge", "cut out", "on a colour"]
         caption = f"{name}: the head has seen nothing but renderings of single objects"
-        figures.append((side_by_side(pictures, titles=titles, height=190)[0], f"mask_{name}.png", caption))
-    return (
-        "<section><h2>Masks in one step</h2><p>One pass of a diffusion U-Net that predicts an object's mask and its"
-        " edges side by side (DiffDIS). The mask alone costs a third less and is the same. These scenes are held out;"
-        " they were picked to show thin parts and a category that was never trained on.</p>"
-        f'<div class="figures wide">{written_figures(folder, figures)}</div>'
-        "<pre><code>diffrep segment photo.jpg -o out --outputs mask edge cutout</code></pre></section>"
+        figures.append((side_by_side(pictures, titles=titles, height=190)[0], caption))
+    page.section(
+        "Masks in one step",
+        "One pass of a diffusion U-Net that predicts an object's mask and its edges side by side (DiffDIS). The mask"
+        " alone costs a third less and is the same. These scenes are held out; they were picked to show thin parts and"
+        " a category that was never trained on.",
     )
+    page.figures(figures, layout="wide")
+    page.code("diffrep segment photo.jpg -o out --outputs mask edge cutout")
 
 
 def _pictures(image: Image.Image, found: Segmentation) -> list[Image.Image]:

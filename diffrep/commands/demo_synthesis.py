@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffrep.commands.output import write_image
-from diffrep.commands.page import data_uri
+from diffrep.pages import Page
 from diffrep.scenes import render_scene, scene_seed
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, slerp, synthesize
 from diffrep.synthesis.conditions import ImageEncoder
@@ -23,15 +20,8 @@ STRIP = (192, 960)  # pixels
 SETTINGS = SynthesisSettings()
 
 
-def section(folder: Path) -> str:
-    """Paint three large pictures with the embedded model.
-
-    Args:
-        folder: where the pictures are written as PNG.
-
-    Returns:
-        HTML of one section, with the pictures in it.
-    """
+def section(page: Page) -> None:
+    """Paint three large pictures with the embedded model."""
     model = load_synthesis("tiny-synthesis")
     encoder = ImageEncoder.load(model.about.encoder or "tiny-dino", model.about.pooling)
     reference = mosaic(CELLS, columns=3)
@@ -41,28 +31,23 @@ def section(folder: Path) -> str:
     scene = mosaic([category], columns=1, size=side * model.window * model.factor)
     whole = Image.fromarray(synthesize(model, encoder.grid(scene, (side, side)), settings=SETTINGS))
     strip = Image.fromarray(paint_strip(model, encoder, STRIP))
-    pictures = {
-        "synthesis-reference": (reference, "The reference: nine rendered scenes that no model has seen."),
-        "synthesis-painted": (painted, "Painted from the nine embeddings, one denoising for the whole picture."),
-        "synthesis-scene": (scene, f"Another reference: one scene, cut into {side} x {side} cells."),
-        "synthesis-whole": (whole, "Painted from its embeddings: alike neighbours flow into each other."),
-        "synthesis-strip": (strip, f"{STRIP[1]} x {STRIP[0]} pixels between the looks of a {PATH[0]} and a {PATH[1]}."),
-    }
-    for name, (image, _) in pictures.items():
-        write_image(folder / f"{name}.png", image)
-    text = (
+    figures = [
+        (reference, "The reference: nine rendered scenes that no model has seen."),
+        (painted, "Painted from the nine embeddings, one denoising for the whole picture."),
+        (scene, f"Another reference: one scene, cut into {side} x {side} cells."),
+        (whole, "Painted from its embeddings: alike neighbours flow into each other."),
+        (strip, f"{STRIP[1]} x {STRIP[0]} pixels between the looks of a {PATH[0]} and a {PATH[1]}."),
+    ]
+    page.section(
+        "Large pictures from embeddings",
         "A small latent diffusion model that is told nothing but the DINO embedding of a patch paints pictures of any"
         " size: every window is denoised under the embedding at its place, the predictions are averaged, and one step"
         " is taken for the whole canvas. A window is 128 pixels; larger pictures take more time but no more memory."
-        " This model was trained for minutes on a CPU: it gets colours and places right, objects roughly."
+        " This model was trained for minutes on a CPU: it gets colours and places right, objects roughly.",
     )
-    code = "diffrep synthesize --reference photo.jpg --size 4096x4096 -o painted.ome.tiff"
-    figures = list(pictures.values())
-    return (
-        f"<section><h2>Large pictures from embeddings</h2><p>{html.escape(text)}</p>"
-        f"<pre><code>{html.escape(code)}</code></pre>"
-        f"{_figures(figures[:4])}{_figures(figures[4:], wide=True)}</section>"
-    )
+    page.figures(figures[:4])
+    page.figures(figures[4:], layout="wide")
+    page.code("diffrep synthesize --reference photo.jpg --size 4096x4096 -o painted.ome.tiff")
 
 
 def mosaic(categories: Sequence[str], *, columns: int, size: int = 128) -> Image.Image:
@@ -83,12 +68,3 @@ def paint_strip(model: SynthesisModel, encoder: ImageEncoder, size: tuple[int, i
     shares = torch.linspace(0, 1, columns)
     row = slerp(shares, first.expand(columns, -1), last.expand(columns, -1))
     return synthesize(model, EmbeddingGrid(row.expand(rows, -1, -1), encoder.name), size, SETTINGS)
-
-
-def _figures(figures: Sequence[tuple[Image.Image, str]], *, wide: bool = False) -> str:
-    items = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="{data_uri(image)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for image, caption in figures
-    )
-    return f'<div class="figures{" wide" if wide else ""}">{items}</div>'

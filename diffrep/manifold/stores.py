@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from diffrep.images import ImageError
 from diffrep.manifold.tables import Table
+from diffrep.pages import data_uri
 from diffrep.store import open_store
 from diffrep.store.sources import read_image
 
@@ -41,13 +40,11 @@ def thumbnails(folder: Path, names: Sequence[str], *, side: int = 64) -> list[st
     """Data URIs of images of a store, at most `side` pixels long; empty where an image is gone."""
     root, made = open_store(folder).root, []
     for name in names:
-        buffer = io.BytesIO()
         try:
             image = read_image(root, name)
         except ImageError:
             made.append("")
             continue
         image.thumbnail((side, side))
-        image.save(buffer, "JPEG", quality=70)
-        made.append(f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}")
+        made.append(data_uri(image, "JPEG", quality=70))
     return made
