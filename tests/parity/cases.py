@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,79 @@ def cases_of(system: str, kinds: Collection[str]) -> list[Any]:
     return found or [pytest.param(ROOT, {"kind": "none", "system": system}, id="no-case-found")]
 
 
+# What a case says about itself; everything else in it is a parameter, which its check reads or refuses.
+ABOUT = frozenset(
+    (
+        "autocast", "call", "case", "commit", "dtype", "dtypes", "environment", "expected", "expected_doc",
+        "expected_std", "file", "files", "float32_vs_float64_relative", "function", "functions", "inputs",
+        "inputs_doc", "kind", "layout", "library", "max_res_note", "model", "note", "notes", "official",
+        "official_config", "official_repo", "official_state_dict", "precision", "procedure", "ran", "rule", "shapes",
+        "shim", "shims", "source", "split", "system", "tensors", "title", "tolerance", "torch", "versions", "what",
+    )
+)  # fmt: skip
+
+
 class Fields(dict[str, Any]):
-    """The parameters of a case or of one of its runs, which knows what has been read of them."""
+    """A JSON object that remembers which of its fields were read. Objects within are `Fields` as well."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__(values)
-        self.unread = set(values)
+        super().__init__({name: _watched(value) for name, value in values.items()})
+        self.read: set[str] = set()
 
     def __getitem__(self, name: str) -> Any:
-        self.unread.discard(name)
+        self.read.add(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        self.unread.discard(name)
+        self.read.add(name)
         return super().get(name, default)
+
+    def __iter__(self) -> Iterator[str]:  # its being overridden makes `**fields` go through __getitem__
+        return super().__iter__()
+
+    def items(self) -> Any:
+        self.read.update(super().keys())
+        return super().items()
+
+    def values(self) -> Any:
+        self.read.update(super().keys())
+        return super().values()
+
+    def __eq__(self, other: object) -> bool:
+        self.read.update(super().keys())
+        return super().__eq__(other)
+
+    def read_all(self) -> None:
+        """Take every field for read, with all that lies inside."""
+        for value in self.values():
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, Fields):
+                    item.read_all()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def unread(self, describing: Collection[str] = ()) -> Iterator[str]:
+        """The paths of the fields that nobody has read, without those that only describe."""
+        for name in super().__iter__():
+            if name in ABOUT or name in describing:
+                continue
+            if name not in self.read:
+                yield name
+            for path in _unread(super().__getitem__(name), describing):
+                yield f"{name}{path}"
+
+
+def _watched(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Fields(value)
+    return [_watched(item) for item in value] if isinstance(value, list) else value
+
+
+def _unread(value: Any, describing: Collection[str]) -> Iterator[str]:
+    if isinstance(value, Fields):
+        yield from (f".{path}" for path in value.unread(describing))
+    elif isinstance(value, list):
+        yield from (f"[{index}]{path}" for index, item in enumerate(value) for path in _unread(item, describing))
 
 
 def each(runs: Iterable[Mapping[str, Any]], *, describing: Collection[str] = ()) -> Iterator[Fields]:
@@ -58,10 +117,30 @@ def each(runs: Iterable[Mapping[str, Any]], *, describing: Collection[str] = ())
         describing: names that say how the stored tensors were drawn or what their statistics are, and change nothing.
     """
     for run in runs:
-        fields = Fields(run)
+        fields = run if isinstance(run, Fields) else Fields(run)
         yield fields
-        unread = sorted(fields.unread - {"note", *describing})
+        unread = sorted(fields.unread(describing))
         assert not unread, f"the case names {', '.join(unread)}, which this check does not read"
+        fields.read_all()
+
+
+def check_case(
+    checks: Mapping[str, Callable[[Path, dict[str, Any]], None]],
+    folder: Path,
+    case: dict[str, Any],
+    *,
+    describing: Collection[str] = (),
+) -> None:
+    """Run the check of a case, and see that it has read every field of the case that is a parameter.
+
+    Args:
+        describing: names of fields that say how the stored tensors were drawn or what came out, and change nothing.
+    """
+    assert case["kind"] in checks, f"{folder}: no check for cases of kind {case['kind']!r}"
+    fields = Fields(case)
+    checks[case["kind"]](folder, fields)
+    ignored = sorted(set(fields.unread(describing)))
+    assert not ignored, f"{folder}: the check ignores {', '.join(ignored)}"
 
 
 def assert_near(got: Tensor, expected: Tensor, *, relative: float, what: str) -> None:

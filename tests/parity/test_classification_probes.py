@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .cases import cases_of
+from .cases import cases_of, check_case
 from .probes_adm import check_adm_checkpoint_inventory, check_adm_unet_blocks
 from .probes_heads import (
     check_diffeed_end_to_end,
@@ -41,7 +41,26 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 }
 
 
+# How the stored tensors were drawn, and figures of what came out: no parameters of the method.
+DESCRIBING = frozenset(
+    (
+        "align_corners",
+        "classifier",
+        "first_loss",
+        "full_timesteps",
+        "last_loss",
+        "names",
+        "noise",
+        "num_classes",
+        "pooled_timesteps",
+        "sizes_wh",
+        "token_grid",
+        "top5",
+        "upsample_mode",
+    )
+)
+
+
 @pytest.mark.parametrize(("folder", "case"), cases_of("classification-probes", CHECKS))
 def test_case(folder: Path, case: dict[str, Any]) -> None:
-    assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
-    CHECKS[case["kind"]](folder, case)
+    check_case(CHECKS, folder, case, describing=DESCRIBING)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .cases import cases_of
+from .cases import cases_of, check_case
 from .features_adm import check_dift_adm
 from .features_backbones import check_dift_sd_taps, check_dinov2_extractor
 from .features_ditf import check_ditf
@@ -46,7 +46,59 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 }
 
 
+# How the stored tensors were drawn, and figures of what came out: no parameters of the method.
+DESCRIBING = frozenset(
+    (
+        "api",
+        "axes_dim",
+        "batch",
+        "bbox",
+        "block",
+        "category",
+        "channel_discard",
+        "context_in_dim",
+        "depth",
+        "depth_single_blocks",
+        "ensemble_size",
+        "features",
+        "forward_feat_runs",
+        "fuse",
+        "guidance_embed",
+        "hidden_size",
+        "in_channels",
+        "index_rule",
+        "latent_channels",
+        "massive_channels",
+        "min_top1_minus_top2_similarity",
+        "mlp_ratio",
+        "mutual_nn",
+        "n_pairs",
+        "n_windows",
+        "num_heads",
+        "num_patches_hw",
+        "num_res_blocks",
+        "out",
+        "pascal",
+        "per_point",
+        "preprocessing",
+        "qkv_bias",
+        "randomness",
+        "result",
+        "seed",
+        "spectrum",
+        "steps",
+        "t",
+        "tap",
+        "text_tokens",
+        "theta",
+        "timm_forward_intermediates_rel_diff",
+        "timm_min_cosine",
+        "vec_in_dim",
+        "window",
+    )
+)
+
+
 @pytest.mark.parametrize(("folder", "case"), cases_of("features", CHECKS))
 def test_case(folder: Path, case: dict[str, Any]) -> None:
-    assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
-    CHECKS[case["kind"]](folder, case)
+    check_case(CHECKS, folder, case, describing=DESCRIBING)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .cases import cases_of
+from .cases import cases_of, check_case
 from .synthesis_conversion import check_conversion
 from .synthesis_model import check_ldm_unet
 from .synthesis_sampling import check_embedding_interpolation, check_panorama, check_patch_samplers
@@ -23,10 +23,28 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 }
 
 
+# How the stored tensors were drawn, and figures of what came out: no parameters of the method.
+DESCRIBING = frozenset(
+    (
+        "comment",
+        "diffusers_equivalent",
+        "dot_threshold",
+        "grid",
+        "groups",
+        "guidance_formula",
+        "offsets",
+        "parameters",
+        "scale_factor",
+        "use_ema",
+        "weights",
+        "windows",
+    )
+)
+
+
 @pytest.mark.parametrize(("folder", "case"), cases_of("large-image-synthesis", CHECKS))
 def test_case(folder: Path, case: dict[str, Any]) -> None:
-    assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
-    CHECKS[case["kind"]](folder, case)
+    check_case(CHECKS, folder, case, describing=DESCRIBING)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .cases import cases_of
+from .cases import cases_of, check_case
 from .depth_evaluation import check_crops_and_masks, check_depth_metrics, check_harness, check_normal_metrics
 from .depth_training import (
     check_conv_in_expansion,
@@ -35,7 +35,21 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 }
 
 
+# How the stored tensors were drawn, and figures of what came out: no parameters of the method.
+DESCRIBING = frozenset(
+    (
+        "a1",
+        "a2",
+        "a3",
+        "a4",
+        "a5",
+        "names",
+        "optimizer",
+        "solver",
+    )
+)
+
+
 @pytest.mark.parametrize(("folder", "case"), cases_of("one-step-depth-normals", CHECKS))
 def test_case(folder: Path, case: dict[str, Any]) -> None:
-    assert case["kind"] in CHECKS, f"{folder}: no check for cases of kind {case['kind']!r}"
-    CHECKS[case["kind"]](folder, case)
+    check_case(CHECKS, folder, case, describing=DESCRIBING)
