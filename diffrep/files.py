@@ -60,6 +60,7 @@ def write_whole(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
+    partial.unlink(missing_ok=True)  # a link under this name would be followed
     try:
         if isinstance(content, (bytes, str)):
             partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
@@ -91,7 +92,7 @@ def read_document(path: str | os.PathLike[str], *, error: type[Exception] = Valu
     try:
         document = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as problem:
-        raise error(f"{path}: cannot be read as JSON ({_reason(problem)})") from None
+        raise error(f"{path}: cannot be read as JSON ({one_line(problem)})") from None
     if not isinstance(document, dict):
         raise error(f"{path}: must hold a JSON object, found {type(document).__name__}")
     return document
@@ -135,6 +136,7 @@ def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], objec
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder)
     previous = partial.with_name(f"{partial.name}.old")
+    sweep_partials(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -188,7 +190,7 @@ class JsonLines:
             try:
                 row = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as problem:
-                raise ValueError(f"{self.path}: line {number} is damaged ({_reason(problem)})") from None
+                raise ValueError(f"{self.path}: line {number} is damaged ({one_line(problem)})") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{self.path}: line {number} must hold a JSON object")
             yield row
@@ -225,8 +227,9 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def _reason(problem: BaseException) -> str:
-    """The message of an error in one line, short."""
+def one_line(problem: BaseException) -> str:
+    """What an error says of a file's content, in one short line."""
     if isinstance(problem, RecursionError):
         return "nested too deeply"
-    return " ".join(str(problem).split())[:200]
+    text = " ".join(str(problem).split())[:200]
+    return f"it lacks {text}" if isinstance(problem, KeyError) else text or type(problem).__name__

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import tarfile
@@ -345,6 +346,137 @@ def test_other_settings_weights_and_folders_are_refused(
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("part", ["shards", "manifest.json", ".lock"])
+def test_no_link_in_a_store_is_followed(
+    part: str, images: Path, backbone: Backbone, whole: Path, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    for name in ("precious.txt", "b.json", "000000-0123456789ab.json"):
+        (victim / name).write_text("precious")
+    shutil.copytree(whole, tmp_path / "s")
+    if part == "shards":
+        shutil.rmtree(tmp_path / "s/shards")
+        (tmp_path / "s/shards").symlink_to(victim)
+    else:
+        (tmp_path / "s" / part).unlink(missing_ok=True)
+        (tmp_path / "s" / part).symlink_to(victim / "b.json")
+    with pytest.raises(StoreError, match=rf"s/{re.escape(part)}: "):
+        run(images, tmp_path / "s", backbone)
+    assert contents(victim) == dict.fromkeys(contents(victim), b"precious")
+    assert len(contents(victim)) == 3
+
+
+def test_only_files_of_a_stores_own_naming_are_removed(
+    images: Path, backbone: Backbone, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "s")
+    shards = tmp_path / "s/shards"
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    for name in ("notes.txt", "b.json", "000000-0123456789ab.json", ".000009.999999999.partial"):
+        (shards / name).write_text("x")
+    for number in range(3):  # under the very names that this process will write
+        (shards / f".{number:06d}.{os.getpid()}.partial.safetensors").symlink_to(victim)
+    run(images, tmp_path / "s", backbone)
+    assert (shards / "notes.txt").exists()
+    assert (shards / "b.json").exists()
+    assert not (shards / "000000-0123456789ab.json").exists()
+    assert not (shards / ".000009.999999999.partial").exists()
+    assert victim.read_text() == "precious"
+
+
+DAMAGES = {
+    "deep": "[" * 100_000,
+    "list": "[]",
+    "binary": b"\xff\xfe\x00",
+    "separator": ("shards", 0, "name", "../000000-0123456789ab"),
+    "absolute": ("shards", 0, "name", "/tmp/x"),
+    "number": ("shards", 0, "name", 5),
+    "negative": ("shards", 0, "bytes", -1),
+    "text": ("shards", 0, "images", "many"),
+    "root": ("root", 7),
+    "taps": ("features", "taps", "up.1"),
+    "features": ("features", []),
+    "keep": ("keep", "kind", ["maps"]),
+    "shards": ("shards", {"a": 1}),
+    "size": ("shard_images", 0),
+    "version": ("version", {"a": []}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_manifests_of_strangers_are_refused_in_a_line(
+    damage: str, images: Path, backbone: Backbone, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "s")
+    file, change = tmp_path / "s/manifest.json", DAMAGES[damage]
+    if isinstance(change, tuple):
+        manifest = place = json.loads(file.read_text())
+        for key in change[:-2]:
+            place = place[key]
+        place[change[-2]] = change[-1]
+        change = json.dumps(manifest)
+    file.write_bytes(change if isinstance(change, bytes) else change.encode())
+    before = contents(tmp_path / "s")
+    for act in (open_store, lambda folder: run(images, folder, backbone)):
+        with pytest.raises(StoreError, match=r"manifest\.json: ") as caught:
+            act(tmp_path / "s")
+        assert "\n" not in str(caught.value)
+    assert contents(tmp_path / "s") == before
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", '{"images": 5}', "null"])
+def test_records_of_strangers_are_refused_in_a_line(content: str, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "s")
+    file = next((tmp_path / "s/shards").glob("*.json"))
+    manifest = json.loads((tmp_path / "s/manifest.json").read_text())
+    file.write_text(content)
+    next(s for s in manifest["shards"] if s["name"] == file.stem)["records_bytes"] = len(content)
+    (tmp_path / "s/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=file.name):
+        _ = open_store(tmp_path / "s").names
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"im0.png": "here"}', '{"im0.png": [1, 2]}', '{"im0.png": []}', '{"im0.png": [[1, {}]]}'],
+)
+def test_places_of_strangers_are_refused_and_nothing_is_left(
+    content: str, images: Path, backbone: Backbone, tmp_path: Path
+) -> None:
+    (tmp_path / "places.json").write_text(content)
+    with pytest.raises(ValueError, match=r"places\.json: "):
+        run(images, tmp_path / "a/b/s", backbone, keep=Keep(kind="points", points=str(tmp_path / "places.json")))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_store(images: Path, backbone: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"layer\.99"):
+        run(images, tmp_path / "s", backbone, config=ExtractConfig(taps=("layer.99",)))
+    assert not (tmp_path / "s").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match="disk"), StoreWriter(tmp_path / "empty", {"taps": ["a"]}, Keep()):
+        raise OSError("disk")
+    assert list((tmp_path / "empty").iterdir()) == []
+    with pytest.raises(OSError, match="disk"), StoreWriter(tmp_path / "a/b", {"taps": ["a"]}, Keep()):
+        raise OSError("disk")
+    assert not (tmp_path / "a").exists()
+
+
+def test_names_of_any_bytes_are_stored(images: Path, backbone: Backbone, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    names = ["two\nlines.png", os.fsdecode(b"caf\xe9.png"), "\u56fe.png"]
+    for name in names:
+        Image.new("RGB", (32, 32), (9, 90, 200)).save(folder / name)
+    for kind in ("pooled", "points"):
+        run(folder, tmp_path / kind, backbone, keep=Keep(kind=kind, points="random:3"))
+        store = open_store(tmp_path / kind)
+        assert sorted(store.names) == sorted(names)
+        assert store.table().num_rows == (3 if kind == "pooled" else 9)
+
+
 def test_one_writer_at_a_time(images: Path, backbone: Backbone, whole: Path) -> None:
     manifest = open_store(whole).manifest
     with (
@@ -365,7 +497,7 @@ def test_a_full_disk_leaves_what_is_there(images: Path, backbone: Backbone, whol
             run(images, tmp_path / "s", backbone, config=config, keep=Keep(kind="maps"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(contents(tmp_path / "s")) == [".lock", "manifest.json"]
+    assert not (tmp_path / "s").exists()
     assert run(images, tmp_path / "s", backbone, config=config, keep=Keep(kind="maps")).images == 11
 
 

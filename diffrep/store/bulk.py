@@ -20,7 +20,7 @@ from diffrep.backbones import Backbone, load_backbone
 from diffrep.features import ExtractConfig
 from diffrep.store.extraction import Changed, ShardMaker, make_plan
 from diffrep.store.manifest import Keep, ShardEntry, StoreError, environment, provenance, weights_sha256
-from diffrep.store.shards import SHARDS, load_records, places_in
+from diffrep.store.shards import load_records, places_in
 from diffrep.store.sources import ImageSource, Job, find_sources
 from diffrep.store.writer import StoreWriter
 
@@ -121,7 +121,6 @@ def extract_store(
     size = bulk.shard_images or (128 if keep.kind == "maps" else 1024)
     with StoreWriter(folder, features, keep, root=base, shard_images=size) as writer:
         plan = make_plan(writer, sources, bulk.changed, verify=bulk.verify)
-        (writer.folder / SHARDS).mkdir(exist_ok=True)
         total = sum(len(job.sources) for job in plan.jobs)
         made: list[ShardEntry] = []
         with tqdm(total=total, desc="extract", unit="image", disable=not progress) as bar:

@@ -22,11 +22,12 @@ import torch
 
 from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig
-from diffrep.files import write_whole
+from diffrep.files import read_document, write_whole
 from diffrep.images import Sizing
 
 FORMAT, VERSION = "diffrep-store", 1
 MANIFEST = "manifest.json"
+SHARD_NAME = re.compile(r"\d{6,}-[0-9a-f]{12}")
 
 Kind: TypeAlias = Literal["maps", "pooled", "points"]
 StoreType: TypeAlias = Literal["float16", "bfloat16", "float32"]
@@ -70,6 +71,13 @@ class ShardEntry:
     records_sha256: str  # of the .json file
     environment: int = 0  # which of the manifest's environments made it
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not SHARD_NAME.fullmatch(self.name):  # it becomes part of a path
+            raise ValueError(f"{self.name!r} is no name of a shard")
+        for key in ("images", "quarantined", "bytes", "records_bytes", "environment"):
+            if type(value := getattr(self, key)) is not int or value < 0:
+                raise ValueError(f"{key} of shard {self.name} must be a number from 0 on, got {value!r}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -90,6 +98,15 @@ class Manifest:
     shard_images: int
     environments: tuple[Mapping[str, Any], ...] = ()
     shards: tuple[ShardEntry, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        taps = self.features.get("taps")
+        if not isinstance(taps, (list, tuple)) or not taps or not all(isinstance(tap, str) for tap in taps):
+            raise ValueError(f"features.taps must be a list of names, got {taps!r}")
+        if not isinstance(self.root, str) or type(self.shard_images) is not int or self.shard_images < 1:
+            raise ValueError(f"root {self.root!r} must be a folder and shard_images {self.shard_images!r} at least 1")
+        if len({shard_number(shard.name) for shard in self.shards}) < len(self.shards):
+            raise ValueError("two shards have one number")
 
     @property
     def images(self) -> int:
@@ -123,16 +140,14 @@ def load_manifest(folder: Path) -> Manifest:
     file = folder / MANIFEST
     if not file.is_file():
         raise StoreError(f"{folder}: is no store of features (it has no {MANIFEST}); `diffrep extract` makes one")
+    values = read_document(file, error=StoreError)
+    if (values.pop("format", None), values.pop("version", None)) != (FORMAT, VERSION):
+        raise StoreError(f"{file}: is not of format {FORMAT!r}, version {VERSION}: made by a newer diffrep?")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
-            raise StoreError(f"{file}: is not of format {FORMAT!r}, version {VERSION}: made by a newer diffrep?")
         values["keep"] = Keep(**values["keep"])
         values["environments"] = tuple(values["environments"])
         values["shards"] = tuple(ShardEntry(**shard) for shard in values["shards"])
         return Manifest(**values)
-    except StoreError:
-        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{file}: is damaged ({error})") from None
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffrep.features import FeatureMaps
+from diffrep.files import printable
 from diffrep.images import Placement
 from diffrep.store.manifest import Manifest, StoreError, load_manifest
 from diffrep.store.shards import SHARDS, ImageFile, Records, damage, load_records, pooled, tensor_name
@@ -362,7 +363,7 @@ def arrow_table(store: Store, tap: str) -> Any:
         images = [store.files[number] for number in owners]
         sizes = [store[number].placement.image_size for number in numbers for _ in range(repeat)]
         columns: dict[str, Any] = {
-            "image": pa.array([image.name for image in images]),
+            "image": pa.array([_text(image.name) for image in images]),
             "sha256": pa.array([image.sha256 for image in images]),
             "height": pa.array([height for height, _ in sizes], pa.int32()),
             "width": pa.array([width for _, width in sizes], pa.int32()),
@@ -379,6 +380,11 @@ def arrow_table(store: Store, tap: str) -> Any:
     if not batches:
         raise StoreError(f"{store.folder} holds no images")
     return pa.concat_tables(batches)
+
+
+def _text(name: str) -> str:
+    """A name as Arrow can hold it: one whose bytes are no UTF-8 is escaped."""
+    return name if name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name) else printable(name)
 
 
 def _features(values: Tensor) -> Any:

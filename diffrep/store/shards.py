@@ -14,12 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffrep.backbones import Grid
 from diffrep.features import FeatureMaps
-from diffrep.files import write_whole
+from diffrep.files import one_line, partial_path, printable, read_document, write_whole
 from diffrep.images import Placement
 from diffrep.store.manifest import Keep, Kind, ShardEntry, StoreError
 
@@ -79,6 +80,11 @@ class Records:
     grids: Mapping[str, Grid] = field(default_factory=dict)
     quarantined: tuple[tuple[ImageFile, str], ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all images, those that could not be used too."""
+        return tuple(file.name for file in (*self.images, *(file for file, _ in self.quarantined)))
+
     def to_json(self) -> bytes:
         """Columns as JSON."""
         columns = {
@@ -98,7 +104,7 @@ class Records:
         """Read what `to_json` wrote."""
         columns = json.loads(content)
         placements, bad = columns["placements"], columns["quarantined"]
-        return cls(
+        records = cls(
             images=_image_files(columns["images"]),
             placements=tuple(
                 Placement(*map(tuple, values)) for values in zip(*(placements[k] for k in _PLACEMENT), strict=True)
@@ -107,6 +113,9 @@ class Records:
             grids={name: Grid(tuple(grid["origin"]), tuple(grid["stride"])) for name, grid in columns["grids"].items()},
             quarantined=tuple(zip(_image_files(bad), bad["reason"], strict=True)),
         )
+        if not len(records.images) == len(records.placements) == len(records.rows):
+            raise ValueError("its columns differ in length")
+        return records
 
 
 _PLACEMENT = ("image_size", "canvas_size", "content_box")
@@ -118,7 +127,10 @@ def _columns(images: Sequence[ImageFile]) -> dict[str, list[Any]]:
 
 
 def _image_files(columns: Mapping[str, list[Any]]) -> tuple[ImageFile, ...]:
-    return tuple(ImageFile(*values) for values in zip(*(columns[key] for key in _IMAGE), strict=True))
+    files = tuple(ImageFile(*values) for values in zip(*(columns[key] for key in _IMAGE), strict=True))
+    if not all(isinstance(file.name, str) for file in files):
+        raise TypeError("the name of an image is no text")
+    return files
 
 
 def tensor_name(tap: str, kind: Kind, canvas_size: Sequence[int]) -> str:
@@ -188,8 +200,7 @@ class ShardBuilder:
             grids=grids,
             quarantined=tuple(self._quarantined[position] for position in sorted(self._quarantined)),
         )
-        (folder / SHARDS).mkdir(exist_ok=True)
-        partial = folder / SHARDS / f".{number:06d}.{os.getpid()}.partial"
+        partial = partial_path(folder / SHARDS / f"{number:06d}.safetensors")
         try:
             digest = write_tensors(partial, tensors)
             content = records.to_json()
@@ -235,7 +246,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Sequence[Tensor]]) -> str:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with file.open("wb") as opened:
+    file.unlink(missing_ok=True)
+    with file.open("xb") as opened:  # never through a link that lies in wait under the name
         for part in (len(text).to_bytes(8, "little"), text):
             digest.update(part)
             opened.write(part)
@@ -257,11 +269,16 @@ def load_records(folder: Path, shard: ShardEntry) -> Records:
     """
     file = folder / SHARDS / f"{shard.name}.json"
     try:
-        return Records.from_json(file.read_bytes())
+        records = Records.from_json(file.read_bytes())
     except FileNotFoundError:
         raise StoreError(f"{file}: is missing, the manifest lists it; {_REPAIR}") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise StoreError(f"{file}: is damaged ({error}); {_REPAIR}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        raise StoreError(f"{file}: is damaged ({one_line(error)}); {_REPAIR}") from None
+    if len(records.images) != shard.images:
+        raise StoreError(
+            f"{file}: lists {len(records.images)} images where the manifest says {shard.images}; {_REPAIR}"
+        )
+    return records
 
 
 _REPAIR = "run `diffrep extract` again on the same images to have the shard made again"
@@ -351,7 +368,7 @@ def places_of(rule: str, name: str, image_size: tuple[int, int]) -> Tensor:
         y, x = torch.meshgrid(steps, steps, indexing="ij")
         shares = torch.stack([x, y], dim=-1).reshape(-1, 2)
     elif word == "random":
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
+        seed = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "little") >> 1
         shares = torch.rand(int(number), 2, generator=torch.Generator().manual_seed(seed))
     else:
         places = places_in(rule)
@@ -359,7 +376,7 @@ def places_of(rule: str, name: str, image_size: tuple[int, int]) -> Tensor:
             raise PlacesError(f"{rule} has no places for {name}")
         points = torch.tensor(places[name], dtype=torch.float32).reshape(-1, 2)
         x, y = points.unbind(-1)
-        if bool(((x < -0.5) | (x > width - 0.5) | (y < -0.5) | (y > height - 0.5)).any()):
+        if not bool(((x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)).all()):  # NaN too
             raise PlacesError(f"{rule}: places of {name} lie outside of its {width} x {height} pixels")
         return points
     return shares * torch.tensor([width, height]) - 0.5
@@ -372,10 +389,12 @@ def places_in(file: str) -> Mapping[str, list[list[float]]]:
     Raises:
         ValueError: it is missing or holds something else.
     """
-    try:
-        places = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read as places of images ({error})") from None
-    if not isinstance(places, dict):
-        raise ValueError(f"{file}: must hold an object of image names, each with a list of [x, y]")
+    places = read_document(file)
+    for name, points in places.items():
+        try:
+            shape = np.shape(np.asarray(points, dtype=np.float64))
+        except (TypeError, ValueError):
+            shape = ()
+        if shape[1:] != (2,) or not shape[0]:
+            raise ValueError(f"{file}: the places of {printable(name)} must be a list of [x, y]")
     return places

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +19,7 @@ from diffrep.features import FeatureMaps
 from diffrep.files import sweep_partials
 from diffrep.store.manifest import (
     MANIFEST,
+    SHARD_NAME,
     Keep,
     Manifest,
     ShardEntry,
@@ -25,7 +29,7 @@ from diffrep.store.manifest import (
     save_manifest,
     shard_number,
 )
-from diffrep.store.shards import SHARDS, ImageFile, ShardBuilder, select
+from diffrep.store.shards import SHARDS, ImageFile, ShardBuilder, load_records, select
 
 LOCK = ".lock"
 
@@ -34,7 +38,8 @@ class StoreWriter:
     """The one process that may change a store, as a context manager.
 
     Opening makes the store if there is none, takes its lock, and removes what a killed run left behind. The lock
-    is the system's: it goes with the process, however that ends.
+    is the system's: it goes with the process, however that ends. A new store that got no shard before an error is
+    removed again. Nothing is written or removed through a link, and no file whose name is not of a store's kind.
 
     Args:
         folder: the store.
@@ -56,27 +61,37 @@ class StoreWriter:
         shard_images: int = 1024,
     ) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise StoreError(f"{self.folder}: is a file, a store is a folder")
         if shard_images < 1:
             raise ValueError(f"shard_images must be at least 1, got {shard_images}")
-        there = (self.folder / MANIFEST).is_file()
-        if not there and self.folder.is_dir() and any(p.name != LOCK for p in self.folder.iterdir()):
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StoreError(f"{self.folder}: is a file, a store is a folder")
+        for path in (self.folder / name for name in (MANIFEST, LOCK, SHARDS)):
+            if path.is_symlink() or (path.exists() and path.is_dir() != (path.name == SHARDS)):
+                raise StoreError(
+                    f"{path}: must be a {'folder' if path.name == SHARDS else 'file'} of the store, no link"
+                )
+        is_store = (self.folder / MANIFEST).is_file()
+        if not is_store and self.folder.is_dir() and any(p.name != LOCK for p in self.folder.iterdir()):
             raise StoreError(f"{self.folder}: is neither empty nor a store (it has no {MANIFEST}); name another folder")
+        self._root_matters = root is not None
+        wanted = Manifest(
+            keep=keep, features=features, root=str(Path(root or ".").absolute()), shard_images=shard_images
+        )
+        if is_store:
+            self._check_same(load_manifest(self.folder), wanted)  # before anything is written
+        self._created = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        self._new, self.manifest = not is_store, wanted
         self._lock = self._take_lock()
         try:
-            wanted = Manifest(
-                keep=keep, features=features, root=str(Path(root or ".").absolute()), shard_images=shard_images
-            )
-            if there:
+            if is_store:
                 self.manifest = load_manifest(self.folder)
-                self._check_same(wanted, root is not None)
+                self._check_same(self.manifest, wanted)
             else:
-                self.manifest = wanted
                 save_manifest(self.folder, wanted)
+            (self.folder / SHARDS).mkdir(exist_ok=True)
             self._clean()
         except BaseException:
-            self.close()
+            self.__exit__(*sys.exc_info())
             raise
 
     def __enter__(self) -> StoreWriter:
@@ -85,6 +100,8 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and self._new and not self.manifest.shards:
+            self._undo()
         self.close()
 
     def close(self) -> None:
@@ -140,25 +157,42 @@ class StoreWriter:
         except Timeout:
             raise StoreError(f"{self.folder}: another process is writing into this store; wait for it to end") from None
         except OSError as error:
+            self._remove_folders()
             raise OSError(f"{self.folder}: cannot be written to ({error.strerror})") from None
         return lock
 
-    def _check_same(self, wanted: Manifest, check_root: bool) -> None:
-        there = self.manifest
-        found = difference(there.features, wanted.features)
+    def _check_same(self, manifest: Manifest, wanted: Manifest) -> None:
+        differing = difference(manifest.features, wanted.features)
         for key in ("keep", "shard_images", "root"):
-            if found is None and (check_root or key != "root") and getattr(there, key) != getattr(wanted, key):
-                found = f"{key} {getattr(there, key)} against {getattr(wanted, key)}"
-        if found is not None:
-            raise StoreError(f"{self.folder} was made otherwise ({found}): use the same settings, or another folder")
+            if differing is None and (self._root_matters or key != "root"):
+                differing = difference({key: getattr(manifest, key)}, {key: getattr(wanted, key)})
+        if differing is not None:
+            raise StoreError(
+                f"{self.folder} was made otherwise ({differing}): use the same settings, or another folder"
+            )
 
     def _clean(self) -> None:
-        """Remove what the manifest does not list: shards of a run that was killed before it could commit them."""
+        """Remove shards that a killed run could not list any more. Files of other names are not the store's."""
         listed = {shard.name for shard in self.manifest.shards}
-        for file in sorted((self.folder / SHARDS).glob("*")):
-            if file.stem not in listed:
+        for file in sorted((self.folder / SHARDS).iterdir()):
+            ours = SHARD_NAME.fullmatch(file.stem) and file.suffix in (".safetensors", ".json")
+            if ours and file.stem not in listed and not file.is_dir():
                 file.unlink()
+        sweep_partials(self.folder / SHARDS)
         sweep_partials(self.folder)
+
+    def _undo(self) -> None:
+        """Remove a store that was begun and came to nothing, with the folders that were made for it."""
+        with contextlib.suppress(OSError):
+            self._clean()
+        for name in (MANIFEST, LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        for folder in (self.folder / SHARDS, *self._created):
+            with contextlib.suppress(OSError):  # it was not made, or somebody else has put something there
+                folder.rmdir()
 
     def _remove(self, name: str) -> None:
         for ending in ("safetensors", "json"):
@@ -195,12 +229,13 @@ def write_store(
     keep = keep or Keep()
     writer: StoreWriter | None = None
     known: set[str] = set()
-    try:
+    with contextlib.ExitStack() as opened:
         builder = ShardBuilder(keep)
         for name, maps in images:
             if writer is None:
-                writer = StoreWriter(folder, _json_ready(maps.settings), keep, root=root, shard_images=shard_images)
-                known = names_in(writer.folder)
+                features = json.loads(json.dumps({"taps": maps.taps, **maps.settings}, default=str))
+                writer = opened.enter_context(StoreWriter(folder, features, keep, root=root, shard_images=shard_images))
+                known = {name for shard in writer.manifest.shards for name in load_records(writer.folder, shard).names}
             if name in known:
                 raise ValueError(f"{name} is in the store {folder} already")
             known.add(name)
@@ -212,25 +247,4 @@ def write_store(
             raise ValueError("write_store needs at least one image")
         if len(builder):
             writer.commit(writer.save(builder, writer.next_number), {})
-    finally:
-        if writer is not None:
-            writer.close()
     return Path(folder)
-
-
-def names_in(folder: Path) -> set[str]:
-    """The names of the images of a store, quarantined ones too."""
-    from diffrep.store.shards import load_records
-
-    names: set[str] = set()
-    for shard in load_manifest(folder).shards:
-        records = load_records(folder, shard)
-        names.update(image.name for image in records.images)
-        names.update(image.name for image, _ in records.quarantined)
-    return names
-
-
-def _json_ready(settings: Mapping[str, Any]) -> dict[str, Any]:
-    import json
-
-    return dict(json.loads(json.dumps(dict(settings), default=str)))
