@@ -6,15 +6,16 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.backbones import Backbone, Conditions, FreeU, Grid
-from diffrep.images import ImageLike, Placement, Sizing, fit_image, load_image, stack_pixels
+from diffrep.backbones import Backbone, Grid
+from diffrep.images import ImageLike, Placement, fit_image, load_image, stack_pixels
+from diffrep.settings import ExtractConfig
 
 
 @dataclass(frozen=True)
@@ -103,69 +104,6 @@ class FeatureMaps:
         grid = (cells + 0.5) * (2.0 / span) - 1.0  # grid_sample's [-1, 1] runs between the outer edges
         sampled = F.grid_sample(feature_map.float(), grid[:, None].float(), padding_mode="border", align_corners=False)
         return sampled[:, :, 0].mT.to(feature_map.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """How features are read. Kept beside them, so that a number can be traced to its settings.
-
-    None means: as the backbone recommends (`diffrep info BACKBONE` prints it).
-    """
-
-    taps: tuple[str, ...] | None = None  # which activations to read
-    sizing: Sizing | None = None  # how the image is brought to the network's canvas
-    window: int | None = None  # side of square windows that go through the network on their own; None: no tiling
-    timestep: int | None = None  # 0..999: how much noise the image gets; -1: none at all
-    clean: bool | None = None  # give the network the image without noise, whatever the timestep says
-    prompt: str = ""  # the text condition
-    ensemble: int | None = None  # noise draws that are averaged per image
-    seed: int = 0  # of all noise
-    posterior: Literal["mean", "sample"] | None = None  # which latent the image becomes
-    freeu: FreeU | None = None  # amplify the decoder, damp its skips (GeoAware-SC)
-    label: int | None = None  # class-conditional networks: the class
-    discard: tuple[int, ...] = ()  # transformers: channels set to 0 before modulated taps are normalised
-    batch_size: int = 8  # images, windows or ensemble members that go through the network together
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.window is not None and self.window < 8:
-            raise ValueError(f"window must be at least 8 pixels, got {self.window}")
-
-    def resolve(self, backbone: Backbone) -> ExtractConfig:
-        """Fill what is None with the backbone's recommendations."""
-        recommended = backbone.recommended
-        taps = tuple(self.taps) if self.taps else tuple(recommended.taps)
-        for tap in taps:
-            backbone.tap(tap)  # raises TapError with the near names
-        own = recommended.conditions
-        return dataclasses.replace(
-            self,
-            taps=taps,
-            sizing=self.sizing or recommended.sizing,
-            timestep=own.timestep if self.timestep is None else self.timestep,
-            clean=own.clean if self.clean is None else self.clean,
-            ensemble=own.ensemble if self.ensemble is None else self.ensemble,
-            posterior=own.posterior if self.posterior is None else self.posterior,
-        )
-
-    def conditions(self) -> Conditions:
-        """The settings that the network itself needs; call `resolve` first."""
-        assert self.timestep is not None
-        assert self.clean is not None
-        assert self.ensemble is not None
-        assert self.posterior is not None
-        return Conditions(
-            timestep=self.timestep,
-            clean=self.clean,
-            prompt=self.prompt,
-            ensemble=self.ensemble,
-            seed=self.seed,
-            posterior=self.posterior,
-            freeu=self.freeu,
-            label=self.label,
-            discard=self.discard,
-        )
 
 
 @torch.inference_mode()

@@ -13,14 +13,13 @@ from __future__ import annotations
 import glob
 import importlib.util
 import io
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -29,11 +28,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.files import printable
+from diffrep.settings import MAX_CANVAS, Sizing
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
 MAX_PIXELS = 2**28  # 268 megapixels: above this a file is taken for a decompression bomb
-MAX_CANVAS = 2**26  # pixels that a network's canvas has at most, 8192 x 8192
 LUMINANCE = (0.299, 0.587, 0.114)  # weights of red, green and blue, ITU-R BT.601
 
 FORMATS = {  # that photographs come in, as Pillow calls them, and their endings; others are not even tried
@@ -276,34 +275,6 @@ class Placement:
         points = points.to(torch.promote_types(points.dtype, torch.float32))
         scale, offset = points.new_tensor(self.scale), points.new_tensor(self.content_box[:2])
         return (points + 0.5 - offset) / scale - 0.5
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """The rule that brings an image to the network's canvas.
-
-    Modes: ``squash`` resizes to exactly `size`; ``pad`` keeps the aspect, the long side becomes `size`, the
-    image is centred on a square canvas; ``fit`` keeps the aspect, the long side becomes `size`; ``native``
-    keeps the image's size. After ``fit`` and ``native`` the right and bottom edges are
-    repeated until both sides are multiples of `multiple`.
-    """
-
-    mode: Literal["squash", "pad", "fit", "native"] = "squash"
-    size: int | tuple[int, int] | None = 512  # pixels: the side of a square, or (height, width) for squash
-    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    fill: Literal["black", "edge"] = "black"  # what pad puts around the image
-    multiple: int = 8
-
-    def __post_init__(self) -> None:
-        sides = self.size if isinstance(self.size, tuple) else (self.size,)
-        if self.mode != "native" and any(s is None or s < 1 for s in sides):
-            raise ValueError(f"Sizing(mode={self.mode!r}) needs a size of at least 1 pixel, got {self.size}")
-        if self.mode != "native" and math.prod(s or 0 for s in (sides[0], sides[-1])) > MAX_CANVAS:
-            raise ValueError(f"a size of {self.size} pixels makes a canvas of more than {MAX_CANVAS:,} pixels")
-        if isinstance(self.size, tuple) and (self.mode != "squash" or len(self.size) != 2):
-            raise ValueError(f"a size of (height, width) goes with mode 'squash', got {self.size} for {self.mode!r}")
-        if self.multiple < 1:
-            raise ValueError(f"Sizing.multiple must be at least 1, got {self.multiple}")
 
 
 def fit_image(image: Image.Image, sizing: Sizing) -> tuple[Tensor, Placement]:

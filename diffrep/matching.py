@@ -8,46 +8,15 @@ resizing and padding the backbones needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.fusion import Descriptors, Rows, lattice
-from diffrep.index import FAISS_FROM, Backend, FaissIndex, search
+from diffrep.index import FAISS_FROM, FaissIndex, search
+from diffrep.settings import MatchConfig
 from diffrep.similarity import Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchConfig:
-    """How a match is found."""
-
-    # cell: the best cell's centre; pixel: the best pixel, as if features had been upsampled to the image
-    # (DIFT); soft: the expected place in a window around the best cell (GeoAware)
-    mode: Literal["cell", "pixel", "soft"] = "cell"
-    metric: Metric = "cosine"
-    source: Literal["bilinear", "cell"] = "bilinear"  # a point's descriptor: interpolated, or its cell's
-    mutual: bool = False  # also say which matches lead back to where they came from
-    window: int = 7  # soft: cells to each side; 0: all; negative: Gaussian of that sigma
-    temperature: float = 0.02  # soft: similarities are divided by it
-    outside: Literal["exclude", "zero"] = "exclude"  # soft: zero is what GeoAware's released code does
-    backend: Backend = "auto"  # of dense searches for cells; auto takes FAISS from 50,000 target cells on
-    memory_mb: int = 64  # of similarity maps held at once
-
-    def __post_init__(self) -> None:
-        if self.mode == "soft" and (self.temperature <= 0 or self.metric != "cosine"):
-            raise ValueError(
-                "mode 'soft' needs metric 'cosine' and a temperature above 0,"
-                f" got {self.metric!r} and {self.temperature}"
-            )
-        if self.backend == "faiss" and (self.mode, self.metric) != ("cell", "cosine"):
-            raise ValueError(
-                "backend 'faiss' finds cells by cosine: it needs mode 'cell' and metric 'cosine',"
-                f" got {self.mode!r} and {self.metric!r}"
-            )
-        if self.memory_mb < 1:
-            raise ValueError(f"memory_mb must be at least 1, got {self.memory_mb}")
 
 
 @dataclass(frozen=True)

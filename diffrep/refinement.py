@@ -7,7 +7,6 @@ sd-dino describes its refinement as DDIM inversion and sampling with injected fe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,8 @@ from torch import Tensor
 from diffrep.backbones import BackboneError, LatentDiffusion, draw_noise
 from diffrep.backbones.loading import load_component
 from diffrep.images import Sizing, fit_image, stack_pixels
+from diffrep.settings import RefineConfig
 from diffrep.swap import composite
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefineConfig:
-    """How much of an image is drawn again, and how."""
-
-    strength: float = 0.2  # share of the schedule that is added as noise: 0 changes nothing, 1 draws it anew
-    steps: int = 20  # of denoising
-    prompt: str = ""  # what the image shows
-    guidance: float = 1.0  # scale of classifier-free guidance; 1: none
-    seed: int = 0  # of the noise
-
-    def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength must be above 0 and at most 1, got {self.strength:g}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
 
 @torch.inference_mode()

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from diffrep.fusion import Descriptors, Rows
+from diffrep.settings import Metric
 
-Metric: TypeAlias = Literal["cosine", "euclidean"]
 # of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
 

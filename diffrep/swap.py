@@ -18,7 +18,8 @@ from torch import Tensor
 
 from diffrep.fusion import Descriptors, lattice
 from diffrep.matching import read_mask
-from diffrep.similarity import Metric, nearest
+from diffrep.settings import Metric, SwapConfig
+from diffrep.similarity import nearest
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,6 @@ class SwapField:
     valid: Tensor
     image_size: tuple[int, int]
     step: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SwapConfig:
-    """How two images are swapped."""
-
-    resolution: int = 128  # places of the dense field along the longer side
-    metric: Metric = "euclidean"  # of descriptors
-    smooth: int = 5  # side of the window that judges outliers of the field, places; 1: they stay
-    feather: float = 1.5  # softness of the mask's edge, pixels of the result
-
-    def __post_init__(self) -> None:
-        if self.resolution < 2:
-            raise ValueError(f"resolution must be at least 2 places, got {self.resolution}")
-        if self.smooth < 1 or self.smooth % 2 == 0:
-            raise ValueError(f"smooth must be an odd number of places, 1 for none, got {self.smooth}")
-        if self.feather < 0:
-            raise ValueError(f"feather must not be negative, got {self.feather:g}")
 
 
 def swap_appearance(

@@ -74,6 +74,20 @@ def test_help_shows_ten_options_and_the_rest_when_asked(capsys: pytest.CaptureFi
     assert "--matching.temperature" not in short
 
 
+@pytest.mark.parametrize("name", ["match"])
+def test_help_loads_nothing_heavy(name: str) -> None:
+    code = (
+        "import sys, time; from diffrep.cli import main; main(sys.argv[1:])\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'diffusers', 'transformers', 'faiss', 'sklearn'} & set(sys.modules)\n"
+        "print('heavy:', *heavy, file=sys.stderr)\n"
+        "print('seconds:', time.process_time(), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, *name.split(), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "heavy:\n" in done.stderr
+    assert float(done.stderr.split()[-1]) < 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Inner:
     speed: float = 1.0  # beside

@@ -30,6 +30,7 @@ FLOORS = {
     "diffrep.results": 0,
     "diffrep.devices": 0,
     "diffrep.pages": 0,
+    "diffrep.settings": 0,
     "diffrep.cropping": 0,
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,

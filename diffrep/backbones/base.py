@@ -14,8 +14,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
-from diffrep.backbones.freeu import FreeU
-from diffrep.images import Sizing
+from diffrep.settings import Conditions, Sizing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,28 +57,6 @@ class Grid:
         """The cells tile the canvas: cell (0, 0) is its top left H/h by W/w pixels."""
         x, y = canvas_size[1] / map_size[1], canvas_size[0] / map_size[0]
         return cls(origin=((x - 1) / 2, (y - 1) / 2), stride=(x, y))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditions:
-    """The inputs of a diffusion backbone beside the image. Other backbones ignore them."""
-
-    timestep: int = 0  # 0..999; -1: no noise and time embedding 0
-    clean: bool = False  # no noise whatever the timestep says (CleanDIFT)
-    prompt: str = ""
-    ensemble: int = 1  # noise draws; maps are averaged over them
-    seed: int = 0
-    posterior: Literal["mean", "sample"] = "mean"
-    freeu: FreeU | None = None  # U-Nets: amplify the decoder, damp its skips (GeoAware-SC)
-    label: int | None = None  # class-conditional networks: the class; None: their null class, if they have one
-    discard: tuple[int, ...] = ()  # transformers: channels set to 0 before the modulated taps are normalised
-    guidance: float = 3.5  # guidance-distilled transformers (FLUX): the scale of the guidance to imitate
-
-    def __post_init__(self) -> None:
-        if not -1 <= self.timestep < 1000:
-            raise ValueError(f"timestep must be in 0..999, or -1 for no noise, got {self.timestep}")
-        if self.ensemble < 1:
-            raise ValueError(f"ensemble must be at least 1, got {self.ensemble}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,26 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class FreeU:
-    """Factors of FreeU; the defaults are GeoAware-SC's.
-
-    "Deep" is what has the channel count of the U-Net's deepest level, "next" the next smaller count.
-    """
-
-    deep_input: float = 1.2  # b1: on the first half of the channels
-    next_input: float = 1.4  # b2
-    deep_skip: float = 0.9  # s1: on the lowest frequencies
-    next_skip: float = 0.2  # s2
-    threshold: int = 1  # half the side of the square of frequencies that is damped
+from diffrep.settings import FreeU
 
 
 @contextmanager

@@ -7,20 +7,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch
 import tyro
-from torch import Tensor
 
-from diffrep.backbones import Backbone, VisionTransformer, load_backbone
 from diffrep.commands.output import check_writable, write_image
-from diffrep.draw import draw_field, draw_matches
-from diffrep.features import ExtractConfig
-from diffrep.images import Sizing, load_image
-from diffrep.matching import DenseMatches, MatchConfig, Matches, check_points, match_dense, match_points
-from diffrep.recipes import Correspondence, Recipe, reading_of, recipe
+from diffrep.settings import ExtractConfig, MatchConfig, Sizing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffrep.backbones import Backbone
+    from diffrep.matching import DenseMatches, Matches
+    from diffrep.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,11 @@ class Match:
     matching: MatchConfig = field(default_factory=MatchConfig)
 
     def run(self) -> None:
+        from diffrep.draw import draw_field, draw_matches
+        from diffrep.images import load_image
+        from diffrep.matching import check_points, match_dense, match_points
+        from diffrep.recipes import Correspondence
+
         if not self.points and not self.dense:
             raise ValueError("say what to match: --points x,y [x,y ...], or --dense")
         output = self.output or (None if self.json else Path("match.png"))
@@ -77,6 +81,9 @@ class Match:
 
     def _recipe(self) -> tuple[Recipe, Mapping[str, Backbone]]:
         """The named recipe, or one made for a backbone; options that were given take the place of its own."""
+        from diffrep.backbones import VisionTransformer, load_backbone
+        from diffrep.recipes import reading_of, recipe
+
         given = {
             f.name: value
             for f in dataclasses.fields(MatchConfig)
@@ -101,6 +108,8 @@ def parse_points(texts: tuple[str, ...]) -> Tensor:
     Raises:
         ValueError: a text is not two numbers.
     """
+    import torch
+
     points = []
     for text in texts:
         try:
@@ -113,6 +122,11 @@ def parse_points(texts: tuple[str, ...]) -> Tensor:
 
 def load_mask(path: Path) -> Tensor:
     """(H, W) bool: the bright half of an image."""
+    import numpy as np
+    import torch
+
+    from diffrep.images import load_image
+
     return torch.from_numpy(np.asarray(load_image(path).convert("L")) > 127)
 
 
