@@ -1,65 +1,77 @@
-"""Features of the images of a data set, kept on disk, so that each image is extracted once whatever is done
-with it.
+"""What an evaluation keeps on disk, so that a killed run goes on where it was: features and numbers by image.
 
-One safetensors file per image, written under another name and then renamed: a run that is killed leaves
-whole files only. The settings that made the features lie beside them; a folder made with other settings is
-refused.
+Everything that is kept knows the content of the files that it was made from. What was made from other content, of an
+image that was replaced for example, is made again; a folder that was made with other settings is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.backbones import Grid
-from diffrep.eval.datasets.pairs import PairSet, Problem
+from diffrep.eval.datasets.pairs import PairSet
 from diffrep.features import FeatureMaps
-from diffrep.files import claim_folder
+from diffrep.files import JsonLines, claim_folder, save_weights, sweep_partials, write_whole
 from diffrep.images import ImageError, Placement
-from diffrep.recipes import Correspondence, Recipe
+from diffrep.recipes import CATEGORY, Correspondence, Recipe
+from diffrep.store.manifest import weights_sha256
 
-SETTINGS = "settings.json"
+Kept = Literal["float32", "float16"]
+
+
+def fingerprint(value: object) -> str:
+    """Short text that is the same for the same JSON-ready value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def digest(*contents: bytes) -> str:
+    """Short text that is the same for the same contents of files."""
+    whole = hashlib.sha256()
+    for content in contents:
+        whole.update(hashlib.sha256(content).digest())
+    return whole.hexdigest()[:16]
 
 
 class FeatureCache:
-    """Features by image, in a folder.
+    """Features by image, one safetensors file each, in a folder.
 
     Args:
         folder: created where it is missing.
-        settings: JSON-ready; what the features depend on.
+        settings: JSON-ready; what the features depend on beside the images.
         dtype: in which they are kept. What is read back is float32 in either case; float16 halves the space
             and moves similarities in the fourth digit.
 
     Raises:
         ValueError: the folder holds features made with other settings; the message names the first
-        difference.
+            difference.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        settings: Mapping[str, object],
-        *,
-        dtype: Literal["float32", "float16"] = "float32",
-    ) -> None:
+    def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dtype: Kept = "float32") -> None:
         self.folder, self.dtype = Path(folder), dtype
         claim_folder(self.folder, {**settings, "kept_as": dtype})
+        for place in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
+            sweep_partials(place)
 
     def file(self, image: str) -> Path:
-        """Where the features of an image lie; `image` is its path relative to the data set's folder."""
+        """Where the features of an image lie; `image` is its path relative to the data set's folder.
+
+        Raises:
+            ValueError: the path leaves the folder.
+        """
         path = PurePosixPath(image)
         if path.is_absolute() or ".." in path.parts:
             raise ValueError(f"image paths must be relative to the data set's folder, got {image}")
@@ -68,12 +80,20 @@ class FeatureCache:
     def __contains__(self, image: str) -> bool:
         return self.file(image).is_file()
 
-    def save(self, image: str, features: Sequence[FeatureMaps]) -> None:
+    def holds(self, image: str, content: str) -> bool:
+        """Whether there are features of an image with that content (see `digest`)."""
+        try:
+            with safe_open(self.file(image), "pt") as opened:
+                return bool((opened.metadata() or {}).get("content") == content)
+        except (OSError, SafetensorError):
+            return False
+
+    def save(self, image: str, features: Sequence[FeatureMaps], content: str = "") -> None:
         """Keep all features of one image: one batch of one per backbone."""
         tensors, notes = {}, []
         for number, maps in enumerate(features):
             for tap, values in maps.maps.items():
-                tensors[f"{number}/{tap}"] = values.detach().to("cpu", getattr(torch, self.dtype)).contiguous()
+                tensors[f"{number}/{tap}"] = values.detach().to(getattr(torch, self.dtype))
             notes.append(
                 {
                     "placement": asdict(maps.placements[0]),
@@ -81,11 +101,7 @@ class FeatureCache:
                     "settings": dict(maps.settings),
                 }
             )
-        file = self.file(image)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, metadata={"features": json.dumps(notes, default=str)})
-        partial.replace(file)
+        save_weights(self.file(image), tensors, features=json.dumps(notes, default=str), content=content)
 
     def load(self, image: str) -> tuple[FeatureMaps, ...]:
         """Read the features of one image back, float32.
@@ -98,12 +114,12 @@ class FeatureCache:
             with safe_open(file, "pt") as opened:
                 notes = json.loads(opened.metadata()["features"])
                 tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+                return tuple(_features(number, note, tensors) for number, note in enumerate(notes))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{file}: not a file of kept features ({error}); delete it") from None
-        return tuple(_features(number, note, tensors) for number, note in enumerate(notes))
 
 
-def _features(number: int, note: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> FeatureMaps:
+def _features(number: int, note: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FeatureMaps:
     placed = note["placement"]
     height, width = placed["image_size"]
     rows, columns = placed["canvas_size"]
@@ -113,172 +129,187 @@ def _features(number: int, note: Mapping[str, Any], tensors: Mapping[str, torch.
     return FeatureMaps(maps, (placement,), grids, note["settings"])
 
 
-def fingerprint(value: object) -> str:
-    """Short text that is the same for the same JSON-ready value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-Sample = TypeVar("Sample", bound="Named", covariant=True)
-
-
-class Named(Protocol):
-    """Something with a name."""
-
-    @property
-    def name(self) -> str: ...
-
-
-class SampleSet(Protocol[Sample]):
-    """Images of a benchmark, read one by one."""
-
-    def __len__(self) -> int: ...
-
-    def samples(self, skip: frozenset[str]) -> Iterator[Sample | Problem]: ...
-
-
-def count_images(
-    data: SampleSet[Sample], done: frozenset[str], count: Callable[[Sample], None], *, title: str, progress: bool
-) -> list[Problem]:
-    """Call `count` with every image that is not done; what could not be read or raised ValueError comes back."""
-    problems = []
-    with tqdm(total=len(data), initial=len(done), desc=title, unit="image", disable=not progress) as bar:
-        for sample in data.samples(done):
-            bar.update(1)
-            if isinstance(sample, Problem):
-                problems.append(sample)
-                continue
-            try:
-                count(sample)
-            except ValueError as error:
-                problems.append(Problem(sample.name, str(error)))
-    return problems
-
-
-class ResultFile:
-    """One JSON object a line: an image's name and its numbers. A line that was cut off is dropped.
+class ImageResults:
+    """Numbers of each image, one JSON line each, and where there are any the errors of its pixels as ``.npy`` files.
 
     Args:
-        path: None keeps them in memory only.
+        folder: None keeps them in memory only.
+        name: of the file, ``NAME.jsonl``, and of the folder of errors.
     """
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    def __init__(self, folder: Path | None, name: str = "images") -> None:
+        self._log = JsonLines(None if folder is None else folder / f"{name}.jsonl")
+        self._errors_folder = None if folder is None else folder / f"{name}.errors"
+        self._in_memory: dict[str, Tensor] = {}
         self.rows: dict[str, Mapping[str, float]] = {}
-        if path is None or not path.is_file():
-            return
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                row = json.loads(line)
-                self.rows[row.pop("image")] = row
-        path.write_text("".join(json.dumps({"image": name, **row}) + "\n" for name, row in self.rows.items()))
+        self._contents: dict[str, str] = {}
+        for row in self._log.rows:
+            self._take(row)
+        if self._errors_folder is not None:
+            sweep_partials(self._errors_folder)
 
-    def add(self, image: str, values: Mapping[str, float]) -> None:
-        """Keep the numbers of one image."""
-        self.rows[image] = dict(values)
-        if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"image": image, **values}) + "\n")
+    def _take(self, row: Mapping[str, Any]) -> None:
+        image = str(row["image"]) if "image" in row else ""
+        self.rows[image] = {key: value for key, value in row.items() if key not in ("image", "content")}
+        self._contents[image] = str(row.get("content", ""))
 
+    def holds(self, image: str, content: str) -> bool:
+        """Whether there are numbers of an image with that content (see `digest`)."""
+        return image in self.rows and self._contents[image] == content
 
-class AngleFiles:
-    """Angular errors of every image, one .npy file each.
-
-    Args:
-        folder: None keeps them in memory.
-    """
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder / "angles" if folder is not None else None
-        self.kept: dict[str, Tensor] = {}
-
-    def _file(self, image: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{image}.npy"
-
-    def __contains__(self, image: str) -> bool:
-        return image in self.kept if self.folder is None else self._file(image).is_file()
-
-    def add(self, image: str, errors: Tensor) -> None:
-        """Keep the errors of one image: (N,) degrees."""
-        if self.folder is None:
-            self.kept[image] = errors
-            return
-        file = self._file(image)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.partial.npy")
-        np.save(partial, errors.numpy())
-        partial.replace(file)
+    def add(self, image: str, values: Mapping[str, float], content: str = "", errors: Tensor | None = None) -> None:
+        """Keep the numbers of one image, and the errors of its pixels: (N,)."""
+        if errors is not None and self._errors_folder is None:
+            self._in_memory[image] = errors
+        elif errors is not None:
+            out = io.BytesIO()
+            np.save(out, errors.numpy(), allow_pickle=False)
+            write_whole(self._file(image), out.getvalue())
+        row = {"image": image, "content": content, **values}
+        self._log.add(row)
+        self._take(row)
 
     def errors(self, image: str) -> Tensor:
-        """What was kept: (N,) degrees."""
-        return self.kept[image] if self.folder is None else torch.from_numpy(np.load(self._file(image)))
+        """The errors of the pixels of one image: (N,).
+
+        Raises:
+            ValueError: their file is damaged.
+        """
+        if self._errors_folder is None:
+            return self._in_memory[image]
+        file = self._file(image)
+        try:
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{file}: not a file of kept errors ({error}); delete the folder") from None
+
+    def _file(self, image: str) -> Path:
+        assert self._errors_folder is not None
+        return self._errors_folder / f"{fingerprint(image)}.npy"  # names of data sets may lead anywhere
 
 
-CATEGORY = "{category}"  # in a prompt: stands for the name of the image's category
+MIRRORED = "mirrored/"  # before the path of an image whose mirror image is meant
 
 
-def extract_images(
-    groups: Mapping[str, Sequence[str]],
-    load: Callable[[str], Image.Image],
-    correspondence: Correspondence,
-    cache: FeatureCache,
-    *,
-    batch_size: int,
-    progress: bool,
-) -> dict[str, str]:
-    """Extract every image that the cache lacks.
-
-    Batches are fixed by the list of images, and a batch that is not complete is extracted as a whole, so
-    that a run in two halves gives the very numbers of a run in one.
+@dataclass(frozen=True)
+class ImageFeatures:
+    """The features of a data set's images under a recipe, extracted once each.
 
     Args:
-        groups: category -> images, as `images_by_prompt` gives them.
-        load: reads an image by its name.
-
-    Returns:
-        Image -> what was wrong, for those that cannot be read.
+        root: of the data set; image paths are relative to it.
+        load: reads an image; given its path with `MIRRORED` before it where the mirror image is meant.
+        folder: of the cache.
+        kept_as: type in which features lie on disk.
+        batch_size: images that are extracted together; all that is lost when a run is killed.
     """
-    unreadable: dict[str, str] = {}
-    with tqdm(total=sum(map(len, groups.values())), desc="extract", unit="image", disable=not progress) as bar:
-        for category, images in groups.items():
-            own = _with_prompt(correspondence, category)
-            for start in range(0, len(images), batch_size):
-                batch = images[start : start + batch_size]
-                if not all(cache_key(category, image) in cache for image in batch):
-                    pictures: dict[str, Image.Image] = {}
-                    for image in batch:
-                        try:
-                            pictures[image] = load(image)
-                        except ImageError as error:
-                            unreadable[image] = str(error)
-                    for image, features in zip(pictures, own.features(list(pictures.values())), strict=True):
-                        cache.save(cache_key(category, image), features)
-                bar.update(len(batch))
-    return unreadable
+
+    root: Path
+    load: Callable[[str], Image.Image]
+    correspondence: Correspondence
+    folder: Path
+    dataset: str
+    kept_as: Kept = "float32"
+    batch_size: int = 8
+
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        """What the features depend on beside the images."""
+        return {
+            "readings": [asdict(reading) for reading in self.correspondence.recipe.readings],
+            "weights": [backbone.source for backbone in self.correspondence.backbones],
+            "dataset": self.dataset,
+            "batch_size": self.batch_size,
+        }
+
+    @cached_property
+    def cache(self) -> FeatureCache:
+        """The files."""
+        weights = [weights_sha256(backbone) for backbone in self.correspondence.backbones]
+        return FeatureCache(self.folder, {**self.settings, "weights_sha256": weights}, dtype=self.kept_as)
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        return {}
+
+    def content(self, image: str) -> str:
+        """`digest` of an image's file; read once.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        path = image.removeprefix(MIRRORED)
+        if path not in self._contents:
+            self._contents[path] = digest((self.root / path).read_bytes())
+        return self._contents[path]
+
+    @property
+    def by_category(self) -> bool:
+        """Whether an image's features depend on its category's name."""
+        return any(CATEGORY in reading.extract.prompt for reading in self.correspondence.recipe.readings)
+
+    def key(self, category: str, image: str) -> str:
+        """The name of an image's features: with the category where the prompt depends on it."""
+        return f"{category}/{image}" if category and self.by_category else image
+
+    def get(self, category: str, image: str) -> tuple[FeatureMaps, ...]:
+        """Read the features of one image."""
+        return self.cache.load(self.key(category, image))
+
+    def extract(self, images: Iterable[tuple[str, str]], *, progress: bool = True) -> dict[str, str]:
+        """Extract every image whose features are missing or of other content.
+
+        Batches are fixed by the list of images, and a batch that is not complete is extracted as a whole, so
+        that a run in two halves gives the very numbers of a run in one.
+
+        Args:
+            images: (category, image), repeated as often as one likes.
+
+        Returns:
+            Image -> what was wrong, for those that cannot be read.
+        """
+        groups: dict[str, list[str]] = {}
+        for category, image in dict.fromkeys((c if self.by_category else "", i) for c, i in images):
+            groups.setdefault(category, []).append(image)
+        unreadable: dict[str, str] = {}
+        with tqdm(total=sum(map(len, groups.values())), desc="extract", unit="image", disable=not progress) as bar:
+            for category, members in groups.items():
+                reader = with_prompt(self.correspondence, category)
+                for start in range(0, len(members), self.batch_size):
+                    batch = members[start : start + self.batch_size]
+                    unreadable |= self._extract_batch(reader, category, batch)
+                    bar.update(len(batch))
+        return unreadable
+
+    def _extract_batch(self, reader: Correspondence, category: str, batch: Sequence[str]) -> dict[str, str]:
+        contents, unreadable = {}, {}
+        for image in batch:
+            try:
+                contents[image] = self.content(image)
+            except OSError as error:
+                unreadable[image] = str(error)
+        if all(self.cache.holds(self.key(category, image), content) for image, content in contents.items()):
+            return unreadable
+        pictures: dict[str, Image.Image] = {}
+        for image in contents:
+            try:
+                pictures[image] = self.load(image)
+            except ImageError as error:
+                unreadable[image] = str(error)
+        for image, features in zip(pictures, reader.features(list(pictures.values())), strict=True):
+            self.cache.save(self.key(category, image), features, contents[image])
+        return unreadable
 
 
-def cache_key(category: str, image: str) -> str:
-    """The name of an image's features: with the category where the prompt depends on it."""
-    return f"{category}/{image}" if category else image
+def images_of(pairs: PairSet) -> Iterator[tuple[str, str]]:
+    """(category, image) of the pairs, categories and images in sorted order."""
+    yield from sorted({(p.category, image.path) for p in pairs.pairs for image in (p.source, p.target)})
 
 
-def prompts_by_category(recipe: Recipe) -> bool:
-    """Whether an image's features depend on its category's name."""
-    return any(CATEGORY in reading.extract.prompt for reading in recipe.readings)
-
-
-def images_by_prompt(pairs: PairSet, recipe: Recipe) -> dict[str, list[str]]:
-    """Category -> its images, sorted; one entry "" with all images where the prompt is the same for all."""
-    if not prompts_by_category(recipe):
-        return {"": list(pairs.images())}
-    names = sorted({pair.category for pair in pairs.pairs})
-    return {name: list(replace(pairs, pairs=pairs.of(name)).images()) for name in names}
-
-
-def _with_prompt(correspondence: Correspondence, category: str) -> Correspondence:
+def with_prompt(correspondence: Correspondence, category: str) -> Correspondence:
+    """The recipe with a category's name in its prompts; "" changes nothing."""
     if not category:
         return correspondence
-    recipe = correspondence.recipe
+    recipe: Recipe = correspondence.recipe
     readings = tuple(
         replace(r, extract=replace(r.extract, prompt=r.extract.prompt.replace(CATEGORY, category)))
         for r in recipe.readings

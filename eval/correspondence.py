@@ -9,42 +9,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Literal
 
 import torch
-import tyro
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.cache import (
-    FeatureCache,
-    cache_key,
-    extract_images,
-    fingerprint,
-    images_by_prompt,
-    prompts_by_category,
-)
+from diffrep.eval.cache import MIRRORED, ImageFeatures, Kept, fingerprint, images_of
 from diffrep.eval.correspondence_report import CorrespondenceReport, PairMatches
-from diffrep.eval.datasets.ap10k import read_ap10k
-from diffrep.eval.datasets.ap10k_release import Ap10kSet
-from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
-from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet, Problem
-from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
-from diffrep.eval.datasets.spair import read_spair, read_spair_u
-from diffrep.eval.datasets.tss import read_tss
-from diffrep.eval.failures import save_failures
-from diffrep.eval.matchers import baselines, matchers_of
+from diffrep.eval.datasets.keypoint_tables import KeypointTable, table_of
+from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet
 from diffrep.eval.pck import Pck
 from diffrep.eval.pose import predict_posed
-from diffrep.eval.protocols import PROTOCOLS, Protocol
-from diffrep.eval.scenes import ScenesReport, evaluate_scenes
-from diffrep.eval.tss import FlowReport, evaluate_flow
+from diffrep.eval.protocols import Protocol
+from diffrep.eval.report import Problem
 from diffrep.features import FeatureMaps
-from diffrep.files import claim_folder, write_whole
+from diffrep.files import claim_folder, read_document, sweep_partials, write_whole
 from diffrep.fusion import Descriptors, fuse
 from diffrep.images import load_image
 from diffrep.matching import match_points
@@ -62,12 +46,12 @@ def evaluate_pairs(
     search: Search = "auto",
     pose: bool = False,
     tables: Mapping[str, KeypointTable] | None = None,
-    keep: Literal["float32", "float16"] = "float32",
+    keep: Kept = "float32",
     batch_size: int = 8,
     pairs_per_file: int = 50,
     progress: bool = True,
 ) -> CorrespondenceReport:
-    """Evaluate a recipe on a benchmark; the same folder again goes on from what is there.
+    """Evaluate a recipe on a benchmark; the same folder again goes on from what is in it.
 
     Args:
         folder: holds ``features/`` (one file per image) and ``matches/`` (one file per `pairs_per_file`
@@ -76,7 +60,7 @@ def evaluate_pairs(
             the protocol's way where the recipe's descriptors lie on the cells that it needs.
         pose: also extract the sources' mirror images and match from those where they are nearer (GeoAware's
             adaptive pose alignment, without masks).
-        tables: category -> which of its keypoints are alike, instead of what their names say.
+        tables: category -> which of its keypoints are alike, instead of the published tables.
         keep: the type in which features are kept.
         batch_size: images that are extracted together; all that is lost when a run is killed.
 
@@ -84,62 +68,56 @@ def evaluate_pairs(
         ValueError: the folder is from other settings, the protocol's search does not fit the recipe, or pose
             alignment is asked for without it.
     """
-    folder = Path(folder)
     recipe = correspondence.recipe
-    settings = {
-        "readings": [asdict(reading) for reading in recipe.readings],
-        "weights": [backbone.source for backbone in correspondence.backbones],
-        "dataset": pairs.name,
-        "batch_size": batch_size,
-    }
-    cache = FeatureCache(folder / "features", settings, dtype=keep)
-    groups = images_by_prompt(pairs, recipe)
-    if pose:
-        groups = {c: [*images, *(MIRRORED + image for image in images)] for c, images in groups.items()}
-    unreadable = extract_images(
-        groups,
+    features = ImageFeatures(
+        pairs.root,
         lambda image: _load(pairs.root, image),
         correspondence,
-        cache,
+        Path(folder) / "features",
+        pairs.name,
+        kept_as=keep,
         batch_size=batch_size,
-        progress=progress,
     )
+    images = list(images_of(pairs))
+    if pose:
+        images += [(category, MIRRORED + image) for category, image in images]
+    unreadable = features.extract(images, progress=progress)
     usable = tuple(p for p in pairs.pairs if not {p.source.path, p.target.path} & unreadable.keys())
-    problems = [
-        *pairs.problems,
-        *(Problem(image, what) for image, what in unreadable.items() if not image.startswith(MIRRORED)),
-    ]
-    used = choose_search(usable, protocol, recipe, cache, search)
+    problems = [Problem(image, what) for image, what in unreadable.items() if not image.startswith(MIRRORED)]
+    used = choose_search(usable, protocol, features, search)
     if pose and used != "protocol":
         raise ValueError(f"pose alignment goes with a protocol's search; {recipe.name} matches by itself here")
-    kept = f"{protocol.name} by {used}{' posed' if pose else ''}"
-    matches = list(
+    matches = tuple(
         match_pairs(
-            usable, protocol, recipe, cache, folder / "matches" / kept,
-            by_protocol=used == "protocol", pose=pose, tables=tables, pairs_per_file=pairs_per_file, progress=progress,
+            usable,
+            protocol,
+            features,
+            Path(folder) / "matches" / f"{protocol.name} by {used}{' posed' if pose else ''}",
+            by_protocol=used == "protocol",
+            pose=pose,
+            tables=tables,
+            pairs_per_file=pairs_per_file,
+            progress=progress,
         )
-    )  # fmt: skip
-    counts = tuple(protocol.count(found.pair, found.predicted) for found in matches)
+    )
     parts = None
     if protocol.by_part:
-        groups_of = {c: table_of(protocol.benchmark, c, tables).groups for c in {m.pair.category for m in matches}}
-        shared = (protocol.count_shared(m.pair, m.predicted, groups_of[m.pair.category]) for m in matches)
+        groups = {c: table_of(protocol.benchmark, c, tables).groups for c in {m.pair.category for m in matches}}
+        shared = (protocol.count_shared(m.pair, m.predicted, groups[m.pair.category]) for m in matches)
         parts = Pck(protocol.alphas, tuple(shared))
     return CorrespondenceReport(
         dataset=pairs.name,
+        root=pairs.root,
         split=pairs.split,
         protocol=protocol,
         recipe=recipe.name,
         search=used,
-        pck=Pck(protocol.alphas, counts),
+        pck=Pck(protocol.alphas, tuple(protocol.count(m.pair, m.predicted) for m in matches)),
         by_part=parts,
-        problems=tuple(problems),
-        settings={**settings, "recipe": asdict(recipe), "kept_as": keep},
-        matches=tuple(matches),
+        problems=(*pairs.problems, *problems),
+        settings={**features.settings, "recipe": asdict(recipe), "kept_as": keep},
+        matches=matches,
     )
-
-
-MIRRORED = "mirrored/"  # before the path of an image whose mirror image is meant
 
 
 def _load(root: Path, image: str) -> Image.Image:
@@ -148,7 +126,7 @@ def _load(root: Path, image: str) -> Image.Image:
 
 
 def choose_search(
-    pairs: Sequence[AnnotatedPair], protocol: Protocol, recipe: Recipe, cache: FeatureCache, search: Search
+    pairs: Sequence[AnnotatedPair], protocol: Protocol, features: ImageFeatures, search: Search
 ) -> Literal["protocol", "recipe"]:
     """Whose way from keypoints to matches is used.
 
@@ -162,8 +140,8 @@ def choose_search(
         raise ValueError(f"the protocol {protocol.name} leaves matching to the recipe: search='recipe'")
     if not pairs:
         return "protocol"
-    category = pairs[0].category if prompts_by_category(recipe) else ""
-    (descriptors,) = fuse([cache.load(cache_key(category, pairs[0].source.path))], recipe.fusion)
+    recipe = features.correspondence.recipe
+    (descriptors,) = fuse([features.get(pairs[0].category, pairs[0].source.path)], recipe.fusion)
     placement, cells = descriptors.placement, protocol.search.cells
     square = placement.canvas_size[0] == placement.canvas_size[1]
     if square and descriptors.size == (cells, cells) and _centred(descriptors):
@@ -189,8 +167,7 @@ def _centred(descriptors: Descriptors) -> bool:
 def match_pairs(
     pairs: Sequence[AnnotatedPair],
     protocol: Protocol,
-    recipe: Recipe,
-    cache: FeatureCache,
+    features: ImageFeatures,
     folder: Path,
     *,
     by_protocol: bool,
@@ -199,11 +176,12 @@ def match_pairs(
     pairs_per_file: int = 50,
     progress: bool = True,
 ) -> Iterator[PairMatches]:
-    """Match every pair, or read its matches where they are kept.
+    """Match every pair, or read its matches where they are kept and images and keypoints are still the same.
 
     Raises:
         ValueError: the folder holds matches of other pairs or settings.
     """
+    recipe = features.correspondence.recipe
     names = [[p.name, p.source.path, p.target.path, list(p.ids)] for p in pairs]
     categories = {p.category for p in pairs} if pose else set()
     partners = {c: table_of(protocol.benchmark, c, tables).mirror for c in categories}
@@ -219,28 +197,39 @@ def match_pairs(
             "partners": {c: sorted(partners[c].items()) for c in sorted(partners)},
         },
     )
-    by_category = prompts_by_category(recipe)
-    load = lru_cache(maxsize=16)(cache.load)  # an image is in many pairs, usually in neighbouring ones
+    sweep_partials(folder)
+    load = lru_cache(maxsize=16)(features.get)  # an image is in many pairs, usually in neighbouring ones
+
+    def match(pair: AnnotatedPair) -> list[list[float]]:
+        source, target = (load(pair.category, image.path) for image in (pair.source, pair.target))
+        mirrored = load(pair.category, MIRRORED + pair.source.path) if pose else None
+        points = predict(
+            pair, source, target, protocol, recipe,
+            by_protocol=by_protocol, mirrored=mirrored, partners=partners.get(pair.category),
+        )  # fmt: skip
+        return points.tolist()
+
     with tqdm(total=len(pairs), desc="match", unit="pair", disable=not progress) as bar:
         for start in range(0, len(pairs), pairs_per_file):
             chunk = pairs[start : start + pairs_per_file]
             file = folder / f"{start // pairs_per_file:05d}.json"
-            if not file.exists():
-                found = []
-                for pair in chunk:
-                    category = pair.category if by_category else ""
-                    source, target = (load(cache_key(category, i.path)) for i in (pair.source, pair.target))
-                    mirrored = load(cache_key(category, MIRRORED + pair.source.path)) if pose else None
-                    points = predict(
-                        pair, source, target, protocol, recipe,
-                        by_protocol=by_protocol, mirrored=mirrored, partners=partners.get(pair.category),
-                    )  # fmt: skip
-                    found.append(points.tolist())
-                write_whole(file, json.dumps(found))
+            images = [(i, features.content(i.path)) for pair in chunk for i in (pair.source, pair.target)]
+            content = fingerprint([(asdict(image), content) for image, content in images])
+            if _content_of(file) != content:
+                points = [match(pair) for pair in chunk]
+                write_whole(file, json.dumps({"content": content, "points": points}))
             # read back also what was just written: a run in two halves sees the same numbers
-            for pair, points in zip(chunk, json.loads(file.read_text()), strict=True):
-                yield PairMatches(pair, torch.tensor(points, dtype=torch.float32).reshape(-1, 2))
+            for pair, values in zip(chunk, read_document(file)["points"], strict=True):
+                yield PairMatches(pair, torch.tensor(values, dtype=torch.float32).reshape(-1, 2))
             bar.update(len(chunk))
+
+
+def _content_of(file: Path) -> object:
+    """The fingerprint of the images and keypoints that a file of matches was made from; None where it is none."""
+    try:
+        return read_document(file).get("content")
+    except ValueError:
+        return None
 
 
 def predict(
@@ -273,116 +262,3 @@ def predict(
     # annotations that count pixels from 1 reach beyond the last pixel's centre
     points = torch.minimum(points.clamp(min=-0.5), points.new_tensor([width - 0.5, height - 0.5]))
     return protocol.to_frame(match_points(a, b, points, recipe.matching).points.cpu(), pair.target)
-
-
-Benchmark = Literal["scenes", "spair", "spair-u", "pf-pascal", "pf-willow", "ap-10k", "tss"]
-_USUAL = {  # benchmark -> protocol where the recipe has none of its own
-    "spair": "spair-dift",
-    "spair-u": "spair-u-geoaware",
-    "pf-pascal": "pf-pascal-sd-dino",
-    "pf-willow": "pf-willow",
-    "ap-10k": "ap-10k-geoaware",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalCorrespondence:
-    """Evaluate a recipe on a published correspondence benchmark, or on rendered scenes."""
-
-    benchmark: Benchmark
-    data: Path | None = None  # the data set's folder, in the layout in which it is released; scenes need none
-    recipe: str = "tiny"
-    protocol: str | None = None  # how it is counted; none: that of the recipe's paper, or the usual one
-    split: str = "test"  # of spair, pf-pascal (trn, val, test) and ap-10k (also test_cross_species, ..._family)
-    categories: tuple[str, ...] = ()  # or, for tss, subsets; none: all
-    search: Search = "auto"  # whose way from keypoints to matches: the protocol's, the recipe's, or what fits
-    pose: bool = False  # adaptive pose alignment: match from the source's mirror image where that is nearer
-    keypoints: Path | None = None  # TOML or JSON with left-right pairs and parts of the keypoints, by category
-    keep: Literal["float32", "float16"] = "float32"  # in which features are kept on disk
-    batch_size: int = 8  # images extracted together
-    failures: int = 12  # pictures of the worst pairs
-    device: str = "cpu"
-    # features, matches, report.json, report.txt and failures/ go here; the same folder again goes on
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("correspondence")
-
-    def run(self) -> CorrespondenceReport | FlowReport | ScenesReport:
-        """Evaluate, print the tables, write the files and return the report.
-
-        Raises:
-            DatasetError: the folder is not that data set.
-            ValueError: an unknown protocol, recipe, split or category, or a folder with other settings.
-        """
-        report: CorrespondenceReport | FlowReport | ScenesReport
-        if self.benchmark == "scenes":
-            plain, ours = baselines(box=True), matchers_of(Correspondence(self.recipe, device=self.device))
-            report = evaluate_scenes(plain[0] | ours[0], plain[1] | ours[1])
-        elif self.data is None:
-            raise ValueError(f"benchmark {self.benchmark} needs --data, the folder of the data set")
-        elif self.benchmark == "tss":
-            flows = read_tss(self.data, subsets=self.categories or None)
-            report = evaluate_flow(
-                flows,
-                Correspondence(self.recipe, device=self.device),
-                self.output,
-                search="sd-dino" if self.search == "protocol" else "recipe",
-                keep=self.keep,
-                batch_size=self.batch_size,
-            )
-        else:
-            protocol = self.chosen_protocol()
-            pairs = self.read(self.data, protocol)
-            report = evaluate_pairs(
-                pairs,
-                protocol,
-                Correspondence(self.recipe, device=self.device),
-                self.output,
-                search=self.search,
-                pose=self.pose,
-                tables=None if self.keypoints is None else read_keypoint_tables(self.keypoints),
-                keep=self.keep,
-                batch_size=self.batch_size,
-            )
-            save_failures(report.failures(self.failures, pairs.root), self.output / "failures")
-        print(report.table())
-        self.output.mkdir(parents=True, exist_ok=True)
-        write_whole(self.output / "report.json", report.to_json())
-        write_whole(self.output / "report.txt", report.table() + "\n")
-        return report
-
-    def chosen_protocol(self) -> Protocol:
-        """The protocol that is asked for, or that goes with benchmark and recipe.
-
-        Raises:
-            ValueError: there is none of that name for the benchmark.
-        """
-        fitting = [name for name, protocol in PROTOCOLS.items() if protocol.benchmark == self.benchmark]
-        own = f"{self.benchmark}-{self.recipe.partition(':')[0]}"
-        name = self.protocol or (own if own in fitting else _USUAL[self.benchmark])
-        if name not in fitting:
-            raise ValueError(f"{self.benchmark} has no protocol {name!r}; it has {', '.join(fitting)}")
-        return PROTOCOLS[name]
-
-    def read(self, data: Path, protocol: Protocol) -> PairSet:
-        """The data set's pairs.
-
-        Raises:
-            DatasetError: the folder is not that data set.
-            ValueError: the benchmark has no such split or category.
-        """
-        special: dict[str, tuple[str, ...]] = {
-            "ap-10k": get_args(Ap10kSet), "pf-willow": ("test",), "spair-u": ("test",)
-        }  # fmt: skip
-        splits = special.get(self.benchmark, ("trn", "val", "test"))
-        if self.split not in splits:
-            raise ValueError(f"{self.benchmark} has no split {self.split!r}; it has {', '.join(splits)}")
-        categories = self.categories or None
-        split: Any = self.split  # checked above
-        if self.benchmark == "spair":
-            return read_spair(data, split=split, categories=categories, keypoints=protocol.keypoints)
-        if self.benchmark == "spair-u":
-            return read_spair_u(data, categories=categories, keypoints=protocol.keypoints)
-        if self.benchmark == "pf-pascal":
-            return read_pf_pascal(data, split=split, categories=categories)
-        if self.benchmark == "pf-willow":
-            return read_pf_willow(data, categories=categories)
-        return read_ap10k(data, split=split, categories=categories)

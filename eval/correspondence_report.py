@@ -2,58 +2,61 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrep.eval.datasets.pairs import AnnotatedPair, Problem
+from diffrep.eval.datasets.pairs import AnnotatedPair
 from diffrep.eval.failures import Failure
-from diffrep.eval.pck import AGGREGATES, Pck
+from diffrep.eval.pck import AGGREGATES, Aggregate, Pck
 from diffrep.eval.protocols import Protocol
 from diffrep.eval.published import Published, published
+from diffrep.eval.report import Report, Section
 
 
 @dataclass(frozen=True)
 class PairMatches:
-    """Where one pair's keypoints were found, in the protocol's frame."""
+    """Where one pair's keypoints were matched to, in the protocol's frame."""
 
     pair: AnnotatedPair
     predicted: Tensor  # (N, 2) float32
 
 
 @dataclass(frozen=True)
-class CorrespondenceReport:
-    """What a recipe got on a benchmark."""
+class CorrespondenceReport(Report):
+    """What a recipe got on a benchmark.
+
+    Attributes:
+        search: "protocol" or "recipe": whose way from keypoints to matches was used.
+        root: of the data set's images.
+        by_part: over the keypoints that share a part with another one visible in the target.
+    """
 
     dataset: str
+    root: Path
     split: str
     protocol: Protocol
     recipe: str
-    search: str  # "protocol" or "recipe": whose way from keypoints to matches was used
+    search: str
     pck: Pck
-    by_part: Pck | None  # over the keypoints that share a part with another one visible in the target
-    problems: tuple[Problem, ...]
+    by_part: Pck | None
     settings: Mapping[str, object]
     matches: tuple[PairMatches, ...] = field(repr=False, default=())
 
-    def failures(self, count: int, root: Path) -> list[Failure]:
+    def failures(self, count: int, root: Path | None = None) -> list[Failure]:
         """The pairs with the smallest share of right points at the first alpha, then the largest distance."""
-        judged = []
-        for found in self.matches:
-            pair, protocol = found.pair, self.protocol
-            right = protocol.hits(pair, found.predicted)[0]
+        root, judged = root or self.root, []
+        for match in self.matches:
+            pair, protocol = match.pair, self.protocol
+            right = protocol.hits(pair, match.predicted)[0]
             truth = pair.target.points(pair.ids)
-            predicted = protocol.to_image(found.predicted, pair.target)
+            predicted = protocol.to_image(match.predicted, pair.target)
             away = float(torch.linalg.vector_norm(predicted - truth, dim=-1).median()) / max(pair.target.size)
-            title = f"{pair.category}: {int(right.sum())} of {len(right)} right at {protocol.alphas[0]:g}"
             failure = Failure(
-                f"{title}   {pair.name}",
+                f"{pair.category}: {int(right.sum())} of {len(right)} right at {protocol.alphas[0]:g}   {pair.name}",
                 root / pair.source.path,
                 root / pair.target.path,
                 pair.source.points(pair.ids),
@@ -69,21 +72,15 @@ class CorrespondenceReport:
         benchmark, split = self.protocol.benchmark, self.split
         return published(benchmark if split == "test" else f"{benchmark} {split}", threshold=self.protocol.threshold)
 
-    def table(self) -> str:
-        """The report as text."""
-        return "\n".join([*self._averages(), "", *self._categories(), *self._papers(), *self._notes()])
-
-    def to_json(self) -> str:
-        """Everything in the tables as numbers, with the settings that made them."""
-        averages = {name: _by_alpha(self.pck, name) for name in AGGREGATES}
+    def document(self) -> Mapping[str, object]:
         document: dict[str, object] = {
             "dataset": self.dataset,
-            "protocol": asdict(self.protocol),
+            "protocol": self.protocol,
             "recipe": self.recipe,
             "search": self.search,
             "pairs": len(self.pck.counted),
             "points": self.pck.points,
-            "pck": averages,
+            "pck": {name: _by_alpha(self.pck, name) for name in AGGREGATES},
             "categories": {
                 category: {
                     "pairs": len(self.pck.of(category).counted),
@@ -93,9 +90,9 @@ class CorrespondenceReport:
                 }
                 for category in self.pck.categories
             },
-            "published": [asdict(row) for row in self.rows()],
-            "problems": [asdict(problem) for problem in self.problems],
-            "settings": dict(self.settings),
+            "published": self.rows(),
+            "problems": self.problems,
+            "settings": self.settings,
         }
         if self.by_part is not None:
             document["by_part"] = {
@@ -103,69 +100,49 @@ class CorrespondenceReport:
                 "share": self.by_part.points / max(self.pck.points, 1),
                 "pck": {name: _by_alpha(self.by_part, name) for name in AGGREGATES},
             }
-        return json.dumps(document, indent=2, default=str)
+        return document
 
-    def _averages(self) -> list[str]:
-        alphas = self.protocol.alphas
-        frame = "original pixels" if self.protocol.frame is None else f"a square of {self.protocol.frame} pixels"
-        sign = "<=" if self.protocol.inclusive else "<"
-        lines = [
-            f"{self.recipe} on {self.dataset}: {len(self.pck.counted)} pairs, {self.pck.points} points",
-            f"protocol {self.protocol.name}: {sign} alpha * {self.protocol.threshold}, in {frame};"
-            f" matches by the {self.search}",
-            f"{'PCK, %':<26}" + "".join(f"{f'@{alpha:g}':>8}" for alpha in alphas),
-        ]
-        for name in AGGREGATES:
-            mark = " *" if name == self.protocol.aggregate else ""
-            lines.append(f"{name + mark:<26}" + "".join(f"{100 * v:>8.2f}" for v in self.pck.value(name)))
+    def sections(self) -> Iterator[Section]:
+        protocol, columns = self.protocol, [f"@{alpha:g}" for alpha in self.protocol.alphas]
+        frame = "original pixels" if protocol.frame is None else f"a square of {protocol.frame} pixels"
+        sign = "<=" if protocol.inclusive else "<"
+        rows = [(name + " *" * (name == protocol.aggregate), *_percent(self.pck.value(name))) for name in AGGREGATES]
         if self.by_part is not None and self.by_part.points:
             share = 100 * self.by_part.points / self.pck.points
-            lines.append(
-                f"{f'shared parts ({share:.1f} %)':<26}" + "".join(f"{100 * v:>8.2f}" for v in self.by_part.value())
-            )
-        return [*lines, "* the paper's headline number"]
+            rows.append((f"shared parts ({share:.1f} %)", *_percent(self.by_part.value())))
+        yield Section(
+            f"{self.recipe} on {self.dataset}: {len(self.pck.counted)} pairs, {self.pck.points} points\n"
+            f"protocol {protocol.name}: {sign} alpha * {protocol.threshold}, in {frame}; matches by the {self.search}\n"
+            "PCK, % (* the paper's headline number)",
+            columns,
+            rows,
+        )
+        by_category = [(category, self.pck.of(category)) for category in self.pck.categories]
+        yield Section(
+            "By category",
+            ("pairs", "points", f"{columns[0]} per point", "per image"),
+            [
+                (name, str(len(one.counted)), str(one.points), *_percent((one.value()[0], one.value("per image")[0])))
+                for name, one in by_category
+            ],
+        )
+        papers = [row for row in self.rows() if set(row.values) & set(protocol.alphas)]
+        if papers:
+            yield Section("Published (ours minus theirs)", columns, [self._beside(row) for row in papers])
 
-    def _categories(self) -> list[str]:
-        first = self.protocol.alphas[0]
-        lines = [f"{'category':<16}{'pairs':>7}{'points':>8}{f'@{first:g} per point':>18}{'per image':>11}"]
-        for category in self.pck.categories:
-            own = self.pck.of(category)
-            point, image = own.value()[0], own.value("per image")[0]
-            lines.append(f"{category:<16}{len(own.counted):>7}{own.points:>8}{100 * point:>18.2f}{100 * image:>11.2f}")
-        return lines
-
-    def _papers(self) -> list[str]:
-        rows = [row for row in self.rows() if set(row.values) & set(self.protocol.alphas)]
-        if not rows:
-            return []
-        lines = [
-            "",
-            f"{'published (ours minus theirs)':<40}" + "".join(f"{f'@{a:g}':>16}" for a in self.protocol.alphas),
+    def _beside(self, row: Published) -> tuple[str, ...]:
+        ours = self.pck.value(row.aggregate or self.protocol.aggregate)
+        cells = [
+            f"{row.values[a]:.1f} ({100 * value - row.values[a]:+.1f})" if a in row.values else ""
+            for a, value in zip(self.protocol.alphas, ours, strict=True)
         ]
-        for row in rows:
-            ours = self.pck.value(row.aggregate or self.protocol.aggregate)
-            cells = [
-                f"{row.values[a]:.1f} ({100 * own - row.values[a]:+.1f})" if a in row.values else ""
-                for a, own in zip(self.protocol.alphas, ours, strict=True)
-            ]
-            name = f"{row.method}{' [this recipe]' if row.recipe == self.recipe else ''}"
-            averaged = row.aggregate or "average not stated"
-            lines.append(f"{name:<40}" + "".join(f"{c:>16}" for c in cells) + f"  {averaged}; {row.source}")
-        return lines
-
-    def _notes(self) -> list[str]:
-        if not self.problems:
-            return []
-        shown = [f"  {problem}" for problem in self.problems[:20]]
-        more = [f"  ... and {len(self.problems) - 20} more, all in the JSON"] if len(self.problems) > 20 else []
-        return [
-            "",
-            f"{len(self.problems)} problems; what they concern is left out of every number:",
-            *shown,
-            *more,
-        ]
+        name = f"{row.method}{' [this recipe]' if row.recipe == self.recipe else ''}"
+        return name, *cells, f"{row.aggregate or 'average not stated'}; {row.source}"
 
 
-def _by_alpha(pck: Pck, aggregate: Any) -> dict[str, float | None]:
-    values = zip(pck.alphas, pck.value(aggregate), strict=True)
-    return {f"{alpha:g}": None if math.isnan(value) else value for alpha, value in values}
+def _percent(values: tuple[float, ...]) -> list[str]:
+    return [f"{100 * value:.2f}" for value in values]
+
+
+def _by_alpha(pck: Pck, aggregate: Aggregate) -> dict[str, float]:
+    return {f"{alpha:g}": value for alpha, value in zip(pck.alphas, pck.value(aggregate), strict=True)}

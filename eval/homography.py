@@ -8,10 +8,9 @@ cells of the descriptors: half a stride is what a map of that size can hardly av
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval.matchers import Extractor, FeatureMatcher, Matcher, View
+from diffrep.eval.report import Report, Section
 from diffrep.images import load_image
 
 _PHOTOGRAPHS = {  # file name -> (package, path inside it)
@@ -145,48 +145,43 @@ class Errors:
 
 
 @dataclass(frozen=True)
-class HomographyReport:
+class HomographyReport(Report):
     """Errors of every matcher over the same views and points."""
 
     settings: HomographySettings
     rows: Mapping[str, Errors]
     extractors: Mapping[str, Mapping[str, object]]  # extractor -> settings that made its features
 
-    def table(self) -> str:
-        """The report as text: all photographs together, then each one's median."""
-        width = max(map(len, self.rows))
-        names = list(next(iter(self.rows.values())).pixels)
-        points = next(iter(self.rows.values())).numbers()["points"]
-        views = f"{self.settings.views} views of each of {len(names)} photographs, {points} points"
-        head = f"{'median':>8}  {'75 %':>8}  {'90 %':>8}  {'stride':>7}  {'median':>12}  {'within one':>10}"
-        lines = [f"Distance of matches from the truth, pixels ({views})", f"{'':<{width}}  {head}"]
-        for matcher, errors in self.rows.items():
-            n = errors.numbers()
-            cells = f"{n['median']:>8.1f}  {n['q75']:>8.1f}  {n['q90']:>8.1f}"
-            if self.rows[matcher].strides:
-                share = f"{100 * n['within_one_stride']:.1f} %"
-                cells += f"  {n['stride']:>7.1f}  {n['median_in_strides']:>4.2f} strides  {share:>10}"
-            lines.append(f"{matcher:<{width}}  {cells}")
-        lines += ["", "Median by photograph, pixels"]
-        lines.append(f"{'':<{width}}" + "".join(f"  {name:>16}" for name in names))
-        for matcher, errors in self.rows.items():
-            cells = "".join(f"  {errors.numbers(name)['median']:>16.1f}" for name in names)
-            lines.append(f"{matcher:<{width}}{cells}")
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """Everything in the tables as numbers, with the settings that made them."""
+    def document(self) -> Mapping[str, object]:
         rows = {
             matcher: {"all": errors.numbers(), "photographs": {n: errors.numbers(n) for n in errors.pixels}}
             for matcher, errors in self.rows.items()
         }
-        document = {
+        return {
             "benchmark": "homography",
-            "settings": asdict(self.settings),
-            "extractors": {name: dict(values) for name, values in self.extractors.items()},
+            "settings": self.settings,
+            "extractors": self.extractors,
             "rows": rows,
         }
-        return json.dumps(document, indent=2, default=str)
+
+    def sections(self) -> Iterator[Section]:
+        first = next(iter(self.rows.values()))
+        names, points = list(first.pixels), first.numbers()["points"]
+        rows = []
+        for matcher, errors in self.rows.items():
+            n = errors.numbers()
+            cells = [f"{n[key]:.1f}" for key in ("median", "q75", "q90", "stride") if key in n]
+            if errors.strides:
+                cells += [f"{n['median_in_strides']:.2f} strides", f"{100 * n['within_one_stride']:.1f} %"]
+            rows.append((matcher, *cells))
+        views = f"{self.settings.views} views of each of {len(names)} photographs, {points} points"
+        columns = ("median", "75 %", "90 %", "stride", "median", "within one")
+        yield Section(f"Distance of matches from the truth, pixels ({views})", columns, rows)
+        medians = [
+            (matcher, *(f"{errors.numbers(name)['median']:.1f}" for name in names))
+            for matcher, errors in self.rows.items()
+        ]
+        yield Section("Median by photograph, pixels", names, medians)
 
 
 def evaluate_homographies(
@@ -209,13 +204,13 @@ def evaluate_homographies(
     settings = settings or HomographySettings()
     errors: dict[str, dict[str, list[float]]] = {name: {} for name in matchers}
     strides: dict[str, dict[str, float]] = {name: {} for name in matchers}
-    made: dict[str, Mapping[str, object]] = {}
+    described: dict[str, Mapping[str, object]] = {}
     for name, path in tqdm((images or photographs()).items(), desc="photographs", disable=not progress):
         image = np.array(load_image(path))
         matrices = [view_homography(image.shape[:2], settings, view) for view in range(settings.views)]
         pictures = [image, *(see_through(image, matrix) for matrix in matrices)]
         read = {extractor: list(extract(pictures)) for extractor, extract in extractors.items()}
-        made |= {extractor: maps[0].settings for extractor, maps in read.items()}
+        described |= {extractor: maps[0].settings for extractor, maps in read.items()}
         box = (0.0, 0.0, image.shape[1] - 1.0, image.shape[0] - 1.0)
         photograph, *views = (
             View(picture, box, {extractor: maps[i] for extractor, maps in read.items()})
@@ -233,7 +228,7 @@ def evaluate_homographies(
         matcher: Errors({name: tuple(values) for name, values in found.items()}, strides[matcher])
         for matcher, found in errors.items()
     }
-    return HomographyReport(settings, rows, made)
+    return HomographyReport(settings, rows, described)
 
 
 def queries(size: tuple[int, int], matrix: Tensor, per_side: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from diffrep.alignment import align_depth
 from diffrep.backbones import Backbone
-from diffrep.eval.depth import depth_metrics, mean_metrics
-from diffrep.eval.normals import PooledAngles, angular_error
+from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics, mean_metrics
 from diffrep.heads.maps import DepthMap
 from diffrep.heads.probes.annotated import AnnotatedImages
 from diffrep.heads.probes.dense_probe import Annotation, DenseProbe

@@ -7,8 +7,7 @@ that it has; they are of another model, another data set and far longer training
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.pipelines import load_parts
+from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import (
     Method,
     SceneMapReport,
     SceneMapSettings,
     evaluate_scene_maps,
+    maps_through_vae,
     no_look,
-    through_vae,
 )
 from diffrep.heads.training.dense import LOTUS_D, LOTUS_G, OneStepModel, OneStepRecipe, Task, predict_maps
 from diffrep.heads.training.dense_data import AnnotatedImages
@@ -87,7 +87,7 @@ class AblationSettings:
 
 
 @dataclass(frozen=True)
-class AblationReport:
+class AblationReport(Report):
     """What every variant got."""
 
     settings: AblationSettings
@@ -105,10 +105,8 @@ class AblationReport:
         """
         names = self.scenes.groups()["all"]
         a, b = (np.array([self.scenes.rows[m][n][self.metric()] for n in names]) for m in (ours, theirs))
-        draws = np.random.default_rng(0).integers(len(names), size=(2000, len(names)))
-        gains = 100 * (1 - a[draws].mean(1) / b[draws].mean(1))
-        low, high = np.quantile(gains, [0.025, 0.975])
-        return float(100 * (1 - a.mean() / b.mean())), float(low), float(high)
+        low, high = bootstrap(lambda rows: 100 * (1 - a[rows].mean(1) / b[rows].mean(1)), len(names), draws=2000)
+        return float(100 * (1 - a.mean() / b.mean())), low, high
 
     def findings(self) -> list[str]:
         """Each claim of the paper, and whether it shows here."""
@@ -128,35 +126,32 @@ class AblationReport:
             lines.append(f"  {what}: error {value:+.1f}% lower ({low:+.1f}..{high:+.1f}): {verdict}")
         return lines
 
-    def table(self) -> str:
-        """Variants with their error, the paper's beside, then what follows."""
-        metric = self.metric()
-        others = [name for name in self.scenes.rows if name not in {v.name for v in self.variants}]
-        width = max(map(len, self.scenes.rows))
-        unit = "mean angle, degrees" if metric == "mean" else "AbsRel, %"
-        lines = [
-            f"{self.settings.steps} steps of {self.settings.batch_size} images each, {len(self.scenes.groups()['all'])}"
-            f" held-out scenes (95 % interval over images)",
-            f"  {'':<{width}}  {'passes':>6}  {unit:>24}  paper, NYUv2 AbsRel %",
-        ]
-        rows: list[tuple[str, int | None, float | None]] = [(v.name, v.steps, v.published) for v in self.variants]
-        for name, passes, published in [*rows, *((name, None, None) for name in others)]:
-            scale = 1 if metric == "mean" else 100
-            value, low, high = (scale * x for x in self.scenes.mean(name, metric))
-            cell = f"{value:.2f} ({low:.2f}..{high:.2f})"
-            paper = "" if published is None else f"{published:.2f}"
-            lines.append(f"  {name:<{width}}  {passes or '':>6}  {cell:>24}  {paper:>5}".rstrip())
-        return "\n".join([*lines, "", "What the paper claims, on these scenes:", *self.findings()])
-
-    def to_json(self) -> str:
-        """The table as numbers, with every variant's settings."""
-        document: dict[str, Any] = {
-            "settings": asdict(self.settings),
-            "variants": [asdict(variant) for variant in self.variants],
-            "scenes": json.loads(self.scenes.to_json()),
+    def document(self) -> Mapping[str, object]:
+        return {
+            "settings": self.settings,
+            "variants": self.variants,
+            "scenes": self.scenes.document(),
             "findings": self.findings(),
         }
-        return json.dumps(document, indent=2)
+
+    def sections(self) -> Iterator[Section]:
+        metric = self.metric()
+        scale, unit = (1, "mean angle, degrees") if metric == "mean" else (100, "AbsRel, %")
+        known = {variant.name: variant for variant in self.variants}
+        rows = []
+        for name in [*known, *(name for name in self.scenes.rows if name not in known)]:
+            value, low, high = (scale * x for x in self.scenes.mean(name, metric))
+            variant = known.get(name)
+            passes = "" if variant is None else str(variant.steps)
+            paper = "" if variant is None or variant.published is None else f"{variant.published:.2f}"
+            rows.append((name, passes, with_interval(value, low, high), paper))
+        yield Section(
+            f"{self.settings.steps} steps of {self.settings.batch_size} images each, {len(self.scenes.groups()['all'])}"
+            " held-out scenes (95 % interval over images)",
+            ("passes", unit, "paper, NYUv2 AbsRel %"),
+            rows,
+        )
+        yield Section("What the paper claims, on these scenes:", notes=self.findings())
 
 
 def run_ablation(
@@ -193,7 +188,7 @@ def run_ablation(
         )
         methods[variant.name] = _method(model, vae, task, variant.steps)
         weights[variant.name] = asdict(training)
-    methods |= {"no look": no_look(task), "truth through the VAE": through_vae(vae, task)}
+    methods |= {"no look": no_look(task), "truth through the VAE": maps_through_vae(vae, task)}
     found = evaluate_scene_maps(
         methods,
         task,

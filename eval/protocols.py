@@ -251,6 +251,7 @@ PROTOCOLS = {
             inclusive=False,
             aggregate="per image",
             search=_GEOAWARE_SEARCH,
+            by_part=True,
             source="GeoAware-SC, pck_train.py, eval_ap10k; category is the species or family pair",
         ),
     )

@@ -9,13 +9,8 @@ interval is a bootstrap over pairs.
 from __future__ import annotations
 
 import itertools
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import islice
-from multiprocessing import get_context
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -25,6 +20,8 @@ from tqdm import tqdm
 
 from diffrep.eval.matchers import FUSED, Extractor, Matcher, View
 from diffrep.eval.pck import PairCount, Pck, chance_within, difference_interval, within
+from diffrep.eval.rendering import rendered
+from diffrep.eval.report import Report, Section, with_interval
 from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, mirror, render_scene, scene_pairs
 
 CHANCE = "chance"
@@ -64,7 +61,7 @@ class ScenePair:
 
 
 @dataclass(frozen=True)
-class ScenesReport:
+class ScenesReport(Report):
     """Counts of every matcher over the same pairs."""
 
     settings: ScenesSettings
@@ -101,86 +98,64 @@ class ScenesReport:
             )
         ]
 
-    def table(self) -> str:
-        """The report as text: groups with intervals, then categories."""
-        groups = self.groups()
-        width = max(map(len, self.rows))
-        lines = []
-        for i, alpha in enumerate(self.settings.alphas):
-            lines.append(f"PCK@{alpha:g} per point, % (95 % interval over pairs)")
-            lines.append(f"{'':<{width}}" + "".join(f"  {name:>20}" for name in groups))
-            counts = [self.pck(next(iter(self.rows)), name) for name in groups]
-            sizes = (f"{len(c.pairs)} pairs, {c.points} points" for c in counts)
-            lines.append(f"{'':<{width}}" + "".join(f"  {size:>20}" for size in sizes))
-            for matcher in self.rows:
-                cells = (_cell(self.pck(matcher, name), i) for name in groups)
-                lines.append(f"{matcher:<{width}}" + "".join(f"  {cell:>20}" for cell in cells))
-            lines.append("")
-        last = len(self.settings.alphas) - 1
-        names = [c for c in self.settings.categories if c in next(iter(self.rows.values())).categories]
-        lines.append(f"PCK@{self.settings.alphas[last]:g} per point by category, % (* never in training)")
-        heads = [f"{name}*" if name in UNSEEN else name for name in names]
-        lines.append(f"{'':<{width}}" + "".join(f"  {head:>{max(5, len(head))}}" for head in heads))
-        for matcher, counts_of in self.rows.items():
-            values = (100 * counts_of.of(name).value()[last] for name in names)
-            cells = (f"  {v:>{max(5, len(head))}.1f}" for v, head in zip(values, heads, strict=True))
-            lines.append(f"{matcher:<{width}}" + "".join(cells))
-        return "\n".join([*lines, *self._gains()])
+    def document(self) -> Mapping[str, object]:
+        rows = {
+            matcher: {
+                "groups": {name: _numbers(self.pck(matcher, name)) for name in self.groups()},
+                "categories": {name: _numbers(counts.of(name)) for name in counts.categories},
+            }
+            for matcher, counts in self.rows.items()
+        }
+        return {
+            "benchmark": "scenes",
+            "protocol": "PCK per point, <= alpha * longer side of the target's box, points visible in both",
+            "settings": self.settings,
+            "unseen": [c for c in self.settings.categories if c in UNSEEN],
+            "extractors": self.extractors,
+            "rows": rows,
+        }
 
-    def _gains(self) -> list[str]:
+    def sections(self) -> Iterator[Section]:
+        first = next(iter(self.rows))
+        sizes = {name: self.pck(first, name) for name in self.groups()}
+        columns = [f"{name} ({len(c.pairs)} pairs, {c.points} points)" for name, c in sizes.items()]
+        for i, alpha in enumerate(self.settings.alphas):
+            rows = [(matcher, *(_cell(self.pck(matcher, name), i) for name in sizes)) for matcher in self.rows]
+            yield Section(f"PCK@{alpha:g} per point, % (95 % interval over pairs)", columns, rows)
+        names = [c for c in self.settings.categories if c in self.rows[first].categories]
+        yield Section(
+            f"PCK@{self.settings.alphas[-1]:g} per point by category, % (* never in training)",
+            [f"{name}*" if name in UNSEEN else name for name in names],
+            [
+                (matcher, *(f"{100 * counts.of(name).value()[-1]:.1f}" for name in names))
+                for matcher, counts in self.rows.items()
+            ],
+        )
+        if gains := list(self._gains()):
+            yield Section("Gain of fusion on the same pairs (95 % interval)", rows=gains)
+
+    def _gains(self) -> Iterator[tuple[str, str]]:
         """How much each fused matcher ("a + b") gains over its parts."""
-        lines = []
         for fused in self.rows:
             parts = [part for part in fused.split(FUSED) if part != fused and part in self.rows]
             for part, group in itertools.product(parts, self.groups()):
                 gain = self.difference(fused, part, group)[-1]
                 low, value, high = (100 * gain[key] for key in ("low", "value", "high"))
-                alpha = f"PCK@{gain['alpha']:g}"
-                lines.append(
-                    f"  {group:<16}  {fused} over {part}: {value:+.1f} ({low:+.1f}..{high:+.1f}) points of {alpha}"
-                )
-        return ["", "Gain of fusion on the same pairs (95 % interval)", *lines] if lines else []
-
-    def to_json(self) -> str:
-        """Everything in the tables as numbers, with the settings that made them."""
-        rows: dict[str, object] = {}
-        for matcher, counts in self.rows.items():
-            groups = {name: _numbers(self.pck(matcher, name)) for name in self.groups()}
-            categories = {name: _numbers(counts.of(name)) for name in counts.categories}
-            rows[matcher] = {"groups": groups, "categories": categories}
-        document = {
-            "benchmark": "scenes",
-            "protocol": "PCK per point, <= alpha * longer side of the target's box, points visible in both",
-            "settings": asdict(self.settings),
-            "unseen": [c for c in self.settings.categories if c in UNSEEN],
-            "extractors": {name: dict(values) for name, values in self.extractors.items()},
-            "rows": rows,
-        }
-        return json.dumps(document, indent=2, default=str)
+                points = f"{value:+.1f} ({low:+.1f}..{high:+.1f}) points of PCK@{gain['alpha']:g}"
+                yield group, f"{fused} over {part}: {points}"
 
 
 def _cell(pck: Pck, alpha: int) -> str:
-    low, high = pck.interval()[alpha]
-    return f"{100 * pck.value()[alpha]:.1f} ({100 * low:.1f}..{100 * high:.1f})"
+    return with_interval(100 * pck.value()[alpha], *(100 * end for end in pck.interval()[alpha]), digits=1)
 
 
 def _numbers(pck: Pck) -> dict[str, object]:
     per_alpha = zip(pck.alphas, pck.value(), pck.value("per image"), pck.interval(), strict=True)
     values = [
-        {
-            "alpha": alpha,
-            "per_point": _known(point),
-            "per_image": _known(image),
-            "low": _known(low),
-            "high": _known(high),
-        }
+        {"alpha": alpha, "per_point": point, "per_image": image, "low": low, "high": high}
         for alpha, point, image, (low, high) in per_alpha
     ]
     return {"pairs": len(pck.pairs), "points": pck.points, "pck": values}
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else value  # JSON has no NaN
 
 
 def evaluate_scenes(
@@ -203,14 +178,15 @@ def evaluate_scenes(
     if CHANCE in matchers:
         raise ValueError(f"the name {CHANCE!r} is taken by the row that is always there")
     counts: dict[str, list[PairCount]] = {name: [] for name in (CHANCE, *matchers)}
-    made: dict[str, Mapping[str, object]] = {}
+    described: dict[str, Mapping[str, object]] = {}
     mirrored = set()
     pairs = scene_pairs(settings.split, settings.per_category, categories=settings.categories, seed=settings.seed)
     with tqdm(total=len(pairs), desc="scenes", unit="pair", disable=not progress) as bar:
-        for batch in _batches(_rendered(pairs, settings), settings.batch_size):
+        jobs = [(*pair, settings.size) for pair in pairs]
+        for batch in rendered(render_pair, jobs, workers=settings.workers, batch_size=settings.batch_size):
             images = [view.image for pair in batch for view in pair.views]
             read = {name: list(extract(images)) for name, extract in extractors.items()}
-            made |= {name: maps[0].settings for name, maps in read.items()}
+            described |= {name: maps[0].settings for name, maps in read.items()}
             for i, pair in enumerate(batch):
                 source, target = (
                     View(view.image, view.box, {name: maps[2 * i + side] for name, maps in read.items()})
@@ -227,17 +203,7 @@ def evaluate_scenes(
                     counts[name].append(PairCount.of(pair.name, pair.category, hits))
             bar.update(len(batch))
     rows = {name: Pck(settings.alphas, tuple(values)) for name, values in counts.items()}
-    return ScenesReport(settings, rows, frozenset(mirrored), made)
-
-
-def _rendered(pairs: Sequence[tuple[int, int, str, bool]], settings: ScenesSettings) -> Iterator[ScenePair]:
-    jobs = [(*pair, settings.size) for pair in pairs]
-    if settings.workers == 0:
-        yield from map(render_pair, jobs)
-        return
-    # spawn: a forked child would inherit the threads' locks of the libraries that are loaded here
-    with ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn")) as pool:
-        yield from pool.map(render_pair, jobs, chunksize=4)
+    return ScenesReport(settings, rows, frozenset(mirrored), described)
 
 
 def render_pair(job: tuple[int, int, str, bool, int]) -> ScenePair:
@@ -259,8 +225,3 @@ def render_pair(job: tuple[int, int, str, bool, int]) -> ScenePair:
     name = f"{seed_a}-{seed_b}{' mirrored' if mirrored else ''}"
     views = (View(a.image, (x0, y0, x1, y1)), View(b.image, (u0, v0, u1, v1)))
     return ScenePair(name, category, mirrored, views, (points[:, 0], points[:, 1]))
-
-
-def _batches(pairs: Iterator[ScenePair], size: int) -> Iterator[list[ScenePair]]:
-    while batch := list(islice(pairs, size)):
-        yield batch

@@ -6,9 +6,9 @@ own script scores them, which is kinder to weighted F and MAE.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +20,14 @@ from scipy.ndimage import binary_opening, label
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.published_segmentation import PUBLISHED_DIS, TE
-from diffrep.eval.scene_maps import SceneMapSettings, name_of, scene_batches, scene_jobs
+from diffrep.eval.published import PUBLISHED_DIS
+from diffrep.eval.report import Report, Section, bootstrap, with_interval
+from diffrep.eval.scene_maps import Method, SceneMapSettings, predict_scenes, scene_groups, scene_jobs, through_vae
 from diffrep.eval.segmentation_metrics import AUTHORS, DIS, MaskScores
+from diffrep.files import write_whole
 from diffrep.heads.training.masks_data import MaskedImage, read_dis
 from diffrep.images import load_image
-from diffrep.scenes import SEEN, UNSEEN, Scene
+from diffrep.scenes import Scene
 
 Protocol = Literal["soft", "thresholded"]
 Map = NDArray[np.uint8]
@@ -71,25 +73,25 @@ def together(images: Sequence[ImageScores]) -> dict[str, float]:
 
 def interval(images: Sequence[ImageScores], name: str, *, draws: int = 500) -> tuple[float, float]:
     """95 % interval of a score of the data set, a bootstrap over its images."""
-    rows = np.random.default_rng(0).integers(len(images), size=(draws, len(images)))
-    if name in ("maxf", "em_mean"):
-        curves = np.stack([image.f if name == "maxf" else image.e for image in images])
+    if name not in ("maxf", "em_mean"):
+        values = np.array([image.values[name] for image in images])
+        return bootstrap(lambda rows: np.nanmean(values[rows], axis=1), len(images), draws=draws)
+    curves = np.stack([image.f if name == "maxf" else image.e for image in images])
+
+    def of_mean_curve(rows: NDArray[np.int64]) -> NDArray[np.float64]:
         means = np.stack([curves[chosen].mean(0) for chosen in rows])
-        values = means.max(1) if name == "maxf" else means.mean(1)
-    else:
-        values = np.nanmean(np.array([image.values[name] for image in images])[rows], axis=1)
-    low, high = np.nanquantile(values, [0.025, 0.975])
-    return float(low), float(high)
+        return means.max(1) if name == "maxf" else means.mean(1)
+
+    return bootstrap(of_mean_curve, len(images), draws=draws)
 
 
 @dataclass(frozen=True)
-class MaskReport:
+class MaskReport(Report):
     """What every method got on every image.
 
     Attributes:
         rows: method -> image -> scores, the same images for all.
         groups: group -> its images.
-        notes: lines to print below the table.
         published: print the published figures of DIS5K too.
     """
 
@@ -98,7 +100,6 @@ class MaskReport:
     rows: Mapping[str, Mapping[str, ImageScores]]
     groups: Mapping[str, Sequence[str]]
     settings: Mapping[str, object]
-    notes: tuple[str, ...] = ()
     published: bool = False
 
     def of(self, method: str, group: str) -> list[ImageScores]:
@@ -108,65 +109,53 @@ class MaskReport:
     def columns(self) -> dict[str, str]:
         """Score -> heading, of the scores that were counted."""
         counted = next(iter(next(iter(self.rows.values())).values())).values
-        named = COLUMNS | {"thin": "thin found"}
-        return {name: heading for name, heading in named.items() if name in counted}
+        return {name: heading for name, heading in {**COLUMNS, "thin": "thin found"}.items() if name in counted}
 
-    def table(self) -> str:
-        """The report as text."""
-        width = max(map(len, self.rows))
-        lines = [f"{self.benchmark}: {SAID[self.protocol]}; 95 % interval over images"]
-        columns = self.columns()
-        for group, names in self.groups.items():
-            lines += ["", f"{group}: {len(names)} images"]
-            lines.append(f"  {'':<{width}}" + "".join(f"  {heading:>22}" for heading in columns.values()))
-            for method in self.rows:
-                images = self.of(method, group)
-                values = together(images)
-                cells = (_cell(name, values[name], *interval(images, name)) for name in columns)
-                lines.append(f"  {method:<{width}}" + "".join(f"  {cell:>22}" for cell in cells))
-        lines += ["", *self.notes] if self.notes else []
-        return "\n".join(lines + (_published_lines() if self.published else []))
+    def values(self, method: str, group: str) -> dict[str, tuple[float, float, float]]:
+        """Score -> its value over a group and the 95 % interval."""
+        images = self.of(method, group)
+        scores = together(images)
+        return {name: (scores[name], *interval(images, name)) for name in self.columns()}
 
-    def to_json(self) -> str:
-        """Everything in the table as numbers, with the settings that made them."""
-        rows: dict[str, Any] = {}
-        for method in self.rows:
-            rows[method] = {}
-            for group, names in self.groups.items():
-                images = self.of(method, group)
-                values = together(images)
-                rows[method][group] = {
+    def document(self) -> Mapping[str, object]:
+        rows = {
+            method: {
+                group: {
                     "images": len(names),
                     **{
-                        name: dict(zip(("value", "low", "high"), (values[name], *interval(images, name)), strict=True))
-                        for name in self.columns()
+                        name: dict(zip(("value", "low", "high"), numbers, strict=True))
+                        for name, numbers in self.values(method, group).items()
                     },
                 }
-        published = [{"method": r.method, "quoted in": r.quoted_in, **r.values} for r in PUBLISHED_DIS]
-        about = {"benchmark": self.benchmark, "definition": SAID[self.protocol], "settings": dict(self.settings)}
-        return json.dumps(
-            about | {"rows": rows, "notes": self.notes} | ({"published": published} if self.published else {}), indent=2
-        )
+                for group, names in self.groups.items()
+            }
+            for method in self.rows
+        }
+        about = {"benchmark": self.benchmark, "definition": SAID[self.protocol], "settings": self.settings}
+        papers = [{"method": r.method, "quoted in": r.quoted_in, **r.values} for r in PUBLISHED_DIS]
+        published = {"published": papers} if self.published else {}
+        return {**about, "rows": rows, "notes": list(map(str, self.problems)), **published}
+
+    def sections(self) -> Iterator[Section]:
+        yield Section(f"{self.benchmark}: {SAID[self.protocol]}; 95 % interval over images")
+        for group, names in self.groups.items():
+            rows = [(method, *starmap(_cell, self.values(method, group).items())) for method in self.rows]
+            yield Section(f"{group}: {len(names)} images", tuple(self.columns().values()), rows)
+        if self.published:
+            papers = [
+                (row.method, split, *(f"{values[n]:g}" if n in values else "-" for n in COLUMNS), row.quoted_in)
+                for row in PUBLISHED_DIS
+                for split, values in row.values.items()
+            ]
+            title = "Published, as quoted by others; sources disagree"
+            yield Section(title, ("split", *COLUMNS.values(), "quoted in"), papers)
 
 
-def _cell(name: str, value: float, low: float, high: float) -> str:
-    places = 0 if name == "hce" else 4 if name == "mae" else 3
-    return f"{value:.{places}f} ({low:.{places}f}..{high:.{places}f})"
-
-
-def _published_lines() -> list[str]:
-    lines = ["", "published, as quoted by others (max F / weighted F / MAE / S / mean E / HCE); sources disagree"]
-    for row in PUBLISHED_DIS:
-        for split, values in row.values.items():
-            cells = " / ".join(f"{values[name]:g}" if name in values else "-" for name in COLUMNS)
-            lines.append(f"  {row.method:<24}  {split:<10}  {cells}  ({row.quoted_in})")
-    return lines
+def _cell(name: str, numbers: tuple[float, float, float]) -> str:
+    return with_interval(*numbers, digits={"hce": 0, "mae": 4}.get(name, 3))
 
 
 # -- rendered scenes ------------------------------------------------------------------------------------------------
-
-SceneMethod = Callable[[Sequence[Scene]], Tensor]
-"""Scenes of one size -> their masks (B, H, W) in [0, 1]. A predictor looks at `Scene.image` alone."""
 
 
 def thin_places(mask: NDArray[np.bool_], width: int = 4, least: int = 8) -> NDArray[np.bool_]:
@@ -183,7 +172,7 @@ def thin_places(mask: NDArray[np.bool_], width: int = 4, least: int = 8) -> NDAr
 
 
 def evaluate_scene_masks(
-    methods: Mapping[str, SceneMethod],
+    methods: Mapping[str, Method],
     settings: SceneMapSettings | None = None,
     *,
     protocol: Protocol = "soft",
@@ -201,32 +190,21 @@ def evaluate_scene_masks(
     settings = settings or SceneMapSettings()
     rows: dict[str, dict[str, ImageScores]] = {method: {} for method in methods}
     slim: list[str] = []
-    jobs = scene_jobs(settings)
-    with tqdm(total=len(jobs), desc="scenes, segmentation", disable=not progress) as bar:
-        for batch in scene_batches(jobs, settings):
-            for method, predict in methods.items():
-                found = predict(batch).float().cpu()
-                if not bool(torch.isfinite(found).all()):
-                    raise ValueError(f"{method}: gives masks that are not finite")
-                for values, scene in zip(found, batch, strict=True):
-                    name = f"{scene.category} {scene.seed}"
-                    scored = score_image(grey(values), scene.mask.astype(np.uint8) * 255, protocol=protocol, hce=hce)
-                    thin = thin_places(scene.mask)
-                    share = float((values.numpy() >= 0.5)[thin].mean()) if thin.any() else float("nan")
-                    rows[method][name] = ImageScores({**scored.values, "thin": share}, scored.f, scored.e)
-            slim += [f"{s.category} {s.seed}" for s in batch if thin_places(s.mask).sum() >= 0.05 * s.mask.sum()]
-            bar.update(len(batch))
-    names = [name_of(job) for job in jobs]
-    groups = {
-        "all": names,
-        "seen": [n for n in names if n.partition(" ")[0] in SEEN],
-        "unseen": [n for n in names if n.partition(" ")[0] in UNSEEN],
-        "thin (5 % or more of the object)": slim,
-    }
-    return MaskReport(
-        f"scenes ({settings.split}, {settings.size} px)", protocol, rows,
-        {group: chosen for group, chosen in groups.items() if chosen}, asdict(settings),
-    )  # fmt: skip
+    first = next(iter(methods))
+
+    def count(method: str, name: str, values: Tensor, scene: Scene) -> None:
+        scored = score_image(grey(values), scene.mask.astype(np.uint8) * 255, protocol=protocol, hce=hce)
+        thin = thin_places(scene.mask)
+        share = float((values.numpy() >= 0.5)[thin].mean()) if thin.any() else float("nan")
+        rows[method][name] = ImageScores({**scored.values, "thin": share}, scored.f, scored.e)
+        if method == first and thin.sum() >= 0.05 * scene.mask.sum():
+            slim.append(name)
+
+    predict_scenes(methods, scene_jobs(settings), settings, count, title="scenes, segmentation", progress=progress)
+    groups = {**scene_groups(list(rows[first])), "thin (5 % or more of the object)": slim}
+    title = f"scenes ({settings.split}, {settings.size} px)"
+    chosen = {group: names for group, names in groups.items() if names}
+    return MaskReport(title, protocol, rows, chosen, asdict(settings))
 
 
 def grey(mask: Tensor) -> Map:
@@ -235,18 +213,10 @@ def grey(mask: Tensor) -> Map:
     return values
 
 
-def masks_through_vae(vae: Any) -> SceneMethod:
+def masks_through_vae(vae: Any) -> Method:
     """The truth, encoded and decoded again by a VAE: what no head that draws with it can beat by much."""
-
-    @torch.no_grad()
-    def method(scenes: Sequence[Scene]) -> Tensor:
-        truth = torch.stack([torch.from_numpy(scene.mask).float() for scene in scenes])[:, None]
-        pictures = truth.expand(-1, 3, -1, -1).to(vae.device) * 2 - 1
-        decoded = vae.decode(vae.encode(pictures).latent_dist.mean).sample.float()
-        masks: Tensor = decoded.mean(1).clamp(-1, 1) / 2 + 0.5
-        return masks
-
-    return method
+    decode = through_vae(vae, lambda scene: torch.from_numpy(scene.mask).float().expand(3, -1, -1) * 2 - 1)
+    return lambda scenes: decode(scenes).mean(1).clamp(-1, 1) / 2 + 0.5
 
 
 def centred_guess(scenes: Sequence[Scene]) -> Tensor:
@@ -276,13 +246,13 @@ def open_dis(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list
         folders = {root.name: root}
     if not folders:
         raise ValueError(f"{root}: none of {', '.join(splits)} is in this folder")
-    found, problems = {}, []
+    pairs, problems = {}, []
     for split, folder in folders.items():
-        found[split] = read_dis(folder)
-        paired = {pair.mask.stem for pair in found[split]}
+        pairs[split] = read_dis(folder)
+        paired = {pair.mask.stem for pair in pairs[split]}
         lost = [p.name for p in sorted((folder / "gt").glob("*.png")) if p.stem not in paired]
         problems += [f"{split}/gt/{name}: no image of this name and size" for name in lost]
-    return found, problems
+    return pairs, problems
 
 
 def evaluate_dis(
@@ -321,21 +291,18 @@ def evaluate_dis(
                     raise ValueError(f"{key}: the map is {predicted.shape}, the truth {truth.shape} (height, width)")
                 images[key] = score_image(predicted, truth, protocol=protocol, hce=hce)
                 bar.update()
-    tested = [key for split in SPLITS[1:] for key in groups.get(split, [])]
     if all(split in groups for split in SPLITS[1:]):
-        groups[TE] = tested
-    return MaskReport(
-        "DIS5K", protocol, {name: images}, groups, {"root": str(root), "hce": hce}, tuple(problems), published=True
-    )
+        groups["DIS-TE1-4"] = [key for split in SPLITS[1:] for key in groups[split]]
+    settings = {"root": str(root), "hce": hce}
+    return MaskReport("DIS5K", protocol, {name: images}, groups, settings, published=True, problems=tuple(problems))
 
 
 def _map(pair: MaskedImage, predict: Predict | None, file: Path | None) -> Map:
     if file is not None and file.is_file():
-        return np.asarray(Image.open(file).convert("L"))
+        return np.asarray(load_image(file).convert("L"))
     if predict is None:
         raise ValueError(f"{file}: the map is missing")
-    found = grey(next(predict([load_image(pair.image)])))
+    mask = grey(next(predict([load_image(pair.image)])))
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(found).save(file)
-    return found
+        write_whole(file, Image.fromarray(mask).save)
+    return mask

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from diffrep.eval.augmentation import Augmentation, AugmentationSettings, augmentation_experiment, paint_variations
 from diffrep.eval.frechet import frechet_distance, load_features
 from diffrep.eval.large_images import consistency, seam_ratio
+from diffrep.eval.report import Report, Section, plain
 from diffrep.scenes import SEEN, render_scene, scene_seed
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, synthesize
 from diffrep.synthesis.conditions import ImageEncoder
@@ -60,20 +60,24 @@ class LargePictures:
     other: float  # and the nearest other condition
     right: float  # share of cells nearest to their own condition
 
-    def lines(self, title: str) -> list[str]:
-        return [
-            "",
-            f"{title:<46}{'against the control':>21}",
-            *(f"  {f'seams {name}':<36}{v:>8.3f}{v / self.control:>21.3f}" for name, v in self.seams.items()),
-            f"  {'seams where no tile begins (control)':<36}{self.control:>8.3f}",
-            f"  {'embedded again: cosine with its own':<36}{self.own:>8.3f}",
-            f"  {'with the nearest other condition':<36}{self.other:>8.3f}",
-            f"  {'nearest to its own condition':<36}{100 * self.right:>8.1f} %",
-        ]
+    def section(self, title: str) -> Section:
+        """As a table."""
+        seams = [(f"seams {name}", f"{v:.3f}", f"{v / self.control:.3f}") for name, v in self.seams.items()]
+        return Section(
+            title,
+            ("", "against the control"),
+            [
+                *seams,
+                ("seams where no tile begins (control)", f"{self.control:.3f}"),
+                ("embedded again: cosine with its own", f"{self.own:.3f}"),
+                ("with the nearest other condition", f"{self.other:.3f}"),
+                ("nearest to its own condition", f"{100 * self.right:.1f} %"),
+            ],
+        )
 
 
 @dataclass(frozen=True)
-class SynthesisReport:
+class SynthesisReport(Report):
     """The measures of one model."""
 
     model: str
@@ -85,30 +89,34 @@ class SynthesisReport:
     right_patches: float  # share of patches painted alone that are nearest to their own condition
     augmentation: Augmentation | None
 
-    def table(self) -> str:
-        lines = [f"{self.model}, {self.sampling.scheduler}, {self.sampling.steps} steps", ""]
-        lines += [f"{'FID':<24}{'patches':>10}{'real':>10}{'crops':>10}"]
-        for name, fid in self.fid.items():
-            lines.append(f"{name:<24}{fid.patches:>10.2f}{fid.real:>10.2f}{fid.crops:>10.2f}")
-        lines += ["", f"{'patches nearest to their own condition':<38}{100 * self.right_patches:>8.1f} %"]
-        lines += self.unrelated.lines(f"{self.settings.images} images of unrelated cells")
-        lines += self.whole.lines(f"{self.settings.images} images of one scene each")
+    def document(self) -> Mapping[str, object]:
+        results = plain(self)
+        results.pop("problems")
+        return {"benchmark": "synthesis", **results}
+
+    def sections(self) -> Iterator[Section]:
+        yield Section(
+            f"{self.model}, {self.sampling.scheduler}, {self.sampling.steps} steps; FID",
+            ("patches", "real", "crops"),
+            [(name, f"{f.patches:.2f}", f"{f.real:.2f}", f"{f.crops:.2f}") for name, f in self.fid.items()],
+            [f"  patches nearest to their own condition: {100 * self.right_patches:.1f} %"],
+        )
+        yield self.unrelated.section(f"{self.settings.images} images of unrelated cells")
+        yield self.whole.section(f"{self.settings.images} images of one scene each")
         if self.augmentation is not None:
             setup = self.settings.augmentation
-            lines += ["", f"accuracy of a linear probe, {setup.per_class} scenes a category"]
             names = {
                 "real": "these alone",
                 "augmented": f"with {setup.variations} painted variations each",
                 "more_real": f"with {setup.variations} more real scenes each",
                 "painted": "the variations alone",
             }
+            rows = []
             for key, name in names.items():
                 values = 100 * np.array(getattr(self.augmentation, key))
-                lines.append(f"  {name:<34}{values.mean():>8.1f} %  ({', '.join(f'{v:.1f}' for v in values)})")
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        return json.dumps({"benchmark": "synthesis", **asdict(self)}, indent=2)
+                rows.append((name, f"{values.mean():.1f} %", f"({', '.join(f'{v:.1f}' for v in values)})"))
+            title = f"accuracy of a linear probe, {setup.per_class} scenes a category (mean, and every draw of them)"
+            yield Section(title, ("",), rows)
 
 
 def held_out_images(count: int, size: int, *, first: int) -> Iterator[np.ndarray]:

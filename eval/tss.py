@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,8 +11,7 @@ from typing import Literal
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.eval.cache import FeatureCache, cache_key, extract_images, prompts_by_category
-from diffrep.eval.datasets.pairs import Problem
+from diffrep.eval.cache import ImageFeatures, Kept, digest
 from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
 from diffrep.eval.flow import (
     FlowCount,
@@ -24,7 +23,8 @@ from diffrep.eval.flow import (
     nearest_flow,
 )
 from diffrep.eval.published import PUBLISHED_FLOW
-from diffrep.files import claim_folder, write_whole
+from diffrep.eval.report import Problem, Report, Section
+from diffrep.files import claim_folder, read_document, sweep_partials, write_whole
 from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.recipes import Correspondence
@@ -34,60 +34,51 @@ HEADLINE = 0.05  # the alpha that papers report
 
 
 @dataclass(frozen=True)
-class FlowReport:
+class FlowReport(Report):
     """What a recipe got on TSS."""
 
     recipe: str
     search: FlowSearch
     counts: tuple[FlowCount, ...]
-    problems: tuple[Problem, ...]
     settings: Mapping[str, object]
 
     def of(self, subset: str) -> tuple[FlowCount, ...]:
         """The items of one subset."""
         return tuple(count for count in self.counts if count.subset == subset)
 
-    def table(self) -> str:
-        """The report as text, with the papers' rows."""
-        shown = [subset for subset in SUBSETS if self.of(subset)]
-        lines = [
-            f"{self.recipe} on TSS: {len(self.counts)} flows; PCK@{HEADLINE:g} in % (<=, longer side of the"
-            f" source, mean over flows); flow by the {self.search}'s rule",
-            f"{'':<32}" + "".join(f"{name:>16}" for name in [*shown, "all"]),
-        ]
-        groups = [*(self.of(subset) for subset in shown), self.counts]
-        ours = [100 * mean_pck(group, HEADLINE) for group in groups]
-        lines += [
-            f"{'PCK':<32}" + "".join(f"{value:>16.1f}" for value in ours),
-            f"{'end-point error, pixels':<32}" + "".join(f"{mean_error(group):>16.2f}" for group in groups),
-            f"{'smoothness, pixels':<32}" + "".join(f"{mean_smoothness(group):>16.2f}" for group in groups),
-            "published PCK (ours minus theirs)",
-        ]
-        for row in PUBLISHED_FLOW:
-            cells = [
-                f"{row.pck[subset]:.1f} ({own - row.pck[subset]:+.1f})"
-                for subset, own in zip(shown, ours, strict=False)
-            ]
-            lines.append(f"{row.method:<32}" + "".join(f"{cell:>16}" for cell in cells) + f"  {row.source}")
-        if self.problems:
-            lines += [f"{len(self.problems)} problems:", *(f"  {problem}" for problem in self.problems[:20])]
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """Everything in the table as numbers, every flow's counts, and the settings."""
-        document = {
+    def document(self) -> Mapping[str, object]:
+        subsets = [subset for subset in SUBSETS if self.of(subset)]
+        return {
             "dataset": "TSS",
             "recipe": self.recipe,
             "search": self.search,
-            "pck": {
-                subset: {f"{HEADLINE:g}": mean_pck(self.of(subset), HEADLINE)} for subset in SUBSETS if self.of(subset)
-            },
-            "flows": [asdict(count) for count in self.counts],
-            "published": [asdict(row) for row in PUBLISHED_FLOW],
-            "problems": [asdict(problem) for problem in self.problems],
-            "settings": dict(self.settings),
+            "pck": {subset: {f"{HEADLINE:g}": mean_pck(self.of(subset), HEADLINE)} for subset in subsets},
+            "flows": self.counts,
+            "published": PUBLISHED_FLOW,
+            "problems": self.problems,
+            "settings": self.settings,
         }
-        return json.dumps(document, indent=2, default=str)
+
+    def sections(self) -> Iterator[Section]:
+        shown = [subset for subset in SUBSETS if self.of(subset)]
+        groups = [*(self.of(subset) for subset in shown), self.counts]
+        ours = [100 * mean_pck(group, HEADLINE) for group in groups]
+        yield Section(
+            f"{self.recipe} on TSS: {len(self.counts)} flows; PCK@{HEADLINE:g} in % (<=, longer side of the"
+            f" source, mean over flows); flow by the {self.search}'s rule",
+            [*shown, "all"],
+            [
+                ("PCK", *(f"{value:.1f}" for value in ours)),
+                ("end-point error, pixels", *(f"{mean_error(group):.2f}" for group in groups)),
+                ("smoothness, pixels", *(f"{mean_smoothness(group):.2f}" for group in groups)),
+            ],
+        )
+        rows = []
+        for row in PUBLISHED_FLOW:
+            pairs = zip(shown, ours, strict=False)
+            cells = (f"{row.pck[subset]:.1f} ({value - row.pck[subset]:+.1f})" for subset, value in pairs)
+            rows.append((row.method, *cells, row.source))
+        yield Section("Published PCK (ours minus theirs)", shown, rows)
 
 
 def evaluate_flow(
@@ -96,11 +87,11 @@ def evaluate_flow(
     folder: str | Path,
     *,
     search: FlowSearch = "recipe",
-    keep: Literal["float32", "float16"] = "float32",
+    keep: Kept = "float32",
     batch_size: int = 8,
     progress: bool = True,
 ) -> FlowReport:
-    """Evaluate a recipe on TSS; the same folder again goes on from what is there.
+    """Evaluate a recipe on TSS; the same folder again goes on from what is in it.
 
     Args:
         search: ``recipe`` matches as the recipe does and interpolates between cell centres; ``sd-dino`` takes
@@ -110,64 +101,53 @@ def evaluate_flow(
         ValueError: the folder is from other settings, or the cells are no square for ``sd-dino``.
     """
     folder, recipe = Path(folder), correspondence.recipe
-    settings = {
-        "readings": [asdict(reading) for reading in recipe.readings],
-        "weights": [backbone.source for backbone in correspondence.backbones],
-        "dataset": "TSS",
-        "batch_size": batch_size,
-    }
-    cache = FeatureCache(folder / "features", settings, dtype=keep)
     sizes = {path: item.padded_size for item in flows.items for path in (item.source, item.target)}
-    by_category = prompts_by_category(recipe)
-    groups: dict[str, list[str]] = {}
-    for item in flows.items:
-        images = groups.setdefault(item.category if by_category else "", [])
-        images += [path for path in (item.source, item.target) if path not in images]
-    unreadable = extract_images(
-        groups,
+    features = ImageFeatures(
+        flows.root,
         lambda image: padded_image(flows.root / image, sizes[image]),
         correspondence,
-        cache,
+        folder / "features",
+        "TSS",
+        kept_as=keep,
         batch_size=batch_size,
-        progress=progress,
     )
+    images = [(item.category, path) for item in flows.items for path in (item.source, item.target)]
+    unreadable = features.extract(images, progress=progress)
     problems = [*flows.problems, *(Problem(path, what) for path, what in unreadable.items())]
-    kept = folder / "flows" / search
-    claim_folder(kept, {"recipe": asdict(recipe), "items": [item.name for item in flows.items]})
+    matched = folder / "flows" / search
+    claim_folder(matched, {"recipe": asdict(recipe), "items": [item.name for item in flows.items]})
+    sweep_partials(matched)
     counts = []
     for item in tqdm(flows.items, desc="flow", unit="flow", disable=not progress):
         if {item.source, item.target} & unreadable.keys():
             continue
-        file = kept / f"{item.name.replace('/', ' ')}.json"
-        if not file.exists():
-            try:
-                count = _count(item, flows.root, correspondence, cache, search, by_category)
-            except (OSError, ValueError) as error:
-                problems.append(Problem(item.name, str(error)))
-                continue
-            write_whole(file, json.dumps(asdict(count)))
-        found = json.loads(file.read_text())
-        counts.append(FlowCount(**{**found, "correct": tuple(found["correct"])}))
-    made = {**settings, "recipe": asdict(recipe), "kept_as": keep}
-    return FlowReport(recipe.name, search, tuple(counts), tuple(problems), made)
+        try:
+            counts.append(_counted(item, flows.root, features, search, matched))
+        except (OSError, ValueError) as error:
+            problems.append(Problem(item.name, str(error)))
+    settings = {**features.settings, "recipe": asdict(recipe), "kept_as": keep}
+    return FlowReport(recipe.name, search, tuple(counts), settings, problems=tuple(problems))
 
 
-def _count(
-    item: FlowItem,
-    root: Path,
-    correspondence: Correspondence,
-    cache: FeatureCache,
-    search: FlowSearch,
-    by_category: bool,
-) -> FlowCount:
-    category = item.category if by_category else ""
-    features = [cache.load(cache_key(category, path)) for path in (item.source, item.target)]
-    source, target = fuse(features, correspondence.recipe.fusion)
-    if search == "sd-dino":
-        flow = nearest_flow(source, target, item.padded_size, rounding="official")
-    else:
-        flow = dense_flow(source, target, correspondence.recipe.matching)
-    return count_flow(item, flow, item.flow(root), item.mask(root))
+def _counted(item: FlowItem, root: Path, features: ImageFeatures, search: FlowSearch, folder: Path) -> FlowCount:
+    """Count one item, or read its counts where they are kept and its files are still the same."""
+    file = folder / f"{item.name.replace('/', ' ')}.json"
+    files = (item.source, item.target, item.flow_file, item.mask_file)
+    content = digest(*((root / name).read_bytes() for name in files))
+    note = read_document(file) if file.is_file() else {}
+    if note.pop("content", None) != content:
+        source, target = fuse(
+            [features.get(item.category, path) for path in (item.source, item.target)],
+            features.correspondence.recipe.fusion,
+        )
+        if search == "sd-dino":
+            flow = nearest_flow(source, target, item.padded_size, rounding="official")
+        else:
+            flow = dense_flow(source, target, features.correspondence.recipe.matching)
+        count = count_flow(item, flow, item.flow(root), item.mask(root))
+        write_whole(file, json.dumps({"content": content, **asdict(count)}))
+        note = asdict(count)
+    return FlowCount(**{**note, "correct": tuple(note["correct"])})
 
 
 def padded_image(path: Path, size: tuple[int, int]) -> Image.Image:

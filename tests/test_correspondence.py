@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import Backbone, Conditions, load_backbone
+from diffrep.commands.evaluate import EvalCorrespondence
 from diffrep.eval.cache import FeatureCache
-from diffrep.eval.correspondence import EvalCorrespondence, evaluate_pairs
+from diffrep.eval.correspondence import evaluate_pairs
 from diffrep.eval.correspondence_report import CorrespondenceReport
 from diffrep.eval.datasets.keypoint_tables import KeypointTable
 from diffrep.eval.datasets.spair import read_spair

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,6 @@ from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_t
 from diffrep.eval.datasets.pairs import DatasetError
 from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
 from diffrep.eval.datasets.spair import CATEGORIES, read_spair, read_spair_u
-from diffrep.eval.datasets.spair_keypoints import KEYPOINTS, mirror_ids, part_groups
 from diffrep.eval.datasets.tss import read_flo, read_tss, tss_category
 
 from .benchmark_folders import (
@@ -88,7 +88,7 @@ def test_spair_says_what_it_lacks(tmp_path: Path) -> None:
     missing.unlink()
     read = read_spair(root, categories=("cat", "dog"))
     what = {problem.where: problem.what for problem in read.problems}
-    assert "is not JSON" in what[pairs[0].name]
+    assert "cannot be read as JSON" in what[pairs[0].name]
     assert what[pairs[1].name] == "has no field 'src_kps'"
     assert "the box [5, 5, 5, 9] is empty" in what[pairs[2].name]
     assert "points for 1 kps_ids" in what[pairs[3].name]
@@ -103,7 +103,7 @@ def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
         read_spair(tmp_path)
     with pytest.raises(ValueError, match="no category zebra"):
         read_spair(write_spair(tmp_path), categories=["zebra"])
-    with pytest.raises(DatasetError, match="list of pairs is missing"):
+    with pytest.raises(DatasetError, match=r"val_pairs_pf_pascal\.csv: no such list"):
         read_pf_pascal(write_pf_pascal(tmp_path), split="val")
     (tmp_path / "PF-dataset-PASCAL/test_pairs_pf_pascal.csv").write_text("a,b,c\n1,2,3\n")
     with pytest.raises(DatasetError, match="columns should begin with source_image"):
@@ -244,22 +244,31 @@ def test_broken_flow_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_a_mirror_twice_is_no_mirror_and_groups_are_apart(category: str) -> None:
-    partner = mirror_ids(category)
-    assert partner.keys() == KEYPOINTS[category].keys()
-    assert all(partner[partner[i]] == i for i in partner)
-    groups = part_groups(category)
-    assert sum(map(len, groups)) == len(set().union(*groups))
-    for group in groups:
-        assert {partner[i] for i in group} == group  # left and right of a part are in one group
-    assert len(set(KEYPOINTS[category].values())) == len(KEYPOINTS[category])
+    table = table_of("spair", category)
+    swapped = {"left": "right", "right": "left"}
+    for i, name in table.names.items():
+        partner = table.mirror.get(i, i)
+        assert table.mirror.get(partner, partner) == i
+        assert table.names[partner] == " ".join(swapped.get(word, word) for word in name.split())
+    assert sum(map(len, table.groups)) == len(set().union(*table.groups))
+    assert set().union(*table.groups) <= table.names.keys()
+    assert len(set(table.names.values())) == len(table.names)
 
 
-def test_keypoints_mean_what_they_say() -> None:
-    assert mirror_ids("cat")[9] == 10
-    assert frozenset({9, 10, 11, 12}) in part_groups("cat")  # four paws
-    assert frozenset({0, 2, 4, 6}) in part_groups("tvmonitor")  # the frame's corners
-    assert mirror_ids("car")[11] == 21  # right and left back wheel
-    assert 11 not in KEYPOINTS["bicycle"]
+def test_groups_are_those_of_the_released_tables() -> None:
+    """Reference, section 5.1: ear tips and horns have groups, eyes and nostrils have none."""
+
+    def groups(category: str, benchmark: str = "spair") -> set[tuple[int, ...]]:
+        return {tuple(sorted(group)) for group in table_of(benchmark, category).groups}
+
+    assert groups("cat") == {(2, 3), (9, 10, 11, 12)}
+    assert groups("cow") == {(2, 3), (9, 10, 11, 12), (15, 16, 17, 18), (19, 20)}
+    assert (2, 3, 5, 6) in groups("bus")  # head and tail lights together
+    assert groups("pottedplant") == {(0, 1, 2, 3), (4, 5), (6, 8)}
+    assert (0, 1) not in groups("person")  # its eyes
+    assert groups("fox", "ap-10k") == {(5, 8), (6, 9, 12, 15), (7, 10, 13, 16), (11, 14)}
+    assert table_of("spair", "car").mirror[11] == 21  # right and left back wheel
+    assert 11 not in table_of("spair", "bicycle").names
 
 
 def test_keypoint_tables_come_from_files(tmp_path: Path) -> None:
@@ -268,7 +277,7 @@ def test_keypoint_tables_come_from_files(tmp_path: Path) -> None:
     tables = read_keypoint_tables(tmp_path / "own.toml")
     assert tables == read_keypoint_tables(tmp_path / "own.json")
     assert table_of("spair", "cat", tables) == KeypointTable({0: 1, 1: 0}, (frozenset({9, 10, 11}),))
-    assert table_of("spair", "dog", tables).mirror == mirror_ids("dog")
+    assert table_of("spair", "dog", tables) == table_of("spair", "dog")
     assert table_of("ap-10k", "fox").mirror[7] == 10  # front paws
     with pytest.raises(ValueError, match="pf-pascal does not name its keypoints"):
         table_of("pf-pascal", "cat")
@@ -283,6 +292,8 @@ def test_keypoint_tables_come_from_files(tmp_path: Path) -> None:
         ("[cat]\ngroups = [[3, -4]]", "must hold ids"),
         ("[cat]\ngroup = [[3, 4]]", "cat must have mirror and groups"),
         ("cat = [", "own.toml: "),
+        ("[cat]\nnames = [3]", "cat.names must be a list of names"),
+        ("cat = 3", "cat must have mirror and groups, got 3"),
     ],
 )
 def test_wrong_keypoint_tables_are_named(tmp_path: Path, text: str, message: str) -> None:
@@ -291,3 +302,57 @@ def test_wrong_keypoint_tables_are_named(tmp_path: Path, text: str, message: str
         read_keypoint_tables(tmp_path / "own.toml")
     with pytest.raises(ValueError, match="cannot be read"):
         read_keypoint_tables(tmp_path / "none.toml")
+
+
+def test_everything_in_fg3dcar_is_a_car(tmp_path: Path) -> None:
+    root = write_tss(tmp_path)
+    (root / "FG3DCar/Car_01").rename(root / "FG3DCar/001_suv_bike")
+    assert {item.category for item in read_tss(root, subsets=["FG3DCar"]).items} == {"car"}
+    assert tss_category("bike_3", "JODS") == "bicycle"
+
+
+@pytest.mark.parametrize("name", ["../outside.jpg", "/etc/passwd", "a/../../../outside.jpg"])
+def test_names_in_a_data_set_never_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside.jpg").write_bytes(b"secret")
+    spair = write_spair(tmp_path)
+    file = sorted((spair / "PairAnnotation/test").glob("*:cat.json"))[0]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "src_imname": f"../../../{name}"}))
+    pascal = write_pf_pascal(tmp_path)
+    table = pascal / "test_pairs_pf_pascal.csv"
+    head, first, *rest = table.read_text().splitlines()
+    table.write_text("\n".join([head, ",".join([name, *first.split(",")[1:]]), *rest]) + "\n")
+    for read in (read_spair(spair, categories=["cat"]), read_pf_pascal(pascal)):
+        assert any("leads out of the data set's folder" in str(problem) for problem in read.problems)
+        assert all(name not in path for path in read.images())
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b"", b"{", b"[" * 100_000, b"\xff\xfe\x00", b"[]", b'{"category": "cat"}', b'{"category": 3, "kps_ids": 4}'],
+)
+def test_damaged_annotations_are_named_and_the_rest_counts(tmp_path: Path, damaged: bytes) -> None:
+    root = write_spair(tmp_path)
+    pair = sorted((root / "PairAnnotation/test").glob("*:cat.json"))[0]
+    image = sorted((root / "ImageAnnotation/bus").glob("*.json"))[0]
+    pair.write_bytes(damaged)
+    image.write_bytes(damaged)
+    for keypoints, left in (("pair", 11), ("image", 11 - 4)):
+        read = read_spair(root, categories=TWO, keypoints=keypoints)  # type: ignore[arg-type]
+        assert len(read.pairs) == left
+        assert any(problem.where == pair.name for problem in read.problems)
+        assert all("\n" not in str(problem) for problem in read.problems)
+
+
+def test_damaged_tables_and_flows_are_named(tmp_path: Path) -> None:
+    root = write_pf_pascal(tmp_path)
+    (root / "test_pairs_pf_pascal.csv").write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(DatasetError, match=r"test_pairs_pf_pascal\.csv: cannot be read as text"):
+        read_pf_pascal(root)
+    tss = write_tss(tmp_path)
+    (tss / "JODS/plane_2_5/mask1.png").write_bytes(b"\x89PNG no picture")
+    (tss / "JODS/plane_2_5/flow2.flo").write_bytes(
+        np.float32(202021.25).tobytes() + np.array([-1, -1], "<i4").tobytes()
+    )
+    for item in read_tss(tss, subsets=["JODS"]).items:
+        with pytest.raises(ValueError, match=r"mask1\.png: is not an image|flow2\.flo: cut off"):
+            item.flow(tss), item.mask(tss)

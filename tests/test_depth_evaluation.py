@@ -16,22 +16,31 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.alignment import align_depth, fit_scale_shift
-from diffrep.eval.datasets.depth_images import DEPTH_BENCHMARKS, DepthSample, open_depth_set
-from diffrep.eval.datasets.normal_images import NormalSample, open_normal_set
+from diffrep.eval.datasets.dense_images import (
+    DEPTH_BENCHMARKS,
+    DepthSample,
+    NormalSample,
+    open_depth_set,
+    open_normal_set,
+)
 from diffrep.eval.datasets.pairs import DatasetError, Problem
 from diffrep.eval.datasets.plain_pickle import read_plain
-from diffrep.eval.depth import DepthProtocol, depth_metrics, evaluate_depth, mean_metrics, predict_at
-from diffrep.eval.normals import (
+from diffrep.eval.maps import (
+    DepthProtocol,
     NormalProtocol,
     PooledAngles,
     angular_error,
+    depth_metrics,
+    evaluate_depth,
     evaluate_normals,
+    mean_metrics,
     mean_of_images,
     normal_metrics,
+    predict_at,
     predict_normals,
 )
 from diffrep.eval.one_step_ablation import variants
-from diffrep.eval.published_dense import depth_rows, normal_rows
+from diffrep.eval.published import PUBLISHED_DEPTH, PUBLISHED_NORMALS, published_maps
 from diffrep.eval.scene_maps import SceneMapSettings, evaluate_scene_maps, no_look, scene_truth
 from diffrep.scenes import Scene
 
@@ -187,7 +196,7 @@ def test_depth_benchmarks_are_read_as_released(name: str, packed: bool, tmp_path
     assert (sample.depth[sample.valid] == 2).all()
     assert sample.image.shape[1:] == sample.depth.shape
     assert sample.image.dtype == torch.uint8
-    assert depth_rows(name)
+    assert published_maps(name, PUBLISHED_DEPTH)
     if name == "kitti":
         assert sample.image.shape == (3, 352, 1216)
 
@@ -211,7 +220,7 @@ def test_what_a_depth_set_lacks_is_named_and_the_rest_counted(tmp_path: Path) ->
     assert len(report.images) == 2
     assert report.mean()["abs_rel"] == pytest.approx(0, abs=1e-5)
     text = report.table()
-    for wrong in ("line 5: names no depth file", "000001.jpg: ", "000003.jpg: ", "3 not counted"):
+    for wrong in ("line 5: names no depth file", "000001.jpg: ", "000003.jpg: ", "3 problems, not counted"):
         assert wrong in text
     assert "Lotus-D" in text
     assert json.loads(report.to_json())["mean"]["delta1"] == 1
@@ -234,7 +243,7 @@ def test_folders_that_are_no_benchmark_are_refused(tmp_path: Path) -> None:
         open_depth_set("coco", tmp_path)
     with pytest.raises(DatasetError, match="no such list"):
         open_depth_set("scannet", tmp_path, tmp_path / "list.txt")
-    with pytest.raises(DatasetError, match="no image of nyuv2"):
+    with pytest.raises(DatasetError, match="no sample of NYUv2"):
         open_normal_set("nyuv2", tmp_path)
 
 
@@ -343,8 +352,8 @@ def test_other_pickles_are_refused(content: bytes) -> None:
 
 def test_published_tables_have_every_benchmark() -> None:
     for name in ("nyuv2", "scannet", "ibims", "sintel", "oasis"):
-        assert normal_rows(name)
-    lotus = next(row for row in depth_rows("kitti") if row.method == "Lotus-D (disparity)")
+        assert published_maps(name, PUBLISHED_NORMALS)
+    lotus = next(row for row in published_maps("kitti", PUBLISHED_DEPTH) if row.method == "Lotus-D (disparity)")
     assert lotus.values["kitti"] == (8.1, 93.1)
 
 

@@ -1,8 +1,8 @@
-"""``diffrep eval depth`` and ``diffrep eval normals``."""
+"""``diffrep eval depth``, ``normals``, ``segmentation`` and ``depth-ablation``: heads on scenes and benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,64 +10,64 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import Tensor
 
-from diffrep.commands.output import check_writable
+from diffrep.backbones.pipelines import load_parts
+from diffrep.commands.options import DeviceOptions, ReportOptions
 from diffrep.commands.train_one_step import open_set
-from diffrep.eval.datasets.depth_images import open_depth_set
-from diffrep.eval.datasets.normal_images import open_normal_set
-from diffrep.eval.depth import DepthProtocol, DepthReport, Predict, evaluate_depth
-from diffrep.eval.normals import NormalProtocol, NormalReport, PredictNormals, evaluate_normals
+from diffrep.eval.datasets.dense_images import DEPTH_BENCHMARKS, open_depth_set, open_normal_set
+from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_depth, evaluate_normals
 from diffrep.eval.one_step_ablation import AblationSettings, run_ablation
-from diffrep.eval.scene_maps import (
-    Method,
-    SceneMapReport,
-    SceneMapSettings,
-    evaluate_scene_maps,
-    no_look,
-    through_vae,
+from diffrep.eval.report import Report
+from diffrep.eval.scene_maps import Method, SceneMapSettings, evaluate_scene_maps, maps_through_vae, no_look
+from diffrep.eval.segmentation import (
+    SPLITS,
+    MaskReport,
+    Protocol,
+    centred_guess,
+    evaluate_dis,
+    evaluate_scene_masks,
+    masks_through_vae,
 )
-from diffrep.files import write_whole
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
+from diffrep.heads.mask_prediction import SegmentationHead, SegmentConfig
+from diffrep.heads.segmentation_loading import load_segmentation
 from diffrep.scenes import Scene
+
+ScenesOption = Annotated[SceneMapSettings, tyro.conf.OmitArgPrefixes]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseEvaluation:
-    """What both commands take."""
+class DenseEvaluation(ReportOptions, DeviceOptions):
+    """What depth and normals take."""
 
     head: str  # embedded head, folder or hub id
     root: Path | None = None  # the benchmark's folder or tar archive; scenes need none
-    listing: Path | None = None  # file that lists the samples; found by itself where it lies in the folder or beside it
+    listing: Path | None = None  # file that lists the samples; looked for in the folder and beside it if left out
     working_size: int | None = None  # long side that the network sees; the protocol's or the head's own if left out
-    device: str = "cpu"
-    work: Path | None = None  # numbers of each image; the same folder again goes on from what is there
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also keep the report as this JSON file
-    json: bool = False  # print JSON instead of the table
-    scenes: Annotated[SceneMapSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=SceneMapSettings)
+    work: Path | None = None  # numbers of each image; the same folder again goes on from what is in it
+    scenes: ScenesOption = field(default_factory=SceneMapSettings)
 
-    def _show(self, report: DepthReport | NormalReport | SceneMapReport) -> None:
-        if self.output is not None:
-            write_whole(self.output, report.to_json() + "\n")
-        print(report.to_json() if self.json else report.table())
-        problems = getattr(report, "problems", ())
-        if problems:
-            raise ValueError(f"{len(problems)} images were not counted, the first: {problems[0]}")
+    def _finish(self, report: Report) -> None:
+        self.show(report)
+        if report.problems:
+            raise ValueError(f"{len(report.problems)} images were not counted, the first: {report.problems[0]}")
 
     def _folder(self) -> Path:
         if self.root is None:
             raise ValueError("this benchmark needs its folder or archive: --root PATH")
         return self.root
 
-    def _scenes(self, head: DenseHead) -> None:
+    def _scenes(self, head: DenseHead) -> Report:
         config = PredictConfig(size=self.working_size, batch_size=self.scenes.batch_size)
         methods: dict[str, Method] = {"no look": no_look(head.task), self.head: head_method(head, config)}
-        weights: dict[str, object] = {"no look": None, self.head: [head.found, head_fingerprint(head)]}
-        methods["truth through the VAE"] = through_vae(head.model.vae, head.task)
-        weights["truth through the VAE"] = None
-        self._show(evaluate_scene_maps(methods, head.task, self.scenes, folder=self.work, weights=weights))
+        methods["truth through the VAE"] = maps_through_vae(head.model.vae, head.task)
+        weights: dict[str, object] = dict.fromkeys(methods)
+        weights[self.head] = [head.found, head_fingerprint(head)]
+        return evaluate_scene_maps(methods, head.task, self.scenes, folder=self.work, weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,24 +80,24 @@ class EvalDepth(DenseEvaluation):
     protocol: Literal["lotus", "marigold"] = "lotus"  # whose working sizes are taken
 
     def run(self) -> None:
-        if self.output is not None:
-            check_writable(self.output, (".json",))
+        self.check_output()
         head = load_head(self.head, task=self.task, device=self.device)
         if head.task == "normals":
             raise ValueError(f"{self.head} predicts normals: `diffrep eval normals` measures them")
         if self.benchmark == "scenes":
-            self._scenes(head)
+            self._finish(self._scenes(head))
             return
-        data = open_depth_set(self.benchmark, self._folder(), self.listing)
+        data, layout = open_depth_set(self.benchmark, self._folder(), self.listing), DEPTH_BENCHMARKS[self.benchmark]
         # the harness resizes, the head does not; unless a size is asked for, or the head has its own
-        own = self.working_size is not None or head.working_size < 256
+        by_head = self.working_size is not None or head.working_size < 256
         protocol = DepthProtocol(
             space="disparity" if head.task == "disparity" else "depth",
-            side=None if own else data.benchmark.sides[self.protocol],
-            fit_size=data.benchmark.fit_size,
+            side=None if by_head else layout.sides[self.protocol],
+            fit_size=layout.fit_size,
         )
-        config = PredictConfig(size=self.working_size if own else 0, official=not own)
-        self._show(evaluate_depth(depth_predictor(head, config), data, protocol, method=self.head, folder=self.work))
+        config = PredictConfig(size=self.working_size if by_head else 0, official=not by_head)
+        predict, weights = depth_predictor(head, config), [head.found, head_fingerprint(head), self.working_size]
+        self._finish(evaluate_depth(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,22 +110,69 @@ class EvalNormals(DenseEvaluation):
     average: Literal["pixels", "images"] = "pixels"  # over all pixels together (DSINE), or over images (Marigold)
 
     def run(self) -> None:
-        if self.output is not None:
-            check_writable(self.output, (".json",))
+        self.check_output()
         head = load_head(self.head, task="normals", device=self.device)
         if self.benchmark == "scenes":
-            self._scenes(head)
+            self._finish(self._scenes(head))
             return
         data = open_normal_set(self.benchmark, self._folder(), self.listing)
         small = head.working_size if head.working_size < 256 else None
-        own = small if self.working_size is None else self.working_size
+        side = small if self.working_size is None else self.working_size
         lotus = self.protocol == "lotus"
-        protocol = NormalProtocol(pad="lotus" if lotus else "none", stretch=not lotus, side=own, average=self.average)
-        self._show(evaluate_normals(normal_predictor(head), data, protocol, method=self.head, folder=self.work))
+        protocol = NormalProtocol(pad="lotus" if lotus else "none", stretch=not lotus, side=side, average=self.average)
+        predict, weights = normal_predictor(head), [head.found, head_fingerprint(head)]
+        self._finish(evaluate_normals(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalAblation:
+class EvalSegmentation(ReportOptions, DeviceOptions):
+    """Masks of a head on held-out rendered scenes or on DIS5K, with the published numbers beside it.
+
+    Scenes also show what the truth becomes when the VAE encodes and decodes it, and a guess without the image.
+    """
+
+    head: str = "tiny-segmentation"  # embedded head, folder or hub id
+    base: str | None = None  # where its VAE and text encoder are, for a U-Net alone
+    compare: tuple[str, ...] = ()  # further heads on the same scenes, for example one trained without edges
+    benchmark: Literal["scenes", "dis"] = "scenes"
+    data: Path | None = None  # dis: folder with DIS-VD, DIS-TE1, ..., each with im/ and gt/
+    splits: tuple[str, ...] = SPLITS  # dis: which of them
+    maps: Path | None = None  # dis: keep the maps here, SPLIT/NAME.png; what is there already is scored as it is
+    protocol: Protocol = "soft"  # soft maps (DIS tables), or thresholded at 0.5 (DiffDIS' own script)
+    hce: bool | None = None  # count human correction effort; needs pysodmetrics. Yes for dis, no for scenes
+    scenes: ScenesOption = field(default_factory=SceneMapSettings)
+    predict: SegmentConfig = field(default_factory=SegmentConfig)
+
+    def run(self) -> None:
+        self.check_output()
+        self.show(self._scenes() if self.benchmark == "scenes" else self._dis())
+
+    def _load(self, name: str) -> SegmentationHead:
+        return load_segmentation(name, base=self.base, device=self.device)
+
+    def _scenes(self) -> MaskReport:
+        head = self._load(self.head)
+        methods: dict[str, Method] = {"no look": centred_guess, self.head: mask_method(head, self.predict)}
+        methods |= {name: mask_method(self._load(name), self.predict) for name in self.compare}
+        methods["truth through the VAE"] = masks_through_vae(head.model.vae)
+        return evaluate_scene_masks(methods, self.scenes, protocol=self.protocol, hce=bool(self.hce))
+
+    def _dis(self) -> MaskReport:
+        if self.data is None:
+            raise ValueError("this benchmark needs its folder: --data PATH")
+        head = self._load(self.head)
+
+        def predict(images: list[Image.Image]) -> Iterator[Tensor]:
+            return (prediction.mask for prediction in head.predict_each(images, self.predict))
+
+        return evaluate_dis(
+            self.head, predict, self.data,
+            splits=self.splits, protocol=self.protocol, hce=self.hce is not False, folder=self.maps,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAblation(ReportOptions):
     """Lotus's ablation in small: noise or clean target, many steps or one, detail preserver, pretrained or not.
 
     Nine trainings of equal length from one base, each measured on the same held-out scenes.
@@ -137,18 +184,13 @@ class EvalAblation:
     scenes_to_render: int = 24000  # where --data names no folder
     work: Path = Path("runs/ablation")  # trainings; the same folder again goes on where it was
     latents: Path | None = None  # encoded scenes, shared with `diffrep train depth`; WORK
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # also keep the report as this JSON file
-    json: bool = False  # print JSON instead of the table
     settings: Annotated[AblationSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=AblationSettings)
 
     def run(self) -> None:
-        if self.output is not None:
-            check_writable(self.output, (".json",))
+        self.check_output()
+        load_parts(self.base)  # a base that cannot be loaded is refused before scenes are rendered for it
         samples = open_set(self.data, self.task, self.work, self.scenes_to_render)
-        report = run_ablation(samples, self.task, self.work, self.settings, base=self.base, latents=self.latents)
-        if self.output is not None:
-            write_whole(self.output, report.to_json() + "\n")
-        print(report.to_json() if self.json else report.table())
+        self.show(run_ablation(samples, self.task, self.work, self.settings, base=self.base, latents=self.latents))
 
 
 def head_method(head: DenseHead, config: PredictConfig) -> Method:
@@ -156,9 +198,8 @@ def head_method(head: DenseHead, config: PredictConfig) -> Method:
 
     def method(scenes: Sequence[Scene]) -> Tensor:
         maps = []
-        for found in head.predict_each([scene.image for scene in scenes], config):
-            normals = isinstance(found, NormalMap)
-            maps.append(found.to_frame("lub").values if normals else found.values[None])  # type: ignore[union-attr]
+        for one in head.predict_each([scene.image for scene in scenes], config):
+            maps.append(one.to_frame("lub").values if isinstance(one, NormalMap) else one.values[None])
         return torch.stack(maps)
 
     return method
@@ -173,7 +214,7 @@ def depth_predictor(head: DenseHead, config: PredictConfig) -> Predict:
     return predict
 
 
-def normal_predictor(head: DenseHead) -> PredictNormals:
+def normal_predictor(head: DenseHead) -> Predict:
     """A head as a predictor of the normal harness, which pads images with values that no image has."""
 
     @torch.inference_mode()
@@ -192,3 +233,12 @@ def normal_predictor(head: DenseHead) -> PredictNormals:
 def head_fingerprint(head: DenseHead) -> float:
     """A number that changes with the weights."""
     return round(sum(float(p.detach().double().abs().sum()) for p in head.model.network.parameters()), 4)
+
+
+def mask_method(head: SegmentationHead, config: SegmentConfig) -> Method:
+    """A head of masks as a method of the scenes benchmark."""
+
+    def method(scenes: Sequence[Scene]) -> Tensor:
+        return torch.stack([one.mask for one in head.predict_each([s.image for s in scenes], config)])
+
+    return method

@@ -17,13 +17,16 @@ from diffrep.eval.datasets.ap10k_release import Ap10kSet, as_image, is_release, 
 from diffrep.eval.datasets.pairs import (
     AnnotatedImage,
     AnnotatedPair,
-    DatasetError,
     PairSet,
+    annotations,
+    choose,
     collect,
+    common,
+    inside,
     need_folder,
     pair_name,
-    read_json,
 )
+from diffrep.files import read_document
 
 
 def read_ap10k(root: str | Path, *, split: Ap10kSet = "test", categories: Sequence[str] | None = None) -> PairSet:
@@ -37,23 +40,15 @@ def read_ap10k(root: str | Path, *, split: Ap10kSet = "test", categories: Sequen
     if is_release(root):
         return read_release(root, split, categories)
     need_folder(root, "ImageAnnotation", "JPEGImages", f"PairAnnotation/{split}")
-    files = sorted((root / "PairAnnotation" / split).glob("*.json"))
-    if not files:
-        raise DatasetError(f"{root / 'PairAnnotation' / split}: no pair annotation (*.json) in it")
-    found = sorted({_category(file) for file in files})
-    wanted = tuple(categories or found)
-    if unknown := sorted(set(wanted) - set(found)):
-        raise ValueError(f"AP-10K {split} has no category {', '.join(unknown)}; it has {', '.join(found)}")
-    image_notes = cache(read_json)  # an image is in many pairs
+    files = annotations(root / "PairAnnotation" / split)
+    wanted = choose(f"AP-10K {split}", "category", sorted({_category(file) for file in files}), categories)
+    image_notes = cache(read_document)  # an image is in many pairs
 
     def read(file: Path) -> AnnotatedPair:
-        pair = read_json(file)
-        source, target = (
-            _image(inside, image_notes(root / inside))
-            for inside in (_below(str(pair[key])) for key in ("src_json_path", "trg_json_path"))
-        )
-        ids = tuple(i for i in source.keypoints if i in target.keypoints)
-        return AnnotatedPair(pair_name(file), _category(file), source, target, ids)
+        pair = read_document(file)
+        notes = [inside(_below(str(pair[key]))) for key in ("src_json_path", "trg_json_path")]
+        source, target = (_image(note, image_notes(root / note)) for note in notes)
+        return AnnotatedPair(pair_name(file), _category(file), source, target, common(source, target))
 
     entries = [(file.name, partial(read, file)) for file in files if _category(file) in wanted]
     return collect(f"AP-10K {split}", root, wanted, entries, split=split)

@@ -28,16 +28,14 @@ from diffrep.eval.datasets.pairs import (
     DatasetError,
     PairSet,
     Problem,
+    choose,
     collect,
-    read_json,
+    common,
+    inside,
 )
+from diffrep.files import read_document
 
-KEYPOINTS = (
-    "left eye", "right eye", "nose", "neck", "tail root", "left shoulder", "left elbow", "left front paw",
-    "right shoulder", "right elbow", "right front paw", "left hip", "left knee", "left back paw", "right hip",
-    "right knee", "right back paw",
-)  # fmt: skip
-
+KEYPOINTS = 17
 Ap10kSet = Literal["trn", "val", "test", "test_cross_species", "test_cross_family"]
 
 SHARED = 3  # keypoints that a pair needs
@@ -66,7 +64,7 @@ def read_release(root: Path, split: Ap10kSet, categories: Sequence[str] | None =
     """
     images, problems = _read_images(root)
     part = "test" if split.startswith("test") else split
-    taken = {species: _part(found, part) for species, found in sorted(images.items())}
+    taken = {species: _part(members, part) for species, members in sorted(images.items())}
     drawing = random.Random(_SEED)
     if split == "test_cross_species":
         pairs = _across_species(taken, drawing)
@@ -79,10 +77,7 @@ def read_release(root: Path, split: Ap10kSet, categories: Sequence[str] | None =
         by_category[category].append((source, target))
     if not by_category:
         raise DatasetError(f"{root / 'annotations'}: no two images that make a pair of the set {split}")
-    wanted = tuple(categories or sorted(by_category))
-    if unknown := sorted(set(wanted) - set(by_category)):
-        known = ", ".join(sorted(by_category))
-        raise ValueError(f"AP-10K {split} has no category {', '.join(unknown)}; it has {known}")
+    wanted = choose(f"AP-10K {split}", "category", sorted(by_category), categories)
     entries = [
         (f"{category}: {source.path}, {target.path}", partial(_pair, category, source, target))
         for category in wanted
@@ -99,11 +94,9 @@ def as_image(path: str, note: Mapping[str, Any]) -> AnnotatedImage:
         KeyError, TypeError, ValueError: a field is missing or malformed.
     """
     values = note["keypoints"]
-    if len(values) != 3 * len(KEYPOINTS):
-        raise ValueError(f"{path} has {len(values)} keypoint numbers, expected {3 * len(KEYPOINTS)}")
-    keypoints = {
-        i: (float(values[3 * i]), float(values[3 * i + 1])) for i in range(len(KEYPOINTS)) if values[3 * i + 2] > 0
-    }
+    if len(values) != 3 * KEYPOINTS:
+        raise ValueError(f"{path} has {len(values)} keypoint numbers, expected {3 * KEYPOINTS}")
+    keypoints = {i: (float(values[3 * i]), float(values[3 * i + 1])) for i in range(KEYPOINTS) if values[3 * i + 2] > 0}
     left, top, width, height = (float(v) for v in note["bbox"])
     return AnnotatedImage(
         path, (int(note["height"]), int(note["width"])), keypoints, (left, top, left + width, top + height)
@@ -121,11 +114,11 @@ def _read_images(root: Path) -> tuple[dict[Species, list[AnnotatedImage]], list[
     seen = set()  # each of the three splits of the release has all images
     for file in sorted((root / "annotations").glob("ap10k-*-split*.json")):
         try:
-            note = read_json(file)
+            note = read_document(file)
             species = {c["id"]: (str(c["supercategory"]), str(c["name"])) for c in _entries(note, "categories")}
             of_image = {image["id"]: image for image in _entries(note, "images")}
             animals = [(animal["image_id"], animal) for animal in _entries(note, "annotations")]
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{file}: annotations as COCO has them were expected ({error!r})") from None
         for number, animal in animals:
             if number in seen:
@@ -134,14 +127,14 @@ def _read_images(root: Path) -> tuple[dict[Species, list[AnnotatedImage]], list[
             try:
                 about = of_image[number]
                 name = str(about["file_name"])
-                image = as_image(f"data/{name}", {**about, **animal})
+                image = as_image(inside(f"data/{name}"), {**about, **animal})
                 kind = species[animal["category_id"]]
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
                 problems.append(Problem(f"{file.name}, image {number}", f"malformed annotation ({error!r})"))
                 continue
             if len(image.keypoints) >= SHARED:
                 images[kind][name] = image
-    return {kind: [found[name] for name in sorted(found)] for kind, found in images.items()}, problems
+    return {kind: [members[name] for name in sorted(members)] for kind, members in images.items()}, problems
 
 
 def _entries(note: Mapping[str, object], field: str) -> list[Any]:
@@ -209,5 +202,5 @@ def _match(a: AnnotatedImage, b: AnnotatedImage) -> bool:
 
 
 def _pair(category: str, source: AnnotatedImage, target: AnnotatedImage) -> AnnotatedPair:
-    ids = tuple(i for i in source.keypoints if i in target.keypoints)
-    return AnnotatedPair(f"{Path(source.path).stem}-{Path(target.path).stem}:{category}", category, source, target, ids)
+    name = f"{Path(source.path).stem}-{Path(target.path).stem}:{category}"
+    return AnnotatedPair(name, category, source, target, common(source, target))

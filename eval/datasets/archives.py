@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
-from diffrep.eval.datasets.pairs import DatasetError
+from diffrep.eval.cache import digest
+from diffrep.eval.datasets.pairs import DatasetError, inside
 
 
 class Archive:
@@ -24,16 +27,16 @@ class Archive:
         if not self.root.is_dir() and not self.root.is_file():
             raise DatasetError(f"{self.root}: no such folder or tar archive")
         if self.root.is_file():
-            try:
-                tarfile.open(self.root, "r:").close()
-            except tarfile.TarError as error:
-                raise DatasetError(f"{self.root}: is no uncompressed tar archive ({error})") from None
+            _ = self._members
 
     @cached_property
     def _members(self) -> dict[str, tuple[int, int]]:
         """Path -> where a file's bytes start in the archive, and their number."""
-        with tarfile.open(self.root, "r:") as tar:
-            files = [member for member in tar.getmembers() if member.isfile()]
+        try:
+            with tarfile.open(self.root, "r:") as tar:
+                files = [member for member in tar.getmembers() if member.isfile()]
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            raise DatasetError(f"{self.root}: is no uncompressed tar archive ({error})") from None
         return {file.name.removeprefix("./"): (file.offset_data, file.size) for file in files}
 
     def names(self) -> list[str]:
@@ -47,9 +50,10 @@ class Archive:
 
         Raises:
             FileNotFoundError: there is no such file.
+            ValueError: the name leads out of the data set's folder.
         """
         if self.root.is_dir():
-            path = self.root / name
+            path = self.root / inside(name)
             if not path.is_file():
                 raise FileNotFoundError(2, "no such file", str(path))
             return path.read_bytes()
@@ -60,6 +64,14 @@ class Archive:
         with self.root.open("rb") as file:
             file.seek(start)
             return file.read(size)
+
+    def digest(self, names: Sequence[str]) -> str:
+        """What tells these files' contents from others.
+
+        Raises:
+            FileNotFoundError, ValueError: as `read`.
+        """
+        return digest(*(self.read(name) for name in names))
 
     def image(self, name: str) -> Image.Image:
         """A picture, decoded.
@@ -72,6 +84,21 @@ class Archive:
         try:
             opened = Image.open(io.BytesIO(data))
             opened.load()
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # decoders raise almost anything for damaged files
             raise ValueError(f"{name}: cannot be decoded ({error})") from None
         return opened
+
+
+def read_array(data: bytes, name: str) -> np.ndarray:
+    """The array of an ``.npy`` file, of numbers.
+
+    Raises:
+        ValueError: it is damaged, or holds something else.
+    """
+    try:
+        values: np.ndarray = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a damaged header raises SyntaxError, MemoryError and others too
+        raise ValueError(f"{name}: is no .npy file of numbers ({error})") from None
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: holds {values.dtype}, not numbers")
+    return values

@@ -1,8 +1,7 @@
 """Which keypoints are alike: those that change places in a mirror image, and those that are one part in several places.
 
-GeoAware-SC's geometry-aware subset and its pose alignment need both for every category. Its paper does not print the
-tables and SPair-71k's annotations number the keypoints without naming them. Where nothing else is given, they follow
-from the names in `spair_keypoints` and of AP-10K; other tables, for instance those of a paper, come from a file::
+GeoAware-SC's geometry-aware subset and its pose alignment need both for every category. Those of SPair-71k and AP-10K
+lie in ``eval/data/keypoints.toml``; others come from a file in the same form::
 
     [cat]
     mirror = [[0, 1], [2, 3]]
@@ -13,17 +12,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
-from diffrep.eval.datasets.ap10k_release import KEYPOINTS as AP10K_KEYPOINTS
-from diffrep.eval.datasets.spair_keypoints import mirror_ids, mirror_name, part_groups
+from diffrep.files import read_document
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+_FIELDS = {"mirror", "groups", "names", "order"}
 
 
 @dataclass(frozen=True)
@@ -31,58 +32,102 @@ class KeypointTable:
     """What is alike among the keypoints of one category.
 
     Attributes:
-        mirror: id -> id of the keypoint that takes its place in a mirror image; those left out are their own.
+        mirror: id -> id of the keypoint that takes its place in a mirror image; those left out stay what they are.
         groups: sets of two or more ids that are one part at several places of the object.
+        names: id -> what lies there; empty where nobody has said it.
+        order: of the ids in the released table of mirrored keypoints; that of the numbers where empty.
     """
 
     mirror: Mapping[int, int]
     groups: tuple[frozenset[int], ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
+    order: tuple[int, ...] = ()
+
+    def as_released(self, used: Iterable[int]) -> KeypointTable:
+        """The table as GeoAware-SC's released code has it for the ids that occur in a category's pairs.
+
+        The code keeps the entries of its tables that occur and numbers them one after the other, so that where the
+        order of a table is not that of the ids, or skips ids, other keypoints than meant change places or make a group.
+        Its published numbers have this slip.
+        """
+        used = sorted(used)
+        order = self.order or tuple(self.names)
+        place = {i: number for number, i in enumerate(order)}
+        compact = {i: number for number, i in enumerate(self.names)}  # its mirror tables skip ids that have no name
+        pairs = {tuple(sorted((i, self.mirror.get(i, i)), key=place.__getitem__)) for i in order}
+        entries = [dict.fromkeys(pair) for pair in sorted(pairs, key=lambda pair: place[pair[0]])]
+        mirror: dict[int, int] = {}
+        for ids in _renumbered([[compact[i] for i in entry] for entry in entries], used):
+            mirror |= dict(zip(ids, reversed(ids), strict=True))
+        grouped = {i for group in self.groups for i in group}
+        alone = [[i] for i in self.names if i not in grouped]
+        groups = _renumbered(sorted([*map(sorted, self.groups), *alone]), used)
+        return KeypointTable(mirror, tuple(frozenset(ids) for ids in groups if len(ids) > 1), self.names)
+
+
+def _renumbered(entries: Sequence[Sequence[int]], used: Sequence[int]) -> list[tuple[int, ...]]:
+    """The entries whose ids occur, their ids replaced one after the other by those that do."""
+    occurring = [[i for i in entry if i in used] for entry in entries]
+    numbers = iter(used)
+    return [tuple(number for _, number in zip(ids, numbers, strict=False)) for ids in occurring if ids]
 
 
 def table_of(benchmark: str, category: str, tables: Mapping[str, KeypointTable] | None = None) -> KeypointTable:
-    """The table of a category: that of `tables` where it has one, else what follows from the keypoints' names.
+    """The table of a category: that of `tables` where it has one, else the published one.
 
     Raises:
         ValueError: the benchmark does not say what its keypoints are.
     """
+    known = _published()
     if tables is not None and category in tables:
         return tables[category]
-    if benchmark == "spair":
-        return KeypointTable(mirror_ids(category), part_groups(category))
+    if benchmark == "spair" and category in known:
+        return known[category]
     if benchmark == "ap-10k":
-        return KeypointTable({i: AP10K_KEYPOINTS.index(mirror_name(name)) for i, name in enumerate(AP10K_KEYPOINTS)})
+        return known["ap-10k"]
     raise ValueError(f"{benchmark} does not name its keypoints: give a table with left, right and parts of {category}")
 
 
+@cache
+def _published() -> dict[str, KeypointTable]:
+    return read_keypoint_tables(Path(__file__).parent.parent / "data" / "keypoints.toml")
+
+
 def read_keypoint_tables(path: Path) -> dict[str, KeypointTable]:
-    """Read tables from a TOML or JSON file: category -> ``mirror`` (pairs of ids) and ``groups`` (lists of ids).
+    """Read tables from a TOML or JSON file: category -> ``mirror`` (pairs of ids), ``groups`` (lists of ids), ``names``
+    (in the order of the ids, "" where an id is not used), ``order`` (of the ids in a released table).
 
     Raises:
         ValueError: the file is missing, is neither, or an entry is no list of different ids; named.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # JSON's and TOML's own errors are ValueErrors
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must be a table of categories, got {content!r}")
+    if path.suffix.lower() == ".json":
+        content = read_document(path)
+    else:
+        try:
+            content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:  # TOML's own errors are ValueErrors
+            raise ValueError(f"{path}: {error}") from None
     return {category: _table(f"{path}: {category}", entry) for category, entry in content.items()}
 
 
 def _table(where: str, entry: object) -> KeypointTable:
-    if not isinstance(entry, dict) or not set(entry) <= {"mirror", "groups"}:
-        raise ValueError(f"{where} must have mirror and groups, got {entry!r}")
+    if not isinstance(entry, dict) or not set(entry) <= _FIELDS:
+        raise ValueError(f"{where} must have mirror and groups, got {json.dumps(entry, default=str)}")
     pairs = _lists(f"{where}.mirror", entry.get("mirror", []))
     if wrong := [pair for pair in pairs if len(pair) != 2]:
         raise ValueError(f"{where}.mirror must be pairs of ids, got {wrong[0]}")
     groups = _lists(f"{where}.groups", entry.get("groups", []))
     if wrong := [group for group in groups if len(group) < 2]:
         raise ValueError(f"{where}.groups must have two or more ids each, got {wrong[0]}")
+    names = entry.get("names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where}.names must be a list of names, got {names!r}")
+    order = _lists(f"{where}.order", [entry.get("order", [])])[0]
     mirror = {a: b for pair in pairs for a, b in (pair, pair[::-1])}
-    return KeypointTable(mirror, tuple(frozenset(group) for group in groups))
+    known = {i: name for i, name in enumerate(names) if name}
+    return KeypointTable(mirror, tuple(map(frozenset, groups)), known, tuple(order))
 
 
 def _lists(where: str, value: object) -> Sequence[list[int]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from diffrep.eval.report import Problem
 
 
 class DatasetError(ValueError):
@@ -38,17 +40,6 @@ class AnnotatedPair:
     source: AnnotatedImage
     target: AnnotatedImage
     ids: tuple[int, ...]  # keypoints visible in both, in the release's order
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something in a data set that could not be used."""
-
-    where: str  # file or pair
-    what: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}"
 
 
 @dataclass(frozen=True)
@@ -84,30 +75,24 @@ def collect(
 
     Args:
         entries: (what to call it in a message, function that reads it). The function raises KeyError,
-            TypeError, ValueError or OSError where the annotation is malformed.
+            TypeError, ValueError, OSError and the like where the annotation is malformed.
     """
     pairs, noted = [], list(problems)
     present: dict[str, bool] = {}
     for where, read in entries:
         try:
             pair = read()
+            images = [inside(pair.source.path), inside(pair.target.path)]
         except KeyError as error:
             noted.append(Problem(where, f"has no field {error}"))
-            continue
-        except json.JSONDecodeError as error:
-            noted.append(Problem(where, f"is not JSON ({error})"))
             continue
         except FileNotFoundError as error:
             noted.append(Problem(where, f"{error.filename} is missing" if error.filename else str(error)))
             continue
-        except (TypeError, ValueError, OSError) as error:
+        except (TypeError, ValueError, OSError, AttributeError, IndexError, OverflowError) as error:
             noted.append(Problem(where, f"malformed annotation ({error})"))
             continue
-        missing = [
-            path
-            for path in (pair.source.path, pair.target.path)
-            if not present.setdefault(path, (root / path).is_file())
-        ]
+        missing = [path for path in images if not present.setdefault(path, (root / path).is_file())]
         if missing:
             noted.append(Problem(where, f"image {' and '.join(missing)} is missing"))
         elif not pair.ids:
@@ -119,6 +104,34 @@ def collect(
     return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted), split)
 
 
+def choose(benchmark: str, what: str, known: Sequence[str], asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The categories, or whatever a benchmark has several of, that are asked for; all where None.
+
+    Raises:
+        ValueError: the benchmark has none of that name.
+    """
+    if unknown := sorted(set(asked or ()) - set(known)):
+        raise ValueError(f"{benchmark} has no {what} {', '.join(unknown)}; it has {', '.join(known)}")
+    return tuple(asked or known)
+
+
+def annotations(folder: Path) -> list[Path]:
+    """The JSON files of a folder, sorted.
+
+    Raises:
+        DatasetError: there is none.
+    """
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise DatasetError(f"{folder}: no pair annotation (*.json) in it")
+    return files
+
+
+def common(source: AnnotatedImage, target: AnnotatedImage) -> tuple[int, ...]:
+    """Ids of the keypoints that both images show."""
+    return tuple(i for i in source.keypoints if i in target.keypoints)
+
+
 def pair_name(file: Path) -> str:
     """What a release calls a pair: the file's name, whose colon may be written ``%3A``, as Windows needs it.
 
@@ -128,16 +141,42 @@ def pair_name(file: Path) -> str:
     return file.stem.replace("%3A", ":")
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """Read a JSON object.
+def inside(path: str) -> str:
+    """A path that a data set names, relative to its folder.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: it leads out of the folder.
     """
-    value = json.loads(path.read_text())
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object was expected, this is a {type(value).__name__}")
-    return value
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
+        raise ValueError(f"the path {path!r} leads out of the data set's folder")
+    return path
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """(H, W) of an image, from its header alone.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except Exception as error:  # whatever a decoder raises for a damaged header
+        raise ValueError(f"{file.name} is not an image ({error})") from None
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a list or table, UTF-8.
+
+    Raises:
+        DatasetError: the file is missing or no text.
+    """
+    if not file.is_file():
+        raise DatasetError(f"{file}: no such list")
+    try:
+        return file.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{file}: cannot be read as text ({error})") from None
 
 
 def need_folder(root: Path, *parts: str) -> None:

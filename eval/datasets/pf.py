@@ -15,15 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from diffrep.eval.datasets.pairs import (
     AnnotatedImage,
     AnnotatedPair,
     DatasetError,
     PairSet,
+    choose,
     collect,
+    image_size,
+    inside,
     need_folder,
+    read_lines,
 )
 
 PASCAL_CATEGORIES = (
@@ -48,9 +50,7 @@ def read_pf_pascal(
     """
     root = Path(root)
     need_folder(root, "JPEGImages")
-    wanted = tuple(categories or PASCAL_CATEGORIES)
-    if unknown := sorted(set(wanted) - set(PASCAL_CATEGORIES)):
-        raise ValueError(f"PF-PASCAL has no category {', '.join(unknown)}; it has {', '.join(PASCAL_CATEGORIES)}")
+    wanted = choose("PF-PASCAL", "category", PASCAL_CATEGORIES, categories)
     table = root / f"{split}_pairs_pf_pascal.csv"
     rows = _rows(table, ("source_image", "target_image", "class", "XA", "YA", "XB", "YB"))
 
@@ -79,9 +79,7 @@ def read_pf_willow(root: str | Path, *, categories: Sequence[str] | None = None)
     """
     root = Path(root)
     need_folder(root)
-    wanted = tuple(categories or WILLOW_CATEGORIES)
-    if unknown := sorted(set(wanted) - set(WILLOW_CATEGORIES)):
-        raise ValueError(f"PF-WILLOW has no category {', '.join(unknown)}; it has {', '.join(WILLOW_CATEGORIES)}")
+    wanted = choose("PF-WILLOW", "category", WILLOW_CATEGORIES, categories)
 
     def category_of(row: Sequence[str]) -> str:
         return Path(row[0]).parent.name.partition("(")[0]  # "car(G)" -> "car"
@@ -102,10 +100,10 @@ def read_pf_willow(root: str | Path, *, categories: Sequence[str] | None = None)
 
 def _rows(table: Path, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(name, cells) of the rows of a CSV file whose header begins with these columns."""
-    if not table.is_file():
-        raise DatasetError(f"{table}: the list of pairs is missing")
-    with table.open(newline="") as file:
-        head, *rows = [row for row in csv.reader(file) if row] or [[]]
+    try:
+        head, *rows = [row for row in csv.reader(read_lines(table)) if row] or [[]]
+    except csv.Error as error:
+        raise DatasetError(f"{table}: is no table of pairs ({error})") from None
     if [cell.strip().lower() for cell in head[: len(columns)]] != [column.lower() for column in columns]:
         raise DatasetError(f"{table}: the columns should begin with {', '.join(columns)}, they are {', '.join(head)}")
     return [(f"{table.name} row {number}", row) for number, row in enumerate(rows, start=1)]
@@ -130,10 +128,9 @@ def _pair(
         raise ValueError(f"XA, YA, XB, YB have {len(xa)}, {len(ya)}, {len(xb)}, {len(yb)} numbers")
     images = []
     for path, x, y in ((source, xa, ya), (target, xb, yb)):
-        inside = path.removeprefix(f"{root.name}/")
-        if not (root / inside).is_file():
-            raise FileNotFoundError(f"image {inside} is missing")
-        with Image.open(root / inside) as image:  # reads the header only
-            size = (image.height, image.width)
-        images.append(AnnotatedImage(inside, size, dict(enumerate(zip(x, y, strict=True)))))
+        name_inside = inside(path.removeprefix(f"{root.name}/"))
+        if not (root / name_inside).is_file():
+            raise FileNotFoundError(f"image {name_inside} is missing")
+        points = dict(enumerate(zip(x, y, strict=True)))
+        images.append(AnnotatedImage(name_inside, image_size(root / name_inside), points))
     return AnnotatedPair(name, category, images[0], images[1], tuple(range(len(xa))))

@@ -18,11 +18,15 @@ from diffrep.eval.datasets.pairs import (
     AnnotatedPair,
     DatasetError,
     PairSet,
+    annotations,
+    choose,
     collect,
+    common,
+    inside,
     need_folder,
     pair_name,
-    read_json,
 )
+from diffrep.files import read_document
 
 CATEGORIES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse",
@@ -92,24 +96,20 @@ def _read(
     categories: Sequence[str] | None,
     keypoints: Literal["pair", "image"],
 ) -> PairSet:
-    wanted = tuple(categories or CATEGORIES)
-    if unknown := sorted(set(wanted) - set(CATEGORIES)):
-        raise ValueError(f"{name} has no category {', '.join(unknown)}; it has {', '.join(CATEGORIES)}")
-    files = sorted((root / "PairAnnotation" / split).glob("*.json"))
-    if not files:
-        raise DatasetError(f"{root / 'PairAnnotation' / split}: no pair annotation (*.json) in it")
-    image_notes = cache(read_json)  # an image is in many pairs
+    wanted = choose(name, "category", CATEGORIES, categories)
+    files = annotations(root / "PairAnnotation" / split)
+    image_notes = cache(read_document)  # an image is in many pairs
 
     def read(file: Path) -> AnnotatedPair:
-        pair = read_json(file)
+        pair = read_document(file)
         category, (source_name, target_name) = str(pair["category"]), (pair["src_imname"], pair["trg_imname"])
         if keypoints == "image":
             notes = [
-                image_notes(root / "ImageAnnotation" / category / f"{Path(str(name)).stem}.json")
+                image_notes(root / inside(f"ImageAnnotation/{category}/{Path(str(name)).stem}.json"))
                 for name in (source_name, target_name)
             ]
             source, target = (_image_from_own_note(category, note) for note in notes)
-            ids = tuple(i for i in source.keypoints if i in target.keypoints)
+            ids = common(source, target)
         else:
             ids = tuple(int(i) for i in _list(pair["kps_ids"]))
             source, target = (_image_from_pair(category, pair, side, ids) for side in ("src", "trg"))

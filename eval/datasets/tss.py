@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.eval.datasets.pairs import DatasetError, Problem
+from diffrep.eval.datasets.pairs import DatasetError, choose, image_size
+from diffrep.eval.report import Problem
 
 SUBSETS = ("FG3DCar", "JODS", "PASCAL")
 FLO_MAGIC = 202021.25
@@ -62,8 +63,13 @@ class FlowItem:
 
     def mask(self, root: Path) -> Tensor:
         """(H, W) bool: the object in the target, padded with False."""
-        with Image.open(root / self.mask_file) as image:
-            mask = torch.from_numpy(np.asarray(image.convert("L")) > 0)
+        try:
+            with Image.open(root / self.mask_file) as image:
+                mask = torch.from_numpy(np.asarray(image.convert("L")) > 0)
+        except Exception as error:  # whatever a decoder raises for a damaged file
+            raise ValueError(f"{self.mask_file}: is not an image ({error})") from None
+        if tuple(mask.shape) != self.target_size:
+            raise ValueError(f"{self.mask_file}: the mask is {tuple(mask.shape)}, its image {self.target_size}")
         bottom, right = (a - b for a, b in zip(self.padded_size, self.target_size, strict=True))
         return torch.nn.functional.pad(mask, (0, right, 0, bottom))
 
@@ -89,9 +95,7 @@ def read_tss(root: str | Path, *, subsets: Sequence[str] | None = None) -> FlowS
         ValueError: there is no such subset.
     """
     root = Path(root)
-    wanted = tuple(subsets or SUBSETS)
-    if unknown := sorted(set(wanted) - set(SUBSETS)):
-        raise ValueError(f"TSS has no subset {', '.join(unknown)}; it has {', '.join(SUBSETS)}")
+    wanted = choose("TSS", "subset", SUBSETS, subsets)
     present = [subset for subset in wanted if (root / subset).is_dir()]
     if not present:
         raise DatasetError(f"{root}: none of the folders {', '.join(wanted)} is there")
@@ -115,16 +119,13 @@ _FILES = (("image", "png"), ("flow", "flo"), ("mask", "png"))
 
 
 def _directions(folder: Path, subset: str) -> list[FlowItem]:
-    sizes = {}
-    for k in (1, 2):
-        with Image.open(folder / f"image{k}.png") as image:  # reads the header only
-            sizes[k] = (image.height, image.width)
+    sizes = {k: image_size(folder / f"image{k}.png") for k in (1, 2)}
     inside = f"{subset}/{folder.name}"
     return [
         FlowItem(
             name=f"{inside}/{source}to{target}",
             subset=subset,
-            category=tss_category(folder.name),
+            category=tss_category(folder.name, subset),
             source=f"{inside}/image{source}.png",
             target=f"{inside}/image{target}.png",
             flow_file=f"{inside}/flow{target}.flo",
@@ -136,12 +137,14 @@ def _directions(folder: Path, subset: str) -> list[FlowItem]:
     ]
 
 
-def tss_category(folder: str) -> str:
-    """The VOC category that a folder's name begins with.
+def tss_category(folder: str, subset: str = "") -> str:
+    """The VOC category of a pair: everything in FG3DCar is a car, elsewhere the folder's name begins with it.
 
-    >>> tss_category("Car_03"), tss_category("plane_12_4")
+    >>> tss_category("001_suv", "FG3DCar"), tss_category("plane_12_4", "JODS")
     ('car', 'aeroplane')
     """
+    if subset == "FG3DCar":
+        return "car"
     word = folder.partition("_")[0].rstrip("0123456789").lower()
     return _CATEGORIES.get(word, word)
 
@@ -156,7 +159,7 @@ def read_flo(path: Path) -> Tensor:
     if len(raw) < 12 or np.frombuffer(raw, "<f4", 1)[0] != np.float32(FLO_MAGIC):
         raise ValueError(f"{path.name}: not a .flo file (it does not begin with {FLO_MAGIC})")
     width, height = (int(v) for v in np.frombuffer(raw, "<i4", 2, offset=4))
-    if len(raw) < 12 + 8 * width * height:
+    if min(width, height) < 1 or len(raw) < 12 + 8 * width * height:
         raise ValueError(f"{path.name}: cut off, {len(raw)} bytes for a flow of {width} x {height}")
     values = np.frombuffer(raw, "<f4", 2 * width * height, offset=12).reshape(height, width, 2)
     return torch.from_numpy(values.transpose(2, 0, 1).copy())

@@ -10,13 +10,21 @@ import torch
 from safetensors.torch import load_file
 
 from diffrep.alignment import align_depth
-from diffrep.eval.datasets.depth_images import kitti_mask, nyu_mask, open_depth_set
-from diffrep.eval.datasets.normal_images import PADDING, normal_padding, open_normal_set
-from diffrep.eval.depth import DepthProtocol, depth_metrics, evaluate_depth
-from diffrep.eval.normals import (
+from diffrep.eval.datasets.dense_images import (
+    PADDING,
+    kitti_mask,
+    normal_padding,
+    nyu_mask,
+    open_depth_set,
+    open_normal_set,
+)
+from diffrep.eval.maps import (
+    DepthProtocol,
     NormalProtocol,
     PooledAngles,
     angular_error,
+    depth_metrics,
+    evaluate_depth,
     evaluate_normals,
     mean_of_images,
     normal_metrics,

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import AggregationNetwork, Grid
+from diffrep.eval.datasets.keypoint_tables import table_of
 from diffrep.eval.datasets.pairs import AnnotatedPair
 from diffrep.eval.datasets.pf import read_pf_pascal
 from diffrep.eval.datasets.spair import read_spair
-from diffrep.eval.datasets.spair_keypoints import released_mirror_ids, released_part_groups
 from diffrep.eval.datasets.tss import SUBSETS, read_tss
 from diffrep.eval.flow import count_flow, mean_error, mean_pck, nearest_flow
 from diffrep.eval.pck import PairCount, Pck
@@ -298,7 +298,7 @@ def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
         pairs = read_spair(_dataset(folder, case), categories=[category], keypoints="image").pairs
         used = sorted({i for p in pairs for image in (p.source, p.target) for i in image.keypoints})
         assert used == result["used_points"]
-        partners, groups = released_mirror_ids(category, used), released_part_groups(category, used)
+        table = table_of("spair", category).as_released(used)
         counts, shared, elsewhere = [], [], 0
         for number, (pair, paths) in enumerate(zip(pairs, result["pairs"], strict=True)):
             assert [Path(image.path).name for image in (pair.source, pair.target)] == paths
@@ -311,14 +311,14 @@ def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
             if config["adapt_flip"]:
                 masks = None if config["mutual_nn"] else tuple(given[f"{k}.mask"] > 127 for k in (source, target))
                 views = (described[key] for key in (source, f"{source}_flip", target))
-                found = predict_posed(pair, protocol, *views, partners, masks=masks)
+                found = predict_posed(pair, protocol, *views, table.mirror, masks=masks)
             else:
                 queries = protocol.to_frame(pair.source.points(pair.ids), pair.source)
                 found = search(described[source], described[target], queries, SQUARE)
             official = expected[f"{name}.pair{number}.pred_xy30"][list(pair.ids)]
             elsewhere += int(((found - official).abs() > (pixels if config["soft"] else 0)).any(-1).sum())
             counts.append(protocol.count(pair, found))
-            shared.append(protocol.count_shared(pair, found, groups))
+            shared.append(protocol.count_shared(pair, found, table.groups))
         assert elsewhere <= 1, f"{name}: {elsewhere} points differ"
         pck, parts = Pck(protocol.alphas, tuple(counts)), Pck(protocol.alphas, tuple(shared))
         slack = 1 / pck.points + 1e-6

@@ -1,0 +1,133 @@
+"""What every evaluation gives back: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHOWN = 20  # problems that the text names; the JSON names all
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something in a data set that could not be used."""
+
+    where: str  # file or pair
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table of a report.
+
+    Attributes:
+        title: the line above it; "" for none.
+        columns: headings of the cells. The first column, the names of the rows, has none.
+        rows: (name, cell, cell, ...). Cells under a heading are aligned to the right; what a row has beyond the
+            headings stands behind them as it is. A plain string is a line of its own.
+        notes: lines below the table.
+    """
+
+    title: str
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str] | str] = ()
+    notes: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        grid = [("", *self.columns), *(row for row in self.rows if not isinstance(row, str))]
+        names = max(len(row[0]) for row in grid)
+        widths = [
+            max((len(row[i]) for row in grid if len(row) > i), default=0) for i in range(1, len(self.columns) + 1)
+        ]
+
+        def line(row: Sequence[str]) -> str:
+            cells = "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths, strict=False))
+            rest = "".join(f"  {cell}" for cell in row[1 + len(widths) :])
+            return f"  {row[0]:<{names}}{cells}{rest}".rstrip()
+
+        head = [self.title] * bool(self.title) + [line(grid[0])] * bool(self.columns)
+        return "\n".join([*head, *(row if isinstance(row, str) else line(row) for row in self.rows), *self.notes])
+
+
+@dataclass(frozen=True)
+class Report(ABC):
+    """Results of an evaluation, and what could not be counted.
+
+    A subclass holds the results and says which tables (`sections`) and which JSON (`document`) they make.
+    """
+
+    problems: Sequence[Problem | str] = field(default=(), kw_only=True)
+
+    @abstractmethod
+    def sections(self) -> Iterable[Section]:
+        """The tables, from the most to the least important."""
+
+    @abstractmethod
+    def document(self) -> Mapping[str, object]:
+        """Everything in the tables as numbers, with the settings that made them."""
+
+    def table(self) -> str:
+        """The report as text."""
+        parts = [*self.sections()]
+        if count := len(self.problems):
+            more = [f"  ... and {count - SHOWN} more, all in the JSON"] if count > SHOWN else []
+            named = [f"  {problem}" for problem in self.problems[:SHOWN]]
+            word = "problem" if count == 1 else "problems"
+            parts.append(Section(f"{count} {word}, not counted in any number:", notes=[*named, *more]))
+        return "\n\n".join(map(str, parts))
+
+    def to_json(self) -> str:
+        """The report as strict JSON: NaN becomes null."""
+        return json.dumps(plain(self.document()), indent=2)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it: settings become objects, NaN and infinity null, anything unknown its text.
+
+    >>> plain({"a": (1, float("nan")), "b": Problem("x.png", "is missing")})
+    {'a': [1, None], 'b': {'where': 'x.png', 'what': 'is missing'}}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if is_dataclass(value) and not isinstance(value, type):
+        return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, bytes):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    return str(value)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int, *, draws: int = 1000
+) -> tuple[float, float]:
+    """95 % percentile interval of a statistic over `count` samples, drawn with replacement, seed 0.
+
+    Args:
+        statistic: (draws, count) indices of samples -> (draws,) values; NaN values are left out.
+    """
+    values = statistic(np.random.default_rng(0).integers(count, size=(draws, count)))
+    low, high = np.nanquantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def with_interval(value: float, low: float, high: float, *, digits: int = 2, percent: bool = False) -> str:
+    """A value and its interval as a cell.
+
+    >>> with_interval(0.5, 0.25, 0.75, digits=1, percent=True)
+    '50.0% (25.0..75.0)'
+    """
+    scale, sign = (100, "%") if percent else (1, "")
+    return f"{scale * value:.{digits}f}{sign} ({scale * low:.{digits}f}..{scale * high:.{digits}f})"
