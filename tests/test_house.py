@@ -147,6 +147,8 @@ def test_the_wheel_has_one_top_level_and_everything_in_it(tmp_path: Path) -> Non
         "diffrep/py.typed",
         "diffrep/templates/base.html",
         "diffrep/models/tiny/unet/config.json",
+        "diffrep/eval/data/correspondence.toml",
+        "diffrep/eval/data/keypoints.toml",
         "diffrep/models/tiny-dino/model.safetensors",
     ):
         assert expected in names
