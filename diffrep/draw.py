@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffrep.files import printable
 from diffrep.fusion import Descriptors
 from diffrep.matching import DenseMatches, Matches
 
 HEIGHT = 360  # of each image in a picture, pixels
+_WIDEST = 4  # times its height: wider images are drawn smaller, so that a thin one needs no more memory than another
 _GAP = 14
 _PAPER = (250, 250, 248)
 _INK = (32, 36, 40)
@@ -42,18 +44,22 @@ def side_by_side(
         The picture, and for each image (left, top, scale): image point p lies at (left, top) + scale * (p + 0.5).
     """
     title_height = 30 if titles else 0
-    scales = [height / image.height for image in images]
-    widths = [max(1, round(image.width * scale)) for image, scale in zip(images, scales, strict=True)]
-    total = sum(widths) + _GAP * (len(images) - 1)
-    picture = Image.new("RGB", (total, height + title_height), _PAPER)
+    scales = [min(height / image.height, _WIDEST * height / image.width) for image in images]
+    sizes = [
+        (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        for image, scale in zip(images, scales, strict=True)
+    ]
+    total = sum(width for width, _ in sizes) + _GAP * (len(images) - 1)
+    row = max(tall for _, tall in sizes)
+    picture = Image.new("RGB", (total, row + title_height), _PAPER)
     pen, places, left = ImageDraw.Draw(picture), [], 0
-    for i, (image, width, scale) in enumerate(zip(images, widths, scales, strict=True)):
-        enlarged = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        picture.paste(enlarged, (left, title_height))
+    for i, (image, size, scale) in enumerate(zip(images, sizes, scales, strict=True)):
+        top = title_height + (row - size[1]) // 2
+        picture.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
         if i < len(titles):
-            pen.text((left + 2, 6), titles[i], fill=_INK, font=_font(17))
-        places.append((float(left), float(title_height), scale))
-        left += width + _GAP
+            pen.text((left + 2, 6), printable(titles[i]), fill=_INK, font=_font(17))
+        places.append((float(left), float(top), scale))
+        left += size[0] + _GAP
     return picture, places
 
 
@@ -345,13 +351,19 @@ def draw_contact_sheet(
             left, top, scale = _paste_inside(sheet, picture, corner, side)
             if place is not None:
                 _ring(pen, (left + scale * (place[0] + 0.5), top + scale * (place[1] + 0.5)))
-        kept = caption  # the score before a name, and the name's end, say most
-        for cut in range(9, len(caption)):
-            if pen.textlength(kept, font=font) <= side:
-                break
-            kept = f"{caption[:7]}…{caption[cut:]}"
-        pen.text((corner[0], corner[1] + side + 4), kept, fill=_INK, font=font)
+        pen.text((corner[0], corner[1] + side + 4), shortened(caption, side, font), fill=_INK, font=font)
     return sheet
+
+
+def shortened(caption: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A caption of one line, at most `width` pixels wide: its start (a score) and its end (of a name) say most."""
+    caption = printable(caption)
+    text = caption
+    for cut in range(9, len(caption)):
+        if font.getlength(text) <= width:
+            break
+        text = f"{caption[:7]}…{caption[cut:]}"
+    return text
 
 
 def _paste_inside(

@@ -177,8 +177,7 @@ def _from_array(array: np.ndarray, background: tuple[int, int, int]) -> Image.Im
 def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if 0 in image.size:
         raise ImageError(f"has no pixels, its size is {image.width} x {image.height}")
-    if (turn := _TURNS.get(_orientation(image))) is not None:
-        image = image.transpose(turn)
+    image = upright(image)
     if image.mode.startswith("I"):  # 16 or 32 bits of integer; what is larger than 16 bits has no known range
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -190,6 +189,12 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
         canvas = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF tag says, in its own mode."""
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> object:

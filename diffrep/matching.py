@@ -7,14 +7,17 @@ resizing and padding the backbones needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.fusion import Descriptors, Rows, lattice
 from diffrep.index import FAISS_FROM, FaissIndex, search
+from diffrep.masks import read_mask
 from diffrep.settings import MatchConfig
 from diffrep.similarity import Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
 
@@ -57,7 +60,7 @@ class DenseMatches:
 def match_points(
     source: Descriptors,
     target: Descriptors,
-    points: Tensor,
+    points: Tensor | np.ndarray | Sequence[Sequence[float]],
     config: MatchConfig | None = None,
     *,
     mask: Tensor | None = None,
@@ -152,13 +155,17 @@ def mutual_matches(
     return _place(source, cells[kept]), Matches(found, scores, torch.ones_like(scores, dtype=torch.bool))
 
 
-def check_points(points: Tensor, image_size: tuple[int, int]) -> Tensor:
+def check_points(points: Tensor | np.ndarray | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
     """(N, 2) float32 points that lie on an image of (H, W) pixels.
 
     Raises:
         ValueError: they do not; the message names the first that does not.
     """
-    points = torch.as_tensor(points)
+    if not isinstance(points, Tensor):
+        try:  # a copy: torch takes no array with negative strides
+            points = torch.from_numpy(np.array(points, dtype=np.float64, order="C"))
+        except (TypeError, ValueError):
+            raise ValueError(f"points must be (N, 2) numbers as (x, y), got {points!r}") from None
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must be (N, 2) as (x, y), got {tuple(points.shape)}")
     points = points.float()
@@ -188,15 +195,6 @@ def _take(descriptors: Descriptors, cells: Tensor) -> Rows:
     """The rows of some cells; all of them are not copied."""
     rows = descriptors.rows()
     return rows if len(cells) == len(rows) else rows[cells]
-
-
-def read_mask(mask: Tensor, points: Tensor, image_size: tuple[int, int]) -> Tensor:
-    """Read a mask (H', W') over the whole image of (H, W) pixels at image points (..., 2): bool (...)."""
-    if mask.ndim != 2 or 0 in mask.shape:
-        raise ValueError(f"a mask must be (height, width) over the whole image, got {tuple(mask.shape)}")
-    scale = points.new_tensor([mask.shape[1] / image_size[1], mask.shape[0] / image_size[0]])
-    columns, rows = ((points + 0.5) * scale).floor().long().unbind(-1)
-    return mask.to(points.device)[rows.clamp(0, mask.shape[0] - 1), columns.clamp(0, mask.shape[1] - 1)] > 0
 
 
 def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:

@@ -365,7 +365,7 @@ class Correspondence:
             ValueError: a point lies outside of the source.
         """
         a, b = self.describe(source, target)
-        return match_points(a, b, torch.as_tensor(points, dtype=torch.float32), self.recipe.matching)
+        return match_points(a, b, points, self.recipe.matching)
 
     def match_dense(self, source: ImageLike, target: ImageLike) -> DenseMatches:
         """Where every location of one image lies in the other."""

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
-Metric: TypeAlias = Literal["cosine", "euclidean"]
+Metric: TypeAlias = Literal["cosine", "euclidean", "manhattan"]
 
 MAX_CANVAS = 2**26  # pixels that a network's canvas has at most, 8192 x 8192
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from diffrep.fusion import Descriptors, Rows
+from diffrep.fusion import Descriptors, Rows, lattice
 from diffrep.settings import Metric
 
+OFFICIAL_METRICS: dict[str, Metric] = {"cos": "cosine", "l2": "euclidean", "l1": "manhattan"}  # sd-dino's `dist`
 # of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
 
@@ -37,10 +38,16 @@ class Scorer:
     """Scores sources against a fixed set of targets.
 
     ``cosine``: cosine of the joined descriptors. ``euclidean``: minus the squared distance, which orders as
-    the distance does. Both come from one product per part, without joining the parts.
+    the distance does. Both come from one product per part, without joining the parts. ``manhattan``: minus the sum
+    of the absolute differences.
+
+    Raises:
+        ValueError: there is no such metric.
     """
 
     def __init__(self, targets: Rows, metric: Metric) -> None:
+        if metric not in get_args(Metric):
+            raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
         self.metric = metric
         self.count = len(targets)
         self.parts = [part.float() for part in targets.parts]
@@ -48,15 +55,19 @@ class Scorer:
         self.squares = targets.squared_norms()
         self.device = self.squares.device
 
-    def prepare(self, sources: Rows) -> tuple[list[Tensor], Tensor]:
-        """Fold weights and lengths into the sources' side, which is the small one.
+    def check(self, sources: Rows) -> None:
+        """Refuse sources of other parts than the targets.
 
         Raises:
-            ValueError: the sources have other parts than the targets.
+            ValueError: the message lists both.
         """
-        own = [part.shape[1] for part in sources.parts]
-        if own != [part.shape[1] for part in self.parts]:
-            raise ValueError(f"source parts have {own} channels, target parts {[p.shape[1] for p in self.parts]}")
+        channels = [part.shape[1] for part in sources.parts]
+        if channels != [part.shape[1] for part in self.parts]:
+            raise ValueError(f"source parts have {channels} channels, target parts {[p.shape[1] for p in self.parts]}")
+
+    def prepare(self, sources: Rows) -> tuple[list[Tensor], Tensor]:
+        """Fold weights and lengths into the sources' side, which is the small one."""
+        self.check(sources)
         squares = sources.squared_norms()
         scale = 1 / squares.sqrt().clamp(min=1e-12) if self.metric == "cosine" else torch.full_like(squares, 2.0)
         folded = [
@@ -72,6 +83,13 @@ class Scorer:
             total.addmm_(part, targets.T)
         return total
 
+    def _minus_absolute_differences(self, sources: Rows, out: Tensor) -> Tensor:
+        self.check(sources)
+        out.zero_()
+        for part, targets, a, b in zip(sources.parts, self.parts, sources.weights, self.weights, strict=True):
+            out -= torch.cdist(part.float() * a, targets * b, p=1)
+        return out
+
     def chunks(self, sources: Rows, memory: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, scores (n, M)); the scores' memory is used again for the next chunk."""
         if memory is None:
@@ -81,6 +99,9 @@ class Scorer:
         lengths = 1 / self.squares.sqrt().clamp(min=1e-12)
         for start in range(0, len(sources), step):
             rows = slice(start, min(start + step, len(sources)))
+            if self.metric == "manhattan":
+                yield rows, self._minus_absolute_differences(sources[rows], buffer[: rows.stop - start])
+                continue
             with full_precision(self.device):
                 folded, squares = self.prepare(sources[rows])
                 scores = self.products(folded, out=buffer[: rows.stop - start])
@@ -198,10 +219,12 @@ class PixelScorer:
 
     Bilinear interpolation is linear: the product with an interpolated descriptor is the interpolated product,
     and the squared length of an interpolated descriptor is a quadratic form in products of neighbouring
-    cells. So maps of h x w products are resampled, never h x w x C descriptors.
+    cells. So maps of h x w products are resampled, never h x w x C descriptors. A sum of absolute differences has
+    no such form: for ``manhattan`` the descriptors of some rows of pixels at a time are interpolated.
     """
 
     def __init__(self, target: Descriptors, metric: Metric = "cosine") -> None:
+        self.target = target
         self.scorer = Scorer(target.rows(), metric)
         self.cells = target.size
         self.size = target.placement.image_size
@@ -209,22 +232,22 @@ class PixelScorer:
         device = target.device
         x = torch.stack([torch.arange(width, device=device), torch.zeros(width, device=device)], dim=1)
         y = torch.stack([torch.zeros(height, device=device), torch.arange(height, device=device)], dim=1)
-        self.columns = _Taps.at(target.cells(x)[:, 0], self.cells[1])
-        self.rows = _Taps.at(target.cells(y)[:, 1], self.cells[0])
+        self.columns = _Interpolation.at(target.cells(x)[:, 0], self.cells[1])
+        self.rows = _Interpolation.at(target.cells(y)[:, 1], self.cells[0])
         self.squares = self._squared_lengths(target)
 
     def _squared_lengths(self, target: Descriptors) -> Tensor:
         """(H, W): squared lengths of the interpolated descriptors."""
-        own, right, down, diagonals = (torch.zeros(self.cells, device=target.device) for _ in range(4))
+        centres, right, down, diagonals = (torch.zeros(self.cells, device=target.device) for _ in range(4))
         for part, weight in zip(target.parts, target.weights, strict=True):
             cells = part.float() * weight
-            own += cells.square().sum(-1)
+            centres += cells.square().sum(-1)
             right[:, :-1] += (cells[:, :-1] * cells[:, 1:]).sum(-1)
             down[:-1] += (cells[:-1] * cells[1:]).sum(-1)
             diagonals[:-1, :-1] += (cells[:-1, :-1] * cells[1:, 1:]).sum(-1)
             diagonals[:-1, :-1] += (cells[:-1, 1:] * cells[1:, :-1]).sum(-1)
         with full_precision(target.device):
-            lines = own @ self.columns.squares.T + 2 * right @ self.columns.cross.T
+            lines = centres @ self.columns.squares.T + 2 * right @ self.columns.cross.T
             between = down @ self.columns.squares.T + diagonals @ self.columns.cross.T
             return self.rows.squares @ lines + 2 * self.rows.cross @ between
 
@@ -234,6 +257,9 @@ class PixelScorer:
         lengths = 1 / self.squares.clamp(min=1e-24).sqrt()
         for start in range(0, len(sources), step):
             rows = slice(start, min(start + step, len(sources)))
+            if self.scorer.metric == "manhattan":
+                yield rows, self._minus_absolute_differences(sources[rows], memory)
+                continue
             with full_precision(self.scorer.device):
                 folded, squares = self.scorer.prepare(sources[rows])
                 low = self.scorer.products(folded).unflatten(1, self.cells)
@@ -244,9 +270,17 @@ class PixelScorer:
                 scores.sub_(self.squares).sub_(squares[:, None, None])
             yield rows, scores
 
+    def _minus_absolute_differences(self, sources: Rows, memory: int) -> Tensor:
+        height, width = self.size
+        channels = sum(part.shape[-1] for part in self.target.parts)
+        pixels = lattice(self.size, self.target.device).float()
+        bands = pixels.split(max(1, memory // (4 * width * channels)))
+        scores = [similarities(sources, self.target.at(band.flatten(0, 1)), "manhattan") for band in bands]
+        return torch.cat(scores, dim=1).view(-1, height, width)
+
 
 @dataclass(frozen=True)
-class _Taps:
+class _Interpolation:
     """Linear interpolation along one axis at n places between m cells, as (n, m) matrices.
 
     A place lies between a cell and its next, with weights 1 - f and f. `weights` has these, `squares` their
@@ -258,7 +292,7 @@ class _Taps:
     cross: Tensor
 
     @classmethod
-    def at(cls, places: Tensor, count: int) -> _Taps:
+    def at(cls, places: Tensor, count: int) -> _Interpolation:
         first = places.floor().clamp(0, max(count - 2, 0))
         fraction = (places - first).clamp(0, 1) if count > 1 else torch.zeros_like(places)
         left = torch.nn.functional.one_hot(first.long(), count).to(places.dtype)

@@ -17,7 +17,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from diffrep.fusion import Descriptors, lattice
-from diffrep.matching import read_mask
+from diffrep.masks import read_mask
 from diffrep.settings import Metric, SwapConfig
 from diffrep.similarity import nearest
 

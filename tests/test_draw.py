@@ -6,9 +6,11 @@ import torch
 from PIL import Image
 
 from diffrep.draw import (
+    HEIGHT,
     RIGHT,
     WRONG,
     draw_components,
+    draw_contact_sheet,
     draw_field,
     draw_heat,
     draw_matches,
@@ -107,3 +109,24 @@ def test_heat_is_bright_where_values_are_large() -> None:
         draw_heat(grey(160, 100), values, one.cell_centres())
     with pytest.raises(ValueError, match=r"values are \(2, 2\), their places \(5, 8, 2\)"):
         draw_heat(grey(160, 100), torch.zeros(2, 2), one.cell_centres())
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (100, 1), (1, 3000)])
+def test_a_thin_image_is_drawn_within_the_memory_of_another(size: tuple[int, int]) -> None:
+    thin = Image.new("RGB", size, (9, 90, 200))
+    picture, places = side_by_side([thin, thin], titles=["a", "b"])
+    assert picture.width * picture.height <= 10 * 4 * HEIGHT**2
+    for left, top, scale in places:  # what is drawn at a point lies on the picture
+        assert 0 <= left + scale * (size[0] - 0.5) <= picture.width
+        assert 0 <= top + scale * (size[1] - 0.5) <= picture.height
+
+
+def test_captions_with_control_characters_are_drawn_escaped() -> None:
+    image = Image.new("RGB", (40, 30))
+    names = ["0.99 two\nlines.png", "0.98 tab\tand \udcff.png"]
+    sheet = draw_contact_sheet(image, [(image, name, None) for name in names])
+    escaped = draw_contact_sheet(
+        image, [(image, name, None) for name in (r"0.99 two\nlines.png", r"0.98 tab\tand \udcff.png")]
+    )
+    assert sheet.tobytes() == escaped.tobytes()
+    side_by_side([image], titles=["two\nlines"])

@@ -28,6 +28,7 @@ FLOORS = {
     "diffrep.images": 0,
     "diffrep.files": 0,
     "diffrep.results": 0,
+    "diffrep.masks": 0,
     "diffrep.devices": 0,
     "diffrep.pages": 0,
     "diffrep.settings": 0,

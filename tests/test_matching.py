@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from diffrep.fusion import Descriptors, Fusion, fuse
 from diffrep.images import Sizing
+from diffrep.masks import read_mask
 from diffrep.matching import (
     MatchConfig,
     check_points,
@@ -19,7 +21,6 @@ from diffrep.matching import (
     match_points,
     mutual_distance,
     mutual_matches,
-    read_mask,
 )
 from diffrep.similarity import PixelScorer, Rows, full_precision, nearest, similarities, soft_argmax
 
@@ -130,7 +131,7 @@ def upsampled(descriptors: Descriptors) -> Tensor:
 
 
 @pytest.mark.parametrize("sizing", [Sizing("native", None, multiple=1), Sizing("pad", 64), Sizing("squash", (40, 90))])
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "manhattan"])
 def test_pixel_scores_are_those_of_upsampled_features(sizing: Sizing, metric: str) -> None:
     target = smooth((45, 61), (6, 8), sizing=sizing)
     target = Descriptors(
@@ -143,8 +144,10 @@ def test_pixel_scores_are_those_of_upsampled_features(sizing: Sizing, metric: st
     dense, joined = upsampled(target), queries.joined()
     if metric == "cosine":
         expected = torch.einsum("nc,hwc->nhw", F.normalize(joined, dim=1), F.normalize(dense, dim=-1))
-    else:
+    elif metric == "euclidean":
         expected = -(joined[:, None, None] - dense).square().sum(-1)
+    else:
+        expected = -(joined[:, None, None] - dense).abs().sum(-1)
     scorer = PixelScorer(target, metric)  # type: ignore[arg-type]
     got = torch.cat([maps for _, maps in scorer.chunks(queries)])
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
@@ -201,7 +204,7 @@ def test_precision_settings_of_the_caller_come_back() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("metric", ["cosine", "euclidean", "manhattan"])
 def test_nearest_is_the_plain_answer_whatever_the_memory(metric: str) -> None:
     draw = generator(1)
     sources, targets = (
@@ -210,8 +213,10 @@ def test_nearest_is_the_plain_answer_whatever_the_memory(metric: str) -> None:
     a, b = sources.joined(), targets.joined()
     if metric == "cosine":
         scores = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
-    else:
+    elif metric == "euclidean":
         scores = -torch.cdist(a, b).square()
+    else:
+        scores = -(a[:, None] - b).abs().sum(-1)
     torch.testing.assert_close(similarities(sources, targets, metric), scores, atol=1e-4, rtol=1e-4)  # type: ignore[arg-type]
     forward, backward = scores.argmax(1), scores.argmax(0)
     for memory in (1, 50 * 4 * 16, 2**24):
@@ -312,6 +317,20 @@ def test_points_outside_the_image_are_named() -> None:
     assert check_points(torch.zeros(0, 2), (48, 64)).shape == (0, 2)
 
 
+def test_points_come_as_people_have_them() -> None:
+    descriptors = describe((40, 40), (5, 5), Sizing("squash", 40))
+    points = [[3.0, 4.0], [20.0, 30.0]]
+    expected = match_points(descriptors, descriptors, torch.tensor(points)).points
+    backwards = np.array(points)[::-1][::-1, ::-1][:, ::-1]
+    turned = np.array(points[::-1])[::-1]  # negative strides, which torch cannot take
+    assert turned.strides[0] < 0
+    for form in (points, backwards, turned, torch.tensor(points, dtype=torch.bfloat16), np.array(points, np.int16)):
+        assert torch.equal(match_points(descriptors, descriptors, form).points, expected)
+    for wrong in ("ab", [["a", "b"]], [None], {"x": 1}):
+        with pytest.raises(ValueError, match="points must be"):
+            check_points(wrong, (40, 40))  # type: ignore[arg-type]  # wrong on purpose
+
+
 def test_no_points_give_no_matches() -> None:
     descriptors = describe((40, 40), (5, 5), Sizing("squash", 40))
     for mode in ("cell", "pixel", "soft"):
@@ -327,6 +346,8 @@ def test_descriptors_of_other_fusions_are_refused() -> None:
         match_points(one, two, torch.zeros(1, 2))
     with pytest.raises(ValueError, match="backend 'faiss' finds cells by cosine"):
         MatchConfig(backend="faiss", mode="pixel")
+    with pytest.raises(ValueError, match="metric must be one of cosine, euclidean, manhattan, got 'l1'"):
+        similarities(one.rows(), one.rows(), "l1")  # type: ignore[arg-type]  # wrong on purpose
     with pytest.raises(ValueError, match="mode 'soft' needs"):
         MatchConfig(mode="soft", temperature=0)
 

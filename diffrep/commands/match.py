@@ -49,6 +49,7 @@ class Match:
     def run(self) -> None:
         from diffrep.draw import draw_field, draw_matches
         from diffrep.images import load_image
+        from diffrep.masks import load_mask
         from diffrep.matching import check_points, match_dense, match_points
         from diffrep.recipes import Correspondence
 
@@ -118,16 +119,6 @@ def parse_points(texts: tuple[str, ...]) -> Tensor:
             raise ValueError(f"cannot read the point {text!r}: write x,y in pixels, for example 120,80") from None
         points.append((x, y))
     return torch.tensor(points).reshape(-1, 2)
-
-
-def load_mask(path: Path) -> Tensor:
-    """(H, W) bool: the bright half of an image."""
-    import numpy as np
-    import torch
-
-    from diffrep.images import load_image
-
-    return torch.from_numpy(np.asarray(load_image(path).convert("L")) > 127)
 
 
 def document(points: Tensor, matches: Matches, dense: DenseMatches | None) -> dict[str, object]:

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import Backbone, LatentDiffusion
-from diffrep.commands.match import load_mask
 from diffrep.commands.output import check_writable, write_image
 from diffrep.cosegmentation import cosegment
 from diffrep.draw import side_by_side
 from diffrep.images import load_image
+from diffrep.masks import load_mask
 from diffrep.recipes import Correspondence, recipe
 from diffrep.refinement import RefineConfig, refine
 from diffrep.swap import SwapConfig, swap_appearance
@@ -53,9 +53,6 @@ class Swap:
                 check_writable(path)
         images = [load_image(path) for path in (self.a, self.b)]
         given = [None if path is None else load_mask(path) for path in (self.mask_a, self.mask_b)]
-        for path, mask in zip((self.mask_a, self.mask_b), given, strict=True):
-            if mask is not None and not bool(mask.any()):
-                raise ValueError(f"{path}: the mask is empty, no pixel is bright")
         correspondence = Correspondence(recipe(self.recipe), device=self.device)
         artist = diffusion_model(correspondence.backbones) if self.refine else None
         pose, appearance = correspondence.describe(*images)
