@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -130,6 +131,55 @@ def test_transform_is_row_by_row_and_knows_its_training_rows(roll: ToyManifold, 
         np.testing.assert_allclose(fitted.transform(new[i : i + 1])[0], together[i], rtol=1e-10)
     np.testing.assert_array_equal(together[7:], fitted.embedding_[100:103])
     np.testing.assert_array_equal(fitted.heat_distances(new)[7:], fitted.heat_distances(indices=[100, 101, 102]))
+
+
+@pytest.mark.parametrize("count", [None, 60])
+def test_transform_does_not_jump(roll: ToyManifold, count: int | None) -> None:
+    """Near a training row the error falls with the square of the distance, and small steps stay small."""
+    fitted = embed(roll.points, n_landmarks=count)
+    aside = np.random.default_rng(0).standard_normal(roll.points.shape)
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    errors = [
+        np.linalg.norm(fitted.transform(roll.points + step * aside) - fitted.embedding_, axis=1).max()
+        for step in (0.03, 0.003, 0.0003, 1e-9)
+    ]
+    assert errors[0] < 0.5
+    assert all(after < before / 50 for before, after in itertools.pairwise(errors))
+    np.testing.assert_allclose(fitted.transform(roll.points.astype(np.float32)), fitted.embedding_, atol=1e-9)
+    for i in range(5):
+        low, high = roll.points[i], roll.points[i + 1]
+        for _ in range(8):  # look closer and closer where the steps are largest
+            line = low + (high - low) * np.linspace(0, 1, 33)[:, None]
+            steps = np.linalg.norm(np.diff(fitted.transform(line), axis=0), axis=1)
+            low, high = line[steps.argmax()], line[steps.argmax() + 1]
+        assert steps.max() < 1e-3  # what the cut of the kernel at 1e-4 leaves
+    between = fitted.heat_distances(roll.points[:20] + 1e-6 * aside[:20])
+    np.testing.assert_allclose(between, fitted.distances_[:20], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["heat-geodesic", "diffusion-map", "shortest-path"])
+@pytest.mark.parametrize("scale", [1e-100, 1e-20, 1e20, 1e100])
+@pytest.mark.parametrize("count", [None, 50])
+def test_the_unit_of_the_features_does_not_matter(
+    roll: ToyManifold, method: str, scale: float, count: int | None
+) -> None:
+    first, scaled = (
+        HeatGeodesicEmbedding.preset(method, random_state=0, n_landmarks=count).fit(points)
+        for points in (roll.points, roll.points * scale)
+    )
+    unit = scale if method == "shortest-path" else 1.0
+    np.testing.assert_allclose(
+        scaled.embedding_ / unit, first.embedding_, rtol=1e-2, atol=1e-2 * np.ptp(first.embedding_)
+    )
+    np.testing.assert_allclose(scaled.transform(roll.points * scale), scaled.embedding_, rtol=1e-9)
+    matrix = squareform(pdist(roll.points)) * scale
+    if method == "heat-geodesic" and count is None:
+        np.testing.assert_allclose(embed(matrix, metric="precomputed").embedding_, first.embedding_, atol=1e-2)
+
+
+def test_features_out_of_all_proportion_are_refused(roll: ToyManifold) -> None:
+    with pytest.raises(ValueError, match=r"coordinates spread over .*e-19\d, which is out of all proportion"):
+        embed(roll.points * 1e-200)
 
 
 def test_seeds_decide_everything_random(roll: ToyManifold) -> None:

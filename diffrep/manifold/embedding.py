@@ -227,8 +227,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         heat = self._measure(landmarks, rng)
         if landmarks is not None:
             self.landmark_indices_ = self._original[landmarks]
-        self._anchors, placed = self._embed(landmarks, heat, rng)
-        self.embedding_ = placed[self._copy_of]
+        self.embedding_ = self._embed(landmarks, heat, rng)[self._copy_of]
         return self
 
     def fit_transform(self, X: Any, y: Any = None) -> Array:
@@ -236,21 +235,22 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return self.fit(X, y).embedding_
 
     def transform(self, X: Any) -> Array:
-        """Place new rows, each on its own, by the distances that its neighbours have to the anchors.
+        """Place new rows, each on its own and without jumps.
 
-        A row that equals a row of the training data gets its coordinates.
+        A row lies at the mean of its neighbours in the map, weighted by affinity. The closer it comes to a row of
+        the training data, the closer it is moved to that row's coordinates, and an equal row gets them exactly.
 
         Raises
         ------
         ValueError : the estimator was fitted on a precomputed matrix.
         """
         check_is_fitted(self)
-        points, distances, indices = self._neighbors_of(X)
-        placed = np.empty((points.shape[0], self.embedding_.shape[1]))
-        known = distances[:, 0] == 0
-        placed[known] = self.embedding_[self._original[indices[known, 0]]]
-        if not known.all():
-            placed[~known] = scaling.place_points(self._distances_of(points[np.flatnonzero(~known)]), self._anchors)
+        points = self._points_of(X)
+        shares, rest = self._training_shares(points)
+        placed = shares @ self.embedding_[self._original]
+        new = np.flatnonzero(rest)
+        if len(new):
+            placed[new] += rest[new, None] * (self._transitions(points[new]) @ self.embedding_[self._original])
         return placed
 
     def heat_distances(self, X: Any = None, *, indices: Array | None = None) -> Array:
@@ -269,11 +269,9 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if X is None:
             rows = self._copy_of if indices is None else self._copy_of[np.asarray(indices)]
             return self.distances_[rows]
-        points, distances, nearest = self._neighbors_of(X)
-        result = self._distances_of(points)
-        known = distances[:, 0] == 0
-        result[known] = self.distances_[nearest[known, 0]]
-        return result
+        points = self._points_of(X)
+        shares, rest = self._training_shares(points)
+        return shares @ self.distances_ + rest[:, None] * self._distances_of(points)
 
     def _from_features(self, X: Any) -> NeighborSearch:
         """The graph of feature rows, each different row once."""
@@ -351,6 +349,9 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if self.dissimilarity == "shortest-path":
             lengths = self._edge_lengths()
             found = shortest_path(lengths, method="D", directed=False, indices=landmarks)
+            largest = found[np.isfinite(found)].max(initial=0.0)
+            if largest and not 1e-30 < largest < 1e30:
+                dtype = "float64"  # float32 holds no such lengths
             self.distances_ = finite_distances(found.T.astype(dtype))
             return None
         settings = GeodesicSettings(
@@ -405,16 +406,17 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         spans = [edge_lengths(search.points, i, np.array([j]))[0] for i, j in zip(rows, columns, strict=True)]
         return (lengths + sp.csr_matrix((spans, (rows, columns)), shape=lengths.shape)).tocsr()
 
-    def _embed(
-        self, landmarks: NDArray[np.int64] | None, heat: Array | None, rng: np.random.Generator
-    ) -> tuple[Array, Array]:
-        """Coordinates of the anchors and of all different points."""
-        distances = self.distances_ if landmarks is None else self.distances_[landmarks].astype(np.float64)
+    def _embed(self, landmarks: NDArray[np.int64] | None, heat: Array | None, rng: np.random.Generator) -> Array:
+        """Coordinates of all different points."""
+        largest = float(self.distances_.max(initial=0.0))
+        ordinary = largest == 0 or 1e-3 < largest < 1e6
+        unit = 1.0 if ordinary else 2.0 ** np.floor(np.log2(largest))  # scaling works on numbers around 1
+        measured = self.distances_ if ordinary else self.distances_ / unit
+        distances = measured if landmarks is None else measured[landmarks].astype(np.float64)
         distances = (distances + distances.T) / 2
         if len(distances) == 1 or not distances.any():
             self.stress_ = 0.0
-            zeros = np.zeros((len(distances), self.n_components))
-            return zeros, np.zeros((len(self.distances_), self.n_components))
+            return np.zeros((len(measured), self.n_components))
         weights = None
         if self.mds_weights is not None:
             if heat is None:
@@ -424,13 +426,13 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if landmarks is None:
             (anchors,) = scaling.principal_axes(anchors)
             self.stress_ = scaling.stress(distances, anchors, weights=weights, rescale=False)
-            return anchors, anchors
-        step = self._progress("placement", len(self.distances_))
-        placed = scaling.place_points(self.distances_, anchors, progress=step)
+            return anchors * unit
+        step = self._progress("placement", len(measured))
+        placed = scaling.place_points(measured, anchors, progress=step)
         placed[landmarks] = anchors
         placed, anchors = scaling.principal_axes(placed, anchors)
-        self.stress_ = scaling.placement_stress(self.distances_, placed, anchors)
-        return anchors, placed
+        self.stress_ = scaling.placement_stress(measured, placed, anchors)
+        return placed * unit
 
     def _scaled(
         self,
@@ -460,13 +462,43 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         step = self._progress("scaling", 30)
         return scaling.metric_mds(zero_diagonal, start, weights=weights, rng=rng, progress=step)
 
-    def _neighbors_of(self, X: Any) -> tuple[Any, Array, NDArray[np.int64]]:
-        """New rows as the graph sees them, with distance and index of their nearest training point."""
+    def _points_of(self, X: Any) -> Any:
+        """New rows as the graph sees them."""
         if self._space is None:
             raise ValueError(f"transform needs features, but this embedding was fitted with metric={self.metric!r}")
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        points = self._space.points_of(X)
-        return points, *self._space.search.query(points, 1)
+        return self._space.points_of(X)
+
+    def _training_shares(self, points: Any) -> tuple[Csr, Array]:
+        """How much each new point is one of the training points, and how much it is none of them.
+
+        With d_j the distance to training point j and h that to the last neighbour, the shares are u_j / (1 + sum u)
+        with u_j = (h / d_j - 1)^2 within h (Shepard's interpolation, as Franke and Little bound it): smooth in the
+        point, 1 at a training point, and what is left there falls with the square of the distance.
+
+        Returns:
+            shares (q, n'), CSR, and the rest (q,), which makes each row sum to one.
+        """
+        assert self._space is not None
+        search = self._space.search
+        distances, indices = search.query(points, max(2, self.n_neighbors))
+        reach = np.maximum(distances[:, -1:], np.finfo(np.float64).tiny)
+        nearest = distances[:, :1]
+        # both sides times (d_0 / h)^2, so that a distance of 0 is an ordinary case
+        closeness = np.divide(nearest, distances, out=np.ones_like(distances), where=distances > nearest)
+        weights = ((1 - distances / reach) * closeness) ** 2
+        open_part = (nearest[:, 0] / reach[:, 0]) ** 2
+        total = open_part + weights.sum(axis=1)
+        rows = np.arange(len(distances)).repeat(distances.shape[1])
+        shares = (weights / total[:, None]).ravel(), (rows, indices.ravel())
+        return sp.csr_matrix(shares, shape=(len(distances), search.points.shape[0])), open_part / total
+
+    def _transitions(self, points: Any) -> Csr:
+        """Affinity of new points to the training points, (q, n'), rows summing to one."""
+        assert self._space is not None
+        search = self._space.search
+        k = max(1, min(self.n_neighbors, search.points.shape[0] - 1))
+        return out_of_sample_transitions(search, points, k, decay=self.decay, thresh=self.thresh)
 
     def _distances_of(self, points: Any) -> Array:
         """Distances of new points, from those of their neighbours weighted by affinity.
@@ -475,9 +507,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         is taken out as it shows in the embedding.
         """
         assert self._space is not None
-        search = self._space.search
-        k = max(1, min(self.n_neighbors, search.points.shape[0] - 1))
-        weights = out_of_sample_transitions(search, points, k, decay=self.decay, thresh=self.thresh)
+        weights = self._transitions(points)
         used = np.unique(weights.indices)
         weights, near = weights[:, used], self.embedding_[self._original[used]]
         spread = weights @ (near**2).sum(axis=1) - ((weights @ near) ** 2).sum(axis=1)

@@ -59,6 +59,7 @@ def alpha_decay_graph_from_distances(
 ) -> Csr:
     """`alpha_decay_graph` from (n, n) distances; pairs that a sparse matrix leaves out are far."""
     n = distances.shape[0]
+    shortest = max(float(distances.max()) * np.finfo(np.float64).eps, np.finfo(np.float64).tiny)  # copies have none
     if sp.issparse(distances):
         pairs = sp.coo_matrix(distances)
         off = pairs.row != pairs.col
@@ -73,10 +74,10 @@ def alpha_decay_graph_from_distances(
         dense = np.array(distances, dtype=np.float64)
         np.fill_diagonal(dense, 0.0)
         bandwidth = np.partition(dense, n_neighbors, axis=1)[:, n_neighbors]
-        bandwidth = np.maximum(bandwidth, np.finfo(np.float64).eps)
+        bandwidth = np.maximum(bandwidth, shortest)
         rows, columns = np.nonzero(dense <= bandwidth[:, None] * reach_of(decay, thresh))
         lengths = dense[rows, columns]
-    bandwidth = np.maximum(bandwidth, np.finfo(np.float64).eps)
+    bandwidth = np.maximum(bandwidth, shortest)
     kernel = _kernel(rows, columns, lengths / bandwidth[rows], n, decay, thresh, anisotropy)
     kernel.data[kernel.data < thresh] = 0
     return clean_affinity(kernel)
@@ -110,7 +111,7 @@ def neighbor_pairs(
     while len(open_rows):
         distances, indices = search.query(queries[open_rows], k)
         if not found:
-            bandwidth = np.maximum(distances[:, min(rank, n) - 1], np.finfo(np.float64).eps)
+            bandwidth = np.maximum(distances[:, min(rank, n) - 1], np.finfo(np.float64).tiny)
         # where the kernel reaches beyond the neighbours found, ask again for more
         done = (distances[:, -1] > reach * bandwidth[open_rows]) | (k == n)
         near = distances[done] <= reach * bandwidth[open_rows[done], None]

@@ -244,7 +244,7 @@ def place_points(
 
 
 def _place_block(d: Array, anchors: Array, w: Array | None, max_iter: int, shortest_move: float) -> NDArray[np.float64]:
-    near = 1.0 / np.maximum(d, 1e-6 * max(float(d.max(initial=0.0)), _TINY)) ** 4
+    near = 1.0 / np.maximum(d, 1e-6 * np.maximum(d.max(axis=1, keepdims=True), _TINY)) ** 4
     x = (near @ anchors) / near.sum(axis=1, keepdims=True)
     moving = np.arange(len(d))
     for step in range(max_iter):

@@ -14,6 +14,7 @@ BACKENDS = ("auto", "faiss", "sklearn")
 _TREE_DIMENSIONS = 10  # up to here a k-d tree beats a scan, at any number of points
 _EXACT_POINTS = 5_000  # below, an exact float64 scan takes no time
 _FLAT_POINTS = 20_000  # above, FAISS searches cells of an inverted file instead of all points
+_EXTENTS = (1e-140, 1e140)  # squares of coordinates beyond are no numbers
 _CHUNK = 1 << 22  # numbers per block when distances are recomputed
 
 
@@ -40,8 +41,13 @@ class NeighborSearch:
         self.points = points
         self.n_jobs = n_jobs
         self._index: Any = None
-        # centred, because |x|^2 - 2xy + |y|^2 loses digits far from the origin
+        # centred, because |x|^2 - 2xy + |y|^2 loses digits far from the origin, and scaled, because squares of very
+        # small or large numbers leave the number format
         self._centre = None if sp.issparse(points) else points.mean(axis=0, dtype=np.float64)
+        extent = abs(points if self._centre is None else points - self._centre).max()
+        if not (extent == 0 or _EXTENTS[0] < extent < _EXTENTS[1]):
+            raise ValueError(f"coordinates spread over {extent:.3g}, which is out of all proportion: scale them")
+        self._scale = 1.0 if 1e-6 < extent < 1e6 or extent == 0 else 2.0 ** -np.floor(np.log2(extent))
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -64,7 +70,12 @@ class NeighborSearch:
         return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
     def _shifted(self, points: Any, dtype: Any = np.float64) -> Any:
-        return points if self._centre is None else np.ascontiguousarray(points - self._centre, dtype=dtype)
+        """Points centred and of ordinary size."""
+        if self._centre is not None:
+            points = points - self._centre
+        if self._scale != 1:
+            points = points * self._scale
+        return points if self._centre is None else np.ascontiguousarray(points, dtype=dtype)
 
     def _sklearn(self, queries: Any, k: int) -> NDArray[np.int64]:
         if self._index is None:
