@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "swap": ("swap:Swap", "give the object in one image the looks of another"),
     "index": ("index:Index", "make the features of stores searchable"),
     "query": ("query:Query", "find images, or places in them, that look like yours"),
+    "search": ("query:Search", "find images in a folder, or places in them, that look like yours, in one step"),
     "synthesize": ("synthesize:Synthesize", "paint an image of any size that looks like a reference"),
     "convert": ("convert:Convert", "turn a published synthesis checkpoint into a diffusers folder"),
     "probe": ("", "train a head on frozen features, use it, or find the best block"),

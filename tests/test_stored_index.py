@@ -2,20 +2,32 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from diffrep.backbones import Backbone, Grid, load_backbone
 from diffrep.cli import main
 from diffrep.commands.query import contact_sheet
 from diffrep.eval.benchmarks.bulk import measure_index
-from diffrep.features import ExtractConfig, FeatureMaps
+from diffrep.features import ExtractConfig, FeatureMaps, extract
 from diffrep.images import Placement, Sizing, load_image
-from diffrep.index import IndexConfig, StoredIndex, choose_kind, index_store, open_index, query_image
+from diffrep.index import (
+    IndexConfig,
+    StoredIndex,
+    choose_kind,
+    index_store,
+    open_index,
+    query_image,
+    search_folder,
+)
 from diffrep.store import BulkConfig, Keep, Store, StoreError, extract_store, open_store, write_store
 
 from .fields import generator
@@ -110,7 +122,7 @@ def test_stores_of_one_origin_are_joined_and_others_refused(tmp_path: Path) -> N
 
 def test_folders_that_are_taken_or_damaged(store: Store, tmp_path: Path) -> None:
     index_store([store], tmp_path / "i", IndexConfig(kind="ivf"))
-    with pytest.raises(ValueError, match="is there already"):
+    with pytest.raises(ValueError, match="exists already"):
         index_store([store], tmp_path / "i")
     assert [p.name for p in tmp_path.iterdir()] == ["i"]
     os.truncate(tmp_path / "i/codes.faiss", 1000)
@@ -172,8 +184,10 @@ def test_a_place_finds_itself_and_every_image_comes_once(
 
 def test_parts_and_backbones_that_do_not_fit(places: StoredIndex, photographs: Path, backbone: Backbone) -> None:
     image = photographs / "03.png"
-    with pytest.raises(ValueError, match="say which part of yours"):
-        query_image(places, image, backbone=backbone)
+    with pytest.raises(ValueError, match="one point or one box"):
+        query_image(places, image, point=(1, 1), box=(0, 0, 5, 5), backbone=backbone)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        query_image(places, image, point=(1, 1), k=0, backbone=backbone)
     with pytest.raises(ValueError, match="lies outside of the image of 48 x 48 pixels"):
         query_image(places, image, point=(48, 2), backbone=backbone)
     with pytest.raises(ValueError, match="a box is x0,y0,x1,y1"):
@@ -190,8 +204,138 @@ def test_whole_images(photographs: Path, backbone: Backbone, tmp_path: Path) -> 
     hits = query_image(index, photographs / "06.png", k=3, backbone=backbone)
     assert (hits[0].place.image, hits[0].place.point) == ("06.png", None)
     assert len(hits) == 3
-    with pytest.raises(ValueError, match="holds whole images"):
-        query_image(index, photographs / "06.png", point=(1, 1), backbone=backbone)
+    maps = extract(backbone, [photographs / "06.png"], CONFIG)
+    x, y = maps.cell_centres("layer.2")[5, 2].tolist()
+    first, *others = query_image(index, photographs / "06.png", point=(x, y), k=3, backbone=backbone)
+    assert (first.place.image, first.score) == ("06.png", pytest.approx(1, abs=1e-5))
+    assert first.place.point == pytest.approx((x, y), abs=1e-3)
+    assert {hit.place.image for hit in (first, *others)} == {hit.place.image for hit in hits}
+    assert all(hit.place.point is not None for hit in others)
+
+
+def test_an_index_of_a_stranger_has_nothing_fetched(
+    places: StoredIndex, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(places.folder, tmp_path / "i")
+    file = tmp_path / "i/index.json"
+    document = json.loads(file.read_text())
+    document["features"]["backbone"] = "somebody/model"
+    file.write_text(json.dumps(document))
+
+    def load(name: str, **settings: object) -> Backbone:
+        raise AssertionError(f"{name} would have been fetched")
+
+    monkeypatch.setattr("diffrep.index.query.load_backbone", load)
+    with pytest.raises(ValueError, match="--backbone somebody/model"):
+        query_image(open_index(tmp_path / "i"), photographs / "03.png", point=(3, 3))
+    with pytest.raises(AssertionError, match="would have been fetched"):  # where the user names it
+        query_image(open_index(tmp_path / "i"), photographs / "03.png", point=(3, 3), backbone="somebody/model")
+
+
+INDEX_DAMAGES = {
+    "deep": "[" * 100_000,
+    "null": "null",
+    "empty": "{}",
+    "tap": ("tap", 5),
+    "level": ("level", ["patch"]),
+    "design": ("design", {"kind": "flat"}),
+    "kind": ("design", "kind", {}),
+    "collections": ("collections", 7),
+    "images": ("collections", 0, "images", "8"),
+    "few": ("collections", 0, "images", 0),
+    "features": ("features", "tiny"),
+    "dtype": ("features", "dtype", "load"),
+    "sizing": ("features", "sizing", {"mode": "squash"}),
+    "taps": ("features", "taps", {"a": 1}),
+    "weights": ("vectors.safetensors", {"vectors": torch.zeros(3)}),
+    "names": ("places.safetensors", {"images": torch.zeros(512, dtype=torch.int32), "points": torch.zeros(512, 2)}),
+    "numbers": (
+        "places.safetensors",
+        {
+            "images": torch.full((512,), 99, dtype=torch.int32),
+            "points": torch.zeros(512, 2),
+            "names": torch.full((8,), 255, dtype=torch.uint8),
+            "ends": torch.arange(8),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGES)
+def test_damaged_indexes_are_named_in_a_line(
+    damage: str, places: StoredIndex, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(places.folder, tmp_path / "i")
+    change = INDEX_DAMAGES[damage]
+    if isinstance(change, str):
+        (tmp_path / "i/index.json").write_text(change)
+    elif change[0].endswith(".safetensors"):
+        save_file(change[1], tmp_path / "i" / change[0])
+    else:
+        document = place = json.loads((tmp_path / "i/index.json").read_text())
+        for key in change[:-2]:
+            place = place[key]
+        place[change[-2]] = change[-1]
+        (tmp_path / "i/index.json").write_text(json.dumps(document))
+    question = ["query", str(tmp_path / "i"), str(photographs / "03.png"), "--point", "3,3"]
+    assert main([*question, "-o", str(tmp_path / "q.png")]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "i") in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "q.png").exists()
+
+
+def test_a_killed_index_leaves_nothing_for_ever(store: Store, tmp_path: Path) -> None:
+    (tmp_path / ".i.999999999.partial").mkdir()
+    (tmp_path / ".i.999999999.partial/vectors.safetensors").touch()
+    index_store([store], tmp_path / "i")
+    assert [p.name for p in tmp_path.iterdir()] == ["i"]
+
+
+def test_a_folder_is_searched_in_one_step_and_the_next_time_at_once(
+    photographs: Path, vit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photographs, tmp_path / "photos")
+    (tmp_path / "photos/two\nlines.png").write_bytes((photographs / "01.png").read_bytes())
+    question = ["search", str(tmp_path / "photos"), str(photographs / "02.png"), "--backbone", str(vit_folder)]
+    sheet = ["-o", str(tmp_path / "sheet.png"), "-k", "9"]
+    assert main([*question, "--point", "8.5,12", *sheet]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("  1  1.000  02.png  at (")
+    assert r"two\nlines.png" in "".join(lines)
+    assert len(lines) == 10
+    assert load_image(tmp_path / "sheet.png").width > 300
+    (place,) = (tmp_path / "photos.search").iterdir()
+    before = {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()}
+    assert main([*question, "--point", "8.5,12", *sheet]) == 0
+    assert {file: file.stat().st_mtime_ns for file in place.rglob("*") if file.is_file()} == before
+    assert capsys.readouterr().out.splitlines()[:9] == lines[:9]
+
+    (tmp_path / "photos/03.png").unlink()
+    paint(tmp_path / "photos", [20])
+    assert main([*question, "--json", "--point", "8.5,12", *sheet]) == 0
+    names = [hit["image"] for hit in json.loads(capsys.readouterr().out)["hits"]]
+    assert "20.png" in names
+    assert "03.png" not in names
+    assert main([*question, "--json", "-k", "2"]) == 0  # the whole image
+    assert json.loads(capsys.readouterr().out)["hits"][0]["image"] == "02.png"
+    assert main([*question, "--point", "800,12"]) == 2
+    assert main(["search", str(tmp_path / "nowhere"), str(photographs / "02.png")]) == 2
+
+
+def test_names_of_any_bytes_are_found(photographs: Path, backbone: Backbone, tmp_path: Path) -> None:
+    names = ["two\nlines.png", os.fsdecode(b"caf\xe9.png")]
+    for name in names:
+        shutil.copy(photographs / "04.png", tmp_path / name)
+    answer = search_folder(tmp_path, photographs / "04.png", backbone=backbone, config=CONFIG, work=tmp_path / "w")
+    assert sorted(hit.place.image for hit in answer.hits) == sorted(names)
+    assert contact_sheet(load_image(photographs / "04.png"), answer.hits).width > 300
+    json.dumps([hit.document() for hit in answer.hits]).encode()
+
+
+def test_matching_imports_no_store() -> None:
+    code = "import sys, diffrep.matching; print([m for m in sys.modules if m.startswith('diffrep.store')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 def test_the_contact_sheet_shows_what_is_there_and_names_what_is_gone(
@@ -224,8 +368,8 @@ def test_from_a_folder_to_an_answer_on_the_command_line(
     answer = json.loads(capsys.readouterr().out)
     assert (answer["point"], len(answer["hits"]), answer["hits"][0]["image"]) == ([8.5, 12], 3, "02.png")
     assert load_image(sheet).width > 300
-    assert main(["query", index, image]) == 2
-    assert "say which part of yours" in capsys.readouterr().err
+    assert main(["query", index, image, "--json"]) == 0  # the mean of the image
+    assert len(json.loads(capsys.readouterr().out)["hits"]) == 8
     assert main(["query", index, image, "--point", "10"]) == 2
     assert "cannot read the point '10'" in capsys.readouterr().err
 

@@ -7,11 +7,13 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from diffrep.commands.options import PrecisionOptions
 from diffrep.features import ExtractConfig
+from diffrep.files import printable
 from diffrep.images import Sizing
 from diffrep.store import BulkConfig, Keep, extract_store
 
@@ -19,7 +21,7 @@ _BATCH = 32  # images or noise draws that go through the network together; halve
 
 
 @dataclass(frozen=True)
-class Extract:
+class Extract(PrecisionOptions):
     """Extract the features of a collection of images into a store, and go on after an interruption.
 
     For example: diffrep extract photos/ -o photos.store --taps up.1
@@ -32,8 +34,6 @@ class Extract:
     backbone: str = "tiny"  # by name, folder or hub id
     size: int | None = None  # squash images to a square of this side, in pixels, instead of the backbone's own rule
     root: Path | None = None  # the folder to which image names are relative; else the deepest that holds all images
-    device: str = "cpu"  # cpu or cuda
-    precision: Literal["float32", "bfloat16", "float16"] | None = None  # float32 on cpu, bfloat16 on cuda
     json: bool = False  # print what was done as JSON
     extract: Annotated[ExtractConfig, tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes] = field(
         default_factory=lambda: ExtractConfig(batch_size=_BATCH)
@@ -42,14 +42,13 @@ class Extract:
     bulk: Annotated[BulkConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=BulkConfig)
 
     def run(self) -> None:
-        import torch
-
         if not self.images:
             raise ValueError("say which images: diffrep extract IMAGES -o STORE")
         logging.basicConfig(format="%(message)s")
         config = self.extract
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
+        device, dtype = self.resolved()
         done = extract_store(
             self.images,
             self.output,
@@ -58,16 +57,16 @@ class Extract:
             self.keep,
             self.bulk,
             root=self.root,
-            device=self.device,
-            dtype=None if self.precision is None else getattr(torch, self.precision),
+            device=device,
+            dtype=dtype,
             progress=not self.json,
         )
         if self.json:
             print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}, indent=2))
             return
         for note in done.notes:
-            print(note)
+            print(printable(note))
         for name, reason in done.quarantined:
-            print(f"quarantined {name}: {reason}")
+            print(f"quarantined {printable(name)}: {reason}")
         rate = f" ({done.images / done.seconds:.1f} a second)" if done.images else ""
         print(f"wrote {done.folder}: {done.images:,} images{rate}, {done.before:,} were there already")

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import tyro
 
+from diffrep.commands.options import Command
 from diffrep.index import IndexConfig, index_store
 from diffrep.store import open_store
 
 
 @dataclass(frozen=True)
-class Index:
+class Index(Command):
     """Make the features of one or more stores searchable.
 
     For example: diffrep index photos.store -o photos.index

@@ -1,6 +1,13 @@
-"""Nearest neighbours: exact in memory (`build_index`, `search`), and of whole stores on disk (`index_store`)."""
+"""Nearest neighbours: exact in memory (`build_index`, `search`), and of whole stores on disk (`index_store`).
 
-from diffrep.index.building import IndexConfig, index_store
+What works on stores is imported when it is first used: matching needs the exact product alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from diffrep.index.exact import (
     FAISS_FROM,
     Backend,
@@ -12,9 +19,23 @@ from diffrep.index.exact import (
     nearest,
     search,
 )
-from diffrep.index.kinds import IndexKind, choose_kind
-from diffrep.index.query import Hit, query_image
-from diffrep.index.stored import StoredIndex, open_index
+
+if TYPE_CHECKING:
+    from diffrep.index.building import IndexConfig, index_store
+    from diffrep.index.query import Hit, query_image, search_folder
+    from diffrep.index.stored import IndexKind, StoredIndex, choose_kind, open_index
+
+_HOME = {  # public name -> module that defines it
+    "Hit": "query",
+    "IndexConfig": "building",
+    "IndexKind": "stored",
+    "StoredIndex": "stored",
+    "choose_kind": "stored",
+    "index_store": "building",
+    "open_index": "stored",
+    "query_image": "query",
+    "search_folder": "query",
+}
 
 __all__ = [
     "FAISS_FROM",
@@ -34,4 +55,11 @@ __all__ = [
     "open_index",
     "query_image",
     "search",
+    "search_folder",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"diffrep.index.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'diffrep.index' has no attribute {name!r}")

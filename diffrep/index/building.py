@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.files import replace_folder, write_document
 from diffrep.index.exact import import_faiss
-from diffrep.index.kinds import Design, IndexKind, choose_kind
-from diffrep.index.stored import CODES, DESCRIPTION, FORMAT, PLACES, VECTORS, VERSION, StoredIndex
+from diffrep.index.stored import (
+    CODES,
+    DESCRIPTION,
+    FORMAT,
+    PLACES,
+    VECTORS,
+    VERSION,
+    Design,
+    IndexKind,
+    Level,
+    StoredIndex,
+    choose_kind,
+    shard_names,
+)
 from diffrep.store import Store, StoreError, Vectors
 from diffrep.store.manifest import difference
 
@@ -36,26 +48,35 @@ class IndexConfig:
     """What is indexed and how."""
 
     tap: str | None = None  # whose vectors; may be left out where the stores have one
-    level: Literal["image", "patch"] | None = (
-        None  # whole images or places in them; None: places, if the store has them
-    )
-    kind: IndexKind | None = None  # None: chosen by size, and the reason is printed
+    level: Level | None = None  # image: whole images, patch: places in them; else places, if the store has them
+    kind: IndexKind | None = None  # flat, hnsw, ivf or ivf-pq; else chosen by size, and the reason is printed
     sample: int = 100_000  # vectors on which it is trained, at most
     seed: int = 0  # of the sample
     device: str = "cpu"  # where it is trained and filled: cuda needs faiss-gpu
 
+    def __post_init__(self) -> None:
+        if self.sample < 1:
+            raise ValueError(f"sample must be at least 1, got {self.sample}")
+        torch.Generator().manual_seed(self.seed)  # refuses what is no seed
+
 
 def index_store(
-    stores: Sequence[Store], folder: str | Path, config: IndexConfig | None = None, *, progress: bool = False
+    stores: Sequence[Store],
+    folder: str | Path,
+    config: IndexConfig | None = None,
+    *,
+    replace: bool = False,
+    progress: bool = False,
 ) -> StoredIndex:
     """Index the vectors of one tap of stores, and write the index into a new folder.
 
     Args:
         stores: with features of one origin: the same backbone, weights, tap, seed and settings.
+        replace: put it in the place of an index that is in the folder.
 
     Raises:
         StoreError: the stores' features are of different origin, or lack the tap or the level.
-        ValueError: the folder is there already, or there are too few vectors for the kind of index.
+        ValueError: the folder exists already, or there are too few vectors for the kind of index.
         OSError: the folder cannot be written to.
         ImportError: ``cuda`` without faiss-gpu.
     """
@@ -73,9 +94,12 @@ def index_store(
             "tap": tap or stores[0].taps[0],
             "level": level,
             "features": dict(stores[0].manifest.features),
-            "collections": [{"root": str(store.root), "images": len(store)} for store in stores],
+            "collections": [
+                {"root": str(store.root), "images": len(store), "shards": shard_names(store)} for store in stores
+            ],
         },
         names=[name for store in stores for name in store.names],
+        replace=replace,
         progress=progress,
     )
 
@@ -87,6 +111,7 @@ def index_vectors(
     *,
     description: Mapping[str, Any],
     names: Sequence[str],
+    replace: bool = False,
     progress: bool = False,
 ) -> StoredIndex:
     """Index vectors that come in runs, and write the index into a new folder.
@@ -99,11 +124,11 @@ def index_vectors(
         ValueError, OSError, ImportError: as `index_store`.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder}: is there already; remove it, or name another folder for the index")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
+    empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    if folder.is_symlink() or not (empty or (replace and (folder / DESCRIPTION).is_file())):
+        raise ValueError(f"{folder}: exists already; remove it, or name another folder for the index")
+
+    def write(partial: Path) -> None:
         vectors = _write_vectors(partial, runs, names, progress)
         design = choose_kind(vectors.shape[0], vectors.shape[1], config.kind)
         logger.info("index: %s, because %s", design.factory or design.kind, design.reason)
@@ -111,13 +136,10 @@ def index_vectors(
             codes = train(vectors, design, sample=config.sample, seed=config.seed, device=config.device)
             add(codes, vectors, progress=progress)
             _write_codes(codes, partial / CODES)
-        text = json.dumps({"format": FORMAT, "version": VERSION, **description, "design": asdict(design)}, indent=1)
-        (partial / DESCRIPTION).write_text(text, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        document = {"format": FORMAT, "version": VERSION, **description, "design": asdict(design)}
+        write_document(partial / DESCRIPTION, document)
+
+    replace_folder(folder, write)
     return StoredIndex(folder)
 
 
@@ -129,12 +151,11 @@ def check_same_origin(stores: Sequence[Store]) -> None:
     """
     first = stores[0]
     for other in stores[1:]:
-        found = difference(first.manifest.features, other.manifest.features)
-        if found is None and first.kind != other.kind:
-            found = f"kind {first.kind} against {other.kind}"
-        if found is not None:
+        ways = ({**store.manifest.features, "kind": store.kind} for store in (first, other))
+        if (differing := difference(*ways)) is not None:
             raise StoreError(
-                f"{first.folder} and {other.folder} hold features of different origin ({found}): they cannot be mixed"
+                f"{first.folder} and {other.folder} hold features of different origin ({differing}): they cannot be"
+                " mixed"
             )
 
 
@@ -176,12 +197,12 @@ def _write_codes(codes: Any, file: Path) -> None:
         raise OSError(f"{file.name}: cannot be written ({str(error).splitlines()[-1]})") from None
 
 
-def _all_vectors(stores: Sequence[Store], tap: str | None, level: Literal["image", "patch"]) -> Iterator[Vectors]:
-    before = 0
+def _all_vectors(stores: Sequence[Store], tap: str | None, level: Level) -> Iterator[Vectors]:
+    first = 0  # number of the store's first image among all
     for store in stores:
         for run in store.vectors(tap, level):
-            yield Vectors(run.values, run.images + before, run.points)
-        before += len(store)
+            yield dataclasses.replace(run, images=run.images + first)
+        first += len(store)
 
 
 def _write_vectors(folder: Path, runs: Iterator[Vectors], names: Sequence[str], progress: bool) -> Tensor:
@@ -207,7 +228,7 @@ def _write_vectors(folder: Path, runs: Iterator[Vectors], names: Sequence[str], 
         entry = {"dtype": "F16", "shape": [count, channels], "data_offsets": [0, 2 * count * channels]}
         file.seek(0)
         file.write(_HEADER.to_bytes(8, "little") + json.dumps({"vectors": entry}).encode())
-    encoded = [name.encode() for name in names]
+    encoded = [name.encode("utf-8", "surrogatepass") for name in names]
     places = {
         "images": torch.cat(owners),
         "names": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8),

@@ -57,12 +57,12 @@ class TorchIndex:
     def candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best by float32 products."""
         step = max(1, self.memory // (4 * len(self.gallery)))
-        found = []
+        best = []
         with full_precision(self.gallery.device):
             for chunk in queries.split(step):
                 scores = chunk @ self.gallery.T
-                found.append(scores.max(1, keepdim=True) if k == 1 else scores.topk(k, dim=1))
-        return torch.cat([values for values, _ in found]), torch.cat([indices for _, indices in found])
+                best.append(scores.max(1, keepdim=True) if k == 1 else scores.topk(k, dim=1))
+        return torch.cat([values for values, _ in best]), torch.cat([indices for _, indices in best])
 
 
 class FaissIndex:

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from diffrep.backbones import Backbone, load_backbone
+from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig
 from diffrep.store.extraction import Changed, ShardMaker, make_plan
 from diffrep.store.manifest import Keep, ShardEntry, StoreError, environment, provenance, weights_sha256
@@ -81,7 +82,7 @@ def extract_store(
     bulk: BulkConfig | None = None,
     *,
     root: str | Path | None = None,
-    device: str = "cpu",
+    device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Extracted:
@@ -112,7 +113,10 @@ def extract_store(
     if keep.kind == "points" and keep.points.endswith(".json"):
         places_in(keep.points)
     base, sources = find_sources(images, root)
-    loaded = load_backbone(backbone, device=device, dtype=dtype) if isinstance(backbone, str) else backbone
+    if isinstance(backbone, str):
+        loaded = load_backbone(backbone, device=resolve_device(device), dtype=dtype)
+    else:
+        loaded = backbone
     config = config.resolve(loaded)
     features = provenance(loaded, config)
     if keep.kind == "points" and keep.points.endswith(".json"):

@@ -72,25 +72,27 @@ def find_sources(
     Raises:
         ImageError: an input does not exist, has no image, or is no archive.
     """
-    files: list[Path] = []
-    for entry in inputs:
-        # find_images takes any file that is named, archives and tables too
-        files += [path.absolute() for path in find_images([entry])]
+    files = [_absolute(path) for path in find_images(inputs)]  # archives and tables too, where they are named
     if not files:
         raise ImageError("no images were given")
-    base = Path(root).absolute() if root is not None else _common_root(inputs, files)
+    base = _absolute(Path(root)) if root is not None else _common_root(inputs, files)
     sources: dict[str, ImageSource] = {}
     for file in files:
         ending = file.suffix.lower()
         if ending == ".tar":
-            found: Iterable[ImageSource] = _archive(file, base)
+            members: Iterable[ImageSource] = _archive(file, base)
         elif ending == ".parquet":
-            found = [_image_file(path, base) for path in _paths_in(file)]
+            members = [_image_file(path, base) for path in _paths_in(file)]
         else:
-            found = [_image_file(file, base)]
-        for source in found:
+            members = [_image_file(file, base)]
+        for source in members:
             sources.setdefault(source.name, source)
     return base, list(sources.values())
+
+
+def _absolute(path: Path) -> Path:
+    """The whole path, without ``..``, so that one place has one name."""
+    return path.resolve() if ".." in path.parts else path.absolute()
 
 
 def locate(root: Path, name: str) -> ImageSource:
@@ -100,7 +102,7 @@ def locate(root: Path, name: str) -> ImageSource:
 
 def _common_root(inputs: Sequence[str | os.PathLike[str]], files: Sequence[Path]) -> Path:
     if len(inputs) == 1 and Path(inputs[0]).is_dir():
-        return Path(inputs[0]).absolute()
+        return _absolute(Path(inputs[0]))
     return Path(os.path.commonpath([file.parent for file in files]))
 
 
