@@ -364,4 +364,4 @@ class TestBadFolders:
 
     def test_broken_json(self, broken: Path) -> None:
         (broken / "model_index.json").write_text("{")
-        self.fails(broken, "no valid JSON")
+        self.fails(broken, "cannot be read as JSON")

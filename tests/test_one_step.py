@@ -333,7 +333,7 @@ def test_broken_folders_are_refused_in_one_line(folders: dict[str, Path], tmp_pa
         (infinite, "conv_in.weight has NaN or infinite values"),
         (homeless, "names the base nowhere"),
         (tmp_path / "empty", "unet/config.json is missing"),
-        (garbled, "no valid JSON"),
+        (garbled, "cannot be read as JSON"),
         (narrow, "embedding has 9 channels, the U-Net attends to 24"),
         (tmp_path / "nothing", "no such folder and no known head"),
     ]:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
+from diffrep.backbones.weight_files import read_weights
 
 FLAGS = {  # guided-diffusion's flag -> field here
     "num_head_channels": "head_channels",
@@ -75,17 +75,17 @@ class AdmArchitecture:
             BackboneError: no ADM checkpoint, or one whose network `UNet2DModel` cannot be.
         """
         try:
-            found = _inferred(shapes)
+            values = _inferred(shapes)
         except KeyError as error:
             raise BackboneError(f"is no guided-diffusion U-Net: {error.args[0]} is missing") from None
         for flag, value in (flags or {}).items():
             if flag in FLAGS and value is not None:
-                found[FLAGS[flag]] = value
-        if found["head_channels"] > 0:
-            found["heads"] = None
-        elif not found.get("heads"):
+                values[FLAGS[flag]] = value
+        if values["head_channels"] > 0:
+            values["heads"] = None
+        elif not values.get("heads"):
             raise BackboneError("needs num_heads or num_head_channels")
-        architecture = cls(**found)
+        architecture = cls(**values)
         if architecture.schedule not in ("linear", "cosine"):
             raise BackboneError(f"noise_schedule must be linear or cosine, got {architecture.schedule!r}")
         architecture._check(int(shapes["time_embed.0.weight"][1]))
@@ -174,7 +174,7 @@ def _inferred(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     first = "input_blocks.1.0"
     widths = tuple(int(shapes[f"input_blocks.{i}.0.out_layers.3.weight"][0]) for i in levels)
     classes = int(shapes["label_emb.weight"][0]) if "label_emb.weight" in shapes else None
-    found: dict[str, Any] = {
+    inferred: dict[str, Any] = {
         "widths": widths,
         "layers": layers,
         "attention": tuple(f"input_blocks.{i}.1.qkv.weight" in shapes for i in levels),
@@ -187,10 +187,10 @@ def _inferred(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         "heads": None,
     }
     if classes and widths[0] == 192 and layers == 3:  # 64x64_diffusion.pt
-        found |= {"new_attention_order": True, "schedule": "cosine", "image_size": 64}
+        inferred |= {"new_attention_order": True, "schedule": "cosine", "image_size": 64}
     if classes and widths == (256, 256, 512, 768, 1024):  # 128x128_diffusion.pt
-        found |= {"head_channels": -1, "heads": 4, "image_size": 128}
-    return found
+        inferred |= {"head_channels": -1, "heads": 4, "image_size": 128}
+    return inferred
 
 
 def _modules(architecture: AdmArchitecture) -> Iterator[tuple[str, str]]:
@@ -254,16 +254,16 @@ def convert(weights: Mapping[str, Tensor], architecture: AdmArchitecture) -> dic
         if path in ENDS:
             converted[f"{ENDS[path]}.{kind}"] = value
             continue
-        own = next((p for p in (path, path.rpartition(".")[0], ".".join(path.split(".")[:-2])) if p in names), "")
-        inner = path.removeprefix(f"{own}.")
-        if not own or inner not in {*INSIDE, "qkv"}:
+        block = next((p for p in (path, path.rpartition(".")[0], ".".join(path.split(".")[:-2])) if p in names), "")
+        inner = path.removeprefix(f"{block}.")
+        if not block or inner not in {*INSIDE, "qkv"}:
             raise BackboneError(f"the tensor {key} has no place in the network that the other tensors describe")
         if inner == "qkv":
             for part, tensor in zip("qkv", _split_qkv(value, architecture), strict=True):
-                converted[f"{names[own]}.to_{part}.{kind}"] = tensor
+                converted[f"{names[block]}.to_{part}.{kind}"] = tensor
         else:
             squeezed = value.squeeze(-1) if inner == "proj_out" and kind == "weight" else value
-            converted[f"{names[own]}.{INSIDE[inner]}.{kind}"] = squeezed
+            converted[f"{names[block]}.{INSIDE[inner]}.{kind}"] = squeezed
     return converted
 
 
@@ -278,7 +278,7 @@ def _split_qkv(joint: Tensor, architecture: AdmArchitecture) -> tuple[Tensor, ..
 
 
 def adm_backbone(
-    weights: Mapping[str, Tensor], flags: Mapping[str, Any] | None = None, *, name: str, source: str = "given"
+    weights: Mapping[str, Tensor], flags: Mapping[str, Any] | None = None, *, name: str, source: str = "a state dict"
 ) -> PixelDiffusion:
     """A backbone from a state dict with guided-diffusion's names.
 
@@ -303,17 +303,4 @@ def load_adm(path: Path, flags: Mapping[str, Any] | None = None, *, name: str | 
     Raises:
         BackboneError: the file is no ADM checkpoint.
     """
-    if path.suffix == ".safetensors":
-        weights = load_file(path)
-    else:
-        try:
-            weights = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        except Exception as error:  # torch raises five kinds for files that are none of its own
-            raise BackboneError(f"{path}: is no checkpoint that can be read safely ({_first_line(error)})") from None
-    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise BackboneError(f"{path}: is no plain state dict (name -> tensor)")
-    return adm_backbone(weights, flags, name=name or str(path), source=str(path))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:200]
+    return adm_backbone(read_weights(path), flags, name=name or str(path), source=str(path))

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError
+from diffrep.backbones.weight_files import read_weights
 
 TRAINING_ONLY = ("logit_scale", "self_logit_scale")  # temperatures of losses, kept in checkpoints
 
@@ -103,14 +102,7 @@ class AggregationNetwork(nn.Module):
         Raises:
             BackboneError: the file holds something else; named.
         """
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            try:
-                loaded: Any = torch.load(path, weights_only=True, map_location="cpu")
-            except Exception as error:  # torch raises five kinds for files that are none of its own
-                raise BackboneError(f"{path}: cannot be read safely ({str(error).splitlines()[0][:200]})") from None
-            weights = loaded.get("aggregation_network", loaded) if isinstance(loaded, dict) else {}
+        weights = read_weights(path)
         try:
             return cls.from_state_dict(weights, groups=groups)
         except BackboneError as error:

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrep.backbones.base import Conditions, Recommended, reading
+from diffrep.backbones.base import BackboneError, Conditions, Recommended, reading
 from diffrep.backbones.freeu import applying
 from diffrep.backbones.latents import LatentBackbone, PromptEncoder
 from diffrep.backbones.text import PromptEmbedding
 from diffrep.backbones.unet_taps import cross_attentions, tap_readers, tokens_to_map, unet_taps
 from diffrep.backbones.upsampling import folded_upsampling
 from diffrep.images import Sizing
+
+AESTHETIC_SCORE = 6.0  # as SDXL's refiner is used for positive prompts
 
 
 class LatentDiffusion(LatentBackbone):
@@ -81,23 +83,28 @@ class LatentDiffusion(LatentBackbone):
     def _constant_context(self, prompt: str) -> Iterator[Tensor]:
         """Run the U-Net with a prompt whose cross-attention keys and values are computed once and kept."""
         context = self.embed(prompt).context.to(self.device, self.dtype)
+        if context.shape[-1] != (width := self.network.config.cross_attention_dim):
+            raise BackboneError(
+                f"{self.name}: a prompt's embedding has {context.shape[-1]} channels, the U-Net attends to {width}: a"
+                " text encoder is missing, or belongs to another model"
+            )
         if prompt not in self._keys_values:
             projections = [p for a in cross_attentions(self.network) for p in (a.to_k, a.to_v)]
             # not as inference tensors: a trained part inside the U-Net needs its activations' gradients
             with torch.inference_mode(False), torch.no_grad():
                 self._keys_values[prompt] = {p: p(context.clone()) for p in projections}
-        kept = self._keys_values[prompt]
+        projected = self._keys_values[prompt]
 
         def constant(value: Tensor) -> Any:
-            return lambda given: value.expand(given.shape[0], -1, -1)
+            return lambda tokens: value.expand(tokens.shape[0], -1, -1)
 
         try:
-            for projection, value in kept.items():
+            for projection, value in projected.items():
                 projection.forward = constant(value)
             yield context
         finally:
-            for projection in kept:
-                del projection.forward  # uncovers the class's own
+            for projection in projected:
+                del projection.forward  # uncovers that of the class
 
     def network_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         return self.unet_maps(latents, taps, conditions)
@@ -108,14 +115,14 @@ class LatentDiffusion(LatentBackbone):
         batch, size = latents.shape[0], (int(latents.shape[-2]), int(latents.shape[-1]))
         with self._constant_context(conditions.prompt) as context, applying(self.network, conditions.freeu):
             arguments = self._added_conditions(conditions.prompt, batch, size)
-            with folded_upsampling(self.network), reading(tap_readers(self.network, infos)) as found:
+            with folded_upsampling(self.network), reading(tap_readers(self.network, infos)) as activations:
                 self.network(
                     latents.to(self.device, self.dtype),
                     max(conditions.timestep, 0),
                     encoder_hidden_states=context.expand(batch, -1, -1),
                     **arguments,
                 )
-        return {tap: tokens_to_map(found[tap], size) for tap in taps}
+        return {tap: tokens_to_map(activations[tap], size) for tap in taps}
 
     @torch.inference_mode()
     def context_maps(self, latents: Tensor, taps: Sequence[str], timestep: int, context: Tensor) -> dict[str, Tensor]:
@@ -125,12 +132,12 @@ class LatentDiffusion(LatentBackbone):
             timestep: embedded as it is, -1 too, as Diffusion Hyperfeatures does.
         """
         infos = {tap: self.tap(tap) for tap in taps}
-        with reading(tap_readers(self.network, infos)) as found:
+        with reading(tap_readers(self.network, infos)) as activations:
             self.network(
                 latents.to(self.device, self.dtype), timestep, encoder_hidden_states=context.to(self.device, self.dtype)
             )
         size = (int(latents.shape[-2]), int(latents.shape[-1]))
-        return {tap: tokens_to_map(found[tap], size) for tap in taps}
+        return {tap: tokens_to_map(activations[tap], size) for tap in taps}
 
     @torch.inference_mode()
     def predict_noise(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
@@ -140,8 +147,8 @@ class LatentDiffusion(LatentBackbone):
             timestep: -1 is the clean latent.
             context: (B or 1, tokens, C) of the prompt.
         """
-        told = context.expand(len(latents), -1, -1)
-        return self.as_noise(latents, self.context_maps(latents, ["out"], timestep, told)["out"], timestep)
+        expanded = context.expand(len(latents), -1, -1)
+        return self.as_noise(latents, self.context_maps(latents, ["out"], timestep, expanded)["out"], timestep)
 
     def as_noise(self, latents: Tensor, output: Tensor, timestep: int) -> Tensor:
         """An output of the network for these latents as the noise in them."""
@@ -168,10 +175,18 @@ class LatentDiffusion(LatentBackbone):
 
     def _added_conditions(self, prompt: str, batch: int, size: tuple[int, int]) -> dict[str, object]:
         """SDXL's pooled text and micro-conditioning: original size, crop corner, target size."""
-        pooled = self.embed(prompt).pooled
-        if pooled is None:
+        pooled, config = self.embed(prompt).pooled, self.network.config
+        if config.addition_embed_type != "text_time":
             return {}
+        if pooled is None:
+            raise BackboneError(
+                f"{self.name}: is a Stable Diffusion XL, which needs the pooled embedding of its second text encoder;"
+                " text_encoder_2/ is missing"
+            )
         height, width = size[0] * self.stride, size[1] * self.stride
-        ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=self.dtype)
+        numbers = (config.projection_class_embeddings_input_dim - pooled.shape[-1]) // config.addition_time_embed_dim
+        # the refiner is conditioned on an aesthetic score instead of a target size
+        ends = [height, width] if numbers == 6 else [AESTHETIC_SCORE]
+        ids = torch.tensor([[height, width, 0, 0, *ends]], device=self.device, dtype=self.dtype)
         text = pooled.to(self.device, self.dtype).expand(batch, -1)
         return {"added_cond_kwargs": {"text_embeds": text, "time_ids": ids.expand(batch, -1)}}

@@ -20,7 +20,7 @@ from diffrep.backbones.text import PromptEmbedding
 
 
 class PromptEncoder(Protocol):
-    """Turns prompts into what the network is told of them."""
+    """Turns prompts into the context that the network attends to."""
 
     def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]: ...
 
@@ -33,6 +33,7 @@ class LatentBackbone(Backbone):
         stride: image pixels per latent cell.
         multiple: the sides of a canvas are multiples of it.
         alphas_cumprod: (T,) of the schedule, indexed by the timestep; not used by rectified flow.
+        scheduler: configuration of the schedule, where it came from a folder; for saving.
         text: encodes prompts; or None where `embed` is given prompt embeddings.
     """
 
@@ -40,6 +41,7 @@ class LatentBackbone(Backbone):
     vae: Any
     stride: int
     alphas_cumprod: Tensor
+    scheduler: Mapping[str, Any] | None = None
     text: PromptEncoder | None
     _taps: Mapping[str, TapInfo]
     _prompts: dict[str, PromptEmbedding]

@@ -7,7 +7,7 @@ layers that is 1..37; DIFT's index k, which counts output blocks from 0, is ``bl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ class PixelDiffusion(Backbone):
     """
 
     denoises, has_unet = "pixels", True
+    scheduler: Mapping[str, Any] | None = None  # configuration of the schedule, where it came from a folder
 
     def __init__(
         self, unet: Any, alphas_cumprod: Tensor, *, name: str = "pixel diffusion", source: str = "random"

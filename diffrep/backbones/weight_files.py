@@ -1,0 +1,136 @@
+"""Weight files of others, read without running anything that is in them, and what they are by their tensors' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from diffrep.backbones.base import BackboneError
+from diffrep.backbones.repositories import one_line
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+_INSIDE = (
+    "state_dict",
+    "aggregation_network",
+    "params_ema",
+    "params",
+    "model_state_dict",
+    "teacher",
+)  # where training programs put weights
+
+
+class _Inert:
+    """Stands for every class that a checkpoint names and that is no tensor: takes anything, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint: safetensors, or what `torch.save` writes (``.ckpt``, ``.pt``, ``.pth``, ``.bin``).
+
+    Checkpoints of training programs name classes of those programs. Neither is needed or run: only tensors are read,
+    everything else becomes an inert object.
+
+    Raises:
+        BackboneError: the file is missing, damaged, of another format, or has no state dict of tensors.
+    """
+    if not path.is_file():
+        raise BackboneError(f"{path}: there is no such file")
+    with path.open("rb") as opened:
+        start = opened.read(4)
+    if start == b"GGUF":
+        raise BackboneError(f"{path}: is a GGUF file, whose weights are quantised; give the model as safetensors")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as opened:
+                return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # it is no mapping
+        except (SafetensorError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
+            raise BackboneError(f"{path}: is damaged or no safetensors file ({one_line(error)})") from None
+    try:
+        loaded = _read_pickle(path)
+    except Exception as error:  # torch raises several kinds for files that are damaged or forbidden
+        raise BackboneError(f"{path}: is no checkpoint that can be read safely ({one_line(error)})") from None
+    for name in _INSIDE:
+        if isinstance(loaded, dict) and isinstance(loaded.get(name), Mapping):
+            loaded = loaded[name]
+            break
+    weights = (
+        {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+        if isinstance(loaded, Mapping)
+        else {}
+    )
+    if not weights or not all(isinstance(key, str) for key in weights):
+        raise BackboneError(f"{path}: holds no plain state dict (name -> tensor) that can be read safely")
+    return weights
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # the format before torch 1.6: plain tensors only
+        return torch.load(path, weights_only=True, map_location="cpu")
+    inert: list[Any] = [(_Inert, name) for name in foreign]
+    with torch.serialization.safe_globals(inert):
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+
+
+# Where a name that only such files have stands in the file, what the file is, and what to give instead
+_SIGNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (
+        ("lora_unet_", "lora_te", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up."),
+        "a LoRA, small changes to the weights of a model",
+        "give that model as the backbone and this file beside it: --lora FILE, or load_backbone(MODEL, lora=FILE)",
+    ),
+    (("control_model.", "controlnet_cond_embedding."), "a ControlNet", "give the model that it steers"),
+    (("joint_blocks.0.",), "Stable Diffusion 3 in one file", "give its diffusers folder, or sd3.5-medium"),
+    (("double_blocks.0.",), "FLUX in one file", "give its diffusers folder, or flux.1-dev"),
+    (("emb_params", "string_to_param"), "a textual inversion, one word", "give the model it belongs to"),
+    (
+        ("RRDB_trunk.", "conv_first.", "model.1.sub.", "upsampler.", "up.0.residual_group."),
+        "an upscaler of images",
+        "no features for matching can be read from it; give a diffusion model",
+    ),
+    (("mixing_weights",), "an aggregation network", "give hyperfeatures:FILE"),
+)  # fmt: skip
+
+
+def describe_weights(names: Iterable[str]) -> tuple[str, str]:
+    """What a file is, and what to give instead, where it is no backbone by itself; ("", "") where it may be one.
+
+    Args:
+        names: of its tensors.
+
+    >>> describe_weights(["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"])[0]
+    'a LoRA, small changes to the weights of a model'
+    """
+    names = list(names)
+    whole = any(name.startswith("model.diffusion_model.input_blocks.") for name in names)
+    for signs, what, instead in _SIGNS:
+        if not whole and any(sign in name for sign in signs for name in names):
+            return what, instead
+    starts = {name.split(".")[0] for name in names}
+    if not whole and starts & {"encoder", "first_stage_model"} and any("decoder." in name for name in names):
+        return "a VAE alone", "give the model that it belongs to"
+    if not whole and (
+        starts <= {"text_model", "text_projection", "logit_scale", "transformer"} or "text_model" in starts
+    ):
+        return "a text encoder alone", "give the model that it belongs to"
+    if "conv_in" in starts and "down_blocks" in starts:
+        return "a U-Net alone, without VAE and schedule", "give its whole diffusers folder"
+    if "input_blocks" in starts and any(".transformer_blocks." in name for name in names):
+        return "a U-Net alone, without VAE", "give the whole checkpoint, or a diffusers folder"
+    if starts & {"transformer_blocks", "single_transformer_blocks"}:
+        return "a diffusion transformer alone, without VAE", "give its whole diffusers folder"
+    return "", ""
