@@ -6,9 +6,11 @@ import csv
 import io
 import json
 import tarfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 COLOURS = {"blue": (40, 70, 200), "green": (50, 160, 60), "red": (200, 50, 40)}
@@ -58,3 +60,24 @@ def shard(file: Path, per_class: int = 4, *, as_json: bool = False) -> Path:
                     member.size = len(content)
                     archive.addfile(member, io.BytesIO(content))
     return file
+
+
+def refusal(load: Callable[[Path], object], folder: Path) -> str | None:
+    try:
+        load(folder)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def damage_of_every_kind(file: Path, document: Mapping[str, object], load: Callable[[Path], object]) -> None:
+    """Whatever value a field of a probe's document has, the folder is read or refused with its name."""
+    for key in document:
+        for value in (None, -1, 10**12, [], "x", {"x": 1}):
+            file.write_text(json.dumps({**document, key: value}))
+            error = refusal(load, file.parent)
+            assert error is None or str(file.parent) in error, (key, value)
+    for content in (b"", b"[" * 100_000, b"\xff", b"[]", b"{}"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=str(file.parent)):
+            load(file.parent)

@@ -18,15 +18,16 @@ from diffrep.eval.map_probes import PixelScores, confusion, score_dense_probe
 from diffrep.features import ExtractConfig
 from diffrep.heads.map_files import save_map
 from diffrep.heads.maps import DepthMap, NormalMap
+from diffrep.heads.probes import load_dense_probe, load_probe, saved_kind
 from diffrep.heads.probes.annotated import hold_out, pair_annotations, read_labels, read_normals
 from diffrep.heads.probes.dense import depth_loss, gradient_loss, scale_invariant_loss
-from diffrep.heads.probes.dense_probe import DenseSettings, load_dense_probe, on_canvas, train_dense_probe
+from diffrep.heads.probes.dense_probe import DenseSettings, on_canvas, train_dense_probe
 from diffrep.heads.probes.labelled import DataError
 from diffrep.heads.probes.pixel_labels import find_classes
 from diffrep.heads.probes.pixel_probe import IGNORED
 from diffrep.images import Sizing, fit_image
 
-from .probe_images import image_folder
+from .probe_images import damage_of_every_kind, image_folder
 
 SMALL = ExtractConfig(sizing=Sizing("pad", 64), taps=("conv_in", "in"), timestep=10)
 QUICK = DenseSettings(epochs=16, learning_rate=3e-2, batch_size=4, warmup=2)
@@ -86,7 +87,7 @@ def test_a_dense_probe_learns_saves_and_predicts_alone(
     else:
         assert scores["mean"] < 32  # the best constant has 45
     probe.save(tmp_path / "probe")
-    assert {file.name for file in (tmp_path / "probe").iterdir()} == {"dense_probe.json", "dense_probe.safetensors"}
+    assert {file.name for file in (tmp_path / "probe").iterdir()} == {"probe.json", "probe.safetensors"}
     loaded = load_dense_probe(tmp_path / "probe")
     (expected,) = probe.predict_each(test.images[:1], backbone=unet)
     (found,) = loaded.predict_each(test.images[:1])  # its backbone is found by the name that it keeps
@@ -194,6 +195,7 @@ def test_every_kind_is_trained_and_recognised(
     red = str(colours / "red")
     assert main(["probe", "predict", str(tmp_path / "feedback"), red, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 4
+    assert_older_forms_open(tmp_path, sd_folder, steps / "images" / "00.png")
     for kind in ("dense", "pixels", "feedback"):
         folder = str(tmp_path / kind)
         assert main(["probe", "predict", folder, red, "--backbone", str(vit_folder), "-o", str(tmp_path / "x")]) == 2
@@ -205,6 +207,29 @@ def test_every_kind_is_trained_and_recognised(
     assert "holds a probe of another kind (pixels)" in capsys.readouterr().err
     assert main(["probe", "predict", str(tmp_path / "colours"), red]) == 2
     assert "holds no probe" in capsys.readouterr().err
+
+
+def assert_older_forms_open(folder: Path, backbone: Path, image: Path) -> None:
+    """The four files of version 0.1 give the same predictions; damaged ones are refused in a line."""
+    forms = {"dense": "dense-probe", "pixels": "pixel-probe", "feedback": "diffeed"}
+    for kind, form in forms.items():
+        stem, old = form.replace("-", "_"), folder / f"old-{kind}"
+        old.mkdir()
+        document = json.loads((folder / kind / "probe.json").read_text())
+        (features,) = document["features"].values()
+        del document["kind"]
+        document = {**document, "format": f"diffrep-{form}", "version": 1, "features": features}
+        document.pop("resizing", None)
+        (old / f"{stem}.json").write_text(json.dumps(document))
+        (old / f"{stem}.safetensors").write_bytes((folder / kind / "probe.safetensors").read_bytes())
+        assert saved_kind(old) == kind
+        loaded, new = load_probe(old), load_probe(folder / kind)
+        assert repr(loaded) == repr(new)
+        answers = [probe.predict([image]) for probe in (loaded, new)]
+        get = {"feedback": "probabilities", "dense": "values", "pixels": "labels"}[kind]
+        first, second = (getattr(a if kind == "feedback" else a[0], get) for a in answers)
+        assert torch.equal(first, second)
+        damage_of_every_kind(old / f"{stem}.json", document, load_probe)
 
 
 def test_what_does_not_fit_is_told_in_one_line(

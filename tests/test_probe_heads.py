@@ -16,10 +16,12 @@ from diffrep.heads.probes import (
     DifFeed,
     NearestNeighbours,
     PixelSettings,
-    Recipe,
+    ProbeRecipe,
     TokenReadout,
     feedback_layer,
     fit_pixels,
+    load_feedback_probe,
+    load_pixel_probe,
     numbered_taps,
     pixel_features,
     read_labelled,
@@ -27,8 +29,8 @@ from diffrep.heads.probes import (
     split_rows,
     top_accuracy,
 )
-from diffrep.heads.probes.feedback_probe import FeedbackSettings, load_feedback_probe, train_feedback
-from diffrep.heads.probes.pixel_probe import IGNORED, load_pixel_probe, train_pixel_probe
+from diffrep.heads.probes.feedback_probe import FeedbackSettings, train_feedback
+from diffrep.heads.probes.pixel_probe import IGNORED, train_pixel_probe
 from diffrep.images import Sizing
 
 from .probe_images import image_folder
@@ -95,10 +97,10 @@ def test_a_diffeed_probe_trains_saves_and_predicts(unet: Backbone, sd_folder: Pa
     data = read_labelled(folder)
     split = split_rows(data)
     settings = FeedbackSettings(
-        timestep=10, tap="up.3.resnet.0", width=16, heads=2, depth=1, recipe=Recipe(epochs=2, optimiser="adamw")
+        timestep=10, tap="up.3.resnet.0", width=16, heads=2, depth=1, recipe=ProbeRecipe(epochs=2, optimiser="adamw")
     )
     extract = ExtractConfig(sizing=Sizing("squash", 64))
-    start, _ = train_feedback(data, split, unet, replace(settings, recipe=Recipe(epochs=0)), extract)
+    start, _ = train_feedback(data, split, unet, replace(settings, recipe=ProbeRecipe(epochs=0)), extract)
     probe, test = train_feedback(data, split, unet, settings, extract)
     pairs = zip(start.model.feedback.parameters(), probe.model.feedback.parameters(), strict=True)
     assert all(not torch.equal(before, after) for before, after in pairs)
@@ -109,7 +111,7 @@ def test_a_diffeed_probe_trains_saves_and_predicts(unet: Backbone, sd_folder: Pa
     predicted = loaded.predict(files, backbone=unet)
     right = sum(a == data.classes[data.labels[row]] for a, row in zip(predicted.labels(), split.test, strict=True))
     assert right / len(files) == pytest.approx(test.top1)
-    with pytest.raises(ValueError, match="holds no DifFeed probe"):
+    with pytest.raises(ValueError, match="holds no probe of the kind"):
         load_feedback_probe(tmp_path / "nowhere", unet)
 
 
@@ -183,5 +185,5 @@ def test_a_pixel_probe_learns_from_two_images_and_is_kept(unet: Backbone, tmp_pa
     assert torch.equal(again.labels, found.labels)
     with pytest.raises(ValueError, match=r"labels of image 0 must be \(32, 64\), as the image is, got \(4, 4\)"):
         train_pixel_probe([(image, torch.zeros(4, 4))], ("a", "b"), unet)
-    with pytest.raises(ValueError, match="holds no pixel probe"):
+    with pytest.raises(ValueError, match="holds no probe of the kind"):
         load_pixel_probe(tmp_path / "nowhere")

@@ -29,8 +29,8 @@ from diffrep.heads.probes import (
     MappedRows,
     ProbeData,
     ProbeFit,
+    ProbeRecipe,
     Reading,
-    Recipe,
     SideBySide,
     block_taps,
     draw_heat_map,
@@ -48,14 +48,14 @@ from diffrep.heads.probes import rows as rows_module
 from diffrep.heads.probes.layouts import KINDS
 from diffrep.images import Sizing
 
-from .probe_images import COLOURS, image_folder
+from .probe_images import COLOURS, damage_of_every_kind, image_folder, refusal
 
 SMALL = ExtractConfig(sizing=Sizing("squash", 32), batch_size=4)
 QUICK = ProbeFit(
     grid=GridSettings(learning_rates=(1.0, 10.0), weight_decays=(0.0,), epochs=15, batch_size=16),
     inverse_penalties=(0.1, 1.0),
     learning_rates=(4e-3,),
-    recipe=Recipe(epochs=4, optimiser="adamw"),
+    recipe=ProbeRecipe(epochs=4, optimiser="adamw"),
     batch_size=8,
     ks=(3, 5),
 )
@@ -327,7 +327,7 @@ def test_every_head_learns_saves_and_predicts_alone(
     elif kind == "attention":  # DifFormer: two blocks at two timesteps
         cells = [Cell(unet.name, t, tap, 2) for t in (10, 200) for tap in ("conv_in", "up.1")]
     options = {"width": 16, "heads": 2, "depth": 1} if kind in ("cnn", "attention") else {}
-    fit = replace(QUICK, recipe=Recipe(epochs=30, step=15, optimiser="adamw"))
+    fit = replace(QUICK, recipe=ProbeRecipe(epochs=30, step=15, optimiser="adamw"))
     result = train_probe(found, found.layout(kind, cells, **options), fit)  # type: ignore[arg-type]
     assert result.test.top1 > 0.6  # chance is a third
     result.probe.save(tmp_path)
@@ -360,6 +360,15 @@ def test_a_probe_is_refused_another_backbone_and_damaged_files(
         load_probe(tmp_path)
     with pytest.raises(ValueError, match="holds no probe"):
         load_probe(tmp_path / "nowhere")
+    probe.save(tmp_path)
+    document = json.loads((tmp_path / "probe.json").read_text())
+    (tmp_path / "probe.json").write_text(json.dumps({**document, "version": 1}))
+    assert repr(load_probe(tmp_path)) == repr(probe)
+    damage_of_every_kind(tmp_path / "probe.json", document, load_probe)
+    for key in document["layout"]:
+        layout = {**document["layout"], key: 10**12}
+        (tmp_path / "probe.json").write_text(json.dumps({**document, "layout": layout}))
+        refusal(load_probe, tmp_path)
 
 
 def test_fused_probes_are_compared_with_their_parts(found: ProbeData, unet: Backbone, vit: Backbone) -> None:

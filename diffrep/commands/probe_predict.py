@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json as json_module
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
 import tyro
 from PIL import Image
 
-from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones import Backbone
 from diffrep.commands.dense import Map, check_folder, run_images, write_beside, write_map
 from diffrep.commands.output import check_writable
-from diffrep.draw import point_colours
 from diffrep.files import write_whole
-from diffrep.heads.probes import (
-    PixelProbe,
-    Prediction,
-    Probe,
-    load_feedback_probe,
-    load_pixel_probe,
-    load_probe,
-)
-from diffrep.heads.probes.dense_probe import DenseProbe, load_dense_probe
-from diffrep.heads.probes.pixel_probe import Segmentation
-from diffrep.heads.probes.saved import saved_features, saved_kind
+from diffrep.heads.probes.dense_probe import DenseProbe
+from diffrep.heads.probes.pixel_probe import PixelLabelling, PixelProbe
+from diffrep.heads.probes.probe import Prediction, Probe
+from diffrep.heads.probes.saved import load_probe, load_recorded, saved_features
 from diffrep.images import find_images
 
 
@@ -55,41 +48,35 @@ class Predict:
     formats: tuple[Literal["png", "npy", "tiff"], ...] = ("png",)  # depth, normals; png: 16 bits; others: float32
     preview: bool = True  # depth, normals: also write a coloured picture
     json: bool = False  # print JSON
-    device: str = "cpu"  # cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     batch_size: int = 16
 
     def run(self) -> None:
-        kind = saved_kind(self.model)
         if self.top < 1 or self.batch_size < 1:
             raise ValueError(f"top and batch_size must be at least 1, got {self.top} and {self.batch_size}")
         if not self.paths:
             raise ValueError("say which images: diffrep probe predict MODEL IMAGES")
-        if kind in ("pixels", "dense"):
-            self._maps(load_pixel_probe(self.model) if kind == "pixels" else load_dense_probe(self.model))
+        backbones = self._backbones()
+        probe = load_probe(self.model, backbone=next(iter(backbones.values())))
+        if isinstance(probe, (PixelProbe, DenseProbe)):
+            self._maps(probe, *backbones.values())
             return
         if self.output is not None:
             check_writable(self.output, (".csv", ".json"))
         files = find_images(self.paths)
-        self._show(files, self._classes(files) if kind == "feedback" else self._classes_of_cells(files))
+        read: Any = (
+            {"backbones": backbones} if isinstance(probe, Probe) else {"backbone": next(iter(backbones.values()))}
+        )
+        self._show(files, probe.predict(files, batch_size=self.batch_size, **read))
+
+    def _backbones(self) -> dict[str, Backbone]:
+        """The probe's backbones by their recorded names, or the one that is named in their place."""
+        recorded = saved_features(self.model)
+        if self.backbone is not None and len(recorded) > 1:
+            raise ValueError(f"--backbone stands for one, this probe reads {', '.join(recorded)}")
+        return {name: load_recorded(self.backbone or name, values, self.device) for name, values in recorded.items()}
 
     # -- classes --------------------------------------------------------------------------------------------
-
-    def _classes_of_cells(self, files: Sequence[Path]) -> Prediction:
-        probe = load_probe(self.model)
-        return probe.predict(files, backbones=self._named(probe), device=self.device, batch_size=self.batch_size)
-
-    def _named(self, probe: Probe) -> Mapping[str, Backbone] | None:
-        if self.backbone is None:
-            return None
-        if len(probe.features) > 1:
-            raise ValueError(f"--backbone stands for one, this probe reads {', '.join(probe.features)}")
-        (name,) = probe.features
-        return {name: self._load(probe.features[name])}
-
-    def _classes(self, files: Sequence[Path]) -> Prediction:
-        backbone = self._load(saved_features(self.model))
-        probe = load_feedback_probe(self.model, backbone)
-        return probe.predict(files, backbone=backbone, batch_size=self.batch_size)
 
     def _show(self, files: Sequence[Path], prediction: Prediction) -> None:
         rows = list(zip(files, prediction.top(self.top), strict=True))
@@ -101,8 +88,11 @@ class Predict:
             indent=2,
         )
         if self.output is not None:
-            lines = ["image,class,probability", *(f'"{f}","{c}",{p:.6f}' for f, found in rows for c, p in found)]
-            write_whole(self.output, document + "\n" if self.output.suffix == ".json" else "\n".join(lines) + "\n")
+            table = io.StringIO()
+            writer = csv.writer(table, lineterminator="\n")
+            writer.writerow(["image", "class", "probability"])
+            writer.writerows([str(file), name, f"{share:.6f}"] for file, likeliest in rows for name, share in likeliest)
+            write_whole(self.output, document + "\n" if self.output.suffix == ".json" else table.getvalue())
         if self.json:
             print(document)
             return
@@ -111,80 +101,48 @@ class Predict:
 
     # -- maps -----------------------------------------------------------------------------------------------
 
-    def _maps(self, probe: PixelProbe | DenseProbe) -> None:
+    def _maps(self, probe: PixelProbe | DenseProbe, backbone: Backbone) -> None:
         folder = self.output or Path("maps")
         check_folder(folder)
         if isinstance(probe, DenseProbe) and not self.formats and not self.preview:
             raise ValueError("nothing would be written: name --formats, or leave the preview on")
         files = find_images(self.paths)
-        backbone = self._load(probe.features)
 
-        if isinstance(probe, PixelProbe):
-            segmenter = _Segmenter(probe, backbone)
+        def write(path: Path, name: str, image: Image.Image, result: Map | PixelLabelling) -> list[Path]:
+            if isinstance(result, PixelLabelling):
+                about = shares(result, probe.classes)  # type: ignore[union-attr]  # a pixel probe's
+                return write_beside(folder / name, {"labels": result.picture()}, "labels", about)
+            return write_map(folder / name, result, self.formats, show=self.preview)
 
-            def write_labels(path: Path, name: str, image: Image.Image, result: Segmentation) -> list[Path]:
-                picture = {"labels": label_picture(result, len(probe.classes))}
-                return write_beside(folder / name, picture, "labels", shares(result, probe.classes))
-
-            done = run_images(segmenter, files, Batches(self.batch_size), write_labels)
-        else:
-
-            def write(path: Path, name: str, image: Image.Image, result: Map) -> list[Path]:
-                return write_map(folder / name, result, self.formats, show=self.preview)
-
-            done = run_images(_Mapper(probe, backbone), files, Batches(self.batch_size), write)
+        done = run_images(_Mapper(probe, backbone), files, Batches(self.batch_size), write)
         if self.json:
             print(json_module.dumps({"model": str(self.model), "images": done}, indent=2))
             return
         print(f"wrote {sum(len(entry['files']) for entry in done)} files for {len(done)} images into {folder}")  # type: ignore[arg-type, misc]  # lists, by run_images
 
-    def _load(self, features: Mapping[str, Any]) -> Backbone:
-        name = self.backbone or features["backbone"]
-        return load_backbone(name, device=self.device, dtype=getattr(torch, features["dtype"]))
-
-
-@dataclass(frozen=True)
-class _Segmenter:
-    """A pixel probe as `run_images` takes it."""
-
-    probe: PixelProbe
-    backbone: Backbone
-    task: str = "labels"
-
-    def check(self, config: object) -> None:
-        self.probe.check(self.backbone)
-
-    def predict_each(self, images: list[Image.Image], config: object) -> Iterator[Segmentation]:
-        return self.probe.segment_each(images, backbone=self.backbone, checked=True)
-
 
 @dataclass(frozen=True)
 class _Mapper:
-    """A dense probe as `run_images` takes it."""
+    """A probe of pixels, depth or normals as `run_images` takes it."""
 
-    probe: DenseProbe
+    probe: PixelProbe | DenseProbe
     backbone: Backbone
 
     @property
     def task(self) -> str:
-        return self.probe.task
+        return self.probe.task if isinstance(self.probe, DenseProbe) else "labels"
 
     def check(self, config: object) -> None:
         self.probe.check(self.backbone)
 
-    def predict_each(self, images: list[Image.Image], config: Batches) -> Iterator[Map]:
+    def predict_each(self, images: list[Image.Image], config: Batches) -> Iterator[Map | PixelLabelling]:
+        if isinstance(self.probe, PixelProbe):
+            return self.probe.segment_each(images, backbone=self.backbone, checked=True)
         size = config.batch_size
         return self.probe.predict_each(images, backbone=self.backbone, checked=True, batch_size=size)
 
 
-def label_picture(result: Segmentation, classes: int) -> Image.Image:
-    """Labels as a palette picture: the value of a pixel is its class; class 0 is black."""
-    picture = Image.fromarray(result.labels.numpy().astype(np.uint8))
-    picture.putpalette([0, 0, 0, *(level for colour in point_colours(classes - 1) for level in colour)])
-    return picture
-
-
-def shares(result: Segmentation, classes: Sequence[str]) -> dict[str, object]:
+def shares(result: PixelLabelling, classes: Sequence[str]) -> dict[str, object]:
     """The share of the pixels that each class covers, the largest first, and the uncertainty of the whole."""
     counts = torch.bincount(result.labels.flatten(), minlength=len(classes))
     ordered = sorted(zip(classes, (counts / counts.sum()).tolist(), strict=True), key=lambda pair: -pair[1])

@@ -29,8 +29,8 @@ from diffrep.heads.probes import (
     PooledHead,
     ProbeData,
     ProbeFit,
+    ProbeRecipe,
     Reading,
-    Recipe,
     block_taps,
     fit_grid,
     train_probe,
@@ -138,7 +138,7 @@ class ProbesBenchmark:
                     some = order[begin : begin + 32]
                     yield (maps(some) - mean) / std * 4, labels[torch.from_numpy(some)]
 
-            recipe = Recipe(learning_rate=rate, epochs=self.epochs, step=max(1, self.epochs // 4), momentum=0.9)
+            recipe = ProbeRecipe(learning_rate=rate, epochs=self.epochs, step=max(1, self.epochs // 4), momentum=0.9)
             train_recipe(head, batches, recipe)
             with torch.no_grad():
                 right = (head((maps(val) - mean) / std * 4).argmax(1) == labels[torch.from_numpy(val)]).float().mean()

@@ -15,12 +15,11 @@ from diffrep.heads.probes.dense_probe import (
     Annotation,
     DenseProbe,
     DenseSettings,
-    load_dense_probe,
     train_dense_probe,
 )
 from diffrep.heads.probes.experiment import ProbeData, Result, train_probe
 from diffrep.heads.probes.feedback import DifFeed, feedback_layer, numbered_taps
-from diffrep.heads.probes.feedback_probe import FeedbackProbe, FeedbackSettings, load_feedback_probe, train_feedback
+from diffrep.heads.probes.feedback_probe import FeedbackProbe, FeedbackSettings, train_feedback
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
 from diffrep.heads.probes.grid import GridSettings, LinearGrid, Standardiser, fit_grid
 from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labelled
@@ -33,17 +32,21 @@ from diffrep.heads.probes.pixel_probe import (
     PixelProbe,
     PixelSettings,
     fit_pixels,
-    load_pixel_probe,
     pixel_features,
     train_pixel_probe,
 )
-from diffrep.heads.probes.probe import Prediction, Probe, load_probe
-from diffrep.heads.probes.recipe import Recipe, train_recipe
+from diffrep.heads.probes.probe import Prediction, Probe
+from diffrep.heads.probes.recipe import ProbeRecipe, train_recipe
 from diffrep.heads.probes.rows import HeldRows, MappedRows, SideBySide
-from diffrep.heads.probes.saved import saved_kind
+from diffrep.heads.probes.saved import load_probe, saved_kind
 from diffrep.heads.probes.scores import Scores, paired_gain, score, wilson
 from diffrep.heads.probes.splits import Split, balance, split_rows
 from diffrep.heads.probes.sweeps import CellScore, Sweep, draw_heat_map, load_sweep, sweep
+
+Recipe = ProbeRecipe  # its name in version 0.1
+load_dense_probe = DenseProbe.load
+load_feedback_probe = FeedbackProbe.load
+load_pixel_probe = PixelProbe.load
 
 __all__ = [
     "KINDS",
@@ -80,6 +83,7 @@ __all__ = [
     "Probe",
     "ProbeData",
     "ProbeFit",
+    "ProbeRecipe",
     "Reading",
     "Recipe",
     "Result",

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "identity": nn.Identity}
 
+MOST_BLOCKS = 1000  # of a transformer
+
 
 class _SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
@@ -119,6 +121,8 @@ def _layers_of(word: str) -> list[nn.Module]:
     try:
         if name == "Attention":
             width, heads, ratio, count = numbers
+            if not 1 <= int(count) <= MOST_BLOCKS:
+                raise TypeError(f"1 to {MOST_BLOCKS} blocks, got {count}")
             return [TransformerBlock(int(width), int(heads), float(ratio)) for _ in range(int(count))]
         if name == "Pool":
             return [nn.AvgPool2d(int(numbers[0]), int(numbers[1]))]

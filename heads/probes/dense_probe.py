@@ -13,35 +13,29 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig, extract_each
-from diffrep.files import save_weights, write_whole
 from diffrep.heads.families import Frame
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.annotated import AnnotatedImages, read_normals
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe, Reader, depth_loss
 from diffrep.heads.probes.labelled import DataError
-from diffrep.heads.probes.probe import OneBackbone
-from diffrep.heads.probes.recipe import Recipe, train_recipe
+from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
+from diffrep.heads.probes.saved import OneBackboneProbe, SavedKind, as_list
 from diffrep.heads.sparse import read_known_depths
 from diffrep.heads.training.dense import angular_loss
 from diffrep.heads.training.dense_data import resize_nearest
 from diffrep.images import ImageLike, Placement
 from diffrep.store import BulkConfig, Keep, Store, extract_store, open_store
 from diffrep.store.manifest import extract_config, provenance
-
-FORMAT, VERSION = "diffrep-dense-probe", 1
-ABOUT, _WEIGHTS = "dense_probe.json", "dense_probe.safetensors"
 
 DenseTask: TypeAlias = Literal["depth", "normals"]
 
@@ -65,14 +59,17 @@ class DenseSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.nearest < self.farthest:
-            raise ValueError(f"nearest must be above 0 and below farthest, got {self.nearest} and {self.farthest}")
-        if self.epochs < 1 or self.batch_size < 1 or self.warmup < 0:
-            raise ValueError("epochs and batch_size must be at least 1, warmup at least 0")
+        check_settings(
+            self,
+            positive=("nearest", "farthest", "hidden", "kernel", "learning_rate", "epochs", "batch_size"),
+            not_negative=("weight_decay", "warmup", "seed"),
+        )
+        if self.nearest >= self.farthest:
+            raise ValueError(f"nearest must be below farthest, got {self.nearest} and {self.farthest}")
 
-    def recipe(self) -> Recipe:
+    def recipe(self) -> ProbeRecipe:
         """The loop's settings."""
-        return Recipe(
+        return ProbeRecipe(
             optimiser="adamw",
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
@@ -115,8 +112,8 @@ class StandardisedProbe(nn.Module):
         return _resize(self.probe(read), size)
 
 
-@dataclass(frozen=True)
-class DenseProbe(OneBackbone):
+@dataclass(frozen=True, repr=False)
+class DenseProbe(OneBackboneProbe):
     """A trained probe with everything needed to use it on images.
 
     Attributes:
@@ -124,28 +121,44 @@ class DenseProbe(OneBackbone):
         about: how it was trained and what it scored, JSON-ready.
     """
 
+    KIND: ClassVar[SavedKind] = "dense"
+
     module: StandardisedProbe
     task: DenseTask
     settings: DenseSettings
     features: Mapping[str, Any]
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``dense_probe.json`` and ``dense_probe.safetensors``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    @property
+    def network(self) -> nn.Module:
+        """The same as `module`."""
+        return self.module
+
+    def document(self) -> dict[str, Any]:
+        """Task, channels of each map, and settings."""
         state = self.module.state_dict()
-        save_weights(folder / _WEIGHTS, state)
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "task": self.task,
-            "channels": [len(state[f"mean_{number}"]) for number in range(len(self.features["taps"]))],
-            "settings": asdict(self.settings),
-            "features": dict(self.features),
-            "about": dict(self.about),
-        }
-        write_whole(folder / ABOUT, json.dumps(document, indent=1).encode() + b"\n")
+        channels = [len(state[f"mean_{number}"]) for number in range(len(self.features["taps"]))]
+        return {"task": self.task, "channels": channels, "settings": asdict(self.settings)}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], backbone: Backbone | None) -> Self:
+        """A probe of the document's shapes."""
+        task, settings = document["task"], DenseSettings(**document["settings"])
+        if task not in get_args(DenseTask):
+            raise ValueError(f"its task must be {' or '.join(get_args(DenseTask))}, found {task!r}")
+        ((_, features),) = document["features"].items()
+        module = StandardisedProbe(task, document["channels"], settings)
+        return cls(module, task, settings, features, document["about"])
+
+    def summary(self) -> str:
+        """What it predicts, through which reader."""
+        return f"{self.task}, {self.settings.reader} reader,"
+
+    def predict(
+        self, images: Iterable[ImageLike], *, backbone: Backbone | None = None, device: str = "auto"
+    ) -> list[DepthMap | NormalMap]:
+        """The maps of images of any sizes; see `predict_each`."""
+        return list(self.predict_each(images, backbone=backbone, device=device))
 
     @torch.no_grad()
     def predict_each(
@@ -154,7 +167,7 @@ class DenseProbe(OneBackbone):
         *,
         backbone: Backbone | None = None,
         checked: bool = False,
-        device: str = "cpu",
+        device: str = "auto",
         batch_size: int = 8,
     ) -> Iterator[DepthMap | NormalMap]:
         """The maps of images of any sizes, in order: depth in metres, or unit normals in "lub".
@@ -166,42 +179,18 @@ class DenseProbe(OneBackbone):
             ImageError: an image cannot be read.
             ValueError: the backbone is not the one it was trained on.
         """
-        if backbone is None:
-            backbone = self.load_own(device)
-        if not checked:
-            self.check(backbone)
+        backbone = self.usable(backbone, device, checked=checked)
         config = dataclasses.replace(extract_config(self.features), batch_size=batch_size)
-        made = {"probe": self.settings.reader, "backbone": self.backbone, "taps": list(self.features["taps"])}
-        for maps in extract_each(backbone, list(images), config):
+        about = {"probe": self.settings.reader, "backbone": self.backbone, "taps": list(self.features["taps"])}
+        for maps in extract_each(backbone, list(as_list(images)), config):
             placement = maps.placements[0]
             canvas = self.module([maps.maps[tap].float().cpu() for tap in maps.taps], placement.canvas_size)
             x0, y0, x1, y1 = (round(edge) for edge in placement.content_box)
             values = _resize(canvas[..., y0:y1, x0:x1], placement.image_size)
             if self.task == "depth":
-                yield DepthMap(values[0, 0], "depth", metric=True, settings=made)
+                yield DepthMap(values[0, 0], "depth", metric=True, settings=about)
             else:
-                yield NormalMap(F.normalize(values, dim=1)[0], "lub", settings=made)
-
-
-def load_dense_probe(folder: str | Path) -> DenseProbe:
-    """Read a probe that `DenseProbe.save` wrote.
-
-    Raises:
-        ValueError: the folder holds none, or one that is damaged.
-    """
-    folder = Path(folder)
-    if not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder}: holds no probe of depth or normals (no {ABOUT})")
-    try:
-        document = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if (document["format"], document["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"it is not of format {FORMAT!r}, version {VERSION}")
-        settings = DenseSettings(**document["settings"])
-        module = StandardisedProbe(document["task"], document["channels"], settings)
-        module.load_state_dict(load_file(folder / _WEIGHTS))
-        return DenseProbe(module.eval(), document["task"], settings, document["features"], document["about"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the probe cannot be read ({' '.join(str(error).split())[:300]})") from None
+                yield NormalMap(F.normalize(values, dim=1)[0], "lub", settings=about)
 
 
 @dataclass(frozen=True, kw_only=True)

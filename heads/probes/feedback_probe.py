@@ -7,35 +7,28 @@ cached probes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrep.backbones import Backbone, Conditions, PixelDiffusion, draw_noise
 from diffrep.backbones.latents import LatentBackbone
 from diffrep.features import ExtractConfig
-from diffrep.files import save_weights, write_whole
 from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input
 from diffrep.heads.probes.feedback import DifFeed
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.probe import OneBackbone, Prediction, batches_of, check_weights_of, load_recorded
-from diffrep.heads.probes.recipe import Recipe, train_recipe
+from diffrep.heads.probes.probe import Prediction
+from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
+from diffrep.heads.probes.saved import OneBackboneProbe, SavedKind, batches_of, check_weights, load_recorded
 from diffrep.heads.probes.scores import Scores, score
 from diffrep.heads.probes.splits import Split
 from diffrep.images import ImageLike, decode_image, fit_image, load_image, stack_pixels
 from diffrep.store.manifest import extract_config, provenance
-
-FORMAT, VERSION = "diffrep-diffeed", 1
-ABOUT, _WEIGHTS = "diffeed.json", "diffeed.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +46,23 @@ class FeedbackSettings:
     pool: int = 16
     width: int = 128
     heads: int = 8
+    ratio: float = 4  # width of the transformer's inner layers over `width`
     depth: int = 2
-    recipe: Recipe = Recipe(optimiser="adamw", learning_rate=2e-3, epochs=8, step=3, weight_decay=0.02)  # noqa: RUF009  # frozen
+    norm: Literal["layer", "batch"] = "layer"  # of the map that is read
+    recipe: ProbeRecipe = ProbeRecipe(optimiser="adamw", learning_rate=2e-3, epochs=8, step=3, weight_decay=0.02)  # noqa: RUF009  # frozen
     batch_size: int = 16
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        sizes = ("pool", "width", "heads", "ratio", "depth", "batch_size")
+        check_settings(self, positive=(*sizes, "blocks") if self.blocks is not None else sizes, not_negative=("seed",))
 
-@dataclass(frozen=True)
-class FeedbackProbe(OneBackbone):
+
+@dataclass(frozen=True, repr=False)
+class FeedbackProbe(OneBackboneProbe):
     """A trained DifFeed with everything needed to use it on images."""
+
+    KIND: ClassVar[SavedKind] = "feedback"
 
     model: DifFeed
     classes: tuple[str, ...]
@@ -70,21 +71,33 @@ class FeedbackProbe(OneBackbone):
     map_size: int  # cells a side of the map that is read
     about: Mapping[str, Any]
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``diffeed.json`` and ``diffeed.safetensors``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(folder / _WEIGHTS, self.model.state_dict())
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "classes": list(self.classes),
-            "settings": asdict(self.settings),
-            "features": dict(self.features),
-            "map_size": self.map_size,
-            "about": dict(self.about),
-        }
-        write_whole(folder / ABOUT, json.dumps(document, indent=1).encode() + b"\n")
+    @property
+    def network(self) -> nn.Module:
+        """The same as `model`."""
+        return self.model
+
+    def document(self) -> dict[str, Any]:
+        """Classes, settings, and the size of the map that is read."""
+        return {"classes": list(self.classes), "settings": asdict(self.settings), "map_size": self.map_size}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], backbone: Backbone | None) -> Self:
+        """A DifFeed of the settings on the backbone, which is loaded where none is handed in: for its channels."""
+        values, classes = document["settings"], tuple(map(str, document["classes"]))
+        blocks = None if values["blocks"] is None else tuple(values["blocks"])
+        settings = FeedbackSettings(**{**values, "blocks": blocks, "recipe": ProbeRecipe(**values["recipe"])})
+        ((name, features),) = document["features"].items()
+        side = int(document["map_size"])
+        with torch.device("cpu"):
+            backbone = backbone or load_recorded(name, features)
+        check_weights(name, features, backbone)  # its channels may differ
+        model = _model(backbone, settings, len(classes), side)
+        return cls(model, classes, settings, features, side, document["about"])
+
+    def summary(self) -> str:
+        """Classes, and the score of test where it is known."""
+        test = self.about.get("test", {}).get("top1")
+        return f"{len(self.classes)} classes" + ("" if test is None else f", {100 * test:.1f} % of test,")
 
     @torch.no_grad()
     def predict(
@@ -92,7 +105,7 @@ class FeedbackProbe(OneBackbone):
         images: Iterable[ImageLike],
         *,
         backbone: Backbone | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         batch_size: int = 16,
     ) -> Prediction:
         """Classify images of any size.
@@ -101,8 +114,7 @@ class FeedbackProbe(OneBackbone):
             ImageError: an image cannot be read.
             ValueError: no image is given, or the backbone is not the one it was trained on.
         """
-        backbone = backbone or self.load_own(device)
-        self.check(backbone)
+        backbone = self.usable(backbone, device)
         config = extract_config(self.features)
         assert config.sizing is not None  # resolved when it was trained
         logits = []
@@ -112,31 +124,6 @@ class FeedbackProbe(OneBackbone):
         if not logits:
             raise ValueError("predict needs at least one image")
         return Prediction(torch.cat(logits).softmax(1), self.classes)
-
-
-def load_feedback_probe(folder: str | Path, backbone: Backbone | None = None) -> FeedbackProbe:
-    """Read a probe that `FeedbackProbe.save` wrote; its backbone is loaded where none is given, for its channels.
-
-    Raises:
-        ValueError: the folder holds none, or one that is damaged, or the backbone is another.
-    """
-    folder = Path(folder)
-    if not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder}: holds no DifFeed probe (no {ABOUT})")
-    try:
-        document = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        values = document["settings"]
-        blocks = None if values["blocks"] is None else tuple(values["blocks"])
-        settings = FeedbackSettings(**{**values, "blocks": blocks, "recipe": Recipe(**values["recipe"])})
-        features = document["features"]
-        backbone = backbone or load_recorded(features["backbone"], features)
-        check_weights_of(features["backbone"], features, backbone)  # its channels may differ
-        model = _model(backbone, settings, len(document["classes"]), document["map_size"])
-        model.load_state_dict(load_file(folder / _WEIGHTS))
-    except (KeyError, TypeError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: the probe cannot be read ({' '.join(str(error).split())[:300]})") from None
-    classes = tuple(document["classes"])
-    return FeedbackProbe(model.eval(), classes, settings, document["features"], document["map_size"], document["about"])
 
 
 def train_feedback(
@@ -152,41 +139,41 @@ def train_feedback(
         ImageError: an image cannot be read.
         ValueError: the images come to canvases of different sizes.
     """
-    given = settings or FeedbackSettings()
-    tap = given.tap or backbone.recommended.taps[0]
-    config = dataclasses.replace(extract or ExtractConfig(), taps=(tap,), timestep=given.timestep).resolve(backbone)
-    settings = dataclasses.replace(given, tap=tap, timestep=config.timestep)
+    settings = settings or FeedbackSettings()
+    tap = settings.tap or backbone.recommended.taps[0]
+    config = dataclasses.replace(extract or ExtractConfig(), taps=(tap,), timestep=settings.timestep).resolve(backbone)
+    settings = dataclasses.replace(settings, tap=tap, timestep=config.timestep)
+    recipe, size = settings.recipe, settings.batch_size
     conditions, labels = config.conditions(), torch.tensor(data.labels)
-    noisy = {part: _inputs(data, split.part(part), backbone, config, given.batch_size) for part in ("train", "test")}  # type: ignore[arg-type]
+    noisy = {part: _inputs(data, split.part(part), backbone, config, size) for part in ("train", "test")}  # type: ignore[arg-type]
     with torch.no_grad():
         side = backbone.network_maps(noisy["train"][:1], [tap], conditions)[tap].shape[-1]  # type: ignore[attr-defined]
     model = _model(backbone, settings, len(data.classes), side)
     train = torch.tensor(split.train)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = np.random.default_rng([given.seed, epoch]).permutation(len(train))
-        for start in range(0, len(order), given.batch_size):
-            some = torch.from_numpy(order[start : start + given.batch_size])
+        order = np.random.default_rng([settings.seed, epoch]).permutation(len(train))
+        for start in range(0, len(order), size):
+            some = torch.from_numpy(order[start : start + size])
             if len(some) > 1:  # batch norm has no statistics of one map of one cell
                 yield noisy["train"][some], labels[train[some]]
 
-    losses = train_recipe(model, batches, given.recipe, forward=lambda x: model(backbone, x, conditions))
+    losses = train_recipe(model, batches, recipe, forward=lambda x: model(backbone, x, conditions))
     with torch.no_grad():
-        chunks = noisy["test"].split(given.batch_size)
+        chunks = noisy["test"].split(size)
         scores = torch.cat([model(backbone, chunk, conditions) for chunk in chunks])
     test = score(scores, labels[list(split.test)], data.classes)
     about = {"data": data.name, "test": test.document(), "last_loss": losses[-1] if losses else None}
-    made = provenance(backbone, config)
-    return FeedbackProbe(model, data.classes, settings, made, side, about), test
+    return FeedbackProbe(model, data.classes, settings, provenance(backbone, config), side, about), test
 
 
 def _model(backbone: Backbone, settings: FeedbackSettings, classes: int, side: int) -> DifFeed:
     assert settings.tap is not None  # resolved
-    readout = readout_string(settings.width, settings.heads, depth=settings.depth)
-    channels = {settings.tap: backbone.tap(settings.tap).channels}
+    readout = readout_string(settings.width, settings.heads, ratio=settings.ratio, depth=settings.depth)
+    channels, sizes = {settings.tap: backbone.tap(settings.tap).channels}, {settings.tap: side}
     with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator
         torch.manual_seed(settings.seed)
-        head = AttentionFusion(channels, {settings.tap: side}, classes, readout=readout, pool=settings.pool)
+        head = AttentionFusion(channels, sizes, classes, readout=readout, pool=settings.pool, norm=settings.norm)
         return DifFeed(backbone, head, blocks=settings.blocks, arch=settings.arch)  # type: ignore[arg-type]  # a U-Net
 
 

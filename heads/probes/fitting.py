@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffrep.heads.probes.grid import GridSettings, Standardiser, class_weights, cross_entropy, fit_grid
 from diffrep.heads.probes.layouts import FeatureHead, Layout, build_head, gallery_head
-from diffrep.heads.probes.recipe import Recipe, train_recipe
+from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
 from diffrep.heads.probes.rows import Rows, blocks_of
 
 
@@ -25,9 +25,14 @@ class ProbeFit:
     grid: GridSettings = field(default_factory=GridSettings)  # linear
     inverse_penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # logistic: scikit-learn's C
     learning_rates: tuple[float, ...] = (1e-3, 4e-3)  # mlp, cnn, attention; take the place of the recipe's
-    recipe: Recipe = field(default_factory=lambda: Recipe(optimiser="adamw", weight_decay=0.02))  # of the same
+    recipe: ProbeRecipe = field(
+        default_factory=lambda: ProbeRecipe(optimiser="adamw", weight_decay=0.02)
+    )  # of the same
     batch_size: int = 64  # of the same
     ks: tuple[int, ...] = (10, 20, 100, 200)  # knn
+
+    def __post_init__(self) -> None:
+        check_settings(self, positive=("inverse_penalties", "learning_rates", "batch_size", "ks"))
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,10 @@ def _settings(layout: Layout, fit: ProbeFit) -> list[dict[str, Any]]:
 
 
 def _best(accuracy: Tensor, losses: Tensor) -> int:
-    order = sorted(range(len(accuracy)), key=lambda i: (-float(accuracy[i]), float(losses[i])))
-    return order[0]
+    finite = [i for i in range(len(losses)) if bool(losses[i].isfinite())]
+    if not finite:
+        raise ValueError("training diverged with every setting: choose smaller learning rates")
+    return min(finite, key=lambda i: (-float(accuracy[i]), float(losses[i])))
 
 
 def _chosen(row: dict[str, Any]) -> dict[str, Any]:

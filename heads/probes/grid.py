@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.heads.probes.recipe import check_settings
 from diffrep.heads.probes.rows import HELD_BYTES, HeldRows, Rows, blocks_of
 
 RowNumbers = "np.ndarray[Any, np.dtype[np.int64]]"
@@ -37,10 +38,11 @@ class GridSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.learning_rates or not self.weight_decays or min(self.learning_rates) <= 0:
-            raise ValueError("a grid needs positive learning rates and at least one weight decay")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
+        check_settings(
+            self,
+            positive=("learning_rates", "epochs", "batch_size"),
+            not_negative=("weight_decays", "momentum", "seed"),
+        )
 
     def heads(self) -> list[tuple[float, float]]:
         """(learning rate, weight decay) of each head."""

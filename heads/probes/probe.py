@@ -1,38 +1,36 @@
-"""A trained probe: a head with everything needed to use it on images, kept as safetensors and JSON."""
+"""A probe of whole images: a head on the pooled features of one or several backbones."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffrep.backbones import Backbone, load_backbone
-from diffrep.files import save_weights, write_whole
+from diffrep.backbones import Backbone
 from diffrep.heads.probes.cells import Cell, Reading, read_cells
 from diffrep.heads.probes.fitting import softmax
 from diffrep.heads.probes.layouts import FeatureHead, Layout
+from diffrep.heads.probes.saved import SavedKind, SavedProbe, batches_of
 from diffrep.images import ImageLike, fit_image, load_image
-from diffrep.store.manifest import difference, extract_config, provenance, weights_sha256
-
-FORMAT, VERSION = "diffrep-probe", 1
-ABOUT, _WEIGHTS = "probe.json", "probe.safetensors"
-_NOT_COMPARED = frozenset({"taps", "timestep", "backbone"})  # the name of a folder may change, its weights may not
+from diffrep.results import Result
+from diffrep.store.manifest import extract_config
 
 
-@dataclass(frozen=True)
-class Prediction:
+@dataclass(frozen=True, repr=False)
+class Prediction(Result):
     """Probabilities (B, K) of the classes, in the order of the images."""
+
+    MAIN = "probabilities"
 
     probabilities: Tensor
     classes: tuple[str, ...]
+
+    def columns(self) -> Mapping[str, Any]:
+        """The likeliest class of each image, and the probability of every class."""
+        return {"class": self.labels(), **dict(zip(self.classes, self.probabilities.T, strict=True))}
 
     def labels(self) -> list[str]:
         """The likeliest class of each image."""
@@ -47,8 +45,8 @@ class Prediction:
         ]
 
 
-@dataclass(frozen=True)
-class Probe:
+@dataclass(frozen=True, repr=False)
+class Probe(SavedProbe):
     """A head and how its features are read.
 
     Attributes:
@@ -56,6 +54,8 @@ class Probe:
         features: backbone -> provenance of its features: hash of the weights and every extraction setting.
         about: how it was trained and what it scored, JSON-ready.
     """
+
+    KIND: ClassVar[SavedKind] = "classification"
 
     head: FeatureHead
     classes: tuple[str, ...]
@@ -67,37 +67,36 @@ class Probe:
         """Where the features are read."""
         return self.head.layout.cells
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``probe.json`` and ``probe.safetensors``; what was there is replaced by whole files."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v for k, v in self.head.state_dict().items() if not k.endswith("num_batches_tracked")}
-        save_weights(folder / _WEIGHTS, state)
-        document = {
-            "format": FORMAT,
-            "version": VERSION,
-            "classes": list(self.classes),
-            "layout": self.head.layout.document(),
-            "features": {name: dict(values) for name, values in self.features.items()},
-            "about": dict(self.about),
-        }
-        write_whole(folder / ABOUT, json.dumps(document, indent=1).encode() + b"\n")
+    @property
+    def provenances(self) -> Mapping[str, Mapping[str, Any]]:
+        """The same as `features`."""
+        return self.features
 
-    def load_backbones(self, device: str = "cpu") -> dict[str, Backbone]:
-        """The backbones that it was trained on, in the precision that it was trained with."""
-        return {name: load_recorded(name, values, device) for name, values in self.features.items()}
+    @property
+    def network(self) -> nn.Module:
+        """The same as `head`."""
+        return self.head
 
-    def check(self, backbone: Backbone, name: str) -> None:
-        """Refuse a backbone that is not the one the probe was trained on.
+    def document(self) -> dict[str, Any]:
+        """Classes and layout."""
+        return {"classes": list(self.classes), "layout": self.head.layout.document()}
 
-        Raises:
-            ValueError: its weights or its precision differ; the message names the first difference.
-        """
-        kept = self.features[name]
-        check_weights_of(name, kept, backbone)
-        given = provenance(backbone, self._reading(name).extract)
-        if found := difference(kept, given, ignore=_NOT_COMPARED):
-            raise ValueError(f"the probe was trained on {name}, this backbone is another ({found})")
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any], backbone: Backbone | None) -> Self:
+        """A head of the layout."""
+        layout, classes = Layout.read(document["layout"]), tuple(map(str, document["classes"]))
+        if len(classes) != layout.classes or {cell.backbone for cell in layout.cells} != set(document["features"]):
+            raise ValueError("its layout, classes and features do not belong together")
+        return cls(FeatureHead(layout), classes, document["features"], document["about"])
+
+    def summary(self) -> str:
+        """Kind of head, classes, and the score of test where it is known."""
+        test = self.about.get("test", {}).get("top1")
+        scored = "" if test is None else f", {100 * test:.1f} % of test"
+        return f"{self.head.layout.kind}, {len(self.classes)} classes{scored},"
+
+    def __repr__(self) -> str:
+        return f"Probe({self.summary()} on {'; '.join(map(str, self.cells))})"
 
     @torch.no_grad()
     def predict(
@@ -105,7 +104,7 @@ class Probe:
         images: Iterable[ImageLike],
         *,
         backbones: Mapping[str, Backbone] | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         batch_size: int = 32,
     ) -> Prediction:
         """Classify images of any size.
@@ -160,73 +159,3 @@ class Probe:
                             whole = found.setdefault(cell, torch.empty(len(loaded), values.shape[1]))
                             whole[rows] = values
         return torch.cat([found[cell] for cell in self.cells], dim=1)
-
-
-def batches_of(images: Iterable[ImageLike], size: int) -> Iterator[list[ImageLike]]:
-    """The images in lists of at most `size`."""
-    iterator = iter(images)
-    while batch := list(islice(iterator, size)):
-        yield batch
-
-
-def load_probe(folder: str | Path) -> Probe:
-    """Read a probe that `Probe.save` wrote.
-
-    Raises:
-        ValueError: the folder holds no probe, or one that is damaged or was made by a newer version.
-    """
-    folder = Path(folder)
-    if not (folder / ABOUT).is_file():
-        raise ValueError(f"{folder}: holds no probe (no {ABOUT}); `diffrep probe train` makes one")
-    try:
-        document = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if (document["format"], document["version"]) != (FORMAT, VERSION):
-            raise ValueError(f"it is not of format {FORMAT!r}, version {VERSION}")
-        head = FeatureHead(Layout.read(document["layout"]))
-        tracked = {k: v for k, v in head.state_dict().items() if k.endswith("num_batches_tracked")}
-        head.load_state_dict(load_file(folder / _WEIGHTS) | tracked)
-        return Probe(head.eval(), tuple(document["classes"]), document["features"], document["about"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the probe cannot be read ({' '.join(str(error).split())[:300]})") from None
-
-
-def load_recorded(name: str, features: Mapping[str, Any], device: str = "cpu") -> Backbone:
-    """The backbone that a probe was trained on, in the precision that it was trained with.
-
-    Args:
-        features: provenance of its features.
-    """
-    return load_backbone(name, device=device, dtype=getattr(torch, features["dtype"]))
-
-
-def check_weights_of(name: str, features: Mapping[str, Any], backbone: Backbone) -> None:
-    """Refuse a backbone that is not the one the probe was trained on.
-
-    Args:
-        name: of the one that it was trained on.
-        features: provenance of its features.
-
-    Raises:
-        ValueError: it has other weights.
-    """
-    if weights_sha256(backbone) != features["weights_sha256"]:
-        raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
-
-
-class OneBackbone:
-    """Base of probes whose `features` are the provenance of one backbone's features."""
-
-    features: Mapping[str, Any]
-
-    @property
-    def backbone(self) -> str:
-        """The name of its backbone."""
-        return str(self.features["backbone"])
-
-    def load_own(self, device: str = "cpu") -> Backbone:
-        """See `load_recorded`."""
-        return load_recorded(self.backbone, self.features, device)
-
-    def check(self, backbone: Backbone) -> None:
-        """See `check_weights_of`."""
-        check_weights_of(self.backbone, self.features, backbone)

@@ -26,7 +26,7 @@ from diffrep.heads.probes.cells import Cell
 from diffrep.heads.probes.experiment import ProbeData, train_probe
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
 from diffrep.heads.probes.layouts import Kind
-from diffrep.heads.probes.probe import load_probe
+from diffrep.heads.probes.probe import Probe
 from diffrep.heads.probes.scores import wilson
 
 logger = logging.getLogger(__name__)
@@ -243,7 +243,7 @@ def load_sweep(folder: str | Path) -> Sweep:
         raise ValueError(f"{folder}: holds no finished sweep (no {RESULT})")
     best, result = _read_result(folder / RESULT)
     latest = {score.cell: score for score in _cell_scores(JsonLines(folder / CELLS))}
-    load_probe(folder / "probe")
+    Probe.load(folder / "probe")
     return Sweep(tuple(latest.values()), best, result, folder)
 
 

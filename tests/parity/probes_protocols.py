@@ -20,7 +20,7 @@ from diffrep.heads.probes import (
     NormalsProbe,
     PixelEnsemble,
     PooledHead,
-    Recipe,
+    ProbeRecipe,
     numbered_taps,
     pixel_features,
     top_accuracy,
@@ -119,7 +119,7 @@ def check_train_recipe(folder: Path, case: dict[str, Any]) -> None:
         classes = len(state[max(state)])  # of the last layer
         head = PooledHead(features.shape[2], classes, pool=variant["pool"], hidden=variant["hidden"])
         head.load_state_dict(state)
-        recipe = Recipe(learning_rate=variant["lr"], epochs=variant["epochs"])
+        recipe = ProbeRecipe(learning_rate=variant["lr"], epochs=variant["epochs"])
         losses = train_recipe(head, lambda epoch: zip(features, targets, strict=True), recipe)
         got |= {f"{name}.final.{key}": value for key, value in head.state_dict().items()}
         got[f"{name}.losses"] = torch.tensor(losses)
