@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +21,7 @@ from diffrep.eval.matchers import FUSED, Extractor, Matcher, View
 from diffrep.eval.pck import PairCount, Pck, chance_within, difference_interval, within
 from diffrep.eval.rendering import rendered
 from diffrep.eval.report import Report, Section, with_interval
-from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, mirror, render_scene, scene_pairs
+from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, mirror, render_scene, scene_pairs, shared_keypoints
 
 CHANCE = "chance"
 
@@ -213,15 +212,9 @@ def render_pair(job: tuple[int, int, str, bool, int]) -> ScenePair:
     b = render_scene(seed_b, category=category, size=size)
     if mirrored:
         b = mirror(b)
-    shown = {name: point for name, point, seen in zip(b.keypoint_names, b.keypoints, b.visible, strict=True) if seen}
-    both = [
-        (point, shown[name])
-        for name, point, seen in zip(a.keypoint_names, a.keypoints, a.visible, strict=True)
-        if seen and name in shown
-    ]
-    points = torch.from_numpy(np.array(both, dtype=np.float32).reshape(-1, 2, 2))
+    points = tuple(map(torch.from_numpy, shared_keypoints(a, b)))
     x0, y0, x1, y1 = (float(v) for v in a.box)
     u0, v0, u1, v1 = (float(v) for v in b.box)
     name = f"{seed_a}-{seed_b}{' mirrored' if mirrored else ''}"
     views = (View(a.image, (x0, y0, x1, y1)), View(b.image, (u0, v0, u1, v1)))
-    return ScenePair(name, category, mirrored, views, (points[:, 0], points[:, 1]))
+    return ScenePair(name, category, mirrored, views, (points[0], points[1]))

@@ -306,11 +306,11 @@ def test_known_depths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_part_shows_its_pictures() -> None:
-    from diffrep.commands.demo_depth import section
+    from diffrep.commands.demo_sections import depth_and_normals
     from diffrep.pages import Page
 
     page = Page("demo", "depth")
-    section(page)
+    depth_and_normals(page)
     text = page.html()
     assert text.count('src="data:image/png;base64,') > 3
     assert "<h2>Depth and normals in one step</h2>" in text

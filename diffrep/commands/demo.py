@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.commands.demo_sections import SECTIONS
 from diffrep.commands.output import check_writable
 from diffrep.draw import draw_components, draw_field, draw_matches
 from diffrep.eval.homography import HomographySettings, carry, photographs, see_through, view_homography
@@ -24,12 +23,11 @@ from diffrep.images import load_image
 from diffrep.matching import match_dense, match_points
 from diffrep.pages import Page
 from diffrep.recipes import Correspondence, Recipe, alone
-from diffrep.scenes import UNSEEN, Scene, mirror, render_scene, scene_pairs
+from diffrep.scenes import UNSEEN, held_out_pair, shared_keypoints
 
 # category, number of its pair in the held-out split: picked to show what works and what does not; giraffes and
 # trucks were never trained on
 PAIRS = (("dog", 2), ("chair", 3), ("giraffe", 2), ("fish", 3), ("truck", 3), ("plane", 3))
-PARTS = ("depth", "segmentation", "search", "probes", "synthesis", "manifold")  # each is a module demo_PART
 ALPHA = 0.1  # a match is right within this share of the longer side of the object's box
 
 
@@ -42,15 +40,17 @@ class Demo:
     the models that are part of the package. Nothing is downloaded.
     """
 
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo/index.html")  # the page to write
+    # folder that the page, index.html, goes into; or the page itself, a name that ends in .html
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")
     recipe: str = "tiny"  # a recipe with one or two backbones
 
     def run(self) -> None:
-        check_writable(self.output, (".html",))
-        with tqdm(total=len(PAIRS) + len(photographs()) + len(PARTS) + 1, desc="demo", unit="part") as bar:
+        page_file = self.output if self.output.suffix == ".html" else self.output / "index.html"
+        check_writable(page_file, (".html",))
+        with tqdm(total=len(PAIRS) + len(photographs()) + len(SECTIONS) + 1, desc="demo", unit="part") as bar:
             page = build_page(Correspondence(self.recipe), bar)
-        page.save(self.output)
-        print(f"wrote {self.output.absolute()}: open it in a browser")
+        page.save(page_file)
+        print(f"wrote {page_file.absolute()}: open it in a browser")
 
 
 def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
@@ -105,9 +105,8 @@ def build_page(correspondence: Correspondence, bar: tqdm) -> Page:
         bar.update()
     page.figures(photos)
 
-    for name in PARTS:
-        module = importlib.import_module(f"diffrep.commands.demo_{name}")
-        module.section(page)
+    for section in SECTIONS:
+        section(page)
         bar.update()
 
     page.section("Do it yourself")
@@ -129,26 +128,6 @@ def _describe(features: Sequence[tuple[FeatureMaps, ...]], recipe: Recipe, whole
     return fuse([tuple(entry[i] for i in kept) for entry in features], recipe.fusion)
 
 
-def held_out_pair(category: str, number: int, size: int = 256) -> tuple[Scene, Scene]:
-    """Two scenes of the test split with different objects of one category."""
-    seed_a, seed_b, _, mirrored = scene_pairs("test", number + 1, categories=(category,))[number]
-    a = render_scene(seed_a, category=category, size=size)
-    b = render_scene(seed_b, category=category, size=size)
-    return a, mirror(b) if mirrored else b
-
-
-def shared_keypoints(a: Scene, b: Scene) -> tuple[Tensor, Tensor]:
-    """(N, 2) each: the keypoints that both scenes show, by name."""
-    places = {n: p for n, p, seen in zip(b.keypoint_names, b.keypoints, b.visible, strict=True) if seen}
-    both = [
-        (p, places[n])
-        for n, p, seen in zip(a.keypoint_names, a.keypoints, a.visible, strict=True)
-        if seen and n in places
-    ]
-    points = torch.from_numpy(np.array(both, dtype=np.float32).reshape(-1, 2, 2))
-    return points[:, 0], points[:, 1]
-
-
 def _pair_figures(
     correspondence: Correspondence,
     methods: dict[str, Recipe],
@@ -157,7 +136,7 @@ def _pair_figures(
     hits: dict[str, list[int]],
 ) -> list[tuple[Image.Image, str]]:
     a, b = held_out_pair(category, number)
-    points, truth = shared_keypoints(a, b)
+    points, truth = map(torch.from_numpy, shared_keypoints(a, b))
     tolerance = ALPHA * max(b.box[2] - b.box[0], b.box[3] - b.box[1])
     images = [Image.fromarray(a.image), Image.fromarray(b.image)]
     features = list(correspondence.features(images))

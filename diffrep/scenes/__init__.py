@@ -20,7 +20,7 @@ from diffrep.scenes.categories import (
 from diffrep.scenes.look import VOCABULARY
 from diffrep.scenes.render import render_scene
 from diffrep.scenes.scene import Scene, mirror
-from diffrep.scenes.sets import SceneSet, render_set, scene_pairs, scene_seed
+from diffrep.scenes.sets import SceneSet, held_out_pair, render_set, scene_pairs, scene_seed, shared_keypoints
 
 __all__ = [
     "CATEGORIES",
@@ -37,9 +37,11 @@ __all__ = [
     "Part",
     "Scene",
     "SceneSet",
+    "held_out_pair",
     "mirror",
     "render_scene",
     "render_set",
     "scene_pairs",
     "scene_seed",
+    "shared_keypoints",
 ]

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from diffrep.files import write_whole
 from diffrep.scenes.categories import CATEGORIES, KEYPOINTS, SEEN
 from diffrep.scenes.render import render_scene
+from diffrep.scenes.scene import Scene, mirror
 from diffrep.scenes.shapes import Array
 
 Split = Literal["train", "val", "test"]
@@ -68,6 +69,37 @@ def scene_pairs(
         seeds = [scene_seed(split, index) for index in used]
         pairs += [(a, b, category, i % 3 == 2) for i, (a, b) in enumerate(zip(seeds[::2], seeds[1::2], strict=True))]
     return pairs
+
+
+def held_out_pair(category: str, number: int, size: int = 256) -> tuple[Scene, Scene]:
+    """Render one of the pairs that `scene_pairs` draws of the test split.
+
+    Args:
+        number: of the pair, from 0.
+        size: side of the images, pixels.
+
+    Raises:
+        ValueError: there is no such category.
+    """
+    seed_a, seed_b, _, mirrored = scene_pairs("test", number + 1, categories=(category,))[number]
+    a, b = (render_scene(seed, category=category, size=size) for seed in (seed_a, seed_b))
+    return a, mirror(b) if mirrored else b
+
+
+def shared_keypoints(a: Scene, b: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """The keypoints that two scenes of one category both show, in the same order.
+
+    Returns:
+        (N, 2) float32 each, (x, y) in pixels.
+    """
+    shown = {name: point for name, point, seen in zip(b.keypoint_names, b.keypoints, b.visible, strict=True) if seen}
+    both = [
+        (point, shown[name])
+        for name, point, seen in zip(a.keypoint_names, a.keypoints, a.visible, strict=True)
+        if seen and name in shown
+    ]
+    points = np.array(both, dtype=np.float32).reshape(-1, 2, 2)
+    return points[:, 0], points[:, 1]
 
 
 def _check_categories(categories: Sequence[str]) -> None:
