@@ -252,7 +252,7 @@ def test_the_product_is_small() -> None:
     files = [file for _, file in sources()]
     lines = sum(len(file.read_text().splitlines()) for file in files)
     if lines > LINES or len(files) > FILES:
-        pytest.xfail(f"{lines:,} lines in {len(files)} files, the budget is {LINES:,} in {FILES}")
+        pytest.skip(f"not yet: {lines:,} lines in {len(files)} files, the budget is {LINES:,} in {FILES}")
 
 
 def test_a_class_name_has_one_meaning() -> None:
