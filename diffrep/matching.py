@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.fusion import Descriptors, Rows, lattice
-from diffrep.index import FAISS_FROM, FaissIndex, search
 from diffrep.masks import read_mask
 from diffrep.settings import MatchConfig
-from diffrep.similarity import Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
+from diffrep.similarity import FAISS_FROM, Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
 
 
 @dataclass(frozen=True)
@@ -201,6 +200,8 @@ def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:
     wanted = "faiss" if config.backend == "auto" and len(targets) >= FAISS_FROM else config.backend
     if wanted != "faiss" or config.metric != "cosine":
         return nearest(queries, targets, config.metric, mutual=config.mutual)
+    from diffrep.index import FaissIndex, search  # loads FAISS and the stores
+
     sources, gallery = (F.normalize(rows.joined(), dim=1) for rows in (queries, targets))
     found = search(FaissIndex(gallery), sources)
     indices = found.indices[:, 0]

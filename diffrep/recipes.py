@@ -3,9 +3,9 @@
 A `Recipe` names the backbones, how each reads an image, how their maps are fused and how descriptors are
 matched. `Correspondence` runs one: it holds the loaded backbones and gives descriptors and matches.
 
-Published systems have their names in `RECIPES`; those with trained weights beside the backbone take them behind a
-colon, "geoaware:best.pth" or "hyperfeatures:FILE". A recipe of one's own is a `Recipe`, or a TOML or YAML file with
-the same fields:
+Published systems stand in ``recipes.toml``; `RECIPES` has them by name. Those with trained weights beside the backbone
+take them behind a colon, "geoaware:best.pth" or "hyperfeatures:FILE". `with_backbones` puts models of one's own into a
+recipe. A recipe of one's own is a `Recipe`, or a TOML or YAML file with the same fields:
 
     name = "mine"
 
@@ -27,13 +27,13 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from diffrep.backbones import Backbone, FreeU, load_backbone
+from diffrep.backbones import Backbone, load_backbone
 from diffrep.features import ExtractConfig, FeatureMaps, extract_each
-from diffrep.fusion import GEOAWARE_ZERO_SHOT, SD_DINO, SD_TAPS, Descriptors, Fusion, Part, aggregated, fuse
+from diffrep.fusion import SD_TAPS, Descriptors, Fusion, Part, aggregated, fuse
 from diffrep.images import ImageLike, Sizing
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
 
@@ -53,6 +53,11 @@ class Reading:
     backbone: str  # what `load_backbone` takes
     extract: ExtractConfig = field(default_factory=ExtractConfig)
 
+    @property
+    def role(self) -> str:
+        """ "vit" where it reads layers of a vision transformer, else "diffusion"."""
+        return "vit" if all(tap.startswith("layer.") for tap in self.extract.taps or ()) else "diffusion"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -64,163 +69,14 @@ class Recipe:
     matching: MatchConfig = field(default_factory=MatchConfig)
     source: str = ""  # paper and code that it follows
 
-
-PAPERS = {
-    "dift": "Emergent Correspondence from Image Diffusion (arXiv:2306.03881), Tsingularity/dift",
-    "sd-dino": "A Tale of Two Features (arXiv:2305.15347), Junyi42/sd-dino, without its captioner",
-    "geoaware": "Telling Left from Right (arXiv:2311.17034), Junyi42/GeoAware-SC, zero-shot",
-    "cleandift": "CleanDIFT (arXiv:2412.03439), CompVis/cleandift",
-    "hyperfeatures": "Diffusion Hyperfeatures (arXiv:2305.14334), diffusion-hyperfeatures/diffusion_hyperfeatures",
-    "ditf": "DiTF (arXiv:2505.18584), ganchaofan0000/DiTF, without its captioner; sides are padded to multiples of 16",
-}
-PIXELS = MatchConfig(mode="pixel")
-_SQUARE_960 = Sizing("pad", 960, resample="lanczos")
-_DINO = Reading(
-    backbone="dinov2-base",
-    extract=ExtractConfig(taps=("layer.11",), sizing=Sizing("pad", 840, resample="lanczos", multiple=14)),
-)
+    def __str__(self) -> str:
+        return f"{self.name}: {' + '.join(reading.backbone for reading in self.readings)}. {self.source}"
 
 
-def _windows(backbone: str, **settings: Any) -> Reading:
-    """Stable Diffusion over a black square of 960, in four windows of 512, as sd-dino runs it."""
-    shared: dict[str, Any] = {"taps": SD_TAPS, "sizing": _SQUARE_960, "window": 512, "posterior": "mean", "seed": 42}
-    return Reading(backbone=backbone, extract=ExtractConfig(**{"ensemble": 1, **shared, **settings}))
-
-
-RECIPES: dict[str, Recipe] = {
-    entry.name: entry
-    for entry in (
-        Recipe(
-            name="tiny",
-            readings=(
-                Reading(backbone="tiny", extract=ExtractConfig(taps=("up.2.resnet.0",))),
-                Reading(backbone="tiny-dino", extract=ExtractConfig(taps=("layer.4",))),
-            ),
-            # weights and full-resolution search chosen on validation pairs, see docs/model-card.md
-            fusion=Fusion.of("up.2.resnet.0", "layer.4", weights=(1, 1)),
-            matching=MatchConfig(mode="pixel"),
-            source="the embedded pair of backbones, side by side",
-        ),
-        Recipe(
-            name="tiny-views",
-            readings=(
-                Reading(backbone="tiny", extract=ExtractConfig(taps=("up.2.resnet.0", "down.0.resnet.0"))),
-                Reading(backbone="tiny-dino", extract=ExtractConfig(taps=("layer.4",))),
-            ),
-            # the early activation knows colours and edges, which stay where the object is the same
-            fusion=Fusion.of("up.2.resnet.0", "down.0.resnet.0", "layer.4"),
-            matching=MatchConfig(mode="pixel"),
-            source="the embedded pair for other views of the same scene; taps and weights chosen on other views",
-        ),
-        Recipe(
-            name="dift",
-            readings=(
-                Reading(
-                    backbone="sd2.1",
-                    extract=ExtractConfig(
-                        taps=("up.1",),
-                        sizing=Sizing("squash", 768),
-                        timestep=261,
-                        ensemble=8,
-                        posterior="sample",
-                        prompt=f"a photo of a {CATEGORY}",
-                    ),
-                ),
-            ),
-            fusion=Fusion.of("up.1"),
-            matching=PIXELS,
-            source=PAPERS["dift"],
-        ),
-        Recipe(
-            name="dift-adm",
-            readings=(
-                Reading(
-                    backbone="256x256_diffusion_uncond.pt",
-                    extract=ExtractConfig(taps=("block.24",), sizing=Sizing("squash", 512), timestep=101, ensemble=8),
-                ),
-            ),
-            fusion=Fusion.of("block.24"),
-            matching=PIXELS,
-            source=PAPERS["dift"],
-        ),
-        Recipe(
-            name="sd-dino",
-            readings=(_windows("sd1.5", timestep=100, prompt=f"a photo of {CATEGORY}"), _DINO),
-            fusion=SD_DINO,
-            source=PAPERS["sd-dino"],
-        ),
-        Recipe(
-            name="geoaware",
-            readings=(_windows("sd1.5", timestep=50, freeu=FreeU(), prompt=f"a photo of {CATEGORY}"), _DINO),
-            fusion=GEOAWARE_ZERO_SHOT,
-            matching=MatchConfig(mode="soft", window=5),
-            source=PAPERS["geoaware"],
-        ),
-        Recipe(
-            name="cleandift",
-            readings=(
-                Reading(
-                    backbone="cleandift-sd2.1",
-                    extract=ExtractConfig(
-                        taps=("up.1",),
-                        sizing=Sizing("squash", 768),
-                        timestep=261,
-                        clean=True,
-                        ensemble=1,
-                        posterior="mean",
-                        prompt=f"A photo of a {CATEGORY}",
-                    ),
-                ),
-            ),
-            fusion=Fusion.of("up.1"),
-            matching=PIXELS,
-            source=PAPERS["cleandift"],
-        ),
-        Recipe(
-            name="cleandift-sd-dino",
-            readings=(
-                _windows("cleandift-sd1.5", timestep=261, clean=True, prompt=f"A photo of a {CATEGORY}"),
-                _DINO,
-            ),
-            fusion=SD_DINO,
-            source=f"{PAPERS['cleandift']}; {PAPERS['sd-dino']}",
-        ),
-        Recipe(
-            name="hyperfeatures",
-            readings=(
-                Reading(
-                    backbone="hyperfeatures",  # recipe("hyperfeatures:FILE") says where the trained weights are
-                    extract=ExtractConfig(
-                        taps=("hyperfeatures",), sizing=Sizing("squash", 512, resample="bilinear"), posterior="sample"
-                    ),
-                ),
-            ),
-            fusion=Fusion.of("hyperfeatures"),
-            matching=PIXELS,
-            source=PAPERS["hyperfeatures"],
-        ),
-        Recipe(
-            name="ditf",
-            readings=(
-                Reading(
-                    backbone="flux.1-dev",
-                    extract=ExtractConfig(
-                        taps=("block.28.attn_in",),
-                        sizing=Sizing("fit", 640, multiple=16),
-                        timestep=260,
-                        ensemble=8,
-                        posterior="sample",
-                        discard=(154, 1446),
-                        prompt=f"a photo of a {CATEGORY}",
-                    ),
-                ),
-            ),
-            fusion=Fusion.of("block.28.attn_in"),
-            matching=PIXELS,
-            source=PAPERS["ditf"],
-        ),
-    )
-}
+def _published() -> dict[str, Recipe]:
+    tables = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
+    entries = [_typed(Recipe, {"name": name, **table}, name) for name, table in tables.items()]
+    return {entry.name: entry for entry in entries}
 
 
 def recipe(name: str) -> Recipe:
@@ -252,7 +108,7 @@ def _geoaware_trained(weights: str) -> Recipe:
         name=f"geoaware:{weights}",
         fusion=aggregated((*reversed(SD_TAPS), "layer.11"), weights),
         matching=replace(zero_shot.matching, window=7),
-        source=PAPERS["geoaware"].replace("zero-shot", "trained"),
+        source=zero_shot.source.replace("zero-shot", "trained"),
     )
 
 
@@ -274,25 +130,28 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: the file is missing, no TOML or YAML, or has a setting that does not exist; named.
     """
+    import yaml
+
     try:
         text = path.read_text(encoding="utf-8")
-        made = _made(Recipe, tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text), "")
+        table = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+        loaded = _typed(Recipe, table, "")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, yaml.YAMLError) as error:  # TOML's own errors are ValueErrors
-        raise ValueError(f"{path}: {error}") from None
-    assert isinstance(made, Recipe)
-    return made
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # TOML's own errors are ValueErrors
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    assert isinstance(loaded, Recipe)
+    return loaded
 
 
-def _made(kind: Any, value: Any, where: str) -> Any:
-    """What TOML and YAML give, tables and lists, as the type that a field has."""
+def _typed(kind: Any, value: Any, where: str) -> Any:
+    """Tables and lists of TOML or YAML as the type of a field; `where` names the field in messages."""
     if get_origin(kind) in (Union, UnionType):
         if isinstance(value, list | dict):  # the tuple or dataclass among the types, which differ in nothing else
             kind = next((k for k in get_args(kind) if is_dataclass(k) or get_origin(k) is tuple), kind)
-            return value if get_origin(kind) in (Union, UnionType) else _made(kind, value, where)
+            return value if get_origin(kind) in (Union, UnionType) else _typed(kind, value, where)
         kinds = [k for k in get_args(kind) if k not in (NoneType,)]
-        return _made(kinds[0], value, where) if len(kinds) == 1 else value
+        return _typed(kinds[0], value, where) if len(kinds) == 1 else value
     if is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict):
             raise ValueError(f"{where or 'the file'} must be a table of the settings of {kind.__name__}, got {value!r}")
@@ -300,7 +159,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         if unknown := sorted(set(value) - set(known)):
             raise ValueError(f"{where or kind.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
         hints = get_type_hints(kind)
-        return kind(**{key: _made(hints[key], v, f"{where}.{key}".lstrip(".")) for key, v in value.items()})
+        return kind(**{key: _typed(hints[key], v, f"{where}.{key}".lstrip(".")) for key, v in value.items()})
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, got {value!r}")
@@ -308,7 +167,7 @@ def _made(kind: Any, value: Any, where: str) -> Any:
         inner = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
         if len(inner) != len(value):
             raise ValueError(f"{where} must have {len(inner)} entries, got {value!r}")
-        return tuple(_made(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
+        return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is not kind:
@@ -317,6 +176,103 @@ def _made(kind: Any, value: Any, where: str) -> Any:
     if choices and value not in choices:
         raise ValueError(f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def with_backbones(
+    whole: Recipe,
+    models: Sequence[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[Recipe, dict[str, Backbone]]:
+    """Put other models in the place of a recipe's backbones.
+
+    Args:
+        models: each a name, folder or hub id as `load_backbone` takes it, or "ROLE=MODEL". A role is a backbone's name
+            in the recipe, or "diffusion" or "vit". Without one, a model takes the place of the one backbone whose taps
+            it has.
+        device, dtype: of the models.
+
+    Returns:
+        The recipe, and the models that were loaded by the name that it now gives them.
+
+    Raises:
+        ValueError: there is no such role, it is not clear which backbone is meant, or the model cannot be read as the
+            recipe reads its backbone; the message says why.
+        BackboneError: a model cannot be loaded.
+    """
+    readings, loaded, taken = list(whole.readings), {}, set()
+    for text in models:
+        roles = {name for reading in whole.readings for name in (reading.backbone, reading.role)}
+        role, _, model = text.partition("=")
+        if not model or role not in roles:
+            if model and role.isidentifier() and not Path(text).exists():
+                raise ValueError(f"{text}: the recipe {whole.name} has no role {role!r}; it has {_roles(whole)}")
+            role, model = "", text
+        backbone = load_backbone(model, device=device, dtype=dtype)
+        fits = {i: _misfit(reading, backbone) for i, reading in enumerate(whole.readings)}
+        if role:
+            fits = {i: why for i, why in fits.items() if role in (whole.readings[i].backbone, whole.readings[i].role)}
+        possible = [i for i, why in fits.items() if not why]
+        if not possible:
+            reasons = "; ".join(f"as {whole.readings[i].backbone}: {why}" for i, why in fits.items())
+            raise ValueError(f"{model}: does not go with the recipe {whole.name} ({reasons})")
+        if len(possible) > 1:
+            raise ValueError(f"{model}: say which backbone it replaces, ROLE={model}; roles are {_roles(whole)}")
+        (place,) = possible
+        if place in taken:
+            raise ValueError(f"{model}: another model was given for {whole.readings[place].backbone} already")
+        taken.add(place)
+        readings[place] = replace(readings[place], backbone=model)
+        loaded[model] = backbone
+    return replace(whole, readings=tuple(readings)), loaded
+
+
+def _roles(whole: Recipe) -> str:
+    return ", ".join(dict.fromkeys(name for r in whole.readings for name in (r.role, r.backbone)))
+
+
+def _misfit(reading: Reading, backbone: Backbone) -> str:
+    """Why a backbone cannot be read so; nothing where it can."""
+    known = {tap.name for tap in backbone.taps()}
+    if missing := [tap for tap in reading.extract.taps or () if tap not in known]:
+        return f"it has no tap {', '.join(missing)}"
+    if reading.extract.posterior is not None and backbone.denoises != "latents":
+        return "it is no latent diffusion model"
+    if reading.extract.freeu is not None and not backbone.has_unet:
+        return "it has no U-Net for FreeU"
+    return ""
+
+
+def with_extraction(whole: Recipe, settings: Mapping[str, Any], size: int | None = None) -> Recipe:
+    """Read a recipe's images with some other settings.
+
+    Args:
+        settings: of `ExtractConfig`. Those of diffusion (noise, prompt, ...) go to the recipe's diffusion models.
+        size: pixels, the long side or the side of the square that the backbone sees.
+
+    Raises:
+        ValueError: the recipe's fusion is made for its taps, or several backbones see images of different sizes.
+    """
+    if "taps" in settings:
+        raise ValueError(f"the fusion of the recipe {whole.name} is made for its taps; give a backbone alone instead")
+    if ("window" in settings or size is not None) and len(whole.readings) > 1:
+        raise ValueError(
+            f"the recipe {whole.name} reads {len(whole.readings)} backbones, each at its size; write a recipe file to"
+            " change them"
+        )
+    common = {name: value for name, value in settings.items() if name in ("batch_size", "seed", "window")}
+    if settings.keys() - common.keys() and all(reading.role == "vit" for reading in whole.readings):
+        raise ValueError(f"{', '.join(settings)}: the recipe {whole.name} has no diffusion model to set them for")
+
+    def changed(reading: Reading) -> Reading:
+        extract = replace(reading.extract, **(settings if reading.role == "diffusion" else common))
+        if size is not None:
+            sizing = extract.sizing or Sizing("fit", size, multiple=64)
+            extract = replace(extract, sizing=replace(sizing, size=size))
+        return replace(reading, extract=extract)
+
+    return replace(whole, readings=tuple(changed(reading) for reading in whole.readings))
 
 
 class Correspondence:
@@ -337,10 +293,11 @@ class Correspondence:
         backbones: Mapping[str, Backbone] | None = None,
     ) -> None:
         self.recipe = recipe(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
-        given = dict(backbones or {})
-        self.backbones = [
-            given.get(r.backbone) or load_backbone(r.backbone, device=device, dtype=dtype) for r in self.recipe.readings
-        ]
+        loaded = dict(backbones or {})
+        for reading in self.recipe.readings:
+            if reading.backbone not in loaded:
+                loaded[reading.backbone] = load_backbone(reading.backbone, device=device, dtype=dtype)
+        self.backbones = [loaded[reading.backbone] for reading in self.recipe.readings]
 
     def features(self, images: Sequence[ImageLike], *, progress: bool = False) -> Iterator[tuple[FeatureMaps, ...]]:
         """All features of each image, one entry per backbone; every image is read once."""
@@ -354,7 +311,9 @@ class Correspondence:
         """Descriptors of images that are compared with each other (a joint PCA sees all of them)."""
         return fuse(list(self.features(images)), self.recipe.fusion)
 
-    def match(self, source: ImageLike, target: ImageLike, points: Tensor | Sequence[Sequence[float]]) -> Matches:
+    def match(
+        self, source: ImageLike, target: ImageLike, points: Tensor | np.ndarray | Sequence[Sequence[float]]
+    ) -> Matches:
         """Where points of one image lie in the other.
 
         Args:
@@ -390,3 +349,6 @@ def alone(whole: Recipe, number: int, name: str) -> Recipe:
     taps = set(reading.extract.taps or ())
     parts: tuple[Part, ...] = tuple(part for part in whole.fusion.parts if set(part.taps) <= taps)
     return replace(whole, name=name, readings=(reading,), fusion=replace(whole.fusion, parts=parts, reference=None))
+
+
+RECIPES: dict[str, Recipe] = _published()

@@ -9,11 +9,45 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from functools import cache
+from typing import Any, Literal, Protocol, TypeAlias, get_args, get_origin, get_type_hints
 
 Metric: TypeAlias = Literal["cosine", "euclidean", "manhattan"]
 
+_SEEDS = 2**63  # seeds lie between plus and minus this
+
+MAX_PLACES = 4096  # along a side of a dense field
 MAX_CANVAS = 2**26  # pixels that a network's canvas has at most, 8192 x 8192
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
+    """field -> the values that it may have, of the fields of a dataclass that are a choice."""
+    hints = {name: [hint, *get_args(hint)] for name, hint in get_type_hints(kind).items()}
+    found = {name: next((h for h in kinds if get_origin(h) is Literal), None) for name, kinds in hints.items()}
+    return {name: get_args(hint) for name, hint in found.items() if hint is not None}
+
+
+def check_choices(settings: Any) -> None:
+    """Refuse a value that is none of a field's choices; None is left to others.
+
+    Raises:
+        ValueError: the message lists the choices.
+    """
+    for name, choices in _choices(type(settings)).items():
+        value = getattr(settings, name)
+        if value is not None and value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        ValueError: the message names the range.
+    """
+    if not -_SEEDS < seed < _SEEDS:
+        raise ValueError(f"a seed must lie between -2**63 and 2**63, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +67,7 @@ class Sizing:
     multiple: int = 8
 
     def __post_init__(self) -> None:
+        check_choices(self)
         sides = self.size if isinstance(self.size, tuple) else (self.size,)
         if self.mode != "native" and any(s is None or s < 1 for s in sides):
             raise ValueError(f"Sizing(mode={self.mode!r}) needs a size of at least 1 pixel, got {self.size}")
@@ -74,10 +109,16 @@ class Conditions:
     guidance: float = 3.5  # guidance-distilled transformers (FLUX): the scale of the guidance to imitate
 
     def __post_init__(self) -> None:
+        check_choices(self)
+        check_seed(self.seed)
         if not -1 <= self.timestep < 1000:
             raise ValueError(f"timestep must be in 0..999, or -1 for no noise, got {self.timestep}")
         if self.ensemble < 1:
             raise ValueError(f"ensemble must be at least 1, got {self.ensemble}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        if (self.label or 0) < 0 or any(channel < 0 for channel in self.discard):
+            raise ValueError(f"a class and channels to discard must not be negative, got {self.label}, {self.discard}")
 
 
 class Recommending(Protocol):
@@ -111,6 +152,14 @@ class ExtractConfig:
     batch_size: int = 8  # images, windows or ensemble members that go through the network together
 
     def __post_init__(self) -> None:
+        if isinstance(self.taps, str):  # one tap, as people write it
+            object.__setattr__(self, "taps", (self.taps,))
+        if self.taps is not None and not all(self.taps):
+            raise ValueError("a tap has no name: give names such as up.1, or None for the recommended ones")
+        if self.taps is not None and not len(self.taps):
+            raise ValueError("taps is empty: give at least one, or None for the recommended ones")
+        check_choices(self)
+        Conditions(**self._conditions())  # refuses what no backbone takes
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.window is not None and self.window < 8:
@@ -122,34 +171,19 @@ class ExtractConfig:
         taps = tuple(self.taps) if self.taps else tuple(recommended.taps)
         for tap in taps:
             backbone.tap(tap)  # raises TapError with the near names
-        own = recommended.conditions
-        return dataclasses.replace(
-            self,
-            taps=taps,
-            sizing=self.sizing or recommended.sizing,
-            timestep=own.timestep if self.timestep is None else self.timestep,
-            clean=own.clean if self.clean is None else self.clean,
-            ensemble=own.ensemble if self.ensemble is None else self.ensemble,
-            posterior=own.posterior if self.posterior is None else self.posterior,
-        )
+        open_settings = [name for name in ("timestep", "clean", "ensemble", "posterior") if getattr(self, name) is None]
+        filled = {name: getattr(recommended.conditions, name) for name in open_settings}
+        return dataclasses.replace(self, taps=taps, sizing=self.sizing or recommended.sizing, **filled)
 
     def conditions(self) -> Conditions:
         """The settings that the network itself needs; call `resolve` first."""
-        assert self.timestep is not None
-        assert self.clean is not None
-        assert self.ensemble is not None
-        assert self.posterior is not None
-        return Conditions(
-            timestep=self.timestep,
-            clean=self.clean,
-            prompt=self.prompt,
-            ensemble=self.ensemble,
-            seed=self.seed,
-            posterior=self.posterior,
-            freeu=self.freeu,
-            label=self.label,
-            discard=self.discard,
-        )
+        assert None not in (self.timestep, self.clean, self.ensemble, self.posterior)
+        return Conditions(**self._conditions())
+
+    def _conditions(self) -> dict[str, Any]:
+        """The settings that `Conditions` has too, those that are set."""
+        values = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(Conditions)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +204,11 @@ class MatchConfig:
     memory_mb: int = 64  # of similarity maps held at once
 
     def __post_init__(self) -> None:
-        if self.mode == "soft" and (self.temperature <= 0 or self.metric != "cosine"):
-            raise ValueError(
-                "mode 'soft' needs metric 'cosine' and a temperature above 0,"
-                f" got {self.metric!r} and {self.temperature}"
-            )
+        check_choices(self)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a number above 0, got {self.temperature}")
+        if self.mode == "soft" and self.metric != "cosine":
+            raise ValueError(f"mode 'soft' needs metric 'cosine', got {self.metric!r}")
         if self.backend == "faiss" and (self.mode, self.metric) != ("cell", "cosine"):
             raise ValueError(
                 "backend 'faiss' finds cells by cosine: it needs mode 'cell' and metric 'cosine',"
@@ -194,12 +228,13 @@ class SwapConfig:
     feather: float = 1.5  # softness of the mask's edge, pixels of the result
 
     def __post_init__(self) -> None:
-        if self.resolution < 2:
-            raise ValueError(f"resolution must be at least 2 places, got {self.resolution}")
-        if self.smooth < 1 or self.smooth % 2 == 0:
-            raise ValueError(f"smooth must be an odd number of places, 1 for none, got {self.smooth}")
-        if self.feather < 0:
-            raise ValueError(f"feather must not be negative, got {self.feather:g}")
+        check_choices(self)
+        if not 2 <= self.resolution <= MAX_PLACES:
+            raise ValueError(f"resolution must be 2 to {MAX_PLACES} places, got {self.resolution}")
+        if not 1 <= self.smooth < 64 or self.smooth % 2 == 0:
+            raise ValueError(f"smooth must be an odd number of places up to 63, 1 for none, got {self.smooth}")
+        if not 0 <= self.feather < math.inf:
+            raise ValueError(f"feather must be a number of pixels from 0 on, got {self.feather:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,3 +252,6 @@ class RefineConfig:
             raise ValueError(f"strength must be above 0 and at most 1, got {self.strength:g}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
+        check_seed(self.seed)

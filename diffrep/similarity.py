@@ -18,6 +18,7 @@ from diffrep.fusion import Descriptors, Rows, lattice
 from diffrep.settings import Metric
 
 OFFICIAL_METRICS: dict[str, Metric] = {"cos": "cosine", "l2": "euclidean", "l1": "manhattan"}  # sd-dino's `dist`
+FAISS_FROM = 50_000  # vectors: below, an exact product on the tensor's device is as fast or faster
 # of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
 

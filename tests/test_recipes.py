@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +31,17 @@ from diffrep.features import ExtractConfig, extract_each
 from diffrep.fusion import SD_TAPS, Fusion, aggregated, fuse
 from diffrep.images import Sizing
 from diffrep.matching import MatchConfig
-from diffrep.recipes import RECIPES, Correspondence, Reading, Recipe, load_recipe, recipe
+from diffrep.cli import main
+from diffrep.recipes import (
+    RECIPES,
+    Correspondence,
+    Reading,
+    Recipe,
+    load_recipe,
+    recipe,
+    with_backbones,
+    with_extraction,
+)
 
 IMAGE = torch.rand(3, 120, 90, generator=torch.Generator().manual_seed(0)).movedim(0, -1).numpy()
 OWN = """
@@ -53,6 +69,7 @@ window = 3
 
 def test_published_systems_have_names() -> None:
     names = "dift dift-adm sd-dino geoaware cleandift cleandift-sd-dino hyperfeatures ditf tiny tiny-views"
+    names += " sd2.1-dinov2 sd-turbo-dinov2"
     assert set(RECIPES) == set(names.split())
     for name, entry in RECIPES.items():
         assert entry.name == name
@@ -96,17 +113,14 @@ def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
         (("timestep", "timestop"), "extract has no timestop; it has taps"),
         (("100", '"100"'), "extract.timestep must be of type int"),
         (('"soft"', '"hard"'), "matching.mode must be one of 'cell'"),
-        (("timestep = 100", "timestep = 4000"), None),
+        (("timestep = 100", "timestep = 4000"), "own.toml: timestep must be in 0..999"),
         (('["up.1", "mid"]', '"up.1"'), "taps must be"),
         (("[matching]", "[matching"), "own.toml"),
     ],
 )
-def test_a_wrong_file_is_refused_by_name(tmp_path: Path, change: tuple[str, str], message: str | None) -> None:
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     file = tmp_path / "own.toml"
     file.write_text(OWN.replace(*change, 1))
-    if message is None:  # a value that only the backbone's conditions can judge
-        assert load_recipe(file).readings[0].extract.timestep == 4000
-        return
     with pytest.raises(ValueError, match=message):
         load_recipe(file)
     with pytest.raises(ValueError, match="cannot be read"):
@@ -139,6 +153,100 @@ def test_a_yaml_file_is_the_same_recipe(tmp_path: Path) -> None:
         (tmp_path / "own.yml").write_text(text)
         with pytest.raises(ValueError, match=message):
             recipe(str(tmp_path / "own.yml"))
+
+
+def small_pair(sd: str, vit: str) -> Recipe:
+    """A recipe of a diffusion model and a ViT that small models can run."""
+    readings = (
+        Reading(backbone=sd, extract=ExtractConfig(taps=("up.1",), sizing=Sizing("squash", 64), posterior="sample")),
+        Reading(backbone=vit, extract=ExtractConfig(taps=("layer.1",), sizing=Sizing("squash", 56))),
+    )
+    return Recipe(name="pair", readings=readings, fusion=Fusion.of("up.1", "layer.1"))
+
+
+def test_models_of_ones_own_take_the_place_of_a_recipes(sd_folder: Path, vit_folder: Path) -> None:
+    whole = small_pair("sd2.1", "dinov2-base")
+    swapped, loaded = with_backbones(whole, [f"vit={vit_folder}", str(sd_folder)])
+    assert [reading.backbone for reading in swapped.readings] == [str(sd_folder), str(vit_folder)]
+    assert [r.extract for r in swapped.readings] == [r.extract for r in whole.readings]
+    run = Correspondence(swapped, backbones=loaded)
+    assert [backbone.source for backbone in run.backbones] == [str(sd_folder), str(vit_folder)]
+    assert len(run.describe(IMAGE, IMAGE)[0].parts) == 2
+    same, _ = with_backbones(whole, [f"sd2.1={sd_folder}"])
+    assert same.readings[0].backbone == str(sd_folder)
+    assert same.readings[1].backbone == "dinov2-base"
+    for models, message in (
+        ([f"vit={sd_folder}"], "has no tap layer.1"),
+        ([f"painter={sd_folder}"], "no role 'painter'; it has diffusion, sd2.1, vit, dinov2-base"),
+        ([str(sd_folder), str(sd_folder)], "another model was given for sd2.1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_backbones(whole, models)
+    with pytest.raises(ValueError, match="does not go with the recipe ditf .* has no tap block.28.attn_in"):
+        with_backbones(RECIPES["ditf"], [str(sd_folder)])
+
+
+def test_settings_go_to_the_models_that_they_concern() -> None:
+    changed = with_extraction(RECIPES["sd-dino"], {"timestep": 7, "batch_size": 2})
+    assert [r.extract.timestep for r in changed.readings] == [7, None]
+    assert [r.extract.batch_size for r in changed.readings] == [2, 2]
+    assert with_extraction(RECIPES["dift"], {}, 256).readings[0].extract.sizing == Sizing("squash", 256)
+    with pytest.raises(ValueError, match="reads 2 backbones, each at its size"):
+        with_extraction(RECIPES["sd-dino"], {}, 256)
+    with pytest.raises(ValueError, match="fusion of the recipe dift is made for its taps"):
+        with_extraction(RECIPES["dift"], {"taps": ("mid",)})
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    Image.fromarray((IMAGE * 255).astype(np.uint8)).save(tmp_path / "a.png")
+    return str(tmp_path / "a.png")
+
+
+def matched(picture: str, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
+    code = main(["match", picture, picture, "--points", "30,40", "--json", *options])
+    said = capsys.readouterr()
+    assert (code == 0) == (not said.err), said.err
+    return json.loads(said.out) if code == 0 else said.err.strip()
+
+
+def test_what_was_typed_wins_over_a_recipe(
+    picture: str, sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    used = matched(picture, capsys)["recipe"]
+    assert (used["name"], used["matching"]["mode"]) == ("tiny", "pixel")
+    assert matched(picture, capsys, "--matching.mode", "cell")["recipe"]["matching"]["mode"] == "cell"
+    own = tmp_path / "own.toml"
+    own.write_text(OWN.replace('backbone = "sd2.1"', 'backbone = "no such model"'))
+    used = matched(picture, capsys, "--recipe", str(own), "--backbone", str(sd_folder), "--timestep", "5")["recipe"]
+    (reading,) = used["readings"]
+    assert (used["name"], reading["backbone"], reading["extract"]["timestep"]) == ("own", str(sd_folder), 5)
+    assert (used["matching"]["mode"], used["matching"]["window"]) == ("soft", 3)
+    alone = matched(picture, capsys, "--backbone", str(sd_folder), "--size", "64")["recipe"]
+    assert (alone["name"], alone["matching"]["mode"]) == (str(sd_folder), "cell")
+    for options, message in (
+        (("--recipe", "ditf", "--backbone", str(sd_folder)), "does not go with the recipe ditf"),
+        (("--matching.window", "3"), "--matching.window goes with --matching.mode soft, the mode is pixel"),
+        (("--matching.temperature", "0"), "temperature must be a number above 0"),
+        (("--matching.temperature", "nan"), "temperature must be a number above 0"),
+        (("--timestep", "1000"), "timestep must be in 0..999"),
+        (("--taps", "mid"), "made for its taps"),
+        (("--seed", str(2**70)), "a seed must lie between"),
+        (("--device", "nonsense"), "--device must be"),
+        (("--backbone", str(sd_folder), str(sd_folder)), "only with --recipe"),
+    ):
+        assert message in matched(picture, capsys, *options), options
+
+
+def test_match_loads_no_store(picture: str) -> None:
+    code = f"""
+import sys
+from diffrep.cli import main
+assert main(["match", {picture!r}, {picture!r}, "--points", "3,3", "--json"]) == 0
+print([m for m in sys.modules if m.startswith(("diffrep.store", "diffrep.index", "faiss", "diffrep.scenes"))], file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr.strip().splitlines()[-1] == "[]"
 
 
 def test_trained_weights_stand_behind_a_colon() -> None:

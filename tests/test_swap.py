@@ -149,7 +149,7 @@ def test_the_command_writes_the_swapped_image(
         (["-o", "out.txt"], "the output must end in"),
         (["--sheet", "sheet.txt"], "the output must end in"),
         (["--recipe", "twip"], "no recipe 'twip'"),
-        (["--mask-b", "EMPTY"], "the mask is empty, no pixel is bright"),
+        (["--mask-b", "EMPTY"], "the mask is empty, no pixel of it"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -7,23 +7,27 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from diffrep.commands.options import DeviceOptions
 from diffrep.commands.output import check_writable, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, Sizing
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from diffrep.backbones import Backbone
     from diffrep.matching import DenseMatches, Matches
     from diffrep.recipes import Recipe
 
+DEFAULT_RECIPE = "tiny"
+
 
 @dataclass(frozen=True)
-class Match:
+class Match(DeviceOptions):
     """Point at places in image A and get the same places in image B, as a picture and as numbers.
 
     For example: diffrep match cat.jpg dog.jpg --points 212,130 240,131 -o match.png
@@ -35,18 +39,28 @@ class Match:
     dense: bool = False  # match every location of A
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # picture to write; match.png without --json
     json: bool = False  # print the matches as JSON
-    recipe: str = "tiny"  # how features are read, fused and matched
-    backbone: str | None = None  # instead of a recipe: one backbone by name, folder or hub id
-    size: int | None = None  # with --backbone: long side of what it sees, in pixels, aspect kept
-    mask_a: Path | None = None  # an image whose bright pixels are the object in A
-    mask_b: Path | None = None  # an image whose bright pixels are where matches in B may lie
-    device: str = "cpu"  # cpu or cuda
+    # how features are read, fused and matched, by name or from a .toml or .yaml file; tiny without --backbone
+    recipe: str | None = None
+    # MODEL alone: only this model, by name, folder or hub id; with --recipe: [ROLE=]MODEL in the place of its own
+    backbone: tuple[str, ...] = ()
+    size: int | None = None  # long side of what the backbone sees, in pixels
+    mask_a: Path | None = None  # the object in A: a mask in any form, or a cut-out
+    mask_b: Path | None = None  # where matches in B may lie, likewise
     extract: Annotated[ExtractConfig, tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes] = field(
         default_factory=ExtractConfig
     )
     matching: MatchConfig = field(default_factory=MatchConfig)
 
+    def defaults(self) -> Match:
+        """A recipe matches in its own way."""
+        if self.recipe is None and self.backbone:
+            return self
+        from diffrep.recipes import recipe
+
+        return dataclasses.replace(self, matching=recipe(self.recipe or DEFAULT_RECIPE).matching)
+
     def run(self) -> None:
+        from diffrep.devices import resolve_device
         from diffrep.draw import draw_field, draw_matches
         from diffrep.images import load_image
         from diffrep.masks import load_mask
@@ -55,17 +69,19 @@ class Match:
 
         if not self.points and not self.dense:
             raise ValueError("say what to match: --points x,y [x,y ...], or --dense")
+        check_used(self.typed, self.matching, dense=self.dense)
         output = self.output or (None if self.json else Path("match.png"))
         if output is not None:
             check_writable(output)
+        device = resolve_device(self.device)
         a, b = load_image(self.a), load_image(self.b)
         points = check_points(parse_points(self.points), (a.height, a.width))
         masks = {
             "source_mask": None if self.mask_a is None else load_mask(self.mask_a),
             "mask": None if self.mask_b is None else load_mask(self.mask_b),
         }
-        chosen, backbones = self._recipe()
-        source, target = Correspondence(chosen, device=self.device, backbones=backbones).describe(a, b)
+        chosen, backbones = self._recipe(device)
+        source, target = Correspondence(chosen, device=device, backbones=backbones).describe(a, b)
         matches = match_points(source, target, points, chosen.matching, **masks)
         dense = match_dense(source, target, chosen.matching, **masks) if self.dense else None
         if output is not None:
@@ -80,27 +96,55 @@ class Match:
                 print(f"({x:g}, {y:g}) -> ({u:.1f}, {v:.1f})  score {score:.3f}")
             print(f"wrote {output}")
 
-    def _recipe(self) -> tuple[Recipe, Mapping[str, Backbone]]:
-        """The named recipe, or one made for a backbone; options that were given take the place of its own."""
-        from diffrep.backbones import VisionTransformer, load_backbone
-        from diffrep.recipes import reading_of, recipe
+    def _recipe(self, device: torch.device) -> tuple[Recipe, Mapping[str, Backbone]]:
+        """The recipe with what was typed in its place, or one made for a backbone."""
+        from diffrep.backbones import load_backbone
+        from diffrep.recipes import reading_of
 
-        given = {
-            f.name: value
-            for f in dataclasses.fields(MatchConfig)
-            if (value := getattr(self.matching, f.name)) != f.default
-        }
-        if self.backbone is None:
-            if self.extract != ExtractConfig() or self.size is not None:
-                raise ValueError("--size and the extraction options go with --backbone; a recipe has its own")
-            chosen = recipe(self.recipe)
-            return dataclasses.replace(chosen, matching=dataclasses.replace(chosen.matching, **given)), {}
-        backbone = load_backbone(self.backbone, device=self.device)
+        if self.recipe is not None or not self.backbone:
+            chosen, backbones = chosen_recipe(
+                self.recipe, self.backbone, typed_extraction(self.typed, self.extract), self.size, device
+            )
+            return dataclasses.replace(chosen, matching=self.matching), backbones
+        if len(self.backbone) > 1:
+            raise ValueError("--backbone takes several models only with --recipe, which says how they are joined")
+        backbone = load_backbone(self.backbone[0], device=device)
         extract = self.extract
         if self.size is not None:
-            multiple = backbone.patch if isinstance(backbone, VisionTransformer) else 64
+            multiple = max(backbone.multiple, 64) if backbone.denoises else backbone.multiple
             extract = dataclasses.replace(extract, sizing=Sizing("fit", self.size, multiple=multiple))
         return reading_of(backbone, extract, self.matching), {backbone.name: backbone}
+
+
+def chosen_recipe(
+    name: str | None, models: tuple[str, ...], settings: Mapping[str, Any], size: int | None, device: torch.device
+) -> tuple[Recipe, dict[str, Backbone]]:
+    """A recipe with other settings and models; the models that were loaded for it, by name."""
+    from diffrep.recipes import recipe, with_backbones, with_extraction
+
+    chosen = recipe(name or DEFAULT_RECIPE)
+    if settings or size is not None:
+        chosen = with_extraction(chosen, settings, size)
+    return with_backbones(chosen, models, device=device)
+
+
+def typed_extraction(typed: frozenset[str], extract: ExtractConfig) -> dict[str, Any]:
+    """The extraction settings that were typed."""
+    names = [option.removeprefix("extract.") for option in typed if option.startswith("extract.")]
+    return {name: getattr(extract, name) for name in names}
+
+
+def check_used(typed: frozenset[str], matching: MatchConfig, *, dense: bool) -> None:
+    """Refuse options of matching that the mode does not use.
+
+    Raises:
+        ValueError: the message names the option and what it goes with.
+    """
+    for name in ("window", "temperature", "outside"):
+        if f"matching.{name}" in typed and matching.mode != "soft":
+            raise ValueError(f"--matching.{name} goes with --matching.mode soft, the mode is {matching.mode}")
+    if "matching.backend" in typed and matching.backend == "faiss" and not (dense or matching.mutual):
+        raise ValueError("--matching.backend faiss goes with --dense")
 
 
 def parse_points(texts: tuple[str, ...]) -> Tensor:

@@ -14,10 +14,9 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from diffrep.similarity import full_precision
+from diffrep.similarity import FAISS_FROM, full_precision
 
 Backend: TypeAlias = Literal["auto", "torch", "faiss"]
-FAISS_FROM = 50_000  # vectors: below, an exact product on the tensor's device is as fast or faster
 CHUNK_BYTES = 2**26  # of the similarities that TorchIndex holds at once
 _SPARE = 8  # candidates beyond k, among which near equals are settled
 
