@@ -27,11 +27,11 @@ from diffrep.backbones import (
     load_backbone,
     load_cleandift,
 )
+from diffrep.cli import main
 from diffrep.features import ExtractConfig, extract_each
 from diffrep.fusion import SD_TAPS, Fusion, aggregated, fuse
 from diffrep.images import Sizing
 from diffrep.matching import MatchConfig
-from diffrep.cli import main
 from diffrep.recipes import (
     RECIPES,
     Correspondence,
@@ -182,7 +182,7 @@ def test_models_of_ones_own_take_the_place_of_a_recipes(sd_folder: Path, vit_fol
     ):
         with pytest.raises(ValueError, match=message):
             with_backbones(whole, models)
-    with pytest.raises(ValueError, match="does not go with the recipe ditf .* has no tap block.28.attn_in"):
+    with pytest.raises(ValueError, match=r"does not go with the recipe ditf .* has no tap block\.28\.attn_in"):
         with_backbones(RECIPES["ditf"], [str(sd_folder)])
 
 
@@ -243,7 +243,8 @@ def test_match_loads_no_store(picture: str) -> None:
 import sys
 from diffrep.cli import main
 assert main(["match", {picture!r}, {picture!r}, "--points", "3,3", "--json"]) == 0
-print([m for m in sys.modules if m.startswith(("diffrep.store", "diffrep.index", "faiss", "diffrep.scenes"))], file=sys.stderr)
+heavy = ("diffrep.store", "diffrep.index", "faiss", "diffrep.scenes")
+print([m for m in sys.modules if m.startswith(heavy)], file=sys.stderr)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stderr.strip().splitlines()[-1] == "[]"
@@ -288,7 +289,7 @@ def test_a_trained_network_joins_the_maps(sd_folder: Path, vit_folder: Path, tmp
     torch.testing.assert_close(descriptors.vectors(), torch.nn.functional.normalize(expected.detach(), dim=-1))
     with pytest.raises(BackboneError, match=r"joins 1 steps of .* the parts have"):
         fuse([features], aggregated(taps[:2], str(file)))
-    with pytest.raises(BackboneError, match="cannot be read safely"):
+    with pytest.raises(BackboneError, match=r"cannot be read safely|no such file"):
         fuse([features], aggregated(taps, str(tmp_path / "none.pth")))
 
 

@@ -308,8 +308,11 @@ def _unfit(word: str, kind: Any) -> str:
 def _flat(box: str) -> str:
     """The message in one of tyro's boxes."""
     rows = [line.strip(" │\t") for line in box.splitlines() if not line.startswith(("╭", "╰", "+"))]
-    upto = next((i for i, row in enumerate(rows) if set(row) <= set("─-") and row), len(rows))
-    return " ".join(" ".join(rows[:upto]).split())
+    rules = [i for i, row in enumerate(rows) if set(row) <= set("─-") and row]
+    if rules[:1] == [1]:  # plain boxes have their title above a rule
+        rows, rules = rows[2:], [i - 2 for i in rules[1:]]
+    text = " ".join(" ".join(rows[: rules[0] if rules else None]).split())
+    return re.sub(r"^Error parsing [\w.-]+: ", "", text)
 
 
 # -- help ---------------------------------------------------------------------------------------------------
