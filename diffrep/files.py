@@ -106,6 +106,29 @@ def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **
     write_whole(path, lambda partial: save_file(contiguous, partial, metadata=metadata or None))
 
 
+def read_weights(
+    path: str | os.PathLike[str], *, error: type[Exception] = ValueError
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file, whoever made it.
+
+    Args:
+        error: the kind of error that the caller's readers raise.
+
+    Returns:
+        Its tensors by their names, on the CPU, and its metadata.
+
+    Raises:
+        error: the file is missing, cut off, or no safetensors file; the message begins with its path.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as problem:
+        raise error(f"{path}: cannot be read as safetensors ({one_line(problem)})") from None
+
+
 def claim_folder(folder: str | os.PathLike[str], settings: Mapping[str, object], *, name: str = SETTINGS) -> None:
     """Write the settings of a run into its folder, or check that those that are there are the same.
 

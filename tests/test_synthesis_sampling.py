@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -18,13 +19,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.synthesis import EmbeddingGrid, GridError, SynthesisSettings, denoise_canvas, synthesize, synthesize_file
+from diffrep.synthesis import (
+    EmbeddingGrid,
+    GridError,
+    SynthesisSettings,
+    denoise_canvas,
+    sample_patches,
+    synthesize,
+    synthesize_file,
+)
 from diffrep.synthesis.canvas import Lines, Run
+from diffrep.synthesis.decoding import decode_lines
 from diffrep.synthesis.large import grid_shape, paint
 from diffrep.synthesis.noise import GivenNoise, KeyedNoise
 from diffrep.synthesis.sampler import predict
 from diffrep.synthesis.schedulers import SCHEDULERS, build_scheduler
-from diffrep.synthesis.windows import ALIKE, BETWEEN, Sweep, Weighting, WindowPlan, window_shares, window_weights
+from diffrep.synthesis.windows import ALIKE, BETWEEN, RowSweep, Weighting, WindowPlan, window_shares, window_weights
 
 from .synthetic_painter import Painter
 
@@ -63,7 +73,7 @@ def test_sweep_is_the_weighted_average(weighting: Weighting, stride: int) -> Non
     values = draws.normal(size=(len(plan), 2, 8, 8)).astype(np.float32)
     factors = draws.uniform(0.1, 1, len(plan))
     sums, totals = np.zeros((2, 19, 13)), np.zeros((19, 13))
-    sweep, found = Sweep(plan, weights, 2), []
+    sweep, found = RowSweep(plan, weights, 2), []
     places = [(r, c) for r in range(len(plan.rows)) for c in range(len(plan.columns))]
     for value, factor, (row, column) in zip(values, factors, places, strict=True):
         i, j = plan.rows[row], plan.columns[column]
@@ -355,3 +365,63 @@ def test_grid_between_cells() -> None:
     assert grid.resized((3, 4)).checksum() == grid.checksum()
     assert grid.resized((9, 12)).shape == (9, 12)
     torch.testing.assert_close(grid.resized((9, 12)).embeddings[1::3, 1::3], grid.embeddings, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_have_any_size_and_are_those_of_their_own_noise() -> None:
+    model, embeddings = Painter(), torch.randn(2, 6, generator=torch.Generator().manual_seed(2))
+    patches = sample_patches(model, embeddings, FEW, size=(12, 20))
+    assert patches.shape == (2, 3, 12, 20)
+    assert torch.equal(sample_patches(model, embeddings[:1], FEW, size=(12, 20)), patches[:1])
+    assert sample_patches(model, embeddings, FEW).shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match="size must be positive, got 0 x 20"):
+        sample_patches(model, embeddings, FEW, size=(0, 20))
+
+
+def test_the_width_of_the_decoding_weights_is_that_of_the_settings() -> None:
+    latents = Lines((16, 3, 16), "float32")
+    latents.write(0, np.random.default_rng(0).normal(size=(16, 3, 16)).astype(np.float32))
+
+    def image(**settings: float) -> np.ndarray:
+        how = SynthesisSettings(decode_weights="official", decode_stride=4, **settings)  # type: ignore[arg-type]
+        return np.concatenate([rows for _, _, rows in decode_lines(Painter(), latents, how)])
+
+    assert np.array_equal(image(), image(decode_sigma=0.8))
+    wide = SynthesisSettings(decode_weights="official", decode_stride=4, decode_sigma=1e6)
+    plan, sums, totals = WindowPlan((64, 64), 32, 16), np.zeros((64, 3, 64)), np.zeros((64, 1, 64))
+    for i in plan.rows:  # a Gaussian without an end is the plain mean
+        for j in plan.columns:
+            window = latents.tensor(i // 4, i // 4 + 8)[:, :, j // 4 : j // 4 + 8].movedim(1, 0)
+            sums[i : i + 32, :, j : j + 32] += Painter().decode(window[None])[0].movedim(0, 1).numpy()
+            totals[i : i + 32, :, j : j + 32] += 1
+    decoded = np.concatenate([rows for _, _, rows in decode_lines(Painter(), latents, wide)])
+    np.testing.assert_allclose(decoded, sums / totals, atol=1e-5)
+    assert np.abs(image(decode_sigma=0.3) - image()).max() > 1e-3
+    for value in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="decode_sigma must be more than 0"):
+            image(decode_sigma=value)
+
+
+def test_a_run_folder_of_somebody_else_is_refused_and_nothing_outside_it_is_touched(tmp_path: Path) -> None:
+    outside = tmp_path / "precious.raw"
+    outside.write_bytes(b"precious")
+    folder = tmp_path / "run"
+    Run(folder, {"a": 1})
+    (folder / "0-canvas.raw").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"0-canvas\.raw: is a link"):
+        Run(folder, {"a": 1}).lines("0-canvas", (4, 4))
+    assert outside.read_bytes() == b"precious"
+    good = {"stage": "denoise", "step": 1, "row": 0, "carry": None}
+    damages: list[dict[str, object]] = [
+        {"carry": "../precious.raw"},
+        {"carry": "carry-1.npy"},
+        {"row": -1},
+        {"step": []},
+    ]
+    for damage in [*damages, {"stage": "x"}]:
+        (folder / "progress.json").write_text(json.dumps(good | damage))
+        with pytest.raises(ValueError, match=r"progress\.json: is damaged"):
+            Run(folder, {"a": 1})
+    for text in ("[" * 100_000, "null", "{"):
+        (folder / "run.json").write_text(text)
+        with pytest.raises(ValueError, match=r"run\.json: "):
+            Run(folder, {"a": 1})

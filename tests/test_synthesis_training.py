@@ -11,6 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffrep.cli import main
+from diffrep.commands.parsing import read_command
+from diffrep.commands.train_synthesis import TrainSynthesis
 from diffrep.scenes import SceneSet, render_set
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.conditions import ImageEncoder
@@ -19,6 +22,7 @@ from diffrep.training.loop import FitSettings, fit
 from diffrep.training.synthesis import Objective, draw_perturbation, synthesis_loss
 from diffrep.training.synthesis_data import EncodedPatches, ImagePatches, ScenePatches, encode_patches, patch_batches
 from diffrep.training.synthesis_fit import (
+    PUBLISHED,
     SynthesisTraining,
     build_model,
     condition_check,
@@ -258,3 +262,30 @@ def test_settings_out_of_range_are_refused() -> None:
         SynthesisTraining(dropout=1.0)
     with pytest.raises(ValueError, match="batch_size and copies"):
         SynthesisTraining(batch_size=0)
+
+
+def test_options_that_were_typed_win_over_the_published_ones() -> None:
+    typed = read_command(TrainSynthesis, ["--published", "--steps", "20000", "--flips", "none"], "train synthesis")
+    default = SynthesisTraining()
+    assert (typed.training.fit.steps, typed.training.flips) == (default.fit.steps, default.flips)
+    assert typed.training.fit.learning_rate == PUBLISHED.fit.learning_rate
+    assert read_command(TrainSynthesis, [], "train synthesis").training == default
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["synthesis", "--base", "nonsense"], "nonsense: no such folder"),
+        (["synthesis", "--encoder", "nonsense"], "nonsense: no such folder"),
+        (["synthesis", "--learning-rate", "nan"], "learning_rate must be more than 0, got nan"),
+        (["synthesis", "--learning-rate", "-1"], "learning_rate must be more than 0, got -1"),
+        (["prior", "--encoder", "nonsense"], "nonsense: no such folder"),
+        (["tiny", "--scenes", "0"], "--scenes must be at least 1, got 0"),
+    ],
+)
+def test_nothing_is_rendered_for_a_training_that_cannot_start(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *options, "--work", str(tmp_path / "work")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +95,33 @@ def test_sizes() -> None:
     for bad in ("", "3x", "0x4", "1x2x3", "-3x4"):
         with pytest.raises(ValueError, match="write two whole numbers"):
             parse_size(bad, "size")
+
+
+def test_what_cannot_be_painted_is_refused_at_once(
+    model_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, message in {
+        ("--size", "100000000"): "too many for this kind of file",
+        ("--cells", "1000000x1000000"): "cannot be divided into 1000000 x 1000000 cells",
+        ("--seed", str(2**70)): "seed must be in 0..2^63 - 1",
+        ("--guidance", "nan"): "guidance must be 0 or more",
+        ("--decode-sigma", "0"): "decode_sigma must be more than 0",
+    }.items():
+        assert paint(model_folder, tmp_path / "a.png", "--reference", reference, *options) == 2
+        assert message in capsys.readouterr().err
+    assert paint(model_folder, tmp_path / "a.tiff", "--reference", reference, "--size", "100000000") == 2
+    assert "GB are needed" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["reference.png"]
+
+
+def test_a_damaged_model_is_named(
+    model_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("embedder/model.safetensors", "embedder/config.json", "scheduler/scheduler_config.json"):
+        model = tmp_path / "model"
+        shutil.copytree(model_folder, model)
+        (model / file).write_bytes(b"[" * 100_000)
+        assert paint(model, tmp_path / "a.png", "--reference", reference) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(model / file) in line
+        shutil.rmtree(model)

@@ -8,16 +8,17 @@ from typing import Annotated
 
 import tyro
 
+from diffrep.commands.options import DeviceOptions
 from diffrep.commands.output import check_writable
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, synthesize_file
 from diffrep.synthesis.conditions import ImageEncoder, interpolate_grids, load_grid, vary_grid
-from diffrep.synthesis.large import check_canvas, grid_shape
+from diffrep.synthesis.large import check_canvas, check_room, grid_shape
 from diffrep.synthesis.outputs import SUFFIXES, FileSettings, check_output
 from diffrep.synthesis.prior import load_prior
 
 
-@dataclass(frozen=True)
-class Synthesize:
+@dataclass(frozen=True, kw_only=True)
+class Synthesize(DeviceOptions):
     """Paint an image of any size under the embeddings of a reference image, or of a grid of embeddings.
 
     For example: diffrep synthesize --reference city.png --size 4096x4096 -o city.tiff
@@ -39,7 +40,6 @@ class Synthesize:
     model: str = "tiny-synthesis"  # or a folder
     encoder: str | None = None  # of the reference; the one that the model was trained with where left out
     work: Path | None = None  # folder for what is unfinished; beside the output where left out
-    device: str = "cpu"  # cpu or cuda
     quiet: bool = False  # no progress on stderr
     sampling: Annotated[SynthesisSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisSettings)
     file: Annotated[FileSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=FileSettings)
@@ -52,6 +52,8 @@ class Synthesize:
         if size is not None:
             check_output(self.output, size)
         model = load_synthesis(self.model, device=self.device)
+        if size is not None:
+            check_room(self.output, size, model, self.work)
         grid = self._grid(model)
         cell = model.window * model.factor
         size = size or (grid.shape[0] * cell, grid.shape[1] * cell)
@@ -75,9 +77,9 @@ class Synthesize:
 
     def _draw(self, model: SynthesisModel, text: str) -> EmbeddingGrid:
         prior = load_prior(self.prior)
-        made, wanted = prior.config.encoder, model.about.encoder
-        if made and wanted and made != wanted:
-            raise ValueError(f"{self.prior} draws embeddings of {made}, {self.model} paints those of {wanted}")
+        drawn, painted = prior.config.encoder, model.about.encoder
+        if drawn and painted and drawn != painted:
+            raise ValueError(f"{self.prior} draws embeddings of {drawn}, {self.model} paints those of {painted}")
         shape = None if self.cells is None else parse_size(self.cells, "cells")
         if shape is None and self.size is not None:
             shape = grid_shape(model, parse_size(self.size, "size"))

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import tyro
 
+from diffrep.commands.options import Command
 from diffrep.training.tiny.pipeline import TinyTraining, train_tiny
 
 
-@dataclass(frozen=True)
-class TrainTiny:
+@dataclass(frozen=True, kw_only=True)
+class TrainTiny(Command):
     """Train the embedded models from rendered scenes alone, with the settings of the ones in the package.
 
     Called again with the same work folder it goes on where it was. Every other setting is a field of
@@ -28,6 +29,10 @@ class TrainTiny:
     smoke: bool = False  # all stages in under a minute; the models are useless
 
     def run(self) -> None:
+        for name in ("workers", "threads", "scenes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
         output = self.output or self.work / "models"
         if self.smoke:
             config = TinyTraining.smoke(self.work, output)

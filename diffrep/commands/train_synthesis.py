@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import torch
 import tyro
 
 import diffrep
+from diffrep.commands.options import Command
 from diffrep.files import replace_folder
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
@@ -23,7 +25,7 @@ from diffrep.training.tiny.pipeline import half
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSynthesis:
+class TrainSynthesis(Command):
     """Train a diffusion model to paint patches from the embeddings of a self-supervised encoder.
 
     The embedded `tiny-synthesis` was made so, in the stages that its card names. Your own patches: --images FOLDER.
@@ -39,18 +41,14 @@ class TrainSynthesis:
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
     training: Annotated[SynthesisTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisTraining)
 
-    def run(self) -> None:
-        patches, training = self._patches(), self._training()
-        output = self.output or self.work / "model"
-        model = train_synthesis(training, patches, self.work / "run")
-        write_model(output, model, training, patches, self.work / "run")
-        print(f"wrote {output}")
+    def defaults(self) -> TrainSynthesis:
+        return replace(self, training=PUBLISHED) if self.published else self
 
-    def _training(self) -> SynthesisTraining:
-        if not self.published:
-            return self.training
-        fit = given(self.training.fit, SynthesisTraining().fit)
-        return replace(PUBLISHED, **given(self.training, SynthesisTraining()) | {"fit": replace(PUBLISHED.fit, **fit)})
+    def run(self) -> None:
+        patches, output = cache(self._patches), self.output or self.work / "model"
+        model = train_synthesis(self.training, patches, self.work / "run")
+        write_model(output, model, self.training, patches(), self.work / "run")
+        print(f"wrote {output}")
 
     def _patches(self) -> Patches:
         if self.images:
@@ -62,7 +60,7 @@ class TrainSynthesis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPrior:
+class TrainPrior(Command):
     """Train a small model to draw grids of embeddings from texts or labels, on rendered scenes.
 
     The defaults made the embedded `tiny-prior`. Called again with the same work folder it goes on where it was.
@@ -75,17 +73,15 @@ class TrainPrior:
 
     def run(self) -> None:
         output = self.output or self.work / "model"
-        rendered = self.scenes or render_set(self.work / "scenes", "train", self.training.count).folder
-        prior = train_prior(self.training, SceneSet(rendered), self.work / "run")
+        prior = train_prior(self.training, self._scenes, self.work / "run")
         copy: Any = half(prior.to("cpu"))
         replace_folder(output, copy.save)
         print(f"wrote {output}")
 
-
-def given(settings: Any, defaults: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from the defaults."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
+    def _scenes(self) -> SceneSet:
+        if self.scenes is not None:
+            return SceneSet(self.scenes)
+        return render_set(self.work / "scenes", "train", self.training.count)
 
 
 def write_model(output: Path, model: SynthesisModel, training: SynthesisTraining, patches: Patches, run: Path) -> None:

@@ -15,7 +15,7 @@ from diffrep.scenes.categories import (
     PARTS,
     SEEN,
     UNSEEN,
-    Part,
+    ScenePart,
 )
 from diffrep.scenes.look import VOCABULARY
 from diffrep.scenes.render import render_scene
@@ -34,8 +34,8 @@ __all__ = [
     "SEEN",
     "UNSEEN",
     "VOCABULARY",
-    "Part",
     "Scene",
+    "ScenePart",
     "SceneSet",
     "held_out_pair",
     "mirror",

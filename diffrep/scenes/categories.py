@@ -227,7 +227,7 @@ _TABLE = (
 
 
 @dataclass(frozen=True)
-class Part:
+class ScenePart:
     """A row of the part table: `mirror` is the id that the part becomes in a mirror."""
 
     id: int
@@ -237,7 +237,7 @@ class Part:
     mirror: int
 
 
-def _parts() -> tuple[Part, ...]:
+def _parts() -> tuple[ScenePart, ...]:
     rows: list[tuple[str, str, str]] = [("", "background", "background")]
     for category in _TABLE:
         for name, part_class in category.parts.items():
@@ -245,7 +245,7 @@ def _parts() -> tuple[Part, ...]:
                 rows.append((category.name, name.replace("*", side), part_class))
     ids = {(category, name): i for i, (category, name, _) in enumerate(rows)}
     return tuple(
-        Part(i, category, name, part_class, ids[category, mirrored_name(name)])
+        ScenePart(i, category, name, part_class, ids[category, mirrored_name(name)])
         for i, (category, name, part_class) in enumerate(rows)
     )
 
@@ -255,7 +255,7 @@ CATEGORIES: tuple[str, ...] = tuple(CATEGORY)
 SEEN: tuple[str, ...] = tuple(c.name for c in _TABLE if c.seen)
 UNSEEN: tuple[str, ...] = tuple(c.name for c in _TABLE if not c.seen)
 
-PARTS: tuple[Part, ...] = _parts()
+PARTS: tuple[ScenePart, ...] = _parts()
 PART_ID: dict[tuple[str, str], int] = {(p.category, p.name): p.id for p in PARTS}
 PART_CLASSES: tuple[str, ...] = tuple(dict.fromkeys(p.part_class for p in PARTS))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffrep.files import read_document, sweep_partials, write_document, write_whole
+
+STAGES = ("denoise", "decode", "done")
 
 
 class Lines:
@@ -87,7 +92,7 @@ class Lines:
 class Position:
     """Where a run is: the next row of windows of the next step of a stage."""
 
-    stage: str = "denoise"  # then "decode", then "done"
+    stage: str = "denoise"  # of `STAGES`
     step: int = 0
     row: int = 0
 
@@ -118,7 +123,7 @@ class Run:
         ours = json.loads(json.dumps(dict(identity)))
         file = folder / "run.json"
         if file.is_file():
-            theirs = json.loads(file.read_text())
+            theirs = read_document(file)
             changed = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
             if changed:
                 raise ValueError(
@@ -127,13 +132,21 @@ class Run:
                 )
             self._resume()
         else:
-            _replace(file, json.dumps(ours, indent=2))
+            write_document(file, ours, sync=True)
 
     def lines(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> Lines:
         """An array of the run by its name."""
         if name not in self._open:
-            self._open[name] = Lines(shape, dtype, None if self.folder is None else self.folder / f"{name}.raw")
+            self._open[name] = Lines(shape, dtype, None if self.folder is None else self._inside(f"{name}.raw"))
         return self._open[name]
+
+    def _inside(self, name: str) -> Path:
+        """A file of the run's folder, which may have come from somebody else: no link out of it is followed."""
+        assert self.folder is not None
+        path = self.folder / name
+        if path.is_symlink():
+            raise ValueError(f"{path}: is a link, a run has plain files only")
+        return path
 
     carry: np.ndarray | None
     """Sums of the lines that are not final yet, as of `position`."""
@@ -149,9 +162,9 @@ class Run:
         name = None
         if carry is not None:
             name = f"carry-{self._number}.npy"
-            np.save(self.folder / name, carry)
+            write_whole(self.folder / name, lambda partial: np.save(partial, carry), sync=True)
         note = {"stage": position.stage, "step": position.step, "row": position.row, "carry": name}
-        _replace(self.folder / "progress.json", json.dumps(note))
+        write_document(self.folder / "progress.json", note, sync=True)
         for old in self.folder.glob("carry-*.npy"):
             if old.name != name:
                 old.unlink()
@@ -162,11 +175,18 @@ class Run:
         file = self.folder / "progress.json"
         if not file.is_file():
             return
-        note = json.loads(file.read_text())
-        self.position = Position(note["stage"], note["step"], note["row"])
-        if note["carry"]:
-            self.carry = np.load(self.folder / note["carry"])
-            self._number = int(note["carry"].removeprefix("carry-").removesuffix(".npy"))
+        note = read_document(file)
+        try:
+            stage, step, row, carry = (note[name] for name in ("stage", "step", "row", "carry"))
+            number = None if carry is None else re.fullmatch(r"carry-(\d{1,9})\.npy", carry)
+            if stage not in STAGES or min(step, row) < 0 or (carry is not None and number is None):
+                raise ValueError(f"it has stage {stage!r}, step {step!r}, row {row!r}, carry {carry!r}")
+            self.position = Position(stage, int(step), int(row))
+            if number is not None:
+                self.carry = np.load(self._inside(carry), allow_pickle=False)
+                self._number = int(number[1])
+        except (KeyError, TypeError, ValueError, EOFError, OSError) as error:
+            raise ValueError(f"{file}: is damaged ({error}): delete the folder to begin again") from None
 
     def close(self, *, delete: bool = False) -> None:
         """Close the files; `delete` removes the folder with everything in it that a run makes."""
@@ -174,17 +194,9 @@ class Run:
             lines.close()
         self._open.clear()
         if delete and self.folder is not None:
-            made = ("*.raw", "carry-*.npy", "run.json", "progress.json", "*.partial")
-            for file in [f for pattern in made for f in self.folder.glob(pattern)]:
-                file.unlink()
+            for pattern in ("*.raw", "carry-*.npy", "run.json", "progress.json"):
+                for file in self.folder.glob(pattern):
+                    file.unlink()
+            sweep_partials(self.folder)
             if not any(self.folder.iterdir()):
                 self.folder.rmdir()
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import BackboneError
 from diffrep.backbones.adm import RES_BLOCK
+from diffrep.files import read_weights
 from diffrep.synthesis.embedder import OFFICIAL_TOKENS, ConditionEmbedder, official_tokens
 from diffrep.synthesis.model import About, SynthesisModel
 
@@ -60,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise BackboneError(f"{path}: there is no such checkpoint")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        return read_weights(path, error=BackboneError)[0]
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones import BackboneError, VisionTransformer, draw_noise, load_backbone
+from diffrep.devices import resolve_device
 from diffrep.images import ImageLike, load_image
 from diffrep.synthesis.grids import EmbeddingGrid, GridError, slerp
 
@@ -47,13 +48,13 @@ class ImageEncoder:
         self.dim = backbone.channels if self._project is None else int(self._project.shape[1])
 
     @classmethod
-    def load(cls, name: str, pooling: str = "class", *, device: str = "cpu") -> ImageEncoder:
+    def load(cls, name: str, pooling: str = "class", *, device: str | torch.device = "auto") -> ImageEncoder:
         """By the backbone's name: ``tiny-dino``, a folder, any timm ViT, any open_clip model.
 
         Raises:
             BackboneError: there is none, or it is no vision transformer.
         """
-        backbone = load_backbone(name, device=device, dtype=torch.float32)
+        backbone = load_backbone(name, device=resolve_device(device), dtype=torch.float32)
         if not isinstance(backbone, VisionTransformer):
             kind = type(backbone).__name__
             raise BackboneError(f"{name}: embeddings are made by vision transformers, this is a {kind}")

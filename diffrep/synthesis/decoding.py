@@ -9,8 +9,8 @@ import torch
 from tqdm import tqdm
 
 from diffrep.synthesis.canvas import Lines, Position, Run
-from diffrep.synthesis.sampler import Denoiser, SynthesisSettings
-from diffrep.synthesis.windows import Sweep, WindowPlan, decode_weights, window_weights
+from diffrep.synthesis.sampler import PatchDenoiser, SynthesisSettings
+from diffrep.synthesis.windows import RowSweep, WindowPlan, decode_weights, window_weights
 
 STRIP, WINDOWS = 2048, 8  # pixels, or windows: width of what is decoded from top to bottom before the next
 DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more memory than the denoiser
@@ -18,7 +18,7 @@ DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more 
 
 @torch.inference_mode()
 def decode_lines(
-    model: Denoiser,
+    model: PatchDenoiser,
     latents: Lines,
     settings: SynthesisSettings,
     *,
@@ -45,15 +45,17 @@ def decode_lines(
     factor = model.factor
     pixels = WindowPlan((height * factor, width * factor), model.window * factor, stride * factor)
     official = settings.decode_weights == "official"
-    weights = decode_weights(pixels.window) if official else window_weights("hann", pixels.window)
+    weights = (
+        decode_weights(pixels.window, settings.decode_sigma) if official else window_weights("hann", pixels.window)
+    )
     width, side = pixels.size[1], max(STRIP, WINDOWS * pixels.window)
     strips = [(left, min(left + side, width)) for left in range(0, width, side)]
     run = run or Run(None, {})
     first = run.position
-    total = sum(len(Sweep(pixels, weights, 0, strip=strip).columns) for strip in strips) * len(plan.rows)
+    total = sum(len(RowSweep(pixels, weights, 0, strip=strip).columns) for strip in strips) * len(plan.rows)
     bar = tqdm(total=total, desc="decode", unit="window", disable=not progress)
     for number, strip in enumerate(strips):
-        sweep = Sweep(pixels, weights, 3, strip=strip)
+        sweep = RowSweep(pixels, weights, 3, strip=strip)
         start_row = first.row if number == first.step else 0
         if number < first.step:
             start_row = len(plan.rows)
@@ -75,7 +77,12 @@ def decode_lines(
 
 
 def _decode_row(
-    model: Denoiser, latents: Lines, plan: WindowPlan, row: int, columns: Sequence[int], settings: SynthesisSettings
+    model: PatchDenoiser,
+    latents: Lines,
+    plan: WindowPlan,
+    row: int,
+    columns: Sequence[int],
+    settings: SynthesisSettings,
 ) -> np.ndarray:
     """(columns, 3, h, w): some windows of a row."""
     top, lefts = plan.rows[row], [plan.columns[k] for k in columns]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError
+from diffrep.files import read_document, read_weights, save_weights, write_document
 
 OFFICIAL_TOKENS = ("patch_fc", "region_fc")  # the authors' names of the projections, in the order of the tokens
 
@@ -66,8 +65,8 @@ class ConditionEmbedder(nn.Module):
         """Write ``config.json`` and ``model.safetensors``."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {"dims": list(self.dims), "width": self.width, "normalize": self.normalize}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        write_document(folder / "config.json", config)
+        save_weights(folder / "model.safetensors", self.state_dict())
 
     @classmethod
     def load(cls, folder: Path) -> ConditionEmbedder:
@@ -76,22 +75,20 @@ class ConditionEmbedder(nn.Module):
         Raises:
             BackboneError: a file is missing or does not fit.
         """
-        try:
-            config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-            weights = load_file(folder / "model.safetensors")
-        except OSError as error:
-            raise BackboneError(f"{folder}: is no embedder folder ({error})") from None
-        if "target_dim" in config:
-            dims = [config[k] for k in ("patch_embed_dim", "region_embed_dim") if config.get(k)]
-            embedder = cls(dims, config["target_dim"], normalize=config.get("normalize_ssl", True))
-            weights = official_tokens(weights)
-        elif missing := sorted({"dims", "width"} - set(config)):
+        config = read_document(folder / "config.json", error=BackboneError)
+        weights, _ = read_weights(folder / "model.safetensors", error=BackboneError)
+        official = "target_dim" in config
+        if not official and (missing := sorted({"dims", "width"} - set(config))):
             raise BackboneError(f"{folder / 'config.json'}: {', '.join(missing)} missing")
-        else:
-            embedder = cls(config["dims"], config["width"], normalize=config.get("normalize", True))
         try:
+            if official:
+                dims = [config[k] for k in ("patch_embed_dim", "region_embed_dim") if config.get(k)]
+                embedder = cls(dims, config["target_dim"], normalize=config.get("normalize_ssl", True))
+                weights = official_tokens(weights)
+            else:
+                embedder = cls(config["dims"], config["width"], normalize=config.get("normalize", True))
             embedder.load_state_dict({k: v.float() for k, v in weights.items()})
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             raise BackboneError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:200]})") from None
         return embedder
 

@@ -16,14 +16,14 @@ from diffrep.synthesis.decoding import decode_lines, to_uint8
 from diffrep.synthesis.grids import EmbeddingGrid
 from diffrep.synthesis.model import SynthesisModel
 from diffrep.synthesis.outputs import FileSettings, check_output, scratch_bytes, write_pixels
-from diffrep.synthesis.sampler import Denoiser, SynthesisSettings, check_grid, denoise_canvas
+from diffrep.synthesis.sampler import PatchDenoiser, SynthesisSettings, check_grid, denoise_canvas
 from diffrep.synthesis.windows import WindowPlan
 
 MOST_KEPT = 4  # tensors that the hungriest scheduler keeps
 
 
 def synthesize(
-    model: Denoiser,
+    model: PatchDenoiser,
     grid: EmbeddingGrid,
     size: tuple[int, int] | None = None,
     settings: SynthesisSettings | None = None,
@@ -81,9 +81,8 @@ def synthesize_file(
         file = replace(file, pixel_size=model.about.pixel_size)
     check_output(path, size)
     check_canvas(model, grid, size, settings)
-    work = work or path.with_name(f".{path.name}.run")
-    if not (work / "run.json").is_file():
-        _check_room(work, size, model)
+    check_room(path, size, model, work)
+    work = work or _run_folder(path)
     identity = {
         "settings": asdict(settings),
         "size": list(size),
@@ -111,7 +110,7 @@ def synthesize_file(
 
 
 def paint(
-    model: Denoiser,
+    model: PatchDenoiser,
     grid: EmbeddingGrid,
     size: tuple[int, int],
     settings: SynthesisSettings,
@@ -133,24 +132,24 @@ def paint(
     return pixels
 
 
-def latent_size(model: Denoiser, size: tuple[int, int]) -> tuple[int, int]:
+def latent_size(model: PatchDenoiser, size: tuple[int, int]) -> tuple[int, int]:
     """Latent pixels (H, W) that cover an image of (H, W) pixels."""
     return math.ceil(size[0] / model.factor), math.ceil(size[1] / model.factor)
 
 
-def grid_size(model: Denoiser, grid: EmbeddingGrid) -> tuple[int, int]:
+def grid_size(model: PatchDenoiser, grid: EmbeddingGrid) -> tuple[int, int]:
     """(H, W) pixels of an image with one whole window a cell."""
     cell = model.window * model.factor
     return grid.shape[0] * cell, grid.shape[1] * cell
 
 
-def grid_shape(model: Denoiser, size: tuple[int, int]) -> tuple[int, int]:
+def grid_shape(model: PatchDenoiser, size: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of the grid that an image of (H, W) pixels needs."""
     height, width = latent_size(model, size)
     return math.ceil(height / model.window), math.ceil(width / model.window)
 
 
-def check_canvas(model: Denoiser, grid: EmbeddingGrid, size: tuple[int, int], settings: SynthesisSettings) -> None:
+def check_canvas(model: PatchDenoiser, grid: EmbeddingGrid, size: tuple[int, int], settings: SynthesisSettings) -> None:
     """Refuse what cannot be painted before any work is done.
 
     Raises:
@@ -164,8 +163,21 @@ def check_canvas(model: Denoiser, grid: EmbeddingGrid, size: tuple[int, int], se
     check_grid(grid, latent_size(model, size), model)
 
 
-def _check_room(folder: Path, size: tuple[int, int], model: SynthesisModel) -> None:
+def check_room(path: Path, size: tuple[int, int], model: SynthesisModel, work: Path | None = None) -> None:
+    """Refuse an image for which the disk has no room, before any work is done for it; see `synthesize_file`.
+
+    Raises:
+        OSError: what a new run writes into its folder needs more than is free there.
+    """
+    folder = work or _run_folder(path)
+    if (folder / "run.json").is_file():
+        return
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     needed, free = scratch_bytes(size, model.channels, model.factor, MOST_KEPT), shutil.disk_usage(place).free
     if needed > free:
         raise OSError(f"{folder}: up to {needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
+
+
+def _run_folder(path: Path) -> Path:
+    """Where a run keeps what is unfinished: hidden, beside its output."""
+    return path.with_name(f".{path.name}.run")

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights
 from diffrep.backbones.loading import MODELS, load_component, local_variant
-from diffrep.files import forget_origin
+from diffrep.devices import resolve_device
+from diffrep.files import forget_origin, read_document, write_document
 from diffrep.synthesis.embedder import ConditionEmbedder
 
 EMBEDDED = ("tiny-synthesis",)
@@ -213,7 +214,7 @@ class SynthesisModel(nn.Module):
             self.autoencoder.save_pretrained(folder / part)
         forget_origin(folder)
         about = {k: v for k, v in vars(self.about).items() if v is not None}
-        (folder / "synthesis.json").write_text(json.dumps(about, indent=2) + "\n")
+        write_document(folder / "synthesis.json", about)
 
     def checksum(self) -> str:
         """Of all weights, 16 hexadecimal digits: the same for the same numbers, wherever they came from."""
@@ -228,16 +229,18 @@ class SynthesisModel(nn.Module):
 def load_synthesis(
     name: str | os.PathLike[str] = "tiny-synthesis",
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> SynthesisModel:
     """Load a model for synthesis, in eval mode.
 
     Args:
         name: "tiny-synthesis", or a folder: ours, or one with the authors' ``cond_stage`` record for the embedder.
+        device: see `resolve_device`.
         dtype: the sampler's state is float32 whatever this is.
 
     Raises:
+        DeviceError: there is no such device.
         BackboneError: no such folder, a part is missing, or weights do not fit or are not finite.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel, VQModel
@@ -246,8 +249,7 @@ def load_synthesis(
     folder = MODELS / name if name in EMBEDDED else Path(name)
     if not folder.is_dir():
         raise BackboneError(f"{name}: no such folder; give a folder with unet and embedder, or {', '.join(EMBEDDED)}")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise BackboneError(f"device {device} was asked for, but torch sees no CUDA device")
+    place = resolve_device(device)
     parts = ("unet/config.json", "scheduler/scheduler_config.json")
     if missing := [part for part in parts if not (folder / part).is_file()]:
         raise BackboneError(f"{folder}: is no synthesis model: {', '.join(missing)} missing")
@@ -255,7 +257,7 @@ def load_synthesis(
     home, part = _find_autoencoder(folder, about)
     kind = VQModel if _class_name(home / part) == "VQModel" else AutoencoderKL
     embedder = ConditionEmbedder.load(_first(folder, ("embedder", "cond_stage")))
-    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = read_document(folder / "scheduler" / "scheduler_config.json", error=BackboneError)
     try:
         model = SynthesisModel(
             load_component(UNet2DConditionModel, str(folder), "unet", torch.float32, local_variant(folder / "unet")),
@@ -269,7 +271,7 @@ def load_synthesis(
         raise BackboneError(str(error)) from None
     for module in (model.unet, model.embedder, model.autoencoder):
         check_weights(module, name)
-    return model.eval().requires_grad_(False).to(device, dtype)
+    return model.eval().requires_grad_(False).to(place, dtype)
 
 
 def _about(folder: Path) -> About:
@@ -277,8 +279,8 @@ def _about(folder: Path) -> About:
     if not file.is_file():
         return About()
     try:
-        return About.from_dict(json.loads(file.read_text()))
-    except ValueError as error:
+        return About.from_dict(read_document(file, error=BackboneError))
+    except (ValueError, TypeError) as error:
         raise BackboneError(f"{file}: {error}") from None
 
 
@@ -301,7 +303,4 @@ def _find_autoencoder(folder: Path, about: About) -> tuple[Path, str]:
 
 
 def _class_name(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "config.json").read_text()).get("_class_name", ""))
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"{folder}: config.json cannot be read ({error})") from None
+    return str(read_document(folder / "config.json", error=BackboneError).get("_class_name", ""))

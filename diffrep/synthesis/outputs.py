@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from diffrep.files import replace_folder, write_whole
 from diffrep.images import MAX_PIXELS
 from diffrep.synthesis.canvas import Lines
 from diffrep.synthesis.windows import LINES
@@ -87,23 +87,15 @@ def write_pixels(
         about: stored with the image, as JSON.
         scratch: makes the array of a smaller level, by its name and shape; in memory where left out.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    name, partial = path.name.lower(), path.with_name(f".partial-{path.name}")
-    note = json.dumps(dict(about or {}))
-    try:
-        if name.endswith(PLAIN):
-            Image.fromarray(pixels.read(0, pixels.shape[0])).save(partial)
-        else:
-            levels = pyramid(pixels, settings.tile, scratch)
-            if name.endswith(".zarr"):
-                _write_zarr(partial, levels, settings, note)
-            else:
-                _write_tiff(partial, levels, settings, note, ome=name.endswith(OME))
-        partial.replace(path)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+    name, note = path.name.lower(), json.dumps(dict(about or {}))
+    if name.endswith(PLAIN):
+        write_whole(path, Image.fromarray(pixels.read(0, pixels.shape[0])).save)
+        return
+    levels = pyramid(pixels, settings.tile, scratch)
+    if name.endswith(".zarr"):
+        replace_folder(path, lambda folder: _write_zarr(folder, levels, settings, note))
+    else:
+        write_whole(path, lambda partial: _write_tiff(partial, levels, settings, note, ome=name.endswith(OME)))
 
 
 def pyramid(pixels: Lines, tile: int, scratch: Callable[[str, tuple[int, ...]], Lines] | None = None) -> list[Lines]:

@@ -6,21 +6,20 @@ standardised embeddings; `SynthesisModel` paints what it draws.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights, draw_noise
 from diffrep.backbones.loading import MODELS
 from diffrep.backbones.text import TextEncoders
+from diffrep.files import read_document, read_weights, save_weights, write_document
 from diffrep.synthesis.grids import EmbeddingGrid
 
 TIMESTEPS = 1000
@@ -164,8 +163,8 @@ class EmbeddingPrior(nn.Module):
         """Write ``config.json`` and ``model.safetensors``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        write_document(folder / "config.json", asdict(self.config))
+        save_weights(folder / "model.safetensors", self.state_dict())
 
 
 def load_prior(name: str | os.PathLike[str] = "tiny-prior") -> EmbeddingPrior:
@@ -176,11 +175,10 @@ def load_prior(name: str | os.PathLike[str] = "tiny-prior") -> EmbeddingPrior:
     """
     name = os.fspath(name)
     folder = MODELS / name if (MODELS / name).is_dir() else Path(name)
-    try:
-        values: Mapping[str, Any] = json.loads((folder / "config.json").read_text())
-        weights = load_file(folder / "model.safetensors")
-    except (OSError, ValueError) as error:
-        raise BackboneError(f"{name}: is no folder of a prior ({' '.join(str(error).split())[:160]})") from None
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"{name}: is no folder of a prior (it has no config.json)")
+    values = read_document(folder / "config.json", error=BackboneError)
+    weights, _ = read_weights(folder / "model.safetensors", error=BackboneError)
     known = {f.name for f in fields(PriorConfig)}
     if unknown := sorted(set(values) - known):
         raise BackboneError(f"{folder}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")

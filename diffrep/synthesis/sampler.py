@@ -24,7 +24,7 @@ from diffrep.synthesis.noise import KeyedNoise, Noise
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
 from diffrep.synthesis.windows import (
     DecodeWeighting,
-    Sweep,
+    RowSweep,
     Weighting,
     WindowPlan,
     window_shares,
@@ -37,7 +37,7 @@ SchedulerName = Literal[
 ]  # fmt: skip
 
 
-class Denoiser(Protocol):
+class PatchDenoiser(Protocol):
     """What the sampler needs of a `SynthesisModel`."""
 
     window: int
@@ -75,6 +75,7 @@ class SynthesisSettings:
     weights: Weighting = "cells"
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
     decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
+    decode_sigma: float = 0.8  # width of that Gaussian, in halves of a window's side
     quantize: bool = True  # VQ autoencoders: decode entries of the codebook
     timestep_shift: float = 0.0  # added to the timestep that the network is told; the published sampler has 1
     seed: int = 0
@@ -86,6 +87,10 @@ class SynthesisSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in 0..2^63 - 1, got {self.seed}")
+        if not (math.isfinite(self.decode_sigma) and self.decode_sigma > 0):
+            raise ValueError(f"decode_sigma must be more than 0, got {self.decode_sigma}")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in 0..1, got {self.eta}")
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
@@ -101,7 +106,7 @@ OFFICIAL = SynthesisSettings(
 
 @torch.inference_mode()
 def predict(
-    model: Denoiser,
+    model: PatchDenoiser,
     latents: Tensor,
     timestep: Tensor,
     embeddings: Sequence[Tensor],
@@ -136,29 +141,37 @@ def predict(
 
 @torch.inference_mode()
 def sample_patches(
-    model: Denoiser,
+    model: PatchDenoiser,
     embeddings: Tensor | Sequence[Tensor],
     settings: SynthesisSettings | None = None,
     *,
+    size: tuple[int, int] | None = None,
     scheduler: Any = None,
     noise: Noise | None = None,
 ) -> Tensor:
-    """Single patches of the size that the model was trained on.
+    """Single patches, each painted by the network in one piece.
 
     Args:
         embeddings: (B, dim) raw, or one such tensor for each token.
+        size: (H, W) of the latents, as far as the U-Net can halve and double them; a window, which is what the model
+            was trained on, where left out.
         scheduler: any diffusers scheduler with its timesteps set, in place of that of the settings.
         noise: whose lines are the patches; keyed by the seed and the number of the patch where left out.
 
     Returns:
-        (B, c, window, window) float32 latents, scaled; `SynthesisModel.decode` makes images of them.
+        (B, c, H, W) float32 latents, scaled; `SynthesisModel.decode` makes images of them.
+
+    Raises:
+        ValueError: the size is not positive.
     """
-    settings = settings or SynthesisSettings()
+    settings, (height, width) = settings or SynthesisSettings(), size or (model.window, model.window)
+    if min(height, width) < 1:
+        raise ValueError(f"size must be positive, got {height} x {width}")
     tokens = [embeddings] if isinstance(embeddings, Tensor) else list(embeddings)
     scheduler = scheduler or build_scheduler(settings.scheduler, model.scheduler, settings.steps)
     noise = noise or KeyedNoise(settings.seed)
     lines = range(len(tokens[0]))
-    latents = noise.start(lines, (model.channels, model.window, model.window)) * float(scheduler.init_noise_sigma)
+    latents = noise.start(lines, (model.channels, height, width)) * float(scheduler.init_noise_sigma)
     stepper, kept = Stepper(scheduler, eta=settings.eta), dict[str, Tensor]()
     while stepper.position < len(stepper):
         scaled, found = stepper.scale(latents), []
@@ -172,7 +185,7 @@ def sample_patches(
 
 @torch.inference_mode()
 def denoise_canvas(
-    model: Denoiser,
+    model: PatchDenoiser,
     grid: EmbeddingGrid,
     size: tuple[int, int],
     settings: SynthesisSettings | None = None,
@@ -231,7 +244,7 @@ def _start(canvas: Lines, noise: Noise, sigma: float) -> None:
 
 
 def _denoise_step(
-    model: Denoiser,
+    model: PatchDenoiser,
     grid: EmbeddingGrid,
     plan: WindowPlan,
     settings: SynthesisSettings,
@@ -246,7 +259,7 @@ def _denoise_step(
     old, new = run.lines(f"{now}-canvas", shape), run.lines(f"{after}-canvas", shape)
     kept_names = stepper.kept
     weights = window_weights(settings.weights, plan.window)
-    sweep = Sweep(plan, weights, model.channels)
+    sweep = RowSweep(plan, weights, model.channels)
     first_row = run.position.row
     if run.carry is not None:
         sweep.resume(first_row, run.carry)
@@ -298,7 +311,7 @@ def _batch(lines: Tensor) -> Tensor:
     return lines[:, :, None]
 
 
-def check_grid(grid: EmbeddingGrid, size: tuple[int, int], model: Denoiser) -> None:
+def check_grid(grid: EmbeddingGrid, size: tuple[int, int], model: PatchDenoiser) -> None:
     """Refuse a grid before any work is done for it.
 
     Raises:

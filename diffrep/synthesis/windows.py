@@ -130,7 +130,7 @@ def decode_weights(window: int, sigma: float = 0.8) -> Tensor:
     return kernel / kernel.max()
 
 
-class Sweep:
+class RowSweep:
     """Averages windows that come row by row; gives lines as soon as no later window touches them.
 
     Args:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffrep.files import save_weights
+from diffrep.files import read_weights, save_weights
 from diffrep.images import LUMINANCE
 from diffrep.synthesis import SynthesisModel, SynthesisSettings, sample_patches
 from diffrep.training.loop import Batch, FitSettings, fit
@@ -99,7 +98,7 @@ def paint_latents(model: SynthesisModel, embeddings: Tensor, file: Path) -> Tens
     if not file.exists():
         scaled = sample_patches(model, embeddings, SynthesisSettings(seed=SMOOTHING.seed))
         save_weights(file, {"latents": model.unscaled(scaled).half()})
-    return load_file(file)["latents"].float()
+    return read_weights(file)[0]["latents"].float()
 
 
 def smooth_decoder(

@@ -9,11 +9,10 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffrep.files import save_weights
+from diffrep.files import read_weights, save_weights
 from diffrep.scenes import CATEGORIES, SceneSet
 from diffrep.synthesis.conditions import ImageEncoder, Pooling
 from diffrep.synthesis.prior import TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
@@ -107,18 +106,24 @@ def prior_loss(module: PriorObjective, ema: PriorObjective, batch: Batch) -> Map
     return {"loss": module(*(batch[k] for k in ("grids", "noise", "timesteps", "conditions", "dropped")))}
 
 
-def train_prior(training: PriorTraining, scenes: SceneSet, folder: Path, *, progress: bool = True) -> EmbeddingPrior:
+def train_prior(
+    training: PriorTraining, scenes: SceneSet | Callable[[], SceneSet], folder: Path, *, progress: bool = True
+) -> EmbeddingPrior:
     """Train a prior. Called again with the same folder, it goes on where it was.
 
     The log has, on held-out scenes, the loss with their own condition ("own"), with that of another scene ("other")
     and without any ("null").
+
+    Args:
+        scenes: or what renders them: called once the encoder is there, since it may take minutes.
     """
     encoder = ImageEncoder.load(training.encoder, training.pooling)
+    scenes = scenes() if callable(scenes) else scenes
     cache = folder / "grids.safetensors"
     if not cache.exists():
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(cache, embed_scenes(scenes, training, encoder, progress=progress))
-    data = load_file(cache)
+    data, _ = read_weights(cache)
     config = PriorConfig(
         dim=encoder.dim,
         condition_dim=data["conditions"].shape[1],

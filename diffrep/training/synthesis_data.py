@@ -11,12 +11,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.files import save_weights
+from diffrep.files import read_weights, save_weights
 from diffrep.images import load_image
 from diffrep.scenes import SceneSet
 from diffrep.synthesis import SynthesisModel
@@ -153,8 +151,9 @@ def encode_patches(
         "encoder": f"{encoder.name}, {encoder.pooling}, {fingerprint(encoder.backbone.network)}",
     }
     if file.exists():
-        _check_same(file, made_with)
-        return EncodedPatches(**load_file(file))
+        tensors, metadata = read_weights(file)
+        _check_same(file, json.loads(metadata.get("made_with", "{}")), made_with)
+        return EncodedPatches(**tensors)
     size = model.window * model.factor
     latents, embeddings = [], []
     starts = range(0, len(patches), 64)
@@ -179,10 +178,8 @@ def _flipped(images: Tensor, flips: Flips, generator: torch.Generator) -> Tensor
     return images
 
 
-def _check_same(file: Path, made_with: Mapping[str, Any]) -> None:
-    with safe_open(file, framework="pt") as opened:
-        found = json.loads((opened.metadata() or {}).get("made_with", "{}"))
-    if changed := [f"{k} {found.get(k)!r}, not {v!r}" for k, v in made_with.items() if found.get(k) != v]:
+def _check_same(file: Path, recorded: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
+    if changed := [f"{k} {recorded.get(k)!r}, not {v!r}" for k, v in made_with.items() if recorded.get(k) != v]:
         raise ValueError(f"{file}: was made with {'; '.join(changed)}; choose another folder or delete it")
 
 

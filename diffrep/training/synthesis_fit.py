@@ -138,7 +138,7 @@ def unrelated_cosine(embeddings: Tensor) -> float:
 
 def train_synthesis(
     training: SynthesisTraining,
-    patches: Patches,
+    patches: Patches | Callable[[], Patches],
     folder: Path,
     *,
     validate_every: int = 500,
@@ -150,6 +150,7 @@ def train_synthesis(
     ("other") and without any ("null").
 
     Args:
+        patches: or what renders them: called once the base and the encoder are there, since it may take minutes.
         folder: of the encoded patches, checkpoint and log.
 
     Returns:
@@ -160,6 +161,7 @@ def train_synthesis(
     """
     encoder = ImageEncoder.load(training.encoder, training.pooling)
     model = build_model(training, encoder)
+    patches = patches() if callable(patches) else patches
     if torch.cuda.is_available():
         model.to("cuda")
     encoded = encode_patches(
@@ -212,14 +214,13 @@ def condition_check(held_out: EncodedPatches) -> Callable[[Objective, int], Mapp
         noise = torch.randn(latents.shape, generator=generator)
         timesteps = torch.randint(len(objective.alphas_cumprod), (len(latents),), generator=generator)
         conditions = {"own": embeddings, "other": embeddings.roll(1, 0), "null": torch.zeros_like(embeddings)}
-        found = {}
+        losses = {}
         for name, condition in conditions.items():
             total = 0.0
             for part in torch.arange(len(latents)).split(64):
-                given = (t[part].to(device) for t in (latents, noise, timesteps, condition))
-                *tensors, told = given
-                total += float(objective(*tensors, [told]).loss) * len(part)
-            found[name] = total / len(latents)
-        return found
+                *tensors, embedding = (t[part].to(device) for t in (latents, noise, timesteps, condition))
+                total += float(objective(*tensors, [embedding]).loss) * len(part)
+            losses[name] = total / len(latents)
+        return losses
 
     return check

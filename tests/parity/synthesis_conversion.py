@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,22 +42,29 @@ def plain_config(module: Any) -> Any:
 def check_conversion(folder: Path, case: dict[str, Any]) -> None:
     model = load_synthesis(folder / "model")
     names = json.loads((folder / "key_map.json").read_text())
-    config = case["official_config"]
-    layers, levels = config["unet_config"]["num_res_blocks"], len(config["unet_config"]["channel_mult"])
-    coder_levels = len(config["first_stage_config"]["ddconfig"]["ch_mult"])
+    official = case["official_config"]
+    layers, levels = official["unet_config"]["num_res_blocks"], len(official["unet_config"]["channel_mult"])
+    coder_levels = len(official["first_stage_config"]["ddconfig"]["ch_mult"])
     assert {k: unet_name(k, layers, levels) for k in names["unet"]} == names["unet"]
     assert {k: autoencoder_name(k, coder_levels) for k in names["vqvae"]} == names["vqvae"]
 
     weights, groups = official_weights(folder, model), case["parameters"]["groups"]
-    converted = convert_official(weights, config, groups=groups, ema=case["parameters"]["use_ema"])
+    scale = case["parameters"]["scale_factor"]
+    assert model.autoencoder.config.scaling_factor == pytest.approx(scale, rel=1e-6)
+    if official.get("scale_factor", 1.0) != scale:  # then the checkpoint has it, as a float32 buffer
+        weights.setdefault("scale_factor", torch.tensor(scale))
+    converted = convert_official(weights, official, groups=groups, ema=case["parameters"]["use_ema"])
     for part in ("unet", "autoencoder", "embedder"):
         ours, reference = getattr(converted, part), getattr(model, part)
         if part != "embedder":
-            assert plain_config(ours) == plain_config(reference), f"config of {part}"
+            config, wanted = plain_config(ours), plain_config(reference)
+            scales = [values.pop("scaling_factor", 1.0) for values in (config, wanted)]
+            assert scales[0] == pytest.approx(scales[1], rel=1e-6), f"scale factor of {part}"
+            assert config == wanted, f"config of {part}"
         assert ours.state_dict().keys() == reference.state_dict().keys()
         for key, value in reference.state_dict().items():
             assert torch.equal(ours.state_dict()[key], value), f"{part}: {key}"
     if case["parameters"]["use_ema"]:
         given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-        raw = convert_official(weights, config, groups=groups, ema=False)
+        raw = convert_official(weights, official, groups=groups, ema=False)
         check_network(raw, given, expected, tolerances_of(case), weights="raw_")

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from diffrep.synthesis import EmbeddingGrid, OfficialScheduler, SynthesisSettings, denoise_canvas, sample_patches, slerp
 from diffrep.synthesis.canvas import Lines
 from diffrep.synthesis.decoding import decode_lines, to_uint8
+from diffrep.synthesis.grids import NEARLY_PARALLEL
 from diffrep.synthesis.noise import GivenNoise
 from diffrep.synthesis.schedulers import build_scheduler
-from diffrep.synthesis.windows import decode_weights
+from diffrep.synthesis.windows import WindowPlan, decode_weights
 
 from .cases import assert_within
 from .synthesis_model import model_of, tolerances_of
@@ -39,6 +40,7 @@ def check_embedding_interpolation(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     model, grid = model_of(folder, case), EmbeddingGrid(given["embedding_grid"])
     assert grid.shape == tuple(case["parameters"]["grid"])
+    assert case["parameters"]["dot_threshold"] == NEARLY_PARALLEL
     rtol, atol = bounds_of(case, "slerp")
     a, b, t = given["slerp_a"], given["slerp_b"], given["slerp_t"]
     found = torch.stack([slerp(t, x.expand(len(t), -1), y.expand(len(t), -1)) for x, y in zip(a, b, strict=True)])
@@ -53,8 +55,12 @@ def check_embedding_interpolation(folder: Path, case: dict[str, Any]) -> None:
 def check_panorama(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     parameters, model = case["parameters"], model_of(folder, case)
-    assert model.window == parameters["window"]
-    start = given["x_start"][0]
+    start, grid = given["x_start"][0], EmbeddingGrid(given["embedding_grid"])
+    plan = WindowPlan((start.shape[1], start.shape[2]), model.window, parameters["window_stride"])
+    assert (model.window, list(grid.shape)) == (parameters["window"], parameters["grid"])
+    assert len(plan) == parameters["windows"]
+    assert parameters["guidance_formula"] == "(1+g)*eps_cond - g*eps_null"
+    assert parameters["weights"] in ("plain", "EMA")  # those of the folder, which was converted from them
     if "noise_a" in given:  # how the authors draw it: from the clean image, which is noise too
         alpha = model.alphas_cumprod[-1]
         torch.testing.assert_close(
@@ -74,8 +80,8 @@ def check_panorama(folder: Path, case: dict[str, Any]) -> None:
     between: list[torch.Tensor] = []
     lines = denoise_canvas(
         model,
-        EmbeddingGrid(given["embedding_grid"]),
-        (start.shape[1], start.shape[2]),
+        grid,
+        plan.size,
         settings,
         scheduler=scheduler,
         noise=GivenNoise.of_canvas(start, given["step_noise"][:, 0]),
@@ -95,7 +101,9 @@ def check_decoding(case: dict[str, Any], model: Any, expected: dict[str, torch.T
     """Our images lie in [0, 1]; the official float image in [-1, 1]."""
     how = case["parameters"]["decode"]
     assert (how["window"], how["factor"]) == (model.window, model.factor)
-    settings = SynthesisSettings(decode_stride=how["stride"], decode_weights="official", quantize=how["quantized"])
+    settings = SynthesisSettings(
+        decode_stride=how["stride"], decode_weights="official", decode_sigma=how["sigma"], quantize=how["quantized"]
+    )
     latent = expected["latent"][0].movedim(1, 0)
     lines = Lines(tuple(latent.shape), "float32")
     lines.write(0, latent.numpy())
@@ -116,6 +124,7 @@ def check_decoding(case: dict[str, Any], model: Any, expected: dict[str, torch.T
 def check_patch_samplers(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     parameters, model = case["parameters"], model_of(folder, case)
+    assert parameters["guidance_formula"] == "eps_null + scale*(eps_cond - eps_null)"
     spacing = {k: model.scheduler[k] for k in ("timestep_spacing", "steps_offset", "set_alpha_to_one")}
     tried = []
     for name, reference in expected.items():
@@ -127,7 +136,8 @@ def check_patch_samplers(folder: Path, case: dict[str, Any]) -> None:
         assert steps == parameters["timesteps_ascending"]
         settings = SynthesisSettings(guidance=scale, eta=eta)
         noise = GivenNoise(given["x_T"], given["step_noise"] if eta else None)
-        found = sample_patches(model, given["patch_embedding"], settings, scheduler=scheduler, noise=noise)
+        size = (given["x_T"].shape[2], given["x_T"].shape[3])
+        found = sample_patches(model, given["patch_embedding"], settings, size=size, scheduler=scheduler, noise=noise)
         rtol, atol = bounds_of(case, name)
         torch.testing.assert_close(found, reference, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
         tried.append(kind)

@@ -26,7 +26,7 @@ from diffrep.training.tiny.correspondence import LabelSettings, check_unseen
 from diffrep.training.tiny.dino import DinoSettings, train_dino, write_vit
 from diffrep.training.tiny.probe import ProbePairs, probe_unet, probe_vit, unet_maps, vit_maps
 from diffrep.training.tiny.tokenizer import write_tokenizer
-from diffrep.training.tiny.unet import Denoiser, UNetSettings, build_scheduler, tokenize, train_unet
+from diffrep.training.tiny.unet import CaptionedDenoiser, UNetSettings, build_scheduler, tokenize, train_unet
 from diffrep.training.tiny.vae import VaeSettings, psnr, train_vae
 
 RECOMMENDED = {  # diffrep.json: how the model is best used as a backbone
@@ -149,7 +149,7 @@ def train_tiny(config: TinyTraining, *, progress: bool = True) -> dict[str, Any]
 _RUNS = ("linear", "vae", "unet-label-free", "unet-joint", "dino-label-free", "dino-joint")
 
 
-def _train_diffusion(config: TinyTraining, progress: bool) -> tuple[Any, tuple[Denoiser, Denoiser]]:
+def _train_diffusion(config: TinyTraining, progress: bool) -> tuple[Any, tuple[CaptionedDenoiser, CaptionedDenoiser]]:
     with _threads(config.threads):
         scenes = SceneSet(config.work / "scenes")
         vae = train_vae(scenes, config.vae, config.work, progress=progress)
@@ -175,7 +175,7 @@ class _threads:
 
 
 def measure(
-    config: TinyTraining, vae: Any, denoisers: tuple[Denoiser, Denoiser], students: tuple[Any, Any]
+    config: TinyTraining, vae: Any, denoisers: tuple[CaptionedDenoiser, CaptionedDenoiser], students: tuple[Any, Any]
 ) -> dict[str, Any]:
     """Validation figures: PSNR of the autoencoder, PCK@0.1 label-free and after joint training."""
     from transformers import CLIPTokenizer
@@ -196,7 +196,7 @@ def measure(
     return found
 
 
-def fused_pck(pairs: ProbePairs, vae: Any, denoiser: Denoiser, null: Tensor, vit: Any) -> float:
+def fused_pck(pairs: ProbePairs, vae: Any, denoiser: CaptionedDenoiser, null: Tensor, vit: Any) -> float:
     """PCK@0.1 of the last trained tap and the ViT side by side, each normalised, with equal weights."""
     sides = []
     for images in (pairs.sources, pairs.targets):
@@ -204,7 +204,7 @@ def fused_pck(pairs: ProbePairs, vae: Any, denoiser: Denoiser, null: Tensor, vit
     return pairs.pck(*sides)
 
 
-def write_pipeline(vae: Any, denoiser: Denoiser, folder: Path) -> None:
+def write_pipeline(vae: Any, denoiser: CaptionedDenoiser, folder: Path) -> None:
     """Write a complete `StableDiffusionPipeline` folder in half precision, all of it or nothing."""
     from transformers import CLIPTokenizer
 

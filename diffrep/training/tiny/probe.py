@@ -103,7 +103,7 @@ def vit_maps(network: Any, images: Tensor, *, layer: int = -1) -> Tensor:
 
 @torch.no_grad()
 def unet_maps(vae: Any, model: Any, null: Tensor, images: Tensor, *, timestep: int = 50, seed: int = 0) -> list[Tensor]:
-    """The tapped maps of a `Denoiser` for images (B, 3, H, W) in [0, 1], with the empty caption."""
+    """The tapped maps of a `CaptionedDenoiser` for images (B, 3, H, W) in [0, 1], with the empty caption."""
     found: list[list[Tensor]] = []
     noise = None
     for chunk in images.split(32):

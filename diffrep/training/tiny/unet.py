@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffrep.files import save_weights
+from diffrep.files import read_weights, save_weights
 from diffrep.scenes import VOCABULARY, SceneSet
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
 from diffrep.training.tiny.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
@@ -165,7 +164,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     return torch.tensor(ids)
 
 
-class Denoiser(nn.Module):
+class CaptionedDenoiser(nn.Module):
     """U-Net and text encoder, with the heads that only training needs."""
 
     def __init__(self, unet: Any, text_encoder: Any, settings: UNetSettings) -> None:
@@ -222,8 +221,8 @@ def latent_batches(data: LatentSet, settings: UNetSettings, *, labels: bool) -> 
     return batches
 
 
-def unet_loss(module: Denoiser, ema: Denoiser, batch: Batch) -> Mapping[str, Tensor]:
-    """Losses of a `Denoiser`; see `fit`."""
+def unet_loss(module: CaptionedDenoiser, ema: CaptionedDenoiser, batch: Batch) -> Mapping[str, Tensor]:
+    """Losses of a `CaptionedDenoiser`; see `fit`."""
     settings = ema.settings
     latents, noise = batch["latents"], batch["noise"]
     alpha = ema.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
@@ -248,9 +247,9 @@ def train_unet(
     settings: UNetSettings,
     folder: Path,
     *,
-    probe: Callable[[Denoiser], Mapping[str, float]] | None = None,
+    probe: Callable[[CaptionedDenoiser], Mapping[str, float]] | None = None,
     progress: bool = True,
-) -> tuple[Denoiser, Denoiser]:
+) -> tuple[CaptionedDenoiser, CaptionedDenoiser]:
     """Train label-free, then jointly with labels. Returns both models; it resumes from `folder`.
 
     The tokenizer's files are written to ``tokenizer`` in the folder.
@@ -267,7 +266,7 @@ def train_unet(
         encoded = encode_scenes(vae, scenes, settings, seed=settings.label_free.seed, progress=progress)
         save_weights(cache, encoded)
     data = LatentSet(
-        **load_file(cache),
+        **read_weights(cache)[0],
         tokens=tokenize(tokenizer, scenes.captions),
         null=tokenize(tokenizer, [""])[0],
         category=np.asarray(scenes.category),
@@ -275,7 +274,7 @@ def train_unet(
     with torch.random.fork_rng():
         torch.manual_seed(settings.label_free.seed)
         unet = build_unet(settings, data.latents.shape[2], data.latents.shape[-1])
-        module = Denoiser(unet, build_text_encoder(settings, vocabulary), settings)
+        module = CaptionedDenoiser(unet, build_text_encoder(settings, vocabulary), settings)
     module.unet.to(memory_format=torch.channels_last)
     validate = None if probe is None else (lambda average, step: probe(average))
     stages = (("unet-label-free", settings.label_free, False), ("unet-joint", settings.joint, True))
