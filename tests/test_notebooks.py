@@ -27,3 +27,8 @@ def test_there_are_notebooks_and_they_are_kept_without_outputs() -> None:
     for notebook in NOTEBOOKS:
         for cell in nbformat.read(notebook, as_version=4).cells:
             assert not cell.get("outputs"), f"{notebook.name}: clear the outputs before committing"
+
+
+def test_notebooks_use_what_people_can_import() -> None:
+    for notebook in NOTEBOOKS:
+        assert "diffrep.commands" not in notebook.read_text(), notebook.name

@@ -14,7 +14,6 @@ from PIL import Image
 
 from diffrep.backbones import load_backbone
 from diffrep.commands.output import write_image
-from diffrep.commands.query import contact_sheet
 from diffrep.draw import side_by_side
 from diffrep.eval.homography import photographs
 from diffrep.eval.manifold import geodesic_scores
@@ -31,7 +30,7 @@ from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.probes import ProbeData, Reading, draw_heat_map, load_probe, sweep
 from diffrep.heads.segmentation_loading import load_segmentation
 from diffrep.images import load_image
-from diffrep.index import index_store, query_image
+from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding
 from diffrep.pages import Page
 from diffrep.scenes import UNSEEN, Scene, render_scene, scene_pairs, scene_seed

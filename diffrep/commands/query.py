@@ -54,6 +54,8 @@ class QuestionOptions(DeviceOptions):
         self, picture: Image.Image, hits: Sequence[Hit], question: dict[str, Any], asked: dict[str, str]
     ) -> None:
         """Print the hits and draw them."""
+        from diffrep.index import contact_sheet
+
         part = {"point": question["point"], "box": question["box"]}
         if (sheet := self.sheet) is not None:
             write_image(sheet, contact_sheet(picture, hits, **part))
@@ -131,28 +133,6 @@ class Search(QuestionOptions):
         self.answer(picture, found.hits, question, {"folder": str(self.folder), "image": str(self.image)})
         for name, reason in found.extracted.quarantined:
             print(f"left out {printable(name)}: {reason}", file=sys.stderr)
-
-
-def contact_sheet(
-    picture: Image.Image,
-    hits: Sequence[Hit],
-    *,
-    point: Sequence[float] | None = None,
-    box: Sequence[float] | None = None,
-) -> Image.Image:
-    """The image that was asked with, and what was found; images that are gone are named on an empty sheet."""
-    from diffrep.draw import draw_contact_sheet
-    from diffrep.images import ImageError
-    from diffrep.store.sources import read_image
-
-    shown = []
-    for hit in hits:
-        try:
-            image: Image.Image | None = read_image(hit.place.root, hit.place.image)
-        except ImageError:
-            image = None
-        shown.append((image, f"{hit.score:.3f}  {printable(hit.place.image)}", hit.place.point))
-    return draw_contact_sheet(picture, shown, point=point, box=box)
 
 
 def _numbers(text: str | None, count: int, what: str) -> tuple[float, ...] | None:

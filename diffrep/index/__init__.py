@@ -22,7 +22,7 @@ from diffrep.index.exact import (
 
 if TYPE_CHECKING:
     from diffrep.index.building import IndexConfig, index_store
-    from diffrep.index.query import Hit, query_image, search_folder
+    from diffrep.index.query import Hit, contact_sheet, query_image, search_folder
     from diffrep.index.stored import IndexKind, StoredIndex, choose_kind, open_index
 
 _HOME = {  # public name -> module that defines it
@@ -31,6 +31,7 @@ _HOME = {  # public name -> module that defines it
     "IndexKind": "stored",
     "StoredIndex": "stored",
     "choose_kind": "stored",
+    "contact_sheet": "query",
     "index_store": "building",
     "open_index": "stored",
     "query_image": "query",
@@ -50,6 +51,7 @@ __all__ = [
     "TorchIndex",
     "build_index",
     "choose_kind",
+    "contact_sheet",
     "index_store",
     "nearest",
     "open_index",

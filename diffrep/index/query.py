@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.loading import EMBEDDED
 from diffrep.devices import resolve_device
+from diffrep.draw import draw_contact_sheet
 from diffrep.features import ExtractConfig, FeatureMaps, extract
+from diffrep.files import printable
 from diffrep.images import ImageError, ImageLike, load_image
 from diffrep.index.building import IndexConfig, index_store
 from diffrep.index.stored import Level, Place, StoredIndex, open_index
@@ -162,6 +165,24 @@ def search_folder(
     gone = len(set(store.names) - present)
     hits = query_image(index, picture, point=point, box=box, k=k + gone, backbone=loaded)
     return FolderSearch([hit for hit in hits if hit.place.image in present][:k], extracted, index)
+
+
+def contact_sheet(
+    picture: Image.Image,
+    hits: Sequence[Hit],
+    *,
+    point: Sequence[float] | None = None,
+    box: Sequence[float] | None = None,
+) -> Image.Image:
+    """The image that was asked with, and what was found; images that are gone are named on an empty sheet."""
+    shown = []
+    for hit in hits:
+        try:
+            image: Image.Image | None = read_image(hit.place.root, hit.place.image)
+        except ImageError:
+            image = None
+        shown.append((image, f"{hit.score:.3f}  {printable(hit.place.image)}", hit.place.point))
+    return draw_contact_sheet(picture, shown, point=point, box=box)
 
 
 def needs_fetching(index: StoredIndex) -> str | None:
