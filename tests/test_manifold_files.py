@@ -90,12 +90,12 @@ def test_tables_without_header(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("empty.csv", b"", "the file is empty"),
-        ("names.csv", b"a,b\n", "there must be some"),
-        ("ragged.csv", b"a,b\n1,2\n3\n", "rows must have 2 cells"),
+        ("names.csv", b"a,b\n", "has a header, but no rows"),
+        ("ragged.csv", b"a,b\n1,2\n3\n", "line 3, column 'b' holds no number"),
         ("text.csv", b"a,b\nx,y\nu,v\n", "no column of numbers"),
         ("twice.csv", b"a,a\n1,2\n", "column names repeat: a"),
         ("late.csv", b"a,b\n" + b"1,2\n" * 300 + b"oops,2\n", "oops"),
-        ("binary.csv", b"\xff\xfe\x00\x01" * 9, "no text table"),
+        ("binary.csv", b"\xff\xfe\x00\x01" * 9, "no readable text table"),
         ("broken.npy", b"not an array", "no readable .npy file"),
         ("broken.npz", b"not an archive", "no readable .npz file"),
         ("what.xlsx", b"x", "cannot read .xlsx, only .npy"),
@@ -117,7 +117,7 @@ def test_arrays_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no readable .npy file"):
         read_table(tmp_path / "objects.npy")
     np.savez(tmp_path / "two.npz", a=np.ones((3, 2)), b=np.ones((3, 4)))
-    with pytest.raises(ValueError, match="name one two-dimensional array, it has a, b"):
+    with pytest.raises(ValueError, match="name one two-dimensional array of numbers, it has a, b"):
         read_table(tmp_path / "two.npz")
     with pytest.raises(FileNotFoundError, match="no such file"):
         read_table(tmp_path / "absent.npy")

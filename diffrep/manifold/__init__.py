@@ -2,7 +2,7 @@
 
 from diffrep.manifold.distances import heat_geodesic_distances
 from diffrep.manifold.embedding import HeatGeodesicEmbedding
-from diffrep.manifold.files import EmbedConfig, EmbeddedFile, embed_file
+from diffrep.manifold.files import EmbedConfig, EmbeddedFile, embed_anndata, embed_file
 from diffrep.manifold.graphs import alpha_decay_graph, laplacian
 from diffrep.manifold.mds import stress
 from diffrep.manifold.settings import PRESETS
@@ -13,6 +13,7 @@ __all__ = [
     "EmbeddedFile",
     "HeatGeodesicEmbedding",
     "alpha_decay_graph",
+    "embed_anndata",
     "embed_file",
     "heat_geodesic_distances",
     "laplacian",

@@ -99,7 +99,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         landmarks take their rows of it.
     random_state : seed of landmarks and of stochastic scaling.
     n_jobs : threads of the neighbour search.
-    device : "cpu", or a torch device for the Chebyshev series.
+    device : of the Chebyshev series: "cpu", "cuda", "cuda:N", or "auto", which takes CUDA above 1,500 points.
     dtype : of heat columns; "auto" is float64 for all pairs and float32 for landmarks.
     verbose : progress bars on standard error.
 
@@ -152,7 +152,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         init: Literal["classical", "squared"] | Array = "classical",
         random_state: int | np.random.RandomState | None = None,
         n_jobs: int | None = None,
-        device: str = "cpu",
+        device: str = "auto",
         dtype: Literal["auto", "float32", "float64"] = "auto",
         verbose: bool = False,
     ) -> None:
@@ -207,6 +207,11 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     def fit(self, X: Any, y: Any = None) -> HeatGeodesicEmbedding:
         """Embed the rows of X, array or sparse matrix of shape (n_samples, n_features)."""
         check_settings(self.get_params(deep=False))
+        if hasattr(X, "obsm") and hasattr(X, "obs"):
+            raise TypeError(
+                "X is an AnnData object: pass its features, X.X or X.obsm['X_pca'], or call"
+                " diffrep.manifold.embed_anndata(X, 'X_pca'), which puts the map into its obsm"
+            )
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
         random = check_random_state(self.random_state)
         rng = np.random.default_rng(random.randint(2**31 - 1))
@@ -366,7 +371,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             far_field=self.far_field,
             diffusion=self.dissimilarity == "diffusion",
             dtype=np.dtype(dtype).type,
-            device=self.device,
+            device=_heat_device(self.device, self.affinity_.shape[0]),
         )
         graph = HeatGraph(self.affinity_, settings)
         self.lmax_ = graph.lmax
@@ -523,3 +528,17 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 bar.close()
 
         return step
+
+
+def _heat_device(name: str, n: int) -> str:
+    """The device of the Chebyshev series on n points; small graphs are faster on the CPU."""
+    if name == "cpu" or (name == "auto" and n <= EXACT_POINTS):
+        return "cpu"
+    from diffrep.devices import DeviceError, resolve_device
+
+    device = resolve_device(name)
+    if device.type == "mps":
+        if name == "auto":
+            return "cpu"
+        raise DeviceError("--device mps: PyTorch has no sparse products on MPS; use cpu")
+    return str(device)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffrep.manifold.embedding import HeatGeodesicEmbedding
-from diffrep.manifold.pictures import draw_embedding, hover_page
+from diffrep.manifold.pictures import draw_embedding, figure_image, hover_page, printable
 from diffrep.manifold.settings import PRESETS
-from diffrep.manifold.tables import Table, read_table
+from diffrep.manifold.tables import Table, read_table, read_values
+from diffrep.results import Result
 
-PICTURES = (".png", ".pdf", ".svg")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+FIGURES = (".png", ".pdf", ".svg")
+OBSM = "X_heat_geodesic"  # the entry of an AnnData object that holds a map
 Method = Literal["heat-geodesic", "reference", "phate", "sne", "diffusion-map", "shortest-path"]
 
 
@@ -40,7 +45,7 @@ class EmbedConfig:
     n_landmarks: int | None = None  # landmarks; as many as there are points: all pairs are computed
     on_disconnected: Literal["warn", "connect", "raise", "keep"] | None = None  # what if the graph falls apart
     n_jobs: int | None = None  # threads of the neighbour search
-    device: str = "cpu"  # where heat is computed: cpu or cuda
+    device: str = "auto"  # where heat is computed: auto, cpu, cuda or cuda:N
     seed: int = 0  # of landmarks and scaling
     hover_points: int = 50_000  # at most so many points on the page to explore
     tap: str | None = None  # of a store of features: which; may be left out where it has one
@@ -57,7 +62,7 @@ class EmbedConfig:
     def estimator(self, *, verbose: bool = False) -> HeatGeodesicEmbedding:
         """The estimator that these settings describe."""
         names = ("n_neighbors", "t", "n_pca", "n_landmarks", "on_disconnected")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
         return HeatGeodesicEmbedding.preset(
             self.method,
             n_components=self.n_components,
@@ -66,27 +71,84 @@ class EmbedConfig:
             device=self.device,
             random_state=self.seed,
             verbose=verbose,
-            **given,
+            **chosen,
         )
 
 
-@dataclass(frozen=True)
-class EmbeddedFile:
-    """What `embed_file` made.
+@dataclass(frozen=True, repr=False)
+class EmbeddedFile(Result):
+    """The map of a table.
+
+    `save` writes it as a picture (.png, .pdf, .svg), its numbers (.csv, .parquet, .npy), a page to explore (.html),
+    its settings (.json), or, where the table was an .h5ad file, as one with the map in `obsm`.
 
     Attributes:
         embedding: (n, n_components).
         table: what was read.
         estimator: fitted, for `transform` and its attributes.
-        files: the picture, the coordinates (CSV), the settings (JSON) and the page (HTML) that were written.
         settings: what the JSON file holds.
+        source: the file that was embedded.
+        config: how.
+        color: the column of the table that colours the points.
+        files: what was written: the picture, the coordinates (CSV), the settings (JSON), the page (HTML), and of an
+            .h5ad file one with the map.
     """
+
+    MAIN: ClassVar[str | None] = "embedding"
 
     embedding: NDArray[np.float64]
     table: Table
     estimator: HeatGeodesicEmbedding
-    files: tuple[Path, ...]
     settings: dict[str, Any]
+    source: Path
+    config: EmbedConfig
+    color: str | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What pictures and pages are called."""
+        return printable(f"{self.source.name}, {self.config.method}")
+
+    def figure(self) -> Figure:
+        """The map as a scatter plot."""
+        values = None if self.color is None else self.table.column(self.color)
+        return draw_embedding(self.embedding, values, name=self.color, title=self.title)
+
+    def picture(self) -> Image.Image:
+        """The scatter plot as an image."""
+        return figure_image(self.figure())
+
+    def columns(self) -> Mapping[str, Any]:
+        """Coordinates and the columns of the table that are no features."""
+        columns: dict[str, Any] = {f"coordinate {k + 1}": x for k, x in enumerate(self.embedding.T)}
+        shown = dict(self.table.columns)
+        if self.color is not None:
+            shown[self.color] = self.table.column(self.color)
+        return columns | {name if name not in columns else f"{name} (table)": _whole(v) for name, v in shown.items()}
+
+    def page(self) -> str:
+        """The page to explore, HTML."""
+        return hover_page(
+            self.embedding,
+            dict(list(self.columns().items())[self.embedding.shape[1] :]),
+            None if self.color is None else self.table.column(self.color),
+            name=self.color,
+            title=self.title,
+            max_points=self.config.hover_points,
+            pictures=_pictures_of(self.source, self.table, self.config),
+        )
+
+    def _writers(self) -> dict[str, Callable[[Path], object]]:
+        forms: dict[str, Callable[[Path], object]] = dict.fromkeys(FIGURES, lambda path: self.figure().savefig(path))
+        forms[".csv"] = lambda path: self.to_pandas().to_csv(path, index=False, errors="surrogateescape")
+        forms[".parquet"] = lambda path: self.to_pandas().to_parquet(path, index=False)
+        forms[".npy"] = lambda path: np.save(path, self.embedding)
+        forms[".html"] = lambda path: path.write_bytes(self.page().encode("utf-8", "replace"))
+        forms[".json"] = lambda path: path.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        if self.source.suffix.lower() == ".h5ad":
+            forms[".h5ad"] = lambda path: _write_h5ad(self.source, path, self.embedding)
+        return forms
 
 
 def embed_file(
@@ -102,7 +164,8 @@ def embed_file(
         source: a .npy, .npz, .csv, .tsv, .parquet or .h5ad file, see `read_table`; or a store of features, see
             `diffrep.manifold.stores.store_table`.
         output: the picture, .png, .pdf or .svg. Beside it, with other endings, come the coordinates (.csv),
-            what made them (.json) and a page to explore (.html). None: nothing is written.
+            what made them (.json), a page to explore (.html), and for an .h5ad file its cells with the map in
+            `obsm["X_heat_geodesic"]` (.h5ad, without the genes). None: nothing is written.
         progress: show progress bars on standard error.
 
     Raises:
@@ -110,59 +173,79 @@ def embed_file(
         OSError: a file cannot be read or written.
         ImportError: the format needs a library that is not installed.
     """
-    config = config or EmbedConfig()
-    picture = None if output is None else _checked_output(Path(output))
-    from_file = config.color is not None and config.color.endswith(".npy")
-    exclude = config.exclude
-    if config.color is not None and not from_file and Path(source).suffix in (".csv", ".tsv", ".parquet"):
-        exclude += (config.color,)
-    table = _table_of(Path(source), config, exclude)
-    values, name = None, config.color
-    if from_file and config.color is not None:
-        values, name = np.load(config.color, allow_pickle=False), Path(config.color).stem
-        rows = table.features.shape[0]
-        if values.shape != (rows,):
-            raise ValueError(f"{config.color}: needs one value for each of {rows} rows, got {values.shape}")
-    elif config.color is not None:
-        values = table.column(config.color)
+    config, source = config or EmbedConfig(), Path(source)
+    endings = [".csv", ".json", ".html", *([".h5ad"] if source.suffix.lower() == ".h5ad" else [])]
+    paths: list[Path] = []
+    if output is not None:
+        picture = _checked_output(Path(output))
+        paths = [picture, *(picture.with_suffix(ending) for ending in endings)]
+        if any(path.exists() and source.exists() and path.samefile(source) for path in paths):
+            raise ValueError(f"{output}: would write over the table {source}")
+    color, from_file = config.color, config.color is not None and config.color.lower().endswith(".npy")
+    table = _table_of(source, config, None if from_file else color)
+    if color is not None and from_file:
+        values, color = read_values(color, table.features.shape[0]), Path(color).stem
+        table = dataclasses.replace(table, columns={**table.columns, color: values})
+    elif color is not None:
+        table.column(color)
     features = _standardized(table.features) if config.standardize else table.features
     estimator = config.estimator(verbose=progress).fit(features)
-    embedding = estimator.embedding_
     settings = _settings(source, table, config, estimator)
-    files: tuple[Path, ...] = ()
-    if picture is not None:
-        columns = dict(table.columns)
-        if values is not None and name is not None:
-            columns[name] = values
-        title = f"{Path(source).name}, {config.method}"
-        figure = draw_embedding(embedding, values, name=name, title=title)
-        page = hover_page(
-            embedding,
-            columns,
-            values,
-            name=name,
-            title=title,
-            max_points=config.hover_points,
-            pictures=_pictures_of(Path(source), table, config),
-        )
-        numbers, document, explore = (picture.with_suffix(ending) for ending in (".csv", ".json", ".html"))
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(picture, lambda path: figure.savefig(path))
-        _write_whole(numbers, lambda path: _write_csv(path, embedding, columns))
-        _write_whole(document, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
-        _write_whole(explore, lambda path: path.write_text(page, encoding="utf-8"))
-        files = (picture, numbers, document, explore)
-    return EmbeddedFile(embedding, table, estimator, files, settings)
+    result = EmbeddedFile(estimator.embedding_, table, estimator, settings, source, config, color)
+    for path in paths:
+        result.save(path)
+    return dataclasses.replace(result, files=tuple(paths))
 
 
-def _table_of(source: Path, config: EmbedConfig, exclude: tuple[str, ...]) -> Table:
+def embed_anndata(data: Any, features: str | None = None, *, key: str = OBSM, **settings: Any) -> HeatGeodesicEmbedding:
+    """Embed the cells of an AnnData object; the coordinates go into ``data.obsm[key]``.
+
+    Args:
+        features: the `obsm` entry that holds the features, such as ``X_pca``; None: `X`.
+        settings: of `HeatGeodesicEmbedding`.
+
+    Returns:
+        The fitted estimator.
+
+    Raises:
+        ValueError: there is no such entry, or a setting is out of range.
+    """
+    if features is not None and features not in data.obsm:
+        raise ValueError(f"there is no obsm entry {features!r}, only {', '.join(data.obsm.keys()) or 'none'}")
+    values = data.X if features is None else data.obsm[features]
+    if values is None:
+        raise ValueError(f"there is no X; name an obsm entry: {', '.join(data.obsm.keys()) or 'there is none'}")
+    fitted = HeatGeodesicEmbedding(**settings).fit(values)
+    data.obsm[key] = fitted.embedding_
+    return fitted
+
+
+def _write_h5ad(source: Path, path: Path, embedding: NDArray[np.float64]) -> None:
+    """The cells of an .h5ad file, with what is known about them and the map, without their genes."""
+    import anndata
+
+    data = anndata.read_h5ad(source, backed="r")
+    cells = anndata.AnnData(obs=data.obs, obsm={OBSM: embedding})
+    data.file.close()
+    cells.write_h5ad(path)
+
+
+def _whole(values: NDArray[Any]) -> Any:
+    """Integers of which some are missing, which pandas reads as fractions, as integers again."""
+    missing = np.isnan(values) if values.dtype.kind == "f" else np.zeros(0, dtype=bool)
+    if not missing.any() or missing.all() or (values[~missing] % 1 != 0).any() or np.isinf(values).any():
+        return values
+    return np.array(["" if gone else str(int(v)) for v, gone in zip(values, missing, strict=True)])
+
+
+def _table_of(source: Path, config: EmbedConfig, color: str | None) -> Table:
     if not source.is_dir():
         if config.tap is not None:
             raise ValueError(f"{source}: a tap belongs to a store of features, this is no folder")
-        return read_table(source, features=config.features, exclude=exclude)
+        return read_table(source, features=config.features, exclude=config.exclude, color=color)
     from diffrep.manifold.stores import store_table
 
-    if config.features or exclude:
+    if config.features or config.exclude:
         raise ValueError(f"{source}: a store of features has no columns to choose, name a tap")
     return store_table(source, config.tap)
 
@@ -175,13 +258,13 @@ def _pictures_of(source: Path, table: Table, config: EmbedConfig) -> dict[int, s
 
     count = table.features.shape[0]
     rows = np.unique(np.linspace(0, count - 1, min(count, config.thumbnails)).astype(int)).tolist()
-    made = thumbnails(source, [str(table.columns["image"][row]) for row in rows])
-    return {row: picture for row, picture in zip(rows, made, strict=True) if picture}
+    small = thumbnails(source, [str(table.columns["image"][row]) for row in rows])
+    return {row: picture for row, picture in zip(rows, small, strict=True) if picture}
 
 
 def _checked_output(path: Path) -> Path:
-    if path.suffix.lower() not in PICTURES:
-        raise ValueError(f"{path}: the output must end in {', '.join(PICTURES)}")
+    if path.suffix.lower() not in FIGURES:
+        raise ValueError(f"{path}: the output must end in {', '.join(FIGURES)}")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, give a file name")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -196,9 +279,7 @@ def _standardized(features: Any) -> Any:
     return StandardScaler(with_mean=not hasattr(features, "tocsr")).fit_transform(features)
 
 
-def _settings(
-    source: str | Path, table: Table, config: EmbedConfig, estimator: HeatGeodesicEmbedding
-) -> dict[str, Any]:
+def _settings(source: Path, table: Table, config: EmbedConfig, estimator: HeatGeodesicEmbedding) -> dict[str, Any]:
     used = {k: v for k, v in estimator.get_params().items() if k != "verbose"}
     return {
         "source": str(source),
@@ -214,22 +295,3 @@ def _settings(
             "stress": estimator.stress_,
         },
     }
-
-
-def _write_csv(path: Path, embedding: NDArray[np.float64], columns: dict[str, Any]) -> None:
-    coordinates = [f"coordinate {k + 1}" for k in range(embedding.shape[1])]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([*coordinates, *columns])
-        for i, row in enumerate(embedding.tolist()):
-            writer.writerow([*row, *(column[i] for column in columns.values())])
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name and rename it, so that it is never half there."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -12,9 +12,11 @@ from diffrep.pages import render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL import Image
 
 Array = NDArray[Any]
 
+_LONGEST = 40  # letters of a name in the legend
 _MOST_CATEGORIES = 20  # more different values than this are a scale, or one colour where they are strings
 
 
@@ -53,7 +55,12 @@ def colours(values: Array | None, n: int) -> tuple[Array, list[tuple[str, str]]]
 
 
 def _name(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, (float, np.floating)) else str(value)
+    return f"{value:g}" if isinstance(value, (float, np.floating)) else printable(str(value))
+
+
+def printable(text: str) -> str:
+    """A text, perhaps from a file name, as fonts and files can hold it: bytes that are no text as question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def draw_embedding(
@@ -83,15 +90,32 @@ def draw_embedding(
     axes.set_xlabel("coordinate 1")
     axes.set_ylabel("coordinate 2")
     if title:
-        axes.set_title(title)
+        axes.set_title(title, parse_math=False)  # a dollar sign in a name is no formula
     if legend:
-        marks = [Line2D([], [], marker="o", linestyle="", color=c, label=text) for text, c in legend]
-        axes.legend(handles=marks, title=name, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        marks = [Line2D([], [], marker="o", linestyle="", color=c) for _, c in legend]
+        numbers = [str(k) for k in range(len(marks))]
+        box = axes.legend(marks, numbers, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        box.set_title(name)
+        box.get_title().set_parse_math(False)
+        for text, (label, _) in zip(box.get_texts(), legend, strict=True):  # also names that begin with _
+            text.set_text(label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…")
+            text.set_parse_math(False)
     elif values is not None and not is_categorical(values):
         finite = values[np.isfinite(values)]
         low, high = np.quantile(finite, [0.01, 0.99]) if len(finite) else (0.0, 1.0)
-        figure.colorbar(ScalarMappable(Normalize(low, high), "viridis"), ax=axes, label=name)
+        bar = figure.colorbar(ScalarMappable(Normalize(low, high), "viridis"), ax=axes)
+        bar.ax.set_ylabel(name or "", parse_math=False)
     return figure
+
+
+def figure_image(figure: Figure) -> Image.Image:
+    """A figure as an RGB image."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def hover_page(

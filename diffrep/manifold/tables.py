@@ -1,21 +1,30 @@
-"""Reading feature tables: NPY, NPZ, CSV, TSV, Parquet and AnnData (.h5ad)."""
+"""Feature tables: NPY, NPZ, CSV, TSV, Parquet and AnnData (.h5ad) files.
+
+pandas and the libraries that own the formats do the reading. What is left out of the features or had to be guessed is
+said in a `TableWarning`; a table that would silently lose a feature is refused.
+"""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffrep.manifold.text_tables import ROW_NAMES, TableError, TableWarning, read_text, reading, say
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+__all__ = ["Table", "TableError", "TableWarning", "read_table", "read_values"]
+
 Array = NDArray[Any]
 
-_INDEX_NAMES = ("", "index", "Unnamed: 0")  # what a written-out row number is called
-_SNIFF_ROWS = 200  # rows of a CSV file that decide which columns are numbers
+_INDEX_NAMES = ("index", "level_0", "rownames", "unnamed: 0")  # a written-out index, where its numbers grow
 
 
 @dataclass(frozen=True)
@@ -47,26 +56,30 @@ class Table:
         raise ValueError(f"there is no column {name!r}, only {shown or 'unnamed features'}")
 
 
-def read_table(path: str | Path, *, features: Sequence[str] = (), exclude: Sequence[str] = ()) -> Table:
+def read_table(
+    path: str | Path, *, features: Sequence[str] = (), exclude: Sequence[str] = (), color: str | None = None
+) -> Table:
     """Read a table of features.
 
     Args:
         path: .npy holds (n, d) numbers. .npz holds them under the name that `features` gives, or as its only
             two-dimensional array; arrays of n entries become columns. In .csv, .tsv and .parquet every column
-            of numbers is a feature, unless it numbers the rows. .h5ad holds them in X, or in the `obsm` entry
-            that `features` names, with the columns of `obs`.
+            of numbers is a feature, unless it names the rows. .h5ad holds them in X, or in the `obsm` entry
+            that `features` names (``X_pca``), with the columns of `obs`.
         features: the columns to take, or the one array of an .npz or .h5ad file; all where empty.
         exclude: columns that are no features.
+        color: a column that colours the points, and therefore is no feature unless `features` names it. (A gene of
+            an .h5ad file stays one.)
 
     Raises:
-        ValueError: the file cannot be read as such a table, or has no such column.
+        TableError: the file cannot be read as such a table, lacks a number, or has no such column.
         FileNotFoundError: there is no such file.
         ImportError: the format needs a library that is not installed.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    readers = {
+    readers: dict[str, Callable[[Path, _Choice], Table]] = {
         ".npy": _read_npy,
         ".npz": _read_npz,
         ".csv": _read_csv,
@@ -76,153 +89,182 @@ def read_table(path: str | Path, *, features: Sequence[str] = (), exclude: Seque
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ValueError(f"{path}: cannot read {path.suffix or 'a file without ending'}, only {', '.join(readers)}")
+        raise TableError(f"{path}: cannot read {path.suffix or 'a file without ending'}, only {', '.join(readers)}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty")
-    table = reader(path, tuple(features), tuple(exclude))
-    if table.features.ndim != 2 or 0 in table.features.shape:
-        raise ValueError(f"{path}: features must be rows by columns, got shape {table.features.shape}")
+        raise TableError(f"{path}: the file is empty")
+    choice = _Choice(tuple(features), tuple(exclude), color)
+    if both := set(features) & set(exclude):
+        raise TableError(f"{path}: {', '.join(sorted(both))} cannot be both a feature and excluded")
+    table = reader(path, choice)
+    shape = table.features.shape
+    if len(shape) != 2 or 0 in shape:
+        raise TableError(f"{path}: features must be rows by columns, got shape {shape}")
+    if shape[0] < 2:
+        raise TableError(f"{path}: has one row; a map needs at least two")
+    _check_numbers(path, table)
     return table
 
 
-def _read_npy(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) -> Table:
-    if features:
-        raise ValueError(f"{path}: an .npy file has no named columns, got features={', '.join(features)}")
-    try:
+def read_values(path: str | Path, rows: int) -> Array:
+    """One value for each row of a table, from an .npy file.
+
+    Raises:
+        TableError: the file cannot be read, or has another number of values.
+        FileNotFoundError: there is no such file.
+    """
+    values = _load_npy(Path(path))
+    if values.shape != (rows,):
+        raise TableError(f"{path}: needs one value for each of {rows} rows, got shape {values.shape}")
+    return values
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The columns that the caller wants as features, and those that must be none."""
+
+    features: tuple[str, ...]
+    exclude: tuple[str, ...]
+    color: str | None
+
+    @property
+    def ruled_out(self) -> set[str]:
+        return ({*self.exclude, self.color} if self.color else {*self.exclude}) - {*self.features}
+
+    def check(self, path: Path, names: Sequence[str], *, color: bool = True) -> None:
+        """Raise TableError where a name is none of the file's columns."""
+        wanted = [*self.features, *self.exclude, *([self.color] if self.color and color else [])]
+        if missing := [name for name in dict.fromkeys(wanted) if name not in names]:
+            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+            raise TableError(f"{path}: there is no column {', '.join(missing)}, only {shown or 'unnamed ones'}")
+
+
+def _load_npy(path: Path) -> Array:
+    with reading(path, ".npy file of numbers or strings"):
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: is no readable .npy file of numbers ({error})") from None
-    return Table(_as_float(values, path))
+        if not isinstance(values, np.ndarray):
+            raise TableError(f"{path}: is no .npy file but an archive; name it .npz")
+    return values
 
 
-def _read_npz(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) -> Table:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: is no readable .npz file of numbers and strings ({error})") from None
-    tables = [name for name, array in arrays.items() if array.ndim == 2]
-    chosen = list(features) or tables
+def _read_npy(path: Path, choice: _Choice) -> Table:
+    choice.check(path, [])
+    return Table(_as_float(_load_npy(path), path))
+
+
+def _read_npz(path: Path, choice: _Choice) -> Table:
+    arrays = {}
+    with (
+        reading(path, ".npz file of numbers and strings"),
+        path.open("rb") as opened,
+        np.load(opened, allow_pickle=False) as file,
+    ):
+        for name in file.files:
+            try:
+                arrays[name] = np.asarray(file[name])
+            except ValueError as error:  # an array of objects, which only a pickle could bring back
+                say(path, f"left out array {name!r} ({error})")
+    tables = [name for name, array in arrays.items() if array.ndim == 2 and array.dtype.kind in "fiub"]
+    chosen = list(choice.features) or tables
     if len(chosen) != 1 or chosen[0] not in tables:
-        raise ValueError(f"{path}: name one two-dimensional array, it has {', '.join(tables) or 'none'}")
+        raise TableError(f"{path}: name one two-dimensional array of numbers, it has {', '.join(tables) or 'none'}")
     values = _as_float(arrays[chosen[0]], path)
-    columns = {k: v for k, v in arrays.items() if v.shape in ((len(values),), (len(values), 1)) and k not in chosen}
-    return Table(values, (), {k: v.reshape(len(values)) for k, v in columns.items()})
+    shapes = ((len(values),), (len(values), 1))
+    columns = {k: _plain(v.reshape(-1)) for k, v in arrays.items() if v.shape in shapes and k not in chosen}
+    choice.check(path, [*columns, *chosen])
+    return Table(values, (), columns)
 
 
-def _read_csv(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) -> Table:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            first = [row for row, _ in zip(csv.reader(file, delimiter=delimiter), range(_SNIFF_ROWS), strict=False)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: is no text table ({error})") from None
-    first = [row for row in first if row]
-    if not first:
-        raise ValueError(f"{path}: the file has no rows")
-    has_header = not all(_is_number(cell) for cell in first[0])
-    names = first[0] if has_header else [f"column {k}" for k in range(len(first[0]))]
-    body = first[1:] if has_header else first
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"{path}: column names repeat: {', '.join(sorted(n for n in set(names) if names.count(n) > 1))}"
-        )
-    if any(len(row) != len(names) for row in body) or not body:
-        raise ValueError(f"{path}: rows must have {len(names)} cells like the first, and there must be some")
-    numeric = [all(_is_number(row[k]) for row in body) for k in range(len(names))]
-
-    def load(positions: list[int], dtype: Any) -> Array:
-        return np.loadtxt(
-            path,
-            delimiter=delimiter,
-            skiprows=int(has_header),
-            usecols=positions,
-            dtype=dtype,
-            ndmin=2,
-            quotechar='"',
-            comments=None,
-            encoding="utf-8-sig",
-        )
-
-    numbers = [k for k, is_number in enumerate(numeric) if is_number]
-    texts = [k for k, is_number in enumerate(numeric) if not is_number]
-    try:
-        values = load(numbers, np.float64) if numbers else np.empty((0, 0))
-        strings = load(texts, str) if texts else np.empty((0, 0))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    found = {names[k]: values[:, i] for i, k in enumerate(numbers)}
-    found |= {names[k]: strings[:, i] for i, k in enumerate(texts)}
-    return _from_columns(path, {name: found[name] for name in names}, features, exclude)
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_parquet(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) -> Table:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise ImportError("reading .parquet needs pyarrow: pip install pyarrow") from None
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: is no readable .parquet file ({error})") from None
-    columns = {name: table.column(name).to_numpy(zero_copy_only=False) for name in table.column_names}
-    return _from_columns(path, columns, features, exclude)
-
-
-def _read_h5ad(path: Path, features: tuple[str, ...], exclude: tuple[str, ...]) -> Table:
+def _read_h5ad(path: Path, choice: _Choice) -> Table:
     try:
         import anndata
     except ImportError:
         raise ImportError('reading .h5ad needs anndata: pip install "diffrep[manifold]"') from None
-    try:
+    with reading(path, ".h5ad file"):
         data = anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: is no readable .h5ad file ({error})") from None
-    if len(features) > 1 or any(name not in data.obsm for name in features):
         known = ", ".join(data.obsm.keys()) or "none"
-        raise ValueError(f"{path}: features of an .h5ad file are X or one obsm entry ({known}), got {features}")
-    values = data.obsm[features[0]] if features else data.X
-    if values is None:
-        raise ValueError(f"{path}: has no X; name an obsm entry: {', '.join(data.obsm.keys()) or 'there is none'}")
-    names = () if features else tuple(map(str, data.var_names))
-    columns = {str(name): np.asarray(data.obs[name]) for name in data.obs.columns}
-    return Table(_as_float(values, path), names, {k: _plain(v) for k, v in columns.items()})
+        if len(choice.features) > 1 or any(name not in data.obsm for name in choice.features):
+            got = ", ".join(choice.features)
+            raise TableError(f"{path}: features of an .h5ad file are X or one obsm entry ({known}), got {got}")
+        values = data.obsm[choice.features[0]] if choice.features else data.X
+        if values is None:
+            raise TableError(f"{path}: has no X; name an obsm entry with --features: {known}")
+        names = () if choice.features else tuple(map(str, data.var_names))
+        columns = {str(name): _shown(data.obs[name]) for name in data.obs.columns}
+        values = values.to_numpy() if hasattr(values, "to_numpy") else values
+        values = values.tocsr() if hasattr(values, "tocsr") else np.asarray(values)
+    choice.check(path, [*columns, *names, *choice.features])
+    left = [k for k, name in enumerate(names) if name not in choice.exclude]
+    if len(left) < len(names):
+        values, names = values[:, left], tuple(names[k] for k in left)
+    return Table(_as_float(values, path), names, columns)
 
 
-def _from_columns(
-    path: Path, columns: Mapping[str, Array], features: tuple[str, ...], exclude: tuple[str, ...]
+def _read_parquet(path: Path, choice: _Choice) -> Table:
+    try:
+        import pyarrow  # noqa: F401  # pandas would ask for one of two libraries
+    except ImportError:
+        raise ImportError('reading .parquet needs pyarrow: pip install "diffrep[manifold]"') from None
+    import pandas
+
+    with reading(path, ".parquet file"):
+        frame = pandas.read_parquet(path, engine="pyarrow")
+    frame.columns = [str(name) for name in frame.columns]
+    index, row_names = frame.index, ()
+    if not isinstance(index, pandas.RangeIndex):
+        row_names = (_free(str(index.name or ROW_NAMES), frame.columns),)
+        frame.insert(0, row_names[0], index if index.nlevels == 1 else list(map(str, index)))
+    return _from_frame(path, frame.reset_index(drop=True), choice, lambda row: f"row {row}", row_names)
+
+
+def _read_csv(path: Path, choice: _Choice) -> Table:
+    frame, place, row_names = read_text(path, choice.ruled_out)
+    return _from_frame(path, frame, choice, place, row_names)
+
+
+def _from_frame(
+    path: Path, frame: DataFrame, choice: _Choice, place: Callable[[int], str], row_names: Sequence[str]
 ) -> Table:
     """Numbers become features, the rest columns."""
-    if missing := [name for name in (*features, *exclude) if name not in columns]:
-        raise ValueError(f"{path}: there is no column {', '.join(missing)}, only {', '.join(columns)}")
-    chosen = list(features) or [
-        name
-        for name, values in columns.items()
-        if values.dtype.kind in "fiu" and name not in exclude and not _numbers_rows(name, values)
-    ]
+    names = list(frame.columns)
+    choice.check(path, names)
+    labels = {*choice.ruled_out, *row_names}
+    indices = [n for n in names if n not in choice.features and (n in row_names or _numbers_rows(n, frame[n]))]
+    for name in indices:
+        if not _counts(frame[name]) and name not in choice.ruled_out:
+            say(path, f"column {name!r} is taken for names of the rows, not for a feature")
+    numeric = [n for n in names if frame[n].dtype.kind in "fiu"]
+    chosen = list(choice.features) or [n for n in numeric if n not in labels and n not in indices]
+    if texts := [n for n in chosen if n not in numeric and frame[n].dtype.kind != "b"]:
+        raise TableError(f"{path}: features must be numbers, column {', '.join(texts)} is not")
     if not chosen:
-        raise ValueError(f"{path}: no column of numbers is left as a feature, of {', '.join(columns)}")
-    if texts := [name for name in chosen if columns[name].dtype.kind not in "fiub"]:
-        raise ValueError(f"{path}: features must be numbers, column {', '.join(texts)} is not")
-    values = np.stack([columns[name].astype(np.float64) for name in chosen], axis=1)
-    rest = {
-        name: _plain(column)
-        for name, column in columns.items()
-        if name not in chosen and not _numbers_rows(name, column)
-    }
+        raise TableError(f"{path}: no column of numbers is left as a feature, of {', '.join(names)}")
+    values = frame[chosen].to_numpy(dtype=np.float64, na_value=np.nan)
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, k = bad[0]
+        what = "no number" if np.isnan(values[row, k]) else f"{values[row, k]:g}"
+        raise TableError(
+            f"{path}: {place(int(row))}, column {chosen[k]!r} holds {what} ({len({*bad[:, 0].tolist()})} of"
+            f" {len(values)} rows lack one): fill them in, or leave the column out (--exclude {chosen[k]!r})"
+        )
+    rest = {n: _shown(frame[n]) for n in names if n not in chosen and not (n in indices and _counts(frame[n]))}
     return Table(values, tuple(chosen), rest)
 
 
-def _numbers_rows(name: str, values: Array) -> bool:
-    return name in _INDEX_NAMES and np.array_equal(values, np.arange(len(values)))
+def _numbers_rows(name: str, values: Series) -> bool:
+    """Whether a column is an index that was written out, whole or of some rows."""
+    return name.lower() in _INDEX_NAMES and values.dtype.kind in "iu" and bool((values.diff().dropna() > 0).all())
+
+
+def _counts(values: Series) -> bool:
+    return values.dtype.kind in "iu" and np.array_equal(values.to_numpy(), np.arange(len(values)))
+
+
+def _shown(values: Series) -> Array:
+    """A column that is no feature: numbers as numbers (missing ones NaN), dates, categories and the rest as text."""
+    if values.dtype.kind in "fiub":
+        return values.to_numpy(dtype=np.float64, na_value=np.nan) if values.isna().any() else values.to_numpy()
+    return _plain(values.astype(object).where(values.notna(), "").to_numpy())
 
 
 def _plain(values: Array) -> Array:
@@ -230,9 +272,32 @@ def _plain(values: Array) -> Array:
     return values if values.dtype.kind in "fiub" else np.array([str(v) for v in values])
 
 
+def _free(name: str, taken: Any) -> str:
+    """The name, with underscores where it is taken."""
+    return name if name not in taken else _free(f"_{name}", taken)
+
+
 def _as_float(values: Any, path: Path) -> Any:
     if values.dtype.kind not in "fiub":
-        raise ValueError(f"{path}: features must be numbers, got {values.dtype}")
+        raise TableError(f"{path}: features must be numbers, got {values.dtype}")
     if values.dtype in (np.float32, np.float64):
         return values
     return values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
+
+
+def _check_numbers(path: Path, table: Table) -> None:
+    """Raise TableError for the first feature that is NaN or infinite."""
+    values = table.features
+    sparse = hasattr(values, "tocoo")
+    data = values.data if sparse else values
+    if np.isfinite(data).all():
+        return
+    if sparse:
+        entries = values.tocoo()
+        bad = ~np.isfinite(entries.data)
+        row, column, value = min(zip(entries.row[bad], entries.col[bad], entries.data[bad], strict=True))
+    else:
+        row, column = np.argwhere(~np.isfinite(values))[0]
+        value = values[row, column]
+    name = repr(table.feature_names[column]) if table.feature_names else str(column)
+    raise TableError(f"{path}: row {row}, column {name} is {value} (counted from 0): features must be numbers")

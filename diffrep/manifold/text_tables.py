@@ -1,0 +1,250 @@
+"""Text tables (.csv, .tsv) as data frames: what the first line is, which cells are numbers, and where the bad ones are.
+
+What is left out or guessed is said in a `TableWarning`; a table that would silently lose a column of numbers is
+refused.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pandas import DataFrame, Series
+
+ROW_NAMES = "row name"  # what a column without a name is called
+_SNIFF_ROWS = 200  # rows of a text file that are looked at before it is read
+_MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "<na>")
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
+_CODE = re.compile(r"[+-]?0\d+")  # 007 is a name, not a number
+
+
+class TableError(ValueError):
+    """A file that cannot be read as a table of features; the message begins with its path."""
+
+
+class TableWarning(UserWarning):
+    """Something about a table was left out or guessed."""
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever a library raises about a damaged file into a TableError."""
+    try:
+        yield
+    except (TableError, ImportError, FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise zip, struct, attribute and recursion errors, among others
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise TableError(f"{path}: is no readable {what} ({reason})") from None
+
+
+def say(path: Path, text: str) -> None:
+    warnings.warn(f"{path}: {text}", TableWarning, stacklevel=2)
+
+
+def read_text(path: Path, labels: set[str]) -> tuple[DataFrame, Callable[[int], str], tuple[str, ...]]:
+    """Read a .csv or .tsv file.
+
+    Args:
+        labels: columns that are no features, whose cells stay as they are.
+
+    Returns:
+        The frame; the place of a row in the file, for messages; the columns that name the rows.
+
+    Raises:
+        TableError: it is no table, or a column of numbers holds something else.
+    """
+    import pandas
+
+    with reading(path, "text table in UTF-8"):
+        layout = _Layout.of(path)
+        options: dict[str, Any] = {
+            "sep": layout.delimiter,
+            "header": None,
+            "names": range(len(layout.names)),
+            "skiprows": layout.skip,
+            "encoding": "utf-8-sig",
+            "index_col": False,
+            "skipinitialspace": True,
+            "low_memory": False,
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pandas.errors.ParserWarning)  # a row with too many cells
+            codes = dict.fromkeys(layout.codes, str)
+            frame = pandas.read_csv(path, float_precision="round_trip", dtype=codes, **options)
+            texts = [k for k in frame.columns if frame[k].dtype.kind not in "fiub"]
+            if texts:  # as they stand in the file: a label may be called NA
+                raw = pandas.read_csv(path, usecols=texts, dtype=str, keep_default_na=False, **options)
+                frame[texts] = raw[texts]
+    frame.columns = list(layout.names)
+    empty = frame.isna() | (frame == "")
+    if (blank := empty.all(axis=1)).any():
+        say(path, f"left out {blank.sum()} rows without any cell")
+        frame, empty = frame[~blank], empty[~blank]
+    if unused := [name for name in frame.columns if empty[name].all()]:
+        say(path, f"left out columns without any cell: {', '.join(unused)}")
+        frame = frame.drop(columns=unused)
+    if frame.empty:
+        raise TableError(f"{path}: holds no rows of cells")
+
+    rows = frame.index.to_numpy()
+
+    def place(row: int) -> str:
+        return f"line {layout.line_of(int(rows[row]))}"
+
+    frame = frame.reset_index(drop=True)
+    for name in frame.columns:
+        if frame[name].dtype.kind == "O" and name not in labels and name not in layout.row_names:
+            frame[name] = _numbers_in_text(path, name, frame[name], layout, place)
+    return frame, place, layout.row_names
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the first rows of a text file say about it.
+
+    Attributes:
+        names: of its columns.
+        skip: physical lines before the first row of cells.
+        codes: positions of columns whose digits are no numbers, such as 007.
+        row_names: the column that names the rows, if any.
+    """
+
+    path: Path
+    delimiter: str
+    names: tuple[str, ...]
+    skip: int
+    codes: tuple[int, ...]
+    row_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: Path) -> _Layout:
+        delimiter = _delimiter(path)
+        lines: list[tuple[int, list[str]]] = []  # (physical lines up to and with this row, its cells)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    lines.append((reader.line_num, [cell.strip() for cell in cells]))
+                if len(lines) > _SNIFF_ROWS:
+                    break
+            else:
+                if not lines:
+                    raise TableError(f"{path}: holds no rows of cells")
+        first, body = lines[0][1], [cells for _, cells in lines[1:]]
+        if not _is_header(path, first, body):
+            names, skip, body = [f"column {k}" for k in range(len(first))], lines[0][0] - 1, [first, *body]
+        else:
+            names, skip = first, lines[0][0]
+            if not body:
+                raise TableError(f"{path}: has a header, but no rows")
+        row_names = ""
+        if len(body[0]) == len(names) + 1:  # R leaves out the name of its row names; others end rows with a delimiter
+            trailing = all(not cells[-1] for cells in body)
+            names = [*names, ""] if trailing else [ROW_NAMES, *names]
+            row_names = "" if trailing else ROW_NAMES
+            if not trailing:
+                say(path, "rows have one cell more than the header: the first is taken for the row's name")
+        elif names[0] == "" and len(names) > 1:
+            names = [ROW_NAMES, *names[1:]]
+            row_names = ROW_NAMES
+        names = [name or f"column {k}" for k, name in enumerate(names)]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise TableError(f"{path}: column names repeat: {', '.join(repeated)}")
+        codes = [k for k in range(len(names)) if any(k < len(row) and _CODE.fullmatch(row[k]) for row in body)]
+        return cls(path, delimiter, tuple(names), skip, tuple(codes), (row_names,) if row_names else ())
+
+    def line_of(self, row: int) -> int:
+        """The physical line on which a row of cells begins, counted from 1."""
+        with self.path.open(newline="", encoding="utf-8-sig") as file:
+            for _ in range(self.skip):
+                file.readline()
+            reader = csv.reader(file, delimiter=self.delimiter)
+            begin = 0
+            for cells in reader:
+                if cells:
+                    if row == 0:
+                        return self.skip + begin + 1
+                    row -= 1
+                begin = reader.line_num
+        return self.skip + begin
+
+
+def _delimiter(path: Path) -> str:
+    """Tabs in .tsv, commas in .csv; another one where the first line has no comma, which is said."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8-sig") as file:
+        first = next((line for line in file if line.strip()), "")
+    for other, name in ((";", "semicolons"), ("\t", "tabs")):
+        if other in first and "," not in first:
+            say(path, f"cells are taken to be separated by {name}")
+            return other
+    return ","
+
+
+def _is_header(path: Path, first: list[str], body: list[list[str]]) -> bool:
+    """Whether the first row names the columns."""
+    numbers = [_is_number(cell) for cell in first]
+    if not any(numbers):
+        return any(first)
+    if all(numbers):
+        count = list(range(len(first)))
+        if first in ([str(k) for k in count], [str(k + 1) for k in count]):
+            say(path, f"the first line ({', '.join(first[:4])}...) is taken for column names, not for a row")
+            return True
+        return False
+    if any(number and not cell.isdigit() for number, cell in zip(numbers, first, strict=True)):
+        say(path, "the first line holds fractions: it is taken for a row, not for column names")
+        return False
+    if body and "" not in first:
+        say(path, f"the first line ({', '.join(first[:4])}...) is taken for column names")
+    return True
+
+
+def _numbers_in_text(path: Path, name: str, cells: Series, layout: _Layout, place: Callable[[int], str]) -> Any:
+    """A column of text as numbers, where it holds such; refused where some cells of a column of numbers are none."""
+    import pandas
+
+    raw = cells.astype(str).str.strip()
+    missing = raw.str.lower().isin(_MISSING)
+    codes = raw.str.fullmatch(_CODE.pattern)
+    numbers = pandas.to_numeric(raw.mask(missing | codes), errors="coerce")
+    written = raw[~missing & numbers.isna()]
+    commas = [(_THOUSANDS, "thousands", ""), (_DECIMAL_COMMA, "decimals", ".")]
+    for pattern, what, instead in commas if layout.delimiter == "," else commas[::-1]:
+        if len(written) and written.str.fullmatch(pattern.pattern).all():
+            say(path, f"column {name!r}: commas are taken to mark {what}")
+            numbers = pandas.to_numeric(raw.mask(missing).str.replace(",", instead), errors="coerce")
+            written = written[:0]
+            break
+    share = float(numbers.notna().mean())
+    if not len(written):
+        return numbers.to_numpy(dtype=np.float64)
+    if share >= 0.5:
+        row = int(written.index[0])
+        raise TableError(
+            f"{path}: {place(row)}, column {name!r} holds {raw[row]!r} where other rows have numbers:"
+            f" mend it, or leave the column out (--exclude {name!r})"
+        )
+    if share > 0:
+        say(path, f"column {name!r} is taken for text, though {share:.0%} of its cells are numbers")
+    return cells
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return "_" not in cell
