@@ -60,6 +60,8 @@ class HomographySettings:
             raise ValueError(f"zoom must be a range inside (0, 1], got {self.zoom}")
         if self.views < 1 or self.points < 2:
             raise ValueError(f"views must be >= 1 and points >= 2, got {self.views} and {self.points}")
+        if not (math.isfinite(self.rotation) and self.rotation >= 0 and 0 <= self.seed < 2**31):
+            raise ValueError(f"rotation and seed must not be negative, got {self.rotation} and {self.seed}")
         if not 0 <= self.perspective < 0.25:
             raise ValueError(f"perspective must be in [0, 0.25), or views fold over, got {self.perspective}")
 

@@ -7,6 +7,7 @@ that it has; they are of another model, another data set and far longer training
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -77,6 +78,13 @@ class AblationSettings:
     ddim_steps: int = 10  # when variants trained on all timesteps predict
     seed: int = 21
     held_out: int = 160  # scenes that they are measured on
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "ddim_steps", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
 
     def fit(self) -> FitSettings:
         """The settings of every variant's training."""

@@ -8,8 +8,32 @@ from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
+from diffrep.scenes import CATEGORIES
+
+LARGEST = 4096  # side of a rendered image, pixels
 Job = TypeVar("Job")
 Rendered = TypeVar("Rendered")
+
+
+def check_scenes(*, size: int, categories: Sequence[str], **counts: int) -> None:
+    """Refuse settings of which no scenes can be rendered.
+
+    Args:
+        counts: by the name of the setting; ``workers``, ``first`` and ``seed`` may be 0.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if not 16 <= size <= LARGEST:
+        raise ValueError(f"size must be 16 to {LARGEST} pixels, got {size}")
+    if not categories:
+        raise ValueError("categories must name at least one")
+    if unknown := sorted(set(categories) - set(CATEGORIES)):
+        raise ValueError(f"no category {', '.join(unknown)}; there are {', '.join(CATEGORIES)}")
+    for name, count in counts.items():
+        least = 0 if name in ("workers", "first", "seed") else 1
+        if not least <= count < 2**31:
+            raise ValueError(f"{name} must be at least {least}, got {count}")
 
 
 def rendered(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -118,8 +119,10 @@ def bootstrap(
     Args:
         statistic: (draws, count) indices of samples -> (draws,) values; NaN values are left out.
     """
-    values = statistic(np.random.default_rng(0).integers(count, size=(draws, count)))
-    low, high = np.nanquantile(values, [0.025, 0.975])
+    with warnings.catch_warnings():  # a draw may consist of samples that have no value
+        warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice", RuntimeWarning)
+        values = statistic(np.random.default_rng(0).integers(count, size=(draws, count)))
+        low, high = np.nanquantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from diffrep.alignment import align_depth
 from diffrep.eval.cache import ImageResults
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics, mean_metrics
-from diffrep.eval.rendering import rendered
+from diffrep.eval.rendering import check_scenes, rendered
 from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.files import claim_folder, write_whole
 from diffrep.heads.training.dense import OneStepModel, Task, predict_maps
@@ -46,10 +46,10 @@ class SceneMapSettings:
     workers: int = 1  # processes that render ahead; 0: none beside this one
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.batch_size < 1:
-            raise ValueError(f"count and batch_size must be at least 1, got {self.count} and {self.batch_size}")
-        if unknown := sorted(set(self.categories) - set(CATEGORIES)):
-            raise ValueError(f"no category {', '.join(unknown)}; there are {', '.join(CATEGORIES)}")
+        check_scenes(
+            size=self.size, categories=self.categories, count=self.count, batch_size=self.batch_size,
+            first=self.first, workers=self.workers,
+        )  # fmt: skip
 
 
 def scene_jobs(settings: SceneMapSettings) -> list[tuple[int, str, int]]:

@@ -9,6 +9,7 @@ interval is a bootstrap over pairs.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from diffrep.eval.matchers import FUSED, Extractor, Matcher, View
 from diffrep.eval.pck import PairCount, Pck, chance_within, difference_interval, within
-from diffrep.eval.rendering import rendered
+from diffrep.eval.rendering import check_scenes, rendered
 from diffrep.eval.report import Report, Section, with_interval
 from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, mirror, render_scene, scene_pairs, shared_keypoints
 
@@ -40,12 +41,12 @@ class ScenesSettings:
     workers: int = 2  # processes that render ahead; 0: none beside this one
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.categories) - set(CATEGORIES)):
-            raise ValueError(f"no category {', '.join(unknown)}; there are {', '.join(CATEGORIES)}")
-        if self.per_category < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"per_category and batch_size must be at least 1, got {self.per_category} and {self.batch_size}"
-            )
+        check_scenes(
+            size=self.size, categories=self.categories, per_category=self.per_category, batch_size=self.batch_size,
+            seed=self.seed, workers=self.workers,
+        )  # fmt: skip
+        if not self.alphas or not all(0 < alpha < math.inf for alpha in self.alphas):
+            raise ValueError(f"alphas must be shares above 0, got {self.alphas}")
 
 
 @dataclass(frozen=True)

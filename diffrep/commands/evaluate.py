@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from diffrep.commands.options import DeviceOptions, ReportOptions
+from diffrep.devices import resolve_device
 from diffrep.eval.cache import Kept
 from diffrep.eval.correspondence import Search, evaluate_pairs
 from diffrep.eval.correspondence_report import CorrespondenceReport
@@ -48,7 +49,7 @@ class Scenes(ReportOptions, DeviceOptions):
 
     def run(self) -> None:
         self.check_output()
-        whole = Correspondence(self.recipe, device=self.device)
+        whole = Correspondence(self.recipe, device=resolve_device(self.device))
         self.show(compare(evaluate_scenes, whole, self.settings, box=True))
 
 
@@ -61,7 +62,7 @@ class Homography(ReportOptions, DeviceOptions):
 
     def run(self) -> None:
         self.check_output()
-        whole = Correspondence(self.recipe, device=self.device)
+        whole = Correspondence(self.recipe, device=resolve_device(self.device))
         self.show(compare(evaluate_homographies, whole, self.settings, box=False))
 
 
@@ -75,7 +76,7 @@ class Synthesis(ReportOptions, DeviceOptions):
 
     def run(self) -> None:
         self.check_output()
-        model = load_synthesis(self.model, device=self.device)
+        model = load_synthesis(self.model, device=resolve_device(self.device))
         self.show(evaluate_synthesis(model, self.settings, self.sampling))
 
 
@@ -141,14 +142,14 @@ class EvalCorrespondence(DeviceOptions):
 
     def _evaluated(self) -> Report:
         if self.benchmark == "scenes":
-            return compare(evaluate_scenes, Correspondence(self.recipe, device=self.device), box=True)
+            return compare(evaluate_scenes, Correspondence(self.recipe, device=resolve_device(self.device)), box=True)
         if self.data is None:
             raise ValueError(f"benchmark {self.benchmark} needs --data, the folder of the data set")
         if self.benchmark == "tss":
             flows = read_tss(self.data, subsets=self.categories or None)
             return evaluate_flow(
                 flows,
-                Correspondence(self.recipe, device=self.device),
+                Correspondence(self.recipe, device=resolve_device(self.device)),
                 self.output,
                 search="sd-dino" if self.search == "protocol" else "recipe",
                 keep=self.keep,
@@ -160,7 +161,7 @@ class EvalCorrespondence(DeviceOptions):
         return evaluate_pairs(
             pairs,
             protocol,
-            Correspondence(self.recipe, device=self.device),
+            Correspondence(self.recipe, device=resolve_device(self.device)),
             self.output,
             search=self.search,
             pose=self.pose,

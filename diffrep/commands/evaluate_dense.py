@@ -16,6 +16,7 @@ from torch import Tensor
 from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import DeviceOptions, ReportOptions
 from diffrep.commands.train_one_step import open_set
+from diffrep.devices import resolve_device
 from diffrep.eval.datasets.dense_images import DEPTH_BENCHMARKS, open_depth_set, open_normal_set
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_depth, evaluate_normals
 from diffrep.eval.one_step_ablation import AblationSettings, run_ablation
@@ -81,7 +82,7 @@ class EvalDepth(DenseEvaluation):
 
     def run(self) -> None:
         self.check_output()
-        head = load_head(self.head, task=self.task, device=self.device)
+        head = load_head(self.head, task=self.task, device=resolve_device(self.device))
         if head.task == "normals":
             raise ValueError(f"{self.head} predicts normals: `diffrep eval normals` measures them")
         if self.benchmark == "scenes":
@@ -111,7 +112,7 @@ class EvalNormals(DenseEvaluation):
 
     def run(self) -> None:
         self.check_output()
-        head = load_head(self.head, task="normals", device=self.device)
+        head = load_head(self.head, task="normals", device=resolve_device(self.device))
         if self.benchmark == "scenes":
             self._finish(self._scenes(head))
             return
@@ -148,7 +149,7 @@ class EvalSegmentation(ReportOptions, DeviceOptions):
         self.show(self._scenes() if self.benchmark == "scenes" else self._dis())
 
     def _load(self, name: str) -> SegmentationHead:
-        return load_segmentation(name, base=self.base, device=self.device)
+        return load_segmentation(name, base=self.base, device=resolve_device(self.device))
 
     def _scenes(self) -> MaskReport:
         head = self._load(self.head)

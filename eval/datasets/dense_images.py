@@ -394,8 +394,10 @@ def _oasis(data: bytes, name: str, height: int, width: int) -> tuple[np.ndarray,
     normals, mask = np.zeros((height, width, 3), np.float32), np.zeros((height, width), bool)
     try:
         box = np.asarray(values["normal"], dtype=np.float32)
-        rows = slice(int(values["min_y"]), int(values["max_y"]) + 1)
-        columns = slice(int(values["min_x"]), int(values["max_x"]) + 1)
+        top, bottom, left, right = (int(values[side]) for side in ("min_y", "max_y", "min_x", "max_x"))
+        if box.shape != (bottom + 1 - top, right + 1 - left, 3) or min(top, left) < 0:
+            raise ValueError(f"{box.shape} for rows {top} to {bottom} and columns {left} to {right}")
+        rows, columns = slice(top, bottom + 1), slice(left, right + 1)
         normals[rows, columns] = box * np.array([-1, -1, 1], np.float32)
         mask[rows, columns] = (box != 0).any(-1)
     except (KeyError, TypeError, ValueError, OverflowError) as error:

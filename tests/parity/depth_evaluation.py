@@ -147,16 +147,25 @@ def _check_box(mask: torch.Tensor, box: dict[str, list[int]]) -> None:
 
 def check_harness(folder: Path, case: dict[str, Any]) -> None:
     rel = case["tolerance"]["rtol"]
+    for side, dataset, formula in (
+        ("depth", "ScanNet layout", {"least_square": "y = 0.7R+0.2G+0.1B", "least_square_disparity": "1 - 0.9*y"}),
+        ("normals", "dsine_eval/nyuv2 layout", "0.9*img+0.05"),
+    ):
+        assert case[side]["dataset"].startswith(dataset)
+        predictors = case[side]["predictor"]
+        if isinstance(formula, str):
+            assert predictors.startswith(formula)
+        else:
+            assert all(predictors[name].startswith(text) for name, text in formula.items())
     for run in each(case["depth"]["runs"]):
         assert run["alignment"] in ("least_square", "least_square_disparity")
         disparity = run["alignment"] == "least_square_disparity"
-        (config,) = each([run["config"]], describing=run["config"])
+        config = run["config"]
         protocol = DepthProtocol(
             space="disparity" if disparity else "depth",
             side=config.get("processing_res"),
             fit_size=config.get("alignment_max_res"),
         )
-        assert not config.unread, f"not read: {sorted(config.unread)}"
 
         def predict(image: torch.Tensor, disparity: bool = disparity) -> torch.Tensor:
             y = torch.einsum("c,chw->hw", torch.tensor([0.7, 0.2, 0.1]), image.float()) / 255
