@@ -18,54 +18,90 @@ _checkout.install()
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, TapInfo, load_backbone
+    from diffrep.draw import draw_components, draw_field, draw_heat, draw_matches
     from diffrep.features import ExtractConfig, FeatureMaps, extract, extract_each
     from diffrep.fusion import Descriptors, Fusion, Part, fuse
     from diffrep.heads.loading import load_head
+    from diffrep.heads.probes import load_probe
     from diffrep.images import Placement, Sizing, load_image
+    from diffrep.manifold import HeatGeodesicEmbedding
+    from diffrep.masks import load_mask
     from diffrep.matching import MatchConfig, match_dense, match_points
     from diffrep.recipes import Correspondence, Recipe, recipe
     from diffrep.refinement import refine
     from diffrep.store import Store, open_store
     from diffrep.swap import swap_appearance
+    from diffrep.synthesis import load_synthesis, synthesize
+    from diffrep.tasks import pipeline
 
 __version__ = "0.1.0"
 
-_HOME = {  # public name -> module that defines it
-    "Backbone": "diffrep.backbones",
-    "Correspondence": "diffrep.recipes",
-    "Descriptors": "diffrep.fusion",
-    "ExtractConfig": "diffrep.features",
-    "FeatureMaps": "diffrep.features",
-    "Fusion": "diffrep.fusion",
-    "MatchConfig": "diffrep.matching",
-    "Part": "diffrep.fusion",
-    "Placement": "diffrep.images",
-    "Recipe": "diffrep.recipes",
-    "Sizing": "diffrep.images",
-    "Store": "diffrep.store",
-    "TapInfo": "diffrep.backbones",
-    "extract": "diffrep.features",
-    "extract_each": "diffrep.features",
-    "fuse": "diffrep.fusion",
-    "load_backbone": "diffrep.backbones",
-    "load_head": "diffrep.heads.loading",
-    "load_image": "diffrep.images",
-    "match_dense": "diffrep.matching",
-    "match_points": "diffrep.matching",
-    "open_store": "diffrep.store",
-    "recipe": "diffrep.recipes",
-    "refine": "diffrep.refinement",
-    "swap_appearance": "diffrep.swap",
+_MODULES = {  # module -> the public names that it defines, in the order in which one meets them
+    "diffrep.images": (
+        "load_image",
+        "Sizing",
+        "Placement",
+    ),
+    "diffrep.masks": ("load_mask",),
+    "diffrep.tasks": ("pipeline",),
+    "diffrep.backbones": (
+        "load_backbone",
+        "Backbone",
+        "TapInfo",
+    ),
+    "diffrep.features": (
+        "extract",
+        "extract_each",
+        "ExtractConfig",
+        "FeatureMaps",
+    ),
+    "diffrep.fusion": (
+        "Fusion",
+        "Part",
+        "fuse",
+        "Descriptors",
+    ),
+    "diffrep.matching": (
+        "MatchConfig",
+        "match_points",
+        "match_dense",
+    ),
+    "diffrep.recipes": (
+        "Correspondence",
+        "Recipe",
+        "recipe",
+    ),
+    "diffrep.swap": ("swap_appearance",),
+    "diffrep.refinement": ("refine",),
+    "diffrep.draw": (
+        "draw_matches",
+        "draw_field",
+        "draw_components",
+        "draw_heat",
+    ),
+    "diffrep.heads.loading": ("load_head",),
+    "diffrep.heads.probes": ("load_probe",),
+    "diffrep.manifold": ("HeatGeodesicEmbedding",),
+    "diffrep.synthesis": (
+        "load_synthesis",
+        "synthesize",
+    ),
+    "diffrep.store": (
+        "open_store",
+        "Store",
+    ),
 }
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "load_image",
     "Sizing",
     "Placement",
+    "load_mask",
+    "pipeline",
     "load_backbone",
     "Backbone",
     "TapInfo",
-    "load_head",
     "extract",
     "extract_each",
     "ExtractConfig",
@@ -82,6 +118,15 @@ __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "recipe",
     "swap_appearance",
     "refine",
+    "draw_matches",
+    "draw_field",
+    "draw_components",
+    "draw_heat",
+    "load_head",
+    "load_probe",
+    "HeatGeodesicEmbedding",
+    "load_synthesis",
+    "synthesize",
     "open_store",
     "Store",
 ]

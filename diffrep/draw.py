@@ -9,18 +9,24 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffrep.files import printable
 from diffrep.fusion import Descriptors
 from diffrep.matching import DenseMatches, Matches
+from diffrep.pictures import (
+    GAP,
+    HEIGHT,
+    INK,
+    PAPER,
+    component_colours,
+    paste_inside,
+    shortened,
+    side_by_side,
+    sized_font,
+    stacked,
+)
 
-HEIGHT = 360  # of each image in a picture, pixels
-_WIDEST = 4  # times its height: wider images are drawn smaller, so that a thin one needs no more memory than another
-_GAP = 14
-_PAPER = (250, 250, 248)
-_INK = (32, 36, 40)
 RIGHT, WRONG = (46, 160, 98), (214, 69, 65)
 
 
@@ -33,34 +39,6 @@ def point_colours(count: int) -> list[tuple[int, int, int]]:
 def _hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
     r, g, b = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
     return round(255 * r), round(255 * g), round(255 * b)
-
-
-def side_by_side(
-    images: Sequence[Image.Image], *, titles: Sequence[str] = (), height: int = HEIGHT
-) -> tuple[Image.Image, list[tuple[float, float, float]]]:
-    """Images of one height in a row, with titles above.
-
-    Returns:
-        The picture, and for each image (left, top, scale): image point p lies at (left, top) + scale * (p + 0.5).
-    """
-    title_height = 30 if titles else 0
-    scales = [min(height / image.height, _WIDEST * height / image.width) for image in images]
-    sizes = [
-        (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        for image, scale in zip(images, scales, strict=True)
-    ]
-    total = sum(width for width, _ in sizes) + _GAP * (len(images) - 1)
-    row = max(tall for _, tall in sizes)
-    picture = Image.new("RGB", (total, row + title_height), _PAPER)
-    pen, places, left = ImageDraw.Draw(picture), [], 0
-    for i, (image, size, scale) in enumerate(zip(images, sizes, scales, strict=True)):
-        top = title_height + (row - size[1]) // 2
-        picture.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
-        if i < len(titles):
-            pen.text((left + 2, 6), printable(titles[i]), fill=_INK, font=_font(17))
-        places.append((float(left), float(top), scale))
-        left += size[0] + _GAP
-    return picture, places
 
 
 def draw_matches(
@@ -136,11 +114,7 @@ def _dot(
     pen.ellipse([x - inner, y - inner, x + inner, y + inner], fill=(255, 255, 255, 255))
     pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(*colour, 255))
     if label:
-        pen.text((x, y), label, fill=(20, 20, 20, 255), font=_font(round(radius * 1.25)), anchor="mm")
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
+        pen.text((x, y), label, fill=(20, 20, 20, 255), font=sized_font(round(radius * 1.25)), anchor="mm")
 
 
 def colour_wheel(points: Tensor, box: tuple[float, float, float, float]) -> np.ndarray:
@@ -218,25 +192,9 @@ def draw_components(
 
     Equal colours mean similar features, across images too.
     """
-    cells = [d.rows().joined() for d in descriptors]
-    together = torch.cat(cells)
-    centred = together - together.mean(0)
-    _, _, directions = torch.linalg.svd(centred.double(), full_matrices=False)
-    directions = directions[:3]
-    signs = torch.where(directions.gather(1, directions.abs().argmax(1, keepdim=True)) < 0, -1.0, 1.0)
-    scores = centred.double() @ (directions * signs).T
-    low, high = scores.quantile(0.01, dim=0), scores.quantile(0.99, dim=0)
-    colours = ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
-    maps = []
-    for image, own, d in zip(images, colours.split([len(c) for c in cells]), descriptors, strict=True):
-        pixels = (255 * own).byte().unflatten(0, d.size).cpu().numpy()
-        maps.append(Image.fromarray(pixels).resize(image.size, Image.Resampling.BICUBIC))
-    top, _ = side_by_side(images, height=height)
-    bottom, _ = side_by_side(maps, height=height)
-    picture = Image.new("RGB", (top.width, top.height + bottom.height + _GAP), _PAPER)
-    picture.paste(top, (0, 0))
-    picture.paste(bottom, (0, top.height + _GAP))
-    return picture
+    colours = component_colours([d.vectors() for d in descriptors])
+    maps = [colour.resize(image.size, Image.Resampling.BICUBIC) for image, colour in zip(images, colours, strict=True)]
+    return stacked([side_by_side(row, height=height)[0] for row in (images, maps)])
 
 
 def draw_heat(
@@ -292,22 +250,22 @@ _HEAT = ((12, 8, 38), (66, 10, 104), (128, 31, 108), (188, 55, 84), (237, 105, 3
 
 def _ring(pen: ImageDraw.ImageDraw, centre: tuple[float, float]) -> None:
     x, y = centre
-    for radius, colour, width in ((9, _INK, 5), (8, (255, 255, 255), 3)):
+    for radius, colour, width in ((9, INK, 5), (8, (255, 255, 255), 3)):
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour, width=width)
 
 
 def _with_scale(picture: Image.Image, low: float, high: float) -> Image.Image:
     """The picture with a bar of the heat colours at its right, labelled with both ends."""
     bar, labels = 16, (f"{high:.3g}", f"{low:.3g}")
-    room = _GAP + bar + 8 + max(round(_font(14).getlength(label)) for label in labels) + 6
-    wide = Image.new("RGB", (picture.width + room, picture.height), _PAPER)
+    room = GAP + bar + 8 + max(round(sized_font(14).getlength(label)) for label in labels) + 6
+    wide = Image.new("RGB", (picture.width + room, picture.height), PAPER)
     wide.paste(picture, (0, 0))
     shares = np.linspace(1, 0, picture.height)[:, None].repeat(bar, axis=1)
-    left = picture.width + _GAP
+    left = picture.width + GAP
     wide.paste(Image.fromarray(heat_colours(shares)), (left, 0))
     pen = ImageDraw.Draw(wide)
-    pen.text((left + bar + 8, 4), labels[0], fill=_INK, font=_font(14))
-    pen.text((left + bar + 8, picture.height - 20), labels[1], fill=_INK, font=_font(14))
+    pen.text((left + bar + 8, 4), labels[0], fill=INK, font=sized_font(14))
+    pen.text((left + bar + 8, picture.height - 20), labels[1], fill=INK, font=sized_font(14))
     return wide
 
 
@@ -330,48 +288,26 @@ def draw_contact_sheet(
     """
     columns = max(1, min(columns, len(found)))
     rows, line = max(2, -(-len(found) // columns)), 26
-    cell = (side + _GAP, side + line + _GAP)
+    cell = (side + GAP, side + line + GAP)
     large = 2 * side + line
-    sheet = Image.new("RGB", (large + 2 * _GAP + columns * cell[0] + _GAP, rows * cell[1] + _GAP), _PAPER)
+    sheet = Image.new("RGB", (large + 2 * GAP + columns * cell[0] + GAP, rows * cell[1] + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
-    left, top, scale = _paste_inside(sheet, image, (_GAP, _GAP), large)
+    left, top, scale = paste_inside(sheet, image, (GAP, GAP), large)
     if point is not None:
         _ring(pen, (left + scale * (point[0] + 0.5), top + scale * (point[1] + 0.5)))
     if box is not None:
         x0, y0, x1, y1 = ((o + scale * (v + 0.5)) for o, v in zip((left, top, left, top), box, strict=True))
-        for inset, colour in ((-1, _INK), (0, _PAPER), (1, _INK)):
+        for inset, colour in ((-1, INK), (0, PAPER), (1, INK)):
             pen.rectangle((x0 + inset, y0 + inset, x1 - inset, y1 - inset), outline=colour)
-    font = _font(13)
+    font = sized_font(13)
     for number, (picture, caption, place) in enumerate(found):
-        corner = (large + 3 * _GAP + number % columns * cell[0], _GAP + number // columns * cell[1])
+        corner = (large + 3 * GAP + number % columns * cell[0], GAP + number // columns * cell[1])
         if picture is None:
             pen.rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline=(200, 200, 196))
-            pen.text((corner[0] + 8, corner[1] + side / 2), "the image is gone", fill=_INK, font=font)
+            pen.text((corner[0] + 8, corner[1] + side / 2), "the image is gone", fill=INK, font=font)
         else:
-            left, top, scale = _paste_inside(sheet, picture, corner, side)
+            left, top, scale = paste_inside(sheet, picture, corner, side)
             if place is not None:
                 _ring(pen, (left + scale * (place[0] + 0.5), top + scale * (place[1] + 0.5)))
-        pen.text((corner[0], corner[1] + side + 4), shortened(caption, side, font), fill=_INK, font=font)
+        pen.text((corner[0], corner[1] + side + 4), shortened(caption, side, font), fill=INK, font=font)
     return sheet
-
-
-def shortened(caption: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """A caption of one line, at most `width` pixels wide: its start (a score) and its end (of a name) say most."""
-    caption = printable(caption)
-    text = caption
-    for cut in range(9, len(caption)):
-        if font.getlength(text) <= width:
-            break
-        text = f"{caption[:7]}…{caption[cut:]}"
-    return text
-
-
-def _paste_inside(
-    sheet: Image.Image, image: Image.Image, corner: tuple[int, int], side: int
-) -> tuple[float, float, float]:
-    """Put an image into a square, aspect kept; (left, top, scale) as `side_by_side` has them."""
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    left, top = corner[0] + (side - size[0]) // 2, corner[1] + (side - size[1]) // 2
-    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
-    return float(left), float(top), scale

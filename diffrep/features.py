@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.backbones import Backbone, Grid
+from diffrep.backbones import Backbone, Grid, load_backbone
 from diffrep.images import ImageLike, Placement, fit_image, load_image, stack_pixels
+from diffrep.pictures import component_colours, side_by_side, stacked
+from diffrep.results import Result
 from diffrep.settings import ExtractConfig
 
 
-@dataclass(frozen=True)
-class FeatureMaps:
+@dataclass(frozen=True, repr=False)
+class FeatureMaps(Result):
     """Feature maps of a batch of B images, one map per tap.
 
     Attributes:
@@ -53,11 +59,37 @@ class FeatureMaps:
     def __len__(self) -> int:
         return len(self.placements)
 
-    def __getitem__(self, index: int) -> FeatureMaps:
-        """Image `index` alone, as a batch of one (views, no copies)."""
+    @overload
+    def __getitem__(self, index: int) -> FeatureMaps: ...
+
+    @overload
+    def __getitem__(self, index: str) -> Tensor: ...
+
+    def __getitem__(self, index: int | str) -> FeatureMaps | Tensor:
+        """Image `index` alone, as a batch of one (views, no copies); or the map (B, C, h, w) of a tap.
+
+        Raises:
+            KeyError: there is no such tap; the message lists the near names.
+        """
+        if isinstance(index, str):
+            if index not in self.maps:
+                near = difflib.get_close_matches(index, self.maps, n=4, cutoff=0.3) or self.taps
+                raise KeyError(f"no features of the tap {index!r}; near names: {', '.join(near)}")
+            return self.maps[index]
         index = range(len(self))[index]
         maps = {tap: m[index : index + 1] for tap, m in self.maps.items()}
         return dataclasses.replace(self, maps=maps, placements=(self.placements[index],))
+
+    def __iter__(self) -> Iterator[FeatureMaps]:
+        return (self[index] for index in range(len(self)))
+
+    def picture(self) -> Image.Image:
+        """Three joint principal components of each tap as colours: a row per tap, an image per column (up to 4)."""
+        shown = [self.maps[tap][:4].movedim(1, -1) for tap in self.taps]
+        rows = [component_colours(list(maps)) for maps in shown]
+        return stacked(
+            [side_by_side(row, titles=[tap], height=240)[0] for tap, row in zip(self.taps, rows, strict=True)]
+        )
 
     def to(self, *args: Any) -> FeatureMaps:
         """Move or cast the maps, as `Tensor.to` does."""
@@ -106,21 +138,56 @@ class FeatureMaps:
         return sampled[:, :, 0].mT.to(feature_map.dtype)
 
 
+def configured(config: ExtractConfig | None, settings: Mapping[str, Any]) -> ExtractConfig:
+    """A configuration with some settings changed.
+
+    Raises:
+        TypeError: there is no such setting; the message lists the near names.
+        ValueError: a setting has a value that no backbone takes.
+    """
+    known = [f.name for f in dataclasses.fields(ExtractConfig)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise TypeError(f"extraction has no setting {name!r}; near names: {', '.join(near)}")
+    return dataclasses.replace(config or ExtractConfig(), **settings)
+
+
+def listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
+    """Images one by one: a single one, however it comes, is a list of one."""
+    if isinstance(images, (str, os.PathLike, Image.Image)):
+        return [images]
+    if isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4:
+        return [images]
+    return images
+
+
 @torch.inference_mode()
-def extract(backbone: Backbone, images: Sequence[ImageLike], config: ExtractConfig | None = None) -> FeatureMaps:
+def extract(
+    backbone: Backbone | str | os.PathLike[str],
+    images: ImageLike | Iterable[ImageLike],
+    config: ExtractConfig | None = None,
+    **settings: Any,
+) -> FeatureMaps:
     """Read features of images that share one canvas size, in batches.
 
     A result does not depend on the other images, their order or the batch size beyond float rounding.
 
+        maps = extract("tiny", "cat.jpg", taps="up.1")
+        maps["up.1"]  # (1, C, h, w)
+
     Args:
-        images: paths, PIL images, arrays or tensors; see `diffrep.images.load_image`.
+        backbone: a loaded one, or what `load_backbone` takes.
+        images: one or many: paths, PIL images, arrays or tensors; see `diffrep.images.load_image`.
+        settings: of `ExtractConfig`, in the place of those of `config`: ``taps="up.1"``, ``timestep=100``.
 
     Raises:
         ImageError: an image cannot be read.
         TapError: the backbone has no such tap.
+        TypeError: there is no such setting; the message lists the near names.
         ValueError: the images do not share one canvas size (use `extract_each`), or none is given.
     """
-    maps = list(extract_each(backbone, images, config))
+    maps = list(extract_each(backbone, images, config, **settings))
     if not maps:
         raise ValueError("extract needs at least one image")
     sizes = {m.placements[0].canvas_size for m in maps}
@@ -137,19 +204,29 @@ def extract(backbone: Backbone, images: Sequence[ImageLike], config: ExtractConf
     )
 
 
-@torch.inference_mode()
 def extract_each(
-    backbone: Backbone,
-    images: Sequence[ImageLike],
+    backbone: Backbone | str | os.PathLike[str],
+    images: ImageLike | Iterable[ImageLike],
     config: ExtractConfig | None = None,
     *,
     progress: bool = False,
+    **settings: Any,
 ) -> Iterator[FeatureMaps]:
     """Read features of images of any sizes; yields one `FeatureMaps` of batch size one per image, in order.
 
-    Neighbouring images that come to the same canvas size go through the network in one batch.
+    Neighbouring images that come to the same canvas size go through the network in one batch. Arguments and errors as
+    of `extract`; a wrong setting is refused at once, an image when its turn comes.
     """
-    config = (config or ExtractConfig()).resolve(backbone)
+    if not isinstance(backbone, Backbone):
+        backbone = load_backbone(backbone)
+    resolved = configured(config, settings).resolve(backbone)
+    return _extract_each(backbone, listed(images), resolved, progress)
+
+
+@torch.inference_mode()
+def _extract_each(
+    backbone: Backbone, images: Iterable[ImageLike], config: ExtractConfig, progress: bool
+) -> Iterator[FeatureMaps]:
     assert config.sizing is not None
     settings = {
         "backbone": backbone.name,

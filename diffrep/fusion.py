@@ -18,18 +18,21 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import AggregationNetwork, BackboneError, Grid
 from diffrep.features import FeatureMaps
 from diffrep.images import Placement
+from diffrep.pictures import component_colours, side_by_side
+from diffrep.results import Result
 
 ImageFeatures: TypeAlias = "FeatureMaps | Sequence[FeatureMaps]"
 """All features of one image: of one backbone, or of several that may have seen it at different sizes."""
 
 
-@dataclass(frozen=True)
-class Rows:
+@dataclass(frozen=True, repr=False)
+class Rows(Result):
     """N descriptors in weighted parts, ready for products.
 
     Attributes:
@@ -57,8 +60,8 @@ class Rows:
         return torch.stack([part.float().square().sum(1) * w**2 for part, w in weighted]).sum(0)
 
 
-@dataclass(frozen=True)
-class Descriptors:
+@dataclass(frozen=True, repr=False)
+class Descriptors(Result):
     """One descriptor per location of one image.
 
     Attributes:
@@ -109,6 +112,10 @@ class Descriptors:
     def vectors(self) -> Tensor:
         """(h, w, C): the joined descriptors, float32."""
         return self.rows().joined().unflatten(0, self.size)
+
+    def picture(self) -> Image.Image:
+        """Three principal components as colours."""
+        return side_by_side(component_colours([self.vectors()]))[0]
 
     def cells(self, points: Tensor) -> Tensor:
         """Image points (..., 2) -> fractional locations (..., 2) as (column, row)."""

@@ -13,31 +13,51 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from diffrep.fusion import Descriptors, Rows, lattice
 from diffrep.masks import read_mask
+from diffrep.results import Result
 from diffrep.settings import MatchConfig
 from diffrep.similarity import FAISS_FROM, Metric, Nearest, PixelScorer, Scorer, nearest, soft_argmax
 
 
-@dataclass(frozen=True)
-class Matches:
+@dataclass(frozen=True, repr=False)
+class Matches(Result):
     """N points of the source and where they went.
 
     Attributes:
         points: (N, 2) float32, (x, y) in pixels of the target image.
         scores: (N,) float32, cosine (or minus the squared distance) of the best cell or pixel.
         mutual: (N,) bool: the target's own best match lies within one cell of the point; None: not asked for.
+        sources: (N, 2) float32, the points, (x, y) in pixels of the source image.
+        images: the two images, where they are known, to draw the matches on.
     """
+
+    MAIN = "points"
 
     points: Tensor
     scores: Tensor
     mutual: Tensor | None = None
+    sources: Tensor | None = None
+    images: tuple[Image.Image, Image.Image] | None = None
+
+    def picture(self) -> Image.Image | None:
+        from diffrep.draw import draw_matches
+
+        if self.images is None or self.sources is None:
+            return None
+        return draw_matches(*self.images, self.sources.cpu(), self)
+
+    def columns(self) -> dict[str, Tensor]:
+        places = {} if self.sources is None else {"source_x": self.sources[:, 0], "source_y": self.sources[:, 1]}
+        mutual = {} if self.mutual is None else {"mutual": self.mutual}
+        return {**places, "x": self.points[:, 0], "y": self.points[:, 1], "score": self.scores, **mutual}
 
 
-@dataclass(frozen=True)
-class DenseMatches:
+@dataclass(frozen=True, repr=False)
+class DenseMatches(Result):
     """Where each of the source's h x w locations went.
 
     Attributes:
@@ -46,13 +66,28 @@ class DenseMatches:
         scores: (h, w); NaN where `valid` is not.
         valid: (h, w) bool: the location lies on the image and in the mask.
         mutual: (h, w) bool: the location is the best of its best location too; None: not asked for.
+        images: the two images, where they are known, to draw the field on.
     """
+
+    MAIN = "points"
 
     sources: Tensor
     points: Tensor
     scores: Tensor
     valid: Tensor
     mutual: Tensor | None = None
+    images: tuple[Image.Image, Image.Image] | None = None
+
+    def picture(self) -> Image.Image | None:
+        from diffrep.draw import draw_field
+
+        return None if self.images is None else draw_field(*self.images, self)
+
+    def columns(self) -> dict[str, Tensor]:
+        """One row for each valid location."""
+        inside = self.valid
+        mutual = None if self.mutual is None else self.mutual[inside]
+        return Matches(self.points[inside], self.scores[inside], mutual, self.sources[inside]).columns()
 
 
 @torch.no_grad()
@@ -86,13 +121,13 @@ def match_points(
     allowed = open_cells(target, mask)
     found, scores = _find(queries, target, allowed, mask, config)
     if not config.mutual:
-        return Matches(found, scores)
+        return Matches(found, scores, None, points)
     back = open_cells(source, source_mask)
     home = nearest(target.rows()[target.nearest_cells(found)], _take(source, back), config.metric)
     cells = back[home.indices]
     returned = torch.stack([cells % source.size[1], cells // source.size[1]], dim=-1)
     # not the very cell: a point at a cell's edge is as near to the next
-    return Matches(found, scores, ((returned - source.cells(points)).abs() <= 1).all(-1))
+    return Matches(found, scores, ((returned - source.cells(points)).abs() <= 1).all(-1), points)
 
 
 @torch.no_grad()
@@ -151,7 +186,8 @@ def mutual_matches(
     kept = kept[best.scores[kept].argsort(descending=True, stable=True)]
     scores = best.scores[kept]
     found = _place(target, allowed[best.indices[kept]])
-    return _place(source, cells[kept]), Matches(found, scores, torch.ones_like(scores, dtype=torch.bool))
+    sources = _place(source, cells[kept])
+    return sources, Matches(found, scores, torch.ones_like(scores, dtype=torch.bool), sources)
 
 
 def check_points(points: Tensor | np.ndarray | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:

@@ -34,7 +34,7 @@ from torch import Tensor
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.features import ExtractConfig, FeatureMaps, extract_each
 from diffrep.fusion import SD_TAPS, Descriptors, Fusion, Part, aggregated, fuse
-from diffrep.images import ImageLike, Sizing
+from diffrep.images import ImageLike, Sizing, load_image
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
 
 if sys.version_info >= (3, 11):
@@ -323,13 +323,18 @@ class Correspondence:
             ImageError: an image cannot be read.
             ValueError: a point lies outside of the source.
         """
-        a, b = self.describe(source, target)
-        return match_points(a, b, points, self.recipe.matching)
+        images = (load_image(source), load_image(target))
+        return replace(match_points(*self.describe(*images), points, self.recipe.matching), images=images)
+
+    __call__ = match
 
     def match_dense(self, source: ImageLike, target: ImageLike) -> DenseMatches:
         """Where every location of one image lies in the other."""
-        a, b = self.describe(source, target)
-        return match_dense(a, b, self.recipe.matching)
+        images = (load_image(source), load_image(target))
+        return replace(match_dense(*self.describe(*images), self.recipe.matching), images=images)
+
+    def __repr__(self) -> str:
+        return f"Correspondence({self.recipe.name!r}, {' + '.join(backbone.name for backbone in self.backbones)})"
 
 
 def _without_category(extract: ExtractConfig) -> ExtractConfig:

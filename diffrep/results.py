@@ -143,12 +143,14 @@ class Result:
         save_file({name: np.ascontiguousarray(array) for name, array in self.arrays().items()}, path)
 
     def _values(self) -> Iterator[tuple[str, Any]]:
-        """(name, value) of every field; the entries of a mapping count as fields."""
+        """(name, value) of every field; the entries of a mapping or of a tuple of tensors count as fields."""
         assert is_dataclass(self)
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Mapping) and any(hasattr(v, "dtype") for v in value.values()):
                 yield from value.items()
+            elif isinstance(value, tuple) and value and hasattr(value[0], "dtype"):
+                yield from ((f"{entry.name}.{i}", part) for i, part in enumerate(value))
             else:
                 yield entry.name, value
 

@@ -301,7 +301,7 @@ def test_bad_input_is_one_line(
     assert "must end in .png" in fails(capsys, "match", a, b, "--points", "1,1", "-o", tmp_path / "x.txt")
     (tmp_path / "dir.png").mkdir()
     assert "is a folder" in fails(capsys, "match", a, b, "--points", "1,1", "-o", tmp_path / "dir.png")
-    assert "go with --backbone" in fails(capsys, "match", a, b, "--points", "1,1", "--timestep", "3", "-o", output)
+    assert "made for its taps" in fails(capsys, "match", a, b, "--points", "1,1", "--taps", "mid", "-o", output)
     assert not output.exists()
 
 

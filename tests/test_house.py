@@ -30,6 +30,8 @@ FLOORS = {
     "diffrep.images": 0,
     "diffrep.files": 0,
     "diffrep.results": 0,
+    "diffrep.pictures": 0,
+    "diffrep.tasks": 4,
     "diffrep.masks": 0,
     "diffrep.devices": 0,
     "diffrep.pages": 0,

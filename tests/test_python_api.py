@@ -1,0 +1,105 @@
+"""What people write first in Python works, and what comes back shows and saves itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffrep
+from diffrep import Correspondence, ExtractConfig, extract, extract_each, load_backbone, pipeline
+from diffrep.backbones import Backbone, TapError
+
+PIXELS = (np.random.default_rng(0).random((48, 64, 3)) * 255).astype(np.uint8)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    Image.fromarray(PIXELS).save(tmp_path / "cat.png")
+    return tmp_path / "cat.png"
+
+
+@pytest.fixture(scope="module")
+def vit() -> Backbone:
+    return load_backbone("tiny-dino")
+
+
+def test_one_image_and_one_tap_are_no_lists(vit: Backbone, picture: Path) -> None:
+    expected = extract(vit, [picture], ExtractConfig(taps=("layer.4",)))
+    tensor = torch.from_numpy(PIXELS).movedim(-1, 0)
+    for image in (picture, str(picture), Image.open(picture), PIXELS, tensor, PIXELS[None], tensor[None], [PIXELS]):
+        maps = extract(vit, image, taps="layer.4")
+        assert maps.taps == ("layer.4",)
+        assert torch.equal(maps["layer.4"], expected["layer.4"])
+    assert len(extract(vit, [picture, picture], taps=["layer.1", "layer.4"])["layer.1"]) == 2
+    assert next(extract_each(vit, picture, taps="layer.1")).taps == ("layer.1",)
+    grey = extract(vit, PIXELS[..., 0], taps="layer.1")
+    assert len(grey) == 1
+
+
+def test_keywords_change_a_configuration(vit: Backbone, picture: Path) -> None:
+    maps = extract(vit, picture, ExtractConfig(taps=("layer.1",), batch_size=3), taps="layer.2")
+    assert maps.taps == ("layer.2",)
+    assert maps.settings["batch_size"] == 3
+    with pytest.raises(TypeError, match="no setting 'timestop'; near names: timestep"):
+        extract(vit, picture, timestop=3)
+    with pytest.raises(TapError, match=r"no tap 'layer\.99'"):
+        extract_each(vit, picture, taps="layer.99")  # at once, not when the first image is asked for
+    with pytest.raises(ValueError, match="taps is empty"):
+        extract(vit, picture, taps=())
+    with pytest.raises(ValueError, match="posterior must be one of mean, sample"):
+        ExtractConfig(posterior="mode")  # type: ignore[arg-type]  # wrong on purpose
+
+
+def test_features_show_and_save_themselves(vit: Backbone, picture: Path, tmp_path: Path) -> None:
+    maps = extract(vit, [picture, picture], taps=("layer.1", "layer.4"))
+    said = repr(maps)
+    assert said.startswith("FeatureMaps(layer.1 float32 (2, ")
+    assert len(said) < 300
+    assert maps.numpy()["layer.4"].shape == tuple(maps["layer.4"].shape)
+    assert [len(image) for image in maps] == [1, 1]
+    with pytest.raises(KeyError, match=r"'layer\.3'; near names: layer\.4, layer\.1"):
+        maps["layer.3"]
+    maps.save(tmp_path / "maps.png")
+    assert np.load(maps.save(tmp_path / "maps.npz"))["layer.1"].shape == tuple(maps["layer.1"].shape)
+    with Image.open(tmp_path / "maps.png") as shown:
+        assert shown.width > 400
+        assert shown.height > 480
+
+
+def test_matches_show_and_save_themselves(picture: Path, tmp_path: Path) -> None:
+    correspondence = Correspondence("tiny")
+    matches = correspondence(picture, picture, [(10, 12), (40, 30)])
+    assert repr(matches).startswith("Matches(points float32 (2, 2) in")
+    assert matches._repr_png_()
+    assert list(matches.to_pandas().columns) == ["source_x", "source_y", "x", "y", "score"]
+    assert matches.numpy().shape == (2, 2)
+    for name in ("m.png", "m.csv", "m.npy", "m.npz"):
+        assert matches.save(tmp_path / name).stat().st_size > 50
+    dense = correspondence.match_dense(picture, picture)
+    assert len(dense.to_pandas()) == int(dense.valid.sum())
+    assert dense.save(tmp_path / "d.png").is_file()
+
+
+def test_a_task_is_one_line(picture: Path) -> None:
+    found = pipeline("correspondence", device="cpu")(picture, picture, [(10, 12)])
+    assert found.points.shape == (1, 2)
+    features = pipeline("features", "tiny-dino", device="cpu")
+    assert repr(features) == "pipeline('features', 'tiny-dino')"
+    assert features(picture, taps="layer.1").taps == ("layer.1",)
+    for task in ("depth", "normals", "segmentation"):
+        assert pipeline(task, device="cpu")(picture) is not None
+    with pytest.raises(ValueError, match="no task 'deep'; near names: depth"):
+        pipeline("deep")
+
+
+def test_public_names_exist_and_cost_nothing_before_they_are_used() -> None:
+    for name in diffrep.__all__:
+        assert getattr(diffrep, name) is not None, name
+    heavy = "import sys, diffrep; print([m for m in ('torch', 'numpy', 'PIL', 'diffusers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
