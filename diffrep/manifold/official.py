@@ -1,0 +1,196 @@
+"""The official program's options, under its names (KrishnaswamyLab/HeatGeo, `HeatGeo`): for comparison and parity.
+
+`HeatGeodesicEmbedding` has the methods that are worth using, under names that say what they are; here is everything
+that the official code offers, experimental truncations included. Written from the published formulas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from diffrep.manifold.distances import (
+    REFERENCE_FLOOR,
+    heat_geodesic_distances,
+    log_ratio_distances,
+    mds_weights,
+    multiscale_weights,
+    triplet_distances,
+    truncate_distances,
+    truncate_heat,
+)
+from diffrep.manifold.graphs import Csr, alpha_decay_graph, laplacian, largest_eigenvalue, scaled_neighbor_graph
+from diffrep.manifold.heat import chebyshev_heat, heat_entropy, implicit_heat, knee, spectral_heat
+from diffrep.manifold.mds import metric_mds, smacof, squared_axes_start
+from diffrep.manifold.neighbors import NeighborSearch
+
+Array = NDArray[Any]
+
+_WEIGHTS: dict[str, Literal["heat", "inverse", "gaussian"]] = {
+    "heat_kernel": "heat",
+    "inv_dist": "inverse",
+    "gaussian_dist": "gaussian",
+}
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "filter_method": ("mar", "pygsp", "euler", "exact", "lowrank"),
+    "lap_type": ("normalized", "combinatorial"),
+    "graph_type": ("alpha", "knn"),
+    "truncation_type": (None, "heat_truncation", "dist_truncation"),
+    "treshold_type": (None, "min", "max"),
+    "mds_weights_type": (None, *_WEIGHTS),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatGeoOptions:
+    """Options of the official `HeatGeo`, with its names (its spelling, too) and defaults.
+
+    Graphs by scanpy and umap-learn are refused: they are those libraries' own. So are options that the official code
+    takes and ignores.
+    """
+
+    knn: int = 5
+    anisotropy: float = 0
+    decay: float = 40
+    n_pca: int | Literal[False] | None = 40  # False or None: no reduction
+    tau: float | Literal["auto"] = 10
+    emb_dim: int = 2
+    filter_method: str = "mar"
+    order: int = 32
+    lap_type: Literal["normalized", "combinatorial"] = "normalized"
+    tau_min: float = 0.1
+    tau_max: float = 200
+    n_tau: int = 1
+    log_normalize: bool = False
+    scale_factor: float = 1.0
+    denoising: bool = False
+    graph_type: str = "alpha"
+    truncation_type: str | None = None
+    truncation_arg: float | None = None
+    treshold_type: Literal["min", "max"] | None = None
+    harnack_regul: float = 0
+    norm_treshold: bool = True
+    mds_weights_type: str | None = None
+    mds_weights_args: float | None = None
+    denoise_regul: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        if self.truncation_type and self.truncation_arg is None:
+            raise ValueError(f"truncation_type={self.truncation_type!r} needs truncation_arg")
+        if self.truncation_type == "dist_truncation" and self.treshold_type is None:
+            raise ValueError("truncation_type='dist_truncation' needs treshold_type 'min' or 'max'")
+        if self.n_tau > 1 and self.tau != "auto" and self.filter_method not in ("mar", "pygsp"):
+            raise ValueError(f"n_tau > 1 needs filter_method 'mar' or 'pygsp', got {self.filter_method!r}")
+
+    @classmethod
+    def of(cls, **options: Any) -> HeatGeoOptions:
+        """Options by name.
+
+        Raises:
+            ValueError: the official code has no such option, or it cannot be followed here.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise ValueError(f"HeatGeo has no option {', '.join(unknown)} here, only {', '.join(known)}")
+        return cls(**options)
+
+    def graph(self, points: Array) -> Csr:
+        """The affinity (n, n) of points (n, d)."""
+        if self.n_pca and self.n_pca < min(points.shape):
+            from sklearn.decomposition import PCA
+
+            points = PCA(self.n_pca, svd_solver="randomized", random_state=42).fit(points).transform(points)
+        if self.graph_type == "knn":
+            return scaled_neighbor_graph(points, self.knn)
+        search = NeighborSearch(points, backend="sklearn")
+        return alpha_decay_graph(search, self.knn, decay=self.decay, anisotropy=self.anisotropy)
+
+    def laplacian(self, points: Array) -> Csr:
+        """The Laplacian (n, n) of the graph of points."""
+        return laplacian(self.graph(points), self.lap_type)
+
+    def kernel(self, lap: Csr, t: float, *, lmax: float | None = None) -> Array:
+        """H_t (n, n); "pygsp" computes exp(-t L / lmax), with 1.01 times the largest eigenvalue where None."""
+        identity = np.identity(lap.shape[0])
+        if self.filter_method == "mar":
+            return chebyshev_heat(lap, identity, t, order=self.order)
+        if self.filter_method == "pygsp":
+            lmax = lmax or 1.01 * largest_eigenvalue(lap)
+            return chebyshev_heat(lap, identity, t / lmax, order=self.order, lmax=lmax)
+        if self.filter_method == "euler":
+            return implicit_heat(lap, identity, t, steps=self.order)
+        return spectral_heat(lap, t, rank=self.order if self.filter_method == "lowrank" else None)
+
+    def entropies(self, lap: Csr) -> tuple[Array, Array]:
+        """The grid of times of ``tau="auto"``, and the entropy of the kernel at each."""
+        count, longest = 10 if self.n_tau == 1 else self.n_tau, 50 if self.tau_max == 1 else self.tau_max
+        grid = np.linspace(0.05, longest, count)
+        kernels = chebyshev_heat(lap, np.identity(lap.shape[0]), grid.tolist(), order=self.order)
+        return grid, np.array([heat_entropy(np.maximum(kernel, 0)) for kernel in kernels])
+
+    def times(self, lap: Csr) -> list[float]:
+        """The diffusion times.
+
+        Raises:
+            ValueError: ``tau="auto"`` finds no knee.
+        """
+        if self.tau == "auto":
+            grid, entropy = self.entropies(lap)
+            best = knee(grid, entropy)
+            if best is None:
+                raise ValueError("tau='auto' finds no knee of the entropy: name a number")
+            return [float(grid[best])]
+        if self.n_tau > 1:
+            return [float(t) for t in np.geomspace(self.tau_min, self.tau_max, self.n_tau)]
+        return [float(self.tau)]
+
+    def distances(self, points: Array) -> tuple[Array, Array]:
+        """The dissimilarity matrix (n, n) of points (n, d), and the heat kernel of the last time behind it."""
+        lap = self.laplacian(points)
+        times = self.times(lap)
+        total, heat = np.zeros(lap.shape), sp.identity(lap.shape[0]).toarray()
+        for t, share in zip(times, multiscale_weights(times), strict=True):
+            heat = np.maximum(self.kernel(lap, t), 0)
+            if self.truncation_type == "heat_truncation":
+                heat = truncate_heat(heat, float(self.truncation_arg or 0))
+            total += share * self._formula(heat, t)
+        if self.denoising:
+            total = (1 - self.denoise_regul) * total + self.denoise_regul * triplet_distances(total)
+        if self.truncation_type == "dist_truncation" and self.treshold_type is not None:
+            argument = float(self.truncation_arg or 0)
+            total = truncate_distances(total, argument, side=self.treshold_type, rescale=self.norm_treshold)
+        return total, heat
+
+    def _formula(self, heat: Array, t: float) -> Array:
+        if self.log_normalize:
+            step = t / self.order if self.filter_method == "euler" else t
+            return log_ratio_distances(heat, step, floor=REFERENCE_FLOOR, scale_power=self.scale_factor)
+        return heat_geodesic_distances(
+            heat,
+            t,
+            floor=REFERENCE_FLOOR,
+            volume="arithmetic",
+            volume_weight=self.harnack_regul,
+            scale_power=self.scale_factor,
+        )
+
+    def weights(self, distances: Array, heat: Array) -> Array | None:
+        """Weights (n, n) of pairs in the stress; None: all alike."""
+        if self.mds_weights_type is None:
+            return None
+        return mds_weights(_WEIGHTS[self.mds_weights_type], distances, heat, self.mds_weights_args or 1.0)
+
+    def embedding(self, distances: Array, weights: Array | None = None, *, seed: int = 2) -> Array:
+        """Coordinates (n, emb_dim) from distances (n, n), in their units; the weights count in two dimensions only."""
+        start = squared_axes_start(distances, self.emb_dim)
+        if self.emb_dim > 2:
+            return smacof(distances, start, max_iter=3000)
+        return metric_mds(distances, start, weights=weights, rng=np.random.default_rng(seed))
