@@ -19,13 +19,31 @@ from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import Cell
 from diffrep.heads.probes.grid import Standardiser
 from diffrep.heads.probes.neighbours import TEMPERATURE, NearestNeighbours
+from diffrep.heads.probes.recipe import check_settings
 
 Kind: TypeAlias = Literal["linear", "logistic", "mlp", "cnn", "attention", "knn"]
 KINDS: tuple[Kind, ...] = ("linear", "logistic", "mlp", "cnn", "attention", "knn")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class HeadShape:
+    """The sizes inside a head; each kind uses its own."""
+
+    hidden: tuple[int, ...] = (256,)  # mlp: widths of the hidden layers
+    width: int = 128  # cnn, attention: channels inside; the papers' attention has 1024
+    heads: int = 8  # attention
+    ratio: float = 4  # attention: width of the inner layers over `width`
+    depth: int = 2  # attention: transformer blocks
+    norm: Literal["layer", "batch"] = "layer"  # attention: of each map
+    temperature: float = TEMPERATURE  # knn: of the votes' weights
+
+    def __post_init__(self) -> None:
+        numbers = ("width", "heads", "ratio", "depth", "temperature")
+        check_settings(self, positive=(*numbers, "hidden") if self.hidden else numbers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout(HeadShape):
     """What a head looks like.
 
     Attributes:
@@ -38,17 +56,15 @@ class Layout:
     cells: tuple[Cell, ...]
     channels: tuple[int, ...]
     classes: int
-    hidden: tuple[int, ...] = (256,)  # mlp: widths of the hidden layers
-    width: int = 128  # cnn, attention: channels inside; the papers' attention has 1024
-    heads: int = 8  # attention
-    depth: int = 2  # attention: transformer blocks
     k: int = 20  # knn: neighbours
-    temperature: float = TEMPERATURE  # knn
     gallery: int = 0  # knn: training features; known after training
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind not in KINDS:
             raise ValueError(f"no head {self.kind!r}; there are {', '.join(KINDS)}")
+        if not self.cells or len(self.channels) != len(self.cells):
+            raise ValueError(f"a head reads at least one cell, each with its channels, got {len(self.cells)}")
         if self.kind == "cnn" and len(self.cells) != 1:
             raise ValueError(f"a cnn head reads one cell, got {len(self.cells)}")
         if self.kind == "attention":
@@ -63,10 +79,10 @@ class Layout:
         return tuple(c * cell.pool**2 for c, cell in zip(self.channels, self.cells, strict=True))
 
     def _by_timestep(self) -> dict[int, list[str]]:
-        found: dict[int, list[str]] = {}
+        taps: dict[int, list[str]] = {}
         for cell in self.cells:
-            found.setdefault(cell.timestep, []).append(cell.tap)
-        return found
+            taps.setdefault(cell.timestep, []).append(cell.tap)
+        return taps
 
     def document(self) -> dict[str, Any]:
         """JSON-ready; `Layout.read` reads it back."""
@@ -132,7 +148,8 @@ class _Fused(nn.Module):
             {cell.tap: channels for cell, channels in first},
             {cell.tap: cell.pool for cell, _ in first},
             layout.classes,
-            readout=readout_string(layout.width, layout.heads, depth=layout.depth),
+            readout=readout_string(layout.width, layout.heads, ratio=layout.ratio, depth=layout.depth),
+            norm=layout.norm,
             timesteps=len({cell.timestep for cell in layout.cells}),
         )
 

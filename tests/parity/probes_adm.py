@@ -52,6 +52,12 @@ def check_adm_unet_blocks(folder: Path, case: dict[str, Any]) -> None:
             if tap != "out":
                 assert list(value.shape[1:]) == blocks[tap]["shape"]
     assert set(expected) <= compared
+    for wanted, ending in (("full_timesteps", ""), ("pooled_timesteps", ".pool2x2")):
+        for timestep in case[wanted]:
+            steps = timestep if isinstance(timestep, list) else [timestep]
+            name = f"t{'_'.join(map(str, steps))}"
+            assert given[f"timesteps.{name}"].unique().tolist() == sorted(set(steps))
+            assert {f"{name}.b{block['b']:02d}{ending}" for block in blocks.values()} <= compared
 
 
 def check_adm_checkpoint_inventory(folder: Path, case: dict[str, Any]) -> None:

@@ -61,12 +61,13 @@ def _fusion(
     channels: Mapping[str, int],
     sizes: Mapping[str, int],
     *,
+    classes: int,
     readout: str,
     pool: int,
     timesteps: int,
     norm: Any = "layer",
 ) -> AttentionFusion:
-    classes = len(state["head.bias"])
+    assert len(state["head.bias"]) == classes
     head = AttentionFusion(channels, sizes, classes, readout=readout, pool=pool, norm=norm, timesteps=timesteps)
     head.load_state_dict(dict(state))
     return head.eval()
@@ -86,12 +87,15 @@ def check_heads_attention(folder: Path, case: dict[str, Any]) -> None:
                 state,
                 {block: maps.shape[1]},
                 {block: variant["feature_size"]},
+                classes=len(state["head.bias"]),
                 readout=variant["fusion_arc"],
                 pool=variant["pre_pool_size"],
                 timesteps=1,
                 norm=variant["norm"],
             )
             got[f"{name}.logits"] = head([{block: maps}]).detach()
+    if "num_classes" in case:
+        assert all(value.shape[1] == case["num_classes"] for name, value in got.items() if name.endswith("logits"))
     assert_all(load_file(folder / "expected.safetensors"), got, case)
 
 
@@ -102,6 +106,7 @@ def check_difformer_from_features(folder: Path, case: dict[str, Any]) -> None:
         heads_of(folder, "head"),
         {tap: case["feature_dims"][str(b)] for b, tap in blocks.items()},
         {tap: case["feature_sizes"][str(b)] for b, tap in blocks.items()},
+        classes=case["num_classes"],
         readout=case["fusion_arc"],
         pool=case["pre_pool_size"],
         timesteps=len(case["timesteps"]),
@@ -118,9 +123,11 @@ def check_difformer_end_to_end(folder: Path, case: dict[str, Any]) -> None:
         heads_of(folder, "head"),
         {tap.name: tap.channels for tap in taps.values()},
         {tap.name: case["feature_sizes"][str(b)] for b, tap in taps.items()},
+        classes=case["num_classes"],
         readout=case["fusion_arc"],
         pool=case["pre_pool_size"],
         timesteps=len(case["timesteps"]),
+        norm=case.get("norm", "layer"),
     )
     maps = []
     for t in case["timesteps"]:
@@ -137,9 +144,11 @@ def check_diffeed_end_to_end(folder: Path, case: dict[str, Any]) -> None:
         heads_of(folder, "head"),
         {tap.name: tap.channels for tap in second.values()},
         {tap.name: case["feature_sizes"][str(b)] for b, tap in second.items()},
+        classes=case["num_classes"],
         readout=case["fusion_arc"],
         pool=case["pre_pool_size"],
         timesteps=len(case["timestep"]),
+        norm=case.get("norm", "layer"),
     )
     model = DifFeed(backbone, head, blocks=case["feedback_blocks"], arch=case["feedback_arch"])
     model.feedback.load_state_dict(heads_of(folder, "feedback_layers"))

@@ -26,6 +26,7 @@ from diffrep.heads.probes import (
     top_accuracy,
     train_recipe,
 )
+from diffrep.heads.probes.pixel_probe import Resizing
 
 from .cases import assert_near, assert_within, number_in
 from .probes_heads import assert_all, heads_of, the_backbone, tolerance, under
@@ -42,7 +43,8 @@ def check_ddpm_seg_pixel_features(folder: Path, case: dict[str, Any]) -> None:
         found = backbone.network_maps(noisy, taps, Conditions(timestep=step))
         maps += [found[tap] for tap in taps]
     size = (given["image"].shape[-2], given["image"].shape[-1])
-    features = pixel_features(maps, size)[0]
+    resizing = Resizing(upsampling=case["upsample_mode"], align_corners=bool(case["align_corners"]))
+    features = pixel_features(maps, size, resizing)[0]
     chosen = features.flatten(1).T[expected["pixel_index"]]
     state = heads_of(folder, "pixel_classifiers")
     ensemble = PixelEnsemble.untrained(len(features), case["num_classes"], members=case["ensemble"])
@@ -87,6 +89,7 @@ def check_knn(folder: Path, case: dict[str, Any]) -> None:
             below = float(expected["dino.top5"][i]) - fifth
             assert abs(below) < 1e-3 if k >= 20 else -1e-3 < below <= 1
             assert abs(first - case["accuracy_percent"][str(k)]["top1"]) < 1e-3
+            assert abs(float(expected["dino.top5"][i]) - case["accuracy_percent"][str(k)]["top5"]) < 1e-3
             compared |= {f"dinov2.proba.k{k}", f"pred.k{k}"}
     assert set(expected) == compared | {"neighbour_index", "neighbour_similarity", "dino.top1", "dino.top5"}
 
@@ -94,6 +97,7 @@ def check_knn(folder: Path, case: dict[str, Any]) -> None:
 def check_preprocess(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     size = case["image_size"]
+    assert [[given[f"image_{i}"].shape[1], given[f"image_{i}"].shape[0]] for i in range(len(given))] == case["sizes_wh"]
     for name, value in expected.items():
         kind, _, rest = name.partition("_")
         number, _, detail = rest.partition(".")
@@ -119,10 +123,13 @@ def check_train_recipe(folder: Path, case: dict[str, Any]) -> None:
         classes = len(state[max(state)])  # of the last layer
         head = PooledHead(features.shape[2], classes, pool=variant["pool"], hidden=variant["hidden"])
         head.load_state_dict(state)
-        recipe = ProbeRecipe(learning_rate=variant["lr"], epochs=variant["epochs"])
+        others = {key: variant[key] for key in ("momentum", "weight_decay", "gamma", "step") if key in variant}
+        recipe = ProbeRecipe(learning_rate=variant["lr"], epochs=variant["epochs"], **others)
         losses = train_recipe(head, lambda epoch: zip(features, targets, strict=True), recipe)
         got |= {f"{name}.final.{key}": value for key, value in head.state_dict().items()}
         got[f"{name}.losses"] = torch.tensor(losses)
+        ends = torch.tensor([variant["first_loss"], variant["last_loss"]])
+        assert_near(torch.tensor([losses[0], losses[-1]]), ends, relative=tolerance(case), what=f"{name} losses")
     assert_all(load_file(folder / "expected.safetensors"), got, case)
 
 
