@@ -13,7 +13,7 @@ from typing import Any
 
 from diffrep.eval.published_probes import published_rows, published_table
 from diffrep.heads.probes import Cell, ProbeData, ProbeFit, Result, paired_gain, train_probe
-from diffrep.heads.probes.layouts import Kind
+from diffrep.heads.probes.layouts import HeadShape, Kind
 
 FUSED = " + "
 
@@ -79,6 +79,7 @@ def compare_probes(
     *,
     kind: Kind = "linear",
     fit: ProbeFit | None = None,
+    shape: HeadShape | None = None,
     seed: int = 0,
     benchmark: str = "",
 ) -> ProbesReport:
@@ -89,7 +90,8 @@ def compare_probes(
         seed: of the split, to be kept in the report.
     """
     results = {
-        name: train_probe(found, found.layout(kind, list(cells)), fit, seed=seed) for name, cells in rows.items()
+        name: train_probe(found, found.layout(kind, list(cells), shape=shape), fit, seed=seed)
+        for name, cells in rows.items()
     }
     truth = found.labels[list(found.split.test)]
     gains = {

@@ -17,6 +17,7 @@ from diffrep.heads.probes import (
     NearestNeighbours,
     PixelSettings,
     ProbeRecipe,
+    Resizing,
     TokenReadout,
     feedback_layer,
     fit_pixels,
@@ -146,6 +147,24 @@ def test_pixels_are_told_apart_and_doubt_lies_on_the_border() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ensemble.parameters(), again.parameters(), strict=True))
     with pytest.raises(ValueError, match=r"labels must lie in 0\.\.1, got 0\.\.5"):
         fit_pixels(features.flatten(1).T[some], 5 * truth.flatten()[some], 2)
+
+
+def test_maps_are_resized_as_the_settings_say() -> None:
+    maps = [torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(0)), torch.randn(1, 1, 5, 5)]
+    for mode, aligned in (
+        ("bilinear", False),
+        ("bilinear", True),
+        ("bicubic", True),
+        ("nearest", None),
+        ("area", None),
+    ):
+        resizing = Resizing(upsampling=mode, align_corners=bool(aligned))  # type: ignore[arg-type]
+        plain = [torch.nn.functional.interpolate(m, (10, 13), mode=mode, align_corners=aligned) for m in maps]
+        assert torch.equal(pixel_features(maps, (10, 13), resizing), torch.cat(plain, 1))
+    with pytest.raises(ValueError, match="align_corners goes with bilinear and bicubic, not with nearest"):
+        Resizing(upsampling="nearest", align_corners=True)
+    with pytest.raises(ValueError, match="upsampling must be bilinear, bicubic, nearest"):
+        Resizing(upsampling="linear")  # type: ignore[arg-type]
 
 
 def test_depth_stays_in_its_limits_and_maps_are_left_alone() -> None:

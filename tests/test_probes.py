@@ -6,6 +6,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -448,6 +450,49 @@ def test_pruning_looks_closer_at_the_better_cells_only(found: ProbeData, tmp_pat
 
 
 # -- the command line -------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_does_not_load_the_renderer() -> None:
+    code = "import sys, diffrep.commands.probe; print([m for m in sys.modules if m.startswith('diffrep.scenes')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fit.grid.learning-rates", "nan"], "learning_rates must be finite and above 0, got nan"),
+        (["--fit.grid.learning-rates"], "learning_rates needs at least one value"),
+        (["--fit.grid.weight-decays", "inf"], "weight_decays must be finite and at least 0, got inf"),
+        (["--fit.grid.epochs", "0"], "epochs must be finite and above 0, got 0"),
+        (["--fit.ks", "--head", "knn"], "ks needs at least one value"),
+        (["--fit.recipe.learning-rate", "nan", "--head", "mlp"], "learning_rate must be finite and above 0, got nan"),
+        (["--shape.temperature", "0", "--head", "knn"], "temperature must be finite and above 0, got 0"),
+        (["--seed", "-1"], "seed must be finite and at least 0, got -1"),
+        (["--seed", "99999999999999999999"], "seed must be at most 4294967295"),
+        (["--split-seed", "-1"], "split_seed must be finite and at least 0"),
+        (["--shares", "nan", "0.5", "0.5"], "shares of train, val and test must add up to 1"),
+        (["--batch-size", "0"], "batch_size"),
+        (["--size", "0"], "size"),
+        (["--device", "nonsense"], "--device must be auto, cpu"),
+        (["--cells"], "at least one"),
+        (["--fit.grid.learning-rates", "1e30"], "diverged"),
+    ],
+)
+def test_what_means_nothing_is_refused_in_a_line(
+    options: list[str],
+    message: str,
+    folder: Path,
+    vit_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work = tmp_path_factory.getbasetemp() / "shared-work"  # read once for all of these
+    out = tmp_path_factory.mktemp("refused") / "probe"
+    where = ["--work", str(work), "-o", str(out), "--size", "32", "--cells", f"{vit_folder},layer.1"]
+    assert main(["probe", "train", str(folder), *where, *options]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("arguments", [["--backbones"], ["--timesteps"], ["--pool"], ["--taps"], ["--prune", "nan"]])

@@ -1,4 +1,4 @@
-"""``diffrep probe``: train heads on the features of a frozen backbone, and use them."""
+"""``diffrep probe``: train heads on the features of a frozen backbone."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Annotated
 import tyro
 
 from diffrep.commands.output import check_writable, write_image
-from diffrep.commands.probe_options import Extraction, Images, check_new, score_lines, with_seed
+from diffrep.commands.probe_options import Classifier, Extraction, Images, NewProbe, score_lines
 from diffrep.heads.probes import (
     FeedbackSettings,
-    ProbeFit,
     Reading,
     balance,
     block_taps,
@@ -25,14 +24,13 @@ from diffrep.heads.probes import (
     train_feedback,
     train_probe,
 )
-from diffrep.heads.probes.layouts import Kind
 from diffrep.heads.probes.sweeps import check_prune
 
 SWEPT = (10, 50, 100, 200, 350, 500)  # timesteps of a sweep
 
 
-@dataclass(frozen=True)
-class Train:
+@dataclass(frozen=True, kw_only=True)
+class Train(NewProbe, Classifier):
     """Train a probe: hyperparameters are chosen on val, the choice is trained again, test is looked at once.
 
     For example: diffrep probe train photos/ --cells tiny,up.2.resnet.0,50 tiny-dino -o probe
@@ -42,37 +40,23 @@ class Train:
         str, tyro.conf.Positional
     ]  # folder of classes, .csv, .tar, data set; or scenes, scenes:colour, digits
     cells: tuple[str, ...] = ("tiny",)  # where features are read: BACKBONE[,TAP[,TIMESTEP[,POOL]]]; several are fused
-    head: Kind = "linear"
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("probe")  # folder of the probe
-    overwrite: bool = False  # a probe that is there already
-    json: bool = False  # print JSON
-    seed: int = 0  # of the order of examples and of initial weights
-    balanced: bool = False  # weigh rare classes up in the loss
-    images: Annotated[Images, tyro.conf.OmitArgPrefixes] = field(default_factory=Images)
-    extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
-    fit: ProbeFit = field(default_factory=ProbeFit)
 
     def run(self) -> None:
-        check_new(self.output, "classification", overwrite=self.overwrite)
+        self.check_new("classification")
         data = self.images.find(self.data)
-        names = [text.split(",")[0] for text in self.cells]
-        backbones = self.extraction.load(names)
+        backbones = self.extraction.load([text.split(",")[0] for text in self.cells])
         cells = parse_cells(self.cells, backbones)
         found = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
-        fit = with_seed(self.fit, self.seed, self.balanced)
-        result = train_probe(found, found.layout(self.head, cells), fit, seed=self.images.split_seed)
-        result.probe.save(self.output)
-        if self.json:
-            print(json_module.dumps(result.document(), indent=2))
-            return
-        print(balance(data, found.split))
-        print(f"chosen on val: {', '.join(f'{k} {v:g}' for k, v in result.choice.items())}")
-        print("\n".join(score_lines({"val": result.val, "test": result.test})))
-        print(f"wrote {self.output}")
+        layout = found.layout(self.head, cells, shape=self.shape)
+        result = train_probe(found, layout, self.seeded_fit(), seed=self.images.split_seed)
+        chosen = ", ".join(f"{name} {value:g}" for name, value in result.choice.items())
+        scores = score_lines({"val": result.val, "test": result.test})
+        lines = [balance(data, found.split), f"chosen on val: {chosen}", *scores]
+        self.finish(result.probe, lines, result.document())
 
 
-@dataclass(frozen=True)
-class TrainFeedback:
+@dataclass(frozen=True, kw_only=True)
+class TrainFeedback(NewProbe):
     """Train a DifFeed: the U-Net's decoder feeds back into its encoder, an attention head reads the second pass.
 
     For example: diffrep probe feedback photos/ --backbone tiny -o feedback-probe
@@ -81,48 +65,34 @@ class TrainFeedback:
     data: Annotated[str, tyro.conf.Positional]  # as for train
     backbone: str = "tiny"  # a diffusion U-Net
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("feedback-probe")  # folder of the probe
-    overwrite: bool = False  # a probe that is there already
-    json: bool = False  # print JSON
     images: Annotated[Images, tyro.conf.OmitArgPrefixes] = field(default_factory=Images)
     extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
     fit: FeedbackSettings = field(default_factory=FeedbackSettings)
 
     def run(self) -> None:
-        check_new(self.output, "feedback", overwrite=self.overwrite)
+        self.check_new("feedback")
         data = self.images.find(self.data)
         split = split_rows(data, shares=self.images.shares, seed=self.images.split_seed)
         backbone = self.extraction.load([self.backbone])[self.backbone]
         probe, test = train_feedback(data, split, backbone, self.fit, self.extraction.config())
-        probe.save(self.output)
-        if self.json:
-            print(json_module.dumps(probe.about, indent=2))
-            return
-        print(balance(data, split))
-        print("\n".join(score_lines({"test": test})))
-        print(f"wrote {self.output}")
+        self.finish(probe, [balance(data, split), *score_lines({"test": test})])
 
 
-@dataclass(frozen=True)
-class SweepCells:
+@dataclass(frozen=True, kw_only=True)
+class SweepCells(Classifier):
     """Which block, which timestep: a probe for every cell, a heat map, and the best one trained again.
 
     For example: diffrep probe sweep scenes --backbones tiny --pool 1 2
     """
 
     data: Annotated[str, tyro.conf.Positional]  # as for train
-    backbones: tuple[str, ...] = ("tiny",)
+    backbones: tuple[str, ...] = ("tiny",)  # whose blocks are compared
     taps: tuple[str, ...] | None = None  # of the one backbone; every block where left out
     timesteps: tuple[int, ...] = SWEPT  # of backbones that have any
-    pool: tuple[int, ...] = (1, 2)
-    head: Kind = "linear"
+    pool: tuple[int, ...] = (1, 2)  # sides of the grids of averaged vectors
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sweep")  # folder of the results; it can be resumed
     prune: float = 0.0  # share of cells that are dropped after a look with a quarter of the training images
     json: bool = False  # print JSON
-    seed: int = 0
-    balanced: bool = False  # weigh rare classes up in the loss
-    images: Annotated[Images, tyro.conf.OmitArgPrefixes] = field(default_factory=Images)
-    extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
-    fit: ProbeFit = field(default_factory=ProbeFit)
 
     def run(self) -> None:
         check_writable(self.output / "heatmap.png")
@@ -137,7 +107,7 @@ class SweepCells:
             Reading(
                 name,
                 self.taps or block_taps(backbone),
-                self.timesteps if hasattr(backbone, "alphas_cumprod") else None,
+                self.timesteps if backbone.denoises else None,
                 self.pool,
                 self.extraction.config(),
             )
@@ -148,7 +118,8 @@ class SweepCells:
             found,
             self.output,
             kind=self.head,
-            fit=with_seed(self.fit, self.seed, self.balanced),
+            fit=self.seeded_fit(),
+            shape=self.shape,
             prune=self.prune,
             seed=self.images.split_seed,
         )

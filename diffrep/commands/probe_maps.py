@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +9,10 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from diffrep.commands.probe_options import Extraction, check_new
+from diffrep.commands.probe_options import Extraction, NewProbe, WorkOptions
 from diffrep.eval.annotated_scenes import SceneFiles, What, annotated_scenes, scene_classes
 from diffrep.eval.map_probes import score_dense_probe, score_pixel_probe
-from diffrep.features import ExtractConfig
-from diffrep.heads.probes import PixelSettings, train_pixel_probe
+from diffrep.heads.probes import PixelSettings, Resizing, train_pixel_probe
 from diffrep.heads.probes.annotated import AnnotatedImages, hold_out, pair_annotations
 from diffrep.heads.probes.dense_probe import Annotation, DenseSettings, DenseTask, train_dense_probe
 from diffrep.heads.probes.pixel_labels import PixelClasses, find_classes
@@ -23,13 +21,10 @@ SCENES = "scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapImages:
+class MapImages(WorkOptions):
     """Which annotated images, and which of them are held out."""
 
     held_out: float = 0.2  # share of a folder's images that the probe is measured on
-    split_seed: int = 0
-    work: Path = Path("runs/probe")  # maps and rendered scenes are kept here
-    workers: int = 0  # processes that decode and render ahead
     scenes: Annotated[SceneFiles, tyro.conf.OmitArgPrefixes] = field(default_factory=SceneFiles)
 
     def find(self, images: str, annotations: Path | None, what: What) -> tuple[AnnotatedImages, AnnotatedImages]:
@@ -49,8 +44,8 @@ class MapImages:
         return hold_out(pair_annotations(images, annotations), self.held_out, self.split_seed)
 
 
-@dataclass(frozen=True)
-class TrainPixels:
+@dataclass(frozen=True, kw_only=True)
+class TrainPixels(NewProbe):
     """Few-shot segmentation: labels of a few images teach the classes of pixels (DDPM-seg).
 
     For example: diffrep probe pixels photos/ labels/ --classes names.txt -o pixel-probe
@@ -60,21 +55,20 @@ class TrainPixels:
     labels: Annotated[Path | None, tyro.conf.Positional] = None  # folder of .png or .npy of the images' names
     classes: Path | None = None  # names: a text file, one a line, or JSON; by numbers where left out
     ignored: int = 255  # number of pixels that are not used
-    backbone: str = "tiny"
+    backbone: str = "tiny"  # whose features are read
     taps: tuple[str, ...] | None = None  # as the backbone recommends where left out
     timesteps: tuple[int, ...] = (50, 150, 250)  # noise levels whose maps are put together
     pixels_per_image: int = 4096  # at most, drawn at random
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("pixel-probe")  # folder of the probe
-    overwrite: bool = False  # a probe that is there already
-    json: bool = False  # print JSON
+    resizing: Annotated[Resizing, tyro.conf.OmitArgPrefixes] = field(default_factory=Resizing)
     data: Annotated[MapImages, tyro.conf.OmitArgPrefixes] = field(default_factory=MapImages)
     extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
     fit: PixelSettings = field(default_factory=PixelSettings)
 
     def run(self) -> None:
-        check_new(self.output, "pixels", overwrite=self.overwrite)
-        if not self.timesteps:
-            raise ValueError("--timesteps needs at least one noise level")
+        self.check_new("pixels")
+        if not self.timesteps or self.taps == () or self.pixels_per_image < 1:
+            raise ValueError("--timesteps, --taps and --pixels-per-image need at least one")
         train, test, labels = self._data()
         backbone = self.extraction.load([self.backbone])[self.backbone]
         probe = train_pixel_probe(
@@ -86,20 +80,17 @@ class TrainPixels:
             pixels_per_image=self.pixels_per_image,
             extract=self.extraction.config(),
             settings=self.fit,
+            resizing=self.resizing,
         )
         scores = score_pixel_probe(probe, test, backbone, labels).document()
         about = {"data": train.name, "images": len(train), "test": {"images": len(test), **scores}}
-        replace(probe, about=about).save(self.output)
-        if self.json:
-            print(json_module.dumps(about, indent=2))
-            return
-        for name, value in sorted(scores["iou"].items(), key=lambda item: -item[1]):
-            print(f"{name:<20} IoU {100 * value:5.1f} %")
-        print(
+        ordered = sorted(scores["iou"].items(), key=lambda item: -item[1])
+        lines = [f"{name:<20} IoU {100 * value:5.1f} %" for name, value in ordered]
+        lines.append(
             f"test  mIoU {100 * scores['mean_iou']:.1f} %  pixels {100 * scores['pixel_accuracy']:.1f} %"
             f"  {len(test)} images, {len(train)} to train on"
         )
-        print(f"wrote {self.output}")
+        self.finish(replace(probe, about=about), lines)
 
     def _data(self) -> tuple[AnnotatedImages, AnnotatedImages, PixelClasses]:
         name, _, what = self.images.partition(":")
@@ -114,29 +105,29 @@ class TrainPixels:
         return train, test, PixelClasses(names, tuple(range(len(names))))
 
 
-@dataclass(frozen=True)
-class TrainDense:
+@dataclass(frozen=True, kw_only=True)
+class TrainDense(NewProbe):
     """Train a probe of depth or surface normals on frozen maps, with probe3d's recipe.
 
     For example: diffrep probe dense depth photos/ depths/ --taps up.1 up.2 -o depth-probe
     """
 
-    task: Annotated[DenseTask, tyro.conf.Positional]
+    task: Annotated[DenseTask, tyro.conf.Positional]  # depth or normals
     images: Annotated[str, tyro.conf.Positional]  # folder, or scenes
     annotations: Annotated[Path | None, tyro.conf.Positional] = None  # folder of .npy or .png of the images' names
-    backbone: str = "tiny"
+    backbone: str = "tiny"  # whose features are read
     taps: tuple[str, ...] | None = None  # as the backbone recommends where left out; a dpt reader takes four
     timestep: int | None = None  # noise level 0..999
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("dense-probe")  # folder of the probe
-    overwrite: bool = False  # a probe that is there already
-    json: bool = False  # print JSON
     annotation: Annotated[Annotation, tyro.conf.OmitArgPrefixes] = field(default_factory=Annotation)
     data: Annotated[MapImages, tyro.conf.OmitArgPrefixes] = field(default_factory=MapImages)
     extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
     fit: DenseSettings = field(default_factory=DenseSettings)
 
     def run(self) -> None:
-        check_new(self.output, "dense", overwrite=self.overwrite)
+        self.check_new("dense")
+        if self.taps == ():
+            raise ValueError("--taps needs at least one")
         train, test = self.data.find(self.images, self.annotations, self.task)
         annotation = Annotation() if self.images == SCENES else self.annotation
         backbone = self.extraction.load([self.backbone])[self.backbone]
@@ -146,21 +137,12 @@ class TrainDense:
             backbone,
             self.data.work / "maps",
             settings=self.fit,
-            extract=self._extract(),
+            extract=self.extraction.config(taps=self.taps, timestep=self.timestep),
             annotation=annotation,
             workers=self.data.workers,
         )
         scores = score_dense_probe(probe, test, backbone, annotation)
-        about = {**probe.about, "test": scores}
-        replace(probe, about=about).save(self.output)
-        if self.json:
-            print(json_module.dumps(about, indent=2))
-            return
-        print("\n".join(_lines(scores)))
-        print(f"wrote {self.output}")
-
-    def _extract(self) -> ExtractConfig:
-        return replace(self.extraction.config(), taps=self.taps, timestep=self.timestep)
+        self.finish(replace(probe, about={**probe.about, "test": scores}), _lines(scores))
 
 
 def _lines(scores: dict[str, Any]) -> list[str]:

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
+import json as json_module
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from diffrep.backbones import Backbone, load_backbone
+from diffrep.commands.options import Command, DeviceOptions
 from diffrep.commands.output import check_writable
-from diffrep.eval.probe_data import named_images
+from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig
-from diffrep.heads.probes import LabelledImages, ProbeData, ProbeFit, Reading, Scores
-from diffrep.heads.probes.saved import SavedKind, saved_kind
+from diffrep.heads.probes import LabelledImages, ProbeData, ProbeFit, Reading, Scores, read_labelled
+from diffrep.heads.probes.layouts import HeadShape, Kind
+from diffrep.heads.probes.recipe import check_settings
+from diffrep.heads.probes.saved import SavedKind, SavedProbe, saved_kind
 from diffrep.images import Sizing
 
 
 @dataclass(frozen=True, kw_only=True)
-class Images:
+class WorkOptions:
+    """What is split and kept, and how."""
+
+    split_seed: int = 0  # of what is held out
+    work: Path = Path("runs/probe")  # folder of features, maps and rendered scenes, so that they are made once
+    workers: int = 0  # processes that decode and render ahead
+
+    def __post_init__(self) -> None:
+        check_settings(self, not_negative=("split_seed", "workers"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(WorkOptions):
     """Which labelled images, and how they are split."""
 
     image: str | None = None  # column or key of the image; "path" in a table, "image" in a data set
     label: str = "label"  # column or key of the label
     group: str | None = None  # column or key of a group that is kept together in the split
     shares: tuple[float, float, float] = (0.6, 0.2, 0.2)  # of train, val, test, where the source names no split
-    split_seed: int = 0
-    work: Path = Path("runs/probe")  # features are kept here, so that they are read once
-    workers: int = 0  # processes that decode images ahead
     dtype: Literal["float16", "float32"] = "float16"  # in which features are kept
 
     def find(self, source: str) -> LabelledImages:
-        """Find the images."""
-        return named_images(
-            source, self.work, workers=max(self.workers, 1), image=self.image, label=self.label, group=self.group
-        )
+        """The labelled images of a folder, table, archive or data set; ``scenes[:ATTRIBUTE]``; ``digits``."""
+        if source == "digits" or source.partition(":")[0] == "scenes":
+            from diffrep.eval.probe_data import named_images  # brings the renderer
+
+            return named_images(source, self.work, workers=max(self.workers, 1))
+        return read_labelled(source, image=self.image, label=self.label, group=self.group)
 
     def read(self, data: LabelledImages, backbones: Mapping[str, Backbone], readings: Sequence[Reading]) -> ProbeData:
         """Read the features that are not kept yet, and say what could not be read."""
@@ -54,50 +71,81 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction:
+class Extraction(DeviceOptions):
     """How the backbone is used; what is left out is as it recommends."""
 
     size: int | None = None  # side of the square that images are brought to, pixels
     prompt: str = ""  # the text condition
     ensemble: int | None = None  # noise draws that are averaged
-    noise_seed: int = 0
-    batch_size: int = 16
-    device: str = "cpu"  # cpu or cuda
+    noise_seed: int = 0  # of the noise
+    batch_size: int = 16  # images that go through the network together
 
-    def config(self) -> ExtractConfig:
-        """The settings without taps and timesteps."""
+    def config(self, **others: Any) -> ExtractConfig:
+        """The settings of reading, and others such as taps and timestep."""
         sizing = None if self.size is None else Sizing("squash", self.size)
-        return ExtractConfig(
-            sizing=sizing,
-            prompt=self.prompt,
-            ensemble=self.ensemble,
-            seed=self.noise_seed,
-            batch_size=self.batch_size,
-        )
+        own = {"sizing": sizing, "prompt": self.prompt, "ensemble": self.ensemble, "seed": self.noise_seed}
+        return ExtractConfig(**own, batch_size=self.batch_size, **others)
 
     def load(self, names: Sequence[str]) -> dict[str, Backbone]:
-        """Load backbones by their names."""
-        return {name: load_backbone(name, device=self.device) for name in dict.fromkeys(names)}
+        """Load backbones by their names.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not names:
+            raise ValueError("name at least one backbone")
+        self.config()  # refuses what means nothing before anything is loaded
+        device = resolve_device(self.device)
+        return {name: load_backbone(name, device=device) for name in dict.fromkeys(names)}
 
 
-def with_seed(fit: ProbeFit, seed: int, balanced: bool) -> ProbeFit:
-    """The seed and the class weights of the command line."""
-    return replace(fit, grid=replace(fit.grid, seed=seed, balanced=balanced or fit.grid.balanced))
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Command):
+    """Which head is trained on features, and how."""
+
+    head: Kind = "linear"  # what is trained on the features
+    seed: int = 0  # of the order of examples and of initial weights
+    balanced: bool = False  # weigh rare classes up in the loss
+    images: Annotated[Images, tyro.conf.OmitArgPrefixes] = field(default_factory=Images)
+    extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
+    fit: ProbeFit = field(default_factory=ProbeFit)
+    shape: HeadShape = field(default_factory=HeadShape)
+
+    def seeded_fit(self) -> ProbeFit:
+        """The settings of training, with the seed and the class weights of the command line."""
+        grid = replace(self.fit.grid, seed=self.seed, balanced=self.balanced or self.fit.grid.balanced)
+        return replace(self.fit, grid=grid)
 
 
-def check_new(folder: Path, kind: SavedKind, *, overwrite: bool) -> None:
-    """Refuse a folder that holds a probe.
+@dataclass(frozen=True, kw_only=True)
+class NewProbe(Command):
+    """Where a new probe goes."""
 
-    Raises:
-        ValueError: it does, and it is not to be overwritten, or is of another kind.
-        OSError: it cannot be written to.
-    """
-    check_writable(folder / "probe.json", (".json",))
-    there = saved_kind(folder)
-    if there is not None and there != kind:
-        raise ValueError(f"{folder}: holds a probe of another kind ({there}); name another folder")
-    if there is not None and not overwrite:
-        raise ValueError(f"{folder}: holds a probe already; name another folder, or say --overwrite")
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("probe")  # folder of the probe
+    overwrite: bool = False  # a probe that is there already
+    json: bool = False  # print JSON
+
+    def check_new(self, kind: SavedKind) -> None:
+        """Refuse a folder that holds a probe.
+
+        Raises:
+            ValueError: it does, and it is not to be overwritten, or is of another kind.
+            OSError: it cannot be written to.
+        """
+        check_writable(self.output / "probe.json", (".json",))
+        existing = saved_kind(self.output)
+        if existing is not None and existing != kind:
+            raise ValueError(f"{self.output}: holds a probe of another kind ({existing}); name another folder")
+        if existing is not None and not self.overwrite:
+            raise ValueError(f"{self.output}: holds a probe already; name another folder, or say --overwrite")
+
+    def finish(self, probe: SavedProbe, lines: Sequence[str], document: Mapping[str, Any] | None = None) -> None:
+        """Save the probe, and print its lines, or as JSON a document, which is what it says about itself if None."""
+        probe.save(self.output)
+        if self.json:
+            print(json_module.dumps(dict(probe.about if document is None else document), indent=2))
+            return
+        print("\n".join([*lines, f"wrote {self.output}"]))
 
 
 def score_lines(parts: Mapping[str, Scores]) -> list[str]:

@@ -49,7 +49,7 @@ class Predict:
     preview: bool = True  # depth, normals: also write a coloured picture
     json: bool = False  # print JSON
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    batch_size: int = 16
+    batch_size: int = 16  # images that go through the network together
 
     def run(self) -> None:
         if self.top < 1 or self.batch_size < 1:

@@ -23,7 +23,7 @@ from diffrep.heads.probes.feedback_probe import FeedbackProbe, FeedbackSettings,
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
 from diffrep.heads.probes.grid import GridSettings, LinearGrid, Standardiser, fit_grid
 from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labelled
-from diffrep.heads.probes.layouts import KINDS, CnnHead, FeatureHead, Layout, PooledHead, build_head
+from diffrep.heads.probes.layouts import KINDS, CnnHead, FeatureHead, HeadShape, Layout, PooledHead, build_head
 from diffrep.heads.probes.neighbours import NearestNeighbours, top_accuracy
 from diffrep.heads.probes.pixel_labels import PixelClasses, find_classes
 from diffrep.heads.probes.pixel_probe import (
@@ -31,6 +31,7 @@ from diffrep.heads.probes.pixel_probe import (
     PixelEnsemble,
     PixelProbe,
     PixelSettings,
+    Resizing,
     fit_pixels,
     pixel_features,
     train_pixel_probe,
@@ -65,6 +66,7 @@ __all__ = [
     "FeedbackProbe",
     "FeedbackSettings",
     "GridSettings",
+    "HeadShape",
     "HeldRows",
     "LabelledImages",
     "Layout",
@@ -86,6 +88,7 @@ __all__ = [
     "ProbeRecipe",
     "Reading",
     "Recipe",
+    "Resizing",
     "Result",
     "Scores",
     "SideBySide",

@@ -32,7 +32,6 @@ from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recip
 from diffrep.heads.probes.saved import OneBackboneProbe, SavedKind, as_list
 from diffrep.heads.sparse import read_known_depths
 from diffrep.heads.training.dense import angular_loss
-from diffrep.heads.training.dense_data import resize_nearest
 from diffrep.images import ImageLike, Placement
 from diffrep.store import BulkConfig, Keep, Store, extract_store, open_store
 from diffrep.store.manifest import extract_config, provenance
@@ -303,6 +302,8 @@ def normals_loss(found: Tensor, reference: Tensor, valid: Tensor) -> Tensor:
 
 def on_canvas(values: Tensor, placement: Placement) -> Tensor:
     """An annotation (C, H, W) of an image where the image lies on its canvas; 0 on the padding."""
+    from diffrep.heads.training.dense_data import resize_nearest  # brings the renderer of scenes
+
     x0, y0, x1, y1 = (round(edge) for edge in placement.content_box)
     canvas = values.new_zeros(len(values), *placement.canvas_size)
     canvas[:, y0:y1, x0:x1] = resize_nearest(values, (y1 - y0, x1 - x0))

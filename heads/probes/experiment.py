@@ -18,7 +18,7 @@ from diffrep.heads.probes.cache import PooledFeatures, read_features
 from diffrep.heads.probes.cells import Cell, Reading
 from diffrep.heads.probes.fitting import Fitted, ProbeFit, fit_head, head_scores, train_head
 from diffrep.heads.probes.labelled import DataError, LabelledImages
-from diffrep.heads.probes.layouts import Kind, Layout
+from diffrep.heads.probes.layouts import HeadShape, Kind, Layout
 from diffrep.heads.probes.probe import Probe
 from diffrep.heads.probes.rows import Rows, SideBySide
 from diffrep.heads.probes.scores import Scores, score
@@ -94,8 +94,13 @@ class ProbeData:
         parts = [self.features[cell.backbone].rows(cell) for cell in cells]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
 
-    def layout(self, kind: Kind, cells: Sequence[Cell], **options: Any) -> Layout:
-        """A head on some cells."""
+    def layout(self, kind: Kind, cells: Sequence[Cell], *, shape: HeadShape | None = None, **options: Any) -> Layout:
+        """A head on some cells.
+
+        Args:
+            options: fields of the shape that are changed.
+        """
+        options = asdict(shape or HeadShape()) | options
         channels = tuple(self.features[c.backbone].rows(c).width // c.pool**2 for c in cells)
         return Layout(kind=kind, cells=tuple(cells), channels=channels, classes=len(self.data.classes), **options)
 

@@ -25,7 +25,7 @@ from diffrep.files import JsonLines, read_document, write_document, write_whole
 from diffrep.heads.probes.cells import Cell
 from diffrep.heads.probes.experiment import ProbeData, train_probe
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
-from diffrep.heads.probes.layouts import Kind
+from diffrep.heads.probes.layouts import HeadShape, Kind
 from diffrep.heads.probes.probe import Probe
 from diffrep.heads.probes.scores import wilson
 
@@ -91,6 +91,7 @@ def sweep(
     *,
     kind: Kind = "linear",
     fit: ProbeFit | None = None,
+    shape: HeadShape | None = None,
     prune: float = 0.0,
     seed: int = 0,
     progress: bool = True,
@@ -104,19 +105,19 @@ def sweep(
     Raises:
         ValueError: the folder holds a sweep of other data or settings, or prune is not in [0, 1).
     """
-    fit, folder = fit or ProbeFit(), Path(folder)
+    fit, shape, folder = fit or ProbeFit(), shape or HeadShape(), Path(folder)
     check_prune(prune)
     cells = [cell for features in found.features.values() for cell in features.reading.cells()]
-    log = _CellLog(folder, _identity(found, kind, fit, prune, seed))
+    log = _CellLog(folder, _identity(found, kind, fit, shape, prune, seed))
     scores = log.latest()
     kept = cells
     with tqdm(total=len(cells), initial=0, desc="cells", unit="cell", disable=not progress) as bar:
         if prune > 0 and len(cells) > 1:
-            kept = _prune(found, cells, kind, fit, prune, log, scores)
+            kept = _prune(found, cells, kind, fit, shape, prune, log, scores)
             bar.update(len(cells) - len(kept))
         for cell in kept:
             if cell not in scores or scores[cell].pruned:
-                scores[cell] = log.add(_score(found, cell, kind, fit, found.split.train))
+                scores[cell] = log.add(_score(found, cell, kind, fit, shape, found.split.train))
             bar.update()
     ordered = tuple(scores[cell] for cell in cells)
     # equals go to the earlier block; a pruned cell was judged by less
@@ -125,7 +126,7 @@ def sweep(
         logger.info("%s: test was scored before, its score is repeated", folder)
         best, result = _read_result(folder / RESULT)
     else:
-        trained = train_probe(found, found.layout(kind, [best]), fit, seed=seed)
+        trained = train_probe(found, found.layout(kind, [best], shape=shape), fit, seed=seed)
         result = dict(trained.probe.about)
         trained.probe.save(folder / "probe")
         write_document(folder / TIMING, {"seconds": trained.seconds})
@@ -145,8 +146,10 @@ def check_prune(prune: float) -> None:
         raise ValueError(f"prune is a share of the cells, at least 0 and below 1, got {prune}")
 
 
-def _score(found: ProbeData, cell: Cell, kind: Kind, fit: ProbeFit, train: Sequence[int]) -> CellScore:
-    layout = found.layout(kind, [cell])
+def _score(
+    found: ProbeData, cell: Cell, kind: Kind, fit: ProbeFit, shape: HeadShape, train: Sequence[int]
+) -> CellScore:
+    layout = found.layout(kind, [cell], shape=shape)
     fitted = fit_head(layout, found.rows([cell]), found.labels, train, found.split.val, fit)
     truth = found.labels[list(found.split.val)]
     right = int((fitted.scores.argmax(1) == truth).sum())
@@ -159,6 +162,7 @@ def _prune(
     cells: Sequence[Cell],
     kind: Kind,
     fit: ProbeFit,
+    shape: HeadShape,
     prune: float,
     log: _CellLog,
     scores: dict[Cell, CellScore],
@@ -171,14 +175,14 @@ def _prune(
     quick = dataclasses.replace(fit, grid=dataclasses.replace(fit.grid, epochs=max(1, fit.grid.epochs // 2)))
     for cell in cells:
         if cell not in scores:
-            scores[cell] = log.add(_score(found, cell, kind, quick, few))
+            scores[cell] = log.add(_score(found, cell, kind, quick, shape, few))
     looks = log.first_looks()
     order = sorted(cells, key=lambda cell: -looks[cell].val)
     keep = set(order[: max(1, len(cells) - int(prune * len(cells)))])
     return [cell for cell in cells if cell in keep]
 
 
-def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, prune: float, seed: int) -> dict[str, Any]:
+def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, shape: HeadShape, prune: float, seed: int) -> dict[str, Any]:
     rows = json.dumps([found.split.train, found.split.val, found.split.test, found.data.labels])
     document = {
         "data": found.data.name,
@@ -191,6 +195,7 @@ def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, prune: float, seed: i
         },
         "kind": kind,
         "fit": asdict(fit),
+        "shape": asdict(shape),
         "prune": prune,
         "seed": seed,
     }
