@@ -476,7 +476,7 @@ def test_a_sweep_does_not_load_the_renderer() -> None:
         (["--size", "0"], "size"),
         (["--device", "nonsense"], "--device must be auto, cpu"),
         (["--cells"], "at least one"),
-        (["--fit.grid.learning-rates", "1e30"], "diverged"),
+        (["--head", "mlp", "--fit.learning-rates", "1e30"], "diverged"),
     ],
 )
 def test_what_means_nothing_is_refused_in_a_line(
