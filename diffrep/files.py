@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SETTINGS = "settings.json"
+MARK = "diffrep"  # stands near the beginning of pictures that diffrep writes, which so are not taken for photographs
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffrep.heads.ensembles import (
@@ -19,12 +20,12 @@ from diffrep.heads.ensembles import (
     ensemble_depth,
     ensemble_normals,
 )
-from diffrep.heads.families import Family, Task
-from diffrep.heads.maps import DepthMap, NormalMap
+from diffrep.heads.families import Family, Frame, Task
+from diffrep.heads.head import Head
+from diffrep.heads.maps import DepthMap, NormalMap, facing_camera, unit_length
 from diffrep.heads.one_step import OneStep
 from diffrep.heads.sizes import Resample, pad_to_multiple, to_image_size, to_working
 from diffrep.heads.tiling import predict_tiled
-from diffrep.images import ImageLike, load_image
 
 ENSEMBLES = {"e2e-ft": E2E_ENSEMBLE, "marigold-diffusers": DIFFUSERS_ENSEMBLE}
 
@@ -64,20 +65,31 @@ class PredictConfig:
             raise ValueError(f"overlap must be a share above 0 and up to 0.5, got {self.overlap}")
 
 
-class DenseHead:
+class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
     """A one-step head for depth, disparity or normals.
 
+    The noise of `predict` and `predict_each` can be named instead of drawn: `noise` (E, c, h, w), one for each member
+    of the ensemble, and `posterior_noise` (1, c, h, w) standard normal, for a posterior that is sampled.
+
     Attributes:
-        model: the machine; training and tests call its parts.
-        task: what the decoded picture means.
-        name: as `load_head` was asked for it.
-        found: what it was recognised as, and by what, in one sentence.
+        working_size: long side in pixels that the network sees by default.
     """
 
+    CONFIG = PredictConfig
+    model: OneStep
+    task: Task
+
     def __init__(
-        self, model: OneStep, task: Task, *, name: str = "head", found: str = "", working_size: int | None = None
+        self,
+        model: OneStep,
+        task: Task,
+        *,
+        name: str = "head",
+        recognised: str = "",
+        source: str = "",
+        working_size: int | None = None,
     ) -> None:
-        self.model, self.task, self.name, self.found = model, task, name, found
+        super().__init__(model, task, name=name, recognised=recognised, source=source)
         self.working_size = model.family.working_size if working_size is None else working_size
 
     @property
@@ -91,7 +103,8 @@ class DenseHead:
 
         Args:
             decoded: (B, 3, h, w).
-            unit: bring normals to unit length where the family's released code does not, 0 where there is no surface.
+            unit: bring normals to unit length where the family's released code does not; where there is no surface,
+                towards the camera.
 
         Returns:
             Depth or disparity (B, 1, h, w) in [0, 1]; normals (B, 3, h, w) in the family's frame.
@@ -107,67 +120,12 @@ class DenseHead:
             return decoded
         normals = decoded.clamp(-1, 1)
         if self.family.normals == "unit":
-            return unit_length(normals)
-        return surface_normals(normals) if unit else normals
+            return normals / normals.norm(dim=1, keepdim=True).clamp(min=1e-6)
+        return surface_normals(normals, self.family.frame) if unit else normals
 
     # -- images ---------------------------------------------------------------------------------------------
 
-    def predict(
-        self,
-        image: ImageLike,
-        config: PredictConfig | None = None,
-        *,
-        noise: Tensor | None = None,
-        posterior_noise: Tensor | None = None,
-    ) -> DepthMap | NormalMap:
-        """Predict the map of one image; see `predict_each`.
-
-        Args:
-            noise: (E, c, h, w) instead of drawn noise, one for each member of the ensemble.
-            posterior_noise: (1, c, h, w) standard normal instead of drawn noise, for a posterior that is sampled.
-        """
-        return next(iter(self.predict_each([image], config, noise=noise, posterior_noise=posterior_noise)))
-
-    @torch.no_grad()
-    def predict_each(
-        self,
-        images: Iterable[ImageLike],
-        config: PredictConfig | None = None,
-        *,
-        noise: Tensor | None = None,
-        posterior_noise: Tensor | None = None,
-    ) -> Iterator[DepthMap | NormalMap]:
-        """Predict the maps of images of any sizes, in order; neighbours of one size share a batch.
-
-        A map does not depend on the other images, their order or the batch size beyond float rounding. Frames of a
-        video all see the same noise.
-
-        Raises:
-            ImageError: an image cannot be read.
-            ValueError: a setting does not go with the family, for example an ensemble of a head without noise.
-        """
-        config = config or PredictConfig()
-        self.check(config)
-        waiting: list[Tensor] = []
-        for image in images:
-            pixels = torch.from_numpy(np.array(load_image(image))).permute(2, 0, 1)
-            if config.tile is not None and max(pixels.shape[1:]) > config.tile:
-                yield from self._predict_batch(waiting, config, noise, posterior_noise)
-                waiting = []
-                yield predict_tiled(self, pixels, config)
-                continue
-            if waiting and (waiting[0].shape != pixels.shape or len(waiting) >= config.batch_size):
-                yield from self._predict_batch(waiting, config, noise, posterior_noise)
-                waiting = []
-            waiting.append(pixels)
-        yield from self._predict_batch(waiting, config, noise, posterior_noise)
-
     def check(self, config: PredictConfig) -> None:
-        """Refuse settings that do not go with this head.
-
-        Raises:
-            ValueError: naming the setting.
-        """
         family = self.family
         sampled = config.posterior == "sample" or (config.official and family.posterior == "sample")
         if config.ensemble > 1 and family.first_latent != "noise" and not sampled:
@@ -183,13 +141,26 @@ class DenseHead:
         if config.tile is not None and config.ensemble > 1:
             raise ValueError("tiles and an ensemble do not go together: choose one of them")
 
-    def _predict_batch(
-        self, images: list[Tensor], config: PredictConfig, noise: Tensor | None, posterior_noise: Tensor | None
+    def group(self, image: Image.Image, config: PredictConfig) -> Hashable:
+        return None if self._is_tiled(image, config) else image.size
+
+    def _is_tiled(self, image: Image.Image, config: PredictConfig) -> bool:
+        return config.tile is not None and max(image.size) > config.tile
+
+    def predict_batch(
+        self,
+        images: list[Image.Image],
+        config: PredictConfig,
+        *,
+        noise: Tensor | None = None,
+        posterior_noise: Tensor | None = None,
     ) -> Iterator[DepthMap | NormalMap]:
-        if not images:
+        pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+        if self._is_tiled(images[0], config):
+            yield predict_tiled(self, pixels[0], config)
             return
-        size = (int(images[0].shape[-2]), int(images[0].shape[-1]))
-        maps, uncertainty = self.maps(torch.stack(images), config, noise=noise, posterior_noise=posterior_noise)
+        size = (images[0].height, images[0].width)
+        maps, uncertainty = self.maps(torch.stack(pixels), config, noise=noise, posterior_noise=posterior_noise)
         for i in range(len(images)):
             values = to_image_size(maps[i : i + 1], size, self._back(config), config.resample)[0]
             spread = None
@@ -273,14 +244,14 @@ class DenseHead:
             return self.wrap(values[0].clamp(0, 1), config, uncertainty)
         if config.official and not self.family.renormalize:  # interpolation between pixels can leave the range
             return self.wrap(values.clamp(-1, 1), config, uncertainty)
-        return self.wrap(unit_length(values[None])[0], config, uncertainty)
+        return self.wrap(unit_length(values, self.family.frame), config, uncertainty)
 
     def wrap(self, values: Tensor, config: PredictConfig, uncertainty: Tensor | None = None) -> DepthMap | NormalMap:
         """The typed map of finished values: (H, W) depth or disparity in [0, 1], or (3, H, W) normals."""
         settings = {
             "head": self.name,
             "family": self.family.name,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
             **dataclasses.asdict(config),
         }
         if self.task == "normals":
@@ -288,17 +259,14 @@ class DenseHead:
         return DepthMap(values, self.task, uncertainty=uncertainty, settings=settings)
 
 
-def surface_normals(normals: Tensor, shortest: float = 0.3) -> Tensor:
-    """(B, 3, h, w) of unit length, or 0 where they are shorter than `shortest`: the sky faces nowhere.
+def surface_normals(normals: Tensor, frame: Frame, shortest: float = 0.3) -> Tensor:
+    """(B, 3, h, w) of unit length; what is shorter than `shortest` is drawn towards the camera, the more the shorter.
 
-    Networks that are taught the vector 0 there would otherwise show noise, blown up to unit length.
+    Networks that learn the vector 0 in the sky, which faces nowhere, would otherwise show noise there, blown up to unit
+    length.
     """
-    return unit_length(normals) * (normals.norm(dim=1, keepdim=True) >= shortest)
-
-
-def unit_length(normals: Tensor) -> Tensor:
-    """(B, 3, h, w) divided by their length, where it is above 1e-6."""
-    return normals / normals.norm(dim=1, keepdim=True).clamp(min=1e-6)
+    missing = (shortest - normals.norm(dim=1, keepdim=True)).clamp(min=0)
+    return unit_length(normals + missing * facing_camera(normals, frame), frame)
 
 
 def _stretch(depth: Tensor) -> Tensor:

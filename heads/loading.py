@@ -1,34 +1,44 @@
-"""`load_head`: one name or folder in, one head out; it says what it recognised. `write_head` makes such folders."""
+"""`load_head`: one name, folder or file in, one head out, which says what it is. `write_head` makes such folders."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from diffrep.backbones.base import check_weights, default_dtype
+from diffrep.backbones.base import check_weights
 from diffrep.backbones.loading import EMBEDDED, HUB, MODELS, load_component, local_variant, read_json
 from diffrep.backbones.text import TextEncoders
+from diffrep.devices import resolve_device, resolve_dtype
+from diffrep.files import save_weights, write_document, write_whole
 from diffrep.heads.dense import DenseHead
+from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
+from diffrep.heads.head import Head
+from diffrep.heads.mask_decoder import MaskDecoder
+from diffrep.heads.mask_prediction import SegmentationHead
 from diffrep.heads.one_step import OneStep, Schedule
+from diffrep.heads.segmentation import DiffDis
 
-HEAD_FILE, CONTEXT_FILE = "head.json", "context.safetensors"
+HEAD_FILE, CONTEXT_FILE, WEIGHTS = "head.json", "context.safetensors", "diffusion_pytorch_model.safetensors"
+DIFFDIS = "diffdis"  # what ``head.json`` calls the family of segmentation heads
 
-EMBEDDED_HEADS = ("tiny-depth", "tiny-normals")
+EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation")
 
 KNOWN: dict[str, tuple[Family, Task]] = {  # published checkpoints: what their files do not say
     "jingheya/lotus-depth-g-v1-0": (LOTUS_G, "depth"),
     "jingheya/lotus-depth-d-v1-0": (LOTUS_D, "depth"),
+    "jingheya/lotus-depth-d-v1-1": (LOTUS_D, "depth"),
     "jingheya/lotus-depth-g-v2-0-disparity": (LOTUS_G, "disparity"),
     "jingheya/lotus-depth-g-v2-1-disparity": (LOTUS_G, "disparity"),
     "jingheya/lotus-depth-d-v2-0-disparity": (LOTUS_D, "disparity"),
@@ -47,6 +57,7 @@ KNOWN: dict[str, tuple[Family, Task]] = {  # published checkpoints: what their f
     "GonzaloMG/marigold-e2e-ft-normals": (E2E_FT, "normals"),
     "GonzaloMG/stable-diffusion-e2e-ft-normals": (E2E_FT, "normals"),
 }
+PUBLISHED_DIFFDIS = "qianyu1217/diffdis"
 
 
 class HeadError(ValueError):
@@ -62,95 +73,173 @@ class Recognised:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a head lies: the embedded model's, a folder, a weight file or a hub id.
+
+    Attributes:
+        name: as it was asked for.
+        path: of its own files.
+        head: our own ``head.json``; empty where there is none.
+        config: ``unet/config.json``, or ``config.json`` beside a U-Net alone.
+        base: where VAE, scheduler and text encoder lie.
+    """
+
+    name: str
+    path: str
+    head: Mapping[str, Any]
+    config: Mapping[str, Any]
+    base: str
+
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON file of the head, or else of its base; empty where there is none."""
+        return _json(self.path, file) or _json(self.base, file)
+
+
 def load_head(
     name: str | os.PathLike[str],
     *,
-    task: Task | None = None,
+    task: str | None = None,
     family: str | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    base: str | os.PathLike[str] | None = None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str | None = None,
     fold: bool = True,
-) -> DenseHead:
-    """Load a one-step head for depth, disparity or normals.
+) -> Any:
+    """Load a head for depth, disparity, normals or segmentation.
 
     Args:
-        name: an embedded head ("tiny-depth", "tiny-normals"); a folder that `write_head` made; a local diffusers
-            folder or hub id of Lotus, Marigold or E2E-FT.
+        name: an embedded head ("tiny-depth", "tiny-normals", "tiny-segmentation"); a folder that `write_head` made; a
+            local diffusers folder or hub id of Lotus, Marigold, E2E-FT or DiffDIS; a folder or safetensors file with
+            the U-Net of a DiffDIS alone, which needs `base`.
         task: what it predicts; needed where the files do not say it.
         family: a name out of `diffrep.heads.families.FAMILIES`, for what the files do not say: an eight-channel U-Net
             without class embedding is "marigold" unless named "e2e-ft"; "marigold-diffusers" treats sizes as
             diffusers' pipelines do.
-        dtype: float32 on CPU and bfloat16 on CUDA where None.
+        base: where VAE, text encoder and scheduler come from, where `name` has none: an embedded model, a folder, a
+            short name such as "sd-turbo", or a hub id.
+        dtype: float32, on CUDA bfloat16, where None.
         fold: compute once what depends on prompt, timestep and task alone.
 
+    Returns:
+        A `DenseHead` or a `SegmentationHead`.
+
     Raises:
-        HeadError: no such head; the folder is of another kind; the task is neither given nor known; what is given
-            contradicts the files; or weights are missing, damaged, do not fit or are not finite.
+        HeadError: no such head; the folder is of another kind; the task is neither named nor known; what is named
+            contradicts the files; or weights are missing, left over, damaged, do not fit or are not finite.
+        DeviceError: there is no such device.
     """
-    name = os.fspath(name)
-    device = torch.device(device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise HeadError(f"device {device} was asked for, but torch sees no CUDA device")
-    dtype = dtype or default_dtype(device)
-    source = str(MODELS / name) if name in EMBEDDED_HEADS else name
-    if not Path(source).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise HeadError(
-            f"{name}: no such folder and no known head; give {', '.join(EMBEDDED_HEADS)}, a folder, or a hub id such as"
-            f" {next(iter(KNOWN))}"
-        )
+    name, place = os.fspath(name), resolve_device(device)
+    numbers = resolve_dtype(dtype, place)
+    _check_named(task, family)
     try:
-        return _load(name, source, task, family, device, dtype, fold)
-    except SafetensorError as error:
-        raise HeadError(f"{name}: a weight file is damaged ({error})") from None
+        source = _find(name, None if base is None else os.fspath(base))
+        if _holds_diffdis(source):
+            if (task or "segmentation") != "segmentation" or (family or DIFFDIS) != DIFFDIS:
+                raise HeadError(f"{name}: is a DiffDIS, a head for segmentation, not {task or family}")
+            return _load_segmentation(source, place, numbers, needs_base=base is None)
+        if task == "segmentation" or family == DIFFDIS:
+            _refuse_as_diffdis(source)
+        return _load_dense(source, task, family, place, numbers, fold)  # type: ignore[arg-type]  # checked above
     except HeadError:
         raise
-    except ValueError as error:  # of the parts, in their own words
-        raise HeadError(str(error)) from None
+    except SafetensorError as error:
+        raise HeadError(f"{name}: a weight file is damaged ({error})") from None
+    except (ValueError, OSError, RuntimeError, KeyError) as error:  # of the parts and the hub, in their own words
+        raise HeadError(" ".join(str(error).split())) from None
 
 
-def _load(
-    name: str,
-    source: str,
-    task: Task | None,
-    family: str | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    fold: bool,
+def _check_named(task: str | None, family: str | None) -> None:
+    tasks, families = (*get_args(Task), "segmentation"), (*FAMILIES, DIFFDIS)
+    if task is not None and task not in tasks:
+        raise HeadError(f"there is no task {task!r}; known are {', '.join(tasks)}")
+    if family is not None and family not in families:
+        raise HeadError(f"there is no family {family!r}; known are {', '.join(families)}")
+
+
+def _find(name: str, base: str | None) -> _Source:
+    path = str(MODELS / name) if name in EMBEDDED_HEADS else os.path.expanduser(name)
+    local = Path(path).exists()
+    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise HeadError(
+            f"{name}: no such folder or file and no known head; give {', '.join(EMBEDDED_HEADS)}, a folder, or a hub id"
+            f" such as {next(iter(KNOWN))}"
+        )
+    if Path(path).is_file():
+        head, config = {}, {}
+    else:
+        head = _json(path, HEAD_FILE)
+        config = _json(path, "unet/config.json") or _json(path, "config.json")
+        if not config and not local:
+            raise HeadError(f"{name}: no such folder, and the hub has no head of that name, or cannot be reached")
+    parts = base_of(path, head) if base is None else _named(base)
+    return _Source(name, path, head, config, parts)
+
+
+def _load_dense(
+    source: _Source, task: Task | None, family: str | None, device: torch.device, dtype: torch.dtype, fold: bool
 ) -> DenseHead:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
-    config = _json(source, "unet/config.json")
-    if config is None:
-        reason = "is no folder of a head, unet/config.json is missing"
-        if not Path(source).is_dir():
-            reason = "no such folder, and the hub gave no unet/config.json of that name (not there, or not reachable)"
-        raise HeadError(f"{name}: {reason}")
-    own = _json(source, HEAD_FILE)
-    base = base_of(source, own)
-    vae_config = _json(base, "vae/config.json")
-    if vae_config is None:
-        raise HeadError(f"{name}: has no VAE, {base}/vae/config.json is missing")
-    recognised = recognise(name, config, vae_config, own or {}, _json(source, "model_index.json") or {}, task, family)
-    unet = load_component(UNet2DConditionModel, source, "unet", dtype, _variant(source, "unet"))
-    vae = load_component(AutoencoderKL, base, "vae", dtype, _variant(base, "vae"))
+    if not _json(source.path, "unet/config.json"):
+        raise HeadError(f"{source.name}: is no folder of a head, unet/config.json is missing")
+    vae_config = _json(source.base, "vae/config.json")
+    if not vae_config:
+        raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
+    index = _json(source.path, "model_index.json")
+    recognised = recognise(source.name, source.config, vae_config, source.head, index, task, family)
+    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype, _variant(source.path, "unet"))
+    vae, schedule, context = _shared_parts(source, unet, device, dtype)
+    model = OneStep(unet, vae, context, schedule, recognised.family, fold=fold)
+    about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
+    return DenseHead(model, recognised.task, name=source.name, recognised=about, source=source.path)
+
+
+def _load_segmentation(
+    source: _Source, device: torch.device, dtype: torch.dtype, *, needs_base: bool
+) -> SegmentationHead:
+    path = Path(source.path)
+    if needs_base and not source.head and (path.is_file() or not _json(source.path, "vae/config.json")):
+        raise HeadError(
+            f"{source.name}: holds a U-Net alone: say where its VAE and text encoder are (base, for example sd-turbo)"
+        )
+    config = source.config or _json(source.base, "unet/config.json")
+    unet = diffdis_unet(read_diffdis(source.path, source.name), config, name=source.name)
+    vae, schedule, context = _shared_parts(source, unet, device, dtype)
+    decoder = MaskDecoder.load(path) if path.is_dir() else None
+    if decoder is not None:
+        check_weights(decoder, source.name)
+        decoder.to(device, dtype)
+    model = DiffDis(unet, vae, context, schedule, working_size=_whole(source, "working_size") or 1024, decoder=decoder)
+    drawn = "its own decoder" if decoder is not None else "the VAE"
+    about = f"DiffDIS (recognised by its weights), {unet.levels} levels, masks drawn by {drawn}"
+    return SegmentationHead(model, name=source.name, recognised=about, source=source.path)
+
+
+def _shared_parts(source: _Source, unet: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, Schedule, Tensor]:
+    """What every head reads beside its U-Net: the VAE, the schedule, the prompt's embedding; all ready to run."""
+    from diffusers import AutoencoderKL
+
+    vae = load_component(AutoencoderKL, source.base, "vae", dtype, _variant(source.base, "vae"))
     for module in (unet, vae):
-        check_weights(module, name)
-        module.to(device).eval().requires_grad_(False)
+        check_weights(module, source.name)
+        nn.Module.to(module, device, dtype)  # diffusers' own warns about a cast even when it is none
+        module.eval().requires_grad_(False)
     if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
         vae.float()
-    scheduler = _json(source, "scheduler/scheduler_config.json") or _json(base, "scheduler/scheduler_config.json")
-    if scheduler is None:
-        raise HeadError(f"{source}: scheduler/scheduler_config.json is missing")
-    context = stored_context(source, base, device, dtype)
+    scheduler = source.json("scheduler/scheduler_config.json")
+    if not scheduler:
+        raise HeadError(f"{source.name}: scheduler/scheduler_config.json is missing")
+    context = stored_context(source.path, source.base, device, dtype)
     if context.shape[-1] != unet.config.cross_attention_dim:
         raise HeadError(
-            f"{source}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
-            f" {unet.config.cross_attention_dim}"
+            f"{source.name}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
+            f" {unet.config.cross_attention_dim}: it belongs to another base"
         )
-    schedule = Schedule.from_config(scheduler)
-    model = OneStep(unet, vae, context, schedule, recognised.family, fold=fold)
-    found = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
-    return DenseHead(model, recognised.task, name=name, found=found, working_size=recognised.family.working_size)
+    return vae, Schedule.from_config(scheduler), context
+
+
+# -- recognising --------------------------------------------------------------------------------------------
 
 
 def recognise(
@@ -162,7 +251,7 @@ def recognise(
     task: Task | None = None,
     family: str | None = None,
 ) -> Recognised:
-    """What a folder holds, from its configs.
+    """What a folder of a head for depth or normals holds, from its configs.
 
     A class embedding of 4 numbers is Lotus': with the image's latent alone D, with noise beside it G. Without one, a
     U-Net that takes two latents is Marigold's or E2E-FT's, which the files do not tell apart.
@@ -171,16 +260,13 @@ def recognise(
         unet, vae: ``unet/config.json``, ``vae/config.json``.
         head: our own ``head.json``; empty where there is none.
         index: ``model_index.json``; Marigold's says its task in newer releases.
-        task, family: given by the caller, for what is not known.
+        task, family: named by the caller, for what is not known.
 
     Raises:
         HeadError: another kind of network, a contradiction, or a task that nothing tells.
     """
-    if family is not None and family not in FAMILIES:
-        raise HeadError(f"there is no family {family!r}; known are {', '.join(FAMILIES)}")
-    if task is not None and task not in get_args(Task):
-        raise HeadError(f"there is no task {task!r} for these heads; known are {', '.join(get_args(Task))}")
-    latent, inputs = int(vae.get("latent_channels", 4)), int(unet.get("in_channels", 0))
+    _check_named(task, family)
+    latent, inputs = _integer(name, vae, "latent_channels", 4), _integer(name, unet, "in_channels", 0)
     width = unet.get("projection_class_embeddings_input_dim") if unet.get("class_embed_type") else None
     if width == 10:
         raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")
@@ -205,30 +291,177 @@ def recognise(
         raise HeadError(f"{name}: is no one-step head: {shape}")
     if family is not None and FAMILIES[family] != detected:
         raise HeadError(f"{name}: is no {family}: {shape}, which is {detected.name}")
-    told: tuple[Task | None, str] = (None, "")
-    if head.get("task"):
-        told = head["task"], HEAD_FILE
-    elif known:
-        told = known[1], "a published checkpoint"
-    elif index.get("prediction_type") in get_args(Task):
-        told = index["prediction_type"], "model_index.json"
-    if told[0] is not None and told[0] not in get_args(Task):
-        raise HeadError(f"{name}: is a head for {told[0]}, not for {', '.join(get_args(Task))}")
-    if task is not None and told[0] is not None and task != told[0]:
-        raise HeadError(f"{name}: predicts {told[0]} (said by {told[1]}), but the task {task} was asked for")
-    if task is None and told[0] is None:
+    said, by = _said_task(head, known, index)
+    if said is not None and said not in get_args(Task):
+        raise HeadError(f"{name}: is a head for {said}, not for {', '.join(get_args(Task))}")
+    if task is not None and said is not None and task != said:
+        raise HeadError(f"{name}: predicts {said} (said by {by}), but the task {task} was asked for")
+    final: Any = said or task
+    if final is None:
         raise HeadError(
-            f"{name}: is a {detected.name} ({shape}), but its files do not say what it predicts: give the task, one of"
+            f"{name}: is a {detected.name} ({shape}), but its files do not say what it predicts: name the task, one of"
             f" {', '.join(get_args(Task))}"
         )
-    working = head.get("working_size") or index.get("default_processing_resolution")
+    working = _integer(name, head, "working_size", 0) or _integer(name, index, "default_processing_resolution", 0)
     if working:
-        detected = dataclasses.replace(detected, working_size=int(working))
+        detected = dataclasses.replace(detected, working_size=working)
     if head.get("frame") in get_args(Frame):
         detected = dataclasses.replace(detected, frame=head["frame"])
-    by = "as given" if told[0] is None else f"told by {told[1]}"
-    final: Task = told[0] if told[0] is not None else task  # type: ignore[assignment]  # one of both is set, see above
-    return Recognised(detected, final, f"{shape}; task {by}")
+    return Recognised(detected, final, f"{shape}; task {f'said by {by}' if said else 'as asked for'}")
+
+
+def _said_task(
+    head: Mapping[str, Any], known: tuple[Family, Task] | None, index: Mapping[str, Any]
+) -> tuple[str | None, str]:
+    """The task, and what says it."""
+    if head.get("task"):
+        return str(head["task"]), HEAD_FILE
+    if known:
+        return known[1], "a published checkpoint"
+    if index.get("prediction_type") in get_args(Task):
+        return str(index["prediction_type"]), "model_index.json"
+    return None, ""
+
+
+def _integer(name: str, config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if value is None:
+        return default
+    if not isinstance(value, int) or value < 0:
+        raise HeadError(f"{name}: {key} must be a whole number, the configuration has {value!r}")
+    return value
+
+
+def _whole(source: _Source, key: str) -> int:
+    return _integer(source.name, source.head, key, 0)
+
+
+def _by_folder_name(name: str) -> tuple[Family, Task] | None:
+    """A copy of a published checkpoint in a folder of the same name."""
+    last = Path(name).name
+    return next((value for key, value in KNOWN.items() if key.split("/")[1] == last), None)
+
+
+# -- DiffDIS: its authors publish a U-Net beside the config of its base, which knows nothing of it -----------
+
+
+def _holds_diffdis(source: _Source) -> bool:
+    """By ``head.json``, or else by the names of the weights; other heads are seen by their config alone."""
+    if source.head.get("family"):
+        return bool(source.head["family"] == DIFFDIS)
+    if Path(source.path).is_file() or source.name == PUBLISHED_DIFFDIS:
+        return True
+    plain = source.config.get("class_embed_type") is None and source.config.get("in_channels") in (None, 4)
+    stated = any(key in source.config for key in ("use_swci", "mid_extra_cross"))
+    if not Path(source.path).is_dir() or not (plain or stated):
+        return False
+    files = _unet_files(Path(source.path))
+    if not files:
+        return False
+    keys: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            keys |= set(opened.keys())
+    return is_diffdis(sorted(keys))
+
+
+def _refuse_as_diffdis(source: _Source) -> None:
+    """Say why a head was asked for that the files are not.
+
+    Raises:
+        HeadError: always.
+    """
+    if source.head.get("family"):
+        what = f"is a head for {source.head.get('task')} ({source.head['family']}), not for segmentation"
+        raise HeadError(f"{source.name}: {what}")
+    if Path(source.path).is_dir() and not _unet_files(Path(source.path)):
+        raise HeadError(f"{source.name}: is no folder of a head, unet/{WEIGHTS} is missing")
+    raise HeadError(
+        f"{source.name}: is no DiffDIS U-Net: its weights lack rgb_proj, attn3 or class_embedding;"
+        " `diffrep train segmentation` makes one of a plain U-Net"
+    )
+
+
+def _unet_files(folder: Path) -> list[Path]:
+    """The safetensors of the U-Net of a folder: one, or the shards of one variant."""
+    for place in (folder / "unet", folder):
+        if (place / WEIGHTS).is_file():
+            return [place / WEIGHTS]
+        if files := sorted(place.glob("diffusion_pytorch_model*.safetensors")):
+            variant = files[0].name.split("-")[0]  # shards end in -00001-of-00002, before which a variant may stand
+            return [file for file in files if file.name.split("-")[0] == variant]
+    return []
+
+
+def read_diffdis(source: str, name: str) -> dict[str, Tensor]:
+    """Weights of the U-Net of a folder, file or hub id, with the published names.
+
+    A repacked file may have its names under a common prefix, which is taken off.
+
+    Raises:
+        HeadError: there is no U-Net, or its file is damaged.
+    """
+    path = Path(source)
+    if path.is_file():
+        weights = read_weights(path)
+        marker = "rgb_proj.0.weight"
+        prefix = next((key[: -len(marker)] for key in weights if key.endswith(marker)), "")
+        return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if not path.is_dir():
+        from huggingface_hub import hf_hub_download
+
+        return read_weights(Path(hf_hub_download(source, f"unet/{WEIGHTS}")))
+    files = _unet_files(path)
+    if not files:
+        raise HeadError(f"{name}: is no folder of a head, unet/{WEIGHTS} is missing")
+    return {key: value for file in files for key, value in read_weights(file).items()}
+
+
+def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, name: str) -> DiffDisUNet:
+    """A DiffDIS U-Net from weights and any config of its base.
+
+    Args:
+        weights: state dict with the published names.
+        config: of a U-Net with the same widths; its input channels and class embedding do not matter.
+        name: of the folder or file, for messages.
+
+    Raises:
+        HeadError: these are no DiffDIS weights, or they do not fit the config; the message says which weights are
+            missing, left over or of another shape.
+    """
+    if not is_diffdis(weights):
+        raise HeadError(
+            f"{name}: is no DiffDIS U-Net: its weights lack rgb_proj, attn3 or class_embedding;"
+            " `diffrep train segmentation` makes one of a plain U-Net"
+        )
+    network = DiffDisUNet(config)
+    expected = network.state_dict()
+    common = set(expected) & set(weights)
+    problems = {
+        "missing": sorted(set(expected) - set(weights)),
+        "left over": sorted(set(weights) - set(expected)),
+        "of another shape": sorted(key for key in common if expected[key].shape != weights[key].shape),
+    }
+    if named := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]:
+        raise HeadError(f"{name}: the weights do not fit the config: {'; '.join(named)}")
+    network.load_state_dict(dict(weights))
+    network.eval().requires_grad_(False)
+    return network
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file.
+
+    Raises:
+        HeadError: it is damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise HeadError(f"{path}: is damaged or no safetensors file ({error})") from None
+
+
+# -- our own folders ----------------------------------------------------------------------------------------
 
 
 def write_head(
@@ -248,12 +481,12 @@ def write_head(
     """Write a head as a folder that holds only what is new: the U-Net, the prompt's embedding, ``head.json``.
 
     Args:
-        folder: made where it is missing; what is there is replaced.
+        folder: made where it is missing; what is in it is replaced.
         unet: diffrep's or diffusers' `UNet2DConditionModel`; it is left as it is.
-        base: where VAE and scheduler come from: an embedded model's name, a folder, or a hub id. A folder is kept
+        base: where VAE and scheduler come from: an embedded model's name, a folder, or a hub id. A folder is noted
             relative to the head's where that is possible.
-        family: a name out of `diffrep.heads.families.FAMILIES`.
-        task: "depth", "disparity", "normals"; other heads write their own.
+        family: a name out of `diffrep.heads.families.FAMILIES`, or "diffdis".
+        task: "depth", "disparity", "normals" or "segmentation".
         context: (1, tokens, C), what the U-Net was trained to attend to.
         working_size: long side in pixels at which the head works by default.
         frame: camera axes of the normals, where they are not those of the family.
@@ -261,23 +494,51 @@ def write_head(
         extra: further JSON values for ``head.json``, for example steps, seed, data, measured quality.
         dtype: of the weights on disk.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in unet.state_dict().items()}
-    (folder / "unet").mkdir(exist_ok=True)
+    weights = {name: value.to(dtype) for name, value in unet.state_dict().items()}
     config = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}
-    config["_class_name"] = "UNet2DConditionModel"
-    (folder / "unet" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
-    (folder / CONTEXT_FILE).write_bytes(save({"context": context.detach().float().cpu().contiguous()}))
+    write_document(folder / "unet" / "config.json", config | {"_class_name": "UNet2DConditionModel"})
+    save_weights(folder / "unet" / WEIGHTS, weights, format="pt")
+    save_weights(folder / CONTEXT_FILE, {"context": context.float()})
     if scheduler is not None:
-        (folder / "scheduler").mkdir(exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(scheduler), indent=2) + "\n")
+        write_document(folder / "scheduler" / "scheduler_config.json", scheduler)
     if Path(base).is_dir():
         base = os.path.relpath(Path(base).resolve(), folder.resolve())
     values = {"base": base, "family": family, "task": task, "working_size": working_size}
-    values |= {"frame": frame} if frame else {}
-    values |= dict(extra or {})
-    (folder / HEAD_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    write_document(folder / HEAD_FILE, values | ({"frame": frame} if frame else {}) | dict(extra or {}))
+
+
+def save_head(head: Head[Any, Any], folder: Path) -> None:
+    """Write the folder that a head was loaded from, with all that it needs of its base; published ones then say what
+    they are.
+
+    Raises:
+        HeadError: the head was made in memory: `write_head` writes such.
+    """
+    if not head.source:
+        raise HeadError(f"{head.name}: was made in memory and has no files to save; write_head writes such heads")
+    place = _local(head.source)
+    about = _json(str(place), HEAD_FILE)
+    base = _local(base_of(head.source, about))
+    for part in ("unet", "vae", "scheduler"):
+        for file in sorted((place if (place / part).is_dir() else base).glob(f"{part}/*")):
+            if file.suffix in (".json", ".safetensors"):
+                write_whole(folder / part / file.name, partial(shutil.copyfile, file))
+    for file in place.glob("decoder.*"):
+        write_whole(folder / file.name, partial(shutil.copyfile, file))
+    context = stored_context(str(place), str(base), torch.device("cpu"), torch.float32)
+    save_weights(folder / CONTEXT_FILE, {"context": context})
+    known = {"family": (getattr(head.model, "family", None) and head.model.family.name) or DIFFDIS, "task": head.task}
+    about = {"working_size": getattr(head, "working_size", None) or head.model.working_size, **known, **about}
+    write_document(folder / HEAD_FILE, about | {"base": "."})
+
+
+def _local(source: str) -> Path:
+    """The folder of a head, or of a hub id that has been fetched."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, local_files_only=True))
 
 
 def prompt_context(
@@ -288,15 +549,13 @@ def prompt_context(
     Raises:
         BackboneError: the folder has no text encoder or tokenizer.
     """
-    source = os.fspath(source)
-    source = str(MODELS / source) if source in EMBEDDED else HUB.get(source, source)
-    parts = {"text_encoder": "CLIPTextModel"}
+    path = _named(os.fspath(source))
     text = TextEncoders(
-        source,
-        parts,
+        path,
+        {"text_encoder": "CLIPTextModel"},
         device=device or torch.device("cpu"),
         dtype=dtype,
-        variant=_variant(source, "text_encoder"),
+        variant=_variant(path, "text_encoder"),
         pad=False,
     )
     return text.encode([""])[""].context.clone()  # a tensor that training may use too
@@ -304,20 +563,24 @@ def prompt_context(
 
 def stored_context(source: str, base: str, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The stored embedding of the prompt; the text encoder is only loaded where there is none."""
-    if (file := Path(source) / CONTEXT_FILE).is_file():
-        return load_file(file)["context"].to(device, dtype)
-    return prompt_context(source if _json(source, "model_index.json") else base, device=device, dtype=dtype)
+    files = (Path(place) / CONTEXT_FILE for place in (source, base))
+    if file := next((file for file in files if file.is_file()), None):
+        stored = read_weights(file)
+        if "context" not in stored:
+            raise HeadError(f"{file}: holds {', '.join(sorted(stored))}, not the prompt's embedding, context")
+        return stored["context"].to(device, dtype)
+    own = Path(source).is_dir() and (Path(source) / "text_encoder").is_dir()
+    hub = not Path(source).exists() and base == source
+    return prompt_context(source if own or hub else base, device=device, dtype=dtype)
 
 
-def base_of(source: str, head: Mapping[str, Any] | None) -> str:
+def base_of(source: str, head: Mapping[str, Any]) -> str:
     """Where VAE and scheduler lie."""
-    if not head or not head.get("base"):
+    if not head.get("base"):
         return source
     base = str(head["base"])
-    if base in EMBEDDED:
-        return str(MODELS / base)
-    if base in HUB:
-        return HUB[base]
+    if base in EMBEDDED or base in HUB:
+        return _named(base)
     if (relative := Path(source) / base).is_dir():
         return str(relative)
     if base.count("/") == 1 and not base.startswith("."):
@@ -325,10 +588,9 @@ def base_of(source: str, head: Mapping[str, Any] | None) -> str:
     raise HeadError(f"{source}: {HEAD_FILE} names the base {base}, which is no folder and no known model")
 
 
-def _by_folder_name(name: str) -> tuple[Family, Task] | None:
-    """A copy of a published checkpoint in a folder of the same name."""
-    last = Path(name).name
-    return next((value for key, value in KNOWN.items() if key.split("/")[1] == last), None)
+def _named(base: str) -> str:
+    """The folder or hub id that a name stands for."""
+    return str(MODELS / base) if base in EMBEDDED else HUB.get(base, os.path.expanduser(base))
 
 
 def _variant(source: str, part: str) -> str | None:
@@ -336,5 +598,5 @@ def _variant(source: str, part: str) -> str | None:
     return local_variant(folder) if folder.is_dir() else None
 
 
-def _json(source: str, file: str) -> dict[str, Any] | None:
-    return read_json(source, file, required=False) or None
+def _json(source: str, file: str) -> dict[str, Any]:
+    return {} if Path(source).is_file() else read_json(source, file, required=False)

@@ -7,19 +7,21 @@ look: windows of the full image along the outline, whose masks replace the coars
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffrep.heads.cutouts import grey_image
+from diffrep.heads.head import Head
 from diffrep.heads.segmentation import DiffDis, ensemble, ensemble_sizes, finish, image_pixels
 from diffrep.heads.sizes import resize
 from diffrep.heads.tiling import feather, tile_starts
-from diffrep.images import ImageLike, load_image
+from diffrep.results import Result
 
 PASSES = 6  # of the published ensemble
 _DOUBT = (0.02, 0.98)  # soft values between them count as outline
@@ -47,10 +49,12 @@ class SegmentConfig:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if not 0 < self.overlap <= 0.5:
             raise ValueError(f"overlap must be a share above 0 and up to 0.5, got {self.overlap}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63-1, got {self.seed}")
 
 
-@dataclass(frozen=True, eq=False)
-class Segmentation:
+@dataclass(frozen=True, eq=False, repr=False)
+class ObjectMask(Result):
     """The object of an image.
 
     Attributes:
@@ -59,9 +63,15 @@ class Segmentation:
         settings: what made it.
     """
 
+    MAIN = "mask"
+
     mask: Tensor
     edge: Tensor | None = None
     settings: Mapping[str, object] = field(default_factory=dict)
+
+    def picture(self) -> Image.Image:
+        """The soft mask as 8-bit grey."""
+        return grey_image(self.mask)
 
     def binary(self, threshold: float = 0.5) -> Tensor:
         """(H, W) bool: where the mask is at least `threshold`."""
@@ -81,29 +91,16 @@ class Segmentation:
         }
 
 
-class SegmentationHead:
-    """A DiffDIS head for images of any size.
+class SegmentationHead(Head[SegmentConfig, ObjectMask]):
+    """A DiffDIS head for images of any size."""
 
-    Attributes:
-        model: the machine; training and tests call its parts.
-        found: what it was recognised as, in one sentence.
-    """
+    CONFIG = SegmentConfig
+    model: DiffDis
 
-    task = "segmentation"
-
-    def __init__(self, model: DiffDis, *, found: str = "") -> None:
-        self.model, self.found = model, found
-
-    @property
-    def name(self) -> str:
-        return self.model.name
+    def __init__(self, model: DiffDis, *, name: str = "diffdis", recognised: str = "", source: str = "") -> None:
+        super().__init__(model, "segmentation", name=name, recognised=recognised, source=source)
 
     def check(self, config: SegmentConfig) -> None:
-        """Refuse settings that do not go together or with this head.
-
-        Raises:
-            ValueError: naming the setting.
-        """
         multiple = self.model.multiple
         for name in ("size", "tile"):
             value = getattr(config, name)
@@ -119,43 +116,15 @@ class SegmentationHead:
         wanted = (side, side) if config.shape == "square" else (size[0] * scale, size[1] * scale)
         return max(1, round(wanted[0] / multiple)) * multiple, max(1, round(wanted[1] / multiple)) * multiple
 
-    def predict(self, image: ImageLike, config: SegmentConfig | None = None) -> Segmentation:
-        """Find the object of one image; see `predict_each`."""
-        return next(iter(self.predict_each([image], config)))
+    def group(self, image: Image.Image, config: SegmentConfig) -> Hashable:
+        return self.canvas_size((image.height, image.width), config)
 
-    @torch.inference_mode()
-    def predict_each(self, images: Iterable[ImageLike], config: SegmentConfig | None = None) -> Iterator[Segmentation]:
-        """Find the objects of images of any sizes, in order; neighbours that the network sees alike share a batch.
-
-        A mask does not depend on the other images, their order or the batch size beyond float rounding.
-
-        Raises:
-            ImageError: an image cannot be read.
-            ValueError: settings that do not go together.
-        """
-        config = config or SegmentConfig()
-        self.check(config)
-        waiting: list[Image.Image] = []
-        canvas = (0, 0)
-        for source in images:
-            image = load_image(source)
-            size = self.canvas_size((image.height, image.width), config)
-            if waiting and (size != canvas or len(waiting) >= config.batch_size):
-                yield from self._predict_batch(waiting, canvas, config)
-                waiting = []
-            waiting.append(image)
-            canvas = size
-        yield from self._predict_batch(waiting, canvas, config)
-
-    def _predict_batch(
-        self, images: list[Image.Image], canvas: tuple[int, int], config: SegmentConfig
-    ) -> Iterator[Segmentation]:
-        if not images:
-            return
+    def predict_batch(self, images: list[Image.Image], config: SegmentConfig, **drawn: Any) -> Iterator[ObjectMask]:
+        canvas = self.canvas_size((images[0].height, images[0].width), config)
         mask, edge = self.maps(torch.cat([image_pixels(image, canvas) for image in images]), config)
         settings = {
             "head": self.name,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "network_sees": list(canvas),
             **dataclasses.asdict(config),
         }
@@ -164,7 +133,7 @@ class SegmentationHead:
             soft = _at_size(mask[number], size)
             if config.tile is not None:
                 soft = self.refine(image, soft, canvas, config)
-            yield Segmentation(soft, None if edge is None else _at_size(edge[number], size), settings)
+            yield ObjectMask(soft, None if edge is None else _at_size(edge[number], size), settings)
 
     @torch.inference_mode()
     def maps(self, pixels: Tensor, config: SegmentConfig) -> tuple[Tensor, Tensor | None]:

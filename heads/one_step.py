@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
 from diffrep.heads.families import Family
@@ -83,7 +83,7 @@ class Schedule:
         return alpha**0.5, (1 - alpha) ** 0.5
 
 
-class LatentCodec:
+class LatentCodec(nn.Module):
     """The VAE of a one-step head: images to scaled latents, latents to images.
 
     Args:
@@ -95,6 +95,7 @@ class LatentCodec:
     """
 
     def __init__(self, vae: Any) -> None:
+        super().__init__()
         self.vae = vae
         self.channels = int(vae.config.latent_channels)
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)

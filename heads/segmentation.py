@@ -47,7 +47,6 @@ class DiffDis(LatentCodec):
         *,
         working_size: int = 1024,
         decoder: nn.Module | None = None,
-        name: str = "diffdis",
     ) -> None:
         super().__init__(vae)
         if unet.config.out_channels != self.channels:
@@ -55,8 +54,9 @@ class DiffDis(LatentCodec):
                 f"the U-Net predicts {unet.config.out_channels} channels but the VAE has {self.channels}: they do not"
                 " belong together"
             )
-        self.unet, self.context, self.schedule = unet, context, schedule
-        self.working_size, self.decoder, self.name = working_size, decoder, name
+        self.unet, self.schedule, self.decoder, self.working_size = unet, schedule, decoder, working_size
+        self.context: Tensor
+        self.register_buffer("context", context, persistent=False)
         self.multiple = self.stride * 2**unet.levels
 
     @property

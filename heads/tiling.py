@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffrep.alignment import fit_scale_shift
 from diffrep.backbones import draw_noise
-from diffrep.heads.maps import DepthMap, NormalMap
+from diffrep.heads.maps import DepthMap, NormalMap, unit_length
 
 if TYPE_CHECKING:
     from diffrep.heads.dense import DenseHead, PredictConfig
@@ -83,7 +83,9 @@ def predict_tiled(
                 total[:, left:right] += weight
         done = rows[number + 1] - top if number + 1 < len(rows) else bottom - top
         finished = band[:, :done] / total[:done]
-        into[..., top : top + done, :] = (finished[0].clamp(0, 1) if channels == 1 else _unit(finished)).numpy()
+        into[..., top : top + done, :] = (
+            finished[0].clamp(0, 1) if channels == 1 else unit_length(finished, head.family.frame)
+        ).numpy()
         pending, weights = band[:, done:], total[done:]
     return head.wrap(torch.from_numpy(into), dataclasses.replace(config, tile=tile))
 
@@ -149,7 +151,3 @@ def feather(length: int, before: bool, after: bool) -> Tensor:
     if after:
         weight = weight * torch.sin(torch.pi / 2 * ((1 - place) / 0.5).clamp(max=1)).square()
     return weight
-
-
-def _unit(normals: Tensor) -> Tensor:
-    return normals / normals.norm(dim=0).clamp(min=1e-6)

@@ -254,7 +254,7 @@ def test_loading_says_what_it_found_and_reads_no_text_encoder(
 
     monkeypatch.setattr(TextEncoders, "encode", refuse)
     loaded = load_head(folders["lotus-d normals"])
-    assert loaded.found == "lotus-d, normals (8 input channels, task vector; task told by head.json)"
+    assert loaded.found == "lotus-d, normals (8 input channels, task vector; task said by head.json)"
     assert (loaded.task, loaded.family.frame, loaded.working_size) == ("normals", "lub", 64)
 
 
@@ -290,13 +290,13 @@ def test_families_are_recognised_from_their_configs() -> None:
 def test_wrong_folders_are_refused_in_one_line() -> None:
     vae = {"latent_channels": 4}
     for config, options, message in [
-        (unet_config(8, 4), {}, "do not say what it predicts: give the task, one of depth, disparity, normals"),
+        (unet_config(8, 4), {}, "do not say what it predicts: name the task, one of depth, disparity, normals"),
         (unet_config(8, 10), {"task": "depth"}, "is a GeoWizard"),
         (unet_config(4, None), {"task": "depth"}, "is a plain diffusion model and no head"),
         (unet_config(9, None), {"task": "depth"}, "is no one-step head: its U-Net takes 9 channels"),
         (unet_config(8, 4), {"task": "depth", "family": "marigold"}, "is no marigold: 8 input channels, task vector"),
         (unet_config(8, None), {"task": "depth", "family": "lotus-g"}, "is no lotus-g"),
-        (unet_config(8, 4), {"task": "segmentation"}, "there is no task 'segmentation'"),
+        (unet_config(8, 4), {"task": "flow"}, "there is no task 'flow'"),
         (unet_config(8, 4), {"task": "depth", "family": "dpt"}, "there is no family 'dpt'"),
     ]:
         with pytest.raises(HeadError, match=message) as caught:
@@ -335,7 +335,7 @@ def test_broken_folders_are_refused_in_one_line(folders: dict[str, Path], tmp_pa
         (tmp_path / "empty", "unet/config.json is missing"),
         (garbled, "cannot be read as JSON"),
         (narrow, "embedding has 9 channels, the U-Net attends to 24"),
-        (tmp_path / "nothing", "no such folder and no known head"),
+        (tmp_path / "nothing", "no such folder or file and no known head"),
     ]:
         with pytest.raises(HeadError, match=message) as caught:
             load_head(folder)

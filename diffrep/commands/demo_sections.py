@@ -23,12 +23,10 @@ from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
 from diffrep.features import ExtractConfig
 from diffrep.heads.cutouts import composite, cut_out, grey_image
 from diffrep.heads.loading import load_head
-from diffrep.heads.map_files import preview
 from diffrep.heads.maps import DepthMap, NormalMap
-from diffrep.heads.mask_prediction import Segmentation, SegmentConfig
+from diffrep.heads.mask_prediction import ObjectMask, SegmentConfig
 from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.probes import ProbeData, Reading, draw_heat_map, load_probe, sweep
-from diffrep.heads.segmentation_loading import load_segmentation
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding
@@ -58,10 +56,10 @@ def depth_and_normals(page: Page) -> None:
         assert isinstance(turned, NormalMap)
         pictures = [
             image,
-            preview(disparity),
-            preview(true_disparity(scene)),
-            preview(turned),
-            preview(true_normals(scene)),
+            disparity.picture(),
+            true_disparity(scene).picture(),
+            turned.picture(),
+            true_normals(scene).picture(),
         ]
         titles = ["image", "disparity", "as rendered", "normals", "as rendered"]
         note = ", a category it never saw" if category in UNSEEN else ""
@@ -71,7 +69,7 @@ def depth_and_normals(page: Page) -> None:
         image = load_image(path)
         disparity = depth.predict(image)
         assert isinstance(disparity, DepthMap)
-        pictures = [image, preview(disparity), preview(normals.predict(image)), seen_from_the_side(image, disparity)]
+        pictures = [image, disparity.picture(), normals.predict(image).picture(), seen_from_the_side(image, disparity)]
         titles = ["photograph", "disparity", "normals", "as points, from the side"]
         caption = (
             f"{name}: the heads have seen nothing but renderings; scale, shift and camera are assumed for the points"
@@ -127,7 +125,7 @@ _BACKGROUND = "#2f7d5b"
 
 def masks(page: Page) -> None:
     """Cut objects out of held-out scenes and photographs."""
-    head, config = load_segmentation("tiny-segmentation"), SegmentConfig(edges=True)
+    head, config = load_head("tiny-segmentation"), SegmentConfig(edges=True)
     figures = []
     for category, number in MASK_SCENES:
         scene = render_scene(scene_seed("test", number), category=category, size=256)
@@ -157,7 +155,7 @@ def masks(page: Page) -> None:
     page.code("diffrep segment photo.jpg -o out --outputs mask edge cutout")
 
 
-def _pictures(image: Image.Image, found: Segmentation) -> list[Image.Image]:
+def _pictures(image: Image.Image, found: ObjectMask) -> list[Image.Image]:
     assert found.edge is not None
     cut = cut_out(image, found.mask)
     return [

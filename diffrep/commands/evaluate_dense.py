@@ -35,7 +35,6 @@ from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
 from diffrep.heads.mask_prediction import SegmentationHead, SegmentConfig
-from diffrep.heads.segmentation_loading import load_segmentation
 from diffrep.scenes import Scene
 
 ScenesOption = Annotated[SceneMapSettings, tyro.conf.OmitArgPrefixes]
@@ -149,7 +148,7 @@ class EvalSegmentation(ReportOptions, DeviceOptions):
         self.show(self._scenes() if self.benchmark == "scenes" else self._dis())
 
     def _load(self, name: str) -> SegmentationHead:
-        return load_segmentation(name, base=self.base, device=resolve_device(self.device))
+        return load_head(name, task="segmentation", base=self.base, device=self.device)
 
     def _scenes(self) -> MaskReport:
         head = self._load(self.head)

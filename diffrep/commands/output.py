@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from diffrep.files import write_whole
+from diffrep.files import MARK, write_whole
 
 __all__ = ["check_writable", "write_image", "write_whole"]
 
@@ -29,5 +30,7 @@ def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jp
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """Write a picture; what was there is replaced only by a whole one."""
-    write_whole(path, image.save)
+    """Write a picture; what was there is replaced only by a whole one. A PNG says that diffrep wrote it."""
+    note = PngInfo()
+    note.add_text("Software", MARK)
+    write_whole(path, lambda partial: image.save(partial, **({"pnginfo": note} if path.suffix == ".png" else {})))

@@ -15,9 +15,10 @@ import tyro
 from PIL import Image
 
 from diffrep.backbones import Backbone
-from diffrep.commands.dense import Map, check_folder, run_images, write_beside, write_map
+from diffrep.commands.image_runs import Item, check_folder, find_inputs, run_images, write_beside, write_map
 from diffrep.commands.output import check_writable
 from diffrep.files import write_whole
+from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.dense_probe import DenseProbe
 from diffrep.heads.probes.pixel_probe import PixelLabelling, PixelProbe
 from diffrep.heads.probes.probe import Prediction, Probe
@@ -106,15 +107,15 @@ class Predict:
         check_folder(folder)
         if isinstance(probe, DenseProbe) and not self.formats and not self.preview:
             raise ValueError("nothing would be written: name --formats, or leave the preview on")
-        files = find_images(self.paths)
+        inputs = find_inputs(self.paths, folder)
 
-        def write(path: Path, name: str, image: Image.Image, result: Map | PixelLabelling) -> list[Path]:
+        def write(item: Item, image: Image.Image, result: DepthMap | NormalMap | PixelLabelling) -> list[Path]:
             if isinstance(result, PixelLabelling):
                 about = shares(result, probe.classes)  # type: ignore[union-attr]  # a pixel probe's
-                return write_beside(folder / name, {"labels": result.picture()}, "labels", about)
-            return write_map(folder / name, result, self.formats, show=self.preview)
+                return write_beside(item.place, {"labels": result.picture()}, "labels", about)
+            return write_map(item.place, result, self.formats, show=self.preview)
 
-        done = run_images(_Mapper(probe, backbone), files, Batches(self.batch_size), write)
+        done = run_images(_Mapper(probe, backbone), inputs, folder, Batches(self.batch_size), write)
         if self.json:
             print(json_module.dumps({"model": str(self.model), "images": done}, indent=2))
             return
@@ -135,7 +136,7 @@ class _Mapper:
     def check(self, config: object) -> None:
         self.probe.check(self.backbone)
 
-    def predict_each(self, images: list[Image.Image], config: Batches) -> Iterator[Map | PixelLabelling]:
+    def predict_each(self, images: list[Image.Image], config: Batches) -> Iterator[DepthMap | NormalMap | PixelLabelling]:
         if isinstance(self.probe, PixelProbe):
             return self.probe.segment_each(images, backbone=self.backbone, checked=True)
         size = config.batch_size

@@ -97,14 +97,12 @@ def build_model(training: SegmentationTraining, parts: PipelineParts) -> Segment
     return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
 
 
-def head_of(model: SegmentationModel, vae: Any, training: SegmentationTraining, *, name: str = "trained") -> DiffDis:
+def head_of(model: SegmentationModel, vae: Any, training: SegmentationTraining) -> DiffDis:
     """The head that a trained model is; they share their weights."""
     unet = model.unet
     assert isinstance(unet, DiffDisUNet)
     assert isinstance(model.schedule, Schedule)
-    return DiffDis(
-        unet, vae, model.context, model.schedule, working_size=training.size, decoder=model.decoder, name=name
-    )
+    return DiffDis(unet, vae, model.context, model.schedule, working_size=training.size, decoder=model.decoder)
 
 
 def train_segmentation(

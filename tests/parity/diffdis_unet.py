@@ -26,8 +26,8 @@ from diffrep.heads.diffdis import (
     injection_parts,
     interact,
 )
+from diffrep.heads.loading import diffdis_unet
 from diffrep.heads.one_step import Schedule
-from diffrep.heads.segmentation_loading import diffdis_unet
 
 from .cases import each
 

@@ -1,0 +1,386 @@
+"""Many images through one network, each into files of its own: `depth`, `normals`, `segment` and `probe predict`.
+
+Whatever the inputs are called, every file lies below the output folder, no two images share one, an input is never
+replaced, and what diffrep wrote is not taken for a photograph. What fails for one image is named, and the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from PIL import Image
+from tqdm import tqdm
+
+from diffrep.commands.output import write_image
+from diffrep.files import MARK, sweep_partials, write_document
+from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
+from diffrep.images import ImageError, find_images, load_image
+from diffrep.video import frame_rate, is_video, read_frames, write_video
+
+ResultT = TypeVar("ResultT")
+ResultT_co = TypeVar("ResultT_co", covariant=True)
+
+
+class BatchSettings(Protocol):
+    """How a network looks at an image."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+
+class ImagePredictor(Protocol[ResultT_co]):
+    """What turns images into results: heads and probes."""
+
+    @property
+    def task(self) -> str: ...
+
+    def check(self, config: Any) -> None: ...
+
+    def predict_each(self, images: list[Image.Image], config: Any) -> Iterator[ResultT_co]: ...
+
+
+# -- inputs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Input:
+    """One image or video.
+
+    Attributes:
+        path: as it was found.
+        name: of its files below the output folder, without an ending.
+        below: its path below the folder that was named on the command line, without the ending; the file's name where
+            it was named itself.
+    """
+
+    path: Path
+    name: str
+    below: Path
+
+
+def find_inputs(sources: Sequence[str], output: Path) -> list[Input]:
+    """The images and videos that paths, folders and glob patterns name, each once.
+
+    Args:
+        output: what diffrep wrote below this folder is left out, unless a file is named itself.
+
+    Raises:
+        ImageError: a path does not exist, or there is no image.
+    """
+    named = {os.path.realpath(source) for source in sources if Path(source).is_file()}
+    folders = [Path(os.path.abspath(source)) for source in sources if Path(source).is_dir()]
+    place = os.path.realpath(output) + os.sep
+    unique: dict[str, Path] = {}
+    for path in find_images(sources):
+        real = os.path.realpath(path)
+        if real in named or not (real.startswith(place) and _is_written_by_diffrep(path)):
+            unique.setdefault(real, path)
+    if not unique:
+        raise ImageError(f"{', '.join(map(str, sources))}: no image found beside those that diffrep wrote")
+    paths = list(unique.values())
+    below = {}
+    for path in paths:
+        whole = Path(os.path.abspath(path))
+        root = next((folder for folder in folders if whole.is_relative_to(folder)), whole.parent)
+        below[path] = whole.relative_to(root).with_suffix("")
+    return [Input(path, name, below[path]) for path, name in output_names(paths).items()]
+
+
+def _is_written_by_diffrep(path: Path) -> bool:
+    """PNG and TIFF files carry the mark near their beginning."""
+    try:
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(4096)
+    except OSError:
+        return False
+
+
+def output_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The name of each file among the outputs: its path below the deepest common folder, without the ending.
+
+    Names that would be equal, also where upper and lower case do not differ, keep the ending; what is still equal
+    gets a number.
+
+    >>> output_names([Path("a/x.png"), Path("a/b/x.png"), Path("a/b/x.jpg"), Path("a/b/x.png.png")]).values()
+    dict_values(['x', 'b/x.png', 'b/x.jpg', 'b/x.png.png'])
+    """
+    whole = {path: Path(os.path.abspath(path)) for path in paths}
+    root = os.path.commonpath([path.parent for path in whole.values()]) if paths else ""
+    relative = {path: value.relative_to(root) for path, value in whole.items()}
+    names = {path: value.with_suffix("").as_posix() for path, value in relative.items()}
+    for _ in range(2):  # an ending that is kept can meet another image's name
+        counts = Counter(name.casefold() for name in names.values())
+        names = {p: relative[p].as_posix() if counts[n.casefold()] > 1 else n for p, n in names.items()}
+    used: set[str] = set()
+    for path, name in names.items():
+        number, unique = 1, name
+        while unique.casefold() in used:
+            number += 1
+            unique = f"{name}-{number}"
+        used.add(unique.casefold())
+        names[path] = unique
+    return names
+
+
+# -- outputs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of one image go.
+
+    Attributes:
+        folder: all outputs.
+        name: of this image, see `output_names`.
+        inputs: real paths that must not be replaced.
+    """
+
+    folder: Path
+    name: str
+    inputs: frozenset[str] = frozenset()
+
+    def file(self, ending: str) -> Path:
+        """``FOLDER/NAME_ENDING``.
+
+        Raises:
+            ValueError: an input lies there, or a link leads out of the folder.
+        """
+        path = self.folder / f"{self.name}_{ending}"
+        real = os.path.realpath(path)
+        if real in self.inputs:
+            raise ValueError(f"{path} is an input and would be replaced: choose another -o")
+        if not real.startswith(os.path.realpath(self.folder) + os.sep):
+            raise ValueError(f"{path} lies outside {self.folder}, where a link leads: choose another -o")
+        return path
+
+
+def write_beside(
+    place: Place, pictures: Mapping[str, Image.Image], kind: str, metadata: Mapping[str, object]
+) -> list[Path]:
+    """Write a map's pictures, NAME_PICTURE.png each, and at last its metadata, NAME_KIND.json; returns the files."""
+    written = []
+    for name, picture in pictures.items():
+        written.append(place.file(f"{name}.png"))
+        write_image(written[-1], picture)
+    written.append(place.file(f"{kind}.json"))
+    write_document(written[-1], metadata)
+    return written
+
+
+def write_map(place: Place, result: DepthMap | NormalMap, formats: Sequence[str], *, show: bool = True) -> list[Path]:
+    """Write a map in formats of `WRITERS`, its preview, an ensemble's spread, and at last what it measures."""
+    written = []
+    for name in dict.fromkeys(formats):
+        written.append(place.file(f"{result.kind}{WRITERS[name][0]}"))
+        save_map(written[-1], result)
+    pictures = {f"{result.kind}_preview": result.picture()} if show else {}
+    if result.uncertainty is not None:
+        pictures["uncertainty"] = result.uncertainty_picture()
+    return [*written, *write_beside(place, pictures, result.kind, result.metadata())]
+
+
+def map_endings(kind: str, formats: Sequence[str], *, show: bool = True) -> list[str]:
+    """The endings of the files that `write_map` writes of every image."""
+    endings = [f"{kind}{WRITERS[name][0]}" for name in formats]
+    return [*endings, *([f"{kind}_preview.png"] if show else []), f"{kind}.json"]
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse an output folder before any work is done for it.
+
+    Raises:
+        ValueError: it is a file.
+        OSError: it cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; the maps go into a folder")
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OSError(f"{folder}: the folder {place} cannot be written to")
+
+
+# -- the run ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image on its way: an image's own, or a frame of a video."""
+
+    source: Input
+    label: str  # its path, for messages; of a frame with its number
+    place: Place
+
+
+def run_images(
+    head: ImagePredictor[ResultT],
+    inputs: Sequence[Input],
+    output: Path,
+    config: BatchSettings,
+    write: Callable[[Item, Image.Image, ResultT], list[Path]],
+    *,
+    existing: Sequence[str] = (),
+) -> list[dict[str, object]]:
+    """Predict and write the maps of many images and videos; what fails is named on stderr, skipped and counted.
+
+    Args:
+        write: takes an image, which one it is and its map; returns the files it wrote.
+        existing: endings of files; an image that has them all is left out.
+
+    Returns:
+        One entry for each image that succeeded: its path and its files.
+
+    Raises:
+        ValueError: at the end, if an image failed: how many, and which.
+    """
+    head.check(config)
+    run = _Run(len(inputs), head.task)
+    sweep_partials(output)
+    done: list[dict[str, object]] = []
+    with run.bar:
+        for item, image, result in _predictions(head, inputs, output, config, run, existing):
+            try:
+                files = write(item, image, result)
+            except Exception as error:
+                run.fail(item.label, error)
+                continue
+            done.append({"image": item.label, "files": [str(file) for file in files]})
+            run.advance(item.source)
+    if run.skipped:
+        print(f"skipped {run.skipped} images whose files exist", file=sys.stderr)
+    run.check()
+    return done
+
+
+def write_predicted_video(
+    head: ImagePredictor[ResultT],
+    inputs: Sequence[Input],
+    output: Path,
+    config: BatchSettings,
+    picture: Callable[[Image.Image, ResultT], Image.Image],
+) -> int:
+    """Predict the frames of a video, or images in order, and write their pictures as one video.
+
+    Returns:
+        How many frames it has.
+
+    Raises:
+        ValueError: an image cannot be read, or has another size than the first; nothing is written then.
+    """
+    rate = frame_rate(inputs[0].path) if is_video(inputs[0].path) else 25
+    head.check(config)
+    run = _Run(len(inputs), head.task)
+
+    def pictures() -> Iterator[Image.Image]:
+        for item, image, result in _predictions(head, inputs, output.parent, config, run, ()):
+            yield picture(image, result)
+            run.advance(item.source)
+        run.check()
+
+    with run.bar:
+        return write_video(output, pictures(), rate)
+
+
+def _predictions(
+    head: ImagePredictor[ResultT],
+    inputs: Sequence[Input],
+    output: Path,
+    config: BatchSettings,
+    run: _Run,
+    existing: Sequence[str],
+) -> Iterator[tuple[Item, Image.Image, ResultT]]:
+    for group in _batches(_images(inputs, output, run, existing), config.batch_size):
+        try:
+            results = list(head.predict_each([image for _, image in group], config))
+        except Exception as error:  # the images of a batch have one size: what fails for one fails for all
+            for item, _ in group:
+                run.fail(item.label, error)
+            continue
+        for (item, image), result in zip(group, results, strict=True):
+            yield item, image, result
+
+
+def _images(
+    inputs: Sequence[Input], output: Path, run: _Run, existing: Sequence[str]
+) -> Iterator[tuple[Item, Image.Image]]:
+    """What can be read of the inputs, loaded."""
+    protected = frozenset(os.path.realpath(source.path) for source in inputs)
+    for source in inputs:
+        try:
+            if is_video(source.path):
+                for number, frame in enumerate(read_frames(source.path)):
+                    place = Place(output, f"{source.name}/{number:06d}", protected)
+                    if not _is_done(place, existing, run):
+                        yield Item(source, f"{source.path}, frame {number}", place), frame
+                run.bar.update()
+                continue
+            place = Place(output, source.name, protected)
+            if _is_done(place, existing, run):
+                run.bar.update()
+                continue
+            image = load_image(source.path)
+        except Exception as error:  # whatever a decoder raises: the other images are still to be done
+            run.fail(str(source.path), error)
+            continue
+        yield Item(source, str(source.path), place), image
+
+
+def _is_done(place: Place, existing: Sequence[str], run: _Run) -> bool:
+    done = bool(existing) and all((place.folder / f"{place.name}_{ending}").is_file() for ending in existing)
+    run.skipped += done
+    return done
+
+
+def _batches(images: Iterable[tuple[Item, Image.Image]], size: int) -> Iterator[list[tuple[Item, Image.Image]]]:
+    """Neighbouring images of one size."""
+    waiting: list[tuple[Item, Image.Image]] = []
+    for item, image in images:
+        if waiting and (waiting[0][1].size != image.size or len(waiting) >= size):
+            yield waiting
+            waiting = []
+        waiting.append((item, image))
+    if waiting:
+        yield waiting
+
+
+class _Run:
+    """The progress of a run, and what failed in it."""
+
+    def __init__(self, count: int, task: str) -> None:
+        self.count, self.skipped = count, 0
+        self.failed: list[str] = []
+        self.bar = tqdm(total=count, desc=task, unit="image", disable=count < 2)
+
+    def advance(self, source: Input) -> None:
+        if not is_video(source.path):
+            self.bar.update()
+
+    def fail(self, label: str, error: Exception) -> None:
+        reason = " ".join(str(error).split()).removeprefix(f"{label}: ")
+        if not isinstance(error, (ValueError, OSError)):
+            reason = f"{type(error).__name__}: {reason}"
+        self.failed.append(f"{label}: {reason}")
+        if self.count > 1:
+            self.bar.write(f"skipped {self.failed[-1]}", file=sys.stderr)
+            self.bar.update()
+
+    def check(self) -> None:
+        if self.failed:
+            more = f"; and {len(self.failed) - 3} more, named above" if len(self.failed) > 3 else ""
+            count = "" if self.count == 1 else f"{len(self.failed)} of {self.count} images failed: "
+            raise ValueError(f"{count}{'; '.join(self.failed[:3])}{more}")
+
+
+def print_files(model: str, about: str, done: Sequence[Mapping[str, Any]], output: Path, *, as_json: bool) -> None:
+    """Say what was written, as JSON or in two lines."""
+    if as_json:
+        print(json.dumps({"model": model, "found": about, "images": done}, indent=2))
+        return
+    print(f"{model}: {about}")
+    print(f"wrote {sum(len(entry['files']) for entry in done)} files for {len(done)} images into {output}")
