@@ -136,7 +136,9 @@ class _Mapper:
     def check(self, config: object) -> None:
         self.probe.check(self.backbone)
 
-    def predict_each(self, images: list[Image.Image], config: Batches) -> Iterator[DepthMap | NormalMap | PixelLabelling]:
+    def predict_each(
+        self, images: list[Image.Image], config: Batches
+    ) -> Iterator[DepthMap | NormalMap | PixelLabelling]:
         if isinstance(self.probe, PixelProbe):
             return self.probe.segment_each(images, backbone=self.backbone, checked=True)
         size = config.batch_size
