@@ -144,7 +144,7 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
         return head
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write a folder that needs no other; see `diffrep.heads.loading.save_head`."""
-        from diffrep.heads.loading import save_head
+        """Write a folder that needs no other; see `diffrep.heads.head_folders.save_head`."""
+        from diffrep.heads.head_folders import save_head
 
         replace_folder(save_directory, lambda partial: save_head(self, partial))

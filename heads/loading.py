@@ -1,37 +1,50 @@
-"""`load_head`: one name, folder or file in, one head out, which says what it is. `write_head` makes such folders."""
+"""`load_head`: one name, folder or file in, one head out, which says what it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffrep.backbones.base import check_weights
-from diffrep.backbones.loading import EMBEDDED, HUB, MODELS, load_component, local_variant, read_json
-from diffrep.backbones.text import TextEncoders
+from diffrep.backbones.pipelines import load_component
+from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device, resolve_dtype
-from diffrep.files import save_weights, write_document, write_whole
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
-from diffrep.heads.head import Head
+from diffrep.heads.head_folders import (
+    CONTEXT_FILE,
+    DIFFDIS,
+    HEAD_FILE,
+    WEIGHTS,
+    HeadError,
+    base_of,
+    json_of,
+    named,
+    prompt_context,
+    read_weights,
+    save_head,
+    stored_context,
+    variant_of,
+    write_head,
+)
 from diffrep.heads.mask_decoder import MaskDecoder
 from diffrep.heads.mask_prediction import SegmentationHead
 from diffrep.heads.one_step import OneStep, Schedule
 from diffrep.heads.segmentation import DiffDis
 
-HEAD_FILE, CONTEXT_FILE, WEIGHTS = "head.json", "context.safetensors", "diffusion_pytorch_model.safetensors"
-DIFFDIS = "diffdis"  # what ``head.json`` calls the family of segmentation heads
+__all__ = [
+    "CONTEXT_FILE", "HEAD_FILE", "WEIGHTS", "HeadError", "diffdis_unet", "load_head", "prompt_context", "recognise",
+    "save_head", "write_head",
+]  # fmt: skip
 
 EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation")
 
@@ -58,10 +71,6 @@ KNOWN: dict[str, tuple[Family, Task]] = {  # published checkpoints: what their f
     "GonzaloMG/stable-diffusion-e2e-ft-normals": (E2E_FT, "normals"),
 }
 PUBLISHED_DIFFDIS = "qianyu1217/diffdis"
-
-
-class HeadError(ValueError):
-    """A head that cannot be found, recognised or loaded; the message names the folder and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ class _Source:
 
     def json(self, file: str) -> dict[str, Any]:
         """A JSON file of the head, or else of its base; empty where there is none."""
-        return _json(self.path, file) or _json(self.base, file)
+        return json_of(self.path, file) or json_of(self.base, file)
 
 
 def load_head(
@@ -168,11 +177,11 @@ def _find(name: str, base: str | None) -> _Source:
     if Path(path).is_file():
         head, config = {}, {}
     else:
-        head = _json(path, HEAD_FILE)
-        config = _json(path, "unet/config.json") or _json(path, "config.json")
+        head = json_of(path, HEAD_FILE)
+        config = json_of(path, "unet/config.json") or json_of(path, "config.json")
         if not config and not local:
             raise HeadError(f"{name}: no such folder, and the hub has no head of that name, or cannot be reached")
-    parts = base_of(path, head) if base is None else _named(base)
+    parts = base_of(path, head) if base is None else named(base)
     return _Source(name, path, head, config, parts)
 
 
@@ -181,14 +190,14 @@ def _load_dense(
 ) -> DenseHead:
     from diffusers import UNet2DConditionModel
 
-    if not _json(source.path, "unet/config.json"):
+    if not json_of(source.path, "unet/config.json"):
         raise HeadError(f"{source.name}: is no folder of a head, unet/config.json is missing")
-    vae_config = _json(source.base, "vae/config.json")
+    vae_config = json_of(source.base, "vae/config.json")
     if not vae_config:
         raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
-    index = _json(source.path, "model_index.json")
+    index = json_of(source.path, "model_index.json")
     recognised = recognise(source.name, source.config, vae_config, source.head, index, task, family)
-    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype, _variant(source.path, "unet"))
+    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype, variant_of(source.path, "unet"))
     vae, schedule, context = _shared_parts(source, unet, device, dtype)
     model = OneStep(unet, vae, context, schedule, recognised.family, fold=fold)
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
@@ -199,11 +208,11 @@ def _load_segmentation(
     source: _Source, device: torch.device, dtype: torch.dtype, *, needs_base: bool
 ) -> SegmentationHead:
     path = Path(source.path)
-    if needs_base and not source.head and (path.is_file() or not _json(source.path, "vae/config.json")):
+    if needs_base and not source.head and (path.is_file() or not json_of(source.path, "vae/config.json")):
         raise HeadError(
             f"{source.name}: holds a U-Net alone: say where its VAE and text encoder are (base, for example sd-turbo)"
         )
-    config = source.config or _json(source.base, "unet/config.json")
+    config = source.config or json_of(source.base, "unet/config.json")
     unet = diffdis_unet(read_diffdis(source.path, source.name), config, name=source.name)
     vae, schedule, context = _shared_parts(source, unet, device, dtype)
     decoder = MaskDecoder.load(path) if path.is_dir() else None
@@ -220,7 +229,7 @@ def _shared_parts(source: _Source, unet: Any, device: torch.device, dtype: torch
     """What every head reads beside its U-Net: the VAE, the schedule, the prompt's embedding; all ready to run."""
     from diffusers import AutoencoderKL
 
-    vae = load_component(AutoencoderKL, source.base, "vae", dtype, _variant(source.base, "vae"))
+    vae = load_component(AutoencoderKL, source.base, "vae", dtype, variant_of(source.base, "vae"))
     for module in (unet, vae):
         check_weights(module, source.name)
         nn.Module.to(module, device, dtype)  # diffusers' own warns about a cast even when it is none
@@ -447,156 +456,3 @@ def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, na
     network.load_state_dict(dict(weights))
     network.eval().requires_grad_(False)
     return network
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file.
-
-    Raises:
-        HeadError: it is damaged.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise HeadError(f"{path}: is damaged or no safetensors file ({error})") from None
-
-
-# -- our own folders ----------------------------------------------------------------------------------------
-
-
-def write_head(
-    folder: Path,
-    unet: Any,
-    *,
-    base: str,
-    family: str,
-    task: str,
-    context: Tensor,
-    working_size: int,
-    frame: Frame | None = None,
-    scheduler: Mapping[str, Any] | None = None,
-    extra: Mapping[str, object] | None = None,
-    dtype: torch.dtype = torch.float16,
-) -> None:
-    """Write a head as a folder that holds only what is new: the U-Net, the prompt's embedding, ``head.json``.
-
-    Args:
-        folder: made where it is missing; what is in it is replaced.
-        unet: diffrep's or diffusers' `UNet2DConditionModel`; it is left as it is.
-        base: where VAE and scheduler come from: an embedded model's name, a folder, or a hub id. A folder is noted
-            relative to the head's where that is possible.
-        family: a name out of `diffrep.heads.families.FAMILIES`, or "diffdis".
-        task: "depth", "disparity", "normals" or "segmentation".
-        context: (1, tokens, C), what the U-Net was trained to attend to.
-        working_size: long side in pixels at which the head works by default.
-        frame: camera axes of the normals, where they are not those of the family.
-        scheduler: a diffusers scheduler config, where it is not that of the base.
-        extra: further JSON values for ``head.json``, for example steps, seed, data, measured quality.
-        dtype: of the weights on disk.
-    """
-    weights = {name: value.to(dtype) for name, value in unet.state_dict().items()}
-    config = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}
-    write_document(folder / "unet" / "config.json", config | {"_class_name": "UNet2DConditionModel"})
-    save_weights(folder / "unet" / WEIGHTS, weights, format="pt")
-    save_weights(folder / CONTEXT_FILE, {"context": context.float()})
-    if scheduler is not None:
-        write_document(folder / "scheduler" / "scheduler_config.json", scheduler)
-    if Path(base).is_dir():
-        base = os.path.relpath(Path(base).resolve(), folder.resolve())
-    values = {"base": base, "family": family, "task": task, "working_size": working_size}
-    write_document(folder / HEAD_FILE, values | ({"frame": frame} if frame else {}) | dict(extra or {}))
-
-
-def save_head(head: Head[Any, Any], folder: Path) -> None:
-    """Write the folder that a head was loaded from, with all that it needs of its base; published ones then say what
-    they are.
-
-    Raises:
-        HeadError: the head was made in memory: `write_head` writes such.
-    """
-    if not head.source:
-        raise HeadError(f"{head.name}: was made in memory and has no files to save; write_head writes such heads")
-    place = _local(head.source)
-    about = _json(str(place), HEAD_FILE)
-    base = _local(base_of(head.source, about))
-    for part in ("unet", "vae", "scheduler"):
-        for file in sorted((place if (place / part).is_dir() else base).glob(f"{part}/*")):
-            if file.suffix in (".json", ".safetensors"):
-                write_whole(folder / part / file.name, partial(shutil.copyfile, file))
-    for file in place.glob("decoder.*"):
-        write_whole(folder / file.name, partial(shutil.copyfile, file))
-    context = stored_context(str(place), str(base), torch.device("cpu"), torch.float32)
-    save_weights(folder / CONTEXT_FILE, {"context": context})
-    known = {"family": (getattr(head.model, "family", None) and head.model.family.name) or DIFFDIS, "task": head.task}
-    about = {"working_size": getattr(head, "working_size", None) or head.model.working_size, **known, **about}
-    write_document(folder / HEAD_FILE, about | {"base": "."})
-
-
-def _local(source: str) -> Path:
-    """The folder of a head, or of a hub id that has been fetched."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, local_files_only=True))
-
-
-def prompt_context(
-    source: str | os.PathLike[str], *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """The embedding (1, 2, C) of the empty prompt, tokenised without padding, by the text encoder of a folder.
-
-    Raises:
-        BackboneError: the folder has no text encoder or tokenizer.
-    """
-    path = _named(os.fspath(source))
-    text = TextEncoders(
-        path,
-        {"text_encoder": "CLIPTextModel"},
-        device=device or torch.device("cpu"),
-        dtype=dtype,
-        variant=_variant(path, "text_encoder"),
-        pad=False,
-    )
-    return text.encode([""])[""].context.clone()  # a tensor that training may use too
-
-
-def stored_context(source: str, base: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The stored embedding of the prompt; the text encoder is only loaded where there is none."""
-    files = (Path(place) / CONTEXT_FILE for place in (source, base))
-    if file := next((file for file in files if file.is_file()), None):
-        stored = read_weights(file)
-        if "context" not in stored:
-            raise HeadError(f"{file}: holds {', '.join(sorted(stored))}, not the prompt's embedding, context")
-        return stored["context"].to(device, dtype)
-    own = Path(source).is_dir() and (Path(source) / "text_encoder").is_dir()
-    hub = not Path(source).exists() and base == source
-    return prompt_context(source if own or hub else base, device=device, dtype=dtype)
-
-
-def base_of(source: str, head: Mapping[str, Any]) -> str:
-    """Where VAE and scheduler lie."""
-    if not head.get("base"):
-        return source
-    base = str(head["base"])
-    if base in EMBEDDED or base in HUB:
-        return _named(base)
-    if (relative := Path(source) / base).is_dir():
-        return str(relative)
-    if base.count("/") == 1 and not base.startswith("."):
-        return base  # a hub id
-    raise HeadError(f"{source}: {HEAD_FILE} names the base {base}, which is no folder and no known model")
-
-
-def _named(base: str) -> str:
-    """The folder or hub id that a name stands for."""
-    return str(MODELS / base) if base in EMBEDDED else HUB.get(base, os.path.expanduser(base))
-
-
-def _variant(source: str, part: str) -> str | None:
-    folder = Path(source) / part
-    return local_variant(folder) if folder.is_dir() else None
-
-
-def _json(source: str, file: str) -> dict[str, Any]:
-    return {} if Path(source).is_file() else read_json(source, file, required=False)

@@ -13,8 +13,11 @@ import torch
 from PIL import Image
 
 from diffrep.cli import main
-from diffrep.commands.image_runs import Place, find_inputs, output_names
+from diffrep.commands.image_runs import OutputPlace, find_inputs, output_names
+from diffrep.heads.dense import DenseHead
+from diffrep.heads.loading import HeadError, load_head
 from diffrep.heads.maps import DepthMap, NormalMap, unit_length
+from diffrep.heads.mask_prediction import SegmentationHead
 from diffrep.heads.sparse import KnownDepthError, known_files, read_known_depths
 from diffrep.published import _say
 from diffrep.video import frame_rate, read_frames, write_video
@@ -98,7 +101,7 @@ def test_names_are_distinct_and_take_linear_time() -> None:
         times.append(time.process_time() - start)
     assert times[1] < 40 * max(times[0], 0.01)  # ten times the images; quadratic would be a hundred
     with pytest.raises(ValueError, match="is an input"):
-        Place(Path("o"), "a", frozenset({os.path.realpath("o/a_x.png")})).file("x.png")
+        OutputPlace(Path("o"), "a", frozenset({os.path.realpath("o/a_x.png")})).file("x.png")
 
 
 def test_what_exists_is_skipped(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,3 +248,20 @@ def test_an_embedded_model_says_once_that_it_is_small(
     for count in (1, 0):
         assert main([*command, "--size", "32"]) == 0
         assert capsys.readouterr().err.count("--model jingheya/lotus-depth-d-v1-1") == count
+
+
+def test_a_head_is_a_module_that_saves_itself(head: str, tmp_path: Path) -> None:
+    loaded = load_head(head)
+    image = np.random.default_rng(0).integers(0, 255, (32, 40, 3), dtype=np.uint8)
+    assert isinstance(loaded, torch.nn.Module)
+    assert loaded.state_dict()
+    one, two = loaded([image, image], seed=1)
+    assert torch.equal(one.values, two.values)
+    loaded.save_pretrained(tmp_path / "saved")
+    again = DenseHead.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(image).values, loaded(image).values)
+    assert (again.task, again.family.name) == (loaded.task, loaded.family.name)
+    with pytest.raises(HeadError, match="is a DenseHead, not a SegmentationHead"):
+        SegmentationHead.from_pretrained(head)
+    with pytest.raises(TypeError, match="sizes"):
+        loaded(image, sizes=3)

@@ -133,7 +133,7 @@ def output_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 @dataclass(frozen=True)
-class Place:
+class OutputPlace:
     """Where the files of one image go.
 
     Attributes:
@@ -162,7 +162,7 @@ class Place:
 
 
 def write_beside(
-    place: Place, pictures: Mapping[str, Image.Image], kind: str, metadata: Mapping[str, object]
+    place: OutputPlace, pictures: Mapping[str, Image.Image], kind: str, metadata: Mapping[str, object]
 ) -> list[Path]:
     """Write a map's pictures, NAME_PICTURE.png each, and at last its metadata, NAME_KIND.json; returns the files."""
     written = []
@@ -174,7 +174,9 @@ def write_beside(
     return written
 
 
-def write_map(place: Place, result: DepthMap | NormalMap, formats: Sequence[str], *, show: bool = True) -> list[Path]:
+def write_map(
+    place: OutputPlace, result: DepthMap | NormalMap, formats: Sequence[str], *, show: bool = True
+) -> list[Path]:
     """Write a map in formats of `WRITERS`, its preview, an ensemble's spread, and at last what it measures."""
     written = []
     for name in dict.fromkeys(formats):
@@ -215,7 +217,7 @@ class Item:
 
     source: Input
     label: str  # its path, for messages; of a frame with its number
-    place: Place
+    place: OutputPlace
 
 
 def run_images(
@@ -315,12 +317,12 @@ def _images(
         try:
             if is_video(source.path):
                 for number, frame in enumerate(read_frames(source.path)):
-                    place = Place(output, f"{source.name}/{number:06d}", protected)
+                    place = OutputPlace(output, f"{source.name}/{number:06d}", protected)
                     if not _is_done(place, existing, run):
                         yield Item(source, f"{source.path}, frame {number}", place), frame
                 run.bar.update()
                 continue
-            place = Place(output, source.name, protected)
+            place = OutputPlace(output, source.name, protected)
             if _is_done(place, existing, run):
                 run.bar.update()
                 continue
@@ -331,7 +333,7 @@ def _images(
         yield Item(source, str(source.path), place), image
 
 
-def _is_done(place: Place, existing: Sequence[str], run: _Run) -> bool:
+def _is_done(place: OutputPlace, existing: Sequence[str], run: _Run) -> bool:
     done = bool(existing) and all((place.folder / f"{place.name}_{ending}").is_file() for ending in existing)
     run.skipped += done
     return done

@@ -16,7 +16,7 @@ from PIL import Image
 from diffrep.commands.image_runs import (
     Input,
     Item,
-    Place,
+    OutputPlace,
     check_folder,
     find_inputs,
     map_endings,
@@ -357,7 +357,7 @@ class Segment(ImageCommand):
         assert values is not None
         return grey_image(values)
 
-    def _write(self, place: Place, kind: str, image: Image.Image, result: ObjectMask) -> Path:
+    def _write(self, place: OutputPlace, kind: str, image: Image.Image, result: ObjectMask) -> Path:
         file = place.file(f"{kind}.png")
         write_image(file, self._picture(kind, image, result))
         return file
