@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from diffrep.eval.scene_maps import SceneMapSettings, scene_batches
 from diffrep.files import write_whole
-from diffrep.heads.probes.annotated import AnnotatedImages
+from diffrep.heads.probes.annotated import AnnotatedFiles
 from diffrep.heads.training.dense_data import RDF_TO_LUB
 from diffrep.scenes import PART_CLASS_OF, PART_CLASSES, SEEN, Scene, scene_seed
 
@@ -45,7 +45,7 @@ def scene_classes(what: What) -> tuple[str, ...]:
 
 def annotated_scenes(
     folder: str | Path, what: What, settings: SceneFiles | None = None, *, workers: int = 1, progress: bool = True
-) -> tuple[AnnotatedImages, AnnotatedImages]:
+) -> tuple[AnnotatedFiles, AnnotatedFiles]:
     """Scenes to train on and scenes to measure on, rendered once.
 
     Args:
@@ -79,7 +79,7 @@ def annotated_scenes(
     for part in ("train", "test"):
         files = [_files(*place) for place in jobs if place[0].name == part]
         found.append(
-            AnnotatedImages(str(folder / part), tuple(f["images"] for f in files), tuple(f[what] for f in files))
+            AnnotatedFiles(str(folder / part), tuple(f["images"] for f in files), tuple(f[what] for f in files))
         )
     return found[0], found[1]
 

@@ -14,7 +14,7 @@ from diffrep.alignment import align_depth
 from diffrep.backbones import Backbone
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics, mean_metrics
 from diffrep.heads.maps import DepthMap
-from diffrep.heads.probes.annotated import AnnotatedImages
+from diffrep.heads.probes.annotated import AnnotatedFiles
 from diffrep.heads.probes.dense_probe import Annotation, DenseProbe
 from diffrep.heads.probes.labelled import DataError
 from diffrep.heads.probes.pixel_labels import PixelClasses
@@ -23,7 +23,7 @@ from diffrep.images import ImageError, load_image
 
 
 def score_dense_probe(
-    probe: DenseProbe, data: AnnotatedImages, backbone: Backbone, annotation: Annotation | None = None
+    probe: DenseProbe, data: AnnotatedFiles, backbone: Backbone, annotation: Annotation | None = None
 ) -> dict[str, Any]:
     """Metrics of a probe on annotated images, at the images' own size; images that cannot be read are left out.
 
@@ -37,8 +37,10 @@ def score_dense_probe(
     annotation, settings = annotation or Annotation(), probe.settings
     metric, aligned, angles, images = [], [], PooledAngles(), 0
     rows = list(_readable(data))
-    found = probe.predict_each([data.images[row] for row in rows], backbone=backbone, batch_size=settings.batch_size)
-    for row, values in zip(rows, found, strict=True):
+    predicted = probe.predict_each(
+        [data.images[row] for row in rows], backbone=backbone, batch_size=settings.batch_size
+    )
+    for row, values in zip(rows, predicted, strict=True):
         size = (int(values.values.shape[-2]), int(values.values.shape[-1]))
         truth = annotation.read(probe.task, data.annotations[row], size)
         if isinstance(values, DepthMap):
@@ -61,7 +63,7 @@ def score_dense_probe(
     return {"images": images, "metric": mean_metrics(metric), "aligned": mean_metrics(aligned)}
 
 
-def _readable(data: AnnotatedImages) -> Iterator[int]:
+def _readable(data: AnnotatedFiles) -> Iterator[int]:
     for row, file in enumerate(data.images):
         try:
             load_image(file)
@@ -83,8 +85,8 @@ class PixelScores:
 
     def iou(self) -> dict[str, float]:
         """Intersection over union of each class that occurs in the truth."""
-        hit, truth, found = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
-        shares = (hit / (truth + found - hit).clamp(min=1)).tolist()
+        hit, truth, predicted = self.counts.diagonal(), self.counts.sum(1), self.counts.sum(0)
+        shares = (hit / (truth + predicted - hit).clamp(min=1)).tolist()
         return {name: shares[i] for i, name in enumerate(self.classes) if truth[i] > 0}
 
     def document(self) -> dict[str, Any]:
@@ -105,9 +107,7 @@ def confusion(predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def score_pixel_probe(
-    probe: PixelProbe, data: AnnotatedImages, backbone: Backbone, labels: PixelClasses
-) -> PixelScores:
+def score_pixel_probe(probe: PixelProbe, data: AnnotatedFiles, backbone: Backbone, labels: PixelClasses) -> PixelScores:
     """Confusion of a probe's labels on labelled images.
 
     Raises:
@@ -115,7 +115,7 @@ def score_pixel_probe(
     """
     count = len(probe.classes)
     counts = torch.zeros(count, count, dtype=torch.int64)
-    found = probe.segment_each(data.images, backbone=backbone)
-    for result, (_, truth) in zip(found, labels.examples(data), strict=True):
+    predicted = probe.segment_each(data.images, backbone=backbone)
+    for result, (_, truth) in zip(predicted, labels.examples(data), strict=True):
         counts += confusion(result.labels, truth, count)
     return PixelScores(counts, probe.classes)

@@ -43,11 +43,11 @@ class SceneImages:
 
     def jobs(self) -> list[tuple[Part, int, str]]:
         """(part, index in the split "test", category) of each image."""
-        found: list[tuple[Part, int, str]] = []
+        jobs: list[tuple[Part, int, str]] = []
         for place, (part, count) in enumerate(zip(PARTS, (self.train, self.val, self.test), strict=True)):
             start = (place + 1) * 2**30  # the other benchmarks draw theirs at random from 2**40
-            found += [(part, start + i, self.categories[i % len(self.categories)]) for i in range(count)]
-        return found
+            jobs += [(part, start + i, self.categories[i % len(self.categories)]) for i in range(count)]
+        return jobs
 
 
 def scene_images(
@@ -115,9 +115,9 @@ def digit_images(folder: str | Path) -> LabelledImages:
     """The 1797 handwritten digits that come with scikit-learn, 8 x 8 pixels, as PNG files; not split."""
     from sklearn.datasets import load_digits
 
-    folder, found, rows = Path(folder), load_digits(), []
+    folder, digits, rows = Path(folder), load_digits(), []
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (image, digit) in enumerate(zip(found.images, found.target, strict=True)):
+    for number, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         file = folder / f"{number:04d}.png"
         if not file.is_file():
             write_whole(file, _png(np.rint(255 - image * 255 / 16).astype(np.uint8)))  # ink is dark

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffrep.eval.published_probes import published_rows, published_table
-from diffrep.heads.probes import Cell, ProbeData, ProbeFit, Result, paired_gain, train_probe
+from diffrep.heads.probes import Cell, ProbeData, ProbeFit, ProbeResult, paired_gain, train_probe
 from diffrep.heads.probes.layouts import HeadShape, Kind
 
 FUSED = " + "
@@ -30,7 +30,7 @@ class ProbesReport:
     data: str
     images: Mapping[str, int]
     classes: int
-    rows: Mapping[str, Result]
+    rows: Mapping[str, ProbeResult]
     gains: Mapping[tuple[str, str], tuple[float, float, float]]
     benchmark: str = ""
 
@@ -74,7 +74,7 @@ class ProbesReport:
 
 
 def compare_probes(
-    found: ProbeData,
+    prepared: ProbeData,
     rows: Mapping[str, Sequence[Cell]],
     *,
     kind: Kind = "linear",
@@ -90,18 +90,18 @@ def compare_probes(
         seed: of the split, to be kept in the report.
     """
     results = {
-        name: train_probe(found, found.layout(kind, list(cells), shape=shape), fit, seed=seed)
+        name: train_probe(prepared, prepared.layout(kind, list(cells), shape=shape), fit, seed=seed)
         for name, cells in rows.items()
     }
-    truth = found.labels[list(found.split.test)]
+    truth = prepared.labels[list(prepared.split.test)]
     gains = {
         (name, part): paired_gain(results[name].scores, results[part].scores, truth)
         for name, cells in rows.items()
-        for part, own in rows.items()
-        if len(cells) > len(own) and set(own) < set(cells)
+        for part, fewer in rows.items()
+        if len(cells) > len(fewer) and set(fewer) < set(cells)
     }
-    images = {"train": len(found.split.train), "val": len(found.split.val), "test": len(found.split.test)}
-    return ProbesReport(found.data.name, images, len(found.data.classes), results, gains, benchmark)
+    images = {"train": len(prepared.split.train), "val": len(prepared.split.val), "test": len(prepared.split.test)}
+    return ProbesReport(prepared.data.name, images, len(prepared.data.classes), results, gains, benchmark)
 
 
 def rows_of(cells: Sequence[Cell]) -> dict[str, list[Cell]]:

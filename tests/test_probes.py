@@ -32,7 +32,7 @@ from diffrep.heads.probes import (
     ProbeData,
     ProbeFit,
     ProbeRecipe,
-    Reading,
+    ReadPlan,
     SideBySide,
     block_taps,
     draw_heat_map,
@@ -82,8 +82,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path, unet: Backbone, vit: Backbone, tmp_path_factory: pytest.TempPathFactory) -> ProbeData:
     """Colours, read at two taps, two timesteps and two pools of a U-Net, and by a ViT."""
     readings = [
-        Reading(unet.name, ("conv_in", "up.1"), (10, 200), (1, 2), SMALL),
-        Reading(vit.name, ("layer.1",), None, (1, 2), SMALL),
+        ReadPlan(unet.name, ("conv_in", "up.1"), (10, 200), (1, 2), SMALL),
+        ReadPlan(vit.name, ("layer.1",), None, (1, 2), SMALL),
     ]
     backbones = {unet.name: unet, vit.name: vit}
     cache = tmp_path_factory.mktemp("cache")
@@ -112,7 +112,7 @@ def test_reading_goes_on_where_it_was_killed_and_reads_nothing_twice(
 
     monkeypatch.setattr(cache, "SHARD_IMAGES", 8)
     data = read_labelled(folder)
-    reading = Reading(unet.name, ("mid",), (10, 200), (1,), SMALL)
+    reading = ReadPlan(unet.name, ("mid",), (10, 200), (1,), SMALL)
     whole = cache.read_features(data.images, unet, reading, tmp_path / "whole", progress=False)
     real, calls = cache.read_cells, []
 
@@ -149,7 +149,7 @@ def test_what_is_kept_is_known_by_the_images_contents(vit: Backbone, tmp_path: P
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    reading = Reading(vit.name, ("layer.1",), None, (1,), SMALL)
+    reading = ReadPlan(vit.name, ("layer.1",), None, (1,), SMALL)
 
     def first(source: Path, cache: Path) -> torch.Tensor:
         found = ProbeData.read(read_labelled(source), {vit.name: vit}, [reading], cache, progress=False)
@@ -206,7 +206,7 @@ def test_padding_is_not_pooled(unet: Backbone, tmp_path: Path) -> None:
 
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8))
     canvas, placement = fit_image(wide, Sizing("pad", 64))
-    reading = Reading(unet.name, ("conv_in",), (10,), (1, 2), replace(SMALL, sizing=Sizing("pad", 64))).resolve(unet)
+    reading = ReadPlan(unet.name, ("conv_in",), (10,), (1, 2), replace(SMALL, sizing=Sizing("pad", 64))).resolve(unet)
     ((_, vectors),) = read_cells(unet, canvas[None], [placement], reading, (10,))
     maps = unet.maps(stack_pixels([canvas]), ["conv_in"], reading.extract.conditions())["conv_in"]
     content = maps[:, :, 2:6]  # the middle half of eight rows
@@ -219,7 +219,7 @@ def test_corrupt_images_are_left_out_and_reported(folder: Path, vit: Backbone, t
     broken = Path(shutil.copytree(folder, tmp_path / "broken"))
     (broken / "red" / "03.png").write_bytes(b"no image")
     (broken / "blue" / "05.png").write_bytes((broken / "blue" / "05.png").read_bytes()[:60])
-    reading = Reading(vit.name, ("layer.1",), None, (1,), SMALL)
+    reading = ReadPlan(vit.name, ("layer.1",), None, (1,), SMALL)
     found = ProbeData.read(read_labelled(broken), {vit.name: vit}, [reading], tmp_path / "cache", progress=False)
     assert [line.split(":")[0] for line in found.unreadable()] == ["blue/05.png", "red/03.png"]
     kept = {*found.split.train, *found.split.val, *found.split.test}
@@ -243,7 +243,7 @@ def test_cells_are_read_from_text(unet: Backbone, vit: Backbone) -> None:
     with pytest.raises(ValueError, match="a cell is named twice"):
         parse_cells(["u,mid,90", "u,mid,90,1"], backbones)
     with pytest.raises(ValueError, match="has no timesteps, got 10"):
-        Reading("v", None, (10,), (1,)).resolve(vit)
+        ReadPlan("v", None, (10,), (1,)).resolve(vit)
     assert block_taps(vit) == ("layer.0", "layer.1", "layer.2")
     blocks = block_taps(unet)
     assert (blocks[0], len(blocks)) == ("conv_in", 4 * 2 * 2 + 1)

@@ -32,9 +32,9 @@ class EvalProbes(ReportOptions, Classifier):
         data = self._data()
         backbones = self.extraction.load([text.split(",")[0] for text in self.cells])
         cells = parse_cells(self.cells, backbones)
-        found = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
+        prepared = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
         report = compare_probes(
-            found,
+            prepared,
             rows_of(cells),
             kind=self.head,
             fit=self.seeded_fit(),
@@ -43,7 +43,7 @@ class EvalProbes(ReportOptions, Classifier):
             benchmark=self.benchmark if self.classes is None else "",
         )
         if not self.json:
-            print(f"{balance(data, found.split)}\n")
+            print(f"{balance(data, prepared.split)}\n")
         self.show(report)
 
     def _data(self) -> LabelledImages:
@@ -60,7 +60,7 @@ class EvalProbes(ReportOptions, Classifier):
         benchmark = BENCHMARKS[self.benchmark]
         data = benchmark.read(self.root)
         if benchmark.sizes is not None and data.parts is not None:
-            found = data.parts.count("train"), data.parts.count("test")
-            if found != benchmark.sizes:
-                print(f"note: {found[0]} training and {found[1]} test images; published {benchmark.sizes}")
+            counts = data.parts.count("train"), data.parts.count("test")
+            if counts != benchmark.sizes:
+                print(f"note: {counts[0]} training and {counts[1]} test images; published {benchmark.sizes}")
         return data

@@ -13,7 +13,7 @@ from diffrep.commands.output import check_writable, write_image
 from diffrep.commands.probe_options import Classifier, Extraction, Images, NewProbe, score_lines
 from diffrep.heads.probes import (
     FeedbackSettings,
-    Reading,
+    ReadPlan,
     balance,
     block_taps,
     draw_heat_map,
@@ -46,12 +46,12 @@ class Train(NewProbe, Classifier):
         data = self.images.find(self.data)
         backbones = self.extraction.load([text.split(",")[0] for text in self.cells])
         cells = parse_cells(self.cells, backbones)
-        found = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
-        layout = found.layout(self.head, cells, shape=self.shape)
-        result = train_probe(found, layout, self.seeded_fit(), seed=self.images.split_seed)
+        prepared = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
+        layout = prepared.layout(self.head, cells, shape=self.shape)
+        result = train_probe(prepared, layout, self.seeded_fit(), seed=self.images.split_seed)
         chosen = ", ".join(f"{name} {value:g}" for name, value in result.choice.items())
         scores = score_lines({"val": result.val, "test": result.test})
-        lines = [balance(data, found.split), f"chosen on val: {chosen}", *scores]
+        lines = [balance(data, prepared.split), f"chosen on val: {chosen}", *scores]
         self.finish(result.probe, lines, result.document())
 
 
@@ -104,7 +104,7 @@ class SweepCells(Classifier):
         data = self.images.find(self.data)
         backbones = self.extraction.load(self.backbones)
         readings = [
-            Reading(
+            ReadPlan(
                 name,
                 self.taps or block_taps(backbone),
                 self.timesteps if backbone.denoises else None,
@@ -113,9 +113,9 @@ class SweepCells(Classifier):
             )
             for name, backbone in backbones.items()
         ]
-        found = self.images.read(data, backbones, readings)
+        prepared = self.images.read(data, backbones, readings)
         done = sweep(
-            found,
+            prepared,
             self.output,
             kind=self.head,
             fit=self.seeded_fit(),

@@ -13,7 +13,7 @@ from diffrep.commands.probe_options import Extraction, NewProbe, WorkOptions
 from diffrep.eval.annotated_scenes import SceneFiles, What, annotated_scenes, scene_classes
 from diffrep.eval.map_probes import score_dense_probe, score_pixel_probe
 from diffrep.heads.probes import PixelSettings, Resizing, train_pixel_probe
-from diffrep.heads.probes.annotated import AnnotatedImages, hold_out, pair_annotations
+from diffrep.heads.probes.annotated import AnnotatedFiles, hold_out, pair_annotations
 from diffrep.heads.probes.dense_probe import Annotation, DenseSettings, DenseTask, train_dense_probe
 from diffrep.heads.probes.pixel_labels import PixelClasses, find_classes
 
@@ -27,7 +27,7 @@ class MapImages(WorkOptions):
     held_out: float = 0.2  # share of a folder's images that the probe is measured on
     scenes: Annotated[SceneFiles, tyro.conf.OmitArgPrefixes] = field(default_factory=SceneFiles)
 
-    def find(self, images: str, annotations: Path | None, what: What) -> tuple[AnnotatedImages, AnnotatedImages]:
+    def find(self, images: str, annotations: Path | None, what: What) -> tuple[AnnotatedFiles, AnnotatedFiles]:
         """Images to train on and images to measure on.
 
         Raises:
@@ -92,7 +92,7 @@ class TrainPixels(NewProbe):
         )
         self.finish(replace(probe, about=about), lines)
 
-    def _data(self) -> tuple[AnnotatedImages, AnnotatedImages, PixelClasses]:
+    def _data(self) -> tuple[AnnotatedFiles, AnnotatedFiles, PixelClasses]:
         name, _, what = self.images.partition(":")
         if name != SCENES:
             train, test = self.data.find(self.images, self.labels, "parts")

@@ -16,7 +16,7 @@ from diffrep.commands.options import Command, DeviceOptions
 from diffrep.commands.output import check_writable
 from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig
-from diffrep.heads.probes import LabelledImages, ProbeData, ProbeFit, Reading, Scores, read_labelled
+from diffrep.heads.probes import LabelledImages, ProbeData, ProbeFit, ReadPlan, Scores, read_labelled
 from diffrep.heads.probes.layouts import HeadShape, Kind
 from diffrep.heads.probes.recipe import check_settings
 from diffrep.heads.probes.saved import SavedKind, SavedProbe, saved_kind
@@ -53,9 +53,9 @@ class Images(WorkOptions):
             return named_images(source, self.work, workers=max(self.workers, 1))
         return read_labelled(source, image=self.image, label=self.label, group=self.group)
 
-    def read(self, data: LabelledImages, backbones: Mapping[str, Backbone], readings: Sequence[Reading]) -> ProbeData:
+    def read(self, data: LabelledImages, backbones: Mapping[str, Backbone], readings: Sequence[ReadPlan]) -> ProbeData:
         """Read the features that are not kept yet, and say what could not be read."""
-        found = ProbeData.read(
+        prepared = ProbeData.read(
             data,
             backbones,
             readings,
@@ -65,9 +65,9 @@ class Images(WorkOptions):
             workers=self.workers,
             dtype=self.dtype,
         )
-        if lost := found.unreadable():
+        if lost := prepared.unreadable():
             print(f"left out {len(lost)} images that cannot be read, the first: {lost[0]}", file=sys.stderr)
-        return found
+        return prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class Extraction(DeviceOptions):
     def config(self, **others: Any) -> ExtractConfig:
         """The settings of reading, and others such as taps and timestep."""
         sizing = None if self.size is None else Sizing("squash", self.size)
-        own = {"sizing": sizing, "prompt": self.prompt, "ensemble": self.ensemble, "seed": self.noise_seed}
-        return ExtractConfig(**own, batch_size=self.batch_size, **others)
+        settings = {"sizing": sizing, "prompt": self.prompt, "ensemble": self.ensemble, "seed": self.noise_seed}
+        return ExtractConfig(**settings, batch_size=self.batch_size, **others)
 
     def load(self, names: Sequence[str]) -> dict[str, Backbone]:
         """Load backbones by their names.

@@ -30,7 +30,7 @@ from diffrep.heads.probes import (
     ProbeData,
     ProbeFit,
     ProbeRecipe,
-    Reading,
+    ReadPlan,
     block_taps,
     fit_grid,
     train_probe,
@@ -84,10 +84,10 @@ class ProbesBenchmark:
             tap = backbone.recommended.taps[0]
             cell = Cell("tiny", 50, tap, 2)
             start = time.process_time()
-            found = ProbeData.read(
+            prepared = ProbeData.read(
                 data,
                 {"tiny": backbone},
-                [Reading("tiny", (tap,), (50,), (2,))],
+                [ReadPlan("tiny", (tap,), (50,), (2,))],
                 folder,
                 progress=False,
                 dtype="float32",
@@ -95,10 +95,10 @@ class ProbesBenchmark:
             fit = ProbeFit(
                 grid=GridSettings(learning_rates=rates, weight_decays=(0.0,), epochs=self.epochs, batch_size=32)
             )
-            ours = train_probe(found, found.layout("linear", [cell]), fit)
+            ours = train_probe(prepared, prepared.layout("linear", [cell]), fit)
             seconds = time.process_time() - start
             start = time.process_time()
-            plain = self._released(found, backbone, tap, rates)
+            plain = self._released(prepared, backbone, tap, rates)
             plain_seconds = time.process_time() - start
         row = Row(
             f"{len(rates)} learning rates, {self.epochs} epochs, {len(data)} images, one cell",
@@ -108,29 +108,29 @@ class ProbesBenchmark:
         )
         return table([row])
 
-    def _released(self, found: ProbeData, backbone: LatentBackbone, tap: str, rates: tuple[float, ...]) -> float:
+    def _released(self, prepared: ProbeData, backbone: LatentBackbone, tap: str, rates: tuple[float, ...]) -> float:
         """Every epoch through the VAE and the whole U-Net; one run per learning rate; best accuracy on val."""
-        reading = found.features["tiny"].reading
+        reading = prepared.features["tiny"].reading
         sizing, conditions = reading.extract.sizing, reading.extract.conditions()
         assert sizing is not None  # resolved
         last = block_taps(backbone)[-1]
-        labels = found.labels
+        labels = prepared.labels
 
         def maps(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
-            images = [decode_image(found.data.images[row].read(), "image") for row in rows]
+            images = [decode_image(prepared.data.images[row].read(), "image") for row in rows]
             pixels = stack_pixels([fit_image(image, sizing)[0] for image in images])
             noisy = noisy_input(backbone, *backbone.encode(pixels), conditions)
             with torch.no_grad():
                 return backbone.network_maps(noisy, [tap, last, "out"], conditions)[tap]
 
-        train, val = np.array(found.split.train), np.array(found.split.val)
+        train, val = np.array(prepared.split.train), np.array(prepared.split.val)
         first = maps(train[:32])
         mean, std = first.mean((0, 2, 3), keepdim=True), first.std((0, 2, 3), keepdim=True) * 4 * first.shape[1] ** 0.5
         best = 0.0
         for rate in rates:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                head = PooledHead(first.shape[1], len(found.data.classes), pool=2)
+                head = PooledHead(first.shape[1], len(prepared.data.classes), pool=2)
 
             def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
                 order = np.random.default_rng(epoch).permutation(train)
@@ -179,11 +179,11 @@ class ProbesBenchmark:
         centres = random.normal(0, 0.12, (self.classes, self.width)).astype(np.float32)
         pieces = []
         for number, start in enumerate(range(0, self.rows, 16384)):
-            own = labels[start : start + 16384]
-            values = random.standard_normal((len(own), self.width), dtype=np.float32) + centres[own]
+            classes = labels[start : start + 16384]
+            values = random.standard_normal((len(classes), self.width), dtype=np.float32) + centres[classes]
             file = folder / f"{number:04d}.f16"
             values.astype(np.float16).tofile(file)
-            pieces.append(np.memmap(file, np.float16, "r", shape=(len(own), self.width)))
+            pieces.append(np.memmap(file, np.float16, "r", shape=(len(classes), self.width)))
         return MappedRows(pieces), torch.from_numpy(labels)
 
 

@@ -1,15 +1,15 @@
 """Probes: heads that are trained on the features of a frozen backbone.
 
-`read_labelled` and `split_rows` bring images, `Reading` says where features are read, `ProbeData.read` reads them into
+`read_labelled` and `split_rows` bring images, `ReadPlan` says where features are read, `ProbeData.read` reads them into
 a cache, `train_probe` trains one probe and `sweep` one for every block and timestep; `Probe` is what is saved, loaded
 and used on images. `train_feedback`, `train_pixel_probe` and `train_dense_probe` train DifFeed, few-shot segmentation,
 and depth or normals on frozen maps; `pair_annotations` finds the files beside the images.
 """
 
-from diffrep.heads.probes.annotated import AnnotatedImages, hold_out, pair_annotations
+from diffrep.heads.probes.annotated import AnnotatedFiles, hold_out, pair_annotations
 from diffrep.heads.probes.attention import AttentionFusion, TokenReadout, TransformerBlock, readout_string
 from diffrep.heads.probes.cache import PooledFeatures, read_features
-from diffrep.heads.probes.cells import Cell, Reading, block_taps, parse_cells, readings_of
+from diffrep.heads.probes.cells import Cell, ReadPlan, block_taps, parse_cells, readings_of
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe
 from diffrep.heads.probes.dense_probe import (
     Annotation,
@@ -17,7 +17,7 @@ from diffrep.heads.probes.dense_probe import (
     DenseSettings,
     train_dense_probe,
 )
-from diffrep.heads.probes.experiment import ProbeData, Result, train_probe
+from diffrep.heads.probes.experiment import ProbeData, ProbeResult, train_probe
 from diffrep.heads.probes.feedback import DifFeed, feedback_layer, numbered_taps
 from diffrep.heads.probes.feedback_probe import FeedbackProbe, FeedbackSettings, train_feedback
 from diffrep.heads.probes.fitting import ProbeFit, fit_head
@@ -41,17 +41,25 @@ from diffrep.heads.probes.recipe import ProbeRecipe, train_recipe
 from diffrep.heads.probes.rows import HeldRows, MappedRows, SideBySide
 from diffrep.heads.probes.saved import load_probe, saved_kind
 from diffrep.heads.probes.scores import Scores, paired_gain, score, wilson
-from diffrep.heads.probes.splits import Split, balance, split_rows
-from diffrep.heads.probes.sweeps import CellScore, Sweep, draw_heat_map, load_sweep, sweep
+from diffrep.heads.probes.splits import RowSplit, balance, split_rows
+from diffrep.heads.probes.sweeps import CellScore, ProbeSweep, draw_heat_map, load_sweep, sweep
 
-Recipe = ProbeRecipe  # its name in version 0.1
+# their names in version 0.1, which other classes have too
+AnnotatedImages, Reading, Recipe, Result, Split, Sweep = (
+    AnnotatedFiles,
+    ReadPlan,
+    ProbeRecipe,
+    ProbeResult,
+    RowSplit,
+    ProbeSweep,
+)
 load_dense_probe = DenseProbe.load
 load_feedback_probe = FeedbackProbe.load
 load_pixel_probe = PixelProbe.load
 
 __all__ = [
     "KINDS",
-    "AnnotatedImages",
+    "AnnotatedFiles",
     "Annotation",
     "AttentionFusion",
     "Cell",
@@ -86,15 +94,15 @@ __all__ = [
     "ProbeData",
     "ProbeFit",
     "ProbeRecipe",
-    "Reading",
+    "ProbeResult",
+    "ProbeSweep",
+    "ReadPlan",
     "Recipe",
     "Resizing",
-    "Result",
+    "RowSplit",
     "Scores",
     "SideBySide",
-    "Split",
     "Standardiser",
-    "Sweep",
     "TokenReadout",
     "TransformerBlock",
     "balance",

@@ -19,7 +19,7 @@ ENDINGS = (".npy", ".png")
 
 
 @dataclass(frozen=True)
-class AnnotatedImages:
+class AnnotatedFiles:
     """N images and the files of their annotations, not read yet."""
 
     name: str
@@ -29,14 +29,14 @@ class AnnotatedImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def rows(self, rows: Sequence[int]) -> AnnotatedImages:
+    def rows(self, rows: Sequence[int]) -> AnnotatedFiles:
         """Some of them."""
-        return AnnotatedImages(
+        return AnnotatedFiles(
             self.name, tuple(self.images[row] for row in rows), tuple(self.annotations[row] for row in rows)
         )
 
 
-def pair_annotations(images: str | Path, annotations: str | Path) -> AnnotatedImages:
+def pair_annotations(images: str | Path, annotations: str | Path) -> AnnotatedFiles:
     """The images of a folder, and the ``.npy`` or ``.png`` of the same name below the folder of annotations.
 
     Raises:
@@ -48,20 +48,20 @@ def pair_annotations(images: str | Path, annotations: str | Path) -> AnnotatedIm
         raise DataError(f"{folder}: no such folder of annotations")
     files = find_images([root])
     base = root if root.is_dir() else root.parent
-    found = []
+    matched = []
     for file in files:
         stem = folder / file.relative_to(base).with_suffix("")
-        there = [place for ending in ENDINGS if (place := stem.with_name(stem.name + ending)).is_file()]
-        found.append(next((place for place in there if place.resolve() != file.resolve()), None))
-    if missing := [file for file, place in zip(files, found, strict=True) if place is None]:
+        candidates = [place for ending in ENDINGS if (place := stem.with_name(stem.name + ending)).is_file()]
+        matched.append(next((place for place in candidates if place.resolve() != file.resolve()), None))
+    if missing := [file for file, place in zip(files, matched, strict=True) if place is None]:
         raise DataError(
             f"{folder}: {len(missing)} of {len(files)} images have no annotation, the first is {missing[0].name}"
             f" (expected {missing[0].stem}.npy or .png)"
         )
-    return AnnotatedImages(str(root), tuple(files), tuple(place for place in found if place is not None))
+    return AnnotatedFiles(str(root), tuple(files), tuple(place for place in matched if place is not None))
 
 
-def hold_out(data: AnnotatedImages, share: float = 0.2, seed: int = 0) -> tuple[AnnotatedImages, AnnotatedImages]:
+def hold_out(data: AnnotatedFiles, share: float = 0.2, seed: int = 0) -> tuple[AnnotatedFiles, AnnotatedFiles]:
     """Split images at random into those to train on and those to measure on.
 
     Raises:

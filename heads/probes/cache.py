@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from diffrep.backbones import Backbone
 from diffrep.files import claim_folder, read_document, sweep_partials, write_whole
-from diffrep.heads.probes.cells import Cell, Reading, read_cells
+from diffrep.heads.probes.cells import Cell, ReadPlan, read_cells
 from diffrep.heads.probes.labelled import DataError, Readable, images_sha256
 from diffrep.heads.probes.rows import MappedRows, map_tensor
 from diffrep.images import ImageError, Placement, Sizing, decode_image, fit_image
@@ -45,7 +45,7 @@ class PooledFeatures:
     """
 
     folder: Path
-    reading: Reading
+    reading: ReadPlan
     features: dict[str, Any]
     images: int
     dtype: Literal["float16", "float32"]
@@ -78,7 +78,7 @@ class PooledFeatures:
 def read_features(
     images: Sequence[Readable],
     backbone: Backbone,
-    reading: Reading,
+    reading: ReadPlan,
     folder: str | Path,
     *,
     dtype: Literal["float16", "float32"] = "float16",
@@ -110,9 +110,9 @@ def read_features(
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
     home = Path(folder) / f"{Path(reading.backbone).name}-{digest}"
     wider = _wider(Path(folder), about, reading)
-    found = PooledFeatures(wider or home, reading, features, len(images), dtype, about["images_sha256"])
+    cached = PooledFeatures(wider or home, reading, features, len(images), dtype, about["images_sha256"])
     if wider is not None:
-        return found
+        return cached
     claim_folder(home, about, name=MANIFEST)
     jobs = []
     for number in range(_shards(len(images))):
@@ -121,14 +121,14 @@ def read_features(
     if jobs:
         for timestep in reading.timesteps or ():
             sweep_partials(_file(home, timestep, 0).parent)
-        _read_shards(images, backbone, found, jobs, workers, progress)
-    if not found.readable.any():
-        reasons = found.unreadable()
+        _read_shards(images, backbone, cached, jobs, workers, progress)
+    if not cached.readable.any():
+        reasons = cached.unreadable()
         raise DataError(f"none of the {len(images)} images can be read: {reasons[0] if reasons else home}")
-    return found
+    return cached
 
 
-def _wider(folder: Path, about: dict[str, Any], reading: Reading) -> Path | None:
+def _wider(folder: Path, about: dict[str, Any], reading: ReadPlan) -> Path | None:
     """A complete folder that was read for more taps or pools, such as a sweep's, where there is one."""
     same = ("features", "images", "images_sha256", "dtype")
     for manifest in sorted(folder.glob(f"*/{MANIFEST}")):
@@ -186,40 +186,40 @@ class _Shards(Dataset[Any]):
 def _read_shards(
     images: Sequence[Readable],
     backbone: Backbone,
-    found: PooledFeatures,
+    cached: PooledFeatures,
     jobs: Sequence[tuple[int, list[int]]],
     workers: int,
     progress: bool,
 ) -> None:
     missing = dict(jobs)
-    assert found.reading.extract.sizing is not None  # resolved
-    shards = _Shards(images, list(missing), found.reading.extract.sizing)
+    assert cached.reading.extract.sizing is not None  # resolved
+    shards = _Shards(images, list(missing), cached.reading.extract.sizing)
     loader = DataLoader(
         shards, batch_size=None, num_workers=workers, multiprocessing_context="spawn" if workers else None
     )
     total = sum(min(SHARD_IMAGES, len(images) - n * SHARD_IMAGES) * len(t) for n, t in jobs)
-    with tqdm(total=total, desc=f"reading {found.reading.backbone}", unit="pass", disable=not progress) as bar:
+    with tqdm(total=total, desc=f"reading {cached.reading.backbone}", unit="pass", disable=not progress) as bar:
         for number, groups, reasons in loader:
             if reasons:
-                with (found.folder / "unreadable.txt").open("a", encoding="utf-8", errors="replace") as log:
+                with (cached.folder / "unreadable.txt").open("a", encoding="utf-8", errors="replace") as log:
                     log.writelines(f"{reason}\n" for reason in reasons)
             count = min(SHARD_IMAGES, len(images) - number * SHARD_IMAGES)
-            for timestep, tensors in _shard_tensors(backbone, found, groups, count, missing[number]):
+            for timestep, tensors in _shard_tensors(backbone, cached, groups, count, missing[number]):
                 columns = {name: [value] for name, value in tensors.items()}
-                write_whole(_file(found.folder, timestep, number), partial(write_tensors, tensors=columns))
+                write_whole(_file(cached.folder, timestep, number), partial(write_tensors, tensors=columns))
                 bar.update(count)
 
 
 def _shard_tensors(
     backbone: Backbone,
-    found: PooledFeatures,
+    cached: PooledFeatures,
     groups: Sequence[tuple[Tensor, list[Placement], list[int]]],
     count: int,
     timesteps: Sequence[int],
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """The tensors of each timestep of a shard; shards without any readable image are all NaN."""
-    kind = getattr(torch, found.dtype)
-    passes = [read_cells(backbone, c, places, found.reading, timesteps) for c, places, _ in groups]
+    kind = getattr(torch, cached.dtype)
+    passes = [read_cells(backbone, c, places, cached.reading, timesteps) for c, places, _ in groups]
     for timestep in timesteps:
         tensors: dict[str, Tensor] = {}
         for reader, (_, _, rows) in zip(passes, groups, strict=True):
@@ -229,12 +229,12 @@ def _shard_tensors(
                 name = _tensor(tap, pool)
                 if name not in tensors:
                     tensors[name] = torch.full((count, values.shape[1]), float("nan"), dtype=kind)
-                kept = values.to(kind)
-                if not bool(torch.isfinite(kept).all()):
-                    raise ValueError(f"features of {tap} do not fit into {found.dtype}: choose float32")
-                tensors[name][rows] = kept
+                rounded = values.to(kind)
+                if not bool(torch.isfinite(rounded).all()):
+                    raise ValueError(f"features of {tap} do not fit into {cached.dtype}: choose float32")
+                tensors[name][rows] = rounded
         if not tensors:
-            for cell in found.reading.cells():
+            for cell in cached.reading.cells():
                 if cell.timestep == timestep:
                     width = backbone.tap(cell.tap).channels * cell.pool**2
                     tensors[_tensor(cell.tap, cell.pool)] = torch.full((count, width), float("nan"), dtype=kind)

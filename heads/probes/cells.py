@@ -37,7 +37,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadPlan:
     """Everything that is read of one backbone.
 
     Attributes:
@@ -53,7 +53,7 @@ class Reading:
     pools: tuple[int, ...] = (1,)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
 
-    def resolve(self, backbone: Backbone) -> Reading:
+    def resolve(self, backbone: Backbone) -> ReadPlan:
         """Fill what is None, and check the rest.
 
         Raises:
@@ -115,20 +115,20 @@ def parse_cells(texts: Sequence[str], backbones: Mapping[str, Backbone]) -> list
     return cells
 
 
-def readings_of(cells: Sequence[Cell], extract: ExtractConfig) -> list[Reading]:
+def readings_of(cells: Sequence[Cell], extract: ExtractConfig) -> list[ReadPlan]:
     """One reading per backbone that covers its cells."""
-    found = []
+    plans = []
     for name in dict.fromkeys(cell.backbone for cell in cells):
-        own = [cell for cell in cells if cell.backbone == name]
-        taps = tuple(dict.fromkeys(cell.tap for cell in own))
-        timesteps = tuple(dict.fromkeys(cell.timestep for cell in own))
-        pools = tuple(dict.fromkeys(cell.pool for cell in own))
-        found.append(Reading(name, taps, timesteps, pools, extract))
-    return found
+        chosen = [cell for cell in cells if cell.backbone == name]
+        taps = tuple(dict.fromkeys(cell.tap for cell in chosen))
+        timesteps = tuple(dict.fromkeys(cell.timestep for cell in chosen))
+        pools = tuple(dict.fromkeys(cell.pool for cell in chosen))
+        plans.append(ReadPlan(name, taps, timesteps, pools, extract))
+    return plans
 
 
 def read_cells(
-    backbone: Backbone, canvases: Tensor, placements: Sequence[Placement], reading: Reading, timesteps: Sequence[int]
+    backbone: Backbone, canvases: Tensor, placements: Sequence[Placement], reading: ReadPlan, timesteps: Sequence[int]
 ) -> Iterator[tuple[int, dict[tuple[str, int], Tensor]]]:
     """Read images that lie on one size of canvas.
 

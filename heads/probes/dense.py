@@ -127,8 +127,8 @@ def _reader(
         return LinearReader(channels, out, kernel=kernel)
     if kind not in ("multiscale", "dpt"):
         raise ValueError(f"reader must be 'linear', 'multiscale' or 'dpt', got {kind!r}")
-    made = MultiscaleReader if kind == "multiscale" else DptReader
-    return made(channels, out, hidden=hidden, kernel=kernel)
+    chosen = MultiscaleReader if kind == "multiscale" else DptReader
+    return chosen(channels, out, hidden=hidden, kernel=kernel)
 
 
 class DepthProbe(nn.Module):

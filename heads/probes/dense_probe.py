@@ -25,7 +25,7 @@ from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig, extract_each
 from diffrep.heads.families import Frame
 from diffrep.heads.maps import DepthMap, NormalMap
-from diffrep.heads.probes.annotated import AnnotatedImages, read_normals
+from diffrep.heads.probes.annotated import AnnotatedFiles, read_normals
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe, Reader, depth_loss
 from diffrep.heads.probes.labelled import DataError
 from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
@@ -211,7 +211,7 @@ class Annotation:
 
 
 def train_dense_probe(
-    data: AnnotatedImages,
+    data: AnnotatedFiles,
     task: DenseTask,
     backbone: Backbone,
     folder: str | Path,
@@ -279,7 +279,7 @@ def train_dense_probe(
     with bar:
         losses = train_recipe(
             module, batches, settings.recipe(), steps=steps,
-            forward=lambda maps: module(maps, canvas), loss=lambda found, target: measure(found, *target),
+            forward=lambda maps: module(maps, canvas), loss=lambda predicted, target: measure(predicted, *target),
         )  # fmt: skip
     if not losses:
         span = f" between {settings.nearest:g} and {settings.farthest:g} m" if task == "depth" else ""
@@ -295,9 +295,9 @@ def train_dense_probe(
     return DenseProbe(module, task, settings, features, about)
 
 
-def normals_loss(found: Tensor, reference: Tensor, valid: Tensor) -> Tensor:
+def normals_loss(predicted: Tensor, reference: Tensor, valid: Tensor) -> Tensor:
     """Mean angle in radians over the valid pixels, of (B, 3, H, W) predictions of any length."""
-    return angular_loss(F.normalize(found, dim=1), reference, valid)
+    return angular_loss(F.normalize(predicted, dim=1), reference, valid)
 
 
 def on_canvas(values: Tensor, placement: Placement) -> Tensor:
@@ -317,7 +317,7 @@ def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _extracted(
-    data: AnnotatedImages,
+    data: AnnotatedFiles,
     backbone: Backbone,
     config: ExtractConfig,
     folder: Path,
@@ -328,8 +328,8 @@ def _extracted(
     """The store of the maps, and each image's name in it."""
     files = [file.absolute() for file in data.images]
     root = Path(os.path.commonpath([file.parent for file in files]))
-    made = {k: v for k, v in provenance(backbone, config).items() if k not in ("source", "batch_size")}
-    identity = json.dumps([made, str(root), settings.dtype], sort_keys=True)
+    settled = {k: v for k, v in provenance(backbone, config).items() if k not in ("source", "batch_size")}
+    identity = json.dumps([settled, str(root), settings.dtype], sort_keys=True)
     home = folder / f"{Path(backbone.name).name}-maps-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     keep = Keep(kind="maps", dtype=settings.dtype)
     bulk = BulkConfig(workers=workers, changed="update")

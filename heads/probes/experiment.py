@@ -15,14 +15,14 @@ from torch import Tensor
 
 from diffrep.backbones import Backbone
 from diffrep.heads.probes.cache import PooledFeatures, read_features
-from diffrep.heads.probes.cells import Cell, Reading
+from diffrep.heads.probes.cells import Cell, ReadPlan
 from diffrep.heads.probes.fitting import Fitted, ProbeFit, fit_head, head_scores, train_head
 from diffrep.heads.probes.labelled import DataError, LabelledImages
 from diffrep.heads.probes.layouts import HeadShape, Kind, Layout
 from diffrep.heads.probes.probe import Probe
-from diffrep.heads.probes.rows import Rows, SideBySide
+from diffrep.heads.probes.rows import FeatureRows, SideBySide
 from diffrep.heads.probes.scores import Scores, score
-from diffrep.heads.probes.splits import Split, split_rows
+from diffrep.heads.probes.splits import RowSplit, split_rows
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ProbeData:
     """Labelled images that are split and whose features have been read; images that cannot be read are left out."""
 
     data: LabelledImages
-    split: Split
+    split: RowSplit
     features: Mapping[str, PooledFeatures]  # by backbone
 
     @classmethod
@@ -38,7 +38,7 @@ class ProbeData:
         cls,
         data: LabelledImages,
         backbones: Mapping[str, Backbone],
-        readings: Sequence[Reading],
+        readings: Sequence[ReadPlan],
         folder: str | Path,
         *,
         shares: tuple[float, float, float] = (0.6, 0.2, 0.2),
@@ -68,17 +68,17 @@ class ProbeData:
         usable = next(iter(features.values())).readable
         for other in features.values():
             usable = usable & other.readable
-        kept = Split(*(tuple(row for row in split.part(p) if usable[row]) for p in ("train", "val", "test")))  # type: ignore[arg-type]
-        trained = {data.labels[row] for row in kept.train}
+        readable = RowSplit(*(tuple(row for row in split.part(p) if usable[row]) for p in ("train", "val", "test")))  # type: ignore[arg-type]
+        trained = {data.labels[row] for row in readable.train}
         for number, name in enumerate(data.classes):
             if number not in trained:
-                reasons = [line for found in features.values() for line in found.unreadable()]
+                reasons = [line for one in features.values() for line in one.unreadable()]
                 raise DataError(
                     f"{data.name}: no training image of class {name!r} can be read ({'; '.join(reasons[:1])})"
                 )
-        if not kept.val or not kept.test:
-            raise DataError(f"{data.name}: no image of the {'val' if not kept.val else 'test'} split can be read")
-        return cls(data, kept, features)
+        if not readable.val or not readable.test:
+            raise DataError(f"{data.name}: no image of the {'val' if not readable.val else 'test'} split can be read")
+        return cls(data, readable, features)
 
     @property
     def labels(self) -> Tensor:
@@ -87,9 +87,9 @@ class ProbeData:
 
     def unreadable(self) -> list[str]:
         """Why images were left out."""
-        return sorted({line for found in self.features.values() for line in found.unreadable()})
+        return sorted({line for one in self.features.values() for line in one.unreadable()})
 
-    def rows(self, cells: Sequence[Cell]) -> Rows:
+    def rows(self, cells: Sequence[Cell]) -> FeatureRows:
         """Features of some cells, side by side."""
         parts = [self.features[cell.backbone].rows(cell) for cell in cells]
         return parts[0] if len(parts) == 1 else SideBySide(parts)
@@ -110,13 +110,13 @@ class ProbeData:
 
 
 @dataclass(frozen=True)
-class Result:
+class ProbeResult:
     """A probe that was trained on train and val, with its scores of test.
 
     Attributes:
         val: of the chosen setting, trained on train alone; chosen by it, so an optimistic number.
         test: looked at once.
-        scores: (n, K) of the test images, in the order of `Split.test`.
+        scores: (n, K) of the test images, in the order of `RowSplit.test`.
         seconds: that training took; the only number that a second run does not repeat.
     """
 
@@ -133,22 +133,22 @@ class Result:
         return {**self.probe.about, "seconds": self.seconds}
 
 
-def train_probe(found: ProbeData, layout: Layout, fit: ProbeFit | None = None, *, seed: int = 0) -> Result:
+def train_probe(prepared: ProbeData, layout: Layout, fit: ProbeFit | None = None, *, seed: int = 0) -> ProbeResult:
     """Choose hyperparameters on val, train the choice on train and val, and score test once."""
     fit = fit or ProbeFit()
     start = time.monotonic()
-    data, split, labels = found.data, found.split, found.labels
-    fitted = found.fit(layout, fit)
+    data, split, labels = prepared.data, prepared.split, prepared.labels
+    fitted = prepared.fit(layout, fit)
     voted = layout.kind == "knn"
     val = score(fitted.scores, labels[list(split.val)], data.classes, voted_only=voted)
-    rows = found.rows(layout.cells)
+    rows = prepared.rows(layout.cells)
     head = train_head(layout, rows, labels, sorted([*split.train, *split.val]), fit, fitted.choice)
     scores = head_scores(head, rows, split.test)
     test = score(scores, labels[list(split.test)], data.classes, voted_only=voted)
     about = {
         "data": data.name,
         "images": {part: len(split.part(part)) for part in ("train", "val", "test")},  # type: ignore[arg-type]
-        "unreadable": len(found.unreadable()),
+        "unreadable": len(prepared.unreadable()),
         "split_seed": seed,
         "selection": "hyperparameters chosen on val, trained again on train and val, test scored once",
         "choice": fitted.choice,
@@ -158,9 +158,9 @@ def train_probe(found: ProbeData, layout: Layout, fit: ProbeFit | None = None, *
         "test": test.document(),
         "versions": _versions(),
     }
-    features = {cell.backbone: found.features[cell.backbone].features for cell in layout.cells}
+    features = {cell.backbone: prepared.features[cell.backbone].features for cell in layout.cells}
     probe = Probe(head, data.classes, features, json.loads(json.dumps(about)))
-    return Result(probe, fitted.choice, fitted.tried, val, test, scores, round(time.monotonic() - start, 2))
+    return ProbeResult(probe, fitted.choice, fitted.tried, val, test, scores, round(time.monotonic() - start, 2))
 
 
 def _versions() -> dict[str, str]:

@@ -22,7 +22,7 @@ from diffrep.heads.probes.attention import AttentionFusion
 FEEDBACK_BLOCKS = (21, 24, 27, 30, 33, 36)  # of the 37 of the 256-pixel ADM network
 
 
-class Denoiser(Protocol):
+class DiffusionUNet(Protocol):
     """A diffusion U-Net as a backbone: `PixelDiffusion`, `LatentDiffusion`."""
 
     name: str
@@ -70,7 +70,12 @@ class DifFeed(nn.Module):
     """
 
     def __init__(
-        self, backbone: Denoiser, head: AttentionFusion, *, blocks: Sequence[int] | None = None, arch: str = "C_B_R"
+        self,
+        backbone: DiffusionUNet,
+        head: AttentionFusion,
+        *,
+        blocks: Sequence[int] | None = None,
+        arch: str = "C_B_R",
     ) -> None:
         super().__init__()
         taps = numbered_taps(backbone)
@@ -93,25 +98,25 @@ class DifFeed(nn.Module):
         return {self.targets[block].module: layer(first[self.sources[block]]) for block, layer in layers}
 
     @torch.no_grad()
-    def first_pass(self, backbone: Denoiser, noisy: Tensor, conditions: Conditions) -> dict[str, Tensor]:
+    def first_pass(self, backbone: DiffusionUNet, noisy: Tensor, conditions: Conditions) -> dict[str, Tensor]:
         """The maps that feed back. They depend on the image alone and can be kept."""
         return backbone.network_maps(noisy, list(self.sources.values()), conditions)
 
     def second_pass(
-        self, backbone: Denoiser, noisy: Tensor, conditions: Conditions, first: Mapping[str, Tensor]
+        self, backbone: DiffusionUNet, noisy: Tensor, conditions: Conditions, first: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """The taps that the head reads, with gradients for the feedback layers."""
         with adding(backbone.network, self.feedback_maps(first)):
             return backbone.network_maps(noisy, list(self.head.blocks), conditions)
 
-    def forward(self, backbone: Denoiser, noisy: Tensor, conditions: Conditions) -> Tensor:
+    def forward(self, backbone: DiffusionUNet, noisy: Tensor, conditions: Conditions) -> Tensor:
         """What the network is given at the conditions' timestep -> logits (B, K)."""
         first = self.first_pass(backbone, noisy, conditions)
         logits: Tensor = self.head([self.second_pass(backbone, noisy, conditions, first)])
         return logits
 
 
-def numbered_taps(backbone: Denoiser) -> dict[int, TapInfo]:
+def numbered_taps(backbone: DiffusionUNet) -> dict[int, TapInfo]:
     """The blocks of a U-Net as guided-diffusion numbers them: 1, 2, ... in the order of execution.
 
     The input blocks, the middle block, the output blocks, each behind its attention and its resampling, whatever

@@ -26,7 +26,7 @@ from diffrep.heads.probes.probe import Prediction
 from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
 from diffrep.heads.probes.saved import OneBackboneProbe, SavedKind, batches_of, check_weights, load_recorded
 from diffrep.heads.probes.scores import Scores, score
-from diffrep.heads.probes.splits import Split
+from diffrep.heads.probes.splits import RowSplit
 from diffrep.images import ImageLike, decode_image, fit_image, load_image, stack_pixels
 from diffrep.store.manifest import extract_config, provenance
 
@@ -128,7 +128,7 @@ class FeedbackProbe(OneBackboneProbe):
 
 def train_feedback(
     data: LabelledImages,
-    split: Split,
+    split: RowSplit,
     backbone: Backbone,
     settings: FeedbackSettings | None = None,
     extract: ExtractConfig | None = None,

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffrep.heads.probes.grid import GridSettings, Standardiser, class_weights, cross_entropy, fit_grid
 from diffrep.heads.probes.layouts import FeatureHead, Layout, build_head, gallery_head
 from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
-from diffrep.heads.probes.rows import Rows, blocks_of
+from diffrep.heads.probes.rows import FeatureRows, blocks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Fitted:
 
 def fit_head(
     layout: Layout,
-    features: Rows,
+    features: FeatureRows,
     labels: Tensor,
     train: Sequence[int],
     val: Sequence[int],
@@ -84,7 +84,7 @@ def fit_head(
 
 
 def train_head(
-    layout: Layout, features: Rows, labels: Tensor, rows: Sequence[int], fit: ProbeFit, choice: dict[str, Any]
+    layout: Layout, features: FeatureRows, labels: Tensor, rows: Sequence[int], fit: ProbeFit, choice: dict[str, Any]
 ) -> FeatureHead:
     """Train one head with chosen hyperparameters, on any rows."""
     if layout.kind == "linear":
@@ -115,7 +115,7 @@ def train_head(
 
 
 @torch.no_grad()
-def head_scores(head: FeatureHead, features: Rows, rows: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+def head_scores(head: FeatureHead, features: FeatureRows, rows: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
     """(n, K) scores of some rows, in the order given."""
     chosen = np.asarray(rows, dtype=np.int64)
     return torch.cat([head(features.read(block)) for block in blocks_of(chosen, features.width)])
@@ -147,7 +147,7 @@ def _linear(layout: Layout, weight: Tensor, bias: Tensor) -> FeatureHead:
 
 
 def _logistic(
-    layout: Layout, features: Rows, labels: Tensor, rows: Sequence[int], penalty: float, settings: GridSettings
+    layout: Layout, features: FeatureRows, labels: Tensor, rows: Sequence[int], penalty: float, settings: GridSettings
 ) -> FeatureHead:
     """scikit-learn's `LogisticRegression` behind a `StandardScaler`; the pipeline is folded into one linear layer."""
     from sklearn.linear_model import LogisticRegression

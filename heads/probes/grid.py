@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.heads.probes.recipe import check_settings
-from diffrep.heads.probes.rows import HELD_BYTES, HeldRows, Rows, blocks_of
+from diffrep.heads.probes.rows import HELD_BYTES, FeatureRows, HeldRows, blocks_of
 
 RowNumbers = "np.ndarray[Any, np.dtype[np.int64]]"
 
@@ -61,7 +61,7 @@ class Standardiser:
     scale: Tensor
 
     @classmethod
-    def of(cls, features: Rows, rows: Sequence[int] | np.ndarray[Any, Any]) -> Standardiser:
+    def of(cls, features: FeatureRows, rows: Sequence[int] | np.ndarray[Any, Any]) -> Standardiser:
         """Measure some rows in one pass, in float64."""
         total = torch.zeros(features.width, dtype=torch.float64)
         squares = torch.zeros_like(total)
@@ -97,7 +97,7 @@ class LinearGrid:
     standardise: Standardiser
     heads: list[tuple[float, float]]
 
-    def logits(self, features: Rows, rows: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    def logits(self, features: FeatureRows, rows: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """(G, n, K) of some rows, in the order given."""
         out = [torch.empty(len(self.heads), 0, self.biases.shape[1])]
         for block in blocks_of(np.asarray(rows, dtype=np.int64), features.width):
@@ -105,12 +105,12 @@ class LinearGrid:
             out.append(torch.einsum("nd,gkd->gnk", x, self.weights) + self.biases[:, None])
         return torch.cat(out, dim=1)
 
-    def accuracies(self, features: Rows, labels: Tensor, rows: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
+    def accuracies(self, features: FeatureRows, labels: Tensor, rows: Sequence[int] | np.ndarray[Any, Any]) -> Tensor:
         """(G,) share of some rows that each head has right; read block by block."""
         right = torch.zeros(len(self.heads))
         for block in blocks_of(np.asarray(rows, dtype=np.int64), features.width):
-            found = self.logits(features, block).argmax(2)
-            right += (found == labels[torch.from_numpy(block)]).sum(1)
+            answers = self.logits(features, block).argmax(2)
+            right += (answers == labels[torch.from_numpy(block)]).sum(1)
         return right / len(rows)
 
     def linear(self, head: int) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ def class_weights(labels: Tensor, classes: int) -> Tensor:
 
 
 def fit_grid(
-    features: Rows,
+    features: FeatureRows,
     labels: Tensor,
     rows: Sequence[int] | np.ndarray[Any, Any],
     classes: int,
@@ -178,7 +178,7 @@ def fit_grid(
     return LinearGrid(weights, biases, standardise, heads)
 
 
-def _batches(features: Rows, labels: Tensor, rows: Any, size: int, order: np.random.Generator) -> Any:
+def _batches(features: FeatureRows, labels: Tensor, rows: Any, size: int, order: np.random.Generator) -> Any:
     """Mini-batches of one epoch; what a block leaves over goes into the next one's first."""
     left: tuple[Tensor, Tensor] | None = None
     for block in blocks_of(rows, features.width, generator=order):

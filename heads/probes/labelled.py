@@ -100,8 +100,8 @@ class LabelledImages:
 
     def counts(self, rows: Iterable[int] | None = None) -> dict[str, int]:
         """Class -> images, of some rows or of all."""
-        found = Counter(self.labels[i] for i in (range(len(self)) if rows is None else rows))
-        return {name: found[number] for number, name in enumerate(self.classes)}
+        counts = Counter(self.labels[i] for i in (range(len(self)) if rows is None else rows))
+        return {name: counts[number] for number, name in enumerate(self.classes)}
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ def assemble(name: str, rows: Sequence[LabelledImage], classes: Sequence[str] | 
             first = labels[row.image.name]
             raise DataError(f"{name}: {row.image.name} has two labels that disagree, {first!r} and {row.label!r}")
     unique = list({row.image.name: row for row in rows}.values())
-    found = {row.label for row in unique}
+    names = {row.label for row in unique}
     if classes is None:
-        numeric = all(label.lstrip("-").isdigit() for label in found)
-        classes = sorted(found, key=lambda label: (int(label), label) if numeric else (0, label))
-    elif unknown := sorted(found - set(classes)):
+        numeric = all(label.lstrip("-").isdigit() for label in names)
+        classes = sorted(names, key=lambda label: (int(label), label) if numeric else (0, label))
+    elif unknown := sorted(names - set(classes)):
         raise DataError(f"{name}: has the labels {', '.join(unknown[:5])}, which are not among its classes")
     if len(classes) < 2:
         raise DataError(f"{name}: a probe tells at least two classes apart, found only {', '.join(classes)}")
@@ -200,11 +200,11 @@ def _from_folder(folder: Path) -> LabelledImages:
         return assemble(str(folder), list(_class_folders(folder, folder, None)))
     rows, classes = [], {}
     for part_folder, part in parts.items():
-        found = list(_class_folders(part_folder, folder, part))
-        if not found:
+        of_part = list(_class_folders(part_folder, folder, part))
+        if not of_part:
             raise DataError(f"{part_folder}: the split is empty")
-        rows += found
-        classes[part_folder.name] = {row.label for row in found}
+        rows += of_part
+        classes[part_folder.name] = {row.label for row in of_part}
     names = list(classes)
     for other in names[1:]:
         if differ := sorted(classes[names[0]] ^ classes[other]):

@@ -46,8 +46,8 @@ class NearestNeighbours:
     def neighbours(self, features: Tensor, k: int, *, batch_size: int = 4096) -> Neighbours:
         """The nearest training features by cosine of (Q, D) features; k is limited to their number."""
         k = min(k, len(self.labels))
-        found = [search(self.index, F.normalize(chunk.float(), dim=1), k) for chunk in features.split(batch_size)]
-        return Neighbours(torch.cat([n.indices for n in found]), torch.cat([n.scores for n in found]))
+        parts = [search(self.index, F.normalize(chunk.float(), dim=1), k) for chunk in features.split(batch_size)]
+        return Neighbours(torch.cat([n.indices for n in parts]), torch.cat([n.scores for n in parts]))
 
     def votes(self, features: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
         """Votes (Q, K) for each k, from one search.

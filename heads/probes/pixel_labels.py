@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.heads.probes.annotated import AnnotatedImages, read_labels
+from diffrep.heads.probes.annotated import AnnotatedFiles, read_labels
 from diffrep.heads.probes.labelled import DataError
 from diffrep.heads.probes.pixel_probe import IGNORED
 from diffrep.images import load_image
@@ -40,7 +40,7 @@ class PixelClasses:
             DataError: the file cannot be read, or has a number that stands for nothing.
         """
         labels = read_labels(file, size)
-        found = torch.full_like(labels, IGNORED)
+        classes = torch.full_like(labels, IGNORED)
         for number in labels.unique().tolist():
             if number == self.ignored:
                 continue
@@ -49,10 +49,10 @@ class PixelClasses:
                     f"{file}: has the label {number}, which is none of the {len(self.names)} classes"
                     f" ({self.numbers[0]}..{self.numbers[-1]}) nor the ignored {self.ignored}"
                 )
-            found[labels == number] = self.numbers.index(number)
-        return found
+            classes[labels == number] = self.numbers.index(number)
+        return classes
 
-    def examples(self, data: AnnotatedImages) -> Iterator[tuple[Image.Image, Tensor]]:
+    def examples(self, data: AnnotatedFiles) -> Iterator[tuple[Image.Image, Tensor]]:
         """Images with their labels, one at a time.
 
         Raises:
@@ -63,9 +63,7 @@ class PixelClasses:
             yield picture, self.read(annotation, (picture.height, picture.width))
 
 
-def find_classes(
-    parts: Sequence[AnnotatedImages], names: Path | None = None, ignored: int | None = 255
-) -> PixelClasses:
+def find_classes(parts: Sequence[AnnotatedFiles], names: Path | None = None, ignored: int | None = 255) -> PixelClasses:
     """The classes of label files, by their names or, where there are none, by the numbers that occur.
 
     Args:
@@ -76,18 +74,18 @@ def find_classes(
         DataError: the names cannot be read, or there are fewer than two classes, or more than `MOST_CLASSES`.
     """
     if names is not None:
-        found = _named(names)
+        by_number = _named(names)
     else:
         numbers: set[int] = set()
         for data in parts:
             for image, annotation in zip(data.images, data.annotations, strict=True):
                 picture = load_image(image)
                 numbers |= set(read_labels(annotation, (picture.height, picture.width)).unique().tolist())
-        found = {number: str(number) for number in sorted(numbers - {ignored})}
+        by_number = {number: str(number) for number in sorted(numbers - {ignored})}
     where = str(names) if names is not None else parts[0].name
-    if not 2 <= len(found) <= MOST_CLASSES:
-        raise DataError(f"{where}: a pixel probe tells 2 to {MOST_CLASSES} classes apart, found {len(found)}")
-    return PixelClasses(tuple(found.values()), tuple(found), ignored)
+    if not 2 <= len(by_number) <= MOST_CLASSES:
+        raise DataError(f"{where}: a pixel probe tells 2 to {MOST_CLASSES} classes apart, found {len(by_number)}")
+    return PixelClasses(tuple(by_number.values()), tuple(by_number), ignored)
 
 
 def _named(file: Path) -> dict[int, str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones import Backbone
-from diffrep.heads.probes.cells import Cell, Reading, read_cells
+from diffrep.heads.probes.cells import Cell, ReadPlan, read_cells
 from diffrep.heads.probes.fitting import softmax
 from diffrep.heads.probes.layouts import FeatureHead, Layout
 from diffrep.heads.probes.saved import SavedKind, SavedProbe, batches_of
@@ -127,20 +127,20 @@ class Probe(SavedProbe):
             raise ValueError("predict needs at least one image")
         return Prediction(softmax(torch.cat(scores), self.head.layout), self.classes)
 
-    def _reading(self, name: str) -> Reading:
+    def _reading(self, name: str) -> ReadPlan:
         cells = [cell for cell in self.cells if cell.backbone == name]
         taps, timesteps, pools = (
             tuple(dict.fromkeys(getattr(cell, key) for cell in cells)) for key in ("tap", "timestep", "pool")
         )
         extract = extract_config({**self.features[name], "taps": taps, "timestep": timesteps[0]})
-        return Reading(name, taps, timesteps, pools, extract)
+        return ReadPlan(name, taps, timesteps, pools, extract)
 
     def _read(
-        self, images: Sequence[ImageLike], backbones: Mapping[str, Backbone], readings: Mapping[str, Reading]
+        self, images: Sequence[ImageLike], backbones: Mapping[str, Backbone], readings: Mapping[str, ReadPlan]
     ) -> Tensor:
         """(B, D): the features of all cells side by side."""
         loaded = [load_image(image) for image in images]
-        found: dict[Cell, Tensor] = {}
+        by_cell: dict[Cell, Tensor] = {}
         for name, reading in readings.items():
             assert reading.extract.sizing is not None  # resolved
             canvases = [fit_image(image, reading.extract.sizing) for image in loaded]
@@ -156,6 +156,6 @@ class Probe(SavedProbe):
                     for (tap, pool), values in vectors.items():
                         cell = Cell(name, timestep, tap, pool)
                         if cell in self.cells:
-                            whole = found.setdefault(cell, torch.empty(len(loaded), values.shape[1]))
+                            whole = by_cell.setdefault(cell, torch.empty(len(loaded), values.shape[1]))
                             whole[rows] = values
-        return torch.cat([found[cell] for cell in self.cells], dim=1)
+        return torch.cat([by_cell[cell] for cell in self.cells], dim=1)

@@ -18,7 +18,7 @@ BLOCK_BYTES = 2**27  # of float32 that are in memory at once
 HELD_BYTES = 2**30  # a matrix that is smaller is read once and held
 
 
-class Rows(Protocol):
+class FeatureRows(Protocol):
     """N rows of D numbers."""
 
     @property
@@ -96,7 +96,7 @@ class HeldRows:
 class SideBySide:
     """The columns of several matrices of the same rows: features of several cells, fused."""
 
-    def __init__(self, parts: Sequence[Rows]) -> None:
+    def __init__(self, parts: Sequence[FeatureRows]) -> None:
         if len({len(part) for part in parts}) != 1:
             raise ValueError(f"parts must have the same rows, got {[len(part) for part in parts]}")
         self.parts = tuple(parts)

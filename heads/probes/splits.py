@@ -12,7 +12,7 @@ from diffrep.heads.probes.labelled import PARTS, DataError, LabelledImages, Part
 
 
 @dataclass(frozen=True)
-class Split:
+class RowSplit:
     """Rows of each part. No row, and no group, lies in two of them."""
 
     train: tuple[int, ...]
@@ -25,7 +25,9 @@ class Split:
         return rows
 
 
-def split_rows(data: LabelledImages, *, shares: tuple[float, float, float] = (0.6, 0.2, 0.2), seed: int = 0) -> Split:
+def split_rows(
+    data: LabelledImages, *, shares: tuple[float, float, float] = (0.6, 0.2, 0.2), seed: int = 0
+) -> RowSplit:
     """Split stratified by class; a part that the source names stays as it is.
 
     A source with train and test gives up a part of its train for val; one with train and val is split the other
@@ -59,7 +61,7 @@ def split_rows(data: LabelledImages, *, shares: tuple[float, float, float] = (0.
             part_of = shares[0] + shares[1]
             wanted = {"train": shares[0] / part_of, "val": shares[1] / part_of}
             _divide(data, named["train"], {k: v for k, v in wanted.items() if v > 0}, rows, seed)
-    split = Split(tuple(sorted(rows["train"])), tuple(sorted(rows["val"])), tuple(sorted(rows["test"])))
+    split = RowSplit(tuple(sorted(rows["train"])), tuple(sorted(rows["val"])), tuple(sorted(rows["test"])))
     _check(data, split)
     return split
 
@@ -95,7 +97,7 @@ def _divide(
             rows[part] += members
 
 
-def _check(data: LabelledImages, split: Split) -> None:
+def _check(data: LabelledImages, split: RowSplit) -> None:
     for part in PARTS:
         if not split.part(part):
             raise DataError(f"{data.name}: the {part} split is empty")
@@ -113,7 +115,7 @@ def _check(data: LabelledImages, split: Split) -> None:
                     raise DataError(f"{data.name}: group {group!r} lies in {first} and in {part}")
 
 
-def balance(data: LabelledImages, split: Split) -> str:
+def balance(data: LabelledImages, split: RowSplit) -> str:
     """A table of images per class and part, with a warning line where a class is rare."""
     counts = {part: data.counts(split.part(part)) for part in PARTS}
     width = max(map(len, [*data.classes, "class"]))

@@ -47,7 +47,7 @@ class CellScore:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class ProbeSweep:
     """All cells of a sweep, in order, and the refitted best one."""
 
     cells: tuple[CellScore, ...]
@@ -86,7 +86,7 @@ class Sweep:
 
 
 def sweep(
-    found: ProbeData,
+    prepared: ProbeData,
     folder: str | Path,
     *,
     kind: Kind = "linear",
@@ -95,7 +95,7 @@ def sweep(
     prune: float = 0.0,
     seed: int = 0,
     progress: bool = True,
-) -> Sweep:
+) -> ProbeSweep:
     """Score every cell on val, train the best again, score test once, and save the probe to ``FOLDER/probe``.
 
     Args:
@@ -107,31 +107,31 @@ def sweep(
     """
     fit, shape, folder = fit or ProbeFit(), shape or HeadShape(), Path(folder)
     check_prune(prune)
-    cells = [cell for features in found.features.values() for cell in features.reading.cells()]
-    log = _CellLog(folder, _identity(found, kind, fit, shape, prune, seed))
+    cells = [cell for features in prepared.features.values() for cell in features.reading.cells()]
+    log = _CellLog(folder, _identity(prepared, kind, fit, shape, prune, seed))
     scores = log.latest()
-    kept = cells
+    promising = cells
     with tqdm(total=len(cells), initial=0, desc="cells", unit="cell", disable=not progress) as bar:
         if prune > 0 and len(cells) > 1:
-            kept = _prune(found, cells, kind, fit, shape, prune, log, scores)
-            bar.update(len(cells) - len(kept))
-        for cell in kept:
+            promising = _prune(prepared, cells, kind, fit, shape, prune, log, scores)
+            bar.update(len(cells) - len(promising))
+        for cell in promising:
             if cell not in scores or scores[cell].pruned:
-                scores[cell] = log.add(_score(found, cell, kind, fit, shape, found.split.train))
+                scores[cell] = log.add(_score(prepared, cell, kind, fit, shape, prepared.split.train))
             bar.update()
     ordered = tuple(scores[cell] for cell in cells)
     # equals go to the earlier block; a pruned cell was judged by less
-    best = max((s for s in ordered if s.cell in set(kept)), key=lambda s: s.val).cell
+    best = max((s for s in ordered if s.cell in set(promising)), key=lambda s: s.val).cell
     if (folder / RESULT).is_file():
         logger.info("%s: test was scored before, its score is repeated", folder)
         best, result = _read_result(folder / RESULT)
     else:
-        trained = train_probe(found, found.layout(kind, [best], shape=shape), fit, seed=seed)
+        trained = train_probe(prepared, prepared.layout(kind, [best], shape=shape), fit, seed=seed)
         result = dict(trained.probe.about)
         trained.probe.save(folder / "probe")
         write_document(folder / TIMING, {"seconds": trained.seconds})
         write_document(folder / RESULT, {"best": asdict(best), "result": result})
-    done = Sweep(ordered, best, result, folder)
+    done = ProbeSweep(ordered, best, result, folder)
     write_whole(folder / "cells.csv", done.table())
     return done
 
@@ -147,18 +147,18 @@ def check_prune(prune: float) -> None:
 
 
 def _score(
-    found: ProbeData, cell: Cell, kind: Kind, fit: ProbeFit, shape: HeadShape, train: Sequence[int]
+    prepared: ProbeData, cell: Cell, kind: Kind, fit: ProbeFit, shape: HeadShape, train: Sequence[int]
 ) -> CellScore:
-    layout = found.layout(kind, [cell], shape=shape)
-    fitted = fit_head(layout, found.rows([cell]), found.labels, train, found.split.val, fit)
-    truth = found.labels[list(found.split.val)]
+    layout = prepared.layout(kind, [cell], shape=shape)
+    fitted = fit_head(layout, prepared.rows([cell]), prepared.labels, train, prepared.split.val, fit)
+    truth = prepared.labels[list(prepared.split.val)]
     right = int((fitted.scores.argmax(1) == truth).sum())
     low, high = wilson(right, len(truth))
-    return CellScore(cell, right / len(truth), low, high, fitted.choice, pruned=len(train) < len(found.split.train))
+    return CellScore(cell, right / len(truth), low, high, fitted.choice, pruned=len(train) < len(prepared.split.train))
 
 
 def _prune(
-    found: ProbeData,
+    prepared: ProbeData,
     cells: Sequence[Cell],
     kind: Kind,
     fit: ProbeFit,
@@ -169,29 +169,31 @@ def _prune(
 ) -> list[Cell]:
     """The cells that are worth a full look."""
     by_class: dict[int, list[int]] = {}
-    for row in found.split.train:
-        by_class.setdefault(found.data.labels[row], []).append(row)
+    for row in prepared.split.train:
+        by_class.setdefault(prepared.data.labels[row], []).append(row)
     few = sorted(row for rows in by_class.values() for row in rows[: max(1, len(rows) // 4)])
     quick = dataclasses.replace(fit, grid=dataclasses.replace(fit.grid, epochs=max(1, fit.grid.epochs // 2)))
     for cell in cells:
         if cell not in scores:
-            scores[cell] = log.add(_score(found, cell, kind, quick, shape, few))
+            scores[cell] = log.add(_score(prepared, cell, kind, quick, shape, few))
     looks = log.first_looks()
     order = sorted(cells, key=lambda cell: -looks[cell].val)
     keep = set(order[: max(1, len(cells) - int(prune * len(cells)))])
     return [cell for cell in cells if cell in keep]
 
 
-def _identity(found: ProbeData, kind: Kind, fit: ProbeFit, shape: HeadShape, prune: float, seed: int) -> dict[str, Any]:
-    rows = json.dumps([found.split.train, found.split.val, found.split.test, found.data.labels])
+def _identity(
+    prepared: ProbeData, kind: Kind, fit: ProbeFit, shape: HeadShape, prune: float, seed: int
+) -> dict[str, Any]:
+    rows = json.dumps([prepared.split.train, prepared.split.val, prepared.split.test, prepared.data.labels])
     document = {
-        "data": found.data.name,
-        "images_sha256": {name: features.images_sha256 for name, features in found.features.items()},
+        "data": prepared.data.name,
+        "images_sha256": {name: features.images_sha256 for name, features in prepared.features.items()},
         "split_sha256": hashlib.sha256(rows.encode()).hexdigest(),
         "features": {
             name: {k: v for k, v in features.features.items() if k not in ("source", "batch_size")}
             | {"cells": [str(cell) for cell in features.reading.cells()], "kept_as": features.dtype}
-            for name, features in found.features.items()
+            for name, features in prepared.features.items()
         },
         "kind": kind,
         "fit": asdict(fit),
@@ -237,7 +239,7 @@ def _cell_scores(lines: JsonLines) -> list[CellScore]:
         raise ValueError(f"{lines.path}: is no log of a sweep's cells ({error})") from None
 
 
-def load_sweep(folder: str | Path) -> Sweep:
+def load_sweep(folder: str | Path) -> ProbeSweep:
     """A finished sweep.
 
     Raises:
@@ -249,7 +251,7 @@ def load_sweep(folder: str | Path) -> Sweep:
     best, result = _read_result(folder / RESULT)
     latest = {score.cell: score for score in _cell_scores(JsonLines(folder / CELLS))}
     Probe.load(folder / "probe")
-    return Sweep(tuple(latest.values()), best, result, folder)
+    return ProbeSweep(tuple(latest.values()), best, result, folder)
 
 
 def _read_result(file: Path) -> tuple[Cell, dict[str, Any]]:
@@ -280,23 +282,23 @@ def draw_heat_map(scores: Sequence[CellScore], *, title: str = "", bottleneck: s
     best = max((s for s in scores if not s.pruned), key=lambda s: s.val).cell
     shapes = []
     for backbone, pool in panels:
-        own = [s for s in scores if (s.cell.backbone, s.cell.pool) == (backbone, pool)]
-        taps = list(dict.fromkeys(s.cell.tap for s in own))
-        shapes.append((own, taps, sorted({s.cell.timestep for s in own})))
+        shown = [s for s in scores if (s.cell.backbone, s.cell.pool) == (backbone, pool)]
+        taps = list(dict.fromkeys(s.cell.tap for s in shown))
+        shapes.append((shown, taps, sorted({s.cell.timestep for s in shown})))
     width = max(4.0, 0.62 * max(len(taps) for _, taps, _ in shapes) + 2.2)
     heights = [0.42 * len(timesteps) + 1.5 for _, _, timesteps in shapes]
     figure = Figure(figsize=(width, sum(heights) + (0.4 if title else 0)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     image = None
-    for axis, (backbone, pool), (own, taps, timesteps) in zip(axes, panels, shapes, strict=True):
+    for axis, (backbone, pool), (shown, taps, timesteps) in zip(axes, panels, shapes, strict=True):
         grid = [[float("nan")] * len(taps) for _ in timesteps]
-        for s in own:
+        for s in shown:
             grid[timesteps.index(s.cell.timestep)][taps.index(s.cell.tap)] = 100 * s.val
         image = axis.imshow(
             grid, cmap="viridis", vmin=100 * low, vmax=100 * max(high, low + 1e-6), aspect="auto", origin="lower"
         )
-        for s in own:
+        for s in shown:
             x, y = taps.index(s.cell.tap), timesteps.index(s.cell.timestep)
             dark = s.val < low + 0.6 * (high - low)
             text = f"{100 * s.val:.0f}" + ("*" if s.pruned else "")
