@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from diffrep.commands.train_one_step import TrainDepth, TrainNormals, open_set, write
+from diffrep.cli import main
+from diffrep.commands.train_heads import TrainDepth, TrainNormals, open_set, write_dense_head
 from diffrep.heads.loading import load_head
 from diffrep.heads.training.dense import (
     E2E_FT,
@@ -359,7 +360,7 @@ def test_a_trained_head_is_read_back_and_predicts_the_same(sd_folder: Path, scen
     training = OneStepTraining(base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2)
     samples = SceneSamples(scenes, "disparity")
     model = train_one_step(training, [samples], [1.0], tmp_path / "run", progress=False)
-    write(tmp_path / "head", model, training, "lotus-d", 64)
+    write_dense_head(tmp_path / "head", model, training, "lotus-d", 64)
     weights = load_file(tmp_path / "head/unet/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
     head = load_head(tmp_path / "head", dtype=torch.float32)
@@ -370,15 +371,47 @@ def test_a_trained_head_is_read_back_and_predicts_the_same(sd_folder: Path, scen
 
 
 def test_options_mean_the_embedded_recipe_or_the_papers() -> None:
-    ours = TrainDepth()._training("disparity")
+    ours = TrainDepth().training("disparity")
     assert ours.cache
     assert ours.recipe == replace(LOTUS_D, posterior="mean")
-    normals = TrainNormals()._training("normals")
+    normals = TrainNormals().training("normals")
     assert (normals.recipe.preserve, normals.fit.minutes) == (0.0, 24)
     assert embedded("normals") == (normals.recipe, normals.fit)
-    theirs = TrainDepth(base="some/folder", recipe="e2e-ft", data=("hypersim=x",))._training("depth")
+    theirs = TrainDepth(base="some/folder", recipe="e2e-ft", data=("hypersim=x",)).training("depth")
     assert theirs.recipe == E2E_FT
     assert (theirs.fit.learning_rate, theirs.fit.accumulate, theirs.batch_size) == (3e-5, 16, 2)
     assert not theirs.cache
-    short = TrainDepth(steps=7, preserve=0.0)._training("disparity")
+    short = TrainDepth(steps=7, preserve=0.0).training("disparity")
     assert (short.fit.steps, short.fit.minutes, short.recipe.preserve) == (7, None, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("depth", ["--base", "nonsense"], "nonsense"),
+        ("normals", ["--base", "nonsense"], "nonsense"),
+        ("segmentation", ["--base", "nonsense"], "nonsense"),
+        ("depth", ["--learning-rate", "nan"], "learning_rate must be more than 0, got nan"),
+        ("segmentation", ["--learning-rate", "-1"], "learning_rate must be more than 0"),
+        ("depth", ["--minutes", "nan"], "minutes must be more than 0"),
+        ("depth", ["--shares", "0.5", "0.5"], "--shares needs a number above 0 for each of scenes"),
+        ("depth", ["--data", "scenes", "hypersim=nowhere"], "nowhere"),
+        ("normals", ["--scenes", "0"], "--scenes must be at least 1, got 0"),
+        ("segmentation", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        ("depth", ["--preserve", "nan"], "preserve is a share in [0, 1], got nan"),
+        ("depth", ["--seed", "-1"], "--seed must lie in"),
+        ("segmentation", ["--sharpen", "nan"], "sharpen finite"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_a_scene_is_rendered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    command: str, options: list[str], message: str,
+) -> None:  # fmt: skip
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("scenes were rendered")
+
+    monkeypatch.setattr("diffrep.commands.train_heads.render_set", refuse)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", command, "--work", "w", *options]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

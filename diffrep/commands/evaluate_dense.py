@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import DeviceOptions, ReportOptions
-from diffrep.commands.train_one_step import open_set
+from diffrep.commands.train_heads import open_set
 from diffrep.devices import resolve_device
 from diffrep.eval.datasets.dense_images import DEPTH_BENCHMARKS, open_depth_set, open_normal_set
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_depth, evaluate_normals
@@ -189,7 +189,7 @@ class EvalAblation(ReportOptions):
     def run(self) -> None:
         self.check_output()
         load_parts(self.base)  # a base that cannot be loaded is refused before scenes are rendered for it
-        samples = open_set(self.data, self.task, self.work, self.scenes_to_render)
+        samples = open_set(self.data, self.task, self.work, self.scenes_to_render)()
         self.show(run_ablation(samples, self.task, self.work, self.settings, base=self.base, latents=self.latents))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,10 +42,12 @@ EMBEDDED_SCENES = 10000
 SHARPENING = FitSettings(steps=20000, learning_rate=2e-3, warmup=20, ema_decay=0.995, seed=22)
 
 PUBLISHED_EPOCHS = 100
-PUBLISHED_BATCH = 4
+PUBLISHED_MASK_BATCH = 4
 
 
-def published_fit(images: int, *, batch_size: int = PUBLISHED_BATCH, epochs: int = PUBLISHED_EPOCHS) -> FitSettings:
+def published_mask_fit(
+    images: int, *, batch_size: int = PUBLISHED_MASK_BATCH, epochs: int = PUBLISHED_EPOCHS
+) -> FitSettings:
     """The settings of the authors' script for that many training images: Adam without decay, in float32."""
     return FitSettings(
         steps=max(1, images // batch_size) * epochs, learning_rate=3e-5, faster=PUBLISHED_FASTER, warmup=0,
@@ -69,9 +72,11 @@ class SegmentationTraining:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.scenes < 1:
             raise ValueError(f"batch_size and scenes must be at least 1, got {self.batch_size} and {self.scenes}")
+        if self.size < 8 or not 0 <= self.sharpen < math.inf:
+            raise ValueError(f"size must be at least 8 and sharpen finite, got {self.size} and {self.sharpen}")
 
 
-def build_model(training: SegmentationTraining, parts: PipelineParts) -> SegmentationModel:
+def build_segmentation_model(training: SegmentationTraining, parts: PipelineParts) -> SegmentationModel:
     """The model to train, started from the base's U-Net.
 
     Raises:
@@ -130,7 +135,7 @@ def train_segmentation(
         ValueError: settings that do not go together, or a folder of another run.
     """
     parts = load_parts(training.base, pad=False)
-    model = build_model(training, parts)
+    model = build_segmentation_model(training, parts)
     vae = parts.vae.eval().to(memory_format=torch.channels_last)
     codec = LatentCodec(vae)
     levels: Any = model.unet.levels  # an int, which torch's modules cannot say
