@@ -219,10 +219,14 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
     real: dict[Path, str] = {}  # folder -> where it lies, looked up once per folder and not once per image
     for source in sources:
         path = Path(source)
+        if not str(source):
+            raise ImageError("the name of an image or folder is empty")
         if path.is_dir():
             matches = images_below(path)
-        elif path.exists():
+        elif path.is_file():
             matches = [path]
+        elif path.exists():  # a pipe would be waited for
+            raise ImageError(f"{printable(path)}: is neither a file nor a folder")
         elif any(c in str(source) for c in "*?["):
             matches = sorted(p for p in map(Path, glob.glob(str(source), recursive=True)) if p.is_file())
         else:

@@ -153,6 +153,9 @@ def search_folder(
         [folder], base / "store", loaded, config, Keep(kind="maps"), bulk, root=root, progress=progress
     )
     store = open_store(base / "store")
+    if not len(store):
+        name, reason = store.quarantined[0]
+        raise ImageError(f"{printable(folder)}: no image in it can be used, first {printable(name)}: {reason}")
     level: Level = "image" if point is None and box is None else "patch"
     place = base / ("images.index" if level == "image" else "places.index")
     try:

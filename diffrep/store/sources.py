@@ -44,6 +44,8 @@ class ImageSource:
             ImageError: it cannot be read.
         """
         try:
+            if not os.path.isfile(self.file):  # a pipe would be waited for
+                raise FileNotFoundError
             with open(self.file, "rb") as opened:
                 if self.offset is None:
                     return opened.read()
