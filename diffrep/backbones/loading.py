@@ -51,6 +51,7 @@ from diffrep.backbones.vit_loading import (
     only_weights,
     open_clip_backbone,
 )
+from diffrep.backbones.vit_transformers import load_saved_vit
 from diffrep.backbones.weight_files import ENDINGS, read_weights
 from diffrep.devices import resolve_device, resolve_dtype
 
@@ -262,6 +263,9 @@ def _load_folder(source: Repository, options: LoadOptions) -> Backbone:
         return adm_backbone(read_weights(file), {**config, **(options.adm or {})}, name=name, source=str(file))
     if folder is not None:
         return load_vit_folder(folder, config, name=name, stride=options.stride)
+    if "model_type" in config:
+        preprocessor = source.json("preprocessor_config.json", required=False)
+        return load_saved_vit(source.label, config, preprocessor, name=name, stride=options.stride)
     if "architecture" not in config:
         raise BackboneError(f"{name}: is neither a diffusers folder nor a timm or open_clip model")
     hub = f"hf-hub:{source.label}" + (f"@{options.revision}" if options.revision else "")

@@ -23,6 +23,7 @@ from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pipelines import ENCODER_ONLY, alphas_cumprod, refuse_channels
 from diffrep.backbones.repositories import one_line
 from diffrep.backbones.text import PromptEmbedding, encode_prompts
+from diffrep.backbones.vit_loading import is_vit, vit_from_weights
 from diffrep.backbones.weight_files import describe_weights, read_weights
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def load_single_file(path: Path, options: LoadOptions) -> Backbone:
-    """The backbone in one file: Stable Diffusion, or guided-diffusion (ADM).
+    """The backbone in one file: Stable Diffusion, guided-diffusion (ADM), or a ViT of DINO or timm.
 
     Raises:
         BackboneError: the file is damaged, or something else; the message says what, and what to give instead.
@@ -46,6 +47,8 @@ def load_single_file(path: Path, options: LoadOptions) -> Backbone:
     weights = read_weights(path)
     if "input_blocks.0.0.weight" in weights and not any(".transformer_blocks." in key for key in weights):
         return adm_backbone(weights, options.adm, name=options.name, source=str(path))
+    if is_vit(weights):
+        return vit_from_weights(weights, path, name=options.name, stride=options.stride)
     what, instead = describe_weights(weights)
     if what:
         raise BackboneError(f"{path}: is {what}; {instead}")

@@ -100,13 +100,26 @@ class VisionTransformer(Backbone):
         )
 
     def taps(self) -> tuple[TapInfo, ...]:
-        path = "blocks" if self._is_timm else "transformer.resblocks"
-        found = []
-        for i in range(len(self._blocks)):
-            for facet in FACETS:
-                found.append(TapInfo(f"layer.{i}.{facet}", self.channels, self.stride, f"{path}.{i}.attn"))
-            found.append(TapInfo(f"layer.{i}", self.channels, self.stride, f"{path}.{i}"))
-        return tuple(found)
+        names = [(i, suffix) for i in range(len(self._blocks)) for suffix in (*(f".{facet}" for facet in FACETS), "")]
+        return tuple(
+            TapInfo(f"layer.{i}{suffix}", self.channels, self.stride, self._module_path(i, bool(suffix)))
+            for i, suffix in names
+        )
+
+    def _module_path(self, layer: int, facet: bool) -> str:
+        path = f"{'blocks' if self._is_timm else 'transformer.resblocks'}.{layer}"
+        return f"{path}.attn" if facet else path
+
+    def _reader(self, layer: int, facet: str | None) -> Reader:
+        """Where a layer or one of its facets is read."""
+        block = self._blocks[layer]
+        if facet is None:
+            return Reader(block, self._output)
+        # a facet is read behind the norm, before any attention is computed
+        return Reader(block.norm1 if self._is_timm else block.ln_1, partial(self._facet, block, facet))
+
+    def _forward(self, normalised: Tensor) -> None:
+        self.network(normalised)
 
     def grid(self, tap: str, canvas_size: Sequence[int], map_size: Sequence[int]) -> Grid:
         centre = (self.patch - 1) / 2
@@ -143,17 +156,14 @@ class VisionTransformer(Backbone):
         for tap in taps:
             self.tap(tap)
             _, layer, *facet = tap.split(".")
-            block = self._blocks[int(layer)]
-            # a facet is read behind the norm, before any attention is computed
-            norm = block.norm1 if self._is_timm else block.ln_1
-            readers[tap] = Reader(norm, partial(self._facet, block, facet[0])) if facet else Reader(block, self._output)
+            readers[tap] = self._reader(int(layer), facet[0] if facet else None)
         results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         mean, std = (v[:, None, None].to(self.device) for v in (self.mean, self.std))
         for chunk in pixels.split(batch_size):
             normalised = ((chunk.to(self.device) - mean) / std).to(self.dtype)
-            with reading(readers) as found:
-                self.network(normalised)
-            for tap, value in found.items():
+            with reading(readers) as activations:
+                self._forward(normalised)
+            for tap, value in activations.items():
                 results[tap].append(value)
         return {tap: torch.cat(values) for tap, values in results.items()}
 
@@ -239,7 +249,7 @@ def timm_backbone(
         BackboneError: the model is no ViT, or the weights do not fit it.
     """
     import timm
-    from timm.models import vision_transformer
+    from timm.models import eva, vision_transformer
 
     arguments = {"dynamic_img_size": True, "num_classes": 0, **(model_args or {})}
     try:
@@ -249,7 +259,9 @@ def timm_backbone(
     if not hasattr(network, "blocks") or not hasattr(network, "num_prefix_tokens"):
         raise BackboneError(f"{name}: {architecture} is a {type(network).__name__}; only ViTs can be tapped here")
     if weights is not None:
-        if "mask_token" in weights or "register_tokens" in weights:  # DINOv2's own key names
+        if "storage_tokens" in weights:  # DINOv3's own key names
+            weights = eva.checkpoint_filter_fn(dict(weights), network)
+        elif "mask_token" in weights or "register_tokens" in weights:  # DINOv2's
             weights = vision_transformer._convert_dinov2(dict(weights), network)
         weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "fc_norm."))}
         missing, unexpected = network.load_state_dict(weights, strict=False)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from diffrep.backbones.base import BackboneError
 from diffrep.backbones.repositories import one_line
 from diffrep.backbones.vit import PositionRule, VisionTransformer, dinov2_backbone, timm_backbone
+from diffrep.backbones.vit_transformers import IMAGENET, load_saved_vit
 from diffrep.backbones.weight_files import read_weights
+from diffrep.files import read_document
 
 TIMM = {  # short name -> timm architecture with its weights
     "dino-small": "vit_small_patch8_224.dino",
@@ -33,23 +38,100 @@ def only_weights(folder: Path) -> Path:
 
 
 def load_vit_folder(folder: Path, config: Mapping[str, Any], *, name: str, stride: int | None) -> VisionTransformer:
-    """timm's hub layout (``architecture``, ``model_args``, ``pretrained_cfg``) or a DINOv2 checkpoint."""
-    weights = read_weights(only_weights(folder))
+    """timm's hub layout (``architecture``, ``model_args``, ``pretrained_cfg``), transformers' (``model_type``) or a
+    DINOv2 checkpoint."""
     if "architecture" in config:
         return timm_backbone(
             config["architecture"],
             model_args=config.get("model_args"),
-            weights=weights,
+            weights=read_weights(only_weights(folder)),
             config=config.get("pretrained_cfg"),
             stride=stride,
             positions=PositionRule(**config["diffrep_positions"]) if "diffrep_positions" in config else None,
             name=name,
             source=str(folder),
         )
+    if "model_type" in config:
+        preprocessor = folder / "preprocessor_config.json"
+        values = read_document(preprocessor, error=BackboneError) if preprocessor.is_file() else {}
+        return load_saved_vit(folder, config, values, name=name, stride=stride)
     needed = {"img_size", "patch_size", "embed_dim", "depth", "num_heads"}
     if missing := sorted(needed - set(config)):
         raise BackboneError(f"{folder / 'config.json'}: is neither timm's nor DINOv2's: {', '.join(missing)} missing")
-    return dinov2_backbone(weights, dict(config), stride=stride, name=name, source=str(folder))
+    return dinov2_backbone(
+        read_weights(only_weights(folder)), dict(config), stride=stride, name=name, source=str(folder)
+    )
+
+
+_HEADS = {1280: 16, 1408: 16, 1664: 16, 1792: 16, 4096: 32}  # channels -> heads, where they are not 64 channels each
+
+
+def is_vit(names: Container[str]) -> bool:
+    """Whether tensors of such names are a ViT of timm or of the published DINO programs."""
+    return "patch_embed.proj.weight" in names and "blocks.0.norm1.weight" in names
+
+
+def vit_from_weights(weights: dict[str, Tensor], path: Path, *, name: str, stride: int | None) -> VisionTransformer:
+    """A ViT from its weights alone: a ``.pth`` of DINOv2 or DINOv3 as their programs publish it, or a file of timm.
+
+    A file named after a timm model (``vit_base_patch14_dinov2.lvd142m.safetensors``) is that model. Of others the
+    shapes tell the sizes, with heads of 64 channels as in all published small, base and large models.
+
+    Raises:
+        BackboneError: the shapes do not tell the model, or the weights do not fit it.
+    """
+    import timm
+
+    shared: dict[str, Any] = {"weights": weights, "stride": stride, "name": name, "source": str(path)}
+    if path.stem.split(".")[0] in timm.list_models():
+        return timm_backbone(path.stem, **shared)
+    width, _, patch, _ = weights["patch_embed.proj.weight"].shape
+    heads = _HEADS.get(width, width // 64 if width % 64 == 0 else 0)
+    if not heads:
+        raise BackboneError(
+            f"{path}: the number of attention heads of a ViT with {width} channels is not known; name the file after"
+            " its timm model, or put timm's config.json beside it and give the folder"
+        )
+    depth = len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+    sizes: dict[str, Any] = {"patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads}
+    if "storage_tokens" in weights:
+        return timm_backbone("vit_base_patch16_dinov3", model_args=sizes | _dinov3_arguments(weights), **shared)
+    if "pos_embed" not in weights:
+        raise BackboneError(f"{path}: is a ViT without position table; name the file after its timm model")
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+    cells = weights["pos_embed"].shape[1] - ("cls_token" in weights)
+    side = math.isqrt(cells) * patch
+    if "mask_token" in weights:
+        config = {**sizes, "img_size": side, "num_register_tokens": registers}
+        config |= {"interpolate_antialias": bool(registers), "interpolate_offset": 0.0 if registers else 0.1}
+        return dinov2_backbone(weights, config, stride=stride, name=name, source=str(path))
+    arguments = sizes | {"img_size": side, "qkv_bias": "blocks.0.attn.qkv.bias" in weights}
+    arguments["mlp_ratio"] = weights["blocks.0.mlp.fc1.weight"].shape[0] / width
+    arguments["init_values"] = 1.0 if "blocks.0.ls1.gamma" in weights else None
+    if "dino" in path.name:
+        shared |= {
+            "positions": PositionRule(antialias=False, offset=0.1),
+            "config": {"mean": IMAGENET[0], "std": IMAGENET[1]},
+        }
+    return timm_backbone("vit_base_patch16_224", model_args=arguments, **shared)
+
+
+def _dinov3_arguments(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What of a DINOv3 differs between its sizes; takes biases that are zero out of the weights, as timm has them."""
+    width = weights["cls_token"].shape[-1]
+    gated = "blocks.0.mlp.w1.weight" in weights
+    hidden = weights["blocks.0.mlp.w1.weight" if gated else "blocks.0.mlp.fc1.weight"].shape[0]
+    biases = [key for key in weights if key.endswith("attn.qkv.bias")]
+    used = any(bool(part.any()) for key in biases for part in weights[key].chunk(3)[::2])  # that of the keys is masked
+    if not used:
+        for key in biases:
+            del weights[key]
+    return {
+        "mlp_ratio": hidden / width,
+        "swiglu_mlp": gated,
+        "qkv_bias": used,
+        "num_reg_tokens": weights["storage_tokens"].shape[1],
+    }
 
 
 def load_timm(architecture: str, *, name: str, stride: int | None) -> VisionTransformer:
