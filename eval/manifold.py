@@ -64,21 +64,21 @@ def cluster_scores(embedding: Array, labels: Array, *, seed: int = 42) -> dict[s
     """k-means on the standardised embedding, with as many clusters as labels, against the labels.
 
     Returns:
-        homogeneity, completeness, v_measure, ari, ami, and the silhouette of the found clusters among the
-        points as given, not standardised, which is what the official code measures.
+        homogeneity, completeness, v_measure, ari, ami, and the silhouette of the clusters among the
+        points before standardisation, which is what the official code measures.
     """
     from sklearn import metrics
     from sklearn.cluster import KMeans
 
     standard = standardized(embedding)
-    found = KMeans(len(np.unique(labels)), n_init=10, random_state=seed).fit_predict(standard)
+    clusters = KMeans(len(np.unique(labels)), n_init=10, random_state=seed).fit_predict(standard)
     return {
-        "homogeneity": float(metrics.homogeneity_score(labels, found)),
-        "completeness": float(metrics.completeness_score(labels, found)),
-        "v_measure": float(metrics.v_measure_score(labels, found)),
-        "ari": float(metrics.adjusted_rand_score(labels, found)),
-        "ami": float(metrics.adjusted_mutual_info_score(labels, found)),
-        "silhouette": float(metrics.silhouette_score(embedding, found)),
+        "homogeneity": float(metrics.homogeneity_score(labels, clusters)),
+        "completeness": float(metrics.completeness_score(labels, clusters)),
+        "v_measure": float(metrics.v_measure_score(labels, clusters)),
+        "ari": float(metrics.adjusted_rand_score(labels, clusters)),
+        "ami": float(metrics.adjusted_mutual_info_score(labels, clusters)),
+        "silhouette": float(metrics.silhouette_score(embedding, clusters)),
     }
 
 

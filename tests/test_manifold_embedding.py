@@ -22,7 +22,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from diffrep.eval.manifold import row_spearman
 from diffrep.eval.toy_manifolds import ToyManifold, random_tree, swiss_roll
 from diffrep.manifold import PRESETS, HeatGeodesicEmbedding
-from diffrep.manifold.inputs import different_rows
+from diffrep.manifold.neighbors import different_rows
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.special import gammaln
 
 from diffrep.manifold import graphs, heat, mds
-from diffrep.manifold.bridges import connect_components
 from diffrep.manifold.distances import (
     heat_geodesic_distances,
     mds_weights,
@@ -21,6 +20,7 @@ from diffrep.manifold.graphs import (
     alpha_decay_graph,
     alpha_decay_graph_from_distances,
     clean_affinity,
+    connect_components,
     hop_diameter,
     laplacian,
     largest_eigenvalue,

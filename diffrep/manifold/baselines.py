@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import shortest_path
 from scipy.spatial.distance import pdist, squareform
 
 from diffrep.manifold.distances import REFERENCE_FLOOR
-from diffrep.manifold.graphs import Csr
+from diffrep.manifold.graphs import Csr, neighbor_lengths
 from diffrep.manifold.neighbors import NeighborSearch
 
 Array = NDArray[Any]
@@ -111,18 +111,6 @@ def shortest_path_distances(
         indices: only from these points: (m, n) instead of (n, n).
     """
     return shortest_path(neighbor_lengths(search, n_neighbors), method="D", directed=False, indices=indices)
-
-
-def neighbor_lengths(search: NeighborSearch, n_neighbors: int) -> Csr:
-    """The nearest-neighbour graph (n, n) with Euclidean lengths."""
-    n = search.points.shape[0]
-    distances, neighbors = search.query(search.points, n_neighbors + 1)
-    rows = np.repeat(np.arange(n), distances.shape[1])
-    lengths = np.maximum(distances.ravel(), np.finfo(np.float64).tiny)  # a stored zero would be no edge
-    graph = sp.csr_matrix((lengths, (rows, neighbors.ravel())), shape=(n, n))
-    graph.setdiag(0)
-    graph.eliminate_zeros()
-    return graph
 
 
 def row_distances(coordinates: Array) -> NDArray[np.float64]:

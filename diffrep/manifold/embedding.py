@@ -17,13 +17,13 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
 from diffrep.manifold import mds as scaling
-from diffrep.manifold.baselines import neighbor_lengths
-from diffrep.manifold.bridges import connect_components, edge_lengths
 from diffrep.manifold.distances import Volume, finite_distances, mds_weights
 from diffrep.manifold.geodesics import (
+    FEW_POINTS,
     GeodesicSettings,
     HeatGraph,
     HeatMethod,
+    heat_device,
     landmark_distances,
     whole_distances,
 )
@@ -33,18 +33,18 @@ from diffrep.manifold.graphs import (
     alpha_decay_graph,
     alpha_decay_graph_from_distances,
     clean_affinity,
+    connect_components,
+    graph_lengths,
     out_of_sample_transitions,
 )
 from diffrep.manifold.heat import knee
-from diffrep.manifold.inputs import FeatureSpace
 from diffrep.manifold.landmarks import choose_landmarks
-from diffrep.manifold.neighbors import Backend, NeighborSearch
+from diffrep.manifold.neighbors import Backend, FeatureSpace, NeighborSearch
 from diffrep.manifold.settings import PRESETS, check_settings
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
-EXACT_POINTS = 1500  # with n_landmarks="auto": up to here all pairs are computed
 LANDMARKS = 256  # with n_landmarks="auto", above that: more of them cost time and hardly change a map in two dimensions
 
 
@@ -250,8 +250,8 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         ValueError : the estimator was fitted on a precomputed matrix.
         """
         check_is_fitted(self)
-        points = self._points_of(X)
-        shares, rest = self._training_shares(points)
+        points, space = self._points_of(X)
+        shares, rest = space.shares(points, self.n_neighbors)
         placed = shares @ self.embedding_[self._original]
         new = np.flatnonzero(rest)
         if len(new):
@@ -274,8 +274,8 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if X is None:
             rows = self._copy_of if indices is None else self._copy_of[np.asarray(indices)]
             return self.distances_[rows]
-        points = self._points_of(X)
-        shares, rest = self._training_shares(points)
+        points, space = self._points_of(X)
+        shares, rest = space.shares(points, self.n_neighbors)
         return shares @ self.distances_ + rest[:, None] * self._distances_of(points)
 
     def _from_features(self, X: Any) -> NeighborSearch:
@@ -326,18 +326,18 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if count == 1 or self.on_disconnected == "keep":
             return
         sizes = ", ".join(map(str, sorted(np.bincount(labels), reverse=True)[:5]))
-        found = f"the neighbourhood graph has {count} components (the largest of {sizes} points)"
+        problem = f"the neighbourhood graph has {count} components (the largest of {sizes} points)"
         if self.on_disconnected == "raise" or (space is None and self.on_disconnected == "connect"):
-            raise ValueError(f"{found}: raise n_neighbors, or set on_disconnected to 'connect' or 'keep'")
+            raise ValueError(f"{problem}: raise n_neighbors, or set on_disconnected to 'connect' or 'keep'")
         if self.on_disconnected == "warn":
             what = "connecting them by their shortest edges" if space is not None else "leaving them apart"
-            warnings.warn(f"{found}: {what}", UserWarning, stacklevel=4)
+            warnings.warn(f"{problem}: {what}", UserWarning, stacklevel=4)
         if space is not None:
             self.affinity_ = connect_components(self.affinity_, space, thresh=self.thresh)
 
     def _landmark_count(self, n: int) -> int | None:
         if self.n_landmarks == "auto":
-            return None if n <= EXACT_POINTS else LANDMARKS
+            return None if n <= FEW_POINTS else LANDMARKS
         if self.n_landmarks is None or self.n_landmarks >= n:
             return None
         if self.n_landmarks <= self.n_components:
@@ -352,12 +352,13 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         self.entropy_: NDArray[np.float64] | None = None
         self.lmax_: float | None = None
         if self.dissimilarity == "shortest-path":
-            lengths = self._edge_lengths()
-            found = shortest_path(lengths, method="D", directed=False, indices=landmarks)
-            largest = found[np.isfinite(found)].max(initial=0.0)
+            search = None if self._space is None else self._space.search
+            lengths = graph_lengths(self.affinity_, search, self.n_neighbors)
+            paths = shortest_path(lengths, method="D", directed=False, indices=landmarks)
+            largest = paths[np.isfinite(paths)].max(initial=0.0)
             if largest and not 1e-30 < largest < 1e30:
                 dtype = "float64"  # float32 holds no such lengths
-            self.distances_ = finite_distances(found.T.astype(dtype))
+            self.distances_ = finite_distances(paths.T.astype(dtype))
             return None
         settings = GeodesicSettings(
             laplacian=self.laplacian,
@@ -371,7 +372,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             far_field=self.far_field,
             diffusion=self.dissimilarity == "diffusion",
             dtype=np.dtype(dtype).type,
-            device=_heat_device(self.device, self.affinity_.shape[0]),
+            device=heat_device(self.device, self.affinity_.shape[0]),
         )
         graph = HeatGraph(self.affinity_, settings)
         self.lmax_ = graph.lmax
@@ -390,26 +391,11 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         grid = graph.times()
         columns = np.sort(rng.choice(n, min(n, 64 if n <= 20_000 else 16), replace=False))
         entropy = graph.entropies(grid.tolist(), columns)
-        found = knee(grid, entropy)
-        if found is None:  # heat has mixed from the beginning, or still spreads at the end
-            found = 0 if np.ptp(entropy) < 0.05 else len(grid) // 2
+        best = knee(grid, entropy)
+        if best is None:  # heat has mixed from the beginning, or still spreads at the end
+            best = 0 if np.ptp(entropy) < 0.05 else len(grid) // 2
         self.t_grid_, self.entropy_ = grid, entropy
-        return grid[[found]]
-
-    def _edge_lengths(self) -> Csr:
-        """Lengths of the graph's edges: those of the features, or -log of an affinity."""
-        if self._space is None:
-            lengths = self.affinity_.copy()
-            lengths.data = -np.log(np.minimum(lengths.data / lengths.data.max(), 1 - 1e-9))
-            return lengths
-        search = self._space.search
-        lengths = neighbor_lengths(search, min(self.n_neighbors, search.points.shape[0] - 1))
-        _, labels = connected_components(lengths, directed=False)
-        edges = sp.triu(self.affinity_).tocoo()
-        bridge = labels[edges.row] != labels[edges.col]
-        rows, columns = edges.row[bridge], edges.col[bridge]
-        spans = [edge_lengths(search.points, i, np.array([j]))[0] for i, j in zip(rows, columns, strict=True)]
-        return (lengths + sp.csr_matrix((spans, (rows, columns)), shape=lengths.shape)).tocsr()
+        return grid[[best]]
 
     def _embed(self, landmarks: NDArray[np.int64] | None, heat: Array | None, rng: np.random.Generator) -> Array:
         """Coordinates of all different points."""
@@ -467,36 +453,12 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         step = self._progress("scaling", 30)
         return scaling.metric_mds(zero_diagonal, start, weights=weights, rng=rng, progress=step)
 
-    def _points_of(self, X: Any) -> Any:
-        """New rows as the graph sees them."""
+    def _points_of(self, X: Any) -> tuple[Any, FeatureSpace]:
+        """New rows as the graph sees them, and the space in which they lie."""
         if self._space is None:
             raise ValueError(f"transform needs features, but this embedding was fitted with metric={self.metric!r}")
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        return self._space.points_of(X)
-
-    def _training_shares(self, points: Any) -> tuple[Csr, Array]:
-        """How much each new point is one of the training points, and how much it is none of them.
-
-        With d_j the distance to training point j and h that to the last neighbour, the shares are u_j / (1 + sum u)
-        with u_j = (h / d_j - 1)^2 within h (Shepard's interpolation, as Franke and Little bound it): smooth in the
-        point, 1 at a training point, and what is left there falls with the square of the distance.
-
-        Returns:
-            shares (q, n'), CSR, and the rest (q,), which makes each row sum to one.
-        """
-        assert self._space is not None
-        search = self._space.search
-        distances, indices = search.query(points, max(2, self.n_neighbors))
-        reach = np.maximum(distances[:, -1:], np.finfo(np.float64).tiny)
-        nearest = distances[:, :1]
-        # both sides times (d_0 / h)^2, so that a distance of 0 is an ordinary case
-        closeness = np.divide(nearest, distances, out=np.ones_like(distances), where=distances > nearest)
-        weights = ((1 - distances / reach) * closeness) ** 2
-        open_part = (nearest[:, 0] / reach[:, 0]) ** 2
-        total = open_part + weights.sum(axis=1)
-        rows = np.arange(len(distances)).repeat(distances.shape[1])
-        shares = (weights / total[:, None]).ravel(), (rows, indices.ravel())
-        return sp.csr_matrix(shares, shape=(len(distances), search.points.shape[0])), open_part / total
+        return self._space.points_of(X), self._space
 
     def _transitions(self, points: Any) -> Csr:
         """Affinity of new points to the training points, (q, n'), rows summing to one."""
@@ -528,17 +490,3 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 bar.close()
 
         return step
-
-
-def _heat_device(name: str, n: int) -> str:
-    """The device of the Chebyshev series on n points; small graphs are faster on the CPU."""
-    if name == "cpu" or (name == "auto" and n <= EXACT_POINTS):
-        return "cpu"
-    from diffrep.devices import DeviceError, resolve_device
-
-    device = resolve_device(name)
-    if device.type == "mps":
-        if name == "auto":
-            return "cpu"
-        raise DeviceError("--device mps: PyTorch has no sparse products on MPS; use cpu")
-    return str(device)

@@ -34,6 +34,7 @@ HeatMethod = Literal["auto", "chebyshev", "squaring", "euler", "crank-nicolson",
 HEAT_METHODS = ("auto", "chebyshev", "squaring", "euler", "crank-nicolson", "exact")
 Progress = Callable[[str, int], Callable[[int], object]]  # (what, total) -> called with what was done
 
+FEW_POINTS = 1500  # up to here all pairs are computed, where nobody says otherwise, and on the CPU
 _HUBS = 256  # points over which far pairs are stitched where all pairs are computed
 _BLOCK_NUMBERS = 1 << 24  # numbers in a block of heat columns
 
@@ -222,16 +223,16 @@ def landmark_distances(
                 columns[block] = triplet_distances(rows, between_heat, scale=np.sqrt(n / m))
                 step(len(rows))
         else:
-            own = between_heat.diagonal()
+            at_landmarks = between_heat.diagonal()
             near = between_heat > floor
-            between = _formula(between_heat, t, settings, own, own)
+            between = _formula(between_heat, t, settings, at_landmarks, at_landmarks)
             stitching = Stitching.of(between, near, links)
             for block in row_blocks(n, m):
                 rows = np.asarray(columns[block], dtype=np.float64)
                 diagonal = landmark_diagonal(rows, between_heat, graph.degree[landmarks], graph.degree[block])
                 owner, hops = voronoi.owner[block], voronoi.hops[block]
-                diagonal[hops == 0] = own[owner[hops == 0]]
-                distances = _formula(rows, t, settings, diagonal, own)
+                diagonal[hops == 0] = at_landmarks[owner[hops == 0]]
+                distances = _formula(rows, t, settings, diagonal, at_landmarks)
                 if settings.far_field == "stitch":
                     distances = stitching.complete(distances, rows > floor, owner, hops)
                 columns[block] = distances**settings.scale_power
@@ -274,6 +275,20 @@ def _stitch_whole(graph: HeatGraph, distances: Array, near: NDArray[np.bool_], r
     voronoi = Voronoi.of(graph.affinity, hubs)
     stitching = Stitching.of(distances[np.ix_(hubs, hubs)], near[np.ix_(hubs, hubs)], voronoi.links(graph.affinity))
     to_hubs = stitching.complete(distances[:, hubs], near[:, hubs], voronoi.owner, voronoi.hops)
-    own = to_hubs[np.arange(n), np.maximum(voronoi.owner, 0)]
-    path = own[:, None] + to_hubs[:, np.maximum(voronoi.owner, 0)].T  # i to its hub, and from there to j
+    to_own_hub = to_hubs[np.arange(n), np.maximum(voronoi.owner, 0)]
+    path = to_own_hub[:, None] + to_hubs[:, np.maximum(voronoi.owner, 0)].T  # i to its hub, and from there to j
     return np.where(near | apart, distances, np.minimum(path, path.T))
+
+
+def heat_device(name: str, n: int) -> str:
+    """The device of the Chebyshev series on n points; small graphs are faster on the CPU."""
+    if name == "cpu" or (name == "auto" and n <= FEW_POINTS):
+        return "cpu"
+    from diffrep.devices import DeviceError, resolve_device
+
+    device = resolve_device(name)
+    if device.type == "mps":
+        if name == "auto":
+            return "cpu"
+        raise DeviceError("--device mps: PyTorch has no sparse products on MPS; use cpu")
+    return str(device)

@@ -1,4 +1,4 @@
-"""Neighbourhood graphs and their Laplacians.
+"""Neighbourhood graphs, the edges that join their components, and their Laplacians.
 
 A graph is its affinity matrix W: (n, n), CSR, float64, symmetric, non-negative, zero diagonal.
 """
@@ -14,6 +14,8 @@ from scipy.sparse.csgraph import connected_components, dijkstra
 
 from diffrep.manifold.neighbors import NeighborSearch
 
+_SMALL = 256  # points; a component of at most so many is searched exhaustively for its nearest point outside
+_STARTS = 16  # starting points of the alternating search in a larger one
 _PILOT = 1_000  # queries from which it is guessed how many neighbours all need
 
 LaplacianKind = Literal["normalized", "combinatorial"]
@@ -107,17 +109,17 @@ def neighbor_pairs(
     if len(open_rows) > _PILOT:
         k = _common_count(search, queries[:: len(open_rows) // _PILOT], k, rank, reach)
     bandwidth = np.zeros(len(open_rows))
-    found: list[Any] = []
+    pairs: list[Any] = []
     while len(open_rows):
         distances, indices = search.query(queries[open_rows], k)
-        if not found:
+        if not pairs:
             bandwidth = np.maximum(distances[:, min(rank, n) - 1], np.finfo(np.float64).tiny)
         # where the kernel reaches beyond the neighbours found, ask again for more
         done = (distances[:, -1] > reach * bandwidth[open_rows]) | (k == n)
         near = distances[done] <= reach * bandwidth[open_rows[done], None]
-        found.append((np.repeat(open_rows[done], near.sum(axis=1)), indices[done][near], distances[done][near]))
+        pairs.append((np.repeat(open_rows[done], near.sum(axis=1)), indices[done][near], distances[done][near]))
         open_rows, k = open_rows[~done], min(n, 4 * k)
-    rows, columns, lengths = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    rows, columns, lengths = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     return rows, columns, lengths, bandwidth
 
 
@@ -163,8 +165,8 @@ def out_of_sample_transitions(
 ) -> Csr:
     """Row-stochastic weights (new, n) of new points on the points of `search`.
 
-    They are the alpha-decay kernel with a bandwidth of their own. It is the distance to the
-    `n_neighbors`-th point, so that at least one weight is positive; each row depends on its own point only.
+    They are the alpha-decay kernel with a bandwidth for each new point: the distance to the `n_neighbors`-th point,
+    so that at least one weight is positive. A row depends on no other new point.
     """
     shape = (new.shape[0], search.points.shape[0])
     rows, columns, distances, bandwidth = neighbor_pairs(search, new, n_neighbors, reach_of(decay, thresh))
@@ -224,8 +226,8 @@ def largest_eigenvalue(matrix: Csr, *, tolerance: float = 0.0) -> float:
     start = np.random.default_rng(0).standard_normal(n)
     from scipy.sparse.linalg import eigsh
 
-    found = eigsh(matrix, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
-    return float(max(found[0], 0.0))
+    (largest,) = eigsh(matrix, k=1, which="LA", v0=start, tol=tolerance, return_eigenvectors=False)
+    return float(max(largest, 0.0))
 
 
 def hop_diameter(affinity: Csr, sweeps: int = 4) -> int:
@@ -242,3 +244,113 @@ def hop_diameter(affinity: Csr, sweeps: int = 4) -> int:
             break
         longest, start = int(hops[farthest]), farthest
     return longest
+
+
+def connect_components(
+    affinity: Csr, space: NeighborSearch | NDArray[np.float64], *, thresh: float = 1e-4, seed: int = 0
+) -> Csr:
+    """Join the components of a graph by edges between closest points, as a minimum spanning tree would.
+
+    In rounds, each component but the largest is joined to the point nearest to it outside. The weight of
+    the new edge is 1 / (1 + r^2), r being its length over the longest edge that its ends already have, and
+    at least `thresh`: it falls slowly, so that a wider gap is farther, but not out of all proportion. In
+    components of more than 256 points the nearest pair is found by alternating nearest-point steps from 16
+    random points, which may miss the very nearest.
+
+    Args:
+        space: the search over the points of the graph, or their (n, n) distances.
+    """
+    rng = np.random.default_rng(seed)
+    graph = affinity
+    while True:
+        count, labels = connected_components(graph, directed=False)
+        if count == 1:
+            return graph
+        sizes = np.bincount(labels)
+        bridges = sp.lil_matrix(graph.shape)
+        for label in np.delete(np.arange(count), sizes.argmax()):
+            i, j, length = _nearest_outside(space, labels, np.flatnonzero(labels == label), rng)
+            scale = max(_longest_edge(space, graph, i), _longest_edge(space, graph, j))
+            weight = 1.0 / (1.0 + (length / scale) ** 2) if scale > 0 else thresh
+            bridges[i, j] = bridges[j, i] = max(weight, thresh)
+        graph = clean_affinity(graph + bridges.tocsr())
+
+
+def _nearest_outside(
+    space: NeighborSearch | NDArray[np.float64],
+    labels: NDArray[np.int32],
+    inside: NDArray[np.int64],
+    rng: np.random.Generator,
+) -> tuple[int, int, float]:
+    """The closest pair of a point inside a component and one outside, and their distance."""
+    outside = np.flatnonzero(labels != labels[inside[0]])
+    if not isinstance(space, NeighborSearch):
+        between = space[np.ix_(inside, outside)]
+        row, column = np.unravel_index(between.argmin(), between.shape)
+        return int(inside[row]), int(outside[column]), float(between[row, column])
+    if len(inside) <= _SMALL:  # of its len(inside) + 1 nearest points, at least one lies outside
+        distances, indices = space.query(space.points[inside], len(inside) + 1)
+        distances = np.where(labels[indices] != labels[inside[0]], distances, np.inf)
+        row, k = np.unravel_index(distances.argmin(), distances.shape)
+        if np.isfinite(distances[row, k]):  # an approximate search may have found none
+            return int(inside[row]), int(indices[row, k]), float(distances[row, k])
+    best: tuple[int, int, float] = (int(inside[0]), int(outside[0]), np.inf)
+    for start in rng.choice(inside, min(_STARTS, len(inside)), replace=False):
+        i, previous = int(start), np.inf
+        while True:
+            away = edge_lengths(space.points, i, outside)
+            j = int(outside[away.argmin()])
+            back = edge_lengths(space.points, j, inside)
+            i, length = int(inside[back.argmin()]), float(back.min())
+            if length < best[2]:
+                best = (i, j, length)
+            if not length < previous:
+                break
+            previous = length
+    return best
+
+
+def _longest_edge(space: NeighborSearch | NDArray[np.float64], graph: Csr, i: int) -> float:
+    ends = graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
+    if not len(ends):
+        return 0.0
+    return float((edge_lengths(space.points, i, ends) if isinstance(space, NeighborSearch) else space[i, ends]).max())
+
+
+def edge_lengths(points: Any, one: int, many: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Distances from the point `one` to the points `many`, (k,)."""
+    if not sp.issparse(points):
+        return np.linalg.norm(points[many].astype(np.float64) - points[one], axis=1)
+    difference = points[many] - sp.csr_matrix(np.ones((len(many), 1))) @ points[[one]]
+    return np.sqrt(np.asarray(difference.multiply(difference).sum(axis=1)).ravel())
+
+
+def neighbor_lengths(search: NeighborSearch, n_neighbors: int) -> Csr:
+    """The nearest-neighbour graph (n, n) with Euclidean lengths."""
+    n = search.points.shape[0]
+    distances, neighbors = search.query(search.points, n_neighbors + 1)
+    rows = np.repeat(np.arange(n), distances.shape[1])
+    lengths = np.maximum(distances.ravel(), np.finfo(np.float64).tiny)  # a stored zero would be no edge
+    graph = sp.csr_matrix((lengths, (rows, neighbors.ravel())), shape=(n, n))
+    graph.setdiag(0)
+    graph.eliminate_zeros()
+    return graph
+
+
+def graph_lengths(affinity: Csr, search: NeighborSearch | None, n_neighbors: int) -> Csr:
+    """Lengths of edges for shortest paths: those of the nearest-neighbour graph, bridges of `affinity` included.
+
+    Args:
+        search: over the points of the graph; None: there are none, and the lengths are -log of the affinity.
+    """
+    if search is None:
+        lengths = affinity.copy()
+        lengths.data = -np.log(np.minimum(lengths.data / lengths.data.max(), 1 - 1e-9))
+        return lengths
+    lengths = neighbor_lengths(search, min(n_neighbors, search.points.shape[0] - 1))
+    _, labels = connected_components(lengths, directed=False)
+    edges = sp.triu(affinity).tocoo()
+    bridge = labels[edges.row] != labels[edges.col]
+    rows, columns = edges.row[bridge], edges.col[bridge]
+    spans = [edge_lengths(search.points, i, np.array([j]))[0] for i, j in zip(rows, columns, strict=True)]
+    return (lengths + sp.csr_matrix((spans, (rows, columns)), shape=lengths.shape)).tocsr()

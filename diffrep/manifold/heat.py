@@ -151,11 +151,11 @@ def _reached_rows(operator: Csr, signals: Array, terms: int) -> list[slice]:
     rows = np.flatnonzero(signals.any(axis=1))
     if not len(rows):
         return [slice(0, 0)] * terms
-    own, filled = np.arange(n), np.flatnonzero(np.diff(operator.indptr))
-    lowest, highest = own.copy(), own.copy()
+    row, filled = np.arange(n), np.flatnonzero(np.diff(operator.indptr))
+    lowest, highest = row.copy(), row.copy()
     starts = operator.indptr[filled]
-    lowest[filled] = np.minimum(own[filled], np.minimum.reduceat(operator.indices, starts))
-    highest[filled] = np.maximum(own[filled], np.maximum.reduceat(operator.indices, starts))
+    lowest[filled] = np.minimum(row[filled], np.minimum.reduceat(operator.indices, starts))
+    highest[filled] = np.maximum(row[filled], np.maximum.reduceat(operator.indices, starts))
     lowest = np.minimum.accumulate(lowest[::-1])[::-1]  # of this row and all behind it
     highest = np.maximum.accumulate(highest)  # of this row and all before it
     low, high = int(rows[0]), int(rows[-1])

@@ -116,14 +116,14 @@ def landmark_diagonal(
         columns: (r, m) rows of heat columns; landmark_rows: (m, m) those of the landmarks.
         landmark_degree: (m,); degree: (r,).
     """
-    own = landmark_rows.diagonal().astype(np.float64) / landmark_degree
-    scale = np.sqrt(np.outer(degree, landmark_degree)) * own
+    diagonal = landmark_rows.diagonal().astype(np.float64) / landmark_degree
+    scale = np.sqrt(np.outer(degree, landmark_degree)) * diagonal
     ratio = np.maximum(columns, 0) / scale
     k = min(_SHEPARD, columns.shape[1])
     near = np.argpartition(-ratio, k - 1, axis=1)[:, :k]
     gap = -np.log(np.maximum(np.take_along_axis(ratio, near, axis=1), np.finfo(np.float32).tiny))
     weights = 1.0 / np.maximum(gap, 1e-2) ** 2
-    logs = (weights * np.log(own[near])).sum(axis=1) / weights.sum(axis=1)
+    logs = (weights * np.log(diagonal[near])).sum(axis=1) / weights.sum(axis=1)
     return np.exp(logs) * degree
 
 

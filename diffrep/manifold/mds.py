@@ -190,8 +190,8 @@ def metric_mds(
     progress: Callable[[int], object] | None = None,
 ) -> NDArray[np.float64]:
     """Stress minimised by `sgd_mds`, which finds the right valley, then `smacof`, which finds its floor."""
-    found = sgd_mds(distances, start, weights=weights, rng=rng, progress=progress)
-    return smacof(distances, found, weights=weights, max_iter=100)
+    valley = sgd_mds(distances, start, weights=weights, rng=rng, progress=progress)
+    return smacof(distances, valley, weights=weights, max_iter=100)
 
 
 def placement_stress(distances: Array, points: Array, anchors: Array, *, chunk: int = 1 << 22) -> float:

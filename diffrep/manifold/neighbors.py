@@ -1,4 +1,4 @@
-"""Nearest neighbours of a fixed set of points: exact by scikit-learn, or FAISS for many points."""
+"""From feature rows to points, and the nearest neighbours among them: exact by scikit-learn, or FAISS for many."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _TREE_DIMENSIONS = 10  # up to here a k-d tree beats a scan, at any number of po
 _EXACT_POINTS = 5_000  # below, an exact float64 scan takes no time
 _FLAT_POINTS = 20_000  # above, FAISS searches cells of an inverted file instead of all points
 _EXTENTS = (1e-140, 1e140)  # squares of coordinates beyond are no numbers
+_PCA_SEED = 42  # the published one
 _CHUNK = 1 << 22  # numbers per block when distances are recomputed
 
 
@@ -143,3 +144,104 @@ def _distances(queries: Any, points: Any, indices: NDArray[np.int64]) -> NDArray
             difference = points[indices[block]].astype(np.float64) - np.asarray(queries[block])[:, None]
             distances[block] = np.sqrt(np.einsum("qkd,qkd->qk", difference, difference))
     return distances
+
+
+class FeatureSpace:
+    """The space in which neighbours are searched.
+
+    Args:
+        features: (n, d) array or CSR matrix.
+        metric: "cosine" brings every row to unit length, after which distances are Euclidean.
+        n_pca: principal components (truncated singular vectors of a sparse matrix) that replace the features;
+            None, or as many as there are features or rows: no reduction.
+
+    Attributes:
+        original: (n',) rows that are no copies of earlier ones.
+        copy_of: (n,) position of each row, or of the row that it is a copy of, in `original`.
+        search: over the n' different points.
+    """
+
+    def __init__(
+        self,
+        features: Any,
+        *,
+        metric: Literal["euclidean", "cosine"] = "euclidean",
+        n_pca: int | None = None,
+        backend: Backend = "auto",
+        n_jobs: int | None = None,
+    ) -> None:
+        self.metric = metric
+        self._reduction: Any = None
+        if n_pca is not None and n_pca < min(features.shape):
+            from sklearn.decomposition import PCA, TruncatedSVD
+
+            unit = self._unit(features)
+            if sp.issparse(unit):
+                self._reduction = TruncatedSVD(n_pca, random_state=_PCA_SEED).fit(unit)
+            else:
+                self._reduction = PCA(n_pca, svd_solver="randomized", random_state=_PCA_SEED).fit(unit)
+        points = self.points_of(features)
+        self.original, self.copy_of = different_rows(points)
+        if len(self.original) < len(self.copy_of):
+            points = points[self.original]
+        self.search = NeighborSearch(points, backend=backend, n_jobs=n_jobs)
+
+    def points_of(self, features: Any) -> Any:
+        """Feature rows as points of this space."""
+        unit = self._unit(features)
+        return unit if self._reduction is None else self._reduction.transform(unit)
+
+    def _unit(self, features: Any) -> Any:
+        if self.metric != "cosine":
+            return features
+        from sklearn.preprocessing import normalize
+
+        return normalize(features)
+
+    def shares(self, points: Any, n_neighbors: int) -> tuple[Any, NDArray[np.float64]]:
+        """How much each new point is one of the training points, and how much it is none of them.
+
+        With d_j the distance to training point j and h that to the last neighbour, the shares are u_j / (1 + sum u)
+        with u_j = (h / d_j - 1)^2 within h (Shepard's interpolation, as Franke and Little bound it): smooth in the
+        point, 1 at a training point, and what is left there falls with the square of the distance.
+
+        Returns:
+            shares (q, n'), CSR, and the rest (q,), which makes each row sum to one.
+        """
+        distances, indices = self.search.query(points, max(2, n_neighbors))
+        reach = np.maximum(distances[:, -1:], np.finfo(np.float64).tiny)
+        nearest = distances[:, :1]
+        # both sides times (d_0 / h)^2, so that a distance of 0 is an ordinary case
+        closeness = np.divide(nearest, distances, out=np.ones_like(distances), where=distances > nearest)
+        weights = ((1 - distances / reach) * closeness) ** 2
+        open_part = (nearest[:, 0] / reach[:, 0]) ** 2
+        total = open_part + weights.sum(axis=1)
+        rows = np.arange(len(distances)).repeat(distances.shape[1])
+        entries = (weights / total[:, None]).ravel(), (rows, indices.ravel())
+        return sp.csr_matrix(entries, shape=(len(distances), len(self.original))), open_part / total
+
+
+def different_rows(points: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows that are no copies of earlier ones (n',), and for each row its position among these (n,).
+
+    Columns split groups of equal rows one after the other; rows that are alone need not be looked at again, so
+    that for measured data a column or two suffice.
+    """
+    n = points.shape[0]
+    columns = points.tocsc() if sp.issparse(points) else points
+    open_rows, group = np.arange(n), np.zeros(n, dtype=np.int64)
+    for k in range(points.shape[1]):
+        column = columns[:, [k]].toarray().ravel() if sp.issparse(points) else columns[:, k]
+        value = np.unique(column[open_rows], return_inverse=True)[1].ravel()
+        pair = group.astype(np.int64) * (value.max(initial=0) + 1) + value
+        _, group, count = np.unique(pair, return_inverse=True, return_counts=True)
+        shared = count[group.ravel()] > 1
+        open_rows, group = open_rows[shared], group.ravel()[shared]
+        if not len(open_rows):
+            break
+    first = np.arange(n)
+    if len(open_rows):
+        _, leader, member = np.unique(group, return_index=True, return_inverse=True)
+        first[open_rows] = open_rows[leader[member.ravel()]]
+    original, copy_of = np.unique(first, return_inverse=True)
+    return original, copy_of.ravel()

@@ -38,13 +38,13 @@ def store_table(folder: Path, tap: str | None = None) -> Table:
 
 def thumbnails(folder: Path, names: Sequence[str], *, side: int = 64) -> list[str]:
     """Data URIs of images of a store, at most `side` pixels long; empty where an image is gone."""
-    root, made = open_store(folder).root, []
+    root, pictures = open_store(folder).root, []
     for name in names:
         try:
             image = read_image(root, name)
         except ImageError:
-            made.append("")
+            pictures.append("")
             continue
         image.thumbnail((side, side))
-        made.append(data_uri(image, "JPEG", quality=70))
-    return made
+        pictures.append(data_uri(image, "JPEG", quality=70))
+    return pictures
