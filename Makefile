@@ -10,6 +10,7 @@ fast:  ## without the slow ones
 
 lint:
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 # mypy sees the mapped packages through a link tree that looks like an installed package
 types:

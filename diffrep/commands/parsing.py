@@ -92,9 +92,9 @@ class Option:
         if self.positional:
             name = self.field.rpartition(".")[2].upper()
             return f"{name} ..." if self.many else name
-        flags = [flag for flag in self.flags if self.kind is not bool or not flag.startswith("--no-")]
+        flags = list(self.flags[:-1] if self.kind is bool else self.flags)
         if self.default is True:
-            flags[-1] = f"--[no-]{flags[-1].removeprefix('--')}"
+            flags[-1] = self.flags[-1].replace("no-", "[no-]", 1)
         return f"{', '.join(flags)} {values}".rstrip()
 
     def text(self) -> str:
@@ -108,7 +108,6 @@ class Option:
         return f"{self.help} (default: {'yes' if value is True else shown})".strip()
 
 
-@cache
 def options_of(kind: type) -> tuple[Option, ...]:
     """The options of a command: its positional arguments, its own fields, shared ones, those of its parts."""
     options = list(_options(kind, "", "", dataclasses.MISSING))
@@ -127,7 +126,7 @@ def _options(kind: type, field: str, flag: str, default: object) -> Iterator[Opt
     for f in dataclasses.fields(kind):
         if not f.init:
             continue
-        hint, extras = hints[f.name], ()
+        hint, extras = hints[f.name], list[Any]()
         if typing.get_origin(hint) is Annotated:
             hint, *extras = typing.get_args(hint)
         if any(extra in (tyro.conf.Suppress, tyro.conf.Fixed) for extra in extras):
@@ -165,7 +164,7 @@ def _placeholder(kind: Any) -> str:
 
 
 @cache
-def comments_of(kind: type) -> dict[str, str]:
+def comments_of(kind: Any) -> dict[str, str]:
     """The comment beside or above each field of a dataclass, those of its bases as well.
 
     Lines that hold nothing but a comment belong to the field below them, never to the one above.
