@@ -56,6 +56,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "train segmentation": ("train_heads:TrainSegmentation", "a one-step head of masks and edges"),
     "train synthesis": ("train_synthesis:TrainSynthesis", "a painter of patches from embeddings"),
     "train prior": ("train_synthesis:TrainPrior", "a model that draws embeddings from texts or labels"),
+    "export": ("export:Export", "write a backbone up to a tap, or a head, as ONNX or torch.export"),
     "info": ("info:Info", "list backbones, or the taps of one"),
 }
 

@@ -219,7 +219,7 @@ def reading(readers: Mapping[str, Reader]) -> Iterator[dict[str, Tensor]]:
 
     def record(tap: str, value: Tensor) -> None:
         activations[tap] = value
-        if len(activations) == len(readers):
+        if len(activations) == len(readers) and not torch.compiler.is_compiling():  # an exported graph is pruned later
             raise _Reached
 
     try:
@@ -244,8 +244,8 @@ def reading(readers: Mapping[str, Reader]) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    missing = sorted(set(readers) - set(activations))
-    raise TapError(f"the network ended without computing {', '.join(missing)}")
+    if missing := sorted(set(readers) - set(activations)):
+        raise TapError(f"the network ended without computing {', '.join(missing)}")
 
 
 def check_weights(module: nn.Module, name: str) -> None:

@@ -74,16 +74,14 @@ def _stable_diffusion(path: Path, weights: dict[str, Tensor], options: LoadOptio
         config["unet"]["sample_size"], config["scheduler"]["prediction_type"] = 64, "epsilon"
     config["unet"] |= unet_sizes(shapes, config["unet"])
     config["vae"] |= vae_sizes(shapes)
-    texts = {"sdxl": ("text_encoder", "text_encoder_2"), "sdxl-refiner": ("text_encoder_2",)}.get(
-        family, ("text_encoder",)
-    )
+    texts = {part: values for part, values in config.items() if part.startswith("text_encoder")}
     with TemporaryDirectory() as folder:
         for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
             values = config[part] | {"_class_name": kind.__name__}
             (Path(folder) / part).mkdir()
             (Path(folder) / part / "config.json").write_text(json.dumps(values))
-        unet = _from_file(UNet2DConditionModel, weights, folder, "unet", options.dtype, path)
-        vae = _from_file(AutoencoderKL, weights, folder, "vae", options.dtype, path)
+        unet = _from_file(UNet2DConditionModel, weights, folder, "unet", path)
+        vae = _from_file(AutoencoderKL, weights, folder, "vae", path)
     vae.decoder = None  # extraction only encodes: give its memory back
     vae.post_quant_conv = None
     parts = {key: value for key, value in weights.items() if key.startswith(("cond_stage_model.", "conditioner."))}
@@ -101,11 +99,9 @@ def _stable_diffusion(path: Path, weights: dict[str, Tensor], options: LoadOptio
     return backbone
 
 
-def _from_file(kind: Any, weights: Mapping[str, Tensor], folder: str, part: str, dtype: torch.dtype, path: Path) -> Any:
+def _from_file(kind: Any, weights: Mapping[str, Tensor], folder: str, part: str, path: Path) -> Any:
     try:
-        module = kind.from_single_file(
-            dict(weights), config=folder, subfolder=part, torch_dtype=dtype, local_files_only=True
-        )
+        module = kind.from_single_file(dict(weights), config=folder, subfolder=part, local_files_only=True)
     except Exception as error:  # tensors that are missing or of another shape: several kinds
         raise BackboneError(f"{path}: its {part} does not fit a Stable Diffusion ({one_line(error)})") from None
     for name, parameter in module.named_parameters():
@@ -193,29 +189,34 @@ class SingleFileText:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+        second = "conditioner.embedders.1." if "text_encoder" in self.configs else "conditioner.embedders.0."
+        prefixes = (second,) if part == "text_encoder_2" else ("cond_stage_model.", "conditioner.embedders.0.")
+        weights = {key: value for key, value in self.weights.items() if key.startswith(prefixes)}
         with TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps({**self.configs[part], **self._sizes(part)}))
+            (Path(folder) / "config.json").write_text(json.dumps({**self.configs[part], **_text_sizes(weights)}))
             try:
-                encoder = create_diffusers_clip_model_from_ldm(
-                    kind, dict(self.weights), config=folder, torch_dtype=self.dtype, local_files_only=True
-                )
+                encoder = create_diffusers_clip_model_from_ldm(kind, weights, config=folder, local_files_only=True)
             except Exception as error:  # tensors that are missing or of another shape: several kinds
                 raise BackboneError(f"{self.path}: its {part} cannot be read ({one_line(error)})") from None
         pad = END if part == "text_encoder" and self.configs[part].get("hidden_act") == "quick_gelu" else 0
         return ClipTokenizer(pad), encoder
 
-    def _sizes(self, part: str) -> dict[str, int]:
-        second = "conditioner.embedders.1." if "text_encoder" in self.configs else "conditioner.embedders.0."
-        prefixes = (second,) if part == "text_encoder_2" else ("cond_stage_model.", "conditioner.embedders.0.")
-        shapes = {k: v.shape for k, v in self.weights.items() if k.startswith(prefixes)}
-        width = next(s[1] for key, s in shapes.items() if key.endswith("token_embedding.weight"))
-        layers = max(_count(shapes, r".*\.layers\.(\d+)\."), _count(shapes, r".*\.resblocks\.(\d+)\."))
-        inner = next(s[0] for key, s in shapes.items() if key.endswith(("mlp.fc1.weight", "mlp.c_fc.weight")))
-        sizes = {"hidden_size": width, "intermediate_size": inner, "num_attention_heads": max(width // HEAD_WIDTH, 1)}
-        # the original program of Stable Diffusion 2 reads the last layer but one: diffusers leaves the last one out
-        dropped = 1 if any(key.startswith("cond_stage_model.model.") for key in shapes) else 0
-        projection = next((s[1] for key, s in shapes.items() if key.endswith("text_projection")), width)
-        return sizes | {"num_hidden_layers": layers - dropped, "projection_dim": projection}
+
+def _text_sizes(weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """Widths and depths of a text encoder in either original layout, as arguments of `CLIPTextConfig`."""
+    shapes = {key: value.shape for key, value in weights.items()}
+    width = next(s[1] for key, s in shapes.items() if key.endswith("token_embedding.weight"))
+    layers = max(_count(shapes, r".*\.layers\.(\d+)\."), _count(shapes, r".*\.resblocks\.(\d+)\."))
+    inner = next(s[0] for key, s in shapes.items() if key.endswith(("mlp.fc1.weight", "mlp.c_fc.weight")))
+    # the original program of Stable Diffusion 2 reads the last layer but one: diffusers leaves the last one out
+    dropped = 1 if any(key.startswith("cond_stage_model.model.") for key in shapes) else 0
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_attention_heads": max(width // HEAD_WIDTH, 1),
+        "num_hidden_layers": layers - dropped,
+        "projection_dim": next((s[1] for key, s in shapes.items() if key.endswith("text_projection")), width),
+    }
 
 
 class ClipTokenizer:

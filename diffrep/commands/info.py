@@ -24,7 +24,7 @@ class Info:
         if self.backbone is None:
             print(json.dumps(known_backbones(), indent=2) if self.json else _list_text())
             return
-        facts = describe(load_backbone(self.backbone))
+        facts = describe(load_backbone(self.backbone, weights=False))
         if self.json:
             print(json.dumps(facts, indent=2))
         else:
