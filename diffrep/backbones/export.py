@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.base import Backbone, BackboneError, Conditions
 from diffrep.backbones.ensembles import ensemble_noise
-from diffrep.backbones.repositories import one_line
+from diffrep.files import one_line
 
 FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
 

@@ -38,8 +38,9 @@ from diffrep.backbones.repositories import (
     Repository,
     expand,
     is_hub_id,
-    one_line,
     repository,
+    split_options,
+    with_options,
 )
 from diffrep.backbones.transformers import KINDS
 from diffrep.backbones.vit import VisionTransformer, timm_backbone
@@ -54,6 +55,7 @@ from diffrep.backbones.vit_loading import (
 from diffrep.backbones.vit_transformers import load_saved_vit
 from diffrep.backbones.weight_files import ENDINGS, read_weights
 from diffrep.devices import resolve_device, resolve_dtype
+from diffrep.files import one_line
 
 __all__ = [
     "EMBEDDED",
@@ -111,7 +113,8 @@ def load_backbone(
             timm's hub layout, or a DINOv2 or guided-diffusion checkpoint with its config.json); a checkpoint in one
             file, ``.safetensors``, ``.ckpt``, ``.pt`` or ``.pth``: Stable Diffusion 1.x, 2.x or XL, or guided-diffusion
             (ADM); a short name ("sd2.1", "dinov2-base", ...); "timm:ARCHITECTURE"; "open_clip:MODEL/PRETRAINED"; or the
-            hub id of a diffusers or timm model.
+            hub id of a diffusers or timm model. Variant, revision and lora may stand behind it, as in the name of a
+            backbone that was loaded with them: "sd1.5?variant=fp16&lora=style.safetensors:0.5".
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         dtype: float32 on CPU and bfloat16 on CUDA where None.
         stride: vision transformers only: pixels between patches, smaller than the patch for a finer map.
@@ -132,8 +135,11 @@ def load_backbone(
     """
     device = resolve_device(device)
     files = (lora,) if isinstance(lora, (str, os.PathLike)) else tuple(lora)
+    base, named = split_options(expand(name))
+    variant, revision = variant or named.get("variant"), revision or named.get("revision")
+    files = files or named.get("lora", ())
     options = LoadOptions(
-        name=expand(name),
+        name=base,
         device=device,
         dtype=resolve_dtype(dtype, device),
         stride=stride,
@@ -151,6 +157,7 @@ def load_backbone(
         kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         raise BackboneError(f"{options.name}: cannot be loaded ({kind}{one_line(error)})") from None
     _refuse_unused(options, backbone)
+    backbone.name = with_options(backbone.name, lora=options.lora, variant=variant, revision=revision)
     if backbone.device.type == "meta":
         return backbone
     for file in options.lora:
@@ -205,7 +212,7 @@ def _open(options: LoadOptions) -> Backbone:
     if path.suffix in ENDINGS:
         raise BackboneError(f"{path}: there is no such file")
     if name in TIMM or kind == "timm":
-        return load_timm(TIMM.get(name) or rest, name=name, stride=options.stride)
+        return load_timm(TIMM.get(name) or rest, name=name, stride=options.stride, weights=options.weights)
     if kind == "open_clip":
         model, _, pretrained = rest.partition("/")
         return load_open_clip(model, pretrained or None, name=name, stride=options.stride)

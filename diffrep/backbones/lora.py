@@ -13,8 +13,8 @@ from typing import Any
 
 from diffrep.backbones.base import Backbone, BackboneError
 from diffrep.backbones.latents import LatentBackbone
-from diffrep.backbones.repositories import one_line
 from diffrep.backbones.weight_files import describe_weights, read_weights
+from diffrep.files import one_line
 
 _MIXINS = {  # class of the network -> diffusers' reader of its LoRA files
     "UNet2DConditionModel": "StableDiffusionLoraLoaderMixin",

@@ -14,10 +14,11 @@ from torch import Tensor
 from diffrep.backbones.base import BackboneError, Conditions, Recommended
 from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
-from diffrep.backbones.repositories import Repository, one_line, repository
+from diffrep.backbones.repositories import Repository, repository
 from diffrep.backbones.text import PipelineText, TextEncoders
 from diffrep.backbones.transformers import FLOW, KINDS, DiffusionTransformer
 from diffrep.devices import resolve_device
+from diffrep.files import one_line
 from diffrep.images import Sizing
 
 ENCODER_ONLY = ("decoder.", "post_quant_conv.")  # parts of a VAE that extraction does not use

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, quote, urlencode
 
 from diffrep.backbones.base import BackboneError
-from diffrep.files import read_document
+from diffrep.files import one_line, read_document
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
@@ -60,6 +61,42 @@ def expand(name: str | os.PathLike[str]) -> str:
     """A name or path as text, with a leading ``~`` that the shell left because it was quoted."""
     text = os.fspath(name)
     return os.path.expanduser(text) if text.startswith("~") else text
+
+
+def with_options(
+    name: str | os.PathLike[str],
+    *,
+    lora: Sequence[str | os.PathLike[str]] = (),
+    variant: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """The name of a backbone with its options, which `load_backbone` takes; stores, probes and workers keep it.
+
+    >>> with_options("sd1.5", lora=["style.safetensors:0.5"], variant="fp16")
+    'sd1.5?variant=fp16&lora=style.safetensors:0.5'
+    """
+    values = [("variant", variant), ("revision", revision), *(("lora", os.fspath(file)) for file in lora)]
+    query = urlencode([(key, value) for key, value in values if value], safe="/:~", quote_via=quote)
+    return expand(name) + ("?" + query if query else "")
+
+
+def split_options(name: str) -> tuple[str, dict[str, Any]]:
+    """The other way round: a name and the arguments of `load_backbone` that it holds.
+
+    >>> split_options("sd1.5?variant=fp16&lora=style.safetensors:0.5")
+    ('sd1.5', {'variant': 'fp16', 'lora': ('style.safetensors:0.5',)})
+
+    Raises:
+        BackboneError: an option is none of those.
+    """
+    base, mark, query = name.rpartition("?")
+    if not mark or Path(name).exists():
+        return name, {}
+    values = parse_qs(query, keep_blank_values=True)
+    if unknown := sorted(set(values) - {"variant", "revision", "lora"}):
+        raise BackboneError(f"{name}: the options behind a name are variant, revision and lora, got {unknown[0]}")
+    options: dict[str, Any] = {key: value[-1] for key, value in values.items() if key != "lora"}
+    return base, options | ({"lora": tuple(values["lora"])} if "lora" in values else {})
 
 
 def is_hub_id(name: str) -> bool:
@@ -119,6 +156,15 @@ class Repository:
     def label(self) -> str:
         """What messages call it: the folder, or the hub id that answered."""
         return str(self.folder) if self.folder else self._remote[0]
+
+    def check(self) -> None:
+        """Ask whether the model is there.
+
+        Raises:
+            BackboneError: the hub has no such repository, or cannot be reached and the model is not in its cache.
+        """
+        if self.folder is None:
+            _ = self._remote
 
     # -- files ----------------------------------------------------------------------------------------------
 
@@ -275,9 +321,3 @@ def repository(
 
 def _safe_name(name: str) -> str:
     return "model.safetensors" if name.startswith("pytorch_model") else f"{Path(name).stem}.safetensors"
-
-
-def one_line(error: BaseException) -> str:
-    """The beginning of an error's message, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] or type(error).__name__

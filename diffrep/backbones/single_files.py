@@ -21,10 +21,10 @@ from diffrep.backbones.adm import adm_backbone
 from diffrep.backbones.base import Backbone, BackboneError
 from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pipelines import ENCODER_ONLY, alphas_cumprod, refuse_channels
-from diffrep.backbones.repositories import one_line
 from diffrep.backbones.text import PromptEmbedding, encode_prompts
 from diffrep.backbones.vit_loading import is_vit, vit_from_weights
 from diffrep.backbones.weight_files import describe_weights, read_weights
+from diffrep.files import one_line
 
 if TYPE_CHECKING:
     from diffrep.backbones.loading import LoadOptions

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.base import BackboneError
-from diffrep.backbones.repositories import Repository, one_line, repository
+from diffrep.backbones.repositories import Repository, repository
+from diffrep.files import one_line
 
 
 @dataclass(frozen=True)

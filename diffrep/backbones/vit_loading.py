@@ -5,17 +5,19 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Container, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffrep.backbones.base import BackboneError
-from diffrep.backbones.repositories import one_line
+from diffrep.backbones.repositories import repository
 from diffrep.backbones.vit import PositionRule, VisionTransformer, dinov2_backbone, timm_backbone
 from diffrep.backbones.vit_transformers import IMAGENET, load_saved_vit
 from diffrep.backbones.weight_files import read_weights
-from diffrep.files import read_document
+from diffrep.files import one_line, read_document
 
 TIMM = {  # short name -> timm architecture with its weights
     "dino-small": "vit_small_patch8_224.dino",
@@ -134,14 +136,21 @@ def _dinov3_arguments(weights: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def load_timm(architecture: str, *, name: str, stride: int | None) -> VisionTransformer:
+def load_timm(architecture: str, *, name: str, stride: int | None, weights: bool = True) -> VisionTransformer:
     import timm
 
     if architecture.split(".")[0] not in timm.list_models():
         near = difflib.get_close_matches(architecture, timm.list_models(pretrained=True), n=3)
         raise BackboneError(f"{name}: timm has no model {architecture}; near names: {', '.join(near) or 'none'}")
+    build = partial(timm_backbone, architecture, stride=stride, name=name, source=f"timm/{architecture}")
+    if not weights:
+        with torch.device("meta"):
+            return build()
+    known = timm.get_pretrained_cfg(architecture)
+    if known is not None and known.hf_hub_id:  # without a connection timm asks for half a minute: ask once before
+        repository(known.hf_hub_id + (architecture if known.hf_hub_id.endswith("/") else "")).check()
     try:
-        return timm_backbone(architecture, pretrained=True, stride=stride, name=name, source=f"timm/{architecture}")
+        return build(pretrained=True)
     except RuntimeError as error:
         raise BackboneError(f"{name}: {one_line(error)}") from None
 

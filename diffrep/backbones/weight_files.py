@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffrep import files
 from diffrep.backbones.base import BackboneError
-from diffrep.backbones.repositories import one_line
+from diffrep.files import one_line
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 _INSIDE = (
@@ -53,11 +53,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if start == b"GGUF":
         raise BackboneError(f"{path}: is a GGUF file, whose weights are quantised; give the model as safetensors")
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as opened:
-                return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # it is no mapping
-        except (SafetensorError, ValueError, OverflowError, RuntimeError, MemoryError) as error:
-            raise BackboneError(f"{path}: is damaged or no safetensors file ({one_line(error)})") from None
+        return files.read_weights(path, error=BackboneError)[0]
     try:
         loaded = _read_pickle(path)
     except Exception as error:  # torch raises several kinds for files that are damaged or forbidden

@@ -8,8 +8,11 @@ from typing import Annotated, Literal
 
 import tyro
 
+from diffrep.backbones import BackboneError
+from diffrep.backbones.weight_files import read_weights
+from diffrep.files import one_line, replace_folder
 from diffrep.synthesis import About, load_synthesis
-from diffrep.synthesis.checkpoints import convert_official, find_official, read_checkpoint, read_config
+from diffrep.synthesis.checkpoints import convert_official, find_official, read_config
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,18 @@ class Convert:
             encoder=self.encoder, pooling=self.pooling, guidance=self.guidance, unrelated=self.unrelated,
             pixel_size=self.pixel_size,
         )  # fmt: skip
-        model = convert_official(
-            read_checkpoint(checkpoint), read_config(config), groups=self.groups, ema=self.ema, about=about
-        )
-        partial = self.output.with_name(f".{self.output.name}.partial")
-        model.save(partial)
-        if load_synthesis(partial).checksum() != model.checksum():
-            raise OSError(f"{partial}: what was written does not read back as it was")
-        partial.rename(self.output)
+        values, weights = read_config(config), read_weights(checkpoint)
+        try:
+            model = convert_official(weights, values, groups=self.groups, ema=self.ema, about=about)
+        except Exception as error:  # a configuration of somebody else can be wrong in any of its values
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise BackboneError(f"{checkpoint} with {config}: cannot be converted ({kind}{one_line(error)})") from None
+
+        def write(folder: Path) -> None:
+            model.save(folder)
+            if load_synthesis(folder).checksum() != model.checksum():
+                raise OSError(f"{self.output}: what was written does not read back as it was")
+
+        replace_folder(self.output, write)
         million = sum(p.numel() for p in model.unet.parameters()) / 1e6
         print(f"wrote {self.output}: U-Net of {million:.1f} M parameters, embeddings of {model.embedder.dims}")

@@ -8,14 +8,14 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.options import Command
+from diffrep.commands.options import BackboneOptions
 from diffrep.commands.output import check_writable
 
 SUFFIXES = (".onnx", ".pt2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(Command):
+class Export(BackboneOptions):
     """Write a backbone up to a tap, or a one-step head, as an ONNX or torch.export file, and check what it computes.
 
     For example: diffrep export tiny --taps up.1 -o tiny.onnx
@@ -45,11 +45,13 @@ class Export(Command):
             from diffrep.heads.export import export_head
             from diffrep.heads.loading import load_head
 
-            if self.taps is not None or chosen:
-                raise ValueError("--head goes without --taps, --timestep, --prompt and --seed: a head has its own")
+            if self.taps is not None or chosen or self.named(""):
+                raise ValueError(
+                    "--head goes without --taps, --timestep, --prompt, --seed, --lora, --variant and --revision"
+                )
             difference = export_head(load_head(self.model), self.output, size=self.size, batch_size=self.batch_size)
         else:
-            backbone = load_backbone(self.model)
+            backbone = load_backbone(self.named(self.model))
             if chosen and backbone.denoises is None:
                 raise ValueError(f"--{next(iter(chosen))} does not go with {self.model}, which takes no noise")
             difference = export_backbone(

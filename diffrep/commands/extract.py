@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.options import PrecisionOptions
+from diffrep.commands.options import BackboneOptions, PrecisionOptions
 from diffrep.features import ExtractConfig
 from diffrep.files import printable
 from diffrep.images import Sizing
@@ -21,7 +21,7 @@ _BATCH = 32  # images or noise draws that go through the network together; halve
 
 
 @dataclass(frozen=True)
-class Extract(PrecisionOptions):
+class Extract(BackboneOptions, PrecisionOptions):
     """Extract the features of a collection of images into a store, and go on after an interruption.
 
     For example: diffrep extract photos/ -o photos.store --taps up.1
@@ -52,7 +52,7 @@ class Extract(PrecisionOptions):
         done = extract_store(
             self.images,
             self.output,
-            self.backbone,
+            self.named(self.backbone),
             config,
             self.keep,
             self.bulk,

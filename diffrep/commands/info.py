@@ -1,46 +1,80 @@
-"""``diffrep info``: which backbones there are, and what one of them gives."""
+"""``diffrep info``: which backbones, published models and recipes there are, and what one backbone gives."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.backbones import Backbone, load_backbone
-from diffrep.backbones.loading import EMBEDDED, HUB, TIMM
+from diffrep.commands.options import BackboneOptions
+
+if TYPE_CHECKING:
+    from diffrep.backbones import Backbone
 
 
-@dataclass(frozen=True)
-class Info:
-    """List the known backbones, or the taps of one with channels, strides, parameters and the origin of its weights."""
+@dataclass(frozen=True, kw_only=True)
+class Info(BackboneOptions):
+    """List the known backbones, or the taps of one with channels, strides, parameters and the origin of its weights.
 
-    backbone: Annotated[str | None, tyro.conf.Positional] = None  # a name, a folder or a hub id
+    `diffrep info models` lists published models to use for each task, `diffrep info recipes` the recipes of matching.
+    No weights are read but those of checkpoints in one file.
+    """
+
+    backbone: Annotated[str | None, tyro.conf.Positional] = None  # a name, a folder, a file, a hub id; models; recipes
     all: bool = False  # also the taps inside transformer blocks and residual branches
     json: bool = False  # machine-readable
 
     def run(self) -> None:
-        if self.backbone is None:
-            print(json.dumps(known_backbones(), indent=2) if self.json else _list_text())
-            return
-        facts = describe(load_backbone(self.backbone, weights=False))
-        if self.json:
-            print(json.dumps(facts, indent=2))
+        if self.backbone in (None, "models", "recipes"):
+            if self.named("") or self.all:
+                raise ValueError("--all, --lora, --variant and --revision go with the name of a backbone")
+            facts: Any = {"models": published_models, "recipes": known_recipes}.get(
+                str(self.backbone), known_backbones
+            )()
+            text = {"models": _models_text, "recipes": _recipes_text}.get(str(self.backbone), _list_text)
         else:
-            print(_facts_text(facts, everything=self.all))
+            from diffrep.backbones import load_backbone
+
+            facts = describe(load_backbone(self.named(self.backbone), weights=False))
+            text = _all_taps_text if self.all else _facts_text
+        print(json.dumps(facts, indent=2) if self.json else text(facts))
 
 
 def known_backbones() -> dict[str, dict[str, str]]:
     """Group -> name -> what it is."""
+    from diffrep.backbones.loading import CLEANDIFT, EMBEDDED, REPOSITORIES, TIMM
+
     return {
         "embedded": EMBEDDED,
-        "diffusers folders on the hub (fetched when you ask for them)": HUB,
+        "diffusers folders on the hub (fetched when you ask for them; the first that answers)": {
+            name: ", ".join(ids) for name, ids in REPOSITORIES.items()
+        },
+        "fine-tuned U-Nets": {name: f"{base} with CompVis/cleandift" for name, (base, _) in CLEANDIFT.items()},
         "vision transformers of timm (fetched when you ask for them)": TIMM,
     }
 
 
-def describe(backbone: Backbone) -> dict[str, object]:
+def published_models() -> list[dict[str, Any]]:
+    """Published models to use where the embedded ones are too small; of each task the first is recommended."""
+    from diffrep.published import MODELS
+
+    return [asdict(model) for model in MODELS]
+
+
+def known_recipes() -> list[dict[str, Any]]:
+    """The recipes of matching: name, backbones, source."""
+    from diffrep.recipes import RECIPES
+
+    return [
+        {"name": name, "backbones": [reading.backbone for reading in recipe.readings], "source": recipe.source}
+        for name, recipe in RECIPES.items()
+    ]
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
     """What a backbone is and gives, JSON-ready."""
     return {
         "backbone": backbone.name,
@@ -53,33 +87,68 @@ def describe(backbone: Backbone) -> dict[str, object]:
     }
 
 
-def _list_text() -> str:
+def _list_text(groups: dict[str, dict[str, str]]) -> str:
     lines = []
-    for group, names in known_backbones().items():
+    for group, names in groups.items():
         lines += [f"{group}:", *(f"  {name:<18} {what}" for name, what in names.items()), ""]
     lines.append(
-        "also: a local folder (diffusers, timm or DINOv2 layout), a hub id, timm:ARCHITECTURE,"
-        " open_clip:MODEL/PRETRAINED\n`diffrep info NAME` lists its taps"
+        "also: a local folder (diffusers, timm or DINOv2 layout), a checkpoint in one file (Stable Diffusion 1.x, 2.x, XL,"
+        "\nguided-diffusion), a hub id, timm:ARCHITECTURE, open_clip:MODEL/PRETRAINED"
+        "\n`diffrep info NAME` lists its taps, `diffrep info models` what to use for which task, `diffrep info recipes`"
+        " the recipes"
     )
     return "\n".join(lines)
 
 
-def _facts_text(facts: dict, *, everything: bool) -> str:
+def _models_text(models: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        (
+            model["job"],
+            model["option"],
+            f"{model['gigabytes']:g} GB",
+            model["about"],
+            model["licence"] or "see its page",
+        )
+        for model in models
+    ]
+    return _table(("task", "option", "memory", "model", "licence"), rows) + (
+        "\n\nWeights come from the hub when you name them, or from a local folder; memory is that of the weights in"
+        " 16 bits."
+    )
+
+
+def _recipes_text(recipes: Sequence[dict[str, Any]]) -> str:
+    rows = [(recipe["name"], " + ".join(recipe["backbones"]), recipe["source"]) for recipe in recipes]
+    return _table(("recipe", "backbones", "source"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _all_taps_text(facts: dict[str, Any]) -> str:
+    return _facts_text(facts, fine=())
+
+
+def _facts_text(
+    facts: dict[str, Any], fine: Sequence[str] = (".block.", ".increment", ".query", ".key", ".value")
+) -> str:
     lines = [f"{facts['backbone']}: {facts['kind']}, weights from {facts['weights']}"]
     lines += [f"  {name}: {count / 1e6:.2f} M parameters" for name, count in facts["parameters"].items()]
     recommended = facts["recommended"]
     lines.append(f"  used by default: taps {', '.join(recommended['taps'])}; {_pairs(recommended['sizing'])}")
     if facts["denoises"]:
         lines.append(f"  conditions: {_pairs(recommended['conditions'])}")
-    fine = (".block.", ".increment", ".query", ".key", ".value")
-    taps = [t for t in facts["taps"] if everything or not any(f in t["name"] for f in fine)]
-    width = max(len(t["name"]) for t in taps)
-    lines += ["", f"  {'tap':<{width}}  channels  stride  module"]
-    lines += [f"  {t['name']:<{width}}  {t['channels']:>8}  {t['stride']:>6}  {t['module']}" for t in taps]
+    taps = [tap for tap in facts["taps"] if not any(part in tap["name"] for part in fine)]
+    rows = [(tap["name"], f"{tap['channels']:>8}", f"{tap['stride']:>6}", tap["module"]) for tap in taps]
+    table = _table(("tap", "channels", "stride", "module"), rows)
+    lines += ["", *(f"  {line}" for line in table.splitlines())]
     if len(taps) < len(facts["taps"]):
         lines.append(f"  ... and {len(facts['taps']) - len(taps)} finer ones: diffrep info {facts['backbone']} --all")
     return "\n".join(lines)
 
 
-def _pairs(values: dict) -> str:
+def _pairs(values: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value!r}" for key, value in values.items())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.commands.options import DeviceOptions
+from diffrep.commands.options import BackboneOptions, DeviceOptions
 from diffrep.commands.output import check_writable, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, Sizing
 
@@ -27,7 +27,7 @@ DEFAULT_RECIPE = "tiny"
 
 
 @dataclass(frozen=True)
-class Match(DeviceOptions):
+class Match(BackboneOptions, DeviceOptions):
     """Point at places in image A and get the same places in image B, as a picture and as numbers.
 
     For example: diffrep match cat.jpg dog.jpg --points 212,130 240,131 -o match.png
@@ -102,13 +102,18 @@ class Match(DeviceOptions):
         from diffrep.recipes import reading_of
 
         if self.recipe is not None or not self.backbone:
+            if self.named(""):
+                raise ValueError(
+                    "--lora, --variant and --revision go with one --backbone and without --recipe; there they stand"
+                    " behind a model's name: --backbone 'NAME?lora=FILE'"
+                )
             chosen, backbones = chosen_recipe(
                 self.recipe, self.backbone, typed_extraction(self.typed, self.extract), self.size, device
             )
             return dataclasses.replace(chosen, matching=self.matching), backbones
         if len(self.backbone) > 1:
             raise ValueError("--backbone takes several models only with --recipe, which says how they are joined")
-        backbone = load_backbone(self.backbone[0], device=device)
+        backbone = load_backbone(self.named(self.backbone[0]), device=device)
         extract = self.extract
         if self.size is not None:
             multiple = max(backbone.multiple, 64) if backbone.denoises else backbone.multiple

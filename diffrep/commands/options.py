@@ -15,7 +15,7 @@ from diffrep.files import write_whole
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Command", "DeviceOptions", "PrecisionOptions", "Printable", "ReportOptions"]
+__all__ = ["BackboneOptions", "Command", "DeviceOptions", "PrecisionOptions", "Printable", "ReportOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,21 @@ class PrecisionOptions(DeviceOptions):
 
         device = resolve_device(self.device)
         return device, resolve_dtype(self.precision, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneOptions(Command):
+    """What a backbone is loaded with."""
+
+    lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # LoRA file to add to its weights, FILE or FILE:SCALE
+    variant: str | None = None  # of its weight files, for example fp16, where there are several
+    revision: str | None = None  # of a model on the hub: branch, tag or commit
+
+    def named(self, backbone: str) -> str:
+        """The backbone's name with these options, for `load_backbone`."""
+        from diffrep.backbones.repositories import with_options
+
+        return with_options(backbone, lora=self.lora, variant=self.variant, revision=self.revision)
 
 
 class Printable(Protocol):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.commands.options import DeviceOptions
+from diffrep.commands.options import BackboneOptions, DeviceOptions
 from diffrep.commands.output import check_writable, write_image
 from diffrep.files import printable
 
@@ -101,7 +101,7 @@ class Query(QuestionOptions):
 
 
 @dataclass(frozen=True)
-class Search(QuestionOptions):
+class Search(BackboneOptions, QuestionOptions):
     """Find the images in a folder that look like yours, or have the places that look like a part of it.
 
     For example: diffrep search photos/ cat.jpg --point 120,80 -o found.png
@@ -125,7 +125,7 @@ class Search(QuestionOptions):
             self.folder,
             picture,
             **question,
-            backbone=self.backbone,
+            backbone=self.named(self.backbone),
             work=self.work,
             device=self.device,
             progress=not self.json,

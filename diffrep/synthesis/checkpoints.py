@@ -12,15 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffrep.backbones import BackboneError
 from diffrep.backbones.adm import RES_BLOCK
-from diffrep.files import read_weights
+from diffrep.backbones.weight_files import read_weights
+from diffrep.files import one_line
 from diffrep.synthesis.embedder import OFFICIAL_TOKENS, ConditionEmbedder, official_tokens
 from diffrep.synthesis.model import About, SynthesisModel
 
+read_checkpoint = read_weights  # the name that this module had for it
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 AVERAGE = "model_ema.diffusion_model"  # + a U-Net key without its dots
 
@@ -35,44 +36,6 @@ _MIDDLE = {"0": "mid_block.resnets.0", "1": "mid_block.attentions.0", "2": "mid_
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-class _Inert:
-    """Stands for every class that a checkpoint names and that is no tensor: takes anything, does nothing."""
-
-    def __new__(cls, *args: object, **kwargs: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict of an official checkpoint, ``.ckpt`` or safetensors.
-
-    Lightning's checkpoints name classes of Lightning and of the training code. Neither is needed or run: only
-    tensors are read, everything else becomes an inert object.
-
-    Raises:
-        BackboneError: the file is missing, cannot be read so, or has no state dict.
-    """
-    if not path.is_file():
-        raise BackboneError(f"{path}: there is no such checkpoint")
-    if path.suffix == ".safetensors":
-        return read_weights(path, error=BackboneError)[0]
-    try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in foreign]):
-            loaded: Any = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except Exception as error:  # torch raises several kinds for files that are damaged or forbidden
-        raise BackboneError(f"{path}: cannot be read as a checkpoint ({' '.join(str(error).split())[:160]})") from None
-    weights = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, Tensor) for v in weights.values()):
-        raise BackboneError(f"{path}: has no state dict of tensors")
-    return dict(weights)
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """``model.params`` of the authors' YAML file.
 
@@ -82,10 +45,10 @@ def read_config(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         return dict(values["model"]["params"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise BackboneError(f"{path}: is no configuration with model.params ({' '.join(str(error).split())})") from None
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+        raise BackboneError(f"{path}: is no configuration with model.params ({one_line(error)})") from None
 
 
 def find_official(folder: Path) -> tuple[Path, Path]:

