@@ -31,10 +31,9 @@ class Info(BackboneOptions):
         if self.backbone in (None, "models", "recipes"):
             if self.named("") or self.all:
                 raise ValueError("--all, --lora, --variant and --revision go with the name of a backbone")
-            facts: Any = {"models": published_models, "recipes": known_recipes}.get(
-                str(self.backbone), known_backbones
-            )()
-            text = {"models": _models_text, "recipes": _recipes_text}.get(str(self.backbone), _list_text)
+            lists = {"models": (published_models, _models_text), "recipes": (known_recipes, _recipes_text)}
+            read, text = lists.get(str(self.backbone), (known_backbones, _list_text))
+            facts: Any = read()
         else:
             from diffrep.backbones import load_backbone
 
@@ -94,8 +93,8 @@ def _list_text(groups: dict[str, dict[str, str]]) -> str:
     lines.append(
         "also: a local folder (diffusers, timm or DINOv2 layout), a checkpoint in one file (Stable Diffusion 1.x, 2.x, XL,"
         "\nguided-diffusion), a hub id, timm:ARCHITECTURE, open_clip:MODEL/PRETRAINED"
-        "\n`diffrep info NAME` lists its taps, `diffrep info models` what to use for which task, `diffrep info recipes`"
-        " the recipes"
+        "\n`diffrep info NAME` lists its taps, `diffrep info models` what to use for which task,"
+        "\n`diffrep info recipes` the recipes"
     )
     return "\n".join(lines)
 
