@@ -91,8 +91,8 @@ def _list_text(groups: dict[str, dict[str, str]]) -> str:
     for group, names in groups.items():
         lines += [f"{group}:", *(f"  {name:<18} {what}" for name, what in names.items()), ""]
     lines.append(
-        "also: a local folder (diffusers, timm or DINOv2 layout), a checkpoint in one file (Stable Diffusion 1.x, 2.x, XL,"
-        "\nguided-diffusion), a hub id, timm:ARCHITECTURE, open_clip:MODEL/PRETRAINED"
+        "also: a local folder (diffusers, timm or DINOv2 layout), a checkpoint in one file (Stable Diffusion 1.x,"
+        "\n2.x, XL, guided-diffusion), a hub id, timm:ARCHITECTURE, open_clip:MODEL/PRETRAINED"
         "\n`diffrep info NAME` lists its taps, `diffrep info models` what to use for which task,"
         "\n`diffrep info recipes` the recipes"
     )
