@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError, Reader, Recommended, reading
-from diffrep.backbones.repositories import one_line
 from diffrep.backbones.vit import VisionTransformer
+from diffrep.files import one_line
 from diffrep.images import Sizing
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
