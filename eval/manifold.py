@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist
 from scipy.stats import rankdata
+
+from diffrep.eval.report import Report, Section
 
 Array = NDArray[Any]
 
@@ -158,7 +160,7 @@ def interpolation_scores(predicted: Array, truth: Array) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class TimeInterpolation:
+class TimeInterpolation(Report):
     """Scores of each held-out time point, and the settings that gave them."""
 
     per_time: Mapping[Any, Mapping[str, float]]
@@ -168,6 +170,15 @@ class TimeInterpolation:
         """Mean over the held-out time points."""
         names = next(iter(self.per_time.values()))
         return {name: float(np.mean([scores[name] for scores in self.per_time.values()])) for name in names}
+
+    def sections(self) -> Iterator[Section]:
+        """One table: rows are times, columns scores."""
+        rows = {**{str(time): scores for time, scores in self.per_time.items()}, "mean": self.mean()}
+        cells = [(name, *(f"{score:.4f}" for score in scores.values())) for name, scores in rows.items()]
+        yield Section("", list(self.mean()), cells)
+
+    def document(self) -> Mapping[str, object]:
+        return {"per_time": self.per_time, "mean": self.mean(), "settings": self.settings}
 
 
 def interpolate_times(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ from scipy.spatial.distance import pdist, squareform
 from tqdm import tqdm
 
 from diffrep.eval.manifold import geodesic_scores
+from diffrep.eval.report import Report, Section
 from diffrep.eval.toy_manifolds import ToyManifold, random_tree, swiss_roll
 from diffrep.manifold import PRESETS, HeatGeodesicEmbedding
 
@@ -63,45 +62,31 @@ class ManifoldSettings:
 
 
 @dataclass(frozen=True)
-class ManifoldReport:
+class ManifoldReport(Report):
     """Mean and standard deviation over seeds of the scores of every method on every data set.
 
     Attributes:
         scores: data set -> method -> "distance" or "embedding" -> score -> (mean, standard deviation). Distances
             are those that the method itself works with, where it has any; the diagonal counts as zero.
         seconds: method -> mean processor seconds of one data set.
+        shown: the scores that the tables show, one each.
     """
 
     settings: ManifoldSettings
     scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]]
     seconds: Mapping[str, float]
+    shown: Sequence[str] = ("spearman_mean_rows",)
 
-    def table(self, score: str = "spearman_mean_rows") -> str:
-        """Rows are data sets, columns methods, cells ``distance/embedding`` of one score."""
-        names = list(self.seconds)
-        cells = [["data", *names]]
-        for data, by_method in self.scores.items():
-            row = [data]
-            for name in names:
-                parts = by_method[name]
-                distance = f"{parts['distance'][score][0]:.3f}/" if "distance" in parts else ""
-                row.append(f"{distance}{parts['embedding'][score][0]:.3f}")
-            cells.append(row)
-        cells.append(["processor seconds", *(f"{self.seconds[name]:.1f}" for name in names)])
-        widths = [max(len(row[k]) for row in cells) for k in range(len(names) + 1)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-        title = f"{score}, distance/embedding, {self.settings.points} points, {len(self.settings.seeds)} seeds"
-        return "\n".join([title, *(line.rstrip() for line in lines)])
+    def sections(self) -> Iterator[Section]:
+        """A table for each score: rows are data sets, columns methods, cells ``distance/embedding``."""
+        for score in self.shown:
+            rows = [(data, *(_cell(of[name], score) for name in self.seconds)) for data, of in self.scores.items()]
+            rows.append(("processor seconds", *(f"{seconds:.1f}" for seconds in self.seconds.values())))
+            size = f"{self.settings.points} points, {len(self.settings.seeds)} seeds"
+            yield Section(f"{score}, distance/embedding, {size}", list(self.seconds), rows)
 
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "settings": dataclasses.asdict(self.settings),
-                "scores": self.scores,
-                "seconds": self.seconds,
-            },
-            indent=2,
-        )
+    def document(self) -> Mapping[str, object]:
+        return {"settings": self.settings, "scores": self.scores, "seconds": self.seconds}
 
     def plot(self, score: str = "spearman_mean_rows") -> Figure:
         """The embedding's score of every method on every data set, one group of bars per data set."""
@@ -137,7 +122,7 @@ def evaluate_manifolds(settings: ManifoldSettings | None = None, *, progress: bo
     """Embed every data set with every method and score distances and embeddings against the true geodesics."""
     settings = settings or ManifoldSettings()
     chosen = {name: run for name, run in methods().items() if not settings.methods or name in settings.methods}
-    found: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
+    rows: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in chosen}
     count = len(settings.data_sets(settings.seeds[0]))
     with tqdm(total=len(settings.seeds) * count * len(chosen), disable=not progress, desc="embed") as bar:
@@ -150,7 +135,7 @@ def evaluate_manifolds(settings: ManifoldSettings | None = None, *, progress: bo
                         warnings.simplefilter("ignore")
                         distances, embedding = run(toy.points, seed)
                     seconds[name].append(time.process_time() - start)
-                    parts = found.setdefault(data, {}).setdefault(name, {})
+                    parts = rows.setdefault(data, {}).setdefault(name, {})
                     if distances is not None:
                         np.fill_diagonal(distances, 0.0)
                         parts.setdefault("distance", []).append(geodesic_scores(distances, truth, (10,)))
@@ -159,9 +144,14 @@ def evaluate_manifolds(settings: ManifoldSettings | None = None, *, progress: bo
                     bar.update()
     scores = {
         data: {name: {part: _summary(rows) for part, rows in parts.items()} for name, parts in by_method.items()}
-        for data, by_method in found.items()
+        for data, by_method in rows.items()
     }
     return ManifoldReport(settings, scores, {name: float(np.mean(s)) for name, s in seconds.items()})
+
+
+def _cell(parts: Mapping[str, Mapping[str, tuple[float, float]]], score: str) -> str:
+    distance = f"{parts['distance'][score][0]:.3f}/" if "distance" in parts else ""
+    return f"{distance}{parts['embedding'][score][0]:.3f}"
 
 
 def _summary(rows: list[dict[str, float]]) -> dict[str, tuple[float, float]]:

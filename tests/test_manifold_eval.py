@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.stats import pearsonr, spearmanr
 
-from diffrep.eval.benchmarks.manifold import Measured, growth, run, table
+from diffrep.eval.benchmarks.manifold import ManifoldBenchmark, Measured, growth, table
 from diffrep.eval.manifold import (
     cluster_scores,
     entropic_plan,
@@ -127,7 +127,7 @@ def test_table_ranks_geodesic_methods_above_pca() -> None:
     assert json.loads(report.to_json())["settings"]["points"] == 150
     lines = report.table().splitlines()
     assert len(lines) == 4
-    assert lines[1].split() == ["data", "heat-geodesic", "isomap", "pca"]
+    assert lines[1].split() == ["heat-geodesic", "isomap", "pca"]
     assert len(report.plot().axes[0].containers) == 6  # three sets of bars, three of error bars
     with pytest.raises(ValueError, match="there is no method magic"):
         ManifoldSettings(methods=("magic",))
@@ -139,12 +139,12 @@ def test_growth_is_the_exponent_of_a_power_law() -> None:
     assert growth(rows, "megabytes")["ours"] == pytest.approx(1.0)
     assert "n^1.50 in time, n^1.00 in memory" in table(rows)
     with pytest.raises(ValueError, match="magic: not installed or unknown"):
-        run((100,), methods=("magic",))
+        ManifoldBenchmark(sizes=(100,), methods=("magic",)).measure()
 
 
 @pytest.mark.slow
 def test_benchmark_measures_in_processes_of_their_own() -> None:
-    rows = run((300, 600), methods=("ours", "Isomap"), dim=3, noise=0.1)
+    rows = ManifoldBenchmark(sizes=(300, 600), methods=("ours", "Isomap"), dim=3, noise=0.1).measure()
     assert [(row.method, row.points) for row in rows] == [
         ("ours", 300), ("Isomap", 300), ("ours", 600), ("Isomap", 600),
     ]  # fmt: skip

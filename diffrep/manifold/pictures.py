@@ -95,7 +95,7 @@ def draw_embedding(
         marks = [Line2D([], [], marker="o", linestyle="", color=c) for _, c in legend]
         numbers = [str(k) for k in range(len(marks))]
         box = axes.legend(marks, numbers, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        box.set_title(name)
+        box.set_title(name or "")
         box.get_title().set_parse_math(False)
         for text, (label, _) in zip(box.get_texts(), legend, strict=True):  # also names that begin with _
             text.set_text(label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…")

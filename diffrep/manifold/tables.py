@@ -209,7 +209,8 @@ def _read_parquet(path: Path, choice: _Choice) -> Table:
     with reading(path, ".parquet file"):
         frame = pandas.read_parquet(path, engine="pyarrow")
     frame.columns = [str(name) for name in frame.columns]
-    index, row_names = frame.index, ()
+    index = frame.index
+    row_names: tuple[str, ...] = ()
     if not isinstance(index, pandas.RangeIndex):
         row_names = (_free(str(index.name or ROW_NAMES), frame.columns),)
         frame.insert(0, row_names[0], index if index.nlevels == 1 else list(map(str, index)))

@@ -39,101 +39,79 @@ class Measured:
     spearman: float
 
 
-@dataclass(frozen=True)
-class ManifoldBenchmark:
-    """Embed noisy swiss rolls of growing size."""
-
-    sizes: tuple[int, ...] = (500, 1_000, 2_000, 4_000, 8_000, 20_000)
-    dim: int = 50
-    noise: float = 0.5
-    methods: tuple[str, ...] = ()  # empty: all that are installed
-    repeats: int = 1
-    threads: int = 1
-    timeout: float = 3600.0  # seconds after which one fit counts as not done
-    json: bool = False  # print JSON instead of the table
-
-    def run(self) -> list[Measured]:
-        """Measure, print the table and the growth exponents, and return the rows."""
-        rows = run(
-            self.sizes,
-            dim=self.dim,
-            noise=self.noise,
-            methods=self.methods,
-            repeats=self.repeats,
-            threads=self.threads,
-            timeout=self.timeout,
-        )
-        print(json.dumps([vars(row) for row in rows], indent=2) if self.json else table(rows))
-        return rows
-
-
 def available() -> list[str]:
     """The methods whose libraries are installed."""
     return [name for name, module in _MODULES.items() if importlib.util.find_spec(module)]
 
 
-def run(
-    sizes: Sequence[int] = (500, 1_000, 2_000, 4_000, 8_000, 20_000),
-    *,
-    dim: int = 50,
-    noise: float = 0.5,
-    methods: Sequence[str] = (),
-    repeats: int = 1,
-    threads: int = 1,
-    timeout: float = 3600.0,
-) -> list[Measured]:
-    """Measure every method at every size that it can take, each in a process of its own.
+@dataclass(frozen=True)
+class ManifoldBenchmark:
+    """Embed noisy swiss rolls of growing size, every method at every size that it can take."""
 
-    Args:
-        sizes: numbers of points.
-        dim, noise: of the swiss roll.
-        methods: names out of `LIMITS`; all that are installed where empty.
-        repeats: the median by processor time is kept.
-        threads: of BLAS, OpenMP and Numba.
-        timeout: seconds after which a method is given up, also at larger sizes.
+    sizes: tuple[int, ...] = (500, 1_000, 2_000, 4_000, 8_000, 20_000)  # numbers of points
+    dim: int = 50
+    noise: float = 0.5
+    methods: tuple[str, ...] = ()  # empty: all that are installed
+    repeats: int = 1  # the median by processor time counts
+    threads: int = 1  # of BLAS, OpenMP and Numba
+    timeout: float = 3600.0  # seconds after which a method is given up, also at larger sizes
+    json: bool = False  # print JSON instead of the table
 
-    Raises:
-        ValueError: a method is unknown or not installed.
-        RuntimeError: a method failed.
-    """
-    chosen = list(methods) or available()
-    if missing := sorted(set(chosen) - set(available())):
-        raise ValueError(f"{', '.join(missing)}: not installed or unknown, there is {', '.join(available())}")
-    variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-    environment = {**os.environ, **{name: str(threads) for name in variables}}
-    rows, too_slow = [], set()
-    for n in sizes:
-        for method in chosen:
-            if n > LIMITS[method] or method in too_slow:
-                continue
-            task = json.dumps({"method": method, "points": n, "dim": dim, "noise": noise, "threads": threads})
-            command = [sys.executable, "-W", "ignore", "-m", "diffrep.eval.benchmarks.manifold", task]
-            tries = []
-            for _ in range(repeats):
-                try:
-                    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
-                except subprocess.TimeoutExpired:
-                    too_slow.add(method)
-                    break
-                if done.returncode:
-                    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                    raise RuntimeError(f"{method} at {n} points failed: {last}")
-                tries.append(Measured(**json.loads(done.stdout.strip().splitlines()[-1])))
-            if tries:
-                rows.append(sorted(tries, key=lambda row: row.processor)[len(tries) // 2])
-    return rows
+    def run(self) -> list[Measured]:
+        """Measure, print the table and the growth exponents, and return the rows."""
+        rows = self.measure()
+        print(json.dumps([vars(row) for row in rows], indent=2) if self.json else table(rows))
+        return rows
+
+    def measure(self) -> list[Measured]:
+        """The rows, each measured in a process of its own.
+
+        Raises:
+            ValueError: a method is unknown or not installed.
+            RuntimeError: a method failed.
+        """
+        chosen = list(self.methods) or available()
+        if missing := sorted(set(chosen) - set(available())):
+            raise ValueError(f"{', '.join(missing)}: not installed or unknown, there is {', '.join(available())}")
+        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
+        environment = {**os.environ, **{name: str(self.threads) for name in variables}}
+        rows, too_slow = [], set()
+        for n in self.sizes:
+            for method in chosen:
+                if n > LIMITS[method] or method in too_slow:
+                    continue
+                task = json.dumps(
+                    {"method": method, "points": n, "dim": self.dim, "noise": self.noise, "threads": self.threads}
+                )
+                command = [sys.executable, "-W", "ignore", "-m", "diffrep.eval.benchmarks.manifold", task]
+                tries = []
+                for _ in range(self.repeats):
+                    try:
+                        done = subprocess.run(
+                            command, capture_output=True, text=True, env=environment, timeout=self.timeout
+                        )
+                    except subprocess.TimeoutExpired:
+                        too_slow.add(method)
+                        break
+                    if done.returncode:
+                        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                        raise RuntimeError(f"{method} at {n} points failed: {last}")
+                    tries.append(Measured(**json.loads(done.stdout.strip().splitlines()[-1])))
+                if tries:
+                    rows.append(sorted(tries, key=lambda row: row.processor)[len(tries) // 2])
+        return rows
 
 
 def growth(rows: Sequence[Measured], of: str = "processor", above: int = 2_000) -> dict[str, float]:
     """Exponent p of the power law n^p that fits best from `above` points on, for every method with two sizes."""
-    found = {}
+    exponents = {}
     for method in dict.fromkeys(row.method for row in rows):
         curve = [(row.points, max(getattr(row, of), 1e-3)) for row in rows if row.method == method]
         curve = [(n, value) for n, value in curve if n >= above]
         if len(curve) >= 2:
             n, value = np.log(np.array(curve, dtype=np.float64)).T
-            found[method] = float(np.polyfit(n, value, 1)[0])
-    return found
+            exponents[method] = float(np.polyfit(n, value, 1)[0])
+    return exponents
 
 
 def table(rows: Sequence[Measured]) -> str:
