@@ -75,6 +75,22 @@ def write_whole(
         partial.unlink(missing_ok=True)
 
 
+def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> None:
+    """Refuse an output path before any work is done for it.
+
+    Raises:
+        ValueError: the ending is none that can be written, or the path is a folder.
+        OSError: its folder cannot be written to.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: the output must end in {', '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, give a file name")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"{path}: the folder {folder} cannot be written to")
+
+
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any], *, sync: bool = False) -> None:
     """Write a JSON file, indented, as `write_whole` does; values that JSON does not know become text."""
     write_whole(path, json.dumps(document, indent=2, default=str) + "\n", sync=sync)

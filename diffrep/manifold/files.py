@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from diffrep.files import check_writable
 from diffrep.manifold.embedding import HeatGeodesicEmbedding
 from diffrep.manifold.pictures import draw_embedding, figure_image, hover_page, printable
 from diffrep.manifold.settings import PRESETS
@@ -177,7 +177,8 @@ def embed_file(
     endings = [".csv", ".json", ".html", *([".h5ad"] if source.suffix.lower() == ".h5ad" else [])]
     paths: list[Path] = []
     if output is not None:
-        picture = _checked_output(Path(output))
+        picture = Path(output)
+        check_writable(picture, FIGURES)
         paths = [picture, *(picture.with_suffix(ending) for ending in endings)]
         if any(path.exists() and source.exists() and path.samefile(source) for path in paths):
             raise ValueError(f"{output}: would write over the table {source}")
@@ -260,17 +261,6 @@ def _pictures_of(source: Path, table: Table, config: EmbedConfig) -> dict[int, s
     rows = np.unique(np.linspace(0, count - 1, min(count, config.thumbnails)).astype(int)).tolist()
     small = thumbnails(source, [str(table.columns["image"][row]) for row in rows])
     return {row: picture for row, picture in zip(rows, small, strict=True) if picture}
-
-
-def _checked_output(path: Path) -> Path:
-    if path.suffix.lower() not in FIGURES:
-        raise ValueError(f"{path}: the output must end in {', '.join(FIGURES)}")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, give a file name")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OSError(f"{path}: the folder {folder} cannot be written to")
-    return path
 
 
 def _standardized(features: Any) -> Any:
