@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,8 +113,19 @@ def test_maps_are_read_once_and_corrupt_images_left_out(
     once = replace(QUICK, epochs=1)
     probe = train_dense_probe(data, "depth", unet, tmp_path, settings=once, extract=SMALL, progress=False)
     assert (probe.about["images"], probe.about["unreadable"]) == (5, 1)
-    monkeypatch.setattr(type(unet), "maps", lambda *a, **k: pytest.fail("maps were read again"))
-    train_dense_probe(data, "depth", unet, tmp_path, settings=once, extract=SMALL, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(unet), "maps", lambda *a, **k: pytest.fail("maps were read again"))
+        train_dense_probe(data, "depth", unet, tmp_path, settings=once, extract=SMALL, progress=False)
+    first, other = data.images[0], Image.new("RGB", (64, 32), "red")
+    before = first.stat()
+    content = io.BytesIO()
+    other.save(content, "png")
+    first.write_bytes(content.getvalue().ljust(before.st_size, b"\0"))  # another picture of this size and time
+    os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert first.stat().st_size == before.st_size
+    again = train_dense_probe(data, "depth", unet, tmp_path, settings=once, extract=SMALL, progress=False)
+    fresh = train_dense_probe(data, "depth", unet, tmp_path / "fresh", settings=once, extract=SMALL, progress=False)
+    assert again.about["last_loss"] == fresh.about["last_loss"] != probe.about["last_loss"]
 
 
 def test_losses_see_shape_and_not_scale() -> None:

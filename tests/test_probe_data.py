@@ -74,6 +74,36 @@ def hugging_face_set(folder: Path, per_class: int = 4) -> Path:
     return folder
 
 
+class FakeDataset:
+    """The part of `datasets.Dataset` that is used: an Arrow table by ``with_format("arrow")[:]``."""
+
+    def __init__(self, folder: Path, rows: slice) -> None:
+        import pyarrow as pa
+
+        with pa.memory_map(str(folder / "data-00000-of-00001.arrow")) as opened:
+            self.table = pa.ipc.open_stream(opened).read_all().slice(rows.start or 0, rows.stop)
+
+    def with_format(self, kind: str) -> FakeDataset:
+        assert kind == "arrow"
+        return self
+
+    def __getitem__(self, rows: slice) -> object:
+        assert rows == slice(None)
+        return self.table
+
+
+def test_a_data_set_in_memory_is_read_like_one_on_disk(tmp_path: Path) -> None:
+    saved = hugging_face_set(tmp_path / "arrow")
+    whole = read_labelled(FakeDataset(saved, slice(None)))
+    assert first_pixels(whole) == first_pixels(read_labelled(saved))
+    split = {"train": FakeDataset(saved, slice(None)), "test": FakeDataset(saved, slice(0, 5))}
+    assert Counter(read_labelled(split).parts or ()) == {"train": 12, "test": 5}
+    with pytest.raises(DataError, match=r"come from a path or a datasets\.Dataset, got int"):
+        read_labelled(5)
+    with pytest.raises(DataError, match="the split 'odd' is none of train, val, test"):
+        read_labelled({"odd": split["train"]})
+
+
 def test_a_parquet_file_is_read_and_numbers_sort_as_numbers(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -83,8 +83,14 @@ class Extraction(DeviceOptions):
     def config(self, **others: Any) -> ExtractConfig:
         """The settings of reading, and others such as taps and timestep."""
         sizing = None if self.size is None else Sizing("squash", self.size)
-        settings = {"sizing": sizing, "prompt": self.prompt, "ensemble": self.ensemble, "seed": self.noise_seed}
-        return ExtractConfig(**settings, batch_size=self.batch_size, **others)
+        return ExtractConfig(
+            sizing=sizing,
+            prompt=self.prompt,
+            ensemble=self.ensemble,
+            seed=self.noise_seed,
+            batch_size=self.batch_size,
+            **others,
+        )
 
     def load(self, names: Sequence[str]) -> dict[str, Backbone]:
         """Load backbones by their names.

@@ -98,7 +98,7 @@ def read_features(
     """
     reading = reading.resolve(backbone)
     features = {k: v for k, v in provenance(backbone, reading.extract).items() if k not in _PLANNED}
-    about = {
+    about: dict[str, Any] = {
         # neither where the weights lie nor the size of a batch changes a number
         "features": {k: v for k, v in features.items() if k not in ("source", "batch_size")},
         "taps": list(reading.taps or ()),

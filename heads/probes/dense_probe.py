@@ -27,7 +27,7 @@ from diffrep.heads.families import Frame
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.annotated import AnnotatedFiles, read_normals
 from diffrep.heads.probes.dense import DepthProbe, NormalsProbe, Reader, depth_loss
-from diffrep.heads.probes.labelled import DataError
+from diffrep.heads.probes.labelled import DataError, image_file, images_sha256
 from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
 from diffrep.heads.probes.saved import OneBackboneProbe, SavedKind, as_list
 from diffrep.heads.sparse import read_known_depths
@@ -329,7 +329,8 @@ def _extracted(
     files = [file.absolute() for file in data.images]
     root = Path(os.path.commonpath([file.parent for file in files]))
     settled = {k: v for k, v in provenance(backbone, config).items() if k not in ("source", "batch_size")}
-    identity = json.dumps([settled, str(root), settings.dtype], sort_keys=True)
+    contents = images_sha256(image_file(file, root) for file in files)
+    identity = json.dumps([settled, str(root), contents, settings.dtype], sort_keys=True)
     home = folder / f"{Path(backbone.name).name}-maps-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
     keep = Keep(kind="maps", dtype=settings.dtype)
     bulk = BulkConfig(workers=workers, changed="update")

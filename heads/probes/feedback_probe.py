@@ -147,7 +147,7 @@ def train_feedback(
     conditions, labels = config.conditions(), torch.tensor(data.labels)
     noisy = {part: _inputs(data, split.part(part), backbone, config, size) for part in ("train", "test")}  # type: ignore[arg-type]
     with torch.no_grad():
-        side = backbone.network_maps(noisy["train"][:1], [tap], conditions)[tap].shape[-1]  # type: ignore[attr-defined]
+        side = backbone.network_maps(noisy["train"][:1], [tap], conditions)[tap].shape[-1]  # type: ignore[attr-defined, operator]
     model = _model(backbone, settings, len(data.classes), side)
     train = torch.tensor(split.train)
 

@@ -360,6 +360,8 @@ def from_data_set(
     Raises:
         DataError: a column is missing, or a name of a part is none of train, validation and test; see `assemble`.
     """
+    if not isinstance(data_set, Mapping) and not hasattr(data_set, "with_format"):
+        raise DataError(f"labelled images come from a path or a datasets.Dataset, got {type(data_set).__name__}")
     parts = data_set.items() if isinstance(data_set, Mapping) else [("", data_set)]
     tables = [
         (name or "data", one.with_format("arrow")[:], _part(name, "the data set") if name else None)
