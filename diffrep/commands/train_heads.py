@@ -139,6 +139,8 @@ class OneStepOptions(HeadTraining):
         training = self.training(task)
         work, output, parts = self.checked(name, self.scenes)
         build_model(training, parts)  # refuses a base that the recipe does not fit
+        vae = parts.vae
+        del parts  # a U-Net of gigabytes
         opened = [open_set(text, task, work, self.scenes) for text in self.data]
         kinds = [text.partition("=")[0] for text in self.data]
         shares = self.shares or tuple({"hypersim": 0.9, "vkitti2": 0.1}.get(kind, 1.0) for kind in kinds)
@@ -150,7 +152,7 @@ class OneStepOptions(HeadTraining):
         model = train_one_step(
             training, sets, shares, work / "run",
             latents=self.latents or work,
-            validate=SceneValidation(held_out, parts.vae, task, work / "pictures", steps=steps),
+            validate=SceneValidation(held_out, vae, task, work / "pictures", steps=steps),
             validate_every=self.validate_every,
         )  # fmt: skip
         side = max(sets[0].sample(0).pixels.shape[1:])  # heads see images at the size they were trained on
@@ -209,9 +211,10 @@ class TrainSegmentation(HeadTraining):
         training = self.training(self.scenes if data is None else len(data))
         work, output, parts = self.checked("segmentation", self.scenes)
         build_segmentation_model(training, parts)  # refuses a base that it does not fit
+        vae = parts.vae.eval()
+        del parts  # a U-Net of gigabytes
         data = render_set(work / "scenes", "train", self.scenes) if data is None else data
         held_out = render_set(work / "validation", "val", self.validation_scenes, workers=1)
-        vae = parts.vae.eval()
         model = train_segmentation(
             training, data, work / "run",
             latents=self.latents or work / "latents.safetensors",
