@@ -27,7 +27,8 @@ from diffrep.eval.scene_maps import (
     maps_through_vae,
     no_look,
 )
-from diffrep.heads.training.dense import LOTUS_D, LOTUS_G, OneStepModel, OneStepRecipe, Task, predict_maps
+from diffrep.heads.families import LOTUS_D, LOTUS_G, Family, Task
+from diffrep.heads.training.dense import OneStepModel, predict_maps
 from diffrep.heads.training.dense_data import AnnotatedImages
 from diffrep.heads.training.dense_fit import EMBEDDED_FIT, OneStepTraining, train_one_step
 from diffrep.scenes import Scene
@@ -44,7 +45,7 @@ class Variant:
     """
 
     name: str
-    recipe: OneStepRecipe
+    recipe: Family
     steps: int = 1
     scratch: bool = False
     published: float | None = None
@@ -52,7 +53,7 @@ class Variant:
 
 def variants(*, ddim_steps: int = 10) -> tuple[Variant, ...]:
     """The paper's chain from direct adaptation to Lotus-D, then what is added here."""
-    plain = replace(LOTUS_G, posterior="mean", preserve=0.0, task_vector=False)
+    plain = replace(LOTUS_G, posterior="mean", preserve=0.0, task_vector=None)
     diffusion = replace(plain, timesteps="all")
     lotus_d = replace(LOTUS_D, posterior="mean")
     return (
@@ -62,7 +63,7 @@ def variants(*, ddim_steps: int = 10) -> tuple[Variant, ...]:
         Variant("x0, all timesteps, asked once", diffusion, 1),
         Variant("x0, one step", plain, published=5.59),
         Variant("x0, one step, detail preserver (Lotus-G)", replace(LOTUS_G, posterior="mean"), published=5.56),
-        Variant("x0, one step, no noise", replace(lotus_d, preserve=0.0, task_vector=False)),
+        Variant("x0, one step, no noise", replace(lotus_d, preserve=0.0, task_vector=None)),
         Variant("x0, one step, no noise, detail preserver (Lotus-D)", lotus_d),
         Variant("the same as Lotus-D from random weights", lotus_d, scratch=True),
     )
@@ -213,7 +214,7 @@ def _folder_name(variant: Variant) -> str:
     start = "scratch" if variant.scratch else "pretrained"
     recipe = variant.recipe
     preserver = "-preserver" if recipe.preserve else ""
-    return f"{start}-{recipe.predicts}-{recipe.timesteps}-{recipe.first}{preserver}".replace("_", "-")
+    return f"{start}-{recipe.predicts}-{recipe.timesteps}-{recipe.first_latent}{preserver}".replace("_", "-")
 
 
 def _method(model: OneStepModel, vae: Any, task: Task, steps: int) -> Callable[[Sequence[Scene]], Tensor]:

@@ -23,7 +23,8 @@ from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics, mean_m
 from diffrep.eval.rendering import check_scenes, rendered
 from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.files import claim_folder, write_whole
-from diffrep.heads.training.dense import OneStepModel, Task, predict_maps
+from diffrep.heads.families import Task
+from diffrep.heads.training.dense import OneStepModel, predict_maps
 from diffrep.heads.training.dense_data import RDF_TO_LUB, SceneSamples, scene_depth
 from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, Scene, SceneSet, render_scene, scene_seed
 from diffrep.training.tiny.pictures import grid

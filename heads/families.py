@@ -1,4 +1,8 @@
-"""What differs between the one-step families, as data: Lotus, Marigold and E2E-FT share everything else.
+"""What differs between the one-step families, as data, in use and in training: the rest they share.
+
+Lotus: one pass at one timestep, the output is the clean latent of the annotation; a task vector switches between
+annotating and reconstructing the image (the "detail preserver"). E2E-FT: one pass from zeros, the loss is taken behind
+the frozen VAE decoder. Marigold: plain diffusion of the annotation over all timesteps.
 
 Sources: Lotus arXiv 2409.18124, Marigold arXiv 2312.02145 and 2505.09358, E2E-FT arXiv 2409.11355, and the code that
 their authors released.
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Task = Literal["depth", "disparity", "normals"]
+Predicts = Literal["sample", "epsilon", "v_prediction"]
 Frame = Literal["lub", "rub", "rdf"]
 """Camera axes in reading order x, y, z. A wall that faces the camera is (0, 0, 1) in "lub" (x left, y up, z to the
 camera) and "rub" (x right), (0, 0, -1) in "rdf" (x right, y down, z forward; OpenCV)."""
@@ -23,7 +28,7 @@ FRAME_SIGNS: dict[Frame, tuple[int, int, int]] = {"lub": (1, 1, 1), "rub": (-1, 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How one family of checkpoints treats an image, a latent and what the VAE decodes.
+    """How one family of checkpoints treats an image, a latent and what the VAE decodes, and how it is trained.
 
     Attributes:
         resized: what is resized: float colours, or 8-bit ones (the result is rounded to 8 bits again).
@@ -44,6 +49,16 @@ class Family:
         resize_back: "nearest", "antialias" (with the method that resized the image) or "interpolate".
         frame: camera axes of its normals.
         working_size: long side in pixels that the network sees by default.
+        predicts: what training makes of the output: the clean latent, the noise, or v. (In use a folder's scheduler
+            says what its output is.)
+        timesteps: of training: one alone, `timestep`, or all.
+        preserve: share of a training batch that is also trained to reconstruct its image (detail preserver).
+        loss: of training: in latent space, or behind the VAE's decoder.
+        padded_context: train with the empty prompt padded to the tokenizer's length, not with its two tokens.
+        scale_bias: halve the bias too of a first convolution that is widened for training.
+
+    Raises:
+        ValueError: settings of training that do not go together.
     """
 
     name: str
@@ -61,6 +76,23 @@ class Family:
     resize_back: Literal["nearest", "antialias", "interpolate"]
     frame: Frame
     working_size: int = 768
+    predicts: Predicts = "sample"
+    timesteps: Literal["one", "all"] = "one"
+    timestep: int = 999
+    preserve: float = 0.0
+    loss: Literal["latent", "decoded"] = "latent"
+    padded_context: bool = False
+    scale_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.preserve <= 1:
+            raise ValueError(f"preserve is a share in [0, 1], got {self.preserve}")
+        if self.preserve and self.task_vector is None:
+            raise ValueError("reconstructing the image (preserve > 0) needs the task vector")
+        if self.first_latent != "noise" and (self.timesteps == "all" or self.predicts == "epsilon"):
+            raise ValueError("predicting noise, or training on all timesteps, needs first_latent='noise'")
+        if self.loss == "decoded" and self.preserve:
+            raise ValueError("the decoded loss has no detail preserver: set preserve to 0")
 
 
 def task_vector(switch: Sequence[float] = (1, 0)) -> tuple[float, ...]:
@@ -87,6 +119,7 @@ LOTUS_G = Family(
     renormalize=False,
     resize_back="nearest",
     frame="lub",
+    preserve=1.0,
 )
 LOTUS_D = dataclasses.replace(LOTUS_G, name="lotus-d", first_latent="none")
 MARIGOLD = Family(
@@ -104,6 +137,8 @@ MARIGOLD = Family(
     renormalize=False,
     resize_back="antialias",
     frame="rub",
+    predicts="v_prediction",
+    timesteps="all",
 )
 MARIGOLD_DIFFUSERS = dataclasses.replace(  # the same checkpoints as diffusers' own pipelines run them
     MARIGOLD,
@@ -115,7 +150,17 @@ MARIGOLD_DIFFUSERS = dataclasses.replace(  # the same checkpoints as diffusers' 
     resize_back="interpolate",
 )
 E2E_FT = dataclasses.replace(
-    MARIGOLD, name="e2e-ft", first_latent="zeros", result="clean", stretch=True, normals="twice", frame="lub"
+    MARIGOLD,
+    name="e2e-ft",
+    first_latent="zeros",
+    result="clean",
+    stretch=True,
+    normals="twice",
+    frame="lub",
+    timesteps="one",
+    loss="decoded",
+    padded_context=True,
+    scale_bias=True,
 )
 
 FAMILIES = {family.name: family for family in (LOTUS_G, LOTUS_D, MARIGOLD, MARIGOLD_DIFFUSERS, E2E_FT)}

@@ -17,8 +17,9 @@ from diffrep.commands.options import Command
 from diffrep.eval.scene_maps import SceneValidation
 from diffrep.eval.segmentation_validation import MaskValidation
 from diffrep.files import replace_folder
+from diffrep.heads.families import FAMILIES, Task
 from diffrep.heads.loading import write_head
-from diffrep.heads.training.dense import RECIPES, OneStepModel, Task
+from diffrep.heads.training.dense import OneStepModel
 from diffrep.heads.training.dense_data import AnnotatedImages, SceneSamples
 from diffrep.heads.training.dense_fit import (
     PUBLISHED_BATCH,
@@ -116,7 +117,7 @@ class OneStepOptions(HeadTraining):
             ValueError: options that do not go together.
         """
         ours = self.base == "tiny" and all(name.startswith("scenes") for name in self.data)
-        recipe, fit, batch = RECIPES[self.recipe], published_fit(self.recipe, task), PUBLISHED_BATCH[self.recipe]
+        recipe, fit, batch = FAMILIES[self.recipe], published_fit(self.recipe, task), PUBLISHED_BATCH[self.recipe]
         if ours:
             tuned, fit = embedded(task)
             recipe = tuned if self.recipe == "lotus-d" else replace(recipe, posterior="mean")

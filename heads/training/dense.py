@@ -1,17 +1,10 @@
-"""Turning the U-Net of a diffusion model into a one-step predictor of depth or normals.
-
-Lotus (arXiv 2409.18124): one pass at one timestep, the output is the clean latent of the annotation; a task vector
-switches between annotating and reconstructing the image (the "detail preserver"). E2E-FT (2409.11355): one pass
-from zeros, the loss is taken behind the frozen VAE decoder. Marigold (2312.02145): plain diffusion of the annotation
-over all timesteps. They differ in the few fields of `OneStepRecipe`.
-"""
+"""Turning the U-Net of a diffusion model into a one-step predictor of depth or normals, as a `Family` says."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,56 +12,8 @@ from torch import Tensor, nn
 
 from diffrep.alignment import fit_scale_shift
 from diffrep.backbones.noise import draw_noise
+from diffrep.heads.families import Family, Task, task_vector
 from diffrep.training.loop import Batch
-
-Task = Literal["depth", "disparity", "normals"]
-Predicts = Literal["sample", "epsilon", "v_prediction"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class OneStepRecipe:
-    """What the U-Net is given, what its output means and what is minimised."""
-
-    first: Literal["none", "noise", "zeros"] = "none"  # beside the image: nothing (Lotus-D), the noised target, zeros
-    predicts: Predicts = "sample"  # what the output is: the clean latent, the noise, or v
-    timesteps: Literal["one", "all"] = "one"
-    timestep: int = 999  # the one
-    task_vector: bool = True  # tell the U-Net whether to annotate or to reconstruct
-    preserve: float = 1.0  # share of a batch that is also trained to reconstruct its image (detail preserver)
-    loss: Literal["latent", "decoded"] = "latent"
-    posterior: Literal["sample", "mean"] = "sample"  # of the VAE
-    padded_context: bool = False  # the empty prompt padded to the tokenizer's length, or its two tokens
-    scale_bias: bool = False  # of a widened first convolution
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.preserve <= 1:
-            raise ValueError(f"preserve is a share in [0, 1], got {self.preserve}")
-        if self.preserve and not self.task_vector:
-            raise ValueError("reconstructing the image (preserve > 0) needs the task vector")
-        if self.first != "noise" and (self.timesteps == "all" or self.predicts == "epsilon"):
-            raise ValueError("predicting noise, or training on all timesteps, needs first='noise'")
-        if self.loss == "decoded" and self.preserve:
-            raise ValueError("the decoded loss has no detail preserver: set preserve to 0")
-
-
-LOTUS_D = OneStepRecipe()
-LOTUS_G = OneStepRecipe(first="noise")
-E2E_FT = OneStepRecipe(
-    first="zeros", predicts="v_prediction", task_vector=False, preserve=0.0, loss="decoded", posterior="mean",
-    padded_context=True, scale_bias=True,
-)  # fmt: skip
-MARIGOLD = OneStepRecipe(
-    first="noise", predicts="v_prediction", timesteps="all", task_vector=False, preserve=0.0, posterior="mean"
-)
-RECIPES: Mapping[str, OneStepRecipe] = {
-    "lotus-d": LOTUS_D, "lotus-g": LOTUS_G, "e2e-ft": E2E_FT, "marigold": MARIGOLD,
-}  # fmt: skip
-
-
-def task_vector(*, annotate: bool) -> Tensor:
-    """Lotus's task vector, (4,): sines and cosines (radians) of (1, 0) to annotate and (0, 1) to reconstruct."""
-    switch = torch.tensor([1.0, 0.0] if annotate else [0.0, 1.0])
-    return torch.cat([switch.sin(), switch.cos()])
 
 
 def widen_conv_in(conv: nn.Conv2d, *, scale_bias: bool = False) -> nn.Conv2d:
@@ -88,7 +33,7 @@ def widen_conv_in(conv: nn.Conv2d, *, scale_bias: bool = False) -> nn.Conv2d:
     return wide
 
 
-def adapt_unet(unet: Any, recipe: OneStepRecipe, *, seed: int = 0) -> Any:
+def adapt_unet(unet: Any, recipe: Family, *, seed: int = 0) -> Any:
     """Give a U-Net the inputs of a recipe, in place: a wider first convolution, an embedding of the task vector.
 
     A U-Net that has them already (to train on, or E2E-FT from Marigold) stays as it is.
@@ -102,7 +47,7 @@ def adapt_unet(unet: Any, recipe: OneStepRecipe, *, seed: int = 0) -> Any:
     from diffusers.models.embeddings import TimestepEmbedding
 
     channels = unet.config.out_channels
-    wanted = channels if recipe.first == "none" else 2 * channels
+    wanted = channels if recipe.first_latent == "none" else 2 * channels
     if unet.config.in_channels == channels and wanted == 2 * channels:
         unet.conv_in = widen_conv_in(unet.conv_in, scale_bias=recipe.scale_bias)
         unet.register_to_config(in_channels=wanted)
@@ -110,7 +55,7 @@ def adapt_unet(unet: Any, recipe: OneStepRecipe, *, seed: int = 0) -> Any:
         raise ValueError(
             f"this recipe needs a U-Net of {wanted} input channels or of {channels}, not of {unet.config.in_channels}"
         )
-    if recipe.task_vector and unet.config.class_embed_type is None:
+    if recipe.task_vector is not None and unet.config.class_embed_type is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # torch draws initial weights from the global generator
             embedding = TimestepEmbedding(4, unet.time_embedding.linear_1.out_features)
@@ -120,7 +65,7 @@ def adapt_unet(unet: Any, recipe: OneStepRecipe, *, seed: int = 0) -> Any:
 
 
 class OneStepModel(nn.Module):
-    """A U-Net with what it is told: the empty prompt, the timestep, the task.
+    """A U-Net with its conditioning: the empty prompt, the timestep, the task.
 
     Args:
         unet: adapted by `adapt_unet`.
@@ -128,7 +73,7 @@ class OneStepModel(nn.Module):
         alphas_cumprod: (T,) of the schedule.
     """
 
-    def __init__(self, unet: Any, context: Tensor, alphas_cumprod: Tensor, recipe: OneStepRecipe) -> None:
+    def __init__(self, unet: Any, context: Tensor, alphas_cumprod: Tensor, recipe: Family) -> None:
         super().__init__()
         self.unet, self.recipe = unet, recipe
         self.context: Tensor
@@ -150,9 +95,9 @@ class OneStepModel(nn.Module):
 
     def noisy(self, targets: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor | None:
         """What stands beside the image: the noised target, zeros, or nothing."""
-        if self.recipe.first == "none":
+        if self.recipe.first_latent == "none":
             return None
-        if self.recipe.first == "zeros":
+        if self.recipe.first_latent == "zeros":
             return torch.zeros_like(targets)
         assert noise is not None
         signal, spread = self._levels(timesteps)
@@ -189,9 +134,7 @@ class OneStepModel(nn.Module):
         return alpha.sqrt(), (1 - alpha).sqrt()
 
 
-def draw_rows(
-    batch: int, recipe: OneStepRecipe, shape: tuple[int, ...], generator: torch.Generator
-) -> dict[str, Tensor]:
+def draw_rows(batch: int, recipe: Family, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
     """Timesteps, task vectors and noise of the rows of a batch: first all images to annotate, then those to rebuild.
 
     Args:
@@ -201,10 +144,10 @@ def draw_rows(
     drawn = {"timesteps": torch.full((rows,), recipe.timestep)}
     if recipe.timesteps == "all":
         drawn["timesteps"] = torch.randint(1000, (rows,), generator=generator)
-    if recipe.task_vector:
-        tasks = [task_vector(annotate=True).expand(batch, 4), task_vector(annotate=False).expand(rows - batch, 4)]
-        drawn["tasks"] = torch.cat(tasks)
-    if recipe.first == "noise":
+    if recipe.task_vector is not None:
+        annotate, rebuild = torch.tensor(recipe.task_vector), torch.tensor(task_vector((0, 1)))
+        drawn["tasks"] = torch.cat([annotate.expand(batch, 4), rebuild.expand(rows - batch, 4)])
+    if recipe.first_latent == "noise":
         drawn["noise"] = torch.randn(rows, *shape, generator=generator)
     if recipe.posterior == "sample":
         drawn["image_noise"] = torch.randn(rows, *shape, generator=generator)
@@ -346,8 +289,9 @@ def predict_latents(model: OneStepModel, images: Tensor, *, steps: int = 1, seed
     recipe = model.recipe
     if steps > 1 and recipe.timesteps == "one":
         raise ValueError(f"this recipe predicts in one step, got steps={steps}")
-    tasks = task_vector(annotate=True).to(images).expand(len(images), 4) if recipe.task_vector else None
-    noise = draw_noise(images.shape[1:], seed).to(images).expand_as(images) if recipe.first == "noise" else None
+    task, first = recipe.task_vector, recipe.first_latent
+    tasks = None if task is None else images.new_tensor([task]).expand(len(images), -1)
+    noise = draw_noise(images.shape[1:], seed).to(images).expand_as(images) if first == "noise" else None
     total = len(model.alphas_cumprod)
     asked = [round(total - i * total / steps) - 1 for i in range(steps)] if steps > 1 else [recipe.timestep]
     noisy = noise if noise is not None else model.noisy(images, None, torch.empty(0))

@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.files import save_weights
-from diffrep.heads.training.dense import OneStepRecipe, Task, draw_rows
+from diffrep.heads.families import Family, Task
+from diffrep.heads.training.dense import draw_rows
 from diffrep.scenes import SceneSet
 from diffrep.training.loop import Batch
 
@@ -66,7 +67,7 @@ class AnnotatedImages(Protocol):
 def sample_batches(
     sets: Sequence[AnnotatedImages],
     shares: Sequence[float],
-    recipe: OneStepRecipe,
+    recipe: Family,
     *,
     batch_size: int,
     latent_channels: int,
@@ -193,7 +194,7 @@ def _encoded(vae: Any, samples: AnnotatedImages, part: str, progress: bool) -> T
 
 
 def latent_batches(
-    latents: Mapping[str, Tensor], recipe: OneStepRecipe, *, batch_size: int
+    latents: Mapping[str, Tensor], recipe: Family, *, batch_size: int
 ) -> Callable[[torch.Generator], Batch]:
     """Batches of cached latents, all cells counting.
 

@@ -12,12 +12,9 @@ import torch
 from torch import nn
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
+from diffrep.heads.families import LOTUS_D, Family, Task
 from diffrep.heads.training.dense import (
-    LOTUS_D,
-    RECIPES,
     OneStepModel,
-    OneStepRecipe,
-    Task,
     adapt_unet,
     decoded_losses,
     encode_rows,
@@ -33,7 +30,7 @@ EMBEDDED_FIT = FitSettings(
 )
 
 
-def embedded(task: Task) -> tuple[OneStepRecipe, FitSettings]:
+def embedded(task: Task) -> tuple[Family, FitSettings]:
     """The settings that made the heads in the package."""
     if task != "normals":
         return EMBEDDED_RECIPE, EMBEDDED_FIT
@@ -57,7 +54,6 @@ def published_fit(recipe: str, task: Task) -> FitSettings:
 
 
 PUBLISHED_BATCH: Mapping[str, int] = {"lotus-d": 16, "lotus-g": 16, "e2e-ft": 2, "marigold": 2}
-assert set(PUBLISHED_BATCH) == set(RECIPES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +62,7 @@ class OneStepTraining:
 
     task: Task = "disparity"
     base: str = "tiny"  # embedded model, diffusers folder or hub id
-    recipe: OneStepRecipe = field(default_factory=lambda: EMBEDDED_RECIPE)
+    recipe: Family = field(default_factory=lambda: EMBEDDED_RECIPE)
     fit: FitSettings = field(default_factory=lambda: EMBEDDED_FIT)
     batch_size: int = 16  # images of a batch; the detail preserver's rows come on top
     scratch: bool = False  # start from random weights instead of the base's U-Net

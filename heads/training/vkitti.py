@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.heads.training.dense import Task
+from diffrep.heads.families import Task
 from diffrep.heads.training.dense_data import (
     DepthNorm,
     Sample,

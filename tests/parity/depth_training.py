@@ -13,11 +13,9 @@ from torch import nn
 
 from diffrep.alignment import fit_scale_shift
 from diffrep.backbones.pipelines import load_parts
+from diffrep.heads.families import LOTUS_D, LOTUS_G, Family
 from diffrep.heads.training.dense import (
-    LOTUS_D,
-    LOTUS_G,
     OneStepModel,
-    OneStepRecipe,
     adapt_unet,
     affine_invariant_loss,
     angular_loss,
@@ -194,7 +192,7 @@ def check_lotus_train(folder: Path, case: dict[str, Any]) -> None:
 
 
 def _lotus_batch(
-    stem: str, given: dict[str, torch.Tensor], run: dict[str, Any], recipe: OneStepRecipe, vae: Any
+    stem: str, given: dict[str, torch.Tensor], run: dict[str, Any], recipe: Family, vae: Any
 ) -> dict[str, torch.Tensor]:
     """The case's tensors as the package's training has them."""
     pixels = given[f"{stem}.pixel_uint8"].float() / 127.5 - 1
@@ -206,7 +204,7 @@ def _lotus_batch(
     shape = tuple(given[f"{stem}.eps_rgb"].shape[1:])
     drawn = draw_rows(len(pixels), recipe, shape, torch.Generator())
     drawn |= {"image_noise": given[f"{stem}.eps_rgb"], "target_noise": given[f"{stem}.eps_target"]}
-    if recipe.first == "noise":
+    if recipe.first_latent == "noise":
         drawn["noise"] = given[f"{stem}.noise"]
     latents = encode_rows(vae, pixels, given[f"{stem}.annotation"], drawn)
     return {**drawn, **latents, "mask": latent_mask(valid)}
