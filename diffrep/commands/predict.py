@@ -331,7 +331,7 @@ class Segment(ImageCommand):
         Raises:
             ValueError: naming them.
         """
-        outputs = list(dict.fromkeys(self.outputs))
+        outputs: list[str] = list(dict.fromkeys(self.outputs))
         if self.to_video and "outputs" not in self.typed:
             outputs = ["mask"]
         if not outputs:
