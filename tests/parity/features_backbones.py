@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffrep.backbones import Conditions, LatentDiffusion, load_backbone
-from diffrep.backbones.loading import dinov2_backbone
+from diffrep.backbones.vit import dinov2_backbone
 from diffrep.binning import log_bin
 from diffrep.features import window_origins
 from diffrep.images import Sizing, fit_image, load_image, stack_pixels
@@ -32,7 +32,8 @@ def check_dift_sd_taps(folder: Path, case: dict[str, Any]) -> None:
     tolerance = {key: number_in(text) for key, text in case["tolerance"].items()}
     for number, run in enumerate(case["runs"]):
         name = f"run{number}"
-        size = run["img_size"]
+        size, words = run["img_size"], run.get("category")
+        assert words is None or run["prompt"] in (f"a photo of a {words}", "")  # unknown words: the empty prompt
         sizing = Sizing("native", None) if size is None else Sizing("squash", (size[1], size[0]))
         pixels = stack_pixels([fit_image(image, sizing)[0]])
 

@@ -46,15 +46,45 @@ def block_of(k: int, depth: int) -> str:
     return f"block.{k if k < OFFICIAL_DOUBLE else depth + k - OFFICIAL_DOUBLE}"
 
 
+def block_named(name: str, depth: int) -> str:
+    """Our block of a name such as ``single_transformer_blocks.2``."""
+    kind, _, index = name.rpartition(".")
+    assert kind in ("transformer_blocks", "single_transformer_blocks"), name
+    return f"block.{int(index) + (depth if kind.startswith('single') else 0)}"
+
+
+def discarded(run: dict[str, Any], massive: list[int]) -> tuple[int, ...]:
+    """The channels that a run sets to 0: the massive ones, or none."""
+    channels = tuple(run.get("discard_channels", ()))
+    assert channels == (tuple(massive) if run.get("channel_discard", False) else ())
+    return channels
+
+
+def check_config(ours: Any, official: dict[str, Any]) -> None:
+    """The transformer's folder is of the architecture that the case names."""
+    assert ours.in_channels == official["in_channels"] == 4 * official["latent_channels"]
+    assert ours.num_attention_heads == official["num_heads"]
+    assert ours.num_attention_heads * ours.attention_head_dim == official["hidden_size"]
+    assert (ours.num_layers, ours.num_single_layers) == (official["depth"], official["depth_single_blocks"])
+    assert list(ours.axes_dims_rope) == official["axes_dim"]
+    assert ours.joint_attention_dim == official["context_in_dim"]
+    assert ours.pooled_projection_dim == official["vec_in_dim"]
+    assert bool(ours.guidance_embeds) == official["guidance_embed"]
+    # fixed in diffusers' class
+    assert (official["mlp_ratio"], official["theta"], official["qkv_bias"]) == (4.0, 10000, True)
+
+
 def check_ditf(folder: Path, case: dict[str, Any]) -> None:
     from diffusers import FluxTransformer2DModel
 
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     transformer = FluxTransformer2DModel.from_pretrained(folder / "model" / "transformer")
     backbone = FromMoments(transformer, GivenMoments(case["config"]))  # type: ignore[arg-type]  # no module
+    check_config(transformer.config, case["config"])
     tolerance = {key: number_in(text) for key, text in case["tolerance"].items()}
     for number, run in enumerate(case["runs"]):
         name = f"run{number}"
+        assert given[f"{name}.prompt_embeds"].shape[1] == run["text_tokens"]
         backbone.mean = given[f"{name}.posterior_mean"]
         backbone.std = (given[f"{name}.posterior_logvar"] / 2).exp()
         prompt = PromptEmbedding(given[f"{name}.prompt_embeds"], given[f"{name}.pooled_prompt_embeds"])
@@ -67,14 +97,20 @@ def check_ditf(folder: Path, case: dict[str, Any]) -> None:
             timestep=run["t"],
             ensemble=len(noise),
             posterior="mean" if draws is None else "sample",
-            discard=tuple(run.get("discard_channels", ())),
+            discard=discarded(run, case["massive_channels"]),
             **({} if run["guidance"] is None else {"guidance": run["guidance"]}),
         )
         canvas = torch.zeros(1, 3, *(8 * side for side in run["latent_hw"]))
         depth = len(transformer.transformer_blocks)
+        blocks = run["k"] if isinstance(run["k"], list) else [run["k"]]
+        named = run["block"] if isinstance(run["k"], list) else [run["block"]]
+        assert [block_of(k, depth) for k in blocks] == [block_named(block, depth) for block in named]
         double = isinstance(run["k"], list)  # the lower-level call: per member, several blocks in one pass
+        assert run["api"] == ("Flux.forward_feat" if double else "Featurizer4Eval.forward then extract_feature")
+        assert len(noise) == run["batch" if double else "ensemble_size"]
         drawn = {"noise": noise, "posterior_noise": draws, "average": not double}
         if not double:
+            assert run["tap"] == "block input, image tokens"
             block = block_of(run["k"], depth)
             found = backbone.maps(canvas, [f"{block}.input", f"{block}.attn_in"], conditions, **drawn)
             raw, features = found.values()

@@ -15,7 +15,7 @@ from diffrep.backbones import Grid
 from diffrep.features import FeatureMaps
 from diffrep.fusion import Descriptors, Fusion, Part, fuse
 from diffrep.images import Placement
-from diffrep.similarity import nearest, similarities
+from diffrep.similarity import OFFICIAL_METRICS, nearest, similarities
 
 from .cases import assert_near, assert_within
 
@@ -89,17 +89,11 @@ def _check_similarities(
 ) -> None:
     cosines = similarities(one.rows(), two.rows())
     assert_within(cosines, expected["cosine"], atol=tolerance.low_rank_cosine, what="cosine")
-    if dist == "l1":
-        got = -torch.cdist(one.rows().joined(), two.rows().joined() - 1e-6, p=1)
-    elif dist == "l2":
-        got = -(-similarities(one.rows(), two.rows(), "euclidean")).clamp(min=0).sqrt()
-    else:
-        got = cosines
+    metric = OFFICIAL_METRICS[dist]
+    scores = similarities(one.rows(), two.rows(), metric)
+    got = -(-scores).clamp(min=0).sqrt() if metric == "euclidean" else scores
     assert_near(got, expected["similarity"], relative=tolerance.low_rank_distance, what=f"similarity ({dist})")
-    if dist == "l1":
-        indices = got.argmax(1)
-    else:
-        indices = nearest(one.rows(), two.rows(), "euclidean" if dist == "l2" else "cosine").indices
+    indices = nearest(one.rows(), two.rows(), metric).indices
     agreement = float((indices == expected["nn_1_to_2"]).float().mean())
     assert agreement >= tolerance.agreement, f"nearest neighbours agree on {agreement:.4f}"
 

@@ -24,6 +24,7 @@ def check_hyperfeatures_aggregation(folder: Path, case: dict[str, Any]) -> None:
     assert model is not None
     backbone: LatentDiffusion = bare_backbone(sibling(folder, model[1]) / "model")
     groups = case["aggregation"]["num_norm_groups"]
+    assert case["aggregation"]["num_res_blocks"] == 1, "the released network has one bottleneck a layer"
     for number, run in enumerate(case["runs"]):
         name, size = f"run{number}", (run["output_resolution"],) * 2
         guidance = None if run["guidance_scale"] == -1 else run["guidance_scale"]

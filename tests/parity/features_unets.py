@@ -55,6 +55,7 @@ def check_sd_taps_tiled(folder: Path, case: dict[str, Any]) -> None:
         height, width = image.shape[:2]
         corners = [[y, x] for y in window_origins(height, window) for x in window_origins(width, window)]
         assert corners == run["window_origins_yx"]
+        assert len(corners) == run["n_windows"]
         settings: dict[str, Any] = {"timestep": run["t"], **VARIANTS[run["variant"]]}
         config = ExtractConfig(
             taps=tuple(LAYERS[k] for k in run["block_indices"]),
@@ -82,6 +83,7 @@ def check_gdf_layer_names(folder: Path, case: dict[str, Any]) -> None:
         prompt = backbone.embed(run["prompt"]).context
         assert_near(prompt, expected[f"{name}.prompt_embeds"], relative=relative, what="prompt")
         noise = given[f"{name}.noise"]
+        assert run["t"] == run["timestep"]
         pixels = stack_pixels([fit_image(load_image(given["image"].numpy()), Sizing("squash", case["img_size"]))[0]])
         assert backbone.encode(pixels)[0].shape == noise.shape
         alpha = backbone.alphas_cumprod[run["timestep"]]
