@@ -75,13 +75,13 @@ def annotated_scenes(
             for scene in batch:
                 _write(scene, _files(*next(done)))
                 bar.update()
-    found = []
+    sets = []
     for part in ("train", "test"):
         files = [_files(*place) for place in jobs if place[0].name == part]
-        found.append(
+        sets.append(
             AnnotatedFiles(str(folder / part), tuple(f["images"] for f in files), tuple(f[what] for f in files))
         )
-    return found[0], found[1]
+    return sets[0], sets[1]
 
 
 def _files(folder: Path, name: str) -> dict[str, Path]:

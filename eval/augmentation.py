@@ -105,7 +105,7 @@ def augmentation_experiment(
     truth = kinds.repeat_interleave(settings.test_per_class)
     labels = kinds.repeat_interleave(settings.per_class)
     more_labels = labels.repeat_interleave(settings.variations)
-    found: dict[str, list[float]] = {"real": [], "augmented": [], "more_real": [], "painted": []}
+    accuracies: dict[str, list[float]] = {"real": [], "augmented": [], "more_real": [], "painted": []}
     for repeat in tqdm(range(settings.repeats), desc="augmentation", unit="draw", disable=not progress):
         first = 2**20 + repeat * 2**12
         images = labelled_scenes("val", settings.per_class, settings.categories, first=first, size=size)
@@ -114,9 +114,9 @@ def augmentation_experiment(
         )
         painted = probed(paint_variations(model, encoder(images), settings.variations, settings.degrees, sampling))
         real, more = probed(images), probed(extra)
-        found["real"].append(accuracy(real, labels, test, truth))
-        found["painted"].append(accuracy(painted, more_labels, test, truth))
+        accuracies["real"].append(accuracy(real, labels, test, truth))
+        accuracies["painted"].append(accuracy(painted, more_labels, test, truth))
         both = torch.cat([labels, more_labels])
-        found["augmented"].append(accuracy(torch.cat([real, painted]), both, test, truth))
-        found["more_real"].append(accuracy(torch.cat([real, more]), both, test, truth))
-    return Augmentation(**{name: tuple(np.round(values, 6).tolist()) for name, values in found.items()})
+        accuracies["augmented"].append(accuracy(torch.cat([real, painted]), both, test, truth))
+        accuracies["more_real"].append(accuracy(torch.cat([real, more]), both, test, truth))
+    return Augmentation(**{name: tuple(np.round(values, 6).tolist()) for name, values in accuracies.items()})

@@ -57,8 +57,8 @@ def draw_failure(failure: Failure) -> Image.Image:
         shown = torch.maximum(torch.minimum(shown, shown.new_tensor(pictures[side].size)), low)
         return [(left + x, head + y) for x, y in shown.tolist()]
 
-    queries, found, true = place(failure.points, 0), place(failure.predicted, 1), place(failure.truth, 1)
-    for i, (query, match, place_) in enumerate(zip(queries, found, true, strict=True)):
+    queries, matched, true = place(failure.points, 0), place(failure.predicted, 1), place(failure.truth, 1)
+    for i, (query, match, place_) in enumerate(zip(queries, matched, true, strict=True)):
         red, green, blue = colorsys.hsv_to_rgb(i / max(len(queries), 1), 0.75, 1.0)
         colour = (round(255 * red), round(255 * green), round(255 * blue))
         ring = (255, 255, 255) if bool(failure.right[i]) else colour

@@ -66,10 +66,10 @@ def dense_flow(source: Descriptors, target: Descriptors, matching: MatchConfig) 
     Returns:
         (2, H, W) float32, (x, y) in pixels, over the target's image.
     """
-    found = match_dense(target, source, matching)
-    rows, columns = found.valid.any(1).nonzero()[:, 0], found.valid.any(0).nonzero()[:, 0]
+    matches = match_dense(target, source, matching)
+    rows, columns = matches.valid.any(1).nonzero()[:, 0], matches.valid.any(0).nonzero()[:, 0]
     top, left = int(rows[0]), int(columns[0])  # cells on padding match nothing, and are left out
-    flow = (found.points - found.sources)[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].cpu()
+    flow = (matches.points - matches.sources)[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1].cpu()
     pixels = target.cells(lattice(target.placement.image_size).float())
     return sample(flow, pixels - pixels.new_tensor([left, top])).movedim(-1, 0)
 

@@ -37,10 +37,10 @@ def photographs() -> dict[str, Path]:
     Raises:
         FileNotFoundError: an installation left one out.
     """
-    found = {name: Path(str(files(package) / path)) for name, (package, path) in _PHOTOGRAPHS.items()}
-    if missing := [str(path) for path in found.values() if not path.is_file()]:
+    by_name = {name: Path(str(files(package) / path)) for name, (package, path) in _PHOTOGRAPHS.items()}
+    if missing := [str(path) for path in by_name.values() if not path.is_file()]:
         raise FileNotFoundError(f"sample photographs are not installed: {', '.join(missing)}")
-    return found
+    return by_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,14 +221,14 @@ def evaluate_homographies(
         for view, matrix in zip(views, matrices, strict=True):
             points, truth = queries(view.size, matrix, settings.points)
             for matcher, match in matchers.items():
-                found = match(photograph, view, points)
-                distances = torch.linalg.vector_norm(found.double() - truth, dim=-1)
+                matched = match(photograph, view, points)
+                distances = torch.linalg.vector_norm(matched.double() - truth, dim=-1)
                 errors[matcher].setdefault(name, []).extend(distances.tolist())
                 if isinstance(match, FeatureMatcher):
                     strides[matcher][name] = match.stride(view)
     rows = {
-        matcher: Errors({name: tuple(values) for name, values in found.items()}, strides[matcher])
-        for matcher, found in errors.items()
+        matcher: Errors({name: tuple(values) for name, values in by_name.items()}, strides[matcher])
+        for matcher, by_name in errors.items()
     }
     return HomographyReport(settings, rows, described)
 

@@ -129,8 +129,8 @@ def matchers_of(correspondence: Correspondence) -> tuple[dict[str, Matcher], dic
     for number, (name, backbone) in enumerate(zip(names, correspondence.backbones, strict=True)):
         config = recipe.readings[number].extract
         extractors[name] = lambda images, b=backbone, c=config: list(extract_each(b, images, c))  # type: ignore[misc]
-        own = recipe if len(names) == 1 else alone(recipe, number, name)
-        matchers[name] = FeatureMatcher((name,), own.fusion, recipe.matching)
+        single = recipe if len(names) == 1 else alone(recipe, number, name)
+        matchers[name] = FeatureMatcher((name,), single.fusion, recipe.matching)
     if len(names) > 1:
         matchers[FUSED.join(names)] = FeatureMatcher(tuple(names), recipe.fusion, recipe.matching)
     return matchers, extractors

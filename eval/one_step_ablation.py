@@ -198,7 +198,7 @@ def run_ablation(
         methods[variant.name] = _method(model, vae, task, variant.steps)
         weights[variant.name] = asdict(training)
     methods |= {"no look": no_look(task), "truth through the VAE": maps_through_vae(vae, task)}
-    found = evaluate_scene_maps(
+    measured = evaluate_scene_maps(
         methods,
         task,
         SceneMapSettings(count=settings.held_out),
@@ -206,7 +206,7 @@ def run_ablation(
         weights=weights,
         progress=progress,
     )
-    return AblationReport(settings, chosen, found)
+    return AblationReport(settings, chosen, measured)
 
 
 def _folder_name(variant: Variant) -> str:
@@ -221,7 +221,7 @@ def _method(model: OneStepModel, vae: Any, task: Task, steps: int) -> Callable[[
     def method(scenes: Sequence[Scene]) -> Tensor:
         device = model.alphas_cumprod.device
         pixels = torch.stack([torch.from_numpy(scene.image.copy()).permute(2, 0, 1) for scene in scenes])
-        found = predict_maps(model, vae.to(device), pixels.float().to(device) / 127.5 - 1, task, steps=steps)
-        return found.cpu()
+        measured = predict_maps(model, vae.to(device), pixels.float().to(device) / 127.5 - 1, task, steps=steps)
+        return measured.cpu()
 
     return method

@@ -32,9 +32,9 @@ def mirrored_is_nearer(
     """
     if masks is None:
         return bool(mutual_distance(mirrored, target) < mutual_distance(source, target))
-    own, other = masks
-    plain = masked_distance(source, target, own, other)
-    return bool(masked_distance(mirrored, target, own.flip(-1), other) < plain)
+    source_mask, target_mask = masks
+    plain = masked_distance(source, target, source_mask, target_mask)
+    return bool(masked_distance(mirrored, target, source_mask.flip(-1), target_mask) < plain)
 
 
 def predict_posed(
@@ -62,12 +62,12 @@ def predict_posed(
     if protocol.search is None or protocol.frame is None:
         raise ValueError(f"pose alignment needs a protocol that matches on a square, {protocol.name} does not")
     side = protocol.frame
-    found = protocol.search(source, target, protocol.to_frame(pair.source.points(pair.ids), pair.source), side)
+    predicted = protocol.search(source, target, protocol.to_frame(pair.source.points(pair.ids), pair.source), side)
     asked = [partners.get(i, i) for i in pair.ids]
-    there = torch.tensor([i in pair.ids for i in asked], dtype=torch.bool)
-    if not bool(there.any()) or not mirrored_is_nearer(source, mirrored, target, masks=masks):
-        return found
+    visible = torch.tensor([i in pair.ids for i in asked], dtype=torch.bool)
+    if not bool(visible.any()) or not mirrored_is_nearer(source, mirrored, target, masks=masks):
+        return predicted
     queries = protocol.to_frame(pair.source.points([i for i in asked if i in pair.ids]), pair.source)
     queries[:, 0] = side - queries[:, 0]
-    found[there] = protocol.search(mirrored, target, queries, side)
-    return found
+    predicted[visible] = protocol.search(mirrored, target, queries, side)
+    return predicted

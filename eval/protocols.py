@@ -51,11 +51,11 @@ class CellSearch:
         queries = source.rows()[rows * self.cells + columns]
         if self.window is None:
             best = nearest(queries, target.rows(), self.metric).indices
-            found = torch.stack([best % self.cells, best // self.cells], dim=-1).float()
+            places = torch.stack([best % self.cells, best // self.cells], dim=-1).float()
         else:
             scores = similarities(queries, target.rows(), self.metric).unflatten(1, target.size)
-            found = soft_argmax(scores, window=self.window, temperature=self.temperature, outside="zero")
-        return found * (side / self.cells) + self.centre
+            places = soft_argmax(scores, window=self.window, temperature=self.temperature, outside="zero")
+        return places * (side / self.cells) + self.centre
 
 
 @dataclass(frozen=True, kw_only=True)

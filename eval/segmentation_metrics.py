@@ -127,8 +127,8 @@ def s_measure(predicted: Array, truth: Truth, definition: Definition = DIS) -> f
     if share == 1:
         return float(predicted.mean())
     whole = share * _object(predicted[truth], definition) + (1 - share) * _object(1 - predicted[~truth], definition)
-    found = 0.5 * whole + 0.5 * _regions(predicted, truth, definition)
-    return float(max(0.0, found) if definition.floor else found)
+    measure = 0.5 * whole + 0.5 * _regions(predicted, truth, definition)
+    return float(max(0.0, measure) if definition.floor else measure)
 
 
 def _object(values: Array, definition: Definition) -> float:
@@ -221,14 +221,14 @@ class MaskScores:
         p, g = prepare(predicted, truth)
         if self.binarize:
             p = (p >= 0.5).astype(float)
-        found = dict(scores(p, g, self.definition))
+        by_name = dict(scores(p, g, self.definition))
         if self.hce:
-            found["hce"] = human_correction_effort(p, g)
+            by_name["hce"] = human_correction_effort(p, g)
         f, e = f_curve(p, g, self.definition), e_curve(p, g, self.definition)
         self.f, self.e, self.images = self.f + f, self.e + e, self.images + 1
-        for name, value in found.items():
+        for name, value in by_name.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
-        return found | {"maxf": float(f.max()), "em_mean": float(e.mean())}
+        return by_name | {"maxf": float(f.max()), "em_mean": float(e.mean())}
 
     def compute(self) -> dict[str, float]:
         """Means over the images; "maxf" is the maximum of the mean curve. NaN where nothing was counted."""
@@ -273,7 +273,7 @@ def simplified_length(points: Sequence[Point], epsilon: float) -> int:
     3
     """
     count, tolerance = len(points), epsilon * epsilon
-    kept: list[Point] = []
+    remaining: list[Point] = []
     stack: list[tuple[int, int]] = []
     closed = points[0] == points[-1]
     if closed:
@@ -281,7 +281,7 @@ def simplified_length(points: Sequence[Point], epsilon: float) -> int:
         distances = [(px - x) ** 2 + (py - y) ** 2 for px, py in points]
         far = max(range(count), key=lambda i: (distances[i], -i))
         if distances[far] <= tolerance:
-            kept.append(points[0])
+            remaining.append(points[0])
         else:
             stack = [(far, 0), (0, far)]
     else:
@@ -290,12 +290,12 @@ def simplified_length(points: Sequence[Point], epsilon: float) -> int:
         start, end = stack.pop()
         split = _farthest(points, start, end, tolerance)
         if split is None:
-            kept.append(points[start])
+            remaining.append(points[start])
         else:
             stack += [(split, end), (start, split)]
     if not closed:
-        kept.append(points[-1])
-    return _without_straight(kept, tolerance)
+        remaining.append(points[-1])
+    return _without_straight(remaining, tolerance)
 
 
 def _farthest(points: Sequence[Point], start: int, end: int, tolerance: float) -> int | None:
@@ -311,20 +311,20 @@ def _farthest(points: Sequence[Point], start: int, end: int, tolerance: float) -
     return None if largest * largest <= tolerance * (dx * dx + dy * dy) else split
 
 
-def _without_straight(kept: Sequence[Point], tolerance: float) -> int:
-    left, count = len(kept), len(kept)
+def _without_straight(remaining: Sequence[Point], tolerance: float) -> int:
+    left, count = len(remaining), len(remaining)
     if count < 3:
         return left
-    start, middle, position, i = kept[0], kept[1], 2, 1
+    start, middle, position, i = remaining[0], remaining[1], 2, 1
     while i < count - 1 and left > 2:
-        end = kept[position % count]
+        end = remaining[position % count]
         position += 1
         dx, dy = end[0] - start[0], end[1] - start[1]
         distance = abs((middle[0] - start[0]) * dy - (middle[1] - start[1]) * dx)
         onward = (middle[0] - start[0]) * (end[0] - middle[0]) + (middle[1] - start[1]) * (end[1] - middle[1])
         if distance * distance <= 0.5 * tolerance * (dx * dx + dy * dy) and dx and dy and onward >= 0:
             left -= 1
-            start, middle = end, kept[position % count]
+            start, middle = end, remaining[position % count]
             position += 1
             i += 2
             continue

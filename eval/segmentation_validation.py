@@ -50,5 +50,5 @@ class MaskValidation:
                     rows.setdefault(name, []).append(maps.expand(-1, 3, -1, -1).float().cpu())
         self.pictures.mkdir(parents=True, exist_ok=True)
         grid([torch.cat(maps)[: self.shown] for maps in rows.values()]).save(self.pictures / f"{step:06d}.png")
-        found = scores.compute()
-        return {"maxF": found["maxf"], "MAE": found["mae"], "S": found["sm"]}
+        computed = scores.compute()
+        return {"maxF": computed["maxf"], "MAE": computed["mae"], "S": computed["sm"]}

@@ -233,11 +233,11 @@ def _large_pictures(
         measured.append(consistency(image, grid, encoder))
         images.append(image)
         bar.update(1)
-    found = LargePictures(
+    pictures = LargePictures(
         control=float(np.mean(ratios.pop("control"))),
         seams={name: float(np.mean(values)) for name, values in ratios.items()},
         own=float(np.mean([m.own for m in measured])),
         other=float(np.mean([m.other for m in measured])),
         right=float(np.mean([m.right for m in measured])),
     )
-    return found, images
+    return pictures, images

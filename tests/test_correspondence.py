@@ -263,7 +263,7 @@ def test_the_command_writes_reports_and_pictures(
     command = EvalCorrespondence(
         benchmark="spair", data=root, recipe="small", categories=TWO, output=tmp_path / "out", failures=3
     )
-    report = command.run()
+    report = command.evaluate()
     assert isinstance(report, CorrespondenceReport)
     assert "small on SPair-71k test" in capsys.readouterr().out
     assert json.loads((tmp_path / "out/report.json").read_text())["pairs"] == 12
@@ -288,7 +288,7 @@ def test_a_set_stands_beside_the_papers_numbers_of_that_set(
             benchmark=benchmark, data=data, recipe="small", failures=0,  # type: ignore[arg-type]
             output=tmp_path / f"out-{benchmark}{options.get('split', '')}", **options,  # type: ignore[arg-type]
         )  # fmt: skip
-        report = command.run()
+        report = command.evaluate()
         assert isinstance(report, CorrespondenceReport)
         return {(row.method, row.values[0.1]) for row in report.rows()}
 

@@ -112,7 +112,10 @@ class EvalCorrespondence(DeviceOptions):
     # features, matches, report.json, report.txt and failures/ go here; the same folder again goes on
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("correspondence")
 
-    def run(self) -> Report:
+    def run(self) -> None:
+        self.evaluate()
+
+    def evaluate(self) -> Report:
         """Evaluate, print the tables, write the files and return the report.
 
         Raises:

@@ -158,10 +158,10 @@ def measure_index(folder: Path, count: int, channels: int, queries: int, kind: I
 
     def runs() -> Iterator[Vectors]:
         nonlocal spent
-        made, first = clustered(count, channels, seed=1), 0
+        batches, first = clustered(count, channels, seed=1), 0
         while True:
             begun = time.process_time()
-            values = next(made, None)
+            values = next(batches, None)
             spent += time.process_time() - begun
             if values is None:
                 return

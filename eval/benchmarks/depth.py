@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffrep.eval.benchmarks.features import count_flops
-from diffrep.eval.benchmarks.timing import Row, interleave, table
+from diffrep.eval.benchmarks.features import random_unet, random_vae
+from diffrep.eval.benchmarks.timing import PairedBenchmark, Row, said_flops
 from diffrep.heads.families import FAMILIES, Family
 from diffrep.heads.one_step import TIMESTEP, OneStep, Schedule
 
@@ -24,29 +24,27 @@ TOKENS = 2  # of the empty prompt, begin and end
 
 
 @dataclass(frozen=True)
-class DepthBenchmark:
+class DepthBenchmark(PairedBenchmark):
     """Compare a one-step head with the official sequence of calls, on random weights."""
 
     size: Literal["small", "sd"] = "small"  # sd: Stable Diffusion 2's U-Net, VAE and text encoder at full width
     side: int = 128  # of the images, pixels
     images: int = 4  # that ours takes in one batch, and the official pipelines one by one
     families: tuple[str, ...] = ("lotus-d", "lotus-g", "e2e-ft")
-    repeats: int = 5
-    device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def run(self) -> list[Row]:
         """Time and count both sides, print the table and return its rows."""
-        torch.set_num_threads(1)
-        rows = []
-        for name in self.families:
-            rows += self._rows(FAMILIES[name])
-        print(table(rows))
+        rows = super().run()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(f"peak memory of the process {peak:.0f} MB, of both sides and their weights")
         return rows
 
-    def _rows(self, family: Family) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
+        for name in self.families:
+            yield from self._rows(FAMILIES[name])
+
+    def _rows(self, family: Family) -> Iterator[Row]:
         parts = random_parts(self.size, family, self.device, getattr(torch, self.dtype))
         pixels = torch.rand(self.images, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))
         pixels = pixels.to(self.device)
@@ -64,35 +62,22 @@ class DepthBenchmark:
         def our_side(batch: Tensor) -> Tensor:
             return ours.decode(ours.predict(ours.encode(batch), first))
 
-        def our_unet() -> Tensor:
-            return ours.predict(noise, first)
-
-        def plain_unet() -> Tensor:
-            return official_latent(parts, family, noise, noise)
-
-        claims: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-            "everything but the VAE": (plain_unet, our_unet),
+        sides: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+            "everything but the VAE": (
+                lambda: official_latent(parts, family, noise, noise),
+                lambda: ours.predict(noise, first),
+            ),
             "one image": (lambda: plain_side(pixels[:1]), lambda: our_side(pixels[:1])),
             f"{self.images} images": (lambda: plain_side(pixels), lambda: our_side(pixels)),
         }
-        rows = []
-        for claim, (plain, our) in claims.items():
-            times = interleave({"plain": plain, "ours": our}, repeats=self.repeats, device=self.device)
-            expected, got = plain().float(), our().float()
-            difference = float((got - expected).abs().max() / expected.abs().max())
-            counts = [count_flops(side) / 1e9 for side in (plain, our)]
-            rows.append(
-                Row(
-                    f"{family.name}, {claim}, {self.side} px, {self.size} U-Net, {self.dtype} on {self.device}",
-                    times["plain"],
-                    times["ours"],
-                    f"largest difference {difference:.1e} of the maximum",
-                    f"GFLOP {counts[0]:.1f} against {counts[1]:.1f} ({counts[0] / counts[1]:.2f}x);"
-                    f" weights {megabytes(parts.unet, parts.vae, parts.text):.0f} MB against"
-                    f" {megabytes(ours.network, parts.vae):.0f} MB",
-                )
-            )
-        return rows
+        weights = [megabytes(parts.unet, parts.vae, parts.text), megabytes(ours.network, parts.vae)]
+
+        def said(plain: float, our: float) -> str:
+            return f"{said_flops(plain, our)}; weights {weights[0]:.0f} MB against {weights[1]:.0f} MB"
+
+        about = f"{self.side} px, {self.size} U-Net, {self.dtype} on {self.device}"
+        for claim, (plain, our) in sides.items():
+            yield self.compare(f"{family.name}, {claim}, {about}", plain, our, flops=said)
 
 
 @dataclass(frozen=True)
@@ -115,29 +100,20 @@ class Parts:
 
 def random_parts(size: Literal["small", "sd"], family: Family, device: str, dtype: torch.dtype) -> Parts:
     """Stable Diffusion 2's architecture for a family, at full size or with narrow layers."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     full = size == "sd"
-    width, base, text_width = (320, 128, 1024) if full else (64, 32, 128)
+    text_width = 1024 if full else 128
     torch.manual_seed(0)  # the libraries' initialisation draws from the global generator
     with torch.device(device):
-        unet: Any = UNet2DConditionModel(
+        unet = random_unet(
+            full,
             in_channels=4 if family.first_latent == "none" else 8,
-            out_channels=4,
-            block_out_channels=(width, 2 * width, 4 * width, 4 * width),
             cross_attention_dim=text_width,
-            attention_head_dim=[5, 10, 20, 20] if full else [1, 2, 4, 4],
-            use_linear_projection=True,
             class_embed_type="projection" if family.task_vector else None,
             projection_class_embeddings_input_dim=4 if family.task_vector else None,
         )
-        vae: Any = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(base, 2 * base, 4 * base, 4 * base),
-            layers_per_block=2,
-        )
+        vae = random_vae(full)
         text: Any = CLIPTextModel(
             CLIPTextConfig(
                 hidden_size=text_width,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones import Grid
-from diffrep.eval.benchmarks.timing import Row, Timing, interleave, table
+from diffrep.eval.benchmarks.timing import PairedBenchmark, Row, Timing, interleave
 from diffrep.fusion import Descriptors, joint_pca
 from diffrep.images import Placement
 from diffrep.index import FaissIndex, search
@@ -24,7 +24,7 @@ LOOP_ROWS = 40  # of the published row loop, which is timed on a share of the ro
 
 
 @dataclass(frozen=True)
-class MatchingBenchmark:
+class MatchingBenchmark(PairedBenchmark):
     """Compare matching of one pair with the plain ways, in one thread."""
 
     side: int = 60  # cells along each side of both maps
@@ -34,15 +34,9 @@ class MatchingBenchmark:
     image_side: int = 48  # cells along each side of its map, of 1280 channels as DIFT's
     pca_maps: tuple[tuple[int, int], ...] = ((15, 1280), (30, 1280), (60, 640))  # side, channels of sd-dino's taps
     pca_dims: int = 256
-    repeats: int = 5
-    device: str = "cpu"
 
-    def run(self) -> list[Row]:
-        """Time both sides of every claim, print the table and return its rows."""
-        torch.set_num_threads(1)
-        rows = [*self._dense(), self._full_resolution(), self._joint_pca()]
-        print(table(rows))
-        return rows
+    def rows(self) -> list[Row]:
+        return [*self._dense(), self._full_resolution(), self._joint_pca()]
 
     def _dense(self) -> list[Row]:
         size = f"{self.side**2} x {self.side**2} x {self.channels}"
@@ -52,8 +46,8 @@ class MatchingBenchmark:
 
         def both_ways() -> Tensor:
             scores = a @ b.T
-            there, back = scores.argmax(1), scores.argmax(0)
-            return back[there] == torch.arange(len(there), device=there.device)
+            forward, back = scores.argmax(1), scores.argmax(0)
+            return back[forward] == torch.arange(len(forward), device=forward.device)
 
         def flags() -> Tensor:
             found = match_dense(source, target, mutual).mutual
@@ -139,7 +133,7 @@ class MatchingBenchmark:
             return [joint_pca(pair, self.pca_dims) for pair in pairs]
 
         times = interleave({"plain": lowrank, "ours": exact}, repeats=self.repeats, device=self.device)
-        kept = [sum(float(m.square().sum()) for maps in found for m in maps) for found in (lowrank(), exact())]
+        variances = [sum(float(m.square().sum()) for maps in found for m in maps) for found in (lowrank(), exact())]
         again = all(torch.equal(x, y) for a, b in zip(exact(), exact(), strict=True) for x, y in zip(a, b, strict=True))
         difference = max(
             float((cosines(*a) - cosines(*b)).abs().max()) for a, b in zip(lowrank(), exact(), strict=True)
@@ -148,7 +142,7 @@ class MatchingBenchmark:
             f"joint PCA of {len(pairs)} maps to {self.pca_dims} each: randomised against exact",
             times["plain"],
             times["ours"],
-            f"variance kept {kept[1] / kept[0] - 1:+.1e} of the randomised, cosines up to {difference:.0e} apart,"
+            f"variance kept {variances[1] / variances[0] - 1:+.1e} of the randomised, cosines up to {difference:.0e} apart,"
             f" {'' if again else 'not '}the same numbers when run again",
         )
 

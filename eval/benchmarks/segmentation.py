@@ -6,6 +6,7 @@ the mask alone. The official program also runs six passes per image (its ensembl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.eval.benchmarks.features import count_flops
-from diffrep.eval.benchmarks.timing import Row, interleave, table
+from diffrep.eval.benchmarks.features import random_vae
+from diffrep.eval.benchmarks.timing import PairedBenchmark, Row, count_flops
 from diffrep.heads.diffdis import DiffDisUNet, branch_vectors
 from diffrep.heads.mask_prediction import PASSES
 from diffrep.heads.one_step import TIMESTEP, Schedule
@@ -36,64 +37,46 @@ _SCHEDULE = {
 
 
 @dataclass(frozen=True)
-class SegmentationBenchmark:
+class SegmentationBenchmark(PairedBenchmark):
     """Compare DiffDIS' official pass with ours: mask and edge, and the mask alone."""
 
     size: Literal["small", "sd"] = "small"  # sd: the published architecture (913 M parameters)
     side: int = 256  # of the image, pixels
-    repeats: int = 5
-    device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
 
-    def run(self) -> list[Row]:
-        """Time and count both sides, print the table and return its rows."""
-        torch.set_num_threads(1)
+    @torch.inference_mode()
+    def rows(self) -> list[Row]:
         head = published_head(self.device, getattr(torch, self.dtype), size=self.size)
         generator = torch.Generator().manual_seed(0)
         pixels = torch.rand(1, 3, self.side, self.side, generator=generator).to(self.device)
         noise = head.draw((self.side, self.side), 0).to(self.device, head.dtype)
         noises = [head.draw(size, 0, n) for n, size in enumerate(ensemble_sizes((self.side,) * 2, head.multiple) * 2)]
+        passes = count_flops(lambda: ensemble(head, pixels, noises[:PASSES], edges=True)[0]) / 1e9
 
-        @torch.inference_mode()
-        def official() -> Tensor:
-            return official_pass(head, pixels, noise)
-
-        @torch.inference_mode()
         def both() -> Tensor:
             mask, edge = head.forward(pixels, noise, edges=True)
             assert edge is not None
             return torch.cat([finish(mask), finish(edge)])
 
-        @torch.inference_mode()
         def mask_only() -> Tensor:
             return finish(head.forward(pixels, noise)[0])
 
-        @torch.inference_mode()
-        def all_passes() -> Tensor:
-            return ensemble(head, pixels, noises[:PASSES], edges=True)[0]
-
+        sides: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+            "mask and edge": (lambda: official_pass(head, pixels, noise), both),
+            "mask alone": (lambda: official_pass(head, pixels, noise)[:1], mask_only),
+        }
         rows = []
-        plain_flops = count_flops(official) / 1e9
-        passes = count_flops(all_passes) / 1e9
-        expected = official()
-        for claim, ours in (("mask and edge", both), ("mask alone", mask_only)):
-            times = interleave({"plain": official, "ours": ours}, repeats=self.repeats, device=self.device)
-            difference = float((ours() - expected[: len(ours())]).abs().max())
-            flops = count_flops(ours) / 1e9
+        for claim, (official, ours) in sides.items():
             memory = ""
             if self.device != "cpu":
                 memory = f"; peak memory MiB {_peak(official):.0f} against {_peak(ours):.0f}"
-            rows.append(
-                Row(
-                    f"{claim}, {self.side} px, {self.size} U-Net, {self.dtype} on {self.device}",
-                    times["plain"],
-                    times["ours"],
-                    f"largest difference of the mask {difference:.1e}",
-                    f"GFLOP {plain_flops:.1f} against {flops:.1f} ({1 - flops / plain_flops:.0%} fewer; the official"
-                    f" program's {PASSES} passes: {passes:.1f}){memory}",
-                )
-            )
-        print(table(rows))
+
+            def said(plain: float, our: float, memory: str = memory) -> str:
+                fewer = f"{1 - our / plain:.0%} fewer; the official program's {PASSES} passes: {passes:.1f}"
+                return f"GFLOP {plain:.1f} against {our:.1f} ({fewer}){memory}"
+
+            about = f"{self.side} px, {self.size} U-Net, {self.dtype} on {self.device}"
+            rows.append(self.compare(f"{claim}, {about}", official, ours, flops=said))
         return rows
 
 
@@ -119,20 +102,20 @@ def unet_both(unet: DiffDisUNet, latents: list[Tensor], noise: Tensor, context: 
     vectors = branch_vectors(rows // 2).to(noise)
     steps = torch.full((rows,), TIMESTEP, device=noise.device)
     embedding = unet.time_embedding(unet.time_proj(steps).to(noise.dtype)) + unet.class_embedding(vectors)
-    told = context.repeat(rows, 1, 1)
+    states = context.repeat(rows, 1, 1)
     hidden = unet.conv_in(torch.cat([latents[0], noise], dim=1))
     skips: list[Any] = [hidden]
     for number, block in enumerate(unet.down_blocks):
-        named = {"encoder_hidden_states": told} if getattr(block, "has_cross_attention", False) else {}
+        named = {"encoder_hidden_states": states} if getattr(block, "has_cross_attention", False) else {}
         hidden, residuals = block(hidden_states=hidden, temb=embedding, **named)
         skips += residuals
         if number < unet.levels:
             condition = unet.rgb_conv[number](latents[number + 1])
             skips[-1] = skips[-1] * unet.rgb_proj[number](condition) + unet.rgb_proj1[number](condition) + skips[-1]
-    hidden = unet.mid_block(hidden, embedding, encoder_hidden_states=told)
+    hidden = unet.mid_block(hidden, embedding, encoder_hidden_states=states)
     for block in unet.up_blocks:
         count = len(block.resnets)
-        named = {"encoder_hidden_states": told} if getattr(block, "has_cross_attention", False) else {}
+        named = {"encoder_hidden_states": states} if getattr(block, "has_cross_attention", False) else {}
         hidden = block(hidden_states=hidden, temb=embedding, res_hidden_states_tuple=tuple(skips[-count:]), **named)
         skips = skips[:-count]
     predicted: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
@@ -141,19 +124,11 @@ def unet_both(unet: DiffDisUNet, latents: list[Tensor], noise: Tensor, context: 
 
 def published_head(device: str, dtype: torch.dtype = torch.float32, *, size: Literal["small", "sd"] = "sd") -> DiffDis:
     """The published architecture with random weights, at full size or with narrow layers; "meta" computes nothing."""
-    from diffusers import AutoencoderKL
-
     narrow = {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": (1, 2, 4, 4)}
-    widths = (128, 256, 512, 512) if size == "sd" else (32, 64, 128, 128)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(0)
         unet = DiffDisUNet(SD_TURBO if size == "sd" else SD_TURBO | narrow)
-        vae: Any = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=widths,
-            layers_per_block=2,
-        )
+        vae = random_vae(size == "sd")
         context = torch.randn(1, 2, 1024)
     for module in (unet, vae):
         torch.nn.Module.to(module, dtype=dtype)

@@ -160,8 +160,8 @@ def official_loop(
     x, guidance, side = start[None], settings.guidance or 1.0, plan.window
     for step, timestep in enumerate(scheduler.timesteps):
         windows = torch.cat([x[:, :, i : i + side, j : j + side] for i, j in corners]).to(model.device, model.dtype)
-        time_told = (timestep.float() + settings.timestep_shift).to(model.device)
-        conditional, null = model(windows.repeat(2, 1, 1, 1), time_told, both).float().cpu().chunk(2)
+        shifted = (timestep.float() + settings.timestep_shift).to(model.device)
+        conditional, null = model(windows.repeat(2, 1, 1, 1), shifted, both).float().cpu().chunk(2)
         predicted = null + guidance * (conditional - null)
         total, count = torch.zeros_like(x), torch.zeros_like(x)
         for (i, j), value in zip(corners, predicted, strict=True):

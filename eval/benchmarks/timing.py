@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -75,3 +77,55 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"{row.ratio:>8.2f}x  {sides[0]:>27}  {sides[1]:>27}  {row.claim}")
         lines.append(f"{'':>11}{row.equality}{'; ' + row.flops if row.flops else ''}")
     return "\n".join(lines)
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating point operations of a function: products, convolutions and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class PairedBenchmark:
+    """A benchmark of claims "ours is as good as the plain way, and faster", measured in one thread."""
+
+    repeats: int = 5
+    device: str = "cpu"
+
+    def rows(self) -> Iterable[Row]:
+        """Measure every claim."""
+        raise NotImplementedError
+
+    def run(self) -> list[Row]:
+        """Time and count both sides of every claim, print the table and return its rows."""
+        torch.set_num_threads(1)
+        rows = list(self.rows())
+        print(table(rows))
+        return rows
+
+    def compare(
+        self,
+        claim: str,
+        plain: Callable[[], Tensor],
+        ours: Callable[[], Tensor],
+        *,
+        flops: Callable[[float, float], str] | None = None,
+        warmups: int = 2,
+    ) -> Row:
+        """Measure one claim: times, the largest difference of the results, and operations.
+
+        Args:
+            flops: says the GFLOP of both sides; None: in the usual words.
+        """
+        times = interleave({"plain": plain, "ours": ours}, repeats=self.repeats, warmups=warmups, device=self.device)
+        expected, got = plain().float(), ours().float()
+        difference = float((got - expected).abs().max() / expected.abs().max())
+        counts = [count_flops(side) / 1e9 for side in (plain, ours)]
+        said = (flops or said_flops)(*counts)
+        return Row(claim, times["plain"], times["ours"], f"largest difference {difference:.1e} of the maximum", said)
+
+
+def said_flops(plain: float, ours: float) -> str:
+    """GFLOP of both sides in words."""
+    return f"GFLOP {plain:.1f} against {ours:.1f} ({plain / ours:.2f}x)"

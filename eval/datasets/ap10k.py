@@ -18,7 +18,7 @@ from diffrep.eval.datasets.pairs import (
     AnnotatedImage,
     AnnotatedPair,
     PairSet,
-    annotations,
+    annotation_files,
     choose,
     collect,
     common,
@@ -40,7 +40,7 @@ def read_ap10k(root: str | Path, *, split: Ap10kSet = "test", categories: Sequen
     if is_release(root):
         return read_release(root, split, categories)
     need_folder(root, "ImageAnnotation", "JPEGImages", f"PairAnnotation/{split}")
-    files = annotations(root / "PairAnnotation" / split)
+    files = annotation_files(root / "PairAnnotation" / split)
     wanted = choose(f"AP-10K {split}", "category", sorted({_category(file) for file in files}), categories)
     image_notes = cache(read_document)  # an image is in many pairs
 

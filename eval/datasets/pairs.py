@@ -99,8 +99,10 @@ def collect(
             noted.append(Problem(where, "no keypoint is visible in both images"))
         else:
             pairs.append(pair)
-    found = {pair.category for pair in pairs}
-    noted += [Problem(category, "the category has no usable pair") for category in categories if category not in found]
+    covered = {pair.category for pair in pairs}
+    noted += [
+        Problem(category, "the category has no usable pair") for category in categories if category not in covered
+    ]
     return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted), split)
 
 
@@ -115,7 +117,7 @@ def choose(benchmark: str, what: str, known: Sequence[str], asked: Sequence[str]
     return tuple(asked or known)
 
 
-def annotations(folder: Path) -> list[Path]:
+def annotation_files(folder: Path) -> list[Path]:
     """The JSON files of a folder, sorted.
 
     Raises:

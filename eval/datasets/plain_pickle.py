@@ -133,17 +133,17 @@ def _reduce(function: Any, arguments: tuple[Any, ...]) -> Any:
     kind = function.split()[1]
     if kind == "encode":  # how protocol 2 writes bytes
         return arguments[0].encode(arguments[1])
-    found = _Array(kind)
+    result = _Array(kind)
     if kind == "dtype":
-        found.value = np.dtype(str(arguments[0]))
-        if found.value.hasobject:
+        result.value = np.dtype(str(arguments[0]))
+        if result.value.hasobject:
             raise ValueError(f"holds an array of {arguments[0]}; only numbers are read")
     elif kind == "_frombuffer":  # how protocol 5 writes arrays
         content, dtype, shape, order = arguments
-        found.value = np.frombuffer(content, dtype=_final(dtype)).reshape(shape, order=order)
+        result.value = np.frombuffer(content, dtype=_final(dtype)).reshape(shape, order=order)
     elif kind == "scalar":
-        found.value = np.frombuffer(arguments[1], dtype=_final(arguments[0]))[0]
-    return found
+        result.value = np.frombuffer(arguments[1], dtype=_final(arguments[0]))[0]
+    return result
 
 
 def _build(target: Any, state: Any) -> None:

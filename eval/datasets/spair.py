@@ -18,7 +18,7 @@ from diffrep.eval.datasets.pairs import (
     AnnotatedPair,
     DatasetError,
     PairSet,
-    annotations,
+    annotation_files,
     choose,
     collect,
     common,
@@ -97,7 +97,7 @@ def _read(
     keypoints: Literal["pair", "image"],
 ) -> PairSet:
     wanted = choose(name, "category", CATEGORIES, categories)
-    files = annotations(root / "PairAnnotation" / split)
+    files = annotation_files(root / "PairAnnotation" / split)
     image_notes = cache(read_document)  # an image is in many pairs
 
     def read(file: Path) -> AnnotatedPair:
