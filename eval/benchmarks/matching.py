@@ -142,8 +142,8 @@ class MatchingBenchmark(PairedBenchmark):
             f"joint PCA of {len(pairs)} maps to {self.pca_dims} each: randomised against exact",
             times["plain"],
             times["ours"],
-            f"variance kept {variances[1] / variances[0] - 1:+.1e} of the randomised, cosines up to {difference:.0e} apart,"
-            f" {'' if again else 'not '}the same numbers when run again",
+            f"variance kept {variances[1] / variances[0] - 1:+.1e} of the randomised,"
+            f" cosines up to {difference:.0e} apart, {'' if again else 'not '}the same numbers when run again",
         )
 
 
