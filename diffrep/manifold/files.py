@@ -56,6 +56,8 @@ class EmbedConfig:
             raise ValueError(f"method must be one of {', '.join(PRESETS)}, got {self.method!r}")
         if self.hover_points < 1:
             raise ValueError(f"hover_points must be at least 1, got {self.hover_points}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
         if self.thumbnails < 0:
             raise ValueError(f"thumbnails must be at least 0, got {self.thumbnails}")
 

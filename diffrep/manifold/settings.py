@@ -86,9 +86,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must not be negative, got {settings[name]!r}")
     if not 0 <= settings["triplet_weight"] <= 1:
         raise ValueError(f"triplet_weight must lie in [0, 1], got {settings['triplet_weight']!r}")
+    if settings["n_jobs"] == 0:
+        raise ValueError("n_jobs must be a number of threads, -1 for all cores, or None, got 0")
     t = settings["t"]
     if isinstance(t, str):
         if t != "auto":
             raise ValueError(f"t must be 'auto' or positive, got {t!r}")
-    elif not (np.size(t) and np.all(np.asarray(t, dtype=np.float64) > 0)):
+    elif not (np.size(t) and np.all(np.asarray(t, dtype=np.float64) > 0) and np.all(np.isfinite(t))):
         raise ValueError(f"t must be 'auto' or positive, got {t!r}")
