@@ -183,6 +183,12 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
         return backbone
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        """The hook of `save_pretrained` and `push_to_hub`: diffusion backbones become diffusers folders."""
+        if self.denoises is not None:
+            from diffrep.backbones.saving import save_backbone
+
+            save_backbone(self, save_directory)
+            return
         raise BackboneError(
             f"{self.name}: a {type(self).__name__} cannot be saved; keep the folder or file it came from"
         )

@@ -15,7 +15,7 @@ from diffrep.backbones.base import BackboneError, Conditions, Recommended
 from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.repositories import Repository, repository
-from diffrep.backbones.text import PipelineText, TextEncoders
+from diffrep.backbones.text import PipelineText, TextEncoders, quiet_libraries
 from diffrep.backbones.transformers import FLOW, KINDS, DiffusionTransformer
 from diffrep.devices import resolve_device
 from diffrep.files import one_line
@@ -46,7 +46,7 @@ def load_transformer(
     kind = source.json("transformer/config.json").get("_class_name")
     if kind not in KINDS:
         raise BackboneError(f"{source.label}: a {kind} cannot be tapped; known are {', '.join(KINDS)}")
-    scheduler = {} if kind in FLOW else source.json("scheduler/scheduler_config.json")
+    scheduler = source.json("scheduler/scheduler_config.json", required=kind not in FLOW)
     transformer = load_component(getattr(diffusers, kind), source, "transformer", dtype, weights=weights)
     backbone = DiffusionTransformer(
         transformer,
@@ -137,18 +137,19 @@ def load_component(
         with torch.device("meta"):
             return _built(kind.from_config, source, part, config)
     folder, chosen = source.part(part, need=part in ("unet", "transformer"))
-    module, info = _built(
-        kind.from_pretrained,
-        source,
-        part,
-        folder,
-        subfolder=part,
-        torch_dtype=dtype,
-        use_safetensors=True,
-        variant=chosen,
-        low_cpu_mem_usage=False,
-        output_loading_info=True,
-    )
+    with quiet_libraries():
+        module, info = _built(
+            kind.from_pretrained,
+            source,
+            part,
+            folder,
+            subfolder=part,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            variant=chosen,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(
             str(key) for key in info.get(what) or () if not (what[0] == "m" and str(key).startswith(optional))

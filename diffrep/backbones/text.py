@@ -31,17 +31,24 @@ class PromptEmbedding:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing a bar for the milliseconds of loading a text encoder."""
-    from transformers.utils import logging
+def quiet_libraries() -> Iterator[None]:
+    """Keep transformers and diffusers from drawing bars for milliseconds and warning of what is checked here."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    libraries: tuple[Any, ...] = (diffusers_logging, transformers_logging)
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    levels = [library.get_verbosity() for library in libraries]
     try:
+        for library in libraries:
+            library.disable_progress_bar()
+            library.set_verbosity_error()
         yield
     finally:
-        if was_on:
-            logging.enable_progress_bar()
+        for library, had_bar, level in zip(libraries, bars, levels, strict=True):
+            library.set_verbosity(level)
+            if had_bar:
+                library.enable_progress_bar()
 
 
 PROJECTION = "CLIPTextModelWithProjection"  # the second text encoder of SDXL, the only one of its refiner
@@ -96,7 +103,7 @@ class TextEncoders:
         vocabulary = self.source.fetch(f for f in self.source.files if f.startswith(f"{tokenizer}/"))
         folder, variant = self.source.part(part, need=False)
         try:
-            with _no_progress_bar():
+            with quiet_libraries():
                 encoder: Any = kinds[self.parts[part]].from_pretrained(
                     str(folder), subfolder=part, use_safetensors=True, variant=variant
                 )
@@ -186,7 +193,7 @@ class PipelineText:
         folder = source.fetch(file for file in source.files if file.startswith(starts))
         variant = next((variant for _, variant in variants.values() if variant), None)
         try:
-            with _no_progress_bar():
+            with quiet_libraries():
                 return getattr(diffusers, self.pipeline).from_pretrained(
                     str(folder), torch_dtype=self.dtype, use_safetensors=True, variant=variant, **absent
                 )
