@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the command `depth` of the group `eval`
     "demo": ("demo:Demo", "run everything on bundled images and write one page with pictures"),
@@ -144,15 +145,20 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"there is no command {word!r}; near names: {', '.join(near)}")
     from diffrep.commands.parsing import help_text, read_command
 
-    module, _, attribute = COMMANDS[name][0].partition(":")
-    module = module if module.startswith("diffrep.") else f"diffrep.commands.{module}"
-    kind = getattr(importlib.import_module(module), attribute)
+    kind = command_kind(name)
     upto = rest.index("--") if "--" in rest else len(rest)
     if {"-h", "--help", "--help-all"} & set(rest[:upto]):
         print(help_text(kind, f"diffrep {name}", everything="--help-all" in rest))
         return 0
     read_command(kind, rest, f"diffrep {name}").run()
     return 0
+
+
+def command_kind(name: str) -> Any:
+    """The class of a command of the table; its module is imported."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    module = module if module.startswith("diffrep.") else f"diffrep.commands.{module}"
+    return getattr(importlib.import_module(module), attribute)
 
 
 def _members(group: str) -> list[str]:

@@ -34,10 +34,10 @@ class ManifoldSettings:
 
     points: int = 500  # per data set; published: 2,000 of a roll and 5 x 500 of a tree
     seeds: tuple[int, ...] = (47, 48, 49, 50, 51)  # the published test seeds
-    roll_noise: tuple[float, ...] = (0.1, 0.5, 1.0)
-    roll_dims: tuple[int, ...] = (3, 10, 50)
-    tree_noise: tuple[float, ...] = (0.05, 0.1, 0.2)
-    tree_dims: tuple[int, ...] = (10, 30)
+    roll_noise: tuple[float, ...] = (0.1, 0.5, 1.0)  # standard deviations of the swiss rolls
+    roll_dims: tuple[int, ...] = (3, 10, 50)  # their dimensions after rotation
+    tree_noise: tuple[float, ...] = (0.05, 0.1, 0.2)  # standard deviations of the trees
+    tree_dims: tuple[int, ...] = (10, 30)  # their dimensions
     methods: tuple[str, ...] = ()  # empty: all that are installed
 
     def __post_init__(self) -> None:

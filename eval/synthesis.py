@@ -26,7 +26,7 @@ class SynthesisEvaluation:
     patches: int = 200  # painted alone, against as many real ones
     images: int = 4  # large ones of each kind: of unrelated cells, and cut from one scene; the seam ratio is their mean
     rows: int = 4  # cells of each
-    columns: int = 4
+    columns: int = 4  # cells across a painted image
     features: tuple[str, ...] = ("tiny-dino@class",)  # FID's feature spaces; inception:FILE and open_clip models too
     augment: bool = True  # also the augmentation experiment
     augmentation: AugmentationSettings = field(default_factory=AugmentationSettings)

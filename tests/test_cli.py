@@ -15,9 +15,9 @@ import torch
 import tyro
 from PIL import Image
 
-from diffrep.cli import COMMANDS, main
+from diffrep.cli import COMMANDS, command_kind, main
 from diffrep.commands.options import DeviceOptions
-from diffrep.commands.parsing import UsageError, options_of, read_command
+from diffrep.commands.parsing import FEW, UsageError, options_of, read_command
 
 
 @pytest.fixture
@@ -126,6 +126,13 @@ def test_a_comment_belongs_to_one_option() -> None:
         "inner.bare": "",
         "inner.late": "on its last line",
     }
+
+
+@pytest.mark.parametrize("name", [name for name, (home, _) in COMMANDS.items() if home])
+def test_what_help_shows_has_a_text_of_its_own(name: str) -> None:
+    options = options_of(command_kind(name))
+    shown = [option for option in options if option.positional] + [o for o in options if not o.positional][:FEW]
+    assert not [option.field for option in shown if not option.help]
 
 
 def test_what_was_typed_wins_over_defaults_that_depend_on_it() -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from diffrep.backbones import Backbone, Grid, load_backbone
 from diffrep.cli import main
-from diffrep.commands.query import contact_sheet
 from diffrep.eval.benchmarks.bulk import measure_index
 from diffrep.features import ExtractConfig, FeatureMaps, extract
 from diffrep.images import Placement, Sizing, load_image
@@ -23,6 +22,7 @@ from diffrep.index import (
     IndexConfig,
     StoredIndex,
     choose_kind,
+    contact_sheet,
     index_store,
     open_index,
     query_image,

@@ -179,7 +179,7 @@ class EvalAblation(ReportOptions):
     """
 
     task: Literal["disparity", "depth", "normals"] = "disparity"
-    base: str = "tiny"
+    base: str = "tiny"  # embedded model, diffusers folder or hub id that each training starts from
     data: str = "scenes"  # scenes to train on: rendered into WORK/scenes, or scenes=FOLDER
     scenes_to_render: int = 24000  # where --data names no folder
     work: Path = Path("runs/ablation")  # trainings; the same folder again goes on where it was

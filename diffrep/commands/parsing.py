@@ -28,6 +28,28 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
 
 import tyro
 
+WORDS = {  # what a field of this name means wherever no comment says more
+    "batch_size": "images or samples that go through the network together",
+    "benchmark": "which data set",
+    "categories": "of the rendered objects that take part",
+    "checkpoint_seconds": "between checkpoints",
+    "depth": "layers",
+    "epochs": "times that every sample is seen",
+    "head": "what is measured: an embedded head, a folder or a hub id",
+    "heads": "of the attention",
+    "layers": "how many",
+    "learning_rate": "step size of the optimiser, its highest",
+    "metric": "how two vectors are compared",
+    "momentum": "of the optimiser",
+    "recipe": "which published system",
+    "scheduler": "of the denoising steps",
+    "seed": "of all random draws",
+    "steps": "of denoising",
+    "task": "what is predicted",
+    "weight_decay": "of the optimiser",
+    "width": "channels",
+}
+
 FEW = 10  # options that `--help` shows; `--help-all` shows all of them
 
 
@@ -147,7 +169,8 @@ def _options(kind: type, field: str, flag: str, default: object) -> Iterator[Opt
         flags = (*aliases, f"--{name}", *([f"--{flag}no-{f.name.replace('_', '-')}"] if hint is bool else []))
         if tyro.conf.Positional in extras:
             flags = ()
-        yield Option(path, flags, hint, value, comments.get(f.name, ""), nested=bool(field))
+        text = comments.get(f.name) or WORDS.get(f.name, "")
+        yield Option(path, flags, hint, value, text, nested=bool(field))
 
 
 def _without_none(hint: Any) -> Any:

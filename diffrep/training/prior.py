@@ -28,7 +28,7 @@ class PriorTraining:
     condition: Literal["text", "label"] = "text"  # captions, or names of categories
     text: str = "tiny"  # encoder of texts: tiny, a diffusers folder, or open_clip:MODEL/PRETRAINED
     encoder: str = "tiny-dino"  # backbone of the embeddings
-    pooling: Pooling = "mean"
+    pooling: Pooling = "mean"  # how a patch becomes one vector
     shape: tuple[int, int] = (2, 2)  # cells into which a scene is cut
     count: int = 2000  # scenes
     width: int = 96
