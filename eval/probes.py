@@ -6,12 +6,12 @@ are bootstrapped over the test images, both rows' answers for the same image.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffrep.eval.published_probes import published_rows, published_table
+from diffrep.eval.report import Report, Section, with_interval
 from diffrep.heads.probes import Cell, ProbeData, ProbeFit, ProbeResult, paired_gain, train_probe
 from diffrep.heads.probes.layouts import HeadShape, Kind
 
@@ -19,7 +19,7 @@ FUSED = " + "
 
 
 @dataclass(frozen=True)
-class ProbesReport:
+class ProbesReport(Report):
     """Results by row, and how they were obtained.
 
     Attributes:
@@ -34,31 +34,32 @@ class ProbesReport:
     gains: Mapping[tuple[str, str], tuple[float, float, float]]
     benchmark: str = ""
 
-    def table(self) -> str:
-        """The report as text."""
-        width = max(map(len, self.rows))
+    def sections(self) -> Iterable[Section]:
+        """The data, every row's scores, gains of fusing, and published numbers."""
         counts = ", ".join(f"{part} {count}" for part, count in self.images.items())
-        lines = [f"{self.data}: {self.classes} classes; {counts} images", f"chance {100 / self.classes:.1f} %", ""]
-        lines.append(f"{'':<{width}}  {'test top-1, % (95 %)':>22}  {'per class':>9}  {'top-5':>6}  {'val':>5}")
-        for name, result in self.rows.items():
-            test = result.test
-            cell = f"{100 * test.top1:.1f} ({100 * test.low:.1f}..{100 * test.high:.1f})"
-            lines.append(
-                f"{name:<{width}}  {cell:>22}  {100 * test.mean_per_class:>9.1f}  {100 * test.top5:>6.1f}"
-                f"  {100 * result.val.top1:>5.1f}"
+        head = f"{self.data}: {self.classes} classes; {counts} images\nchance {100 / self.classes:.1f} %"
+        columns = ("test top-1, % (95 %)", "per class", "top-5", "val")
+        rows = [
+            (
+                name,
+                with_interval(result.test.top1, result.test.low, result.test.high, digits=1, percent=True),
+                *(f"{100 * v:.1f}" for v in (result.test.mean_per_class, result.test.top5, result.val.top1)),
             )
+            for name, result in self.rows.items()
+        ]
+        yield Section(head, columns, rows)
         if self.gains:
-            lines += ["", "Gains on the same test images (95 % interval)"]
+            lines = []
             for (ours, theirs), gain in self.gains.items():
                 value, low, high = (100 * g for g in gain)
                 lines.append(f"  {ours} over {theirs}: {value:+.1f} ({low:+.1f}..{high:+.1f}) points")
+            yield Section("Gains on the same test images (95 % interval)", notes=lines)
         if self.benchmark and (published := published_table(self.benchmark)):
-            lines += ["", published]
-        return "\n".join(lines)
+            yield Section(published)
 
-    def to_json(self) -> str:
-        """Everything in the table as numbers, with the settings that made them."""
-        document: dict[str, Any] = {
+    def document(self) -> Mapping[str, Any]:
+        """Everything in the tables as numbers, with the settings that made them."""
+        return {
             "data": self.data,
             "images": dict(self.images),
             "classes": self.classes,
@@ -70,7 +71,6 @@ class ProbesReport:
             ],
             "published": [vars(p) for p in published_rows(self.benchmark)],
         }
-        return json.dumps(document, indent=2)
 
 
 def compare_probes(
