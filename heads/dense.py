@@ -147,7 +147,7 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
     def _is_tiled(self, image: Image.Image, config: PredictConfig) -> bool:
         return config.tile is not None and max(image.size) > config.tile
 
-    def predict_batch(
+    def predict_batch(  # type: ignore[override]  # it names what can be given instead of drawn
         self,
         images: list[Image.Image],
         config: PredictConfig,

@@ -7,14 +7,15 @@ for where exactly an outline runs.
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from diffrep.files import read_document, save_weights, write_document
 
 FILE, CONFIG = "decoder.safetensors", "decoder.json"
 
@@ -65,9 +66,8 @@ class MaskDecoder(nn.Module):
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write weights and settings into a head's folder."""
-        weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, folder / FILE, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(self.settings) + "\n")
+        save_weights(folder / FILE, {name: value.to(dtype) for name, value in self.state_dict().items()}, format="pt")
+        write_document(folder / CONFIG, self.settings)
 
     @classmethod
     def load(cls, folder: Path) -> MaskDecoder | None:
@@ -78,10 +78,10 @@ class MaskDecoder(nn.Module):
         """
         if not (folder / FILE).is_file():
             return None
-        settings: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        settings = read_document(folder / CONFIG)
         try:
             decoder = cls(settings["latent_channels"], stride=settings["stride"], widths=tuple(settings["widths"]))
             decoder.load_state_dict({k: v.float() for k, v in load_file(folder / FILE).items()})
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder / FILE}: does not fit {CONFIG} ({' '.join(str(error).split())[:200]})") from None
         return decoder.eval().requires_grad_(False)

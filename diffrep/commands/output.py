@@ -16,4 +16,4 @@ def write_image(path: Path, image: Image.Image) -> None:
     """Write a picture; what was there is replaced only by a whole one. A PNG says that diffrep wrote it."""
     note = PngInfo()
     note.add_text("Software", MARK)
-    write_whole(path, lambda partial: image.save(partial, **({"pnginfo": note} if path.suffix == ".png" else {})))
+    write_whole(path, (lambda partial: image.save(partial, pnginfo=note)) if path.suffix == ".png" else image.save)

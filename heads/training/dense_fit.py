@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
+from diffrep.files import claim_folder
 from diffrep.heads.families import LOTUS_D, Family, Task
 from diffrep.heads.training.dense import (
     OneStepModel,
@@ -125,7 +125,8 @@ def train_one_step(
     Raises:
         ValueError: settings that do not go together, or a folder of another run.
     """
-    _claim(folder, training)
+    settings = {name: value for name, value in asdict(training).items() if name != "fit"}  # `fit` checks its own
+    claim_folder(folder, settings, name="training.json")
     parts = load_parts(training.base, pad=training.recipe.padded_context)
     model = build_model(training, parts)
     vae, recipe = parts.vae, training.recipe
@@ -164,23 +165,6 @@ def _encoding(vae: Any, training: OneStepTraining) -> Loss[Any]:
         return latent_losses(module, ema, {**encoded, "mask": latent_mask(batch["valid"], stride)})
 
     return loss
-
-
-def _claim(folder: Path, training: OneStepTraining) -> None:
-    """Note what a folder's run is, or check that it is the same. How long it trains, `fit` checks by itself.
-
-    Raises:
-        ValueError: it is another.
-    """
-    wanted = json.loads(json.dumps({k: v for k, v in asdict(training).items() if k != "fit"}))
-    file = folder / "training.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(wanted, indent=2) + "\n")
-        return
-    found = json.loads(file.read_text())
-    if changed := [f"{k} {v!r}, not {wanted.get(k)!r}" for k, v in found.items() if wanted.get(k) != v]:
-        raise ValueError(f"{folder}: holds a run with {'; '.join(changed)}; choose another folder or delete it")
 
 
 def parts_fingerprint(parts: PipelineParts) -> str:
