@@ -192,17 +192,15 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF tag says, in its own mode."""
-    turn = _TURNS.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    """The image turned as its EXIF tag says, in its own mode; a tag that cannot be read counts as none.
 
-
-def _orientation(image: Image.Image) -> object:
-    """The value of the EXIF tag. Pillow's `exif_transpose` rewrites all tags, and one that is damaged stops it."""
+    Pillow's `exif_transpose` rewrites all tags, and one that is damaged stops it.
+    """
     try:
-        return image.getexif().get(_ORIENTATION)
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:
-        return None
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:

@@ -31,15 +31,17 @@ class Index(Command):
     def run(self) -> None:
         if not self.stores:
             raise ValueError("say which stores: diffrep index STORE -o INDEX")
-        made = index_store(
+        index = index_store(
             [open_store(store) for store in self.stores], self.output, self.config, progress=not self.json
         )
         if self.json:
-            design = asdict(made.design)
-            print(json.dumps({"index": str(self.output), "vectors": len(made), "level": made.level, "design": design}))
+            design = asdict(index.design)
+            print(
+                json.dumps({"index": str(self.output), "vectors": len(index), "level": index.level, "design": design})
+            )
             return
-        print(f"{made.design.kind}: {made.design.reason}")
-        print(f"wrote {self.output}: {len(made):,} vectors of {made.tap}, one per {_ONE_PER[made.level]}")
+        print(f"{index.design.kind}: {index.design.reason}")
+        print(f"wrote {self.output}: {len(index):,} vectors of {index.tap}, one per {_ONE_PER[index.level]}")
 
 
 _ONE_PER = {"image": "image", "patch": "place"}

@@ -121,7 +121,7 @@ class Search(BackboneOptions, QuestionOptions):
 
         question = self.question()
         picture = load_image(self.image)
-        found = search_folder(
+        searched = search_folder(
             self.folder,
             picture,
             **question,
@@ -130,8 +130,8 @@ class Search(BackboneOptions, QuestionOptions):
             device=self.device,
             progress=not self.json,
         )
-        self.answer(picture, found.hits, question, {"folder": str(self.folder), "image": str(self.image)})
-        for name, reason in found.extracted.quarantined:
+        self.answer(picture, searched.hits, question, {"folder": str(self.folder), "image": str(self.image)})
+        for name, reason in searched.extracted.quarantined:
             print(f"left out {printable(name)}: {reason}", file=sys.stderr)
 
 

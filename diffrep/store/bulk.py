@@ -26,7 +26,7 @@ from diffrep.store.sources import ImageSource, Job, find_sources
 from diffrep.store.writer import StoreWriter
 
 Engine: TypeAlias = Literal["local", "ray"]
-Made: TypeAlias = "tuple[Job, ShardEntry, Mapping[str, Any]]"
+Finished: TypeAlias = "tuple[Job, ShardEntry, Mapping[str, Any]]"  # the last: libraries and device that made it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class BulkConfig:
     shard_images: int | None = None  # images per shard; None: 128 whole maps, 1024 of anything smaller
     workers: int | None = None  # processes that decode; None: one per core, less the one that computes
     changed: Changed = "refuse"  # images that are not as they were when they were extracted: refuse, keep, update
-    verify: bool = False  # first read all shards that are there and compare their hashes
+    verify: bool = False  # first read all shards of the store and compare their hashes
     engine: Engine = "local"  # ray: actors with one model each, on this machine or a cluster
     actors: int = 1  # with ray: how many
     address: str | None = None  # with ray: of the cluster; None: this machine
@@ -59,7 +59,7 @@ class Extracted:
     Attributes:
         folder: the store.
         images: whose features were extracted now.
-        before: images whose features were there already.
+        before: images whose features the store had already.
         quarantined: (name, reason) of images of this run that could not be used.
         seconds: it took, the loading of the backbone left out.
         notes: what was repaired.
@@ -126,22 +126,22 @@ def extract_store(
     with StoreWriter(folder, features, keep, root=base, shard_images=size) as writer:
         plan = make_plan(writer, sources, bulk.changed, verify=bulk.verify)
         total = sum(len(job.sources) for job in plan.jobs)
-        made: list[ShardEntry] = []
+        committed: list[ShardEntry] = []
         with tqdm(total=total, desc="extract", unit="image", disable=not progress) as bar:
             if bulk.engine == "ray":
-                from diffrep.store.bulk import ray_shards
-
                 shards = ray_shards(writer, plan.jobs, loaded, str(backbone), config, bulk, bar.update)
             else:
                 shards = local_shards(writer, plan.jobs, loaded, config, bulk, bar.update)
-            for _, entry, made_by in shards:
-                writer.commit(entry, made_by)
-                made.append(entry)
+            for _, entry, surroundings in shards:
+                writer.commit(entry, surroundings)
+                committed.append(entry)
         quarantined = tuple(
-            (file.name, reason) for entry in made for file, reason in load_records(writer.folder, entry).quarantined
+            (file.name, reason)
+            for entry in committed
+            for file, reason in load_records(writer.folder, entry).quarantined
         )
     seconds = time.monotonic() - begun
-    new = sum(entry.images for entry in made)
+    new = sum(entry.images for entry in committed)
     return Extracted(Path(folder), new, plan.finished, quarantined, seconds, plan.notes)
 
 
@@ -152,18 +152,18 @@ def local_shards(
     config: ExtractConfig,
     bulk: BulkConfig,
     progress: Callable[[int], Any],
-) -> Iterator[Made]:
+) -> Iterator[Finished]:
     """Make shards in this process, decoding in others; a shard is written while the next one is computed."""
-    made_by = environment(backbone)
+    surroundings = environment(backbone)
     with ThreadPoolExecutor(1, thread_name_prefix="write") as thread:
         writing: tuple[Job, Future[ShardEntry]] | None = None
         maker = ShardMaker(backbone, config, writer.manifest.keep)
         for job, builder in maker.run(jobs, workers=bulk.decoders(), progress=progress):
             if writing is not None:
-                yield writing[0], writing[1].result(), made_by
+                yield writing[0], writing[1].result(), surroundings
             writing = (job, thread.submit(writer.save, builder, job.number))
         if writing is not None:
-            yield writing[0], writing[1].result(), made_by
+            yield writing[0], writing[1].result(), surroundings
 
 
 class ShardActor:
@@ -186,15 +186,15 @@ class ShardActor:
         if weights_sha256(loaded) != weights:
             raise StoreError(f"{backbone} has other weights on this machine than where the run was started")
         self.maker = ShardMaker(loaded, config, keep)
-        self.folder, self.workers, self.made_by = Path(folder), workers, environment(loaded)
+        self.folder, self.workers, self.surroundings = Path(folder), workers, environment(loaded)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
         """{"job": JSON} -> {"shard": JSON}."""
-        given = json.loads(row["job"])
-        job = Job(given["number"], tuple(ImageSource(**source) for source in given["sources"]))
+        values = json.loads(row["job"])
+        job = Job(values["number"], tuple(ImageSource(**source) for source in values["sources"]))
         ((_, builder),) = self.maker.run([job], workers=self.workers)
         entry = builder.save(self.folder, job.number)
-        return {"shard": json.dumps({"entry": asdict(entry), "environment": self.made_by})}
+        return {"shard": json.dumps({"entry": asdict(entry), "environment": self.surroundings})}
 
 
 def ray_shards(
@@ -205,7 +205,7 @@ def ray_shards(
     config: ExtractConfig,
     bulk: BulkConfig,
     progress: Callable[[int], Any],
-) -> Iterator[Made]:
+) -> Iterator[Finished]:
     """Make shards with Ray Data.
 
     Raises:
@@ -246,9 +246,9 @@ def ray_shards(
             num_gpus=1 if loaded.device.type == "cuda" else 0,
         )
         for job, row in zip(jobs, shards.iter_rows(), strict=True):
-            made = json.loads(row["shard"])
+            values = json.loads(row["shard"])
             progress(len(job.sources))
-            yield job, ShardEntry(**made["entry"]), made["environment"]
+            yield job, ShardEntry(**values["entry"]), values["environment"]
     finally:
         if started:
             ray.shutdown()

@@ -39,7 +39,7 @@ class Plan:
     Attributes:
         jobs: shards to make, in order of their numbers.
         finished: images that are in the store and stay there.
-        notes: what was found, for the user.
+        notes: what is repaired, for the user.
     """
 
     jobs: tuple[Job, ...]
@@ -63,7 +63,7 @@ def make_plan(
         StoreError: images have changed and `changed` is ``refuse``, or a shard has to be made again and an
             image of it is gone.
     """
-    given = {source.name: source for source in sources}
+    named = {source.name: source for source in sources}
     jobs: list[Job] = []
     notes: list[str] = []
     known: set[str] = set()
@@ -79,12 +79,12 @@ def make_plan(
             continue
         listed = [*records.images, *(file for file, _ in records.quarantined)]
         known.update(file.name for file in listed)
-        different = [file.name for file in listed if file.name in given and _differs(file, given[file.name])]
+        different = [file.name for file in listed if file.name in named and _differs(file, named[file.name])]
         altered += different
         if wrong is not None:
             notes.append(f"made again: {wrong}")
         if wrong is not None or (different and changed == "update"):
-            jobs.append(Job(shard_number(shard.name), _in_order(writer, listed, given)))
+            jobs.append(Job(shard_number(shard.name), _in_order(writer, listed, named)))
         else:
             finished += shard.images
     if altered and changed == "refuse":
@@ -111,13 +111,13 @@ def _differs(file: ImageFile, source: ImageSource) -> bool:
 
 
 def _in_order(
-    writer: StoreWriter, listed: Sequence[ImageFile], given: Mapping[str, ImageSource]
+    writer: StoreWriter, listed: Sequence[ImageFile], named: Mapping[str, ImageSource]
 ) -> tuple[ImageSource, ...]:
     """The images of a shard that is there, in the order in which a collection lists them."""
     root = Path(writer.manifest.root)
-    order = {name: position for position, name in enumerate(given)}
-    sources = [given.get(file.name) or locate(root, file.name) for file in listed]
-    if gone := [source.name for source in sources if source.size < 0 and source.name not in given]:
+    order = {name: position for position, name in enumerate(named)}
+    sources = [named.get(file.name) or locate(root, file.name) for file in listed]
+    if gone := [source.name for source in sources if source.size < 0 and source.name not in named]:
         raise StoreError(f"{writer.folder}: a shard must be made again, but its image {gone[0]} is gone")
     return tuple(sorted(sources, key=lambda source: (order.get(source.name, len(order)), source.name)))
 
@@ -140,7 +140,7 @@ class ShardMaker:
 
         Args:
             workers: processes that decode.
-            progress: is told how many further images are done.
+            progress: is called with the number of further images that are done.
         """
         assert self.config.sizing is not None
         builder = ShardBuilder(self.keep)
@@ -205,12 +205,12 @@ class ShardMaker:
             part = batch[first : first + size]
             names = [file.name for file in part.files]
             try:
-                found = select(maps[first] if size == 1 else maps, self.keep, names)
+                selections = select(maps[first] if size == 1 else maps, self.keep, names)
             except PlacesError as error:
                 into.quarantine(part.positions[0], part.files[0], str(error))
                 continue
-            for position, file, kept in zip(part.positions, part.files, found, strict=True):
-                into.add(position, file, kept)
+            for position, file, selection in zip(part.positions, part.files, selections, strict=True):
+                into.add(position, file, selection)
         progress(len(batch))
 
 

@@ -287,14 +287,41 @@ class Store:
             ImportError: pyarrow is not installed.
             StoreError: there is no such tap, or the maps differ in size (read those by image or by batch).
         """
-        from diffrep.store.reader import arrow_table
-
-        return arrow_table(self, self._tap(tap))
+        tap = self._tap(tap)
+        try:
+            import pyarrow as pa
+        except ImportError:
+            raise ImportError("a store as an Arrow table needs pyarrow: pip install pyarrow") from None
+        shapes, batches = set(), []
+        for numbers, tensors in self.batches(1 << 30):
+            values = tensors[tap]
+            repeat = values.shape[1] if self.kind == "points" else 1
+            owners = [number for number in numbers for _ in range(repeat)]
+            images = [self.files[number] for number in owners]
+            sizes = [self[number].placement.image_size for number in numbers for _ in range(repeat)]
+            columns: dict[str, Any] = {
+                "image": pa.array([_text(image.name) for image in images]),
+                "sha256": pa.array([image.sha256 for image in images]),
+                "height": pa.array([height for height, _ in sizes], pa.int32()),
+                "width": pa.array([width for _, width in sizes], pa.int32()),
+            }
+            if self.kind == "points":
+                values = values.flatten(0, 1)
+                points = tensors["points"].flatten(0, 1).numpy()
+                columns |= {"x": pa.array(points[:, 0]), "y": pa.array(points[:, 1])}
+            shapes.add(tuple(values.shape[1:]))
+            if len(shapes) > 1:
+                raise StoreError(f"{self.folder}: its maps differ in size, read them by image or by batch")
+            columns["features"] = _features(values)
+            batches.append(pa.table(columns))
+        if not batches:
+            raise StoreError(f"{self.folder} holds no images")
+        return pa.concat_tables(batches)
 
     def verify(self) -> list[str]:
         """Read all shards and compare with the manifest's hashes. Returns what is wrong, one line per shard."""
-        found = (damage(self.folder, shard, contents=True) for shard in self.manifest.shards)
-        return [wrong for wrong in found if wrong is not None]
+        damages = (damage(self.folder, shard, contents=True) for shard in self.manifest.shards)
+        return [wrong for wrong in damages if wrong is not None]
 
     def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
@@ -347,39 +374,6 @@ def open_store(folder: str | Path, *, root: str | Path | None = None) -> Store:
         StoreError: there is no store, or a shard is missing or truncated; the message names the file.
     """
     return Store(folder, root=root)
-
-
-def arrow_table(store: Store, tap: str) -> Any:
-    """See `Store.table`."""
-    try:
-        import pyarrow as pa
-    except ImportError:
-        raise ImportError("a store as an Arrow table needs pyarrow: pip install pyarrow") from None
-    shapes, batches = set(), []
-    for numbers, tensors in store.batches(1 << 30):
-        values = tensors[tap]
-        repeat = values.shape[1] if store.kind == "points" else 1
-        owners = [number for number in numbers for _ in range(repeat)]
-        images = [store.files[number] for number in owners]
-        sizes = [store[number].placement.image_size for number in numbers for _ in range(repeat)]
-        columns: dict[str, Any] = {
-            "image": pa.array([_text(image.name) for image in images]),
-            "sha256": pa.array([image.sha256 for image in images]),
-            "height": pa.array([height for height, _ in sizes], pa.int32()),
-            "width": pa.array([width for _, width in sizes], pa.int32()),
-        }
-        if store.kind == "points":
-            values = values.flatten(0, 1)
-            points = tensors["points"].flatten(0, 1).numpy()
-            columns |= {"x": pa.array(points[:, 0]), "y": pa.array(points[:, 1])}
-        shapes.add(tuple(values.shape[1:]))
-        if len(shapes) > 1:
-            raise StoreError(f"{store.folder}: its maps differ in size, read them by image or by batch")
-        columns["features"] = _features(values)
-        batches.append(pa.table(columns))
-    if not batches:
-        raise StoreError(f"{store.folder} holds no images")
-    return pa.concat_tables(batches)
 
 
 def _text(name: str) -> str:

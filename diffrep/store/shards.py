@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -46,8 +47,8 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What is kept of one image.
+class Selection:
+    """The part of one image's features that a store holds.
 
     Attributes:
         features: tap -> (C, h, w) for whole maps, (C,) pooled, (P, C) at points; on the CPU, in the store's dtype.
@@ -151,20 +152,20 @@ class ShardBuilder:
 
     def __init__(self, keep: Keep) -> None:
         self.keep = keep
-        self._kept: dict[int, tuple[ImageFile, Kept]] = {}
+        self._selected: dict[int, tuple[ImageFile, Selection]] = {}
         self._quarantined: dict[int, tuple[ImageFile, str]] = {}
 
     def __len__(self) -> int:
-        return len(self._kept) + len(self._quarantined)
+        return len(self._selected) + len(self._quarantined)
 
-    def add(self, position: int, image: ImageFile, kept: Kept) -> None:
+    def add(self, position: int, image: ImageFile, selection: Selection) -> None:
         """Add image number `position` of the shard; one whose features are not finite is quarantined."""
-        for tap, values in kept.features.items():
+        for tap, values in selection.features.items():
             if not bool(torch.isfinite(values).all()):
                 hint = " (bfloat16 has the range of float32)" if self.keep.dtype == "float16" else ""
                 self.quarantine(position, image, f"features of {tap} are not finite in {self.keep.dtype}{hint}")
                 return
-        self._kept[position] = (image, kept)
+        self._selected[position] = (image, selection)
 
     def quarantine(self, position: int, image: ImageFile, reason: str) -> None:
         """Note that image number `position` cannot be used."""
@@ -179,23 +180,22 @@ class ShardBuilder:
         tensors: dict[str, list[Tensor]] = {}
         rows: list[tuple[int, int]] = []
         grids: dict[str, Grid] = {}
-        ordered = [self._kept[position] for position in sorted(self._kept)]
-        filled: dict[str, int] = {}
-        for _, kept in ordered:
-            count = 1 if kept.points is None else len(kept.points)
-            for tap, values in kept.features.items():
-                name = tensor_name(tap, self.keep.kind, kept.placement.canvas_size)
+        filled: Counter[str] = Counter()  # tensor -> its rows so far
+        ordered = [self._selected[position] for position in sorted(self._selected)]
+        for _, selection in ordered:
+            canvas, count = selection.placement.canvas_size, 1 if selection.points is None else len(selection.points)
+            for tap, values in selection.features.items():
+                name = tensor_name(tap, self.keep.kind, canvas)
                 tensors.setdefault(name, []).append(values if self.keep.kind == "points" else values[None])
                 if self.keep.kind == "maps":
-                    grids[name] = kept.grids[tap]
-            if kept.points is not None:
-                tensors.setdefault("points", []).append(kept.points)
-            rows.append((filled.get(name, 0), count))
-            for tap in kept.features:
-                filled[tensor_name(tap, self.keep.kind, kept.placement.canvas_size)] = rows[-1][0] + count
+                    grids[name] = selection.grids[tap]
+            if selection.points is not None:
+                tensors.setdefault("points", []).append(selection.points)
+            rows.append((filled[name], count))
+            filled.update({tensor_name(tap, self.keep.kind, canvas): count for tap in selection.features})
         records = Records(
             images=tuple(image for image, _ in ordered),
-            placements=tuple(kept.placement for _, kept in ordered),
+            placements=tuple(selection.placement for _, selection in ordered),
             rows=tuple(rows),
             grids=grids,
             quarantined=tuple(self._quarantined[position] for position in sorted(self._quarantined)),
@@ -293,9 +293,9 @@ def damage(folder: Path, shard: ShardEntry, *, contents: bool = False) -> str | 
         file = folder / SHARDS / f"{shard.name}.{ending}"
         if not file.is_file():
             return f"{file}: is missing, the manifest lists it; {_REPAIR}"
-        if (found := file.stat().st_size) != size:
-            word = "truncated" if found < size else "too long"
-            return f"{file}: is {word}, {found:,} bytes where the manifest says {size:,}; {_REPAIR}"
+        if (length := file.stat().st_size) != size:
+            word = "truncated" if length < size else "too long"
+            return f"{file}: is {word}, {length:,} bytes where the manifest says {size:,}; {_REPAIR}"
         if contents and _digest(file) != digest:
             return f"{file}: its bytes have changed since it was written; {_REPAIR}"
     return None
@@ -313,7 +313,7 @@ class PlacesError(ValueError):
     """Places that an image does not have."""
 
 
-def select(maps: FeatureMaps, keep: Keep, names: Sequence[str]) -> list[Kept]:
+def select(maps: FeatureMaps, keep: Keep, names: Sequence[str]) -> list[Selection]:
     """What is kept of each image of a batch, on the CPU and in the precision of the store.
 
     Args:
@@ -324,17 +324,17 @@ def select(maps: FeatureMaps, keep: Keep, names: Sequence[str]) -> list[Kept]:
     """
     dtype = getattr(torch, keep.dtype)
     if keep.kind == "points":
-        kept = []
+        selections = []
         for i, name in enumerate(names):
             one = maps[i]
             points = places_of(keep.points, name, one.placements[0].image_size)
             features = {tap: one.at(tap, points[None])[0].to(dtype).cpu() for tap in maps.taps}
-            kept.append(Kept(features, one.placements[0], one.grids, points))
-        return kept
+            selections.append(Selection(features, one.placements[0], one.grids, points))
+        return selections
     whole = {tap: pooled(maps, tap) for tap in maps.taps} if keep.kind == "pooled" else maps.maps
     chosen = {tap: values.to(dtype).cpu() for tap, values in whole.items()}
     return [
-        Kept({tap: values[i] for tap, values in chosen.items()}, placement, maps.grids)
+        Selection({tap: values[i] for tap, values in chosen.items()}, placement, maps.grids)
         for i, placement in enumerate(maps.placements)
     ]
 

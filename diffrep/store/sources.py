@@ -122,18 +122,18 @@ def _image_file(path: Path, root: Path) -> ImageSource:
 
 def _archive(file: Path, root: Path) -> list[ImageSource]:
     modified = file.stat().st_mtime_ns
-    found = []
+    members = []
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
                     name = f"{_name(file, root)}/{member.name.removeprefix('./')}"
-                    found.append(ImageSource(name, str(file), member.size, modified, member.offset_data))
+                    members.append(ImageSource(name, str(file), member.size, modified, member.offset_data))
     except (tarfile.TarError, OSError) as error:
         raise ImageError(f"{file}: is not an uncompressed tar archive ({error})") from None
-    if not found:
+    if not members:
         raise ImageError(f"{file}: no image found in the archive")
-    return found
+    return members
 
 
 def _paths_in(file: Path) -> list[Path]:
@@ -161,8 +161,8 @@ def read_image(root: Path, name: str) -> Image.Image:
     Raises:
         ImageError: it is gone, or cannot be read.
     """
-    archive, found, member = name.rpartition(".tar/")
-    if not found:
+    archive, separator, member = name.rpartition(".tar/")
+    if not separator:
         return load_image(root / name)
     try:
         with tarfile.open(root / f"{archive}.tar", "r:") as opened:
