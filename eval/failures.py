@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from diffrep.files import write_whole
 from diffrep.images import load_image
 
 TILE = 480  # pixels: the long side of each image in a picture
@@ -85,10 +86,9 @@ def _around(centre: tuple[float, float], radius: float) -> tuple[float, float, f
 
 def save_failures(failures: Sequence[Failure], folder: Path) -> list[Path]:
     """Write one PNG per failure, numbered from the worst."""
-    folder.mkdir(parents=True, exist_ok=True)
     files = []
     for number, failure in enumerate(failures, start=1):
         file = folder / f"{number:02d}.png"
-        draw_failure(failure).save(file)
+        write_whole(file, draw_failure(failure).save)
         files.append(file)
     return files
