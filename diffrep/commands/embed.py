@@ -31,7 +31,7 @@ class Embed(Command):
     def run(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
-            warnings.showwarning = _one_line
+            warnings.showwarning = _one_line  # type: ignore[assignment]  # takes the place as it comes
             result = embed_file(self.file, self.output, self.config, progress=not self.json)
         if self.json:
             print(json.dumps(result.settings, indent=2))
@@ -39,6 +39,6 @@ class Embed(Command):
             print("\n".join(f"wrote {path}" for path in result.files))
 
 
-def _one_line(message: Warning | str, *place: Any) -> None:
+def _one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
     """Show what was left out or guessed, without the place in our code."""
     print(f"diffrep embed: {message}", file=sys.stderr)

@@ -62,7 +62,7 @@ def phate_potential(operator: Array, t: int, *, gamma: float = 1.0) -> NDArray[n
 
 
 def cluster_transitions(affinity: Csr, clusters: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """PHATE's landmark operator for a given clustering of the points.
+    """PHATE's landmark operator for a clustering of the points.
 
     Returns:
         P_mn P_nm (m, m) on the clusters, and the transitions P_nm (n, m) from points to clusters; rows sum

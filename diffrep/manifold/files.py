@@ -183,7 +183,7 @@ def embed_file(
         check_writable(picture, FIGURES)
         paths = [picture, *(picture.with_suffix(ending) for ending in endings)]
         if any(path.exists() and source.exists() and path.samefile(source) for path in paths):
-            raise ValueError(f"{output}: would write over the table {source}")
+            raise ValueError(f"{output}: would write over the table {source}; choose another output name")
     color, from_file = config.color, config.color is not None and config.color.lower().endswith(".npy")
     table = _table_of(source, config, None if from_file else color)
     if color is not None and from_file:

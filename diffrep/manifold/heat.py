@@ -222,7 +222,7 @@ def implicit_heat(lap: Csr, signals: Array, t: float, *, steps: int = 32, theta:
 
 
 def spectral_heat(lap: Csr, t: float, *, rank: int | None = None) -> NDArray[np.float64]:
-    """H_t (n, n) from the eigenvectors of the Laplacian; from the `rank` smoothest ones where given."""
+    """H_t (n, n) from the eigenvectors of the Laplacian; from the `rank` smoothest ones alone."""
     from scipy.linalg import eigh
 
     n = lap.shape[0]

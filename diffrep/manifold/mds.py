@@ -1,4 +1,4 @@
-"""Multidimensional scaling: coordinates whose distances are the given ones, as far as that is possible."""
+"""Multidimensional scaling: coordinates whose distances come as close as possible to those of a matrix."""
 
 from __future__ import annotations
 
