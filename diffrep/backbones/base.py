@@ -92,6 +92,7 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         instance = super().__new__(cls, *args, **kwargs)
+        instance._hub_mixin_config = None  # the mixin would write the arguments, paths among them, beside the weights
         nn.Module.__init__(instance)  # so that a subclass without super().__init__() can hold modules too
         return instance
 
@@ -116,7 +117,8 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
             batch_size: images, or images x noise draws, that go through the network together.
 
         Returns:
-            tap -> (B, C, h, w), in the backbone's dtype on its device.
+            tap -> (B, C, h, w), in the backbone's dtype on its device; the same in every batch, up
+            to rounding.
         """
 
     def forward(
