@@ -79,8 +79,8 @@ def fit_robust(
         _robust_line(p[m].double(), r[m].double(), trials, rounds, seed)
         for p, r, m in zip(prediction, reference, mask, strict=True)
     ]
-    found = prediction.new_tensor(lines)
-    return found[:, 0], found[:, 1]
+    scales, shifts = prediction.new_tensor(lines).unbind(1)
+    return scales, shifts
 
 
 def _robust_line(p: Tensor, r: Tensor, trials: int, rounds: int, seed: int) -> tuple[float, float]:

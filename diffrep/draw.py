@@ -271,7 +271,7 @@ def _with_scale(picture: Image.Image, low: float, high: float) -> Image.Image:
 
 def draw_contact_sheet(
     image: Image.Image,
-    found: Sequence[tuple[Image.Image | None, str, Sequence[float] | None]],
+    results: Sequence[tuple[Image.Image | None, str, Sequence[float] | None]],
     *,
     point: Sequence[float] | None = None,
     box: Sequence[float] | None = None,
@@ -281,13 +281,13 @@ def draw_contact_sheet(
     """An image on the left, and beside it the images that were found for it, in rows, best first.
 
     Args:
-        found: (image, caption, place) each; an image that is gone is None, the place is (x, y) or None.
+        results: (image, caption, place) each; an image that is gone is None, the place is (x, y) or None.
         point: marked in the image, (x, y) in its pixels.
         box: marked in the image, (x0, y0, x1, y1) in its pixels.
-        side: of a found image's square, pixels; the image itself gets twice as much.
+        side: of a result's square, pixels; the image itself gets twice as much.
     """
-    columns = max(1, min(columns, len(found)))
-    rows, line = max(2, -(-len(found) // columns)), 26
+    columns = max(1, min(columns, len(results)))
+    rows, line = max(2, -(-len(results) // columns)), 26
     cell = (side + GAP, side + line + GAP)
     large = 2 * side + line
     sheet = Image.new("RGB", (large + 2 * GAP + columns * cell[0] + GAP, rows * cell[1] + GAP), PAPER)
@@ -300,7 +300,7 @@ def draw_contact_sheet(
         for inset, colour in ((-1, INK), (0, PAPER), (1, INK)):
             pen.rectangle((x0 + inset, y0 + inset, x1 - inset, y1 - inset), outline=colour)
     font = sized_font(13)
-    for number, (picture, caption, place) in enumerate(found):
+    for number, (picture, caption, place) in enumerate(results):
         corner = (large + 3 * GAP + number % columns * cell[0], GAP + number // columns * cell[1])
         if picture is None:
             pen.rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline=(200, 200, 196))

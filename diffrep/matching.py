@@ -119,15 +119,15 @@ def match_points(
     else:
         queries = source.rows()[source.nearest_cells(points)]
     allowed = open_cells(target, mask)
-    found, scores = _find(queries, target, allowed, mask, config)
+    matched, scores = _find(queries, target, allowed, mask, config)
     if not config.mutual:
-        return Matches(found, scores, None, points)
+        return Matches(matched, scores, None, points)
     back = open_cells(source, source_mask)
-    home = nearest(target.rows()[target.nearest_cells(found)], _take(source, back), config.metric)
+    home = nearest(target.rows()[target.nearest_cells(matched)], _take(source, back), config.metric)
     cells = back[home.indices]
     returned = torch.stack([cells % source.size[1], cells // source.size[1]], dim=-1)
     # not the very cell: a point at a cell's edge is as near to the next
-    return Matches(found, scores, ((returned - source.cells(points)).abs() <= 1).all(-1), points)
+    return Matches(matched, scores, ((returned - source.cells(points)).abs() <= 1).all(-1), points)
 
 
 @torch.no_grad()
@@ -151,9 +151,9 @@ def match_dense(
         best = _best_cells(queries, targets, config)
     if config.mode == "cell":
         assert best is not None
-        found, scores = _place(target, allowed[best.indices]), best.scores
+        matched, scores = _place(target, allowed[best.indices]), best.scores
     else:
-        found, scores = _find(queries, target, allowed, mask, config)
+        matched, scores = _find(queries, target, allowed, mask, config)
 
     def spread(values: Tensor, empty: float | bool) -> Tensor:
         full = values.new_full((source.size[0] * source.size[1], *values.shape[1:]), empty)
@@ -162,7 +162,7 @@ def match_dense(
 
     valid = spread(torch.ones_like(cells, dtype=torch.bool), False)
     mutual = None if best is None or best.mutual is None else spread(best.mutual, False)
-    return DenseMatches(source.cell_centres(), spread(found, torch.nan), spread(scores, torch.nan), valid, mutual)
+    return DenseMatches(source.cell_centres(), spread(matched, torch.nan), spread(scores, torch.nan), valid, mutual)
 
 
 @torch.no_grad()
@@ -182,12 +182,12 @@ def mutual_matches(
     cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
     best = nearest(_take(source, cells), _take(target, allowed), metric, mutual=True)
     assert best.mutual is not None
-    kept = best.mutual.nonzero()[:, 0]
-    kept = kept[best.scores[kept].argsort(descending=True, stable=True)]
-    scores = best.scores[kept]
-    found = _place(target, allowed[best.indices[kept]])
-    sources = _place(source, cells[kept])
-    return sources, Matches(found, scores, torch.ones_like(scores, dtype=torch.bool), sources)
+    pairs = best.mutual.nonzero()[:, 0]
+    pairs = pairs[best.scores[pairs].argsort(descending=True, stable=True)]
+    scores = best.scores[pairs]
+    matched = _place(target, allowed[best.indices[pairs]])
+    sources = _place(source, cells[pairs])
+    return sources, Matches(matched, scores, torch.ones_like(scores, dtype=torch.bool), sources)
 
 
 def check_points(points: Tensor | np.ndarray | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
@@ -239,13 +239,13 @@ def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:
     from diffrep.index import FaissIndex, search  # loads FAISS and the stores
 
     sources, gallery = (F.normalize(rows.joined(), dim=1) for rows in (queries, targets))
-    found = search(FaissIndex(gallery), sources)
-    indices = found.indices[:, 0]
+    neighbours = search(FaissIndex(gallery), sources)
+    indices = neighbours.indices[:, 0]
     if not config.mutual:
-        return Nearest(indices, found.scores[:, 0])
+        return Nearest(indices, neighbours.scores[:, 0])
     back = search(FaissIndex(sources), gallery).indices[:, 0]
     order = torch.arange(len(indices), device=indices.device)
-    return Nearest(indices, found.scores[:, 0], back[indices] == order)
+    return Nearest(indices, neighbours.scores[:, 0], back[indices] == order)
 
 
 def _place(descriptors: Descriptors, cells: Tensor) -> Tensor:

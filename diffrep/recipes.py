@@ -324,14 +324,16 @@ class Correspondence:
             ValueError: a point lies outside of the source.
         """
         images = (load_image(source), load_image(target))
-        return replace(match_points(*self.describe(*images), points, self.recipe.matching), images=images)
+        a, b = self.describe(*images)
+        return replace(match_points(a, b, points, self.recipe.matching), images=images)
 
     __call__ = match
 
     def match_dense(self, source: ImageLike, target: ImageLike) -> DenseMatches:
         """Where every location of one image lies in the other."""
         images = (load_image(source), load_image(target))
-        return replace(match_dense(*self.describe(*images), self.recipe.matching), images=images)
+        a, b = self.describe(*images)
+        return replace(match_dense(a, b, self.recipe.matching), images=images)
 
     def __repr__(self) -> str:
         return f"Correspondence({self.recipe.name!r}, {' + '.join(backbone.name for backbone in self.backbones)})"

@@ -34,7 +34,8 @@ def check_choices(settings: Any) -> None:
     Raises:
         ValueError: the message lists the choices.
     """
-    for name, choices in _choices(type(settings)).items():
+    kind: Any = type(settings)  # mypy takes no class for a hashable
+    for name, choices in _choices(kind).items():
         value = getattr(settings, name)
         if value is not None and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")

@@ -154,10 +154,10 @@ def _nearest_places(
     metric: Metric,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which of h * w places are painted (bool), from which of the other's places, and where all of those lie."""
-    there, painted = _places(pose, size, pose_mask)
-    here, lending = _places(appearance, other_size, mask)
-    best = nearest(pose.at(there[painted]), appearance.at(here[lending]), metric)
-    return painted, lending.nonzero()[:, 0][best.indices], here
+    places, painted = _places(pose, size, pose_mask)
+    other_places, lending = _places(appearance, other_size, mask)
+    best = nearest(pose.at(places[painted]), appearance.at(other_places[lending]), metric)
+    return painted, lending.nonzero()[:, 0][best.indices], other_places
 
 
 def _places(descriptors: Descriptors, size: tuple[int, int], mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -187,8 +187,8 @@ def smooth_field(field: SwapField, side: int) -> SwapField:
     padded = F.pad(field.points.movedim(-1, 0)[None], (margin,) * 4, value=torch.nan)
     windows = F.unfold(padded, side).view(2, side * side, *field.valid.shape)
     median = windows.nanmedian(1).values.movedim(0, -1)
-    astray = (field.points - median).abs().amax(-1, keepdim=True) > (margin + 1) * field.step
-    return replace(field, points=torch.where(astray, median, field.points))
+    outlying = (field.points - median).abs().amax(-1, keepdim=True) > (margin + 1) * field.step
+    return replace(field, points=torch.where(outlying, median, field.points))
 
 
 def warp(other: Image.Image, field: SwapField) -> Image.Image:
@@ -208,21 +208,21 @@ def warp(other: Image.Image, field: SwapField) -> Image.Image:
     base, share = cells.floor(), cells - cells.floor()
     total, weights = torch.zeros(height, width, 2), torch.zeros(height, width, 1)
     centre = cells.round().long()
-    own = points[centre[..., 1].clamp(0, h - 1), centre[..., 0].clamp(0, w - 1)]
+    nearest_place = points[centre[..., 1].clamp(0, h - 1), centre[..., 0].clamp(0, w - 1)]
     for down in (0, 1):
         for right in (0, 1):
             column = (base[..., 0].long() + right).clamp(0, w - 1)
             row = (base[..., 1].long() + down).clamp(0, h - 1)
             near = points[row, column]
-            together = (near - own).abs().amax(-1, keepdim=True) <= 4 * field.step
+            together = (near - nearest_place).abs().amax(-1, keepdim=True) <= 4 * field.step
             corner = torch.tensor([right, down])
             weight = (1 - (share - corner).abs()).prod(-1, keepdim=True) * together
             total += weight * near
             weights += weight
-    found = torch.where(weights > 0, total / weights.clamp(min=1e-12), own)
+    places = torch.where(weights > 0, total / weights.clamp(min=1e-12), nearest_place)
     pixels = torch.from_numpy(np.array(other.convert("RGB"))).permute(2, 0, 1)[None].float()
     span = torch.tensor([other.width, other.height])
-    grid = (found + 0.5) * (2 / span) - 1
+    grid = (places + 0.5) * (2 / span) - 1
     read = F.grid_sample(pixels, grid[None], padding_mode="border", align_corners=False)[0]
     return Image.fromarray(read.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
 

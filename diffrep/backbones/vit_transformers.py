@@ -72,7 +72,7 @@ class SavedVit(VisionTransformer):
         layers = [(p, m) for p, m in lists if len(m) == config.num_hidden_layers]
         if len(layers) != 1:
             raise BackboneError(f"{name}: a {type(network).__name__} has no plain list of layers that could be tapped")
-        self._path, self._blocks = layers[0]
+        self._path, self._blocks = layers[0][0], list(layers[0][1])
         accepted = inspect.signature(network.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         self.prefix = self._count_prefix()
@@ -172,4 +172,4 @@ def _trained_size(config: Any, preprocessor: Mapping[str, Any]) -> int:
     crop = preprocessor.get("crop_size") or preprocessor.get("size")
     if isinstance(crop, Mapping):
         crop = crop.get("height") or crop.get("shortest_edge")
-    return int(crop or getattr(config, "image_size", 224))
+    return int(crop or getattr(config, "image_size", None) or 224)
