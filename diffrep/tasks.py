@@ -76,13 +76,6 @@ def _head(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:
     return head, head.predict
 
 
-def _segmentation(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:
-    from diffrep.heads.segmentation_loading import load_segmentation
-
-    head = load_segmentation(name, **where)
-    return head, head.predict
-
-
 def _features(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:
     from diffrep.backbones import load_backbone
     from diffrep.features import extract
@@ -101,7 +94,7 @@ def _correspondence(name: str, task: str, **where: Any) -> tuple[Any, Callable[.
 TASKS: dict[str, tuple[str, Callable[..., tuple[Any, Callable[..., Any]]]]] = {  # task -> embedded model, its loader
     "depth": ("tiny-depth", _head),
     "normals": ("tiny-normals", _head),
-    "segmentation": ("tiny-segmentation", _segmentation),
+    "segmentation": ("tiny-segmentation", _head),
     "features": ("tiny", _features),
     "correspondence": ("tiny", _correspondence),
 }
