@@ -51,6 +51,7 @@ def tabbed(text: str) -> str:
         ("blank-lines.csv", f"\n\n,,\na,b,c\n{BODY}\n\n", None),
         ("excel.csv", f"a,b,c\n{BODY},,\n,,\n", "left out 2 rows without any cell"),
         ("spaces.csv", f"a, b, c\n{BODY}".replace(",", ", "), None),
+        ("two-lines.csv", f'\n"a\n\nb",b,"c\nd"\n\n{BODY}', None),
         ("mark.csv", f"\ufeffa,b,c\n{BODY}", None),
         ("UPPER.CSV", f"a,b,c\n{BODY}", None),
         ("UPPER.TSV", tabbed(f"a,b,c\n{BODY}"), None),
@@ -74,6 +75,30 @@ def test_fractions_in_the_first_line_are_a_row(tmp_path: Path) -> None:
     assert table.features.tolist() == [[5.1, 3.5], [4.9, 3.0], [7.0, 3.2]]
     assert table.column("column 2").tolist() == ["setosa", "setosa", "versicolor"]
     assert "the first line holds fractions" in notes[0]
+
+
+def test_counting_fractions_are_a_row_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "counting.csv"
+    path.write_text(f"0.0,1.0,2.0\n{BODY}")
+    table, notes = read(path)
+    assert len(table.features) == len(ROWS) + 1
+    assert "is taken for a row" in notes[0]
+
+
+def test_a_line_is_counted_through_names_of_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "lines.csv"
+    path.write_text('"a\nb",c\n1,2\n3,4\n5,\n')
+    with pytest.raises(TableError, match="line 5, column 'c'"):
+        read(path)
+
+
+@pytest.mark.parametrize("cell", ["$1,000", "12 %", "1.234,5", "1 234", "€5"])
+def test_quantities_that_stay_text_are_said(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "quantities.csv"
+    path.write_text("a,b,c\n" + "".join(f'{k},{k + 1},"{cell}"\n' for k in range(8)))
+    table, notes = read(path)
+    assert table.features.shape == (8, 2)
+    assert f"cells such as {cell!r} look like numbers" in notes[0]
 
 
 @pytest.mark.parametrize("cell", ["", "NA", "nan", "NULL", "inf"])

@@ -25,6 +25,7 @@ _SNIFF_ROWS = 200  # rows of a text file that are looked at before it is read
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "#n/a", "<na>")
 _THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+([eE][+-]?\d+)?")
+_QUANTITY = re.compile(r"[^\w\s]{0,2}\s?\d+(?:[.,' \u00a0\u202f]\d+)*\s?[^\w\s]?")  # $1,000  12 %  1.234,5  1'234
 _CODE = re.compile(r"[+-]?0\d+")  # 007 is a name, not a number
 
 
@@ -115,7 +116,7 @@ class _Layout:
 
     Attributes:
         names: of its columns.
-        skip: physical lines before the first row of cells.
+        skip: rows of the file before the first row of cells, empty ones too; a name in quotes may span lines.
         codes: positions of columns whose digits are no numbers, such as 007.
         row_names: the column that names the rows, if any.
     """
@@ -130,12 +131,12 @@ class _Layout:
     @classmethod
     def of(cls, path: Path) -> _Layout:
         delimiter = _delimiter(path)
-        lines: list[tuple[int, list[str]]] = []  # (physical lines up to and with this row, its cells)
+        lines: list[tuple[int, list[str]]] = []  # (rows of the file before this one, its cells)
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-            for cells in reader:
+            for before, cells in enumerate(reader):
                 if any(cell.strip() for cell in cells):
-                    lines.append((reader.line_num, [cell.strip() for cell in cells]))
+                    lines.append((before, [cell.strip() for cell in cells]))
                 if len(lines) > _SNIFF_ROWS:
                     break
             else:
@@ -143,9 +144,9 @@ class _Layout:
                     raise TableError(f"{path}: holds no rows of cells")
         first, body = lines[0][1], [cells for _, cells in lines[1:]]
         if not _is_header(path, first, body):
-            names, skip, body = [f"column {k}" for k in range(len(first))], lines[0][0] - 1, [first, *body]
+            names, skip, body = [f"column {k}" for k in range(len(first))], lines[0][0], [first, *body]
         else:
-            names, skip = first, lines[0][0]
+            names, skip = first, lines[0][0] + 1
             if not body:
                 raise TableError(f"{path}: has a header, but no rows")
         row_names = ""
@@ -167,17 +168,15 @@ class _Layout:
     def line_of(self, row: int) -> int:
         """The physical line on which a row of cells begins, counted from 1."""
         with self.path.open(newline="", encoding="utf-8-sig") as file:
-            for _ in range(self.skip):
-                file.readline()
             reader = csv.reader(file, delimiter=self.delimiter)
             begin = 0
-            for cells in reader:
-                if cells:
+            for before, cells in enumerate(reader):
+                if cells and before >= self.skip:
                     if row == 0:
-                        return self.skip + begin + 1
+                        return begin + 1
                     row -= 1
                 begin = reader.line_num
-        return self.skip + begin
+        return begin
 
 
 def _delimiter(path: Path) -> str:
@@ -200,10 +199,13 @@ def _is_header(path: Path, first: list[str], body: list[list[str]]) -> bool:
         return any(first)
     if all(numbers):
         count = list(range(len(first)))
-        if first in ([str(k) for k in count], [str(k + 1) for k in count]):
-            say(path, f"the first line ({', '.join(first[:4])}...) is taken for column names, not for a row")
-            return True
-        return False
+        counted = [float(cell) for cell in first] in (count, [k + 1 for k in count])
+        whole = all(cell.isdigit() for cell in first)
+        if counted:
+            names, row = "column names", "a row"
+            taken, other = (names, row) if whole else (row, names)
+            say(path, f"the first line ({', '.join(first[:4])}...) is taken for {taken}, not for {other}")
+        return counted and whole
     if any(number and not cell.isdigit() for number, cell in zip(numbers, first, strict=True)):
         say(path, "the first line holds fractions: it is taken for a row, not for column names")
         return False
@@ -239,6 +241,9 @@ def _numbers_in_text(path: Path, name: str, cells: Series, layout: _Layout, plac
         )
     if share > 0:
         say(path, f"column {name!r} is taken for text, though {share:.0%} of its cells are numbers")
+    elif (quantities := written.str.fullmatch(_QUANTITY.pattern) & ~codes[written.index]).mean() >= 0.5:
+        cell = written[quantities].iloc[0]
+        say(path, f"column {name!r} is taken for text, though cells such as {cell!r} look like numbers")
     return cells
 
 
