@@ -153,13 +153,11 @@ def evaluate_synthesis(
         encoder: makes the embeddings; the one that the model's record names where left out.
 
     Raises:
-        ValueError: the model's record names no encoder, or the encoder's embeddings do not fit the model.
+        ValueError: the model's record names no encoder that is here, or the embeddings do not fit the model.
     """
     settings, sampling = settings or SynthesisEvaluation(), sampling or SynthesisSettings()
     if encoder is None:
-        if model.about.encoder is None:
-            raise ValueError(f"{model.name}: its record names no encoder of the embeddings; give one")
-        encoder = ImageEncoder.load(model.about.encoder, model.about.pooling)
+        encoder = ImageEncoder.of_model(model)
     size, shape = model.window * model.factor, (settings.rows, settings.columns)
     cells = settings.rows * settings.columns
     extractors = {name: load_features(name) for name in settings.features}

@@ -34,9 +34,11 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
         name: as `load_head` was asked for it.
         recognised: what it was recognised as, and by what, in one sentence.
         source: the folder or hub id that it came from; empty where it was made in memory.
+        base: the folder or hub id that its VAE came from, likewise.
     """
 
     task: str
+    base: str = ""
     CONFIG: type[ConfigT]
 
     def __init__(self, model: nn.Module, task: str, *, name: str, recognised: str = "", source: str = "") -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones.pipelines import local_variant, read_json
-from diffrep.backbones.repositories import EMBEDDED, HUB, MODELS
+from diffrep.backbones.repositories import EMBEDDED, HUB, MODELS, is_hub_id, without_fetching
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import save_weights, write_document, write_whole
 from diffrep.heads.families import Frame
@@ -87,7 +87,7 @@ def save_head(head: Head[Any, Any], folder: Path) -> None:
         raise HeadError(f"{head.name}: was made in memory and has no files to save; write_head writes such heads")
     place = _local(head.source)
     about = json_of(str(place), HEAD_FILE)
-    base = _local(base_of(head.source, about))
+    base = _local(head.base or base_of(head.source, about))
     for part in ("unet", "vae", "scheduler"):
         for file in sorted((place if (place / part).is_dir() else base).glob(f"{part}/*")):
             if file.suffix in (".json", ".safetensors"):
@@ -144,16 +144,25 @@ def stored_context(source: str, base: str, device: torch.device, dtype: torch.dt
 
 
 def base_of(source: str, head: Mapping[str, Any]) -> str:
-    """Where VAE and scheduler lie."""
+    """Where VAE and scheduler lie.
+
+    Raises:
+        HeadError: that is nowhere, or would have to be fetched.
+    """
     if not head.get("base"):
         return source
     base = str(head["base"])
-    if base in EMBEDDED or base in HUB:
+    if base in EMBEDDED:
         return named(base)
     if (relative := Path(source) / base).is_dir():
         return str(relative)
-    if base.count("/") == 1 and not base.startswith("."):
-        return base  # a hub id
+    if base in HUB or is_hub_id(base):
+        if (local := without_fetching(base)) is not None:
+            return local
+        raise HeadError(
+            f"{source}: {HEAD_FILE} names the base {base}, which would have to be fetched: nothing is fetched because a"
+            f" file says so; to have it fetched name it as the base: --base {base}, or base={base!r} in Python"
+        )
     raise HeadError(f"{source}: {HEAD_FILE} names the base {base}, which is no folder and no known model")
 
 

@@ -146,10 +146,14 @@ def load_head(
         if _holds_diffdis(source):
             if (task or "segmentation") != "segmentation" or (family or DIFFDIS) != DIFFDIS:
                 raise HeadError(f"{name}: is a DiffDIS, a head for segmentation, not {task or family}")
-            return _load_segmentation(source, place, numbers, needs_base=base is None)
+            head: Any = _load_segmentation(source, place, numbers, needs_base=base is None)
+            head.base = source.base
+            return head
         if task == "segmentation" or family == DIFFDIS:
             _refuse_as_diffdis(source)
-        return _load_dense(source, task, family, place, numbers, fold)  # type: ignore[arg-type]  # checked above
+        head = _load_dense(source, task, family, place, numbers, fold)  # type: ignore[arg-type]  # checked above
+        head.base = source.base
+        return head
     except HeadError:
         raise
     except SafetensorError as error:

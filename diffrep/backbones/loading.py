@@ -266,7 +266,7 @@ def _load_folder(source: Repository, options: LoadOptions) -> Backbone:
             f"{source.label}: is an ADM in the layout of a modified diffusers; give openai's original checkpoint"
         )
     if folder is not None and "num_res_blocks" in config:
-        file = only_weights(folder)
+        file = only_weights(folder, (".safetensors", ".pt"))
         return adm_backbone(read_weights(file), {**config, **(options.adm or {})}, name=name, source=str(file))
     if folder is not None:
         return load_vit_folder(folder, config, name=name, stride=options.stride)

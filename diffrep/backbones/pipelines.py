@@ -16,7 +16,7 @@ from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.repositories import Repository, repository
 from diffrep.backbones.text import PipelineText, TextEncoders, quiet_libraries
-from diffrep.backbones.transformers import FLOW, KINDS, DiffusionTransformer
+from diffrep.backbones.transformers import FLOW, FORMER, KINDS, DiffusionTransformer
 from diffrep.devices import resolve_device
 from diffrep.files import one_line
 from diffrep.images import Sizing
@@ -43,7 +43,10 @@ def load_transformer(
     source = repository(source, variant=variant)
     _refuse_missing(source, "transformer/config.json", "vae/config.json")
     index = source.json("model_index.json", required=False)
-    kind = source.json("transformer/config.json").get("_class_name")
+    config = source.json("transformer/config.json")
+    kind = config.get("_class_name")
+    if kind == "Transformer2DModel":
+        kind = FORMER.get(str(config.get("norm_type")), kind)
     if kind not in KINDS:
         raise BackboneError(f"{source.label}: a {kind} cannot be tapped; known are {', '.join(KINDS)}")
     scheduler = source.json("scheduler/scheduler_config.json", required=kind not in FLOW)
@@ -80,9 +83,16 @@ def load_diffusers(
 
     source = repository(source, variant=variant)
     _refuse_missing(source, "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    channels = int(source.json("unet/config.json").get("in_channels", 4))
+    config = source.json("unet/config.json")
+    channels = int(config.get("in_channels", 4))
     latent = int(source.json("vae/config.json").get("latent_channels", 4))
     refuse_channels(source.label, channels, latent)
+    if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
+        raise BackboneError(
+            f"{source.label}: the U-Net is conditioned on a class or task vector: it is a dense-prediction model"
+            " (`diffrep depth --model`?) or an upscaler, and cannot be tapped this way; give the model that it was"
+            " fine-tuned from"
+        )
     parts = _text_parts(source.json("model_index.json", required=False))
     if not parts and (source.folder is None or source.has("text_encoder")):
         parts = {"text_encoder": "CLIPTextModel"}

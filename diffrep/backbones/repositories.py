@@ -117,6 +117,29 @@ def cached_snapshot(folder: Path, revision: str | None = None) -> Path | None:
     return commits[0] if len(commits) == 1 and revision is None else None
 
 
+def without_fetching(name: str) -> str | None:
+    """A model that a file names and the user does not, where it is on this machine: nothing is fetched for a file.
+
+    Returns:
+        An embedded model's name, a folder or file, or the folder of a repository in the local cache of the hub; None
+        where it would have to be fetched.
+
+    Raises:
+        BackboneError: there are options behind the name that no backbone has.
+    """
+    base, options = split_options(expand(name))
+    if base in EMBEDDED or Path(base).exists():
+        return name
+    from huggingface_hub import constants
+
+    revision = options.pop("revision", None)
+    for repository_id in REPOSITORIES.get(base, (base,) if is_hub_id(base) else ()):
+        folder = Path(constants.HF_HUB_CACHE) / f"models--{repository_id.replace('/', '--')}"
+        if (snapshot := cached_snapshot(folder, revision)) is not None:
+            return with_options(snapshot, **options)
+    return None
+
+
 class Repository:
     """The files of one model, wherever they are.
 

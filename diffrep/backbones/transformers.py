@@ -31,6 +31,10 @@ from diffrep.backbones.text import PromptEmbedding
 from diffrep.images import Sizing
 
 KINDS = ("FluxTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel")
+FORMER = {  # what diffusers' former `Transformer2DModel` is, by its normalisation; public files still name it
+    "ada_norm_single": "PixArtTransformer2DModel",
+    "ada_norm_zero": "DiTTransformer2DModel",
+}
 FLOW = KINDS[:2]  # trained by rectified flow: z_s = s noise + (1 - s) z
 NORM_EPS = 1e-6
 

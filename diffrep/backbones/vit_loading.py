@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,16 @@ TIMM = {  # short name -> timm architecture with its weights
 }
 
 
-def only_weights(folder: Path) -> Path:
-    files = sorted(folder.glob("*.safetensors"))
+def only_weights(folder: Path, endings: Sequence[str] = (".safetensors",)) -> Path:
+    """The one weight file of a folder; of several kinds, that of the first kind that it has.
+
+    Raises:
+        BackboneError: there is none, or there are several.
+    """
+    files = next((files for ending in endings if (files := sorted(folder.glob(f"*{ending}")))), [])
     if len(files) != 1:
-        raise BackboneError(f"{folder}: expected one .safetensors file beside config.json, found {len(files)}")
+        expected = " or ".join(endings)
+        raise BackboneError(f"{folder}: expected one {expected} file beside config.json, found {len(files)}")
     return files[0]
 
 

@@ -102,13 +102,9 @@ class Match(BackboneOptions, DeviceOptions):
         from diffrep.recipes import reading_of
 
         if self.recipe is not None or not self.backbone:
-            if self.named(""):
-                raise ValueError(
-                    "--lora, --variant and --revision go with one --backbone and without --recipe; there they stand"
-                    " behind a model's name: --backbone 'NAME?lora=FILE'"
-                )
+            models = self.named_alone(self.backbone)
             chosen, backbones = chosen_recipe(
-                self.recipe, self.backbone, typed_extraction(self.typed, self.extract), self.size, device
+                self.recipe, models, typed_extraction(self.typed, self.extract), self.size, device
             )
             return dataclasses.replace(chosen, matching=self.matching), backbones
         if len(self.backbone) > 1:

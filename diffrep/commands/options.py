@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
@@ -57,6 +58,19 @@ class BackboneOptions(Command):
         from diffrep.backbones.repositories import with_options
 
         return with_options(backbone, lora=self.lora, variant=self.variant, revision=self.revision)
+
+    def named_alone(self, backbones: Sequence[str]) -> tuple[str, ...]:
+        """Backbones' names with these options, which one alone takes.
+
+        Raises:
+            ValueError: there are options, but none or several backbones.
+        """
+        if self.named("") and len(set(backbones)) != 1:
+            raise ValueError(
+                "--lora, --variant and --revision go with one --backbone; with several they stand behind a model's"
+                " name: 'NAME?lora=FILE'"
+            )
+        return tuple(map(self.named, backbones))
 
 
 class Printable(Protocol):

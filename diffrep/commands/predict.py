@@ -122,6 +122,7 @@ class Depth(ImageCommand):
     preview: bool = True  # also write a coloured picture
     task: Literal["depth", "disparity"] | None = None  # what the model predicts, where its files do not say it
     family: str | None = None  # what the model is, where its files do not say it, for example e2e-ft
+    base: str | None = None  # where VAE and text encoder are, for a model that names others than you have
     fit: Literal["robust", "least squares"] = "robust"  # how scale and shift are fitted to the known depths
     known_per_metre: float = 1000.0  # counts of a .png of known depths that make a metre
     intrinsics: str | None = None  # ply: fx,fy,cx,cy of the camera in pixels
@@ -136,7 +137,7 @@ class Depth(ImageCommand):
         self._check()
         inputs = self.inputs()
         known = {} if self.known is None else known_files(self.known, {i.path: (i.below, Path(i.name)) for i in inputs})
-        head = self.load(task=self.task, family=self.family)
+        head = self.load(task=self.task, family=self.family, base=self.base)
         if head.task not in ("depth", "disparity"):
             raise ValueError(f"{self.model}: predicts {head.task}; use diffrep {_command_of(head.task)}")
         if self.to_video:
@@ -241,6 +242,7 @@ class Normals(ImageCommand):
     preview: bool = True  # also write a coloured picture, always with x right and y up
     task: Literal["normals"] | None = None  # say it where the model's files do not
     family: str | None = None  # what the model is, where its files do not say it, for example e2e-ft
+    base: str | None = None  # where VAE and text encoder are, for a model that names others than you have
     predict: Annotated[PredictConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=PredictConfig)
 
     def run(self) -> None:
@@ -249,7 +251,7 @@ class Normals(ImageCommand):
         if self.to_video and {"formats", "frame", "preview"} & self.typed:
             raise ValueError(f"--formats, --frame and --preview go with a folder, not with the video {self.output}")
         inputs = self.inputs()
-        head = self.load(task=self.task, family=self.family)
+        head = self.load(task=self.task, family=self.family, base=self.base)
         if head.task != "normals":
             raise ValueError(f"{self.model}: predicts {head.task}; use diffrep {_command_of(head.task)}")
         if self.to_video:

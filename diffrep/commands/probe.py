@@ -44,8 +44,10 @@ class Train(NewProbe, Classifier):
     def run(self) -> None:
         self.check_new("classification")
         data = self.images.find(self.data)
-        backbones = self.extraction.load([text.split(",")[0] for text in self.cells])
-        cells = parse_cells(self.cells, backbones)
+        names = [text.split(",")[0] for text in self.cells]
+        backbones = self.extraction.load(names)
+        named = [self.extraction.named(n) + text.removeprefix(n) for n, text in zip(names, self.cells, strict=True)]
+        cells = parse_cells(named, backbones)
         prepared = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
         layout = prepared.layout(self.head, cells, shape=self.shape)
         result = train_probe(prepared, layout, self.seeded_fit(), seed=self.images.split_seed)
@@ -73,7 +75,7 @@ class TrainFeedback(NewProbe):
         self.check_new("feedback")
         data = self.images.find(self.data)
         split = split_rows(data, shares=self.images.shares, seed=self.images.split_seed)
-        backbone = self.extraction.load([self.backbone])[self.backbone]
+        backbone = self.extraction.load_one(self.backbone)
         probe, test = train_feedback(data, split, backbone, self.fit, self.extraction.config())
         self.finish(probe, [balance(data, split), *score_lines({"test": test})])
 

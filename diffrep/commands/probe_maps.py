@@ -70,7 +70,7 @@ class TrainPixels(NewProbe):
         if not self.timesteps or self.taps == () or self.pixels_per_image < 1:
             raise ValueError("--timesteps, --taps and --pixels-per-image need at least one")
         train, test, labels = self._data()
-        backbone = self.extraction.load([self.backbone])[self.backbone]
+        backbone = self.extraction.load_one(self.backbone)
         probe = train_pixel_probe(
             tqdm(labels.examples(train), desc="reading pixels", unit="image", total=len(train)),
             labels.names,
@@ -130,7 +130,7 @@ class TrainDense(NewProbe):
             raise ValueError("--taps needs at least one")
         train, test = self.data.find(self.images, self.annotations, self.task)
         annotation = Annotation() if self.images == SCENES else self.annotation
-        backbone = self.extraction.load([self.backbone])[self.backbone]
+        backbone = self.extraction.load_one(self.backbone)
         probe = train_dense_probe(
             train,
             self.task,

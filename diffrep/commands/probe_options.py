@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.commands.options import Command, DeviceOptions
+from diffrep.commands.options import BackboneOptions, Command, DeviceOptions
 from diffrep.commands.output import check_writable
 from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig
@@ -71,7 +71,7 @@ class Images(WorkOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction(DeviceOptions):
+class Extraction(BackboneOptions, DeviceOptions):
     """How the backbone is used; what is left out is as it recommends."""
 
     size: int | None = None  # side of the square that images are brought to, pixels
@@ -93,16 +93,21 @@ class Extraction(DeviceOptions):
         )
 
     def load(self, names: Sequence[str]) -> dict[str, Backbone]:
-        """Load backbones by their names.
+        """Load backbones by their names; the names that they get have the options of the command line.
 
         Raises:
-            ValueError: there are none.
+            ValueError: there are none, or several and options that only one takes.
         """
         if not names:
             raise ValueError("name at least one backbone")
         self.config()  # refuses what means nothing before anything is loaded
         device = resolve_device(self.device)
-        return {name: load_backbone(name, device=device) for name in dict.fromkeys(names)}
+        return {name: load_backbone(name, device=device) for name in dict.fromkeys(self.named_alone(names))}
+
+    def load_one(self, name: str) -> Backbone:
+        """Load a backbone by its name."""
+        (backbone,) = self.load([name]).values()
+        return backbone
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.dense_probe import DenseProbe
 from diffrep.heads.probes.pixel_probe import PixelLabelling, PixelProbe
 from diffrep.heads.probes.probe import Prediction, Probe
-from diffrep.heads.probes.saved import load_probe, load_recorded, saved_features
+from diffrep.heads.probes.saved import load_named, load_probe, load_recorded, saved_features
 from diffrep.images import find_images
 
 
@@ -44,7 +44,8 @@ class Predict:
     model: Annotated[Path, tyro.conf.Positional]  # folder of a probe
     paths: Annotated[tuple[str, ...], tyro.conf.Positional]  # images, folders, glob patterns
     top: int = 1  # classifiers: classes shown of each image
-    backbone: str | None = None  # instead of the probe's own: where its backbone lies now
+    # [NAME=]MODEL: where the probe's backbone lies now, or what may be fetched; NAME of its own, where it reads several
+    backbone: tuple[str, ...] = ()
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # classes: .csv or .json; maps: folder, "maps"
     formats: tuple[Literal["png", "npy", "tiff"], ...] = ("png",)  # depth, normals; png: 16 bits; others: float32
     preview: bool = True  # depth, normals: also write a coloured picture
@@ -73,9 +74,21 @@ class Predict:
     def _backbones(self) -> dict[str, Backbone]:
         """The probe's backbones by their recorded names, or the one that is named in their place."""
         recorded = saved_features(self.model)
-        if self.backbone is not None and len(recorded) > 1:
-            raise ValueError(f"--backbone stands for one, this probe reads {', '.join(recorded)}")
-        return {name: load_recorded(self.backbone or name, values, self.device) for name, values in recorded.items()}
+        places: dict[str, str] = {}
+        for text in self.backbone:
+            name = next((name for name in recorded if text == name or text.startswith(f"{name}=")), None)
+            if name is None and len(recorded) > 1:
+                raise ValueError(f"--backbone {text}: write NAME=MODEL, this probe reads {', '.join(recorded)}")
+            name, place = (next(iter(recorded)), text) if name is None else (name, text.removeprefix(f"{name}="))
+            if name in places:
+                raise ValueError(f"--backbone names {name} twice")
+            places[name] = place
+        return {
+            name: load_named(places[name], values, self.device)
+            if name in places
+            else load_recorded(name, values, self.device)
+            for name, values in recorded.items()
+        }
 
     # -- classes --------------------------------------------------------------------------------------------
 

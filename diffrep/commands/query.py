@@ -69,7 +69,7 @@ class QuestionOptions(DeviceOptions):
 
 
 @dataclass(frozen=True)
-class Query(QuestionOptions):
+class Query(BackboneOptions, QuestionOptions):
     """Find images that look like yours, or the places in a collection that look like a part of it.
 
     For example: diffrep query photos.index cat.jpg --point 120,80 -o found.png
@@ -85,7 +85,8 @@ class Query(QuestionOptions):
         from diffrep.index.query import needs_fetching
 
         question = self.question()
-        picture, index, backbone = load_image(self.image), open_index(self.index), self.backbone
+        (backbone,) = self.named_alone([] if self.backbone is None else [self.backbone]) or (None,)
+        picture, index = load_image(self.image), open_index(self.index)
         name = needs_fetching(index)
         if backbone is None and name is not None and sys.stdin.isatty():
             answer = input(f"{printable(self.index)} was made with {printable(name)}, fetch it? [y/N] ")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from diffrep.commands.match import chosen_recipe
-from diffrep.commands.options import DeviceOptions
+from diffrep.commands.options import BackboneOptions, DeviceOptions
 from diffrep.commands.output import check_writable, write_image
 from diffrep.settings import RefineConfig, SwapConfig
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Swap(DeviceOptions):
+class Swap(BackboneOptions, DeviceOptions):
     """Give the object in image A the looks of the object in image B. A keeps its pose and its surroundings.
 
     For example: diffrep swap cat.jpg dog.jpg --mask-a cat.png --mask-b dog.png -o swap.png
@@ -60,10 +60,11 @@ class Swap(DeviceOptions):
         for path in (self.output, self.sheet):
             if path is not None:
                 check_writable(path)
+        models = self.named_alone(self.backbone)
         device = resolve_device(self.device)
         images = [load_image(path) for path in (self.a, self.b)]
         masks = [None if path is None else load_mask(path) for path in (self.mask_a, self.mask_b)]
-        chosen, backbones = chosen_recipe(self.recipe, self.backbone, {}, None, device)
+        chosen, backbones = chosen_recipe(self.recipe, models, {}, None, device)
         correspondence = Correspondence(chosen, device=device, backbones=backbones)
         artist = diffusion_model(correspondence.backbones) if self.refine else None
         pose, appearance = correspondence.describe(*images)

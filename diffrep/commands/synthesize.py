@@ -87,10 +87,10 @@ class Synthesize(DeviceOptions):
 
     def _embed(self, model: SynthesisModel, image: Path | None) -> EmbeddingGrid:
         assert image is not None
-        name = self.encoder or model.about.encoder
-        if name is None:
-            raise ValueError(f"{model.name} does not say which encoder made its embeddings: name it with --encoder")
-        encoder = ImageEncoder.load(name, model.about.pooling, device=self.device)
+        if self.encoder is None:
+            encoder = ImageEncoder.of_model(model, device=self.device)
+        else:
+            encoder = ImageEncoder.load(self.encoder, model.about.pooling, device=self.device)
         shape = None if self.cells is None else parse_size(self.cells, "cells")
         return encoder.grid(image, shape, patch=model.window * model.factor)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.backbones.loading import EMBEDDED
+from diffrep.backbones.repositories import without_fetching
 from diffrep.devices import resolve_device
 from diffrep.draw import draw_contact_sheet
 from diffrep.features import ExtractConfig, FeatureMaps, extract
@@ -189,9 +189,9 @@ def contact_sheet(
 
 
 def needs_fetching(index: StoredIndex) -> str | None:
-    """The backbone of an index where it is neither part of the package nor a local file or folder, else None."""
+    """The backbone of an index where it is neither part of the package nor on this machine, else None."""
     name = str(index.features.get("backbone"))
-    return None if name in EMBEDDED or Path(name).exists() else name
+    return None if without_fetching(name) else name
 
 
 def _backbone_of(index: StoredIndex, backbone: str | Backbone | None, device: str) -> tuple[Backbone, ExtractConfig]:
@@ -215,7 +215,7 @@ def _backbone_of(index: StoredIndex, backbone: str | Backbone | None, device: st
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{index.folder}: the index does not say how it was made ({error})") from None
     if backbone is None or isinstance(backbone, str):
-        backbone = load_backbone(backbone or name, device=resolve_device(device), dtype=dtype)
+        backbone = load_backbone(backbone or without_fetching(name) or name, device=resolve_device(device), dtype=dtype)
     try:
         way = provenance(backbone, config)
     except ValueError as error:  # a tap that the backbone does not have

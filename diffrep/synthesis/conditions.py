@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones import BackboneError, VisionTransformer, draw_noise, load_backbone
+from diffrep.backbones.repositories import without_fetching
 from diffrep.devices import resolve_device
 from diffrep.images import ImageLike, load_image
 from diffrep.synthesis.grids import EmbeddingGrid, GridError, slerp
+
+if TYPE_CHECKING:
+    from diffrep.synthesis.model import SynthesisModel
 
 Pooling = Literal["class", "mean"]
 
@@ -59,6 +63,24 @@ class ImageEncoder:
             kind = type(backbone).__name__
             raise BackboneError(f"{name}: embeddings are made by vision transformers, this is a {kind}")
         return cls(backbone, pooling)
+
+    @classmethod
+    def of_model(cls, model: SynthesisModel, *, device: str | torch.device = "auto") -> ImageEncoder:
+        """The encoder that a model's record names.
+
+        Raises:
+            ValueError: it names none, or one that would have to be fetched.
+        """
+        name = model.about.encoder
+        if name is None:
+            raise ValueError(f"{model.name} does not say which encoder made its embeddings: name it with --encoder")
+        place = without_fetching(name)
+        if place is None:
+            raise ValueError(
+                f"{model.name} names the encoder {name}, which would have to be fetched: nothing is fetched because a"
+                f" file says so; to have it fetched say --encoder {name}"
+            )
+        return cls.load(place, model.about.pooling, device=device)
 
     @property
     def size(self) -> int:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones.repositories import without_fetching
 from diffrep.devices import resolve_device
 from diffrep.files import read_document, save_weights, write_whole
 from diffrep.images import ImageLike
@@ -226,7 +227,21 @@ def load_recorded(name: str, features: Mapping[str, Any], device: str = "auto") 
 
     Args:
         features: provenance of its features.
+
+    Raises:
+        ValueError: it would have to be fetched.
     """
+    place = without_fetching(name)
+    if place is None:
+        raise ValueError(
+            f"the probe was trained on {name}, which would have to be fetched: nothing is fetched because a file says"
+            f" so; to have it fetched name it as the backbone: --backbone {name}, or load_backbone({name!r}) in Python"
+        )
+    return load_named(place, features, device)
+
+
+def load_named(name: str, features: Mapping[str, Any], device: str = "auto") -> Backbone:
+    """A backbone that the user names, in the precision that a probe was trained with."""
     return load_backbone(name, device=resolve_device(device), dtype=getattr(torch, features["dtype"]))
 
 

@@ -1,0 +1,182 @@
+"""Every command on small copies of published models: those that take them, end to end, and those that refuse them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from diffrep.backbones.loading import load_cleandift
+from diffrep.cli import main
+
+from . import layouts
+from .layouts import published
+from .test_synthesis_model import OFFICIAL, official_weights, write_lightning
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command that must succeed; gives what it prints."""
+
+    def command(*words: object) -> str:
+        status, output = main([str(word) for word in words]), capsys.readouterr()
+        assert status == 0, output.err
+        assert "Traceback" not in output.err
+        return output.out
+
+    return command
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Run:
+    """A command that must be refused in one line; gives that line."""
+
+    def command(*words: object) -> str:
+        capsys.readouterr()  # what building the model printed
+        assert main([str(word) for word in words]) == 2, words
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        assert message.strip().count("\n") == 0, message
+        return message
+
+    return command
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Two classes of images."""
+    noise = np.random.default_rng(0)
+    for kind, high in (("dark", 90), ("light", 256)):
+        (tmp_path / "photos" / kind).mkdir(parents=True)
+        for number in range(5):
+            pixels = noise.integers(high - 90, high, (48, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / kind / f"{number}.png")
+    return tmp_path / "photos"
+
+
+def use_as_backbone(name: object, photos: Path, out: Path, run: Run) -> None:
+    """Every command that takes a backbone."""
+    a, b = photos / "dark" / "0.png", photos / "light" / "0.png"
+    facts = json.loads(run("info", name, "--json"))
+    tap = facts["recommended"]["taps"][0]
+    run("match", a, b, "--backbone", name, "--points", "10,10", "-o", out / "match.png")
+    assert (out / "match.png").is_file()
+    if any(tap["name"] == "up.2.resnet.0" for tap in facts["taps"]):  # a U-Net, as the recipe wants
+        run("swap", a, b, "--whole", "--backbone", name, "-o", out / "swap.png")
+        assert (out / "swap.png").is_file()
+    run("extract", photos, "-o", out / "store", "--backbone", name, "--keep.kind", "maps")
+    run("index", out / "store", "-o", out / "index", "--level", "patch")
+    hits = json.loads(run("query", out / "index", a, "--point", "20,20", "--json"))["hits"]
+    assert hits[0]["image"].endswith("dark/0.png")
+    work = ["--work", out / "work", "-o", out / "probe", "--fit.grid.epochs", 2]
+    run("probe", "train", photos, "--cells", f"{name},{tap}", *work)
+    assert "dark/0.png" in run("probe", "predict", out / "probe", a)
+
+
+def refuse_as_backbone(name: object, photos: Path, out: Path, refused: Run) -> list[str]:
+    """Every command that takes a backbone; gives what they say."""
+    a, b = photos / "dark" / "0.png", photos / "light" / "0.png"
+    return [
+        refused("match", a, b, "--backbone", name, "--points", "10,10", "-o", out / "match.png"),
+        refused("swap", a, b, "--whole", "--backbone", name, "-o", out / "swap.png"),
+        refused("extract", photos, "-o", out / "store", "--backbone", name),
+        refused("probe", "train", photos, "--cells", name, "--work", out / "work", "-o", out / "probe"),
+    ]
+
+
+@pytest.mark.parametrize("name", published.HEADS)
+def test_one_step_heads(name: str, photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    head = published.HEADS[name]
+    folder = published.build_head(name, tmp_path)
+    image = photos / "dark" / "0.png"
+    command = "normals" if head.task == "normals" else "depth"
+    output = ["-o", tmp_path / "maps", "--size", 64]
+    run(command, image, "--model", folder, *output)
+    about = json.loads(next((tmp_path / "maps").glob("*.json")).read_text())
+    assert head.task in json.dumps(about)
+    other = "depth" if command == "normals" else "normals"
+    assert str(folder) in refused(other, image, "--model", folder, *output)
+    assert str(folder) in refused("segment", image, "--model", folder, "-o", tmp_path / "masks")
+    for message in [refused("info", folder), *refuse_as_backbone(folder, photos, tmp_path, refused)]:
+        assert str(folder) in message
+        assert "`diffrep depth --model`" in message
+    renamed = folder.rename(tmp_path / "mine")  # under another name only Marigold's newer index says the task
+    if "prediction_type" in head.index:
+        run(command, image, "--model", renamed, *output)
+    else:
+        assert "name the task" in refused(command, image, "--model", renamed, *output)
+        run(command, image, "--model", renamed, "--task", head.task, *output)
+
+
+def test_diffdis(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    folder = published.build_diffdis(tmp_path)
+    image = photos / "dark" / "0.png"
+    run("segment", image, "--model", folder, "-o", tmp_path / "masks", "--size", 64)
+    assert (tmp_path / "masks" / "summary.json").is_file()
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert "base, for example" in refused("segment", image, "--model", unet, "-o", tmp_path / "alone")
+    run("segment", image, "--model", unet, "--base", folder, "-o", tmp_path / "alone", "--size", 64)
+    for command in ("depth", "normals"):
+        assert "segment" in refused(command, image, "--model", folder, "-o", tmp_path / command)
+    refuse_as_backbone(folder, photos, tmp_path, refused)
+
+
+def test_cleandift(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    base, file = published.build_cleandift(tmp_path)
+    backbone = load_cleandift(base, file)
+    assert backbone.recommended.conditions.clean
+    assert "VAE" in refused("info", file)
+    backbone.save_pretrained(tmp_path / "whole")
+    use_as_backbone(tmp_path / "whole", photos, tmp_path, run)
+
+
+def test_adm(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    folder = published.build_adm(tmp_path)
+    use_as_backbone(folder, photos, tmp_path, run)
+    assert "32 groups" in refused("info", folder / "256x256_diffusion_uncond.pt")
+    for command in ("depth", "segment"):
+        refused(command, photos / "dark" / "0.png", "--model", folder, "-o", tmp_path / command)
+
+
+@pytest.mark.parametrize("kind", ["pixart", "dit"])
+def test_transformers_of_one_class(kind: str, photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    folder = published.build_transformer(kind, tmp_path)
+    use_as_backbone(folder, photos, tmp_path, run)
+    for command in ("depth", "segment"):
+        refused(command, photos / "dark" / "0.png", "--model", folder, "-o", tmp_path / command)
+
+
+def test_a_plain_model_is_no_head(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    folder = layouts.build("sd2.1", tmp_path / "sd2.1")
+    use_as_backbone(folder, photos, tmp_path, run)
+    for command in ("depth", "normals", "segment"):
+        assert str(folder) in refused(command, photos / "dark" / "0.png", "--model", folder, "-o", tmp_path / command)
+
+
+def test_large_image_diffusion(photos: Path, vit_folder: Path, tmp_path: Path, run: Run, refused: Run) -> None:
+    source = tmp_path / "brca"
+    (source / "checkpoints").mkdir(parents=True)
+    (source / "configs").mkdir()
+    checkpoint = source / "checkpoints" / "last.ckpt"
+    write_lightning(checkpoint, official_weights(ema=True))
+    (source / "configs" / "2023-project.yaml").write_text(yaml.safe_dump({"model": {"params": OFFICIAL}}))
+    run("convert", source, "-o", tmp_path / "model", "--groups", 4)
+    grid = np.random.default_rng(0).normal(size=(2, 2, 5)).astype(np.float32)
+    np.save(tmp_path / "grid.npy", grid)
+    model = ["synthesize", "--model", tmp_path / "model", "--steps", 2, "-o", tmp_path / "painted.png"]
+    run(*model, "--grid", tmp_path / "grid.npy")
+    with Image.open(tmp_path / "painted.png") as image:
+        assert image.size > (0, 0)
+    for name in (checkpoint, source, tmp_path / "model"):
+        refused("info", name)
+        refuse_as_backbone(name, photos, tmp_path, refused)
+    image_file = photos / "dark" / "0.png"
+    for command in ("depth", "segment"):
+        refused(command, image_file, "--model", tmp_path / "model", "-o", tmp_path / command)
