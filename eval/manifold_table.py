@@ -45,6 +45,10 @@ class ManifoldSettings:
             raise ValueError(f"there is no method {', '.join(unknown)}, only {', '.join(methods())}")
         if self.points < 50:
             raise ValueError(f"points must be at least 50, got {self.points}")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"--seeds must be one or more whole numbers from 0, got {self.seeds or 'none'}")
+        if not (self.roll_noise and self.roll_dims) and not (self.tree_noise and self.tree_dims):
+            raise ValueError("--roll-noise with --roll-dims, or --tree-noise with --tree-dims, must name a data set")
 
     def data_sets(self, seed: int) -> dict[str, ToyManifold]:
         """Every data set of the table, for one seed."""

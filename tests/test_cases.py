@@ -1,0 +1,73 @@
+"""Small inputs from reports of faults, run as they were reported."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffrep.cli import main
+
+
+def test_a_newline_in_a_name_goes_through_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name, colour in (("plain", (200, 30, 30)), ("two\nlines", (30, 200, 30))):
+        Image.new("RGB", (64, 64), colour).save(f"photos/{name}.png")
+    assert main(["extract", "photos", "-o", "s", "--backbone", "tiny-dino", "--workers", "0"]) == 0
+    assert main(["index", "s", "-o", "i"]) == 0
+    capsys.readouterr()
+    assert main(["query", "i", "photos/plain.png", "-o", "q.png"]) == 0
+    assert r"two\nlines.png" in capsys.readouterr().out
+    with Image.open("q.png") as sheet:
+        assert sheet.width > 64
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"null", b"3", b'"text"'])
+def test_labels_of_another_type_name_archive_and_member(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(picture, "PNG")
+    with tarfile.open("a.tar", "w") as archive:
+        for name, data in (("0.png", picture.getvalue()), ("0.json", content)):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    assert main(["probe", "train", "a.tar", "--work", "w", "-o", "p"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a.tar" in line
+    assert "label of 0 cannot be read (its .json" in line
+    assert not Path("p").exists()
+
+
+def test_a_table_of_labels_in_another_encoding_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("latin.csv").write_bytes("path,label\na.png,Bär\n".encode("latin-1"))
+    assert main(["probe", "train", "latin.csv", "--work", "w", "-o", "p"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "latin.csv" in line
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["probe sweep photos --backbones", "eval manifold --seeds", "eval manifold --score", "eval manifold --seeds -1"],
+)
+def test_options_without_a_value_are_named(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert next(word for word in command.split() if word.startswith("--")) in line
+
+
+def test_names_of_outputs_are_imported_from_their_former_place() -> None:
+    from diffrep.commands.dense import output_names
+
+    assert output_names([Path("a/x.png"), Path("a/y.png")]) == {Path("a/x.png"): "x", Path("a/y.png"): "y"}
