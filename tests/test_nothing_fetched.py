@@ -138,6 +138,15 @@ def test_the_encoder_of_a_synthesis_model(
     assert main([*paint, "--encoder", str(vit_folder)]) == 0
 
 
+def test_the_text_encoder_of_an_open_clip_folder(tmp_path: Path, refused: Callable[..., str]) -> None:
+    config = {"model_cfg": {"text_cfg": {"hf_model_name": "somebody/model"}, "vision_cfg": {}, "embed_dim": 8}}
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(config))
+    message = refused("info", tmp_path / "clip")
+    assert "somebody/model" in message
+    assert "nothing is fetched because a file says so" in message
+
+
 def test_what_is_on_this_machine(sd_folder: Path, hub: Path) -> None:
     assert without_fetching("tiny") == "tiny"
     assert without_fetching(f"{sd_folder}?variant=fp16") == f"{sd_folder}?variant=fp16"

@@ -242,6 +242,12 @@ def _load_folder(source: Repository, options: LoadOptions) -> Backbone:
     if "model_index.json" in source.files or source.has("unet") or source.has("transformer"):
         return _load_pipeline(source, options)
     if "open_clip_config.json" in source.files:
+        texts = (source.json("open_clip_config.json").get("model_cfg") or {}).get("text_cfg") or {}
+        if folder and (text := texts.get("hf_model_name")) and not Path(str(text)).exists():
+            raise BackboneError(
+                f"{folder}: its open_clip_config.json names the text encoder {text}, which would have to be fetched:"
+                " nothing is fetched because a file says so; give the model's hub id"
+            )
         where = f"local-dir:{folder}" if folder else f"hf-hub:{source.label}"
         return load_open_clip(where, None, name=name, stride=options.stride)
     if "config.json" not in source.files:
