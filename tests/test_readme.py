@@ -24,6 +24,7 @@ EMBEDDED = {  # what needs a download -> what takes its place
     "--backbone sd2.1": "--backbone tiny",
     'load_backbone("sd2.1")': 'load_backbone("tiny")',
     "--recipe sd-dino": "--recipe tiny",
+    "--recipe dift --backbone diffusion=models/sd/": "--recipe tiny --backbone diffusion=tiny",
     "--model jingheya/lotus-depth-d-v1-1": "--model tiny-depth",
 }
 SMALL = {
