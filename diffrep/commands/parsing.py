@@ -193,7 +193,8 @@ def comments_of(kind: Any) -> dict[str, str]:
     Lines that hold nothing but a comment belong to the field below them, never to the one above.
     """
     comments: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
+    bases: tuple[type[Any], ...] = kind.__mro__
+    for base in reversed(bases):
         if not dataclasses.is_dataclass(base):
             continue
         source = textwrap.dedent(inspect.getsource(base))

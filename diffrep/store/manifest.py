@@ -2,7 +2,8 @@
 
 The manifest is the store's only point of truth: what it does not list does not exist, and it is replaced as a
 whole, so that a run that is killed leaves the last complete state. It holds no times and no random names: the same
-images, settings and libraries give the same bytes.
+images, settings (the batch size among them), threads and libraries give the same bytes. Another batch size or number
+of threads changes features by rounding only.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "timm", "open_clip_torch", "numpy", "Pillow")
-_DESCRIPTIVE = frozenset({"source", "batch_size"})  # say where and how, and leave the numbers as they are
+_DESCRIPTIVE = frozenset({"source", "batch_size"})  # say where and how, and change the numbers by rounding at most
 
 
 def provenance(backbone: Backbone, config: ExtractConfig) -> dict[str, Any]:
