@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
-from diffrep.commands.options import DeviceOptions, ReportOptions
-from diffrep.devices import resolve_device
+from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.eval.cache import Kept
 from diffrep.eval.correspondence import Search, evaluate_pairs
 from diffrep.eval.correspondence_report import CorrespondenceReport
@@ -40,8 +39,14 @@ def compare(evaluate: Callable[..., Report], whole: Correspondence, *settings: o
     return evaluate(plain[0] | ours[0], plain[1] | ours[1], *settings)
 
 
+def correspondence(recipe: str, options: PrecisionOptions) -> Correspondence:
+    """A recipe's models where and as the options say."""
+    device, dtype = options.resolved()
+    return Correspondence(recipe, device=device, dtype=dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Scenes(ReportOptions, DeviceOptions):
+class Scenes(ReportOptions, PrecisionOptions):
     """Match parts of rendered objects: held-out pairs of different instances, seen and unseen categories."""
 
     recipe: str = "tiny"  # each of its backbones alone and all of them fused are compared
@@ -49,12 +54,12 @@ class Scenes(ReportOptions, DeviceOptions):
 
     def run(self) -> None:
         self.check_output()
-        whole = Correspondence(self.recipe, device=resolve_device(self.device))
+        whole = correspondence(self.recipe, self)
         self.show(compare(evaluate_scenes, whole, self.settings, box=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Homography(ReportOptions, DeviceOptions):
+class Homography(ReportOptions, PrecisionOptions):
     """Match points of real photographs in views of them that a known homography gives."""
 
     recipe: str = "tiny-views"  # each of its backbones alone and all of them fused are compared
@@ -62,12 +67,12 @@ class Homography(ReportOptions, DeviceOptions):
 
     def run(self) -> None:
         self.check_output()
-        whole = Correspondence(self.recipe, device=resolve_device(self.device))
+        whole = correspondence(self.recipe, self)
         self.show(compare(evaluate_homographies, whole, self.settings, box=False))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesis(ReportOptions, DeviceOptions):
+class Synthesis(ReportOptions, PrecisionOptions):
     """Paint from embeddings of held-out scenes: FID, seams, embedding consistency, use as augmentation."""
 
     model: str = "tiny-synthesis"  # or the folder of one
@@ -76,7 +81,8 @@ class Synthesis(ReportOptions, DeviceOptions):
 
     def run(self) -> None:
         self.check_output()
-        model = load_synthesis(self.model, device=resolve_device(self.device))
+        device, dtype = self.resolved()
+        model = load_synthesis(self.model, device=device, dtype=dtype)
         self.show(evaluate_synthesis(model, self.settings, self.sampling))
 
 
@@ -94,7 +100,7 @@ _OF_PAIRS = frozenset({"protocol", "split", "pose", "keypoints", "failures"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalCorrespondence(DeviceOptions):
+class EvalCorrespondence(PrecisionOptions):
     """Evaluate a recipe on a published correspondence benchmark, or on rendered scenes."""
 
     benchmark: Benchmark
@@ -145,14 +151,14 @@ class EvalCorrespondence(DeviceOptions):
 
     def _evaluated(self) -> Report:
         if self.benchmark == "scenes":
-            return compare(evaluate_scenes, Correspondence(self.recipe, device=resolve_device(self.device)), box=True)
+            return compare(evaluate_scenes, correspondence(self.recipe, self), box=True)
         if self.data is None:
             raise ValueError(f"benchmark {self.benchmark} needs --data, the folder of the data set")
         if self.benchmark == "tss":
             flows = read_tss(self.data, subsets=self.categories or None)
             return evaluate_flow(
                 flows,
-                Correspondence(self.recipe, device=resolve_device(self.device)),
+                correspondence(self.recipe, self),
                 self.output,
                 search="sd-dino" if self.search == "protocol" else "recipe",
                 keep=self.keep,
@@ -164,7 +170,7 @@ class EvalCorrespondence(DeviceOptions):
         return evaluate_pairs(
             pairs,
             protocol,
-            Correspondence(self.recipe, device=resolve_device(self.device)),
+            correspondence(self.recipe, self),
             self.output,
             search=self.search,
             pose=self.pose,

@@ -14,9 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones.pipelines import load_parts
-from diffrep.commands.options import DeviceOptions, ReportOptions
+from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.commands.train_heads import open_set
-from diffrep.devices import resolve_device
 from diffrep.eval.datasets.dense_images import DEPTH_BENCHMARKS, open_depth_set, open_normal_set
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_depth, evaluate_normals
 from diffrep.eval.one_step_ablation import AblationSettings, run_ablation
@@ -41,7 +40,7 @@ ScenesOption = Annotated[SceneMapSettings, tyro.conf.OmitArgPrefixes]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseEvaluation(ReportOptions, DeviceOptions):
+class DenseEvaluation(ReportOptions, PrecisionOptions):
     """What depth and normals take."""
 
     head: str  # embedded head, folder or hub id
@@ -81,7 +80,8 @@ class EvalDepth(DenseEvaluation):
 
     def run(self) -> None:
         self.check_output()
-        head = load_head(self.head, task=self.task, device=resolve_device(self.device))
+        device, dtype = self.resolved()
+        head = load_head(self.head, task=self.task, device=device, dtype=dtype)
         if head.task == "normals":
             raise ValueError(f"{self.head} predicts normals: `diffrep eval normals` measures them")
         if self.benchmark == "scenes":
@@ -111,7 +111,8 @@ class EvalNormals(DenseEvaluation):
 
     def run(self) -> None:
         self.check_output()
-        head = load_head(self.head, task="normals", device=resolve_device(self.device))
+        device, dtype = self.resolved()
+        head = load_head(self.head, task="normals", device=device, dtype=dtype)
         if self.benchmark == "scenes":
             self._finish(self._scenes(head))
             return
@@ -125,7 +126,7 @@ class EvalNormals(DenseEvaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSegmentation(ReportOptions, DeviceOptions):
+class EvalSegmentation(ReportOptions, PrecisionOptions):
     """Masks of a head on held-out rendered scenes or on DIS5K, with the published numbers beside it.
 
     Scenes also show what the truth becomes when the VAE encodes and decodes it, and a guess without the image.
@@ -148,7 +149,8 @@ class EvalSegmentation(ReportOptions, DeviceOptions):
         self.show(self._scenes() if self.benchmark == "scenes" else self._dis())
 
     def _load(self, name: str) -> SegmentationHead:
-        return load_head(name, task="segmentation", base=self.base, device=self.device)
+        device, dtype = self.resolved()
+        return load_head(name, task="segmentation", base=self.base, device=device, dtype=dtype)
 
     def _scenes(self) -> MaskReport:
         head = self._load(self.head)

@@ -15,6 +15,7 @@ from diffrep.commands.options import BackboneOptions, PrecisionOptions
 from diffrep.features import ExtractConfig
 from diffrep.files import printable
 from diffrep.images import Sizing
+from diffrep.published import note_embedded
 from diffrep.store import BulkConfig, Keep, extract_store
 
 _BATCH = 32  # images or noise draws that go through the network together; halved where memory runs out
@@ -49,6 +50,7 @@ class Extract(BackboneOptions, PrecisionOptions):
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
         device, dtype = self.resolved()
+        note_embedded(self.backbone, "features")
         done = extract_store(
             self.images,
             self.output,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, DeviceOptions
+from diffrep.commands.options import BackboneOptions, PrecisionOptions
 from diffrep.commands.output import check_writable, write_image
+from diffrep.published import note_embedded
 from diffrep.settings import ExtractConfig, MatchConfig, Sizing
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ DEFAULT_RECIPE = "tiny"
 
 
 @dataclass(frozen=True)
-class Match(BackboneOptions, DeviceOptions):
+class Match(BackboneOptions, PrecisionOptions):
     """Point at places in image A and get the same places in image B, as a picture and as numbers.
 
     For example: diffrep match cat.jpg dog.jpg --points 212,130 240,131 -o match.png
@@ -60,7 +61,6 @@ class Match(BackboneOptions, DeviceOptions):
         return dataclasses.replace(self, matching=recipe(self.recipe or DEFAULT_RECIPE).matching)
 
     def run(self) -> None:
-        from diffrep.devices import resolve_device
         from diffrep.draw import draw_field, draw_matches
         from diffrep.images import load_image
         from diffrep.masks import load_mask
@@ -73,15 +73,17 @@ class Match(BackboneOptions, DeviceOptions):
         output = self.output or (None if self.json else Path("match.png"))
         if output is not None:
             check_writable(output)
-        device = resolve_device(self.device)
+        device, dtype = self.resolved()
         a, b = load_image(self.a), load_image(self.b)
         points = check_points(parse_points(self.points), (a.height, a.width))
         masks = {
             "source_mask": None if self.mask_a is None else load_mask(self.mask_a),
             "mask": None if self.mask_b is None else load_mask(self.mask_b),
         }
-        chosen, backbones = self._recipe(device)
-        source, target = Correspondence(chosen, device=device, backbones=backbones).describe(a, b)
+        chosen, backbones = self._recipe(device, dtype)
+        correspondence = Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
+        note_embedded(chosen.name, "matching")
+        source, target = correspondence.describe(a, b)
         matches = match_points(source, target, points, chosen.matching, **masks)
         dense = match_dense(source, target, chosen.matching, **masks) if self.dense else None
         if output is not None:
@@ -96,7 +98,7 @@ class Match(BackboneOptions, DeviceOptions):
                 print(f"({x:g}, {y:g}) -> ({u:.1f}, {v:.1f})  score {score:.3f}")
             print(f"wrote {output}")
 
-    def _recipe(self, device: torch.device) -> tuple[Recipe, Mapping[str, Backbone]]:
+    def _recipe(self, device: torch.device, dtype: torch.dtype) -> tuple[Recipe, Mapping[str, Backbone]]:
         """The recipe with what was typed in its place, or one made for a backbone."""
         from diffrep.backbones import load_backbone
         from diffrep.recipes import reading_of
@@ -104,12 +106,12 @@ class Match(BackboneOptions, DeviceOptions):
         if self.recipe is not None or not self.backbone:
             models = self.named_alone(self.backbone)
             chosen, backbones = chosen_recipe(
-                self.recipe, models, typed_extraction(self.typed, self.extract), self.size, device
+                self.recipe, models, typed_extraction(self.typed, self.extract), self.size, device, dtype
             )
             return dataclasses.replace(chosen, matching=self.matching), backbones
         if len(self.backbone) > 1:
             raise ValueError("--backbone takes several models only with --recipe, which says how they are joined")
-        backbone = load_backbone(self.named(self.backbone[0]), device=device)
+        backbone = load_backbone(self.named(self.backbone[0]), device=device, dtype=dtype)
         extract = self.extract
         if self.size is not None:
             multiple = max(backbone.multiple, 64) if backbone.denoises else backbone.multiple
@@ -118,7 +120,12 @@ class Match(BackboneOptions, DeviceOptions):
 
 
 def chosen_recipe(
-    name: str | None, models: tuple[str, ...], settings: Mapping[str, Any], size: int | None, device: torch.device
+    name: str | None,
+    models: tuple[str, ...],
+    settings: Mapping[str, Any],
+    size: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Recipe, dict[str, Backbone]]:
     """A recipe with other settings and models; the models that were loaded for it, by name."""
     from diffrep.recipes import recipe, with_backbones, with_extraction
@@ -126,7 +133,7 @@ def chosen_recipe(
     chosen = recipe(name or DEFAULT_RECIPE)
     if settings or size is not None:
         chosen = with_extraction(chosen, settings, size)
-    return with_backbones(chosen, models, device=device)
+    return with_backbones(chosen, models, device=device, dtype=dtype)
 
 
 def typed_extraction(typed: frozenset[str], extract: ExtractConfig) -> dict[str, Any]:

@@ -12,15 +12,15 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.commands.options import BackboneOptions, Command, DeviceOptions
+from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions
 from diffrep.commands.output import check_writable
-from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes import LabelledImages, ProbeData, ProbeFit, ReadPlan, Scores, read_labelled
 from diffrep.heads.probes.layouts import HeadShape, Kind
 from diffrep.heads.probes.recipe import check_settings
 from diffrep.heads.probes.saved import SavedKind, SavedProbe, saved_kind
 from diffrep.images import Sizing
+from diffrep.published import note_embedded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Images(WorkOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction(BackboneOptions, DeviceOptions):
+class Extraction(BackboneOptions, PrecisionOptions):
     """How the backbone is used; what is left out is as it recommends."""
 
     size: int | None = None  # side of the square that images are brought to, pixels
@@ -101,8 +101,11 @@ class Extraction(BackboneOptions, DeviceOptions):
         if not names:
             raise ValueError("name at least one backbone")
         self.config()  # refuses what means nothing before anything is loaded
-        device = resolve_device(self.device)
-        return {name: load_backbone(name, device=device) for name in dict.fromkeys(self.named_alone(names))}
+        device, dtype = self.resolved()
+        for name in names:
+            note_embedded(name, "probes")
+        models = dict.fromkeys(self.named_alone(names))
+        return {name: load_backbone(name, device=device, dtype=dtype) for name in models}
 
     def load_one(self, name: str) -> Backbone:
         """Load a backbone by its name."""

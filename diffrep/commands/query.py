@@ -14,6 +14,7 @@ import tyro
 from diffrep.commands.options import BackboneOptions, DeviceOptions
 from diffrep.commands.output import check_writable, write_image
 from diffrep.files import printable
+from diffrep.published import note_embedded
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -122,6 +123,7 @@ class Search(BackboneOptions, QuestionOptions):
 
         question = self.question()
         picture = load_image(self.image)
+        note_embedded(self.backbone, "search")
         searched = search_folder(
             self.folder,
             picture,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from diffrep.commands.match import chosen_recipe
-from diffrep.commands.options import BackboneOptions, DeviceOptions
+from diffrep.commands.options import BackboneOptions, PrecisionOptions
 from diffrep.commands.output import check_writable, write_image
+from diffrep.published import note_embedded
 from diffrep.settings import RefineConfig, SwapConfig
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Swap(BackboneOptions, DeviceOptions):
+class Swap(BackboneOptions, PrecisionOptions):
     """Give the object in image A the looks of the object in image B. A keeps its pose and its surroundings.
 
     For example: diffrep swap cat.jpg dog.jpg --mask-a cat.png --mask-b dog.png -o swap.png
@@ -43,7 +44,6 @@ class Swap(BackboneOptions, DeviceOptions):
 
     def run(self) -> None:
         from diffrep.cosegmentation import cosegment
-        from diffrep.devices import resolve_device
         from diffrep.draw import side_by_side
         from diffrep.images import load_image
         from diffrep.masks import load_mask
@@ -61,11 +61,12 @@ class Swap(BackboneOptions, DeviceOptions):
             if path is not None:
                 check_writable(path)
         models = self.named_alone(self.backbone)
-        device = resolve_device(self.device)
+        device, dtype = self.resolved()
         images = [load_image(path) for path in (self.a, self.b)]
         masks = [None if path is None else load_mask(path) for path in (self.mask_a, self.mask_b)]
-        chosen, backbones = chosen_recipe(self.recipe, models, {}, None, device)
-        correspondence = Correspondence(chosen, device=device, backbones=backbones)
+        chosen, backbones = chosen_recipe(self.recipe, models, {}, None, device, dtype)
+        correspondence = Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
+        note_embedded(chosen.name, "matching")
         artist = diffusion_model(correspondence.backbones) if self.refine else None
         pose, appearance = correspondence.describe(*images)
         if not self.whole and any(mask is None for mask in masks):

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.options import DeviceOptions
+from diffrep.commands.options import PrecisionOptions
 from diffrep.commands.output import check_writable
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, synthesize_file
 from diffrep.synthesis.conditions import ImageEncoder, interpolate_grids, load_grid, vary_grid
@@ -18,7 +18,7 @@ from diffrep.synthesis.prior import load_prior
 
 
 @dataclass(frozen=True, kw_only=True)
-class Synthesize(DeviceOptions):
+class Synthesize(PrecisionOptions):
     """Paint an image of any size under the embeddings of a reference image, or of a grid of embeddings.
 
     For example: diffrep synthesize --reference city.png --size 4096x4096 -o city.tiff
@@ -51,7 +51,8 @@ class Synthesize(DeviceOptions):
         size = None if self.size is None else parse_size(self.size, "size")
         if size is not None:
             check_output(self.output, size)
-        model = load_synthesis(self.model, device=self.device)
+        device, dtype = self.resolved()
+        model = load_synthesis(self.model, device=device, dtype=dtype)
         if size is not None:
             check_room(self.output, size, model, self.work)
         grid = self._grid(model)
