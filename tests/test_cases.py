@@ -71,3 +71,13 @@ def test_names_of_outputs_are_imported_from_their_former_place() -> None:
     from diffrep.commands.dense import output_names
 
     assert output_names([Path("a/x.png"), Path("a/y.png")]) == {Path("a/x.png"): "x", Path("a/y.png"): "y"}
+
+
+def test_no_backbone_to_probe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(tmp_path / "data" / name / f"{i}.png")
+    assert main(["probe", "train", str(tmp_path / "data"), "--cells", "--work", str(tmp_path / "w")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "--cells" in line

@@ -99,7 +99,7 @@ class Extraction(BackboneOptions, PrecisionOptions):
             ValueError: there are none, or several and options that only one takes.
         """
         if not names:
-            raise ValueError("name at least one backbone")
+            raise ValueError("--cells must name at least one backbone")
         self.config()  # refuses what means nothing before anything is loaded
         device, dtype = self.resolved()
         for name in names:
