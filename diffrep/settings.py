@@ -10,11 +10,16 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol, TypeAlias, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Protocol, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 Metric: TypeAlias = Literal["cosine", "euclidean", "manhattan"]
 
 _SEEDS = 2**63  # seeds lie between plus and minus this
+
+_UNIONS = (Union, UnionType)
+_WORDS: dict[type, str] = {Integral: "a whole number", Real: "a number", str: "text", tuple: "a tuple", bool: "a bool"}
 
 MAX_PLACES = 4096  # along a side of a dense field
 MAX_CANVAS = 2**26  # pixels that a network's canvas has at most, 8192 x 8192
@@ -28,17 +33,35 @@ def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
     return {name: get_args(hint) for name, hint in found.items() if hint is not None}
 
 
+@cache
+def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
+    """field -> the types that its value may have, of the fields of a dataclass for which that can be said."""
+    numbers_too: dict[Any, tuple[type, ...]] = {int: (Integral,), float: (Real,), tuple: (tuple, list)}
+    kinds = {}
+    for name, hint in get_type_hints(kind).items():
+        parts = [get_origin(part) or part for part in (get_args(hint) if get_origin(hint) in _UNIONS else [hint])]
+        if all(isinstance(part, type) for part in parts):
+            kinds[name] = tuple(one for part in parts for one in numbers_too.get(part, (part,)))
+    return kinds
+
+
 def check_choices(settings: Any) -> None:
-    """Refuse a value that is none of a field's choices; None is left to others.
+    """Refuse a value of another type than its field's, or that is none of a field's choices; None is left to others.
 
     Raises:
-        ValueError: the message lists the choices.
+        ValueError: the message names the field and what it takes.
     """
     kind: Any = type(settings)  # mypy takes no class for a hashable
     for name, choices in _choices(kind).items():
         value = getattr(settings, name)
         if value is not None and value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    for name, kinds in _kinds(kind).items():
+        value = getattr(settings, name, None)
+        flag = isinstance(value, bool) and bool not in kinds  # to Python, True is a whole number
+        if value is not None and (flag or not isinstance(value, kinds)):
+            wanted = " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one not in (type(None), list))
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def check_seed(seed: int) -> None:
@@ -155,11 +178,11 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         if isinstance(self.taps, str):  # one tap, as people write it
             object.__setattr__(self, "taps", (self.taps,))
+        check_choices(self)
         if self.taps is not None and not all(self.taps):
             raise ValueError("a tap has no name: give names such as up.1, or None for the recommended ones")
         if self.taps is not None and not len(self.taps):
             raise ValueError("taps is empty: give at least one, or None for the recommended ones")
-        check_choices(self)
         Conditions(**self._conditions())  # refuses what no backbone takes
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")

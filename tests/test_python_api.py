@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 import diffrep
 from diffrep import Correspondence, ExtractConfig, extract, extract_each, load_backbone, pipeline
 from diffrep.backbones import Backbone, TapError
+from diffrep.settings import ExtractConfig
 
 PIXELS = (np.random.default_rng(0).random((48, 64, 3)) * 255).astype(np.uint8)
 
@@ -103,3 +106,21 @@ def test_public_names_exist_and_cost_nothing_before_they_are_used() -> None:
         assert getattr(diffrep, name) is not None, name
     heavy = "import sys, diffrep; print([m for m in ('torch', 'numpy', 'PIL', 'diffusers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timestep": "a"}, "timestep must be a whole number, got 'a'"),
+        ({"ensemble": "8"}, "ensemble must be a whole number, got '8'"),
+        ({"taps": 3}, "taps must be a tuple, got 3"),
+        ({"prompt": 3}, "prompt must be text, got 3"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"sizing": "big"}, "sizing must be Sizing, got 'big'"),
+    ],
+)
+def test_settings_of_another_type_are_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        ExtractConfig(**settings)
+    assert ExtractConfig(timestep=np.int64(3), taps=("up.1",)).timestep == 3

@@ -197,7 +197,7 @@ def comments_of(kind: Any) -> dict[str, str]:
     for base in reversed(bases):
         if not dataclasses.is_dataclass(base):
             continue
-        source = textwrap.dedent(inspect.getsource(base))
+        source = textwrap.dedent(inspect.getsource(typing.cast("type[Any]", base)))
         lines = source.splitlines()
         marks = {
             token.start[0]: re.sub(r"\s*#?\s*(noqa|type: ignore)\b.*", "", token.string.lstrip("# "))
