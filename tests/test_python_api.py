@@ -16,7 +16,6 @@ from PIL import Image
 import diffrep
 from diffrep import Correspondence, ExtractConfig, extract, extract_each, load_backbone, pipeline
 from diffrep.backbones import Backbone, TapError
-from diffrep.settings import ExtractConfig
 
 PIXELS = (np.random.default_rng(0).random((48, 64, 3)) * 255).astype(np.uint8)
 
