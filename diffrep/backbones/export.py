@@ -41,7 +41,8 @@ class ExportedBackbone(nn.Module):
         shape = (3, *size)
         if backbone.denoises == "latents":
             stride = int(getattr(backbone, "stride", 1))
-            shape = (int(backbone.vae.config.latent_channels), size[0] // stride, size[1] // stride)
+            autoencoder: Any = backbone.vae
+            shape = (int(autoencoder.config.latent_channels), size[0] // stride, size[1] // stride)
             if conditions.posterior == "sample":
                 self.draws["posterior_noise"] = ensemble_noise(
                     None, shape, conditions.ensemble, conditions.seed, stream=1
@@ -85,11 +86,14 @@ def export_backbone(
         backbone.tap(tap)
     if size is None:
         recommended = backbone.recommended.sizing.size
+        if recommended is None:
+            raise BackboneError(f"{backbone.name} takes images of any size: say for which one it is exported")
         size = recommended if isinstance(recommended, int) else (int(recommended[0]), int(recommended[1]))
     height, width = (size, size) if isinstance(size, int) else size
     conditions = conditions or backbone.recommended.conditions
     if isinstance(getattr(backbone, "vae", None), nn.Module):
-        backbone.embed(conditions.prompt)  # type: ignore[attr-defined]  # a latent backbone: encode it before
+        latent: Any = backbone
+        latent.embed(conditions.prompt)  # before the pass, so that no text encoder becomes a part of it
     module = ExportedBackbone(backbone, chosen, conditions, (height, width))
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
     return export_module(module, pixels.to(backbone.device, backbone.dtype), path, outputs=chosen)

@@ -84,8 +84,9 @@ def add_lora(backbone: Backbone, text: str) -> None:
     texts = sorted({key.split(".")[0] for key in state if key.startswith("text_encoder")})
     if not fits and not texts:
         raise BackboneError(f"{path}: holds nothing for a {kind}, it belongs to another kind of model")
-    if texts and hasattr(backbone.text, "adapters"):
-        backbone.text.adapters.append(partial(_adapt_text, reader, dict(state), alphas, scale))
+    encoders: Any = backbone.text
+    if texts and hasattr(encoders, "adapters"):
+        encoders.adapters.append(partial(_adapt_text, reader, dict(state), alphas, scale))
     backbone.source = f"{backbone.source} with {path.name}" + (f" x {scale:g}" if scale != 1 else "")
 
 

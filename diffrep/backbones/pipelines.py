@@ -228,10 +228,15 @@ def _as_recommended(backbone: Any, source: Repository) -> Any:
     """Use a backbone as the ``diffrep.json`` in its folder says, which our own folders have."""
     values = source.json("diffrep.json", required=False)
     if values:
-        conditions = {k: tuple(v) if isinstance(v, list) else v for k, v in values.get("conditions", {}).items()}
-        backbone.recommended = Recommended(
-            taps=tuple(values["taps"]), sizing=Sizing(**values["sizing"]), conditions=Conditions(**conditions)
-        )
+        try:
+            conditions: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in values.get("conditions", {}).items()
+            }
+            backbone.recommended = Recommended(
+                taps=tuple(values["taps"]), sizing=Sizing(**values["sizing"]), conditions=Conditions(**conditions)
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BackboneError(f"{source.label}: diffrep.json is damaged ({' '.join(str(error).split())[:160]})") from None
     return backbone
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,10 @@ class Info(BackboneOptions):
         if self.backbone in (None, "models", "recipes"):
             if self.named("") or self.all:
                 raise ValueError("--all, --lora, --variant and --revision go with the name of a backbone")
-            lists = {"models": (published_models, _models_text), "recipes": (known_recipes, _recipes_text)}
+            lists: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {
+                "models": (published_models, _models_text),
+                "recipes": (known_recipes, _recipes_text),
+            }
             read, text = lists.get(str(self.backbone), (known_backbones, _list_text))
             facts: Any = read()
         else:
