@@ -236,7 +236,9 @@ def _as_recommended(backbone: Any, source: Repository) -> Any:
                 taps=tuple(values["taps"]), sizing=Sizing(**values["sizing"]), conditions=Conditions(**conditions)
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BackboneError(f"{source.label}: diffrep.json is damaged ({' '.join(str(error).split())[:160]})") from None
+            raise BackboneError(
+                f"{source.label}: diffrep.json is damaged ({' '.join(str(error).split())[:160]})"
+            ) from None
     return backbone
 
 
