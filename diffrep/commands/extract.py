@@ -50,7 +50,6 @@ class Extract(BackboneOptions, PrecisionOptions):
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
         device, dtype = self.resolved()
-        note_embedded(self.backbone, "features")
         done = extract_store(
             self.images,
             self.output,
@@ -63,6 +62,7 @@ class Extract(BackboneOptions, PrecisionOptions):
             dtype=dtype,
             progress=not self.json,
         )
+        note_embedded(self.backbone, "features")
         if self.json:
             print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}, indent=2))
             return

@@ -82,13 +82,13 @@ class Match(BackboneOptions, PrecisionOptions):
         }
         chosen, backbones = self._recipe(device, dtype)
         correspondence = Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
-        note_embedded(chosen.name, "matching")
         source, target = correspondence.describe(a, b)
         matches = match_points(source, target, points, chosen.matching, **masks)
         dense = match_dense(source, target, chosen.matching, **masks) if self.dense else None
         if output is not None:
             picture = draw_field(a, b, dense) if dense is not None else draw_matches(a, b, points, matches)
             write_image(output, picture)
+        note_embedded(chosen.name, "matching")
         if self.json:
             result = {"a": str(self.a), "b": str(self.b), "recipe": dataclasses.asdict(chosen)}
             print(json.dumps(result | document(points, matches, dense), indent=2))

@@ -123,7 +123,6 @@ class Search(BackboneOptions, QuestionOptions):
 
         question = self.question()
         picture = load_image(self.image)
-        note_embedded(self.backbone, "search")
         searched = search_folder(
             self.folder,
             picture,
@@ -133,6 +132,7 @@ class Search(BackboneOptions, QuestionOptions):
             device=self.device,
             progress=not self.json,
         )
+        note_embedded(self.backbone, "search")
         self.answer(picture, searched.hits, question, {"folder": str(self.folder), "image": str(self.image)})
         for name, reason in searched.extracted.quarantined:
             print(f"left out {printable(name)}: {reason}", file=sys.stderr)

@@ -66,7 +66,6 @@ class Swap(BackboneOptions, PrecisionOptions):
         masks = [None if path is None else load_mask(path) for path in (self.mask_a, self.mask_b)]
         chosen, backbones = chosen_recipe(self.recipe, models, {}, None, device, dtype)
         correspondence = Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
-        note_embedded(chosen.name, "matching")
         artist = diffusion_model(correspondence.backbones) if self.refine else None
         pose, appearance = correspondence.describe(*images)
         if not self.whole and any(mask is None for mask in masks):
@@ -81,6 +80,7 @@ class Swap(BackboneOptions, PrecisionOptions):
         write_image(self.output, result)
         if self.sheet is not None:
             write_image(self.sheet, side_by_side(pictures, titles=titles)[0])
+        note_embedded(chosen.name, "matching")
         print(f"wrote {self.output}" + (f" and {self.sheet}" if self.sheet is not None else ""))
 
 
