@@ -142,7 +142,8 @@ def options_of(kind: type) -> tuple[Option, ...]:
     return tuple(sorted(options, key=order))
 
 
-def _options(kind: type, field: str, flag: str, default: object) -> Iterator[Option]:
+def _options(kind: type, field: str, flag: str, default: object, *, bare: bool = False) -> Iterator[Option]:
+    # bare: a part around these options left its name out of them; tyro then leaves out those of the parts within, too
     hints = typing.get_type_hints(kind, include_extras=True)
     comments = comments_of(kind)
     for f in dataclasses.fields(kind):
@@ -161,9 +162,9 @@ def _options(kind: type, field: str, flag: str, default: object) -> Iterator[Opt
         if dataclasses.is_dataclass(hint):
             if value is None:  # an optional part, absent by default, is a matter of Python
                 continue
-            inner = flag if tyro.conf.OmitArgPrefixes in extras else f"{name}."
+            omitted = bare or tyro.conf.OmitArgPrefixes in extras
             assert isinstance(hint, type)
-            yield from _options(hint, f"{path}.", inner, value)
+            yield from _options(hint, f"{path}.", flag if omitted else f"{name}.", value, bare=omitted)
             continue
         aliases = tuple(alias for extra in extras for alias in getattr(extra, "aliases", None) or ())
         flags = (*aliases, f"--{name}", *([f"--{flag}no-{f.name.replace('_', '-')}"] if hint is bool else []))

@@ -102,10 +102,11 @@ class Extraction(BackboneOptions, PrecisionOptions):
             raise ValueError("--cells must name at least one backbone")
         self.config()  # refuses what means nothing before anything is loaded
         device, dtype = self.resolved()
+        models = dict.fromkeys(self.named_alone(names))
+        backbones = {name: load_backbone(name, device=device, dtype=dtype) for name in models}
         for name in names:
             note_embedded(name, "probes")
-        models = dict.fromkeys(self.named_alone(names))
-        return {name: load_backbone(name, device=device, dtype=dtype) for name in models}
+        return backbones
 
     def load_one(self, name: str) -> Backbone:
         """Load a backbone by its name."""
