@@ -9,32 +9,27 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from diffrep.alignment import Space, align_depth
 from diffrep.eval.cache import ImageResults
-from diffrep.eval.datasets.dense_images import (
-    DEPTH_BENCHMARKS,
-    PADDING,
-    DenseLayout,
-    DenseSet,
-    DepthSample,
-    NormalSample,
-    count_images,
-    normal_padding,
-)
+from diffrep.eval.datasets.dense_images import DenseLayout, DenseSample, DenseSet
 from diffrep.eval.published import PUBLISHED_DEPTH, PUBLISHED_NORMALS, PublishedMaps, published_maps
-from diffrep.eval.report import Report, Section
+from diffrep.eval.report import Problem, Report, Section
 from diffrep.files import claim_folder
 from diffrep.heads.sizes import resize, working_size
 
 Predict = Callable[[Tensor], Tensor]
 """Depth: (3, H, W) uint8 image -> (H, W) depth or disparity up to scale and shift. Normals: (3, H, W) float image,
 [-1, 1] but for padding -> (3, H, W) normals, x left, y up, z towards the camera."""
+
+PADDING = (-2.1179039478302, -2.0357143878936768, -1.804444432258606)
+"""ImageNet's normalised black, which DSINE's harness puts around images whose range is [-1, 1]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +49,24 @@ class DepthProtocol:
     fit_size: int | None = None
     subsample: Literal["both sides", "width"] = "width"
 
+    def measure(
+        self, predict: Predict, sample: DenseSample, layout: DenseLayout
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """Metrics of one image, and None.
+
+        Raises:
+            ValueError: it has no valid pixel, or the prediction is not finite.
+        """
+        aligned, _, _ = align_depth(
+            predict_at(predict, sample.image, self.side), sample.truth, sample.valid,
+            space=self.space, bounds=layout.bounds, fit_size=self.fit_size, subsample=self.subsample,
+        )  # fmt: skip
+        return depth_metrics(aligned, sample.truth, sample.valid), None
+
+    def summarise(self, results: ImageResults, counted: Sequence[str]) -> dict[str, float]:
+        """The unweighted mean over images."""
+        return mean_metrics([results.rows[name] for name in counted])
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormalProtocol:
@@ -71,6 +84,29 @@ class NormalProtocol:
     stretch: bool = False
     side: int | None = None
     average: Literal["pixels", "images"] = "pixels"
+
+    def measure(
+        self, predict: Predict, sample: DenseSample, layout: DenseLayout
+    ) -> tuple[dict[str, float], Tensor | None]:
+        """The number of pixels of one image that count, and their angular errors: (N,) degrees.
+
+        Raises:
+            ValueError: no pixel counts, or the prediction is not finite.
+        """
+        predicted = predict_normals(predict, sample.image, self)
+        if not bool(sample.valid.any()):
+            raise ValueError("no pixel has a known normal")
+        errors = angular_error(predicted[None], sample.truth[None])[0, 0][sample.valid]
+        return {"pixels": len(errors)}, errors
+
+    def summarise(self, results: ImageResults, counted: Sequence[str]) -> dict[str, float]:
+        """Metrics over all pixels together, or their mean over images."""
+        if self.average == "images":
+            return mean_of_images([results.errors(name) for name in counted])
+        return PooledAngles.over(map(results.errors, counted))
+
+
+MapProtocol: TypeAlias = DepthProtocol | NormalProtocol
 
 
 def predict_at(predict: Predict, image: Tensor, side: int | None) -> Tensor:
@@ -99,20 +135,10 @@ def predict_at(predict: Predict, image: Tensor, side: int | None) -> Tensor:
     return resize(values.reshape(1, -1, *values.shape[-2:]), size)[0].reshape(*values.shape[:-2], *size)
 
 
-def measure_depth(
-    predict: Predict, sample: DepthSample, protocol: DepthProtocol, bounds: tuple[float, float]
-) -> dict[str, float]:
-    """Metrics of one image.
-
-    Raises:
-        ValueError: it has no valid pixel, or the prediction is not finite.
-    """
-    prediction = predict_at(predict, sample.image, protocol.side)
-    aligned, _, _ = align_depth(
-        prediction, sample.depth, sample.valid,
-        space=protocol.space, bounds=bounds, fit_size=protocol.fit_size, subsample=protocol.subsample,
-    )  # fmt: skip
-    return depth_metrics(aligned, sample.depth, sample.valid)
+def normal_padding(height: int, width: int, multiple: int = 32) -> tuple[int, int, int, int]:
+    """Left, right, top, bottom: centred padding to a multiple, the odd pixel right and below."""
+    x, y = -width % multiple, -height % multiple
+    return x // 2, x - x // 2, y // 2, y - y // 2
 
 
 def predict_normals(predict: Predict, image: Tensor, protocol: NormalProtocol) -> Tensor:
@@ -138,181 +164,112 @@ def predict_normals(predict: Predict, image: Tensor, protocol: NormalProtocol) -
     return predict_at(predict, padded, protocol.side)[:, top : top + height, left : left + width]
 
 
-def measure_normals(predict: Predict, sample: NormalSample, protocol: NormalProtocol) -> Tensor:
-    """Angular errors of the pixels of one image that count: (N,) degrees.
-
-    Raises:
-        ValueError: no pixel counts, or the prediction is not finite.
-    """
-    predicted = predict_normals(predict, sample.image, protocol)
-    if not bool(sample.mask.any()):
-        raise ValueError("no pixel has a known normal")
-    return angular_error(predicted[None], sample.normals[None])[0, 0][sample.mask]
-
-
 @dataclass(frozen=True)
 class MapReport(Report):
     """Metrics of a predictor on a benchmark of depth or normals.
 
     Attributes:
-        title: of the benchmark.
         protocol: the settings that made the numbers.
         metrics: of the data set: the unweighted mean over images, or over all pixels where the protocol says so.
-        expected: images behind the published numbers.
+        images: the numbers of every image: of depth its metrics, of normals how many pixels count.
     """
 
-    benchmark: str
-    title: str
+    layout: DenseLayout
     method: str
     protocol: Mapping[str, object]
     metrics: Mapping[str, float]
-    expected: int
-
-    def _sections(
-        self, counted: int, about: str, cells: Sequence[str], columns: Sequence[str], ours: Sequence[float],
-        rows: tuple[PublishedMaps, ...], notes: Sequence[str] = (),
-    ) -> Iterator[Section]:  # fmt: skip
-        yield Section(
-            f"{self.title}: {counted} images (published: {self.expected}), {about}",
-            notes=[f"  {self.method}: {', '.join(cells)}"],
-        )
-        if papers := published_maps(self.benchmark, rows):
-            table = [
-                (row.method, *(f"{value:.1f}" for value in row.values[self.benchmark]), row.source) for row in papers
-            ]
-            yield Section("", columns, [(self.method, *(f"{value:.1f}" for value in ours), "here"), *table], notes)
-
-
-@dataclass(frozen=True)
-class DepthReport(MapReport):
-    """Metrics of depth on a benchmark; `images` has those of every image."""
-
     images: Mapping[str, Mapping[str, float]]
 
-    def mean(self) -> dict[str, float]:
-        """Unweighted mean over images."""
-        return dict(self.metrics)
+    def papers(self) -> list[PublishedMaps]:
+        """The published rows of this benchmark."""
+        return published_maps(self.layout.name, PUBLISHED_DEPTH if self.layout.kind == "depth" else PUBLISHED_NORMALS)
 
     def document(self) -> Mapping[str, object]:
+        depth = self.layout.kind == "depth"
         return {
-            "benchmark": self.benchmark,
+            "benchmark": self.layout.name,
             "method": self.method,
             "protocol": self.protocol,
-            "mean": self.metrics,
-            "images": self.images,
+            "mean" if depth else "metrics": self.metrics,
+            "images": self.images if depth else len(self.images),
             "problems": list(map(str, self.problems)),
-            "published": published_maps(self.benchmark, PUBLISHED_DEPTH),
+            "published": self.papers(),
         }
 
     def sections(self) -> Iterator[Section]:
+        about, cells, columns, ours, notes = self._depth() if self.layout.kind == "depth" else self._normals()
+        expected = f"{len(self.images)} images (published: {self.layout.images})"
+        yield Section(f"{self.layout.title}: {expected}, {about}", notes=[f"  {self.method}: {', '.join(cells)}"])
+        if papers := self.papers():
+            table = [
+                (row.method, *(f"{value:.1f}" for value in row.values[self.layout.name]), row.source) for row in papers
+            ]
+            yield Section("", columns, [(self.method, *(f"{value:.1f}" for value in ours), "here"), *table], notes)
+
+    def _depth(self) -> tuple[str, list[str], tuple[str, ...], list[float], list[str]]:
         shares = [name for name in DEPTH_METRICS if name == "abs_rel" or name.startswith("delta")]
         cells = [f"{name} {100 * self.metrics[name]:.2f}%" for name in shares]
         cells += [f"{name} {value:.4g}" for name, value in self.metrics.items() if name not in shares]
         ours = [100 * self.metrics["abs_rel"], 100 * self.metrics["delta1"]]
-        return self._sections(
-            len(self.images), f"{self.protocol['space']} space", cells, ("AbsRel %", "delta1 %"), ours, PUBLISHED_DEPTH,
-            ["  (numbers from different alignment spaces are not comparable)"],
-        )  # fmt: skip
+        notes = ["  (numbers from different alignment spaces are not comparable)"]
+        return f"{self.protocol['space']} space", cells, ("AbsRel %", "delta1 %"), ours, notes
 
-
-@dataclass(frozen=True)
-class NormalReport(MapReport):
-    """Metrics of normals on a benchmark, over so many `images`."""
-
-    images: int
-
-    def document(self) -> Mapping[str, object]:
-        return {
-            "benchmark": self.benchmark,
-            "method": self.method,
-            "protocol": self.protocol,
-            "images": self.images,
-            "metrics": self.metrics,
-            "problems": list(map(str, self.problems)),
-            "published": published_maps(self.benchmark, PUBLISHED_NORMALS),
-        }
-
-    def sections(self) -> Iterator[Section]:
+    def _normals(self) -> tuple[str, list[str], tuple[str, ...], list[float], list[str]]:
         over = "all pixels together" if self.protocol["average"] == "pixels" else "images"
         cells = [f"{k} {v:.2f}{'%' * k.startswith('under')}" for k, v in self.metrics.items()]
         ours = [self.metrics.get("mean", math.nan), self.metrics.get("under 11.25", math.nan)]
-        columns = ("mean deg", "< 11.25 %")
-        return self._sections(self.images, f"mean over {over}", cells, columns, ours, PUBLISHED_NORMALS)
+        return f"mean over {over}", cells, ("mean deg", "< 11.25 %"), ours, []
 
 
-def evaluate_depth(
+def evaluate_maps(
     predict: Predict,
-    data: DenseSet[DepthSample],
-    protocol: DepthProtocol,
+    data: DenseSet,
+    protocol: MapProtocol,
     *,
     method: str,
     weights: object = None,
     folder: str | Path | None = None,
     progress: bool = True,
-) -> DepthReport:
-    """Evaluate a predictor on a benchmark, one image at a time.
+) -> MapReport:
+    """Evaluate a predictor on a benchmark of depth or normals, one image at a time.
 
     Args:
         method: what the predictor is called.
         weights: JSON-ready; what tells its weights from others, to recognise the folder.
-        folder: keeps the metrics of every image; the same folder again goes on from what is in it.
+        folder: keeps the numbers of every image; the same folder again goes on from what is in it.
 
     Raises:
         ValueError: the folder is of another method, protocol or weights.
     """
-    settings, results = _claimed(data.benchmark, method, protocol, weights, folder)
-    bounds = DEPTH_BENCHMARKS[data.benchmark.name].bounds
-
-    def count(sample: DepthSample) -> None:
-        results.add(sample.name, measure_depth(predict, sample, protocol, bounds), sample.content)
-
-    counted, problems = count_images(data, results, count, progress=progress)
-    images = {name: results.rows[name] for name in counted}
-    about = (data.benchmark.name, data.benchmark.title, method, settings)
-    return DepthReport(
-        *about, mean_metrics(list(images.values())), data.benchmark.images, images, problems=(*data.problems, *problems)
-    )
-
-
-def evaluate_normals(
-    predict: Predict,
-    data: DenseSet[NormalSample],
-    protocol: NormalProtocol,
-    *,
-    method: str,
-    weights: object = None,
-    folder: str | Path | None = None,
-    progress: bool = True,
-) -> NormalReport:
-    """Evaluate a predictor on a benchmark, one image at a time; arguments and errors as of `evaluate_depth`."""
-    settings, results = _claimed(data.benchmark, method, protocol, weights, folder)
-
-    def count(sample: NormalSample) -> None:
-        errors = measure_normals(predict, sample, protocol)
-        results.add(sample.name, {"pixels": len(errors)}, sample.content, errors)
-
-    counted, problems = count_images(data, results, count, progress=progress)
-    if protocol.average == "images":
-        metrics = mean_of_images([results.errors(name) for name in counted])
-    else:
-        metrics = PooledAngles.over(map(results.errors, counted))
-    about = (data.benchmark.name, data.benchmark.title, method, settings)
-    return NormalReport(*about, metrics, data.benchmark.images, len(counted), problems=(*data.problems, *problems))
-
-
-def _claimed(
-    benchmark: DenseLayout[Any],
-    method: str,
-    protocol: DepthProtocol | NormalProtocol,
-    weights: object,
-    folder: str | Path | None,
-) -> tuple[dict[str, object], ImageResults]:
-    """The settings of an evaluation, and the results that a folder keeps of it."""
-    settings = {"benchmark": benchmark.name, "method": method, **asdict(protocol)}
-    root = None if folder is None else Path(folder)
+    layout, root = data.layout, None if folder is None else Path(folder)
+    settings = {"benchmark": layout.name, "method": method, **asdict(protocol)}
     if root is not None:
         claim_folder(root, settings if weights is None else {**settings, "weights": weights})
-    return settings, ImageResults(root)
+    results, counted, problems = ImageResults(root), set[str](), [*data.problems]
+    with tqdm(total=len(data), desc=layout.name, unit="image", disable=not progress) as bar:
+
+        def is_measured(name: str, content: str) -> bool:
+            measured = results.holds(name, content)
+            if measured:
+                counted.add(name)
+                bar.update(1)
+            return measured
+
+        for sample in data.samples(is_measured):
+            bar.update(1)
+            if isinstance(sample, Problem):
+                problems.append(sample)
+                continue
+            try:
+                values, errors = protocol.measure(predict, sample, layout)
+            except ValueError as error:
+                problems.append(Problem(sample.name, str(error)))
+                continue
+            results.add(sample.name, values, sample.content, errors)
+            counted.add(sample.name)
+    names = [entry[0] for entry in data.entries if entry[0] in counted]
+    images = {name: results.rows[name] for name in names}
+    return MapReport(layout, method, settings, protocol.summarise(results, names), images, problems=tuple(problems))
 
 
 # -- metrics --------------------------------------------------------------------------------------------------------
@@ -398,7 +355,7 @@ def normal_metrics(errors: Tensor) -> dict[str, float]:
 
 
 class PooledAngles:
-    """Metrics over all pixels of a data set together (DSINE, Lotus, E2E-FT), from counts that merge exactly.
+    """Metrics over all pixels of a data set together (DSINE, Lotus, E2E-FT), from counts.
 
     The median comes from a histogram of cells `WIDTH` degrees wide and is right to that.
     """
@@ -428,14 +385,6 @@ class PooledAngles:
         for errors in images:
             pooled.update(errors)
         return pooled.compute()
-
-    def merge(self, other: PooledAngles) -> None:
-        """Add what another process counted."""
-        self.count += other.count
-        self.sum += other.sum
-        self.squares += other.squares
-        self.under += other.under
-        self.histogram += other.histogram
 
     def compute(self) -> dict[str, float]:
         """As `normal_metrics`, over everything counted."""

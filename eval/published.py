@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,18 +16,35 @@ else:
     import tomli as tomllib
 
 Row = TypeVar("Row")
+DATA = Path(__file__).parent / "data"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, whoever made it.
+
+    Raises:
+        ValueError: it is missing or no TOML; the message begins with its path.
+    """
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # TOML's own errors are ValueErrors
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_tables(name: str, kind: type[Row]) -> tuple[Row, ...]:
     """The rows of ``eval/data/NAME.toml`` in its order; every row has the fields of its table too."""
-    content = tomllib.loads((Path(__file__).parent / "data" / f"{name}.toml").read_text(encoding="utf-8"))
-    return tuple(kind(**fields) for fields in _rows(content["tables"]))
+    tables = read_toml(DATA / f"{name}.toml")["tables"]
+    rows = ({**table, **row} for table in tables for row in table["rows"])
+    return tuple(kind(**{key: _frozen(value) for key, value in row.items() if key != "rows"}) for row in rows)
 
 
-def _rows(tables: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for table in tables:
-        rows = table.pop("rows")
-        yield from ({**table, **row} for row in rows)
+def _frozen(value: Any) -> Any:
+    """Tuples instead of lists, in dictionaries too."""
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +90,6 @@ class PublishedMaps:
     source: str
     values: Mapping[str, tuple[float, float]]
     quoted: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "values", {name: (pair[0], pair[1]) for name, pair in self.values.items()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from diffrep.eval.cache import FeatureCache
 from diffrep.eval.correspondence import evaluate_pairs
 from diffrep.eval.correspondence_report import CorrespondenceReport
 from diffrep.eval.datasets.keypoint_tables import KeypointTable
-from diffrep.eval.datasets.spair import read_spair
+from diffrep.eval.datasets.pair_sets import read_spair
 from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
 from diffrep.features import ExtractConfig, extract
 from diffrep.fusion import Fusion, Part

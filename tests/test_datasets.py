@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from diffrep.eval.datasets.ap10k import read_ap10k
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
+from diffrep.eval.datasets.pair_sets import (
+    SPAIR_CATEGORIES,
+    read_ap10k,
+    read_pf_pascal,
+    read_pf_willow,
+    read_spair,
+    read_spair_u,
+)
 from diffrep.eval.datasets.pairs import DatasetError
-from diffrep.eval.datasets.pf import read_pf_pascal, read_pf_willow
-from diffrep.eval.datasets.spair import CATEGORIES, read_spair, read_spair_u
 from diffrep.eval.datasets.tss import read_flo, read_tss, tss_category
 
 from .benchmark_folders import (
@@ -242,7 +247,7 @@ def test_broken_flow_is_named(tmp_path: Path) -> None:
     assert {item.subset for item in read.items} == {"FG3DCar"}
 
 
-@pytest.mark.parametrize("category", CATEGORIES)
+@pytest.mark.parametrize("category", SPAIR_CATEGORIES)
 def test_a_mirror_twice_is_no_mirror_and_groups_are_apart(category: str) -> None:
     table = table_of("spair", category)
     swapped = {"left": "right", "right": "left"}

@@ -18,9 +18,9 @@ from torch import Tensor
 from diffrep.cli import main
 from diffrep.eval.cache import ImageResults, digest
 from diffrep.eval.datasets.archives import Archive, read_array
-from diffrep.eval.datasets.dense_images import open_depth_set, open_normal_set
+from diffrep.eval.datasets.dense_images import open_benchmark
 from diffrep.eval.datasets.plain_pickle import read_plain
-from diffrep.eval.maps import DepthProtocol, NormalProtocol, evaluate_depth, evaluate_normals
+from diffrep.eval.maps import DepthProtocol, NormalProtocol, evaluate_maps
 from diffrep.eval.published import PUBLISHED, PUBLISHED_DEPTH, PUBLISHED_DIS, PUBLISHED_FLOW, PUBLISHED_NORMALS
 from diffrep.eval.report import Problem, Report, Section, bootstrap, plain, with_interval
 
@@ -99,9 +99,9 @@ def test_replaced_images_and_depths_are_measured_again(scannet: Path, tmp_path: 
         return torch.arange(32.0).expand(24, 32)
 
     def evaluate(weights: str = "a") -> dict[str, float]:
-        data = open_depth_set("scannet", scannet)
+        data = open_benchmark("depth", "scannet", scannet)
         options = {"method": "ramp", "weights": weights, "folder": tmp_path / "work", "progress": False}
-        return evaluate_depth(predict, data, DepthProtocol(space="depth"), **options).mean()  # type: ignore[arg-type]
+        return dict(evaluate_maps(predict, data, DepthProtocol(space="depth"), **options).metrics)  # type: ignore[arg-type]
 
     assert evaluate()["abs_rel"] == pytest.approx(0, abs=1e-5)
     evaluate()
@@ -118,12 +118,12 @@ def test_lists_that_lead_out_of_the_folder_and_damaged_lists_are_named(scannet: 
     write_image(tmp_path / "secret.jpg", 32, 24, 0)
     listing = scannet / "scannet_list.txt"
     listing.write_text("../secret.jpg scene0000_00/depth/000000.png\nscene0000_00/color/000000.jpg /etc/passwd\n")
-    problems = list(open_depth_set("scannet", scannet).samples())
+    problems = list(open_benchmark("depth", "scannet", scannet).samples())
     assert all("leads out of the data set's folder" in str(problem) for problem in problems)
     assert len(problems) == 2
     listing.write_bytes(b"\xff\xfe\x00\x00")
     with pytest.raises(ValueError, match=r"scannet_list\.txt: cannot be read as text"):
-        open_depth_set("scannet", scannet)
+        open_benchmark("depth", "scannet", scannet)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_normals_that_cannot_be_read_are_named_and_the_rest_counts(tmp_path: Pat
     def wall(image: Tensor) -> Tensor:
         return torch.tensor([0.0, 0, 1]).view(3, 1, 1).expand(3, *image.shape[1:])
 
-    data = open_normal_set("oasis", tmp_path)
-    report = evaluate_normals(wall, data, NormalProtocol(), method="wall", folder=tmp_path / "w", progress=False)
-    assert report.images == 1
+    data = open_benchmark("normals", "oasis", tmp_path)
+    report = evaluate_maps(wall, data, NormalProtocol(), method="wall", folder=tmp_path / "w", progress=False)
+    assert len(report.images) == 1
     assert report.metrics["mean"] == pytest.approx(0, abs=0.1)
     (problem,) = report.problems
     assert "1_normal.pkl: holds no normals of a box in the image" in str(problem)

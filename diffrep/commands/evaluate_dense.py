@@ -16,8 +16,8 @@ from torch import Tensor
 from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.commands.train_heads import open_set
-from diffrep.eval.datasets.dense_images import DEPTH_BENCHMARKS, open_depth_set, open_normal_set
-from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_depth, evaluate_normals
+from diffrep.eval.datasets.dense_images import open_benchmark
+from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_maps
 from diffrep.eval.one_step_ablation import AblationSettings, run_ablation
 from diffrep.eval.report import Report
 from diffrep.eval.scene_maps import Method, SceneMapSettings, evaluate_scene_maps, maps_through_vae, no_look
@@ -87,17 +87,17 @@ class EvalDepth(DenseEvaluation):
         if self.benchmark == "scenes":
             self._finish(self._scenes(head))
             return
-        data, layout = open_depth_set(self.benchmark, self._folder(), self.listing), DEPTH_BENCHMARKS[self.benchmark]
+        data = open_benchmark("depth", self.benchmark, self._folder(), self.listing)
         # the harness resizes, the head does not; unless a size is asked for, or the head has its own
         by_head = self.working_size is not None or head.working_size < 256
         protocol = DepthProtocol(
             space="disparity" if head.task == "disparity" else "depth",
-            side=None if by_head else layout.sides[self.protocol],
-            fit_size=layout.fit_size,
+            side=None if by_head else data.layout.sides.get(self.protocol),
+            fit_size=data.layout.fit_size,
         )
         config = PredictConfig(size=self.working_size if by_head else 0, official=not by_head)
         predict, weights = depth_predictor(head, config), [head.found, head_fingerprint(head), self.working_size]
-        self._finish(evaluate_depth(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
+        self._finish(evaluate_maps(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +116,13 @@ class EvalNormals(DenseEvaluation):
         if self.benchmark == "scenes":
             self._finish(self._scenes(head))
             return
-        data = open_normal_set(self.benchmark, self._folder(), self.listing)
+        data = open_benchmark("normals", self.benchmark, self._folder(), self.listing)
         small = head.working_size if head.working_size < 256 else None
         side = small if self.working_size is None else self.working_size
         lotus = self.protocol == "lotus"
         protocol = NormalProtocol(pad="lotus" if lotus else "none", stretch=not lotus, side=side, average=self.average)
         predict, weights = normal_predictor(head), [head.found, head_fingerprint(head)]
-        self._finish(evaluate_normals(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
+        self._finish(evaluate_maps(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
 
 
 @dataclass(frozen=True, kw_only=True)

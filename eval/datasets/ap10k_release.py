@@ -17,8 +17,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import combinations, islice
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +26,11 @@ from diffrep.eval.datasets.pairs import (
     AnnotatedPair,
     DatasetError,
     PairSet,
-    Problem,
     choose,
-    collect,
-    common,
     inside,
+    read_pairs,
 )
+from diffrep.eval.report import Problem
 from diffrep.files import read_document
 
 KEYPOINTS = 17
@@ -45,6 +43,7 @@ _OF_FAMILY, _OF_FAMILIES = 900, 30  # pairs that are drawn
 _SEED = 42
 
 Species = tuple[str, str]  # family, species
+Drawn = tuple[str, AnnotatedImage, AnnotatedImage]  # category, source, target
 
 
 def is_release(root: Path) -> bool:
@@ -63,28 +62,19 @@ def read_release(root: Path, split: Ap10kSet, categories: Sequence[str] | None =
         ValueError: the set has no such category.
     """
     images, problems = _read_images(root)
-    part = "test" if split.startswith("test") else split
-    taken = {species: _part(members, part) for species, members in sorted(images.items())}
-    drawing = random.Random(_SEED)
-    if split == "test_cross_species":
-        pairs = _across_species(taken, drawing)
-    elif split == "test_cross_family":
-        pairs = _across_families(taken, drawing)
-    else:
-        pairs = _within_species(taken, _TRAIN_PAIRS if split == "trn" else None, drawing)
-    by_category: dict[str, list[tuple[AnnotatedImage, AnnotatedImage]]] = defaultdict(list)
-    for category, source, target in pairs:
-        by_category[category].append((source, target))
-    if not by_category:
+    ends = {"trn": (None, -_TEST - _VAL), "val": (-_TEST - _VAL, -_TEST)}.get(split, (-_TEST, None))
+    drawn = [*_draw(split, {species: members[slice(*ends)] for species, members in sorted(images.items())})]
+    if not drawn:
         raise DatasetError(f"{root / 'annotations'}: no two images that make a pair of the set {split}")
-    wanted = choose(f"AP-10K {split}", "category", sorted(by_category), categories)
-    entries = [
-        (f"{category}: {source.path}, {target.path}", partial(_pair, category, source, target))
-        for category in wanted
-        for source, target in by_category[category]
+    wanted = choose(f"AP-10K {split}", "category", sorted({category for category, _, _ in drawn}), categories)
+    items = [
+        (f"{category}: {source.path}, {target.path}", (category, source, target))
+        for one in wanted
+        for category, source, target in drawn
+        if category == one
     ]
     name = f"AP-10K {split} (pairs made here, images in sorted order)"
-    return collect(name, root, wanted, entries, problems, split=split)
+    return read_pairs(name, root, wanted, items, _pair, problems, split=split)
 
 
 def as_image(path: str, note: Mapping[str, Any]) -> AnnotatedImage:
@@ -98,9 +88,8 @@ def as_image(path: str, note: Mapping[str, Any]) -> AnnotatedImage:
         raise ValueError(f"{path} has {len(values)} keypoint numbers, expected {3 * KEYPOINTS}")
     keypoints = {i: (float(values[3 * i]), float(values[3 * i + 1])) for i in range(KEYPOINTS) if values[3 * i + 2] > 0}
     left, top, width, height = (float(v) for v in note["bbox"])
-    return AnnotatedImage(
-        path, (int(note["height"]), int(note["width"])), keypoints, (left, top, left + width, top + height)
-    )
+    box = (left, top, left + width, top + height)
+    return AnnotatedImage(path, (int(note["height"]), int(note["width"])), keypoints, box)
 
 
 def _read_images(root: Path) -> tuple[dict[Species, list[AnnotatedImage]], list[Problem]]:
@@ -115,9 +104,11 @@ def _read_images(root: Path) -> tuple[dict[Species, list[AnnotatedImage]], list[
     for file in sorted((root / "annotations").glob("ap10k-*-split*.json")):
         try:
             note = read_document(file)
-            species = {c["id"]: (str(c["supercategory"]), str(c["name"])) for c in _entries(note, "categories")}
-            of_image = {image["id"]: image for image in _entries(note, "images")}
-            animals = [(animal["image_id"], animal) for animal in _entries(note, "annotations")]
+            if not all(isinstance(note[field], list) for field in ("categories", "images", "annotations")):
+                raise ValueError("categories, images and annotations should be lists")
+            species = {c["id"]: (str(c["supercategory"]), str(c["name"])) for c in note["categories"]}
+            of_image = {image["id"]: image for image in note["images"]}
+            animals = [(animal["image_id"], animal) for animal in note["annotations"]]
         except (KeyError, TypeError, ValueError) as error:
             raise DatasetError(f"{file}: annotations as COCO has them were expected ({error!r})") from None
         for number, animal in animals:
@@ -137,52 +128,28 @@ def _read_images(root: Path) -> tuple[dict[Species, list[AnnotatedImage]], list[
     return {kind: [members[name] for name in sorted(members)] for kind, members in images.items()}, problems
 
 
-def _entries(note: Mapping[str, object], field: str) -> list[Any]:
-    entries = note[field]
-    if not isinstance(entries, list):
-        raise ValueError(f"{field} should be a list")
-    return entries
-
-
-def _part(images: Sequence[AnnotatedImage], part: str) -> Sequence[AnnotatedImage]:
-    test, val = max(0, len(images) - _TEST), max(0, len(images) - _TEST - _VAL)
-    return {"test": images[test:], "val": images[val:test], "trn": images[:val]}[part]
-
-
-Drawn = Iterator[tuple[str, AnnotatedImage, AnnotatedImage]]  # category, source, target
-
-
-def _within_species(
-    taken: Mapping[Species, Sequence[AnnotatedImage]], per_image: int | None, drawing: random.Random
-) -> Drawn:
-    for (_, species), images in taken.items():
-        pairs = [(a, b) for a, b in combinations(images, 2) if _match(a, b)]
-        if per_image is not None and len(pairs) > per_image * len(images):
-            pairs = drawing.sample(pairs, per_image * len(images))
-        yield from ((species, a, b) for a, b in pairs)
-
-
-def _across_species(taken: Mapping[Species, Sequence[AnnotatedImage]], drawing: random.Random) -> Drawn:
-    for family, members in _families(taken).items():
-        pairs = [
-            (a, b) for one, other in combinations(members, 2) for a in one for b in other if _match(a, b)
-        ]  # fmt: skip
-        yield from ((family, a, b) for a, b in drawing.sample(pairs, min(_OF_FAMILY, len(pairs))))
-
-
-def _across_families(taken: Mapping[Species, Sequence[AnnotatedImage]], drawing: random.Random) -> Drawn:
-    families = {name: [image for images in members for image in images] for name, members in _families(taken).items()}
-    for one, other in combinations(families, 2):
-        drawn = _products(families[one], families[other], drawing)
-        for a, b in islice((pair for pair in drawn if _match(*pair)), _OF_FAMILIES):
-            yield f"{one}-{other}", a, b
-
-
-def _families(taken: Mapping[Species, Sequence[AnnotatedImage]]) -> dict[str, list[Sequence[AnnotatedImage]]]:
+def _draw(split: Ap10kSet, taken: Mapping[Species, Sequence[AnnotatedImage]]) -> Iterator[Drawn]:
+    """The pairs of a set, of the images that it may take of each species."""
+    drawing = random.Random(_SEED)
     families: dict[str, list[Sequence[AnnotatedImage]]] = defaultdict(list)
     for (family, _), images in taken.items():
         families[family].append(images)
-    return families
+    if split == "test_cross_family":
+        for one, other in combinations(families, 2):
+            sides = [list(chain(*families[family])) for family in (one, other)]
+            fitting = (pair for pair in _products(sides[0], sides[1], drawing) if _match(*pair))
+            yield from ((f"{one}-{other}", *pair) for pair in islice(fitting, _OF_FAMILIES))
+    elif split == "test_cross_species":
+        for family, members in families.items():
+            across = (product(one, other) for one, other in combinations(members, 2))
+            pairs = [pair for pair in chain.from_iterable(across) if _match(*pair)]
+            yield from ((family, *pair) for pair in drawing.sample(pairs, min(_OF_FAMILY, len(pairs))))
+    else:
+        for (_, species), images in taken.items():
+            pairs = [pair for pair in combinations(images, 2) if _match(*pair)]
+            if split == "trn" and len(pairs) > _TRAIN_PAIRS * len(images):
+                pairs = drawing.sample(pairs, _TRAIN_PAIRS * len(images))
+            yield from ((species, *pair) for pair in pairs)
 
 
 def _products(
@@ -201,6 +168,7 @@ def _match(a: AnnotatedImage, b: AnnotatedImage) -> bool:
     return len(a.keypoints.keys() & b.keypoints.keys()) >= SHARED
 
 
-def _pair(category: str, source: AnnotatedImage, target: AnnotatedImage) -> AnnotatedPair:
+def _pair(drawn: Drawn) -> AnnotatedPair:
+    category, source, target = drawn
     name = f"{Path(source.path).stem}-{Path(target.path).stem}:{category}"
-    return AnnotatedPair(name, category, source, target, common(source, target))
+    return AnnotatedPair.of(name, category, source, target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -102,3 +103,25 @@ def read_array(data: bytes, name: str) -> np.ndarray:
     if values.dtype.kind not in "biuf":
         raise ValueError(f"{name}: holds {values.dtype}, not numbers")
     return values
+
+
+def read_exr(data: bytes, name: str) -> np.ndarray:
+    """Channels R, G, B of an OpenEXR picture: (H, W, 3) float32.
+
+    Raises:
+        ImportError: the package OpenEXR is not installed.
+        ValueError: it is no such picture.
+    """
+    try:
+        import OpenEXR
+    except ImportError:
+        raise ImportError(f'{name}: reading .exr needs OpenEXR: pip install "diffrep[dense]"') from None
+    with tempfile.TemporaryDirectory() as folder:  # OpenEXR reads files by name only
+        picture = Path(folder, "picture.exr")
+        picture.write_bytes(data)
+        try:
+            with OpenEXR.File(str(picture), separate_channels=True) as file:
+                channels = file.channels()
+                return np.stack([np.array(channels[c].pixels, dtype=np.float32) for c in "RGB"], axis=-1)
+        except Exception as error:  # whatever the library raises for a damaged file
+            raise ValueError(f"{name}: is no OpenEXR picture with R, G and B ({error})") from None

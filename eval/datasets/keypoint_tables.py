@@ -11,18 +11,13 @@ lie in ``eval/data/keypoints.toml``; others come from a file in the same form::
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
+from diffrep.eval.published import DATA, read_toml
 from diffrep.files import read_document
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 _FIELDS = {"mirror", "groups", "names", "order"}
 
@@ -90,7 +85,7 @@ def table_of(benchmark: str, category: str, tables: Mapping[str, KeypointTable] 
 
 @cache
 def _published() -> dict[str, KeypointTable]:
-    return read_keypoint_tables(Path(__file__).parent.parent / "data" / "keypoints.toml")
+    return read_keypoint_tables(DATA / "keypoints.toml")
 
 
 def read_keypoint_tables(path: Path) -> dict[str, KeypointTable]:
@@ -100,25 +95,16 @@ def read_keypoint_tables(path: Path) -> dict[str, KeypointTable]:
     Raises:
         ValueError: the file is missing, is neither, or an entry is no list of different ids; named.
     """
-    if path.suffix.lower() == ".json":
-        content = read_document(path)
-    else:
-        try:
-            content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-        except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:  # TOML's own errors are ValueErrors
-            raise ValueError(f"{path}: {error}") from None
+    content = read_document(path) if path.suffix.lower() == ".json" else read_toml(path)
     return {category: _table(f"{path}: {category}", entry) for category, entry in content.items()}
 
 
 def _table(where: str, entry: object) -> KeypointTable:
     if not isinstance(entry, dict) or not set(entry) <= _FIELDS:
         raise ValueError(f"{where} must have mirror and groups, got {json.dumps(entry, default=str)}")
-    pairs = _lists(f"{where}.mirror", entry.get("mirror", []))
+    pairs, groups = (_lists(f"{where}.{name}", entry.get(name, [])) for name in ("mirror", "groups"))
     if wrong := [pair for pair in pairs if len(pair) != 2]:
         raise ValueError(f"{where}.mirror must be pairs of ids, got {wrong[0]}")
-    groups = _lists(f"{where}.groups", entry.get("groups", []))
     if wrong := [group for group in groups if len(group) < 2]:
         raise ValueError(f"{where}.groups must have two or more ids each, got {wrong[0]}")
     names = entry.get("names", [])
@@ -131,11 +117,7 @@ def _table(where: str, entry: object) -> KeypointTable:
 
 
 def _lists(where: str, value: object) -> Sequence[list[int]]:
-    """Lists of ids, none of which stands twice.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Check that a value is a list of lists of ids, none of which stands twice."""
     if not isinstance(value, list) or not all(isinstance(ids, list) for ids in value):
         raise ValueError(f"{where} must be a list of lists of ids, got {value!r}")
     flat = [i for ids in value for i in ids]

@@ -1,16 +1,19 @@
-"""What every correspondence benchmark comes to: pairs of annotated images."""
+"""What every correspondence benchmark comes to, pairs of annotated images, and what the readers of data sets share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from diffrep.eval.report import Problem
+
+Item = TypeVar("Item")
 
 
 class DatasetError(ValueError):
@@ -41,6 +44,11 @@ class AnnotatedPair:
     target: AnnotatedImage
     ids: tuple[int, ...]  # keypoints visible in both, in the release's order
 
+    @classmethod
+    def of(cls, name: str, category: str, source: AnnotatedImage, target: AnnotatedImage) -> AnnotatedPair:
+        """A pair with all keypoints that both images show."""
+        return cls(name, category, source, target, tuple(i for i in source.keypoints if i in target.keypoints))
+
 
 @dataclass(frozen=True)
 class PairSet:
@@ -62,11 +70,12 @@ class PairSet:
         return tuple(pair for pair in self.pairs if pair.category == category)
 
 
-def collect(
+def read_pairs(
     name: str,
     root: Path,
     categories: Sequence[str],
-    entries: Collection[tuple[str, Callable[[], AnnotatedPair]]],
+    items: Iterable[tuple[str, Item]],
+    read: Callable[[Item], AnnotatedPair],
     problems: Sequence[Problem] = (),
     *,
     split: str = "test",
@@ -74,35 +83,32 @@ def collect(
     """Read the pairs that can be read and note the others, missing images and empty categories among them.
 
     Args:
-        entries: (what to call it in a message, function that reads it). The function raises KeyError,
-            TypeError, ValueError, OSError and the like where the annotation is malformed.
+        items: (what to call it in a message, what `read` makes a pair of).
+        read: raises KeyError, TypeError, ValueError, OSError and the like where the annotation is malformed.
     """
     pairs, noted = [], list(problems)
     present: dict[str, bool] = {}
-    for where, read in entries:
+    for where, item in items:
         try:
-            pair = read()
+            pair = read(item)
             images = [inside(pair.source.path), inside(pair.target.path)]
+            missing = [path for path in images if not present.setdefault(path, (root / path).is_file())]
+            if missing:
+                raise FileNotFoundError(f"image {' and '.join(missing)} is missing")
         except KeyError as error:
-            noted.append(Problem(where, f"has no field {error}"))
-            continue
+            what = f"has no field {error}"
         except FileNotFoundError as error:
-            noted.append(Problem(where, f"{error.filename} is missing" if error.filename else str(error)))
-            continue
+            what = f"{error.filename} is missing" if error.filename else str(error)
         except (TypeError, ValueError, OSError, AttributeError, IndexError, OverflowError) as error:
-            noted.append(Problem(where, f"malformed annotation ({error})"))
-            continue
-        missing = [path for path in images if not present.setdefault(path, (root / path).is_file())]
-        if missing:
-            noted.append(Problem(where, f"image {' and '.join(missing)} is missing"))
-        elif not pair.ids:
-            noted.append(Problem(where, "no keypoint is visible in both images"))
+            what = f"malformed annotation ({error})"
         else:
-            pairs.append(pair)
+            if pair.ids:
+                pairs.append(pair)
+                continue
+            what = "no keypoint is visible in both images"
+        noted.append(Problem(where, what))
     covered = {pair.category for pair in pairs}
-    noted += [
-        Problem(category, "the category has no usable pair") for category in categories if category not in covered
-    ]
+    noted += [Problem(one, "the category has no usable pair") for one in categories if one not in covered]
     return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted), split)
 
 
@@ -115,32 +121,6 @@ def choose(benchmark: str, what: str, known: Sequence[str], asked: Sequence[str]
     if unknown := sorted(set(asked or ()) - set(known)):
         raise ValueError(f"{benchmark} has no {what} {', '.join(unknown)}; it has {', '.join(known)}")
     return tuple(asked or known)
-
-
-def annotation_files(folder: Path) -> list[Path]:
-    """The JSON files of a folder, sorted.
-
-    Raises:
-        DatasetError: there is none.
-    """
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        raise DatasetError(f"{folder}: no pair annotation (*.json) in it")
-    return files
-
-
-def common(source: AnnotatedImage, target: AnnotatedImage) -> tuple[int, ...]:
-    """Ids of the keypoints that both images show."""
-    return tuple(i for i in source.keypoints if i in target.keypoints)
-
-
-def pair_name(file: Path) -> str:
-    """What a release calls a pair: the file's name, whose colon may be written ``%3A``, as Windows needs it.
-
-    >>> pair_name(Path("000001-2010_1-2011_2%3Acat.json"))
-    '000001-2010_1-2011_2:cat'
-    """
-    return file.stem.replace("%3A", ":")
 
 
 def inside(path: str) -> str:

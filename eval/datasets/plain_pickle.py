@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-_MARK = object()
 _ARRAY_NAMES = frozenset(
     f"{module} {name}"
     for package in ("numpy.core", "numpy._core")
@@ -21,9 +20,8 @@ _ARRAY_NAMES = frozenset(
         (f"{package}.numeric", "_frombuffer"),
     )
 ) | {"numpy ndarray", "numpy dtype", "_codecs encode"}
-_VALUES = {
-    "NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple,
-}  # fmt: skip
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 _LITERALS = frozenset(
     {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "INT", "LONG", "FLOAT", "BINUNICODE", "SHORT_BINUNICODE",
      "UNICODE", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8", "BINSTRING", "SHORT_BINSTRING", "STRING"}
@@ -61,67 +59,57 @@ def read_plain(data: bytes, name: str) -> dict[str, Any]:
 
 def _run(data: bytes) -> Any:
     stack: list[Any] = []
+    outer: list[list[Any]] = []  # the stacks below each mark
     memo: dict[int, Any] = {}
-
-    def items() -> list[Any]:
-        """What lies above the last mark."""
-        start = len(stack) - 1 - next(i for i, value in enumerate(reversed(stack)) if value is _MARK)
-        taken = stack[start + 1 :]
-        del stack[start:]
-        return taken
-
     argument: Any
     for operation, argument, _ in pickletools.genops(data):
         code = operation.name
-        if code in ("PROTO", "FRAME"):
-            continue
-        if code == "STOP":
-            return stack.pop()
         if code in _LITERALS:
             stack.append(argument)
-        elif code in _VALUES:
-            value = _VALUES[code]
-            stack.append(value() if isinstance(value, type) else value)
-        elif code == "MARK":
-            stack.append(_MARK)
+        elif code in _CONSTANTS:
+            stack.append(_CONSTANTS[code])
+        elif code in _EMPTY:
+            stack.append(_EMPTY[code]())
         elif code in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"):
             memo[len(memo) if code == "MEMOIZE" else int(argument)] = stack[-1]
         elif code in ("BINGET", "LONG_BINGET", "GET"):
             stack.append(memo[int(argument)])
+        elif code == "MARK":
+            outer.append(stack)
+            stack = []
+        elif code in ("TUPLE", "DICT", "SETITEMS", "APPENDS"):
+            items, stack = stack, outer.pop()
+            if code == "TUPLE":
+                stack.append(tuple(items))
+            elif code == "APPENDS":
+                stack[-1].extend(items)
+            else:
+                stack += [{}] if code == "DICT" else []
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
         elif code in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(code[-1])
             stack[-count:] = [tuple(stack[-count:])]
-        elif code == "TUPLE":
-            stack.append(tuple(items()))
-        elif code == "DICT":
-            values = items()
-            stack.append(dict(zip(values[::2], values[1::2], strict=True)))
         elif code == "SETITEM":
             value, key = stack.pop(), stack.pop()
             stack[-1][key] = value
-        elif code == "SETITEMS":
-            values = items()
-            stack[-1].update(zip(values[::2], values[1::2], strict=True))
         elif code == "APPEND":
             value = stack.pop()
             stack[-1].append(value)
-        elif code == "APPENDS":
-            values = items()
-            stack[-1].extend(values)
         elif code in ("GLOBAL", "STACK_GLOBAL"):
-            wanted = argument if code == "GLOBAL" else " ".join(stack[-2:])
             if code == "STACK_GLOBAL":
-                del stack[-2:]
-            if wanted not in _ARRAY_NAMES:
-                raise ValueError(f"refers to {wanted.replace(' ', '.')}; only plain values and arrays are read")
-            stack.append(_Name(wanted))
+                argument, stack = " ".join(stack[-2:]), stack[:-2]
+            if argument not in _ARRAY_NAMES:
+                raise ValueError(f"refers to {argument.replace(' ', '.')}; only plain values and arrays are read")
+            stack.append(_Name(argument))
         elif code == "REDUCE":
             arguments, function = stack.pop(), stack.pop()
             stack.append(_reduce(function, arguments))
         elif code == "BUILD":
             state = stack.pop()
             _build(stack[-1], state)
-        else:
+        elif code == "STOP":
+            return stack.pop()
+        elif code not in ("PROTO", "FRAME"):
             raise ValueError(f"has the instruction {code}; only plain values and arrays are read")
     raise ValueError("ends too early")
 

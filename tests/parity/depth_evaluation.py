@@ -11,23 +11,21 @@ from safetensors.torch import load_file
 
 from diffrep.alignment import align_depth
 from diffrep.eval.datasets.dense_images import (
-    PADDING,
     kitti_mask,
-    normal_padding,
     nyu_mask,
-    open_depth_set,
-    open_normal_set,
+    open_benchmark,
 )
 from diffrep.eval.maps import (
+    PADDING,
     DepthProtocol,
     NormalProtocol,
     PooledAngles,
     angular_error,
     depth_metrics,
-    evaluate_depth,
-    evaluate_normals,
+    evaluate_maps,
     mean_of_images,
     normal_metrics,
+    normal_padding,
 )
 from diffrep.heads.training.dense_data import distance_to_depth
 from diffrep.heads.training.vkitti import KITTI_SIZE, kitti_crop, vkitti_crop
@@ -171,16 +169,16 @@ def check_harness(folder: Path, case: dict[str, Any]) -> None:
             y = torch.einsum("c,chw->hw", torch.tensor([0.7, 0.2, 0.1]), image.float()) / 255
             return 1 - 0.9 * y if disparity else y
 
-        data = open_depth_set("scannet", folder / "data" / "scannet")
-        report = evaluate_depth(predict, data, protocol, method="formula", progress=False)
+        data = open_benchmark("depth", "scannet", folder / "data" / "scannet")
+        report = evaluate_maps(predict, data, protocol, method="formula", progress=False)
         assert not report.problems
-        _compare(report.mean(), run["result"], OFFICIAL_DEPTH, rel=rel)
+        _compare(dict(report.metrics), run["result"], OFFICIAL_DEPTH, rel=rel)
         for line, values in zip(run["per_sample"], report.images.values(), strict=True):
             official = dict(zip(OFFICIAL_DEPTH.values(), map(float, line.split(",")[1:]), strict=True))
             _compare(dict(values), official, OFFICIAL_DEPTH, rel=rel)
     for run in each(case["normals"]["runs"]):
-        data_set = open_normal_set("nyuv2", folder / "data" / "dsine_eval")
-        found = evaluate_normals(
+        data_set = open_benchmark("normals", "nyuv2", folder / "data" / "dsine_eval")
+        found = evaluate_maps(
             lambda image: 0.9 * image + 0.05,
             data_set,
             NormalProtocol(side=run["processing_res"]),

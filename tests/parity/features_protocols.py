@@ -17,9 +17,8 @@ from torch.nn.functional import normalize
 
 from diffrep.backbones import AggregationNetwork, Grid
 from diffrep.eval.datasets.keypoint_tables import table_of
+from diffrep.eval.datasets.pair_sets import read_pf_pascal, read_spair
 from diffrep.eval.datasets.pairs import AnnotatedPair
-from diffrep.eval.datasets.pf import read_pf_pascal
-from diffrep.eval.datasets.spair import read_spair
 from diffrep.eval.datasets.tss import SUBSETS, read_tss
 from diffrep.eval.flow import count_flow, mean_error, mean_pck, nearest_flow
 from diffrep.eval.pck import PairCount, Pck
