@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,11 +124,12 @@ def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **
 
 
 def read_weights(
-    path: str | os.PathLike[str], *, error: type[Exception] = ValueError
+    path: str | os.PathLike[str], *, only: Collection[str] | None = None, error: type[Exception] = ValueError
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file, whoever made it.
 
     Args:
+        only: names of the tensors that are read; None: all of them.
         error: the kind of error that the caller's readers raise.
 
     Returns:
@@ -141,7 +142,8 @@ def read_weights(
 
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            names = file.keys() if only is None else only
+            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as problem:
         raise error(f"{path}: cannot be read as safetensors ({one_line(problem)})") from None
 

@@ -9,25 +9,30 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.backbones import Grid
-from diffrep.eval.datasets.pairs import PairSet
 from diffrep.features import FeatureMaps
-from diffrep.files import JsonLines, claim_folder, save_weights, sweep_partials, write_whole
+from diffrep.files import (
+    JsonLines,
+    claim_folder,
+    read_document,
+    read_weights,
+    save_weights,
+    sweep_partials,
+    write_whole,
+)
 from diffrep.images import ImageError, Placement
-from diffrep.recipes import CATEGORY, Correspondence, Recipe
+from diffrep.recipes import CATEGORY, Correspondence
 from diffrep.store.manifest import weights_sha256
 
 Kept = Literal["float32", "float16"]
@@ -46,87 +51,22 @@ def digest(*contents: bytes) -> str:
     return whole.hexdigest()[:16]
 
 
-class FeatureCache:
-    """Features by image, one safetensors file each, in a folder.
+def made_from(file: Path, content: str, make: Callable[[], Mapping[str, object]]) -> dict[str, Any]:
+    """What `make` gave for some content, from a JSON file: made, and written, where it was made from other content.
+
+    Read back also what was just written, so that a run in two halves sees the same numbers as a run in one.
 
     Args:
-        folder: created where it is missing.
-        settings: JSON-ready; what the features depend on beside the images.
-        dtype: in which they are kept. What is read back is float32 in either case; float16 halves the space
-            and moves similarities in the fourth digit.
-
-    Raises:
-        ValueError: the folder holds features made with other settings; the message names the first
-            difference.
+        content: see `digest`.
     """
-
-    def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dtype: Kept = "float32") -> None:
-        self.folder, self.dtype = Path(folder), dtype
-        claim_folder(self.folder, {**settings, "kept_as": dtype})
-        for place in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
-            sweep_partials(place)
-
-    def file(self, image: str) -> Path:
-        """Where the features of an image lie; `image` is its path relative to the data set's folder.
-
-        Raises:
-            ValueError: the path leaves the folder.
-        """
-        path = PurePosixPath(image)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"image paths must be relative to the data set's folder, got {image}")
-        return self.folder / f"{path}.safetensors"
-
-    def __contains__(self, image: str) -> bool:
-        return self.file(image).is_file()
-
-    def holds(self, image: str, content: str) -> bool:
-        """Whether there are features of an image with that content (see `digest`)."""
-        try:
-            with safe_open(self.file(image), "pt") as opened:
-                return bool((opened.metadata() or {}).get("content") == content)
-        except (OSError, SafetensorError):
-            return False
-
-    def save(self, image: str, features: Sequence[FeatureMaps], content: str = "") -> None:
-        """Keep all features of one image: one batch of one per backbone."""
-        tensors, notes = {}, []
-        for number, maps in enumerate(features):
-            for tap, values in maps.maps.items():
-                tensors[f"{number}/{tap}"] = values.detach().to(getattr(torch, self.dtype))
-            notes.append(
-                {
-                    "placement": asdict(maps.placements[0]),
-                    "grids": {tap: asdict(grid) for tap, grid in maps.grids.items()},
-                    "settings": dict(maps.settings),
-                }
-            )
-        save_weights(self.file(image), tensors, features=json.dumps(notes, default=str), content=content)
-
-    def load(self, image: str) -> tuple[FeatureMaps, ...]:
-        """Read the features of one image back, float32.
-
-        Raises:
-            ValueError: the file is no file of features; delete it to have them extracted again.
-        """
-        file = self.file(image)
-        try:
-            with safe_open(file, "pt") as opened:
-                notes = json.loads(opened.metadata()["features"])
-                tensors = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
-                return tuple(_features(number, note, tensors) for number, note in enumerate(notes))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: not a file of kept features ({error}); delete it") from None
-
-
-def _features(number: int, note: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FeatureMaps:
-    placed = note["placement"]
-    height, width = placed["image_size"]
-    rows, columns = placed["canvas_size"]
-    placement = Placement((height, width), (rows, columns), tuple(placed["content_box"]))
-    grids = {tap: Grid(tuple(g["origin"]), tuple(g["stride"])) for tap, g in note["grids"].items()}
-    maps = {tap: tensors[f"{number}/{tap}"] for tap in grids}
-    return FeatureMaps(maps, (placement,), grids, note["settings"])
+    try:
+        document = read_document(file)
+    except ValueError:
+        document = {}
+    if document.get("content") != content:
+        write_whole(file, json.dumps({"content": content, **make()}))
+        document = read_document(file)
+    return document
 
 
 class ImageResults:
@@ -149,7 +89,7 @@ class ImageResults:
             sweep_partials(self._errors_folder)
 
     def _take(self, row: Mapping[str, Any]) -> None:
-        image = str(row["image"]) if "image" in row else ""
+        image = str(row.get("image", ""))
         self.rows[image] = {key: value for key, value in row.items() if key not in ("image", "content")}
         self._contents[image] = str(row.get("content", ""))
 
@@ -191,7 +131,77 @@ class ImageResults:
 MIRRORED = "mirrored/"  # before the path of an image whose mirror image is meant
 
 
-@dataclass(frozen=True)
+class FeatureCache:
+    """Features by image, one safetensors file each, in a folder.
+
+    Args:
+        folder: created where it is missing.
+        settings: JSON-ready; what the features depend on beside the images.
+        dtype: in which they are kept. What is read back is float32 in either case; float16 halves the space
+            and moves similarities in the fourth digit.
+
+    Raises:
+        ValueError: the folder holds features made with other settings; the message names the first
+            difference.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dtype: Kept = "float32") -> None:
+        self.folder, self.dtype = Path(folder), dtype
+        claim_folder(self.folder, {**settings, "kept_as": dtype})
+        for place in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
+            sweep_partials(place)
+
+    def file(self, image: str) -> Path:
+        """Where the features of an image lie; `image` is its path relative to the data set's folder.
+
+        Raises:
+            ValueError: the path leaves the folder.
+        """
+        path = PurePosixPath(image)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"image paths must be relative to the data set's folder, got {image}")
+        return self.folder / f"{path}.safetensors"
+
+    def holds(self, image: str, content: str) -> bool:
+        """Whether there are features of an image with that content (see `digest`)."""
+        try:
+            return read_weights(self.file(image), only=())[1].get("content") == content
+        except ValueError:
+            return False
+
+    def save(self, image: str, features: Sequence[FeatureMaps], content: str = "") -> None:
+        """Keep all features of one image: one batch of one per backbone."""
+        tensors, notes = {}, []
+        for number, maps in enumerate(features):
+            for tap, values in maps.maps.items():
+                tensors[f"{number}/{tap}"] = values.detach().to(getattr(torch, self.dtype))
+            grids = {tap: asdict(grid) for tap, grid in maps.grids.items()}
+            notes.append({"placement": asdict(maps.placements[0]), "grids": grids, "settings": dict(maps.settings)})
+        save_weights(self.file(image), tensors, features=json.dumps(notes, default=str), content=content)
+
+    def load(self, image: str) -> tuple[FeatureMaps, ...]:
+        """Read the features of one image back, float32.
+
+        Raises:
+            ValueError: the file is no file of features; delete it to have them extracted again.
+        """
+        file = self.file(image)
+        try:
+            tensors, metadata = read_weights(file)
+            return tuple(
+                _features(number, note, tensors) for number, note in enumerate(json.loads(metadata["features"]))
+            )
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: not a file of kept features ({error}); delete it") from None
+
+
+def _features(number: int, note: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FeatureMaps:
+    placed: Any = {name: tuple(value) for name, value in note["placement"].items()}
+    grids = {tap: Grid(tuple(g["origin"]), tuple(g["stride"])) for tap, g in note["grids"].items()}
+    maps = {tap: tensors[f"{number}/{tap}"].float() for tap in grids}
+    return FeatureMaps(maps, (Placement(**placed),), grids, note["settings"])
+
+
 class ImageFeatures:
     """The features of a data set's images under a recipe, extracted once each.
 
@@ -199,37 +209,41 @@ class ImageFeatures:
         root: of the data set; image paths are relative to it.
         load: reads an image; given its path with `MIRRORED` before it where the mirror image is meant.
         folder: of the cache.
+        dataset: its name, by which the folder is recognised.
         kept_as: type in which features lie on disk.
         batch_size: images that are extracted together; all that is lost when a run is killed.
+
+    Attributes:
+        settings: what the features depend on beside the images, and the recipe, for reports.
+
+    Raises:
+        ValueError: the folder is of other settings.
     """
 
-    root: Path
-    load: Callable[[str], Image.Image]
-    correspondence: Correspondence
-    folder: Path
-    dataset: str
-    kept_as: Kept = "float32"
-    batch_size: int = 8
-
-    @cached_property
-    def settings(self) -> dict[str, object]:
-        """What the features depend on beside the images."""
-        return {
-            "readings": [asdict(reading) for reading in self.correspondence.recipe.readings],
-            "weights": [backbone.source for backbone in self.correspondence.backbones],
-            "dataset": self.dataset,
-            "batch_size": self.batch_size,
+    def __init__(
+        self,
+        root: Path,
+        load: Callable[[str], Image.Image],
+        correspondence: Correspondence,
+        folder: Path,
+        dataset: str,
+        *,
+        kept_as: Kept = "float32",
+        batch_size: int = 8,
+    ) -> None:
+        self.root, self.load, self.correspondence, self.batch_size = root, load, correspondence, batch_size
+        recipe, backbones = correspondence.recipe, correspondence.backbones
+        depends: dict[str, object] = {
+            "readings": [asdict(reading) for reading in recipe.readings],
+            "weights": [backbone.source for backbone in backbones],
+            "dataset": dataset,
+            "batch_size": batch_size,
         }
-
-    @cached_property
-    def cache(self) -> FeatureCache:
-        """The files."""
-        weights = [weights_sha256(backbone) for backbone in self.correspondence.backbones]
-        return FeatureCache(self.folder, {**self.settings, "weights_sha256": weights}, dtype=self.kept_as)
-
-    @cached_property
-    def _contents(self) -> dict[str, str]:
-        return {}
+        weights = [weights_sha256(backbone) for backbone in backbones]
+        self.cache = FeatureCache(folder, {**depends, "weights_sha256": weights}, dtype=kept_as)
+        self.settings = {**depends, "recipe": asdict(recipe), "kept_as": kept_as}
+        self.by_category = any(CATEGORY in reading.extract.prompt for reading in recipe.readings)
+        self._contents: dict[str, str] = {}
 
     def content(self, image: str) -> str:
         """`digest` of an image's file; read once.
@@ -241,11 +255,6 @@ class ImageFeatures:
         if path not in self._contents:
             self._contents[path] = digest((self.root / path).read_bytes())
         return self._contents[path]
-
-    @property
-    def by_category(self) -> bool:
-        """Whether an image's features depend on its category's name."""
-        return any(CATEGORY in reading.extract.prompt for reading in self.correspondence.recipe.readings)
 
     def key(self, category: str, image: str) -> str:
         """The name of an image's features: with the category where the prompt depends on it."""
@@ -281,7 +290,7 @@ class ImageFeatures:
         return unreadable
 
     def _extract_batch(self, reader: Correspondence, category: str, batch: Sequence[str]) -> dict[str, str]:
-        contents, unreadable = {}, {}
+        contents, pictures, unreadable = {}, {}, {}
         for image in batch:
             try:
                 contents[image] = self.content(image)
@@ -289,7 +298,6 @@ class ImageFeatures:
                 unreadable[image] = str(error)
         if all(self.cache.holds(self.key(category, image), content) for image, content in contents.items()):
             return unreadable
-        pictures: dict[str, Image.Image] = {}
         for image in contents:
             try:
                 pictures[image] = self.load(image)
@@ -300,16 +308,11 @@ class ImageFeatures:
         return unreadable
 
 
-def images_of(pairs: PairSet) -> Iterator[tuple[str, str]]:
-    """(category, image) of the pairs, categories and images in sorted order."""
-    yield from sorted({(p.category, image.path) for p in pairs.pairs for image in (p.source, p.target)})
-
-
 def with_prompt(correspondence: Correspondence, category: str) -> Correspondence:
     """The recipe with a category's name in its prompts; "" changes nothing."""
     if not category:
         return correspondence
-    recipe: Recipe = correspondence.recipe
+    recipe = correspondence.recipe
     readings = tuple(
         replace(r, extract=replace(r.extract, prompt=r.extract.prompt.replace(CATEGORY, category)))
         for r in recipe.readings

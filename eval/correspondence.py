@@ -7,7 +7,6 @@ is named in the report. All averages are printed, with the papers' numbers and t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
@@ -19,19 +18,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.cache import MIRRORED, ImageFeatures, Kept, fingerprint, images_of
+from diffrep.eval.cache import MIRRORED, ImageFeatures, Kept, fingerprint, made_from
 from diffrep.eval.correspondence_report import CorrespondenceReport, PairMatches
 from diffrep.eval.datasets.keypoint_tables import KeypointTable, table_of
 from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet
 from diffrep.eval.pck import Pck
-from diffrep.eval.pose import predict_posed
 from diffrep.eval.protocols import Protocol
 from diffrep.eval.report import Problem
 from diffrep.features import FeatureMaps
-from diffrep.files import claim_folder, read_document, sweep_partials, write_whole
+from diffrep.files import claim_folder, sweep_partials
 from diffrep.fusion import Descriptors, fuse
 from diffrep.images import load_image
-from diffrep.matching import match_points
+from diffrep.matching import masked_distance, match_points, mutual_distance
 from diffrep.recipes import Correspondence, Recipe
 
 Search = Literal["auto", "protocol", "recipe"]
@@ -68,41 +66,69 @@ def evaluate_pairs(
         ValueError: the folder is from other settings, the protocol's search does not fit the recipe, or pose
             alignment is asked for without it.
     """
-    recipe = correspondence.recipe
+
+    def load(image: str) -> Image.Image:
+        picture = load_image(pairs.root / image.removeprefix(MIRRORED))
+        return ImageOps.mirror(picture) if image.startswith(MIRRORED) else picture
+
+    recipe, folder = correspondence.recipe, Path(folder)
     features = ImageFeatures(
-        pairs.root,
-        lambda image: _load(pairs.root, image),
-        correspondence,
-        Path(folder) / "features",
-        pairs.name,
-        kept_as=keep,
-        batch_size=batch_size,
+        pairs.root, load, correspondence, folder / "features", pairs.name, kept_as=keep, batch_size=batch_size
     )
-    images = list(images_of(pairs))
+    images = sorted({(p.category, image.path) for p in pairs.pairs for image in (p.source, p.target)})
     if pose:
         images += [(category, MIRRORED + image) for category, image in images]
     unreadable = features.extract(images, progress=progress)
-    usable = tuple(p for p in pairs.pairs if not {p.source.path, p.target.path} & unreadable.keys())
+    usable = [p for p in pairs.pairs if not {p.source.path, p.target.path} & unreadable.keys()]
     problems = [Problem(image, what) for image, what in unreadable.items() if not image.startswith(MIRRORED)]
     used = choose_search(usable, protocol, features, search)
     if pose and used != "protocol":
         raise ValueError(f"pose alignment goes with a protocol's search; {recipe.name} matches by itself here")
-    matches = tuple(
-        match_pairs(
-            usable,
-            protocol,
-            features,
-            Path(folder) / "matches" / f"{protocol.name} by {used}{' posed' if pose else ''}",
-            by_protocol=used == "protocol",
-            pose=pose,
-            tables=tables,
-            pairs_per_file=pairs_per_file,
-            progress=progress,
-        )
+    categories = sorted({p.category for p in usable})
+    partners = {c: table_of(protocol.benchmark, c, tables).mirror for c in categories if pose}
+    read = lru_cache(maxsize=16)(features.get)  # an image is in many pairs, usually in neighbouring ones
+
+    def match(pair: AnnotatedPair) -> list[list[float]]:
+        source, target = (read(pair.category, image.path) for image in (pair.source, pair.target))
+        mirrored = read(pair.category, MIRRORED + pair.source.path) if pose else None
+        points = predict(
+            pair, source, target, protocol, recipe,
+            by_protocol=used == "protocol", mirrored=mirrored, partners=partners.get(pair.category),
+        )  # fmt: skip
+        return points.tolist()
+
+    def matched() -> Iterator[PairMatches]:
+        with tqdm(total=len(usable), desc="match", unit="pair", disable=not progress) as bar:
+            for start in range(0, len(usable), pairs_per_file):
+                chunk = usable[start : start + pairs_per_file]
+                seen = [(asdict(i), features.content(i.path)) for pair in chunk for i in (pair.source, pair.target)]
+                document = made_from(
+                    kept / f"{start // pairs_per_file:05d}.json",
+                    fingerprint(seen),
+                    lambda chunk=chunk: {"points": [match(pair) for pair in chunk]},  # type: ignore[misc]
+                )
+                for pair, values in zip(chunk, document["points"], strict=True):
+                    yield PairMatches(pair, torch.tensor(values, dtype=torch.float32).reshape(-1, 2))
+                bar.update(len(chunk))
+
+    kept = folder / "matches" / f"{protocol.name} by {used}{' posed' if pose else ''}"
+    claim_folder(
+        kept,
+        {
+            "recipe": asdict(recipe),
+            "by_protocol": used == "protocol",
+            "frame": protocol.frame,
+            "search": None if protocol.search is None else asdict(protocol.search),
+            "pairs": fingerprint([[p.name, p.source.path, p.target.path, list(p.ids)] for p in usable]),
+            "pairs_per_file": pairs_per_file,
+            "partners": {category: sorted(mirror.items()) for category, mirror in partners.items()},
+        },
     )
+    sweep_partials(kept)
+    matches = tuple(matched())
     parts = None
     if protocol.by_part:
-        groups = {c: table_of(protocol.benchmark, c, tables).groups for c in {m.pair.category for m in matches}}
+        groups = {c: table_of(protocol.benchmark, c, tables).groups for c in categories}
         shared = (protocol.count_shared(m.pair, m.predicted, groups[m.pair.category]) for m in matches)
         parts = Pck(protocol.alphas, tuple(shared))
     return CorrespondenceReport(
@@ -115,14 +141,9 @@ def evaluate_pairs(
         pck=Pck(protocol.alphas, tuple(protocol.count(m.pair, m.predicted) for m in matches)),
         by_part=parts,
         problems=(*pairs.problems, *problems),
-        settings={**features.settings, "recipe": asdict(recipe), "kept_as": keep},
+        settings=features.settings,
         matches=matches,
     )
-
-
-def _load(root: Path, image: str) -> Image.Image:
-    picture = load_image(root / image.removeprefix(MIRRORED))
-    return ImageOps.mirror(picture) if image.startswith(MIRRORED) else picture
 
 
 def choose_search(
@@ -143,8 +164,9 @@ def choose_search(
     recipe = features.correspondence.recipe
     (descriptors,) = fuse([features.get(pairs[0].category, pairs[0].source.path)], recipe.fusion)
     placement, cells = descriptors.placement, protocol.search.cells
-    square = placement.canvas_size[0] == placement.canvas_size[1]
-    if square and descriptors.size == (cells, cells) and _centred(descriptors):
+    (height, width), (x, y), (x0, y0, x1, y1) = placement.canvas_size, placement.scale, placement.content_box
+    centred = abs(x / y - 1) < 0.05 and abs(x0 - (width - x1)) <= 1 and abs(y0 - (height - y1)) <= 1
+    if height == width and descriptors.size == (cells, cells) and centred:
         return "protocol"
     if search == "auto":
         return "recipe"
@@ -153,83 +175,6 @@ def choose_search(
         f" {descriptors.size[0]} x {descriptors.size[1]} on a canvas of {placement.canvas_size}:"
         " search='recipe'"
     )
-
-
-def _centred(descriptors: Descriptors) -> bool:
-    """Whether the image keeps its aspect in the middle of its canvas."""
-    placement = descriptors.placement
-    x, y = placement.scale
-    x0, y0, x1, y1 = placement.content_box
-    height, width = placement.canvas_size
-    return abs(x / y - 1) < 0.05 and abs(x0 - (width - x1)) <= 1 and abs(y0 - (height - y1)) <= 1
-
-
-def match_pairs(
-    pairs: Sequence[AnnotatedPair],
-    protocol: Protocol,
-    features: ImageFeatures,
-    folder: Path,
-    *,
-    by_protocol: bool,
-    pose: bool = False,
-    tables: Mapping[str, KeypointTable] | None = None,
-    pairs_per_file: int = 50,
-    progress: bool = True,
-) -> Iterator[PairMatches]:
-    """Match every pair, or read its matches where they are kept and images and keypoints are still the same.
-
-    Raises:
-        ValueError: the folder holds matches of other pairs or settings.
-    """
-    recipe = features.correspondence.recipe
-    names = [[p.name, p.source.path, p.target.path, list(p.ids)] for p in pairs]
-    categories = {p.category for p in pairs} if pose else set()
-    partners = {c: table_of(protocol.benchmark, c, tables).mirror for c in categories}
-    claim_folder(
-        folder,
-        {
-            "recipe": asdict(recipe),
-            "by_protocol": by_protocol,
-            "frame": protocol.frame,
-            "search": None if protocol.search is None else asdict(protocol.search),
-            "pairs": fingerprint(names),
-            "pairs_per_file": pairs_per_file,
-            "partners": {c: sorted(partners[c].items()) for c in sorted(partners)},
-        },
-    )
-    sweep_partials(folder)
-    load = lru_cache(maxsize=16)(features.get)  # an image is in many pairs, usually in neighbouring ones
-
-    def match(pair: AnnotatedPair) -> list[list[float]]:
-        source, target = (load(pair.category, image.path) for image in (pair.source, pair.target))
-        mirrored = load(pair.category, MIRRORED + pair.source.path) if pose else None
-        points = predict(
-            pair, source, target, protocol, recipe,
-            by_protocol=by_protocol, mirrored=mirrored, partners=partners.get(pair.category),
-        )  # fmt: skip
-        return points.tolist()
-
-    with tqdm(total=len(pairs), desc="match", unit="pair", disable=not progress) as bar:
-        for start in range(0, len(pairs), pairs_per_file):
-            chunk = pairs[start : start + pairs_per_file]
-            file = folder / f"{start // pairs_per_file:05d}.json"
-            images = [(i, features.content(i.path)) for pair in chunk for i in (pair.source, pair.target)]
-            content = fingerprint([(asdict(image), content) for image, content in images])
-            if _content_of(file) != content:
-                points = [match(pair) for pair in chunk]
-                write_whole(file, json.dumps({"content": content, "points": points}))
-            # read back also what was just written: a run in two halves sees the same numbers
-            for pair, values in zip(chunk, read_document(file)["points"], strict=True):
-                yield PairMatches(pair, torch.tensor(values, dtype=torch.float32).reshape(-1, 2))
-            bar.update(len(chunk))
-
-
-def _content_of(file: Path) -> object:
-    """The fingerprint of the images and keypoints that a file of matches was made from; None where it is none."""
-    try:
-        return read_document(file).get("content")
-    except ValueError:
-        return None
 
 
 def predict(
@@ -262,3 +207,64 @@ def predict(
     # annotations that count pixels from 1 reach beyond the last pixel's centre
     points = torch.minimum(points.clamp(min=-0.5), points.new_tensor([width - 0.5, height - 0.5]))
     return protocol.to_frame(match_points(a, b, points, recipe.matching).points.cpu(), pair.target)
+
+
+# -- adaptive pose alignment ------------------------------------------------------------------------------------------
+# GeoAware-SC ("Telling Left from Right", section 3.2): two images of one object from opposite sides are far apart for
+# any descriptor, and mirroring one of them brings them together. A keypoint's place in a mirror image is that of its
+# left-right partner, so the answers are asked for at the partners.
+
+
+def mirrored_is_nearer(
+    source: Descriptors,
+    mirrored: Descriptors,
+    target: Descriptors,
+    *,
+    masks: tuple[Tensor, Tensor] | None = None,
+) -> bool:
+    """Whether the mirrored source is nearer to the target than the source itself.
+
+    Args:
+        masks: of source and target, (H', W') over the whole map; None compares mutually nearest cells.
+    """
+    if masks is None:
+        return bool(mutual_distance(mirrored, target) < mutual_distance(source, target))
+    source_mask, target_mask = masks
+    plain = masked_distance(source, target, source_mask, target_mask)
+    return bool(masked_distance(mirrored, target, source_mask.flip(-1), target_mask) < plain)
+
+
+def predict_posed(
+    pair: AnnotatedPair,
+    protocol: Protocol,
+    source: Descriptors,
+    mirrored: Descriptors,
+    target: Descriptors,
+    partners: Mapping[int, int],
+    *,
+    masks: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Where a pair's keypoints lie in the target, (N, 2) float32 in the protocol's square.
+
+    Where the mirrored source is the nearer one, a keypoint whose partner is visible in both images is
+    looked for from there, at its partner's place; the others from the source as it is.
+
+    Args:
+        mirrored: descriptors of the source's mirror image.
+        partners: keypoint -> the one that takes its place in a mirror image; those left out are their own.
+
+    Raises:
+        ValueError: the protocol does not match on a square.
+    """
+    if protocol.search is None or protocol.frame is None:
+        raise ValueError(f"pose alignment needs a protocol that matches on a square, {protocol.name} does not")
+    side = protocol.frame
+    predicted = protocol.search(source, target, protocol.to_frame(pair.source.points(pair.ids), pair.source), side)
+    asked = [partners.get(i, i) for i in pair.ids]
+    visible = torch.tensor([i in pair.ids for i in asked], dtype=torch.bool)
+    if not bool(visible.any()) or not mirrored_is_nearer(source, mirrored, target, masks=masks):
+        return predicted
+    queries = protocol.to_frame(pair.source.points([i for i in asked if i in pair.ids]), pair.source)
+    queries[:, 0] = side - queries[:, 0]
+    predicted[visible] = protocol.search(mirrored, target, queries, side)
+    return predicted

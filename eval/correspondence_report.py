@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from diffrep.draw import draw_matches
 from diffrep.eval.datasets.pairs import AnnotatedPair
-from diffrep.eval.failures import Failure
 from diffrep.eval.pck import AGGREGATES, Aggregate, Pck
 from diffrep.eval.protocols import Protocol
 from diffrep.eval.published import Published, published
 from diffrep.eval.report import Report, Section
+from diffrep.files import printable, write_whole
+from diffrep.images import load_image
+from diffrep.matching import Matches
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,36 @@ class PairMatches:
 
     pair: AnnotatedPair
     predicted: Tensor  # (N, 2) float32
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One pair with its matches, in pixels of the original images."""
+
+    title: str
+    source: Path
+    target: Path
+    points: Tensor  # (N, 2) queries in the source
+    predicted: Tensor  # (N, 2) in the target
+    truth: Tensor  # (N, 2) in the target
+    right: Tensor  # (N,) bool
+    tolerance: float  # pixels of the target within which a match is right
+
+    def draw(self) -> Image.Image:
+        """Both images; what is wrong is ringed red, with a line to where it belongs."""
+        source, target = load_image(self.source), load_image(self.target)
+        shown = torch.minimum(self.predicted.clamp(min=0), self.predicted.new_tensor(target.size) - 1)
+        matches = Matches(shown, torch.zeros(len(shown)))
+        return draw_matches(
+            source, target, self.points, matches,
+            truth=self.truth, tolerance=self.tolerance, titles=[printable(self.title)],
+        )  # fmt: skip
+
+
+def save_failures(failures: Sequence[Failure], folder: Path) -> None:
+    """Write one PNG per failure, numbered from the worst."""
+    for number, failure in enumerate(failures, start=1):
+        write_whole(folder / f"{number:02d}.png", failure.draw().save)
 
 
 @dataclass(frozen=True)
@@ -46,9 +80,9 @@ class CorrespondenceReport(Report):
     settings: Mapping[str, object]
     matches: tuple[PairMatches, ...] = field(repr=False, default=())
 
-    def failures(self, count: int, root: Path | None = None) -> list[Failure]:
+    def failures(self, count: int) -> list[Failure]:
         """The pairs with the smallest share of right points at the first alpha, then the largest distance."""
-        root, judged = root or self.root, []
+        judged = []
         for match in self.matches:
             pair, protocol = match.pair, self.protocol
             right = protocol.hits(pair, match.predicted)[0]
@@ -57,13 +91,9 @@ class CorrespondenceReport(Report):
             away = float(torch.linalg.vector_norm(predicted - truth, dim=-1).median()) / max(pair.target.size)
             failure = Failure(
                 f"{pair.category}: {int(right.sum())} of {len(right)} right at {protocol.alphas[0]:g}   {pair.name}",
-                root / pair.source.path,
-                root / pair.target.path,
-                pair.source.points(pair.ids),
-                predicted,
-                truth,
-                right,
-            )
+                self.root / pair.source.path, self.root / pair.target.path, pair.source.points(pair.ids),
+                predicted, truth, right, protocol.alphas[0] * protocol.scale(pair) / protocol.zoom(pair.target),
+            )  # fmt: skip
             judged.append((float(right.float().mean()), -away, pair.name, failure))
         return [failure for *_, failure in sorted(judged, key=lambda entry: entry[:3])[:count]]
 
@@ -73,33 +103,26 @@ class CorrespondenceReport(Report):
         return published(benchmark if split == "test" else f"{benchmark} {split}", threshold=self.protocol.threshold)
 
     def document(self) -> Mapping[str, object]:
+        categories = {category: self.pck.of(category) for category in self.pck.categories}
         document: dict[str, object] = {
             "dataset": self.dataset,
             "protocol": self.protocol,
             "recipe": self.recipe,
             "search": self.search,
-            "pairs": len(self.pck.counted),
-            "points": self.pck.points,
-            "pck": {name: _by_alpha(self.pck, name) for name in AGGREGATES},
+            **_numbers(self.pck),
+            "pck": _averages(self.pck, AGGREGATES),
             "categories": {
-                category: {
-                    "pairs": len(self.pck.of(category).counted),
-                    "points": self.pck.of(category).points,
-                    "per point": _by_alpha(self.pck.of(category), "per point"),
-                    "per image": _by_alpha(self.pck.of(category), "per image"),
-                }
-                for category in self.pck.categories
+                category: {**_numbers(pck), **_averages(pck, ("per point", "per image"))}
+                for category, pck in categories.items()
             },
             "published": self.rows(),
             "problems": self.problems,
             "settings": self.settings,
         }
         if self.by_part is not None:
-            document["by_part"] = {
-                "points": self.by_part.points,
-                "share": self.by_part.points / max(self.pck.points, 1),
-                "pck": {name: _by_alpha(self.by_part, name) for name in AGGREGATES},
-            }
+            share = self.by_part.points / max(self.pck.points, 1)
+            averages = _averages(self.by_part, AGGREGATES)
+            document["by_part"] = {"points": self.by_part.points, "share": share, "pck": averages}
         return document
 
     def sections(self) -> Iterator[Section]:
@@ -117,15 +140,12 @@ class CorrespondenceReport(Report):
             columns,
             rows,
         )
-        by_category = [(category, self.pck.of(category)) for category in self.pck.categories]
-        yield Section(
-            "By category",
-            ("pairs", "points", f"{columns[0]} per point", "per image"),
-            [
-                (name, str(len(one.counted)), str(one.points), *_percent((one.value()[0], one.value("per image")[0])))
-                for name, one in by_category
-            ],
-        )
+        by_category = []
+        for category in self.pck.categories:
+            one = self.pck.of(category)
+            shares = _percent((one.value()[0], one.value("per image")[0]))
+            by_category.append((category, str(len(one.counted)), str(one.points), *shares))
+        yield Section("By category", ("pairs", "points", f"{columns[0]} per point", "per image"), by_category)
         papers = [row for row in self.rows() if set(row.values) & set(protocol.alphas)]
         if papers:
             yield Section("Published (ours minus theirs)", columns, [self._beside(row) for row in papers])
@@ -144,5 +164,13 @@ def _percent(values: tuple[float, ...]) -> list[str]:
     return [f"{100 * value:.2f}" for value in values]
 
 
-def _by_alpha(pck: Pck, aggregate: Aggregate) -> dict[str, float]:
-    return {f"{alpha:g}": value for alpha, value in zip(pck.alphas, pck.value(aggregate), strict=True)}
+def _numbers(pck: Pck) -> dict[str, object]:
+    return {"pairs": len(pck.counted), "points": pck.points}
+
+
+def _averages(pck: Pck, aggregates: Sequence[Aggregate]) -> dict[str, dict[str, float]]:
+    """aggregate -> alpha -> PCK."""
+    return {
+        name: {f"{alpha:g}": value for alpha, value in zip(pck.alphas, pck.value(name), strict=True)}
+        for name in aggregates
+    }

@@ -1,4 +1,4 @@
-"""Dense flow by nearest neighbours, and how TSS counts it (as sd-dino, pck_tss.py).
+"""Evaluate a recipe's dense flow on TSS, counted as sd-dino's pck_tss.py counts it.
 
 For each pixel of the target the flow says where it lies in the source. PCK of an item is the share of the
 object's pixels whose flow is at most ``alpha * max(H, W)`` of the source image away from the truth; items
@@ -8,20 +8,31 @@ are averaged.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
-from diffrep.eval.datasets.tss import FlowItem
-from diffrep.fusion import Descriptors, lattice, sample
+from diffrep.eval.cache import ImageFeatures, Kept, digest, made_from
+from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
+from diffrep.eval.published import PUBLISHED_FLOW
+from diffrep.eval.report import Problem, Report, Section
+from diffrep.files import claim_folder, sweep_partials
+from diffrep.fusion import Descriptors, fuse, lattice, sample
+from diffrep.images import load_image
 from diffrep.matching import MatchConfig, match_dense
+from diffrep.recipes import Correspondence
 from diffrep.similarity import Metric, nearest
 
 ALPHAS = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
+HEADLINE = 0.05  # the alpha that papers report
+FlowSearch = Literal["recipe", "sd-dino"]
 
 
 def nearest_flow(
@@ -114,18 +125,130 @@ def mean_pck(counts: Sequence[FlowCount], alpha: float) -> float:
     if alpha not in ALPHAS:
         raise ValueError(f"alpha {alpha} was not counted; counted were {', '.join(map(str, ALPHAS))}")
     i = ALPHAS.index(alpha)
-    return _mean([count.correct[i] / count.pixels for count in counts])
+    return mean([count.correct[i] / count.pixels for count in counts])
 
 
-def mean_error(counts: Sequence[FlowCount]) -> float:
-    """Mean over items of the mean end-point error, pixels; NaN where there is no item."""
-    return _mean([count.error for count in counts])
+def mean(values: Iterable[float]) -> float:
+    """Mean over items; NaN where there is none."""
+    known = list(values)
+    return math.fsum(known) / len(known) if known else math.nan
 
 
-def mean_smoothness(counts: Sequence[FlowCount]) -> float:
-    """Mean over items of the mean absolute first difference, pixels; NaN where there is no item."""
-    return _mean([count.smoothness for count in counts])
+@dataclass(frozen=True)
+class FlowReport(Report):
+    """What a recipe got on TSS."""
+
+    recipe: str
+    search: FlowSearch
+    counts: tuple[FlowCount, ...]
+    settings: Mapping[str, object]
+
+    def subsets(self) -> dict[str, list[FlowCount]]:
+        """Subset -> its items; only subsets that have any."""
+        groups = {subset: [count for count in self.counts if count.subset == subset] for subset in SUBSETS}
+        return {subset: counts for subset, counts in groups.items() if counts}
+
+    def document(self) -> Mapping[str, object]:
+        return {
+            "dataset": "TSS",
+            "recipe": self.recipe,
+            "search": self.search,
+            "pck": {subset: {f"{HEADLINE:g}": mean_pck(some, HEADLINE)} for subset, some in self.subsets().items()},
+            "flows": self.counts,
+            "published": PUBLISHED_FLOW,
+            "problems": self.problems,
+            "settings": self.settings,
+        }
+
+    def sections(self) -> Iterator[Section]:
+        shown = [*self.subsets()]
+        groups = [*self.subsets().values(), self.counts]
+        ours = [100 * mean_pck(group, HEADLINE) for group in groups]
+        yield Section(
+            f"{self.recipe} on TSS: {len(self.counts)} flows; PCK@{HEADLINE:g} in % (<=, longer side of the"
+            f" source, mean over flows); flow by the {self.search}'s rule",
+            [*shown, "all"],
+            [
+                ("PCK", *(f"{value:.1f}" for value in ours)),
+                ("end-point error, pixels", *(f"{mean(one.error for one in group):.2f}" for group in groups)),
+                ("smoothness, pixels", *(f"{mean(one.smoothness for one in group):.2f}" for group in groups)),
+            ],
+        )
+        rows = []
+        for row in PUBLISHED_FLOW:
+            pairs = zip(shown, ours, strict=False)
+            cells = (f"{row.pck[subset]:.1f} ({value - row.pck[subset]:+.1f})" for subset, value in pairs)
+            rows.append((row.method, *cells, row.source))
+        yield Section("Published PCK (ours minus theirs)", shown, rows)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else math.nan
+def evaluate_flow(
+    flows: FlowSet,
+    correspondence: Correspondence,
+    folder: str | Path,
+    *,
+    search: FlowSearch = "recipe",
+    keep: Kept = "float32",
+    batch_size: int = 8,
+    progress: bool = True,
+) -> FlowReport:
+    """Evaluate a recipe on TSS; the same folder again goes on from what is in it.
+
+    Args:
+        search: ``recipe`` matches as the recipe does and interpolates between cell centres; ``sd-dino`` takes
+            the released script's nearest cells of a padded square, with its rounding.
+
+    Raises:
+        ValueError: the folder is from other settings, or the cells are no square for ``sd-dino``.
+    """
+    folder, recipe = Path(folder), correspondence.recipe
+    sizes = {path: item.padded_size for item in flows.items for path in (item.source, item.target)}
+    features = ImageFeatures(
+        flows.root,
+        lambda image: padded_image(flows.root / image, sizes[image]),
+        correspondence,
+        folder / "features",
+        "TSS",
+        kept_as=keep,
+        batch_size=batch_size,
+    )
+    images = [(item.category, path) for item in flows.items for path in (item.source, item.target)]
+    unreadable = features.extract(images, progress=progress)
+    problems = [*flows.problems, *(Problem(path, what) for path, what in unreadable.items())]
+    matched = folder / "flows" / search
+    claim_folder(matched, {"recipe": asdict(recipe), "items": [item.name for item in flows.items]})
+    sweep_partials(matched)
+
+    def measure(item: FlowItem) -> dict[str, object]:
+        source, target = fuse([features.get(item.category, path) for path in (item.source, item.target)], recipe.fusion)
+        if search == "sd-dino":
+            flow = nearest_flow(source, target, item.padded_size, rounding="official")
+        else:
+            flow = dense_flow(source, target, recipe.matching)
+        return asdict(count_flow(item, flow, item.flow(flows.root), item.mask(flows.root)))
+
+    counts = []
+    for item in tqdm(flows.items, desc="flow", unit="flow", disable=not progress):
+        if {item.source, item.target} & unreadable.keys():
+            continue
+        try:
+            files = (item.source, item.target, item.flow_file, item.mask_file)
+            content = digest(*((flows.root / name).read_bytes() for name in files))
+            file = matched / f"{item.name.replace('/', ' ')}.json"
+            count = made_from(file, content, lambda item=item: measure(item))  # type: ignore[misc]
+        except (OSError, ValueError) as error:
+            problems.append(Problem(item.name, str(error)))
+        else:
+            del count["content"]
+            counts.append(FlowCount(**{**count, "correct": tuple(count["correct"])}))
+    return FlowReport(recipe.name, search, tuple(counts), features.settings, problems=tuple(problems))
+
+
+def padded_image(path: Path, size: tuple[int, int]) -> Image.Image:
+    """An image on the top left of a black one of (H, W) pixels."""
+    image = load_image(path)
+    if (image.height, image.width) == size:
+        return image
+    canvas = Image.new("RGB", (size[1], size[0]))
+    canvas.paste(image, (0, 0))
+    return canvas

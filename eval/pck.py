@@ -13,7 +13,7 @@ what is averaged, and papers often do not say which; every aggregate here has a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -72,10 +72,7 @@ class PairCount:
 
 @dataclass(frozen=True)
 class Pck:
-    """PCK over a set of pairs, for each alpha.
-
-    The state is the pairs' counts: sets counted apart are joined with `+`, in any order, without loss.
-    """
+    """PCK over a set of pairs, for each alpha."""
 
     alphas: tuple[float, ...]
     pairs: tuple[PairCount, ...]
@@ -85,11 +82,6 @@ class Pck:
             if len(pair.correct) != len(self.alphas):
                 counts = f"{len(pair.correct)} counts for {len(self.alphas)} alphas {self.alphas}"
                 raise ValueError(f"pair {pair.pair} has {counts}")
-
-    def __add__(self, other: Pck) -> Pck:
-        if other.alphas != self.alphas:
-            raise ValueError(f"cannot join counts at alphas {self.alphas} and {other.alphas}")
-        return Pck(self.alphas, self.pairs + other.pairs)
 
     @property
     def counted(self) -> tuple[PairCount, ...]:
@@ -122,29 +114,23 @@ class Pck:
         """
         counted = self.counted
         if aggregate == "per point":
-            points = sum(pair.points for pair in counted)
-            return self._each(lambda i: _ratio((pair.correct[i] for pair in counted), points))
+            return _ratio([pair.correct for pair in counted], self.points, self.alphas)
         if aggregate == "per image":
-            shares = [[c / pair.points for c in pair.correct] for pair in counted]
-            return self._each(lambda i: _ratio((share[i] for share in shares), len(counted)))
+            shares = [[correct / pair.points for correct in pair.correct] for pair in counted]
+            return _ratio(shares, len(counted), self.alphas)
         if aggregate not in AGGREGATES:
             raise ValueError(f"no aggregate {aggregate!r}; there are {', '.join(map(repr, AGGREGATES))}")
-        groups = [[pair for pair in counted if pair.category == category] for category in self.categories]
-        groups = [group for group in groups if group]
-        pooled = [Pck(self.alphas, tuple(group)).value() for group in groups]
-        weights = [1 if aggregate == "category mean" else len(group) for group in groups]
-        return self._each(
-            lambda i: _ratio((w * value[i] for w, value in zip(weights, pooled, strict=True)), sum(weights))
-        )
+        groups = [group for category in self.categories if (group := self.of(category)).points]
+        weights = [1 if aggregate == "category mean" else len(group.counted) for group in groups]
+        weighted = [[weight * one for one in group.value()] for weight, group in zip(weights, groups, strict=True)]
+        return _ratio(weighted, sum(weights), self.alphas)
 
     def interval(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[tuple[float, float], ...]:
         """Percentile bootstrap over pairs of the per-point value, (low, high) per alpha.
 
         Pairs are drawn, not points, since the points of a pair succeed and fail together.
         """
-        values = self._resampled(draws, seed)
-        low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
-        return tuple(zip(low.tolist(), high.tolist(), strict=True))
+        return _quantiles(self._resampled(draws, seed), level)
 
     def _resampled(self, draws: int, seed: int) -> np.ndarray:
         """(draws, A): the per-point value over pairs drawn with replacement; NaN if nothing was counted."""
@@ -155,9 +141,6 @@ class Pck:
         times = np.random.default_rng(seed).multinomial(len(counted), uniform, size=draws)  # (draws, pairs)
         points = times @ np.array([pair.points for pair in counted])
         return times @ np.array([pair.correct for pair in counted]) / points[:, None]
-
-    def _each(self, value: Callable[[int], float]) -> tuple[float, ...]:
-        return tuple(value(i) for i in range(len(self.alphas)))
 
 
 def difference_interval(
@@ -171,12 +154,20 @@ def difference_interval(
     if [(p.pair, p.points) for p in ours.pairs] != [(p.pair, p.points) for p in theirs.pairs]:
         raise ValueError("a difference needs both sides counted over the same pairs in the same order")
     values = ours._resampled(draws, seed) - theirs._resampled(draws, seed)  # one seed: the same draws of pairs
+    return _quantiles(values, level)
+
+
+def _quantiles(values: np.ndarray, level: float) -> tuple[tuple[float, float], ...]:
+    """(draws, A) -> (low, high) per alpha."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
 
-def _ratio(values: Iterable[float], count: int) -> float:
-    return math.fsum(values) / count if count else math.nan  # fsum: the same in any order
+def _ratio(rows: Sequence[Sequence[float]], count: int, alphas: Sequence[float]) -> tuple[float, ...]:
+    """The sum of the rows over a count, per alpha; NaN where the count is 0."""
+    if not count:
+        return (math.nan,) * len(alphas)
+    return tuple(math.fsum(column) / count for column in zip(*rows, strict=True))  # fsum: the same in any order
 
 
 def chance_within(target: Tensor, scale: float, alphas: Sequence[float], size: tuple[int, int]) -> Tensor:

@@ -7,9 +7,9 @@ all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffrep.eval.datasets.pairs import AnnotatedImage, AnnotatedPair
 from diffrep.eval.pck import Aggregate, PairCount, within
+from diffrep.eval.published import read_tables
 from diffrep.fusion import Descriptors
 from diffrep.similarity import Metric, nearest, similarities, soft_argmax
 
@@ -87,6 +88,10 @@ class Protocol:
     by_part: bool = False
     source: str = ""
 
+    def zoom(self, image: AnnotatedImage) -> float:
+        """Pixels of the frame for each pixel of the image."""
+        return 1.0 if self.frame is None else square_placement(image.size, self.frame)[0]
+
     def to_frame(self, points: Tensor, image: AnnotatedImage) -> Tensor:
         """Points (N, 2) in pixels of the image -> in the frame's pixels, float32."""
         if self.frame is None:
@@ -108,16 +113,15 @@ class Protocol:
             ValueError: the threshold is a share of the box and the target has none.
         """
         target = pair.target
-        scale = 1.0 if self.frame is None else square_placement(target.size, self.frame)[0]
         if self.threshold == "image":
             return float(max(target.size) if self.frame is None else self.frame)
         if self.threshold == "keypoints":
             points = target.points(pair.ids)
-            return float((points.amax(0) - points.amin(0)).max()) * scale
+            return float((points.amax(0) - points.amin(0)).max()) * self.zoom(target)
         if target.box is None:
             raise ValueError(f"{pair.name}: {self.name} needs the target's box, {target.path} has none")
         x0, y0, x1, y1 = target.box
-        return max(x1 - x0, y1 - y0) * scale
+        return max(x1 - x0, y1 - y0) * self.zoom(target)
 
     def hits(self, pair: AnnotatedPair, predicted: Tensor) -> Tensor:
         """Which predictions (N, 2) in the frame's pixels count as right; (A, N) bool."""
@@ -160,99 +164,9 @@ def square_placement(size: tuple[int, int], side: int) -> tuple[float, tuple[int
 
 SQUARE = 840
 
-_GEOAWARE_SEARCH = CellSearch(centre=7.0, metric="cosine", window=5)
-_SPAIR_GEOAWARE = Protocol(
-    name="spair-geoaware",
-    benchmark="spair",
-    alphas=(0.1, 0.05, 0.01),
-    frame=SQUARE,
-    inclusive=False,
-    aggregate="per image",
-    keypoints="image",
-    search=_GEOAWARE_SEARCH,
-    by_part=True,
-    source="GeoAware-SC, pck_train.py: 840 px square, <, window soft-argmax",
-)
 
-PROTOCOLS = {
-    p.name: p
-    for p in (
-        Protocol(
-            name="spair-dift",
-            benchmark="spair",
-            alphas=(0.1,),
-            source="DIFT, eval_spair.py: original pixels, <=, per point and per image",
-        ),
-        Protocol(
-            name="spair-dift-image-threshold",
-            benchmark="spair",
-            alphas=(0.1,),
-            threshold="image",
-            source="CleanDIFT's page: as DIFT, threshold a share of the image",
-        ),
-        Protocol(
-            name="spair-sd-dino",
-            benchmark="spair",
-            alphas=(0.1, 0.05, 0.01),
-            frame=SQUARE,
-            inclusive=False,
-            search=CellSearch(),
-            source="sd-dino, pck_spair_pascal.py: 840 px square, <, prints category mean and pair-weighted",
-        ),
-        _SPAIR_GEOAWARE,
-        replace(
-            _SPAIR_GEOAWARE,
-            name="spair-u-geoaware",
-            benchmark="spair-u",
-            by_part=False,
-            source="SPair-U: GeoAware-SC's evaluation of SPair-71k on other annotations (Jamais Vu's README)",
-        ),
-        Protocol(
-            name="spair-u-dift",
-            benchmark="spair-u",
-            alphas=(0.1,),
-            aggregate="per image",
-            source="SPair-U counted as DIFT counts SPair-71k: original pixels, <=",
-        ),
-        Protocol(
-            name="pf-pascal-sd-dino",
-            benchmark="pf-pascal",
-            alphas=(0.1, 0.05, 0.15),
-            frame=SQUARE,
-            threshold="image",
-            inclusive=False,
-            search=CellSearch(),
-            source="sd-dino, pck_spair_pascal.py --PASCAL: threshold a share of the 840 px square",
-        ),
-        Protocol(
-            name="pf-pascal-geoaware",
-            benchmark="pf-pascal",
-            alphas=(0.1, 0.05, 0.15),
-            frame=SQUARE,
-            threshold="image",
-            inclusive=False,
-            aggregate="per image",
-            search=_GEOAWARE_SEARCH,
-            source="GeoAware-SC, pck_train.py, eval_pascal",
-        ),
-        Protocol(
-            name="pf-willow",
-            benchmark="pf-willow",
-            alphas=(0.1, 0.05, 0.15),
-            threshold="keypoints",
-            aggregate="per image",
-            source="PF-WILLOW as DHPF and CATs count it: share of the box around the target's keypoints, <=",
-        ),
-        Protocol(
-            name="ap-10k-geoaware",
-            benchmark="ap-10k",
-            alphas=(0.1, 0.05, 0.01),
-            frame=SQUARE,
-            inclusive=False,
-            aggregate="per image",
-            search=_GEOAWARE_SEARCH,
-            by_part=True,
-            source="GeoAware-SC, pck_train.py, eval_ap10k; category is the species or family pair",
-        ),
-    )
-}
+def _protocol(search: Mapping[str, Any] | None = None, **fields: Any) -> Protocol:
+    return Protocol(search=None if search is None else CellSearch(**search), **fields)
+
+
+PROTOCOLS = {protocol.name: protocol for protocol in read_tables("protocols", _protocol)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_tables(name: str, kind: type[Row]) -> tuple[Row, ...]:
+def read_tables(name: str, kind: Callable[..., Row]) -> tuple[Row, ...]:
     """The rows of ``eval/data/NAME.toml`` in its order; every row has the fields of its table too."""
     tables = read_toml(DATA / f"{name}.toml")["tables"]
     rows = ({**table, **row} for table in tables for row in table["rows"])

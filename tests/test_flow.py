@@ -18,12 +18,12 @@ from diffrep.eval.flow import (
     ALPHAS,
     count_flow,
     dense_flow,
-    mean_error,
+    evaluate_flow,
+    mean,
     mean_pck,
-    mean_smoothness,
     nearest_flow,
+    padded_image,
 )
-from diffrep.eval.tss import evaluate_flow, padded_image
 from diffrep.features import ExtractConfig
 from diffrep.fusion import Descriptors, Fusion, Part
 from diffrep.images import Placement, Sizing
@@ -92,8 +92,7 @@ def test_counts_by_hand() -> None:
     assert count.smoothness == pytest.approx((4 * 1 + 4 * 2) / (4 * 14 + 3 * 15))
     assert mean_pck([count], 0.05) == pytest.approx(2 / 3)
     assert math.isnan(mean_pck([], 0.05))
-    assert math.isnan(mean_error([]))
-    assert math.isnan(mean_smoothness([]))
+    assert math.isnan(mean([]))
     with pytest.raises(ValueError, match=r"alpha 0\.07 was not counted"):
         mean_pck([count], 0.07)
     with pytest.raises(ValueError, match=r"the mask mask2.png marks no pixel"):

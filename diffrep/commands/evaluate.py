@@ -12,20 +12,19 @@ import tyro
 from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.eval.cache import Kept
 from diffrep.eval.correspondence import Search, evaluate_pairs
-from diffrep.eval.correspondence_report import CorrespondenceReport
+from diffrep.eval.correspondence_report import CorrespondenceReport, save_failures
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.keypoint_tables import read_keypoint_tables
 from diffrep.eval.datasets.pair_sets import read_ap10k, read_pf_pascal, read_pf_willow, read_spair, read_spair_u
 from diffrep.eval.datasets.pairs import PairSet
 from diffrep.eval.datasets.tss import read_tss
-from diffrep.eval.failures import save_failures
+from diffrep.eval.flow import evaluate_flow
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.protocols import PROTOCOLS, Protocol
 from diffrep.eval.report import Report
 from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
-from diffrep.eval.tss import evaluate_flow
 from diffrep.files import write_whole
 from diffrep.recipes import Correspondence
 from diffrep.synthesis import SynthesisSettings, load_synthesis

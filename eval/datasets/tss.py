@@ -7,12 +7,13 @@ mask2.png``. Every pair counts in both directions: the flow that ends in image k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -21,12 +22,8 @@ from diffrep.eval.report import Problem
 
 SUBSETS = ("FG3DCar", "JODS", "PASCAL")
 FLO_MAGIC = 202021.25
-_CATEGORIES = {
-    "busd": "bus",
-    "bike": "bicycle",
-    "plane": "aeroplane",
-    "suv": "car",
-}  # folder's word -> VOC's name
+_CATEGORIES = {"busd": "bus", "bike": "bicycle", "plane": "aeroplane", "suv": "car"}  # folder's word -> VOC's name
+_FILES = (("image", "png"), ("flow", "flo"), ("mask", "png"))
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,9 @@ class FlowItem:
         Raises:
             ValueError: the file is no .flo file of the target's size.
         """
-        flow = read_flo(root / self.flow_file)
-        if flow.shape[1:] != self.target_size:
-            raise ValueError(f"{self.flow_file}: the flow is {tuple(flow.shape[1:])}, its image {self.target_size}")
-        bottom, right = (a - b for a, b in zip(self.padded_size, self.target_size, strict=True))
-        return torch.nn.functional.pad(flow[None], (0, right, 0, bottom), mode="replicate")[0]
+        return F.pad(
+            self._fitting("flow", self.flow_file, read_flo(root / self.flow_file))[None], self._margins, "replicate"
+        )[0]
 
     def mask(self, root: Path) -> Tensor:
         """(H, W) bool: the object in the target, padded with False."""
@@ -68,10 +63,18 @@ class FlowItem:
                 mask = torch.from_numpy(np.asarray(image.convert("L")) > 0)
         except Exception as error:  # whatever a decoder raises for a damaged file
             raise ValueError(f"{self.mask_file}: is not an image ({error})") from None
-        if tuple(mask.shape) != self.target_size:
-            raise ValueError(f"{self.mask_file}: the mask is {tuple(mask.shape)}, its image {self.target_size}")
+        return F.pad(self._fitting("mask", self.mask_file, mask), self._margins)
+
+    def _fitting(self, what: str, file: str, values: Tensor) -> Tensor:
+        if tuple(values.shape[-2:]) != self.target_size:
+            raise ValueError(f"{file}: the {what} is {tuple(values.shape[-2:])}, its image {self.target_size}")
+        return values
+
+    @property
+    def _margins(self) -> tuple[int, int, int, int]:
+        """Left, right, top, bottom, as `torch.nn.functional.pad` takes them."""
         bottom, right = (a - b for a, b in zip(self.padded_size, self.target_size, strict=True))
-        return torch.nn.functional.pad(mask, (0, right, 0, bottom))
+        return 0, right, 0, bottom
 
 
 @dataclass(frozen=True)
@@ -81,10 +84,6 @@ class FlowSet:
     root: Path
     items: tuple[FlowItem, ...]
     problems: tuple[Problem, ...]
-
-    def images(self) -> tuple[str, ...]:
-        """Relative paths of all images, each once, sorted."""
-        return tuple(sorted({path for item in self.items for path in (item.source, item.target)}))
 
 
 def read_tss(root: str | Path, *, subsets: Sequence[str] | None = None) -> FlowSet:
@@ -115,26 +114,16 @@ def read_tss(root: str | Path, *, subsets: Sequence[str] | None = None) -> FlowS
     return FlowSet(root, tuple(items), tuple(problems))
 
 
-_FILES = (("image", "png"), ("flow", "flo"), ("mask", "png"))
-
-
-def _directions(folder: Path, subset: str) -> list[FlowItem]:
+def _directions(folder: Path, subset: str) -> Iterator[FlowItem]:
     sizes = {k: image_size(folder / f"image{k}.png") for k in (1, 2)}
     inside = f"{subset}/{folder.name}"
-    return [
-        FlowItem(
-            name=f"{inside}/{source}to{target}",
-            subset=subset,
-            category=tss_category(folder.name, subset),
-            source=f"{inside}/image{source}.png",
-            target=f"{inside}/image{target}.png",
-            flow_file=f"{inside}/flow{target}.flo",
-            mask_file=f"{inside}/mask{target}.png",
-            source_size=sizes[source],
-            target_size=sizes[target],
-        )
-        for source, target in ((1, 2), (2, 1))
-    ]
+    for source, target in ((1, 2), (2, 1)):
+        yield FlowItem(
+            f"{inside}/{source}to{target}", subset, tss_category(folder.name, subset),
+            f"{inside}/image{source}.png", f"{inside}/image{target}.png",
+            f"{inside}/flow{target}.flo", f"{inside}/mask{target}.png",
+            sizes[source], sizes[target],
+        )  # fmt: skip
 
 
 def tss_category(folder: str, subset: str = "") -> str:

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from diffrep.backbones import AggregationNetwork, Grid
+from diffrep.eval.correspondence import predict_posed
 from diffrep.eval.datasets.keypoint_tables import table_of
 from diffrep.eval.datasets.pair_sets import read_pf_pascal, read_spair
 from diffrep.eval.datasets.pairs import AnnotatedPair
 from diffrep.eval.datasets.tss import SUBSETS, read_tss
-from diffrep.eval.flow import count_flow, mean_error, mean_pck, nearest_flow
+from diffrep.eval.flow import count_flow, mean, mean_pck, nearest_flow
 from diffrep.eval.pck import PairCount, Pck
-from diffrep.eval.pose import predict_posed
 from diffrep.eval.protocols import PROTOCOLS, SQUARE, CellSearch, Protocol
 from diffrep.features import FeatureMaps
 from diffrep.fusion import GEOAWARE_ZERO_SHOT, Descriptors, Fusion, Part, aggregate, fuse, joint_pca
@@ -309,7 +309,7 @@ def check_flow_sddino_tss(folder: Path, case: dict[str, Any]) -> None:
     results = case["results"]
     for alpha, value in results["pck_curve_per_image"].items():
         assert mean_pck(counts, float(alpha)) == pytest.approx(value, abs=tolerance["pck"]), alpha
-    assert mean_error(counts) == pytest.approx(results["AEPE"], abs=tolerance["AEPE"])
+    assert mean(one.error for one in counts) == pytest.approx(results["AEPE"], abs=tolerance["AEPE"])
     # the script's "per_dataset" figures pool all pixels and judge them by the last item's threshold
     base = max(tss.items[-1].source_size)
     for key, value in results.items():
