@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from diffrep.eval.scene_maps import SceneMapSettings, scene_batches
 from diffrep.files import write_whole
+from diffrep.heads.families import FRAME_SIGNS
 from diffrep.heads.probes.annotated import AnnotatedFiles
-from diffrep.heads.training.dense_data import RDF_TO_LUB
 from diffrep.scenes import PART_CLASS_OF, PART_CLASSES, SEEN, Scene, scene_seed
 
 What: TypeAlias = Literal["depth", "normals", "parts", "categories"]
@@ -91,7 +91,7 @@ def _files(folder: Path, name: str) -> dict[str, Path]:
 
 def _write(scene: Scene, files: Mapping[str, Path]) -> None:
     category = np.where(scene.mask, 1 + SEEN.index(scene.category), 0).astype(np.uint8)
-    normals = (scene.normals * np.array(RDF_TO_LUB)).astype(np.float16)
+    normals = (scene.normals * np.array(FRAME_SIGNS["rdf"])).astype(np.float16)
     content = {
         "depth": _npy(np.where(np.isfinite(scene.depth), scene.depth, 0).astype(np.float32)),
         "normals": _npy(normals),

@@ -29,8 +29,8 @@ from diffrep.eval.scene_maps import (
 )
 from diffrep.heads.families import LOTUS_D, LOTUS_G, Family, Task
 from diffrep.heads.training.dense import OneStepModel, predict_maps
-from diffrep.heads.training.dense_data import AnnotatedImages
-from diffrep.heads.training.dense_fit import EMBEDDED_FIT, OneStepTraining, train_one_step
+from diffrep.heads.training.dense_data import SampleSet
+from diffrep.heads.training.fit import EMBEDDED_FIT, OneStepTraining, train_one_step
 from diffrep.scenes import Scene
 from diffrep.training.loop import FitSettings
 
@@ -164,7 +164,7 @@ class AblationReport(Report):
 
 
 def run_ablation(
-    samples: AnnotatedImages,
+    samples: SampleSet,
     task: Task,
     work: Path,
     settings: AblationSettings | None = None,

@@ -23,9 +23,9 @@ from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics, mean_m
 from diffrep.eval.rendering import check_scenes, rendered
 from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.files import claim_folder, write_whole
-from diffrep.heads.families import Task
+from diffrep.heads.families import FRAME_SIGNS, Task
 from diffrep.heads.training.dense import OneStepModel, predict_maps
-from diffrep.heads.training.dense_data import RDF_TO_LUB, SceneSamples, scene_depth
+from diffrep.heads.training.dense_data import SceneSamples, scene_depth
 from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, Scene, SceneSet, render_scene, scene_seed
 from diffrep.training.tiny.pictures import grid
 
@@ -246,7 +246,7 @@ def scene_depth_metrics(prediction: Tensor, depth: Tensor, task: Task) -> dict[s
 def scene_truth(scene: Scene, task: Task) -> Tensor:
     """The picture that a head is trained to draw: (1 or 3, H, W) in [-1, 1]."""
     if task == "normals":
-        signs = torch.tensor(RDF_TO_LUB).view(3, 1, 1)
+        signs = torch.tensor(FRAME_SIGNS["rdf"]).view(3, 1, 1)
         return torch.from_numpy(scene.normals).permute(2, 0, 1) * signs
     return scene_depth(torch.from_numpy(scene.depth)[None], task)
 

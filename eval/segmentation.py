@@ -25,7 +25,7 @@ from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import Method, SceneMapSettings, predict_scenes, scene_groups, scene_jobs, through_vae
 from diffrep.eval.segmentation_metrics import AUTHORS, DIS, MaskScores
 from diffrep.files import write_whole
-from diffrep.heads.training.masks_data import MaskedImage, read_dis
+from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.images import load_image
 from diffrep.scenes import Scene
 

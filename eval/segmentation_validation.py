@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import MaskScores
 from diffrep.heads.segmentation import DiffDis, finish
-from diffrep.heads.training.masks_data import scene_maps
+from diffrep.heads.training.masks import scene_maps
 from diffrep.scenes import SceneSet
 from diffrep.training.tiny.pictures import grid
 

@@ -24,7 +24,7 @@ from diffrep.heads.families import Family, Frame, Task
 from diffrep.heads.head import Head
 from diffrep.heads.maps import DepthMap, NormalMap, facing_camera, unit_length
 from diffrep.heads.one_step import OneStep
-from diffrep.heads.sizes import Resample, pad_to_multiple, to_image_size, to_working
+from diffrep.heads.sizes import Resample, pad_to_multiple, stretch, to_image_size, to_working
 from diffrep.heads.tiling import predict_tiled
 
 ENSEMBLES = {"e2e-ft": E2E_ENSEMBLE, "marigold-diffusers": DIFFUSERS_ENSEMBLE}
@@ -218,7 +218,7 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
             decoded = model.decode(annotation, batch_size=config.batch_size)
             results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])
         if members == 1:
-            return (_stretch(results[0]) if self.task != "normals" and family.stretch else results[0]), None
+            return (stretch(results[0]) if self.task != "normals" and family.stretch else results[0]), None
         return self._bring_together(torch.stack(results, dim=1), config)
 
     def _bring_together(self, members: Tensor, config: PredictConfig) -> tuple[Tensor, Tensor]:
@@ -267,8 +267,3 @@ def surface_normals(normals: Tensor, frame: Frame, shortest: float = 0.3) -> Ten
     """
     missing = (shortest - normals.norm(dim=1, keepdim=True)).clamp(min=0)
     return unit_length(normals + missing * facing_camera(normals, frame), frame)
-
-
-def _stretch(depth: Tensor) -> Tensor:
-    low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-    return (depth - low) / (high - low).clamp(min=1e-12)

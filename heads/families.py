@@ -62,19 +62,19 @@ class Family:
     """
 
     name: str
-    resized: Literal["float", "uint8"]
-    size_rule: Literal["truncate", "integer"]
-    pad: bool
-    posterior: Literal["sample", "mean"]
-    first_latent: Literal["none", "noise", "zeros"]
-    task_vector: tuple[float, ...] | None
-    result: Literal["output", "sample", "clean"]
-    depth: Literal["clamp, mean", "mean, clamp"]
-    stretch: bool
-    normals: Literal["raw", "unit", "twice"]
-    renormalize: bool
-    resize_back: Literal["nearest", "antialias", "interpolate"]
-    frame: Frame
+    resized: Literal["float", "uint8"] = "float"
+    size_rule: Literal["truncate", "integer"] = "truncate"
+    pad: bool = False
+    posterior: Literal["sample", "mean"] = "sample"
+    first_latent: Literal["none", "noise", "zeros"] = "noise"
+    task_vector: tuple[float, ...] | None = None
+    result: Literal["output", "sample", "clean"] = "output"
+    depth: Literal["clamp, mean", "mean, clamp"] = "clamp, mean"
+    stretch: bool = False
+    normals: Literal["raw", "unit", "twice"] = "raw"
+    renormalize: bool = False
+    resize_back: Literal["nearest", "antialias", "interpolate"] = "nearest"
+    frame: Frame = "lub"
     working_size: int = 768
     predicts: Predicts = "sample"
     timesteps: Literal["one", "all"] = "one"
@@ -104,37 +104,15 @@ def task_vector(switch: Sequence[float] = (1, 0)) -> tuple[float, ...]:
     return (*map(math.sin, switch), *map(math.cos, switch))
 
 
-LOTUS_G = Family(
-    name="lotus-g",
-    resized="float",
-    size_rule="truncate",
-    pad=False,
-    posterior="sample",
-    first_latent="noise",
-    task_vector=task_vector(),
-    result="output",
-    depth="clamp, mean",
-    stretch=False,
-    normals="raw",
-    renormalize=False,
-    resize_back="nearest",
-    frame="lub",
-    preserve=1.0,
-)
+LOTUS_G = Family(name="lotus-g", task_vector=task_vector(), preserve=1.0)
 LOTUS_D = dataclasses.replace(LOTUS_G, name="lotus-d", first_latent="none")
 MARIGOLD = Family(
     name="marigold",
     resized="uint8",
-    size_rule="truncate",
-    pad=False,
     posterior="mean",
-    first_latent="noise",
-    task_vector=None,
     result="sample",
     depth="mean, clamp",
-    stretch=False,
     normals="unit",
-    renormalize=False,
     resize_back="antialias",
     frame="rub",
     predicts="v_prediction",

@@ -1,6 +1,7 @@
 """The machine that every one-step head shares: encode the image, call the U-Net once, decode.
 
-Depth and normals read what is decoded (`diffrep.heads.dense`); training calls the parts.
+Prompt, timestep and task never change, so what depends on them alone is computed once (`FoldedUNet`). Depth and normals
+read what is decoded (`diffrep.heads.dense`); training calls the parts.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
+from diffrep.backbones.unet_taps import cross_attentions
 from diffrep.heads.families import Family
-from diffrep.heads.folding import FoldedUNet, PlainUNet
 
 TIMESTEP = 999  # of 1000: where one-step heads are trained and asked
 
@@ -22,6 +23,8 @@ TIMESTEP = 999  # of 1000: where one-step heads are trained and asked
 @dataclass(frozen=True)
 class Schedule:
     """A DDPM noise schedule and what the network predicts under it.
+
+    Timesteps are an int, or a tensor (B,) with one for each latent of a batch.
 
     Attributes:
         alphas_cumprod: (T,), indexed by the timestep.
@@ -31,7 +34,7 @@ class Schedule:
 
     alphas_cumprod: Tensor
     predicts: str
-    last_alpha: float
+    last_alpha: float = 1.0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
@@ -39,48 +42,182 @@ class Schedule:
         from diffusers import DDIMScheduler
 
         scheduler: Any = DDIMScheduler.from_config(dict(config))
-        return cls(
-            scheduler.alphas_cumprod.double(),
-            str(config.get("prediction_type", "epsilon")),
-            float(scheduler.final_alpha_cumprod),
-        )
+        predicts = str(config.get("prediction_type", "epsilon"))
+        return cls(scheduler.alphas_cumprod.double(), predicts, float(scheduler.final_alpha_cumprod))
 
     def timesteps(self, steps: int) -> list[int]:
         """From noise to image with trailing spacing: one step is 999, four are 999, 749, 499, 249."""
         total = len(self.alphas_cumprod)
         return [round(total - i * total / steps) - 1 for i in range(steps)]
 
-    def clean(self, output: Tensor, noisy: Tensor, timestep: int) -> Tensor:
+    def levels(self, timestep: int | Tensor) -> tuple[Any, Any]:
+        """The shares of signal and noise, sqrt(abar_t) and sqrt(1 - abar_t): numbers, or (B, 1, 1, 1)."""
+        if isinstance(timestep, int):
+            alpha = float(self.alphas_cumprod[timestep])
+            return alpha**0.5, (1 - alpha) ** 0.5
+        alphas = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        return alphas.sqrt(), (1 - alphas).sqrt()
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
+        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise."""
+        signal, spread = self.levels(timestep)
+        noisy: Tensor = signal * clean + spread * noise
+        return noisy
+
+    def clean(self, output: Tensor, noisy: Tensor, timestep: int | Tensor) -> Tensor:
         """The network's estimate of the clean latent z_0 from its output and its input z_t."""
-        signal, noise = self._roots(float(self.alphas_cumprod[timestep]))
         if self.predicts == "sample":
             return output
+        signal, spread = self.levels(timestep)
         if self.predicts == "v_prediction":
-            return signal * noisy - noise * output
-        return (noisy - noise * output) / signal
+            clean: Tensor = signal * noisy - spread * output
+            return clean
+        return (noisy - spread * output) / (max(signal, 1e-4) if isinstance(signal, float) else signal.clamp(min=1e-4))
+
+    def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
+        """What the network is trained to put out."""
+        if self.predicts == "sample":
+            return clean
+        signal, spread = self.levels(timestep)
+        return noise if self.predicts == "epsilon" else signal * noise - spread * clean
 
     def step(self, output: Tensor, noisy: Tensor, timestep: int, steps: int) -> Tensor:
         """One deterministic DDIM step (eq. 12 of arXiv 2010.02502, eta 0) of `steps` evenly spaced ones."""
-        signal, noise = self._roots(float(self.alphas_cumprod[timestep]))
+        signal, spread = self.levels(timestep)
         clean = self.clean(output, noisy, timestep)
-        epsilon = (
-            signal * output + noise * noisy if self.predicts == "v_prediction" else (noisy - signal * clean) / noise
-        )
         if self.predicts == "epsilon":
-            epsilon = output
+            noise = output
+        elif self.predicts == "v_prediction":
+            noise = signal * output + spread * noisy
+        else:
+            noise = (noisy - signal * clean) / spread
         previous = timestep - len(self.alphas_cumprod) // steps
-        alpha = float(self.alphas_cumprod[previous]) if previous >= 0 else self.last_alpha
-        signal, noise = self._roots(alpha)
-        return signal * clean + noise * epsilon
+        if previous >= 0:
+            return self.add_noise(clean, noise, previous)
+        return self.last_alpha**0.5 * clean + (1 - self.last_alpha) ** 0.5 * noise
 
-    def add_noise(self, clean: Tensor, noise: Tensor, timestep: int) -> Tensor:
-        """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise."""
-        signal, spread = self._roots(float(self.alphas_cumprod[timestep]))
-        return signal * clean + spread * noise
 
-    @staticmethod
-    def _roots(alpha: float) -> tuple[float, float]:
-        return alpha**0.5, (1 - alpha) ** 0.5
+# -- the U-Net ----------------------------------------------------------------------------------------------
+
+
+class PlainUNet(nn.Module):
+    """A diffusers `UNet2DConditionModel` with its context, called as it is.
+
+    Args:
+        context: (1, tokens, C), the prompt's embedding.
+        padding_channels: zeros that are appended to the latents (E2E-FT's first latent).
+    """
+
+    context: Tensor
+
+    def __init__(self, unet: Any, context: Tensor, *, padding_channels: int = 0) -> None:
+        super().__init__()
+        self.unet, self.padding_channels = unet, padding_channels
+        self.register_buffer("context", context, persistent=False)
+
+    def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
+        """One pass.
+
+        Args:
+            latents: (B, c, h, w), everything that goes into the first convolution.
+            task: class vector, the same for all rows.
+
+        Returns:
+            (B, c', h, w), what the network predicts.
+        """
+        if self.padding_channels:
+            zeros = latents.new_zeros(latents.shape[0], self.padding_channels, *latents.shape[2:])
+            latents = torch.cat([latents, zeros], dim=1)
+        labels = None if task is None else latents.new_tensor([task]).expand(latents.shape[0], -1)
+        context = self.context.expand(latents.shape[0], -1, -1)
+        predicted: Tensor = self.unet(latents, timestep, encoder_hidden_states=context, class_labels=labels).sample
+        return predicted
+
+
+class _Constant(nn.Module):
+    """In place of a projection of the constant context, or (None) of an embedding that biases already hold."""
+
+    value: Tensor | None
+
+    def __init__(self, value: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("value", value, persistent=False)
+
+    def forward(self, replaced: Tensor, *unused: Any) -> Tensor | None:
+        return None if self.value is None else self.value.expand(replaced.shape[0], -1, -1)
+
+
+class FoldedUNet(PlainUNet):
+    """A diffusers `UNet2DConditionModel` with everything constant folded; it is taken over and changed.
+
+    Keys and values of cross-attention become constants; the embedding of timestep and task becomes part of the biases
+    of the residual blocks, computed by the first call with them and stored. Channels that would only see zeros are cut
+    from the first convolution. No number changes beyond float rounding.
+
+    Raises:
+        ValueError: the U-Net conditions its blocks in another way than by adding an embedding.
+    """
+
+    def __init__(self, unet: Any, context: Tensor, *, padding_channels: int = 0) -> None:
+        if reason := _not_foldable(unet):
+            raise ValueError(f"this U-Net cannot be folded: {reason}")
+        super().__init__(unet, context)
+        with torch.no_grad():
+            for attention in cross_attentions(unet):
+                attention.to_k = _Constant(attention.to_k(context))
+                attention.to_v = _Constant(attention.to_v(context))
+            if padding_channels:
+                unet.conv_in = _first_inputs(unet.conv_in, unet.conv_in.in_channels - padding_channels)
+        self._resnets = [m for m in unet.modules() if type(m).__name__ == "ResnetBlock2D"]
+        self._projections = nn.ModuleList(resnet.time_emb_proj for resnet in self._resnets)
+        self._plain_biases = [resnet.conv1.bias.detach().clone() for resnet in self._resnets]
+        self._biases: dict[object, list[Tensor]] = {}
+        self._set: object = None
+        self._time, self._class = unet.time_embedding, unet.class_embedding
+        unet.time_embedding, unet.class_embedding = _Constant(), None
+        for resnet in self._resnets:
+            resnet.time_emb_proj = None  # without an embedding the block adds none
+
+    @torch.no_grad()
+    def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
+        """One pass; see `PlainUNet.forward`."""
+        key = (timestep, task, latents.dtype, latents.device)
+        if key not in self._biases:
+            embedding = self._time(self.unet.get_time_embed(sample=latents[:1], timestep=timestep))
+            if task is not None:
+                embedding = embedding + self._class(latents.new_tensor([task]))
+            active = nn.functional.silu(embedding)
+            biases = zip(self._plain_biases, self._projections, strict=True)
+            self._biases[key] = [bias.to(latents) + projection(active)[0] for bias, projection in biases]
+        if self._set != key:
+            for resnet, bias in zip(self._resnets, self._biases[key], strict=True):
+                resnet.conv1.bias.data = bias
+            self._set = key
+        return super().forward(latents, timestep)
+
+
+def _not_foldable(unet: Any) -> str:
+    """Why a U-Net cannot be folded; empty where it can."""
+    config = unet.config
+    if config.resnet_time_scale_shift != "default" or config.resnet_skip_time_act or config.time_embedding_act_fn:
+        return "its residual blocks do not add their time embedding"
+    if config.class_embed_type not in (None, "projection") or config.class_embeddings_concat:
+        return f"its class embedding is of type {config.class_embed_type!r}"
+    if config.addition_embed_type or config.encoder_hid_dim_type or config.cross_attention_norm:
+        return "it has more conditions than a timestep, a class vector and a context"
+    if config.center_input_sample or config.act_fn != "silu":
+        return "it centres its input or activates by another function than SiLU"
+    return ""
+
+
+def _first_inputs(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """The same convolution for inputs whose later channels are zero."""
+    narrow = nn.Conv2d(channels, conv.out_channels, 3, padding=1).to(conv.weight)
+    narrow.weight.data, narrow.bias = conv.weight.data[:, :channels].clone(), conv.bias
+    return narrow.requires_grad_(False)
+
+
+# -- the machine --------------------------------------------------------------------------------------------
 
 
 class LatentCodec(nn.Module):
@@ -101,13 +238,18 @@ class LatentCodec(nn.Module):
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @property
+    def _reference(self) -> Any:
+        """A tensor or module of the device and dtype in which latents are computed."""
+        return self.vae
+
+    @property
     def device(self) -> torch.device:
-        device: torch.device = self.vae.device
+        device: torch.device = self._reference.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.vae.dtype
+        dtype: torch.dtype = self._reference.dtype
         return dtype
 
     def encode(self, pixels: Tensor, posterior_noise: Tensor | None = None, *, batch_size: int = 4) -> Tensor:
@@ -121,14 +263,14 @@ class LatentCodec(nn.Module):
             (B, c, H // stride, W // stride).
         """
         latents = []
-        for chunk in pixels.split(batch_size):
-            posterior = self.vae.encode(chunk.to(self.vae.device, self.vae.dtype) * 2 - 1).latent_dist
-            if posterior_noise is None:
-                latents.append(posterior.mean)
-            else:
-                start = sum(map(len, latents))
-                noise = posterior_noise.expand(len(pixels), -1, -1, -1)[start : start + len(chunk)]
-                latents.append(posterior.mean + posterior.std * noise.to(posterior.mean))
+        noise = None if posterior_noise is None else posterior_noise.expand(len(pixels), -1, -1, -1)
+        for start in range(0, len(pixels), batch_size):
+            chunk = pixels[start : start + batch_size].to(self.vae.device, self.vae.dtype)
+            posterior = self.vae.encode(chunk * 2 - 1).latent_dist
+            latent = posterior.mean
+            if noise is not None:
+                latent = latent + posterior.std * noise[start : start + batch_size].to(latent)
+            latents.append(latent)
         shift = self.vae.config.shift_factor or 0.0
         scaled: Tensor = (torch.cat(latents).to(self.dtype) - shift) * self.vae.config.scaling_factor
         return scaled.contiguous()
@@ -167,16 +309,11 @@ class OneStep(LatentCodec):
             has = "no class embedding" if unet.config.class_embed_type is None else "a class embedding"
             raise ValueError(f"this U-Net has {has}, which is not how a {family.name} is built")
         zeros = self.channels if family.first_latent == "zeros" else 0
-        kind: type[FoldedUNet] | type[PlainUNet] = FoldedUNet if fold else PlainUNet
-        self.network: FoldedUNet | PlainUNet = kind(unet, context, padding_channels=zeros)
+        self.network = (FoldedUNet if fold else PlainUNet)(unet, context, padding_channels=zeros)
 
     @property
-    def device(self) -> torch.device:
-        return self.network.context.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.network.context.dtype
+    def _reference(self) -> Tensor:
+        return self.network.context
 
     def unet_input(self, latents: Tensor, first: Tensor | None) -> Tensor:
         """What goes into the U-Net: the image latent, then the first latent where the family has one.
@@ -186,7 +323,7 @@ class OneStep(LatentCodec):
             first: (B or 1, c, h, w), for families that start from noise.
 
         Raises:
-            ValueError: noise is missing for a family that starts from it, given for another, or of another shape.
+            ValueError: noise is missing for a family that starts from it, superfluous, or of another shape.
         """
         if (first is None) == (self.family.first_latent == "noise"):
             verb = "starts from noise: give it" if first is None else "starts from no noise: give none"
@@ -213,7 +350,7 @@ class OneStep(LatentCodec):
             latents: (B, c, h, w), of `encode`.
             noise: (B or 1, c, h, w) standard normal, for families that start from it.
             timestep: of the single pass; the schedule's last where None.
-            switch: class vector instead of the family's own, for example Lotus' reconstruction.
+            switch: class vector instead of the family's, for example Lotus' reconstruction.
 
         Returns:
             (B, c, h, w), scaled, for `decode`.
@@ -225,28 +362,26 @@ class OneStep(LatentCodec):
         if steps > 1 and self.family.result != "sample":
             raise ValueError(f"a {self.family.name} head predicts in one step, got steps={steps}")
         self.unet_input(latents[:1], None if noise is None else noise[:1])  # refuses before any work
-        timesteps = self.schedule.timesteps(steps)
+        timesteps, last = self.schedule.timesteps(steps), len(self.schedule.alphas_cumprod) - 1
         if timestep is not None:
-            if steps > 1 or not 0 <= timestep < len(self.schedule.alphas_cumprod):
-                last = len(self.schedule.alphas_cumprod) - 1
+            if steps > 1 or not 0 <= timestep <= last:
                 raise ValueError(
                     f"timestep is of a single step and lies in 0..{last}, got {timestep} for {steps} steps"
                 )
             timesteps = [timestep]
-        task = switch if switch is not None else self.family.task_vector
+        task = self.family.task_vector if switch is None else switch
+        noise = None if noise is None else noise.expand(len(latents), -1, -1, -1)
         results = []
         for start in range(0, len(latents), batch_size):
             image = latents[start : start + batch_size]
-            current = None if noise is None else noise.expand(len(latents), -1, -1, -1)[start : start + batch_size]
+            current = None if noise is None else noise[start : start + batch_size]
             for t in timesteps:
                 output = self.network(self.unet_input(image, current), t, task)
                 noisy = torch.zeros_like(output) if current is None else current.to(output)
-                if self.family.result == "output":
-                    current = output
-                elif self.family.result == "clean":
-                    current = self.schedule.clean(output, noisy, t)
-                else:
+                if self.family.result == "sample":
                     current = self.schedule.step(output, noisy, t, steps)
+                else:
+                    current = output if self.family.result == "output" else self.schedule.clean(output, noisy, t)
             assert current is not None
             results.append(current)
         return torch.cat(results)

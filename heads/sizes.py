@@ -82,3 +82,10 @@ def to_image_size(values: Tensor, size: tuple[int, int], family: Family, resampl
     if family.resize_back == "nearest":
         return resize(values, size, "nearest-exact")
     return resize(values, size, resample, antialias=family.resize_back == "antialias")
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Each sample (C, H, W) of a batch to [0, 1] by its extremes over all its values; a constant one becomes 0."""
+    maps = maps.float()
+    low, high = maps.amin((-3, -2, -1), keepdim=True), maps.amax((-3, -2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=1e-12)

@@ -8,38 +8,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 from diffrep.cli import main
-from diffrep.commands.train_heads import TrainDepth, TrainNormals, open_set, write_dense_head
+from diffrep.commands.train_heads import TrainDepth, TrainNormals, open_set
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, task_vector
 from diffrep.heads.loading import load_head
+from diffrep.heads.point_cloud import Intrinsics, unproject
+from diffrep.heads.training.datasets import Hypersim, VirtualKitti
 from diffrep.heads.training.dense import (
     OneStepModel,
     angular_loss,
     draw_rows,
     latent_loss,
     latent_mask,
-    predict_latents,
     predict_maps,
     widen_conv_in,
 )
 from diffrep.heads.training.dense_data import (
     SceneSamples,
     cache_latents,
-    camera_points,
     distance_to_depth,
     face_camera,
     mirror_normals,
     normalize_depth,
-    normals_from_depth,
+    plane_normals,
     sample_batches,
 )
-from diffrep.heads.training.dense_fit import OneStepTraining, embedded, train_one_step
-from diffrep.heads.training.hypersim import Hypersim
-from diffrep.heads.training.vkitti import VirtualKitti
+from diffrep.heads.training.fit import OneStepTraining, embedded, train_one_step, write_dense_head
 from diffrep.scenes import SceneSet, render_set
 from diffrep.training.loop import FitSettings
 
@@ -133,16 +132,16 @@ def test_distance_is_depth_on_the_axis_and_longer_beside_it() -> None:
 
 
 def test_normals_of_a_slanted_plane_are_found_and_face_the_camera() -> None:
-    intrinsics = torch.tensor([[30.0, 0, 9.5], [0, 30.0, 7.5], [0, 0, 1]])
-    rays = camera_points(torch.ones(16, 20), intrinsics)
+    intrinsics = Intrinsics(30.0, 30.0, 9.5, 7.5)
+    rays = unproject(torch.ones(16, 20), intrinsics)
     normal = nn.functional.normalize(torch.tensor([0.3, -0.4, -1.0]), dim=0)  # RDF, towards the camera
     depth = -2.0 / torch.einsum("c,chw->hw", normal, rays)
-    found, valid = normals_from_depth(depth, intrinsics)
+    found, valid = plane_normals(depth, intrinsics)
     assert valid[0, 2:-2, 2:-2].all()
     expected = (-normal).double().view(3, 1, 1).expand_as(found)  # LUB
     torch.testing.assert_close(found[:, 3:-3, 3:-3], expected[:, 3:-3, 3:-3], atol=1e-4, rtol=0)
     away = -expected.float()
-    assert torch.equal(face_camera(away, camera_points(depth, intrinsics)), -away)
+    assert torch.equal(face_camera(away, unproject(depth, intrinsics)), -away)
 
 
 def test_mirrored_normals_point_to_the_other_side() -> None:
@@ -185,9 +184,7 @@ def test_scenes_face_the_camera_and_the_sky_is_far(scenes: SceneSet) -> None:
         length = normals.annotation.norm(dim=0)
         torch.testing.assert_close(length[known], torch.ones_like(length[known]))
         depth = torch.from_numpy(np.array(scenes.depth[index])).float()
-        intrinsics = torch.from_numpy(np.array(scenes.intrinsics[index]))
-        fx, fy, cx, cy = intrinsics.tolist()
-        points = camera_points(depth.nan_to_num(posinf=0), torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]]))
+        points = unproject(depth.nan_to_num(posinf=0), Intrinsics(*map(float, scenes.intrinsics[index])))
         assert ((normals.annotation * points).sum(0)[known] > -1e-2 * depth[known]).all()
         assert (disparity.annotation[0][~known] == -1).all()
         assert disparity.annotation.shape == (1, 64, 64)
@@ -294,12 +291,14 @@ def test_every_recipe_trains_and_predicts(name: str, sd_folder: Path, scenes: Sc
     samples = SceneSamples(scenes, "normals")
     model = train_one_step(training, [samples], [1.0], tmp_path, progress=False)
     assert model.unet.config.in_channels == (4 if recipe.first_latent == "none" else 8)
-    found = predict_latents(model, torch.zeros(2, 4, 8, 8), steps=2 if recipe.timesteps == "all" else 1)
-    assert found.shape == (2, 4, 8, 8)
+    vae = AutoencoderKL.from_pretrained(sd_folder / "vae")
+    pixels = torch.zeros(2, 3, 64, 64)
+    found = predict_maps(model, vae, pixels, "normals", steps=2 if recipe.timesteps == "all" else 1)
+    assert found.shape == (2, 3, 64, 64)
     assert torch.isfinite(found).all()
     if recipe.timesteps == "one":
         with pytest.raises(ValueError, match="predicts in one step"):
-            predict_latents(model, torch.zeros(1, 4, 8, 8), steps=2)
+            predict_maps(model, vae, pixels, "normals", steps=2)
 
 
 def test_a_run_cut_in_two_ends_as_one_that_was_not(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
@@ -334,8 +333,6 @@ def test_a_run_cut_in_two_ends_as_one_that_was_not(sd_folder: Path, scenes: Scen
 
 
 def test_cached_latents_of_another_model_are_refused(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
-
     vae = AutoencoderKL.from_pretrained(sd_folder / "vae")
     samples = SceneSamples(scenes, "disparity")
     kept = cache_latents(vae, samples, "disparity", tmp_path, made_with="one", progress=False)
@@ -348,8 +345,6 @@ def test_cached_latents_of_another_model_are_refused(sd_folder: Path, scenes: Sc
 
 
 def test_a_trained_head_is_read_back_and_predicts_the_same(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL
-
     recipe = replace(LOTUS_D, posterior="mean")
     training = OneStepTraining(base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2)
     samples = SceneSamples(scenes, "disparity")

@@ -25,8 +25,8 @@ from diffrep.eval.segmentation import (
 )
 from diffrep.eval.segmentation_metrics import MaskScores, f_curve, prepare, scores, simplified_length
 from diffrep.heads.segmentation_loading import load_segmentation
-from diffrep.heads.training.masks import cut_mix, edge_map, pyramid_noise, stretch
-from diffrep.heads.training.masks_data import augment, draw_boxes, read_dis
+from diffrep.heads.sizes import stretch
+from diffrep.heads.training.masks import augment, cut_mix, draw_boxes, edge_map, pyramid_noise, read_dis
 from diffrep.scenes import render_set
 
 

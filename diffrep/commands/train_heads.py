@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,32 +17,28 @@ from diffrep.eval.scene_maps import SceneValidation
 from diffrep.eval.segmentation_validation import MaskValidation
 from diffrep.files import replace_folder
 from diffrep.heads.families import FAMILIES, Task
-from diffrep.heads.loading import write_head
-from diffrep.heads.training.dense import OneStepModel
-from diffrep.heads.training.dense_data import AnnotatedImages, SceneSamples
-from diffrep.heads.training.dense_fit import (
-    PUBLISHED_BATCH,
-    OneStepTraining,
-    build_model,
-    embedded,
-    published_fit,
-    train_one_step,
-)
-from diffrep.heads.training.hypersim import Hypersim
-from diffrep.heads.training.masks_data import MaskedImage, read_dis
-from diffrep.heads.training.masks_fit import (
-    EMBEDDED_FIT,
+from diffrep.heads.training.datasets import Hypersim, VirtualKitti
+from diffrep.heads.training.dense_data import SampleSet, SceneSamples
+from diffrep.heads.training.fit import (
+    EMBEDDED_MASK_FIT,
     EMBEDDED_SCENES,
+    PUBLISHED_BATCH,
     PUBLISHED_EPOCHS,
     PUBLISHED_MASK_BATCH,
+    OneStepTraining,
     SegmentationTraining,
+    build_model,
     build_segmentation_model,
+    embedded,
     head_of,
+    published_fit,
     published_mask_fit,
+    train_one_step,
     train_segmentation,
+    write_dense_head,
     write_segmentation_head,
 )
-from diffrep.heads.training.vkitti import VirtualKitti
+from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.scenes import SceneSet, render_set
 from diffrep.training.loop import FitSettings
 
@@ -229,7 +224,7 @@ class TrainSegmentation(HeadTraining):
         """The settings that these options mean, for that many training images."""
         ours = self.base == "tiny"
         batch_size = self.batch_size or (SegmentationTraining().batch_size if ours else PUBLISHED_MASK_BATCH)
-        fit = EMBEDDED_FIT
+        fit = EMBEDDED_MASK_FIT
         if not ours or self.epochs is not None:
             epochs = PUBLISHED_EPOCHS if self.epochs is None else self.epochs
             fit = published_mask_fit(images, batch_size=batch_size, epochs=epochs)
@@ -245,7 +240,7 @@ class TrainSegmentation(HeadTraining):
         )
 
 
-def open_set(text: str, task: Task, work: Path, scenes: int) -> Callable[[], AnnotatedImages]:
+def open_set(text: str, task: Task, work: Path, scenes: int) -> Callable[[], SampleSet]:
     """What opens the data set that a word of --data names; scenes are rendered only when it is called.
 
     Raises:
@@ -258,25 +253,9 @@ def open_set(text: str, task: Task, work: Path, scenes: int) -> Callable[[], Ann
         raise ValueError(f"--data {name} needs its folder: {name}=FOLDER")
     if name == "scenes" and not folder:
         return lambda: SceneSamples(render_set(work / "scenes", "train", scenes), task)
-    opened: AnnotatedImages
+    opened: SampleSet
     if name == "scenes":
         opened = SceneSamples(SceneSet(folder), task)
     else:
         opened = Hypersim(folder, task) if name == "hypersim" else VirtualKitti(folder, task)
     return lambda: opened
-
-
-def write_dense_head(
-    folder: Path, model: OneStepModel, training: OneStepTraining, family: str, working_size: int
-) -> None:
-    """Write a trained head, all of it or nothing; what was in the folder is replaced."""
-    extra = {"training": json.loads(json.dumps(asdict(training), default=str))}
-
-    def fill(where: Path) -> None:
-        write_head(
-            where, model.unet,
-            base=training.base, family=family, task=training.task, context=model.context, working_size=working_size,
-            extra=extra,
-        )  # fmt: skip
-
-    replace_folder(folder, fill)

@@ -21,7 +21,7 @@ from diffrep.eval.datasets.pairs import DatasetError, read_lines
 from diffrep.eval.datasets.plain_pickle import read_plain
 from diffrep.eval.published import read_tables
 from diffrep.eval.report import Problem
-from diffrep.heads.training.vkitti import KITTI_SIZE, kitti_crop
+from diffrep.heads.training.datasets import KITTI_SIZE, kitti_crop
 
 Kind = Literal["depth", "normals"]
 

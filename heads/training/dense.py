@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.alignment import fit_scale_shift
-from diffrep.backbones.noise import draw_noise
+from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import Family, Task, task_vector
+from diffrep.heads.one_step import OneStep, Schedule
 from diffrep.training.loop import Batch
 
 
@@ -22,14 +24,14 @@ def widen_conv_in(conv: nn.Conv2d, *, scale_bias: bool = False) -> nn.Conv2d:
     Args:
         scale_bias: halve the bias too, as E2E-FT does (which then does not give the same).
     """
-    wide = nn.Conv2d(
-        2 * conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
-        bias=conv.bias is not None,
-    ).to(conv.weight)  # fmt: skip
+    size: Any = conv.kernel_size
+    padding: Any = conv.padding
+    wide = nn.Conv2d(2 * conv.in_channels, conv.out_channels, size, padding=padding).to(conv.weight)
     with torch.no_grad():
         wide.weight.copy_(conv.weight.repeat(1, 2, 1, 1) / 2)
-        if conv.bias is not None and wide.bias is not None:
-            wide.bias.copy_(conv.bias / 2 if scale_bias else conv.bias)
+        assert conv.bias is not None
+        assert wide.bias is not None
+        wide.bias.copy_(conv.bias / 2 if scale_bias else conv.bias)
     return wide
 
 
@@ -65,7 +67,7 @@ def adapt_unet(unet: Any, recipe: Family, *, seed: int = 0) -> Any:
 
 
 class OneStepModel(nn.Module):
-    """A U-Net with its conditioning: the empty prompt, the timestep, the task.
+    """A U-Net in training, with its conditioning: the empty prompt, the timestep, the task.
 
     Args:
         unet: adapted by `adapt_unet`.
@@ -73,13 +75,18 @@ class OneStepModel(nn.Module):
         alphas_cumprod: (T,) of the schedule.
     """
 
+    context: Tensor
+    alphas_cumprod: Tensor
+
     def __init__(self, unet: Any, context: Tensor, alphas_cumprod: Tensor, recipe: Family) -> None:
         super().__init__()
         self.unet, self.recipe = unet, recipe
-        self.context: Tensor
-        self.alphas_cumprod: Tensor
         self.register_buffer("context", context.detach().clone())
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone())
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(self.alphas_cumprod, self.recipe.predicts)
 
     def forward(self, inputs: Tensor, timesteps: Tensor, tasks: Tensor | None = None) -> Tensor:
         """The raw output, (B, c, h, w).
@@ -95,43 +102,59 @@ class OneStepModel(nn.Module):
 
     def noisy(self, targets: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor | None:
         """What stands beside the image: the noised target, zeros, or nothing."""
-        if self.recipe.first_latent == "none":
-            return None
-        if self.recipe.first_latent == "zeros":
-            return torch.zeros_like(targets)
+        if self.recipe.first_latent != "noise":
+            return None if self.recipe.first_latent == "none" else torch.zeros_like(targets)
         assert noise is not None
-        signal, spread = self._levels(timesteps)
-        return signal * targets + spread * noise
+        return self.schedule.add_noise(targets, noise, timesteps)
 
     def inputs(self, images: Tensor, noisy: Tensor | None) -> Tensor:
-        """Image latents, then the noisy ones: what the U-Net is given."""
+        """The input of the U-Net: image latents, then the noisy ones."""
         return images if noisy is None else torch.cat([images, noisy], 1)
 
     def clean(self, output: Tensor, noisy: Tensor | None, timesteps: Tensor) -> Tensor:
         """The clean latent that an output means, float32."""
         output = output.float()
-        if self.recipe.predicts == "sample":
-            return output
-        signal, spread = self._levels(timesteps)
-        start = torch.zeros_like(output) if noisy is None else noisy
-        if self.recipe.predicts == "v_prediction":
-            return signal * start - spread * output
-        return (start - spread * output) / signal.clamp(min=1e-4)
+        return self.schedule.clean(output, torch.zeros_like(output) if noisy is None else noisy, timesteps)
 
     def target(self, targets: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor:
-        """What the output is compared with by the latent loss."""
-        if self.recipe.predicts == "sample":
-            return targets
-        # from zeros there is no noise: v then is minus the target over the spread
-        drawn = torch.zeros_like(targets) if noise is None else noise
-        if self.recipe.predicts == "epsilon":
-            return drawn
-        signal, spread = self._levels(timesteps)
-        return signal * drawn - spread * targets
+        """What the output is compared with by the latent loss; from zeros, v is minus the target over the spread."""
+        return self.schedule.target(targets, torch.zeros_like(targets) if noise is None else noise, timesteps)
 
-    def _levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        return alpha.sqrt(), (1 - alpha).sqrt()
+
+def dense_head_of(model: OneStepModel, vae: Any, task: Task) -> DenseHead:
+    """The head that a model in training is; they share their weights."""
+    family = replace(model.recipe, result="sample" if model.recipe.timesteps == "all" else "clean")
+    return DenseHead(OneStep(model.unet, vae, model.context, model.schedule, family, fold=False), task)
+
+
+@torch.no_grad()
+def predict_maps(
+    model: OneStepModel, vae: Any, pixels: Tensor, task: Task, *, steps: int = 1, seed: int = 0, batch_size: int = 16
+) -> Tensor:
+    """Maps of images, decoded.
+
+    Args:
+        pixels: (B, 3, H, W) in [-1, 1], sides that are multiples of the VAE's stride.
+        steps: of DDIM, for recipes that are trained on all timesteps.
+        seed: of the noise that recipes with noise start from, the same for all images.
+
+    Returns:
+        (B, 1, H, W) in [0, 1] for depth and disparity; (B, 3, H, W) normals in LUB as they are decoded, short where
+        there is no surface.
+
+    Raises:
+        ValueError: several steps of a recipe that is trained on one timestep.
+    """
+    head, maps = dense_head_of(model, vae, task), []
+    machine, recipe = head.model, model.recipe
+    for chunk in pixels.split(batch_size):
+        latents = machine.encode(chunk / 2 + 0.5, batch_size=batch_size)
+        size = (int(latents.shape[-2]), int(latents.shape[-1]))
+        noise = machine.draw(size, seed, 0).to(latents) if recipe.first_latent == "noise" else None
+        timestep = recipe.timestep if steps == 1 else None
+        annotations = machine.predict(latents, noise, steps=steps, timestep=timestep, batch_size=batch_size)
+        maps.append(head.read(machine.decode(annotations, batch_size=batch_size), unit=False))
+    return torch.cat(maps)
 
 
 def draw_rows(batch: int, recipe: Family, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
@@ -147,12 +170,9 @@ def draw_rows(batch: int, recipe: Family, shape: tuple[int, ...], generator: tor
     if recipe.task_vector is not None:
         annotate, rebuild = torch.tensor(recipe.task_vector), torch.tensor(task_vector((0, 1)))
         drawn["tasks"] = torch.cat([annotate.expand(batch, 4), rebuild.expand(rows - batch, 4)])
-    if recipe.first_latent == "noise":
-        drawn["noise"] = torch.randn(rows, *shape, generator=generator)
-    if recipe.posterior == "sample":
-        drawn["image_noise"] = torch.randn(rows, *shape, generator=generator)
-        drawn["target_noise"] = torch.randn(rows, *shape, generator=generator)
-    return drawn
+    noises = ["noise"] if recipe.first_latent == "noise" else []
+    noises += ["image_noise", "target_noise"] if recipe.posterior == "sample" else []
+    return drawn | {name: torch.randn(rows, *shape, generator=generator) for name in noises}
 
 
 @torch.no_grad()
@@ -167,7 +187,7 @@ def encode_rows(vae: Any, pixels: Tensor, annotation: Tensor, drawn: Mapping[str
         "images" and "targets", (rows, c, h, w): the first B rows annotate, the others rebuild the first images.
     """
     batch, rows = len(pixels), len(drawn["timesteps"])
-    factor, repeated = vae.config.scaling_factor, torch.cat([torch.arange(batch), torch.arange(rows - batch)])
+    repeated = torch.cat([torch.arange(batch), torch.arange(rows - batch)])
     image = vae.encode(pixels).latent_dist
     target = vae.encode(annotation.expand(-1, 3, -1, -1)).latent_dist
     means = {"images": image.mean[repeated], "targets": torch.cat([target.mean, image.mean[: rows - batch]])}
@@ -175,7 +195,7 @@ def encode_rows(vae: Any, pixels: Tensor, annotation: Tensor, drawn: Mapping[str
         means["images"] = means["images"] + image.std[repeated] * drawn["image_noise"]
         spread = torch.cat([target.std, image.std[: rows - batch]])
         means["targets"] = means["targets"] + spread * drawn["target_noise"]
-    return {name: factor * mean.float() for name, mean in means.items()}
+    return {name: vae.config.scaling_factor * mean.float() for name, mean in means.items()}
 
 
 def latent_losses(module: nn.Module, ema: OneStepModel, batch: Batch) -> dict[str, Tensor]:
@@ -209,8 +229,7 @@ def decoded_losses(vae: Any, task: Task) -> Callable[[nn.Module, OneStepModel, B
         timesteps = batch["timesteps"]
         noisy = ema.noisy(batch["targets"], batch.get("noise"), timesteps)
         output = module(ema.inputs(batch["images"], noisy), timesteps, batch.get("tasks"))
-        latents = ema.clean(output, noisy, timesteps)
-        decoded = vae.decode(latents / vae.config.scaling_factor).sample.float()
+        decoded = vae.decode(ema.clean(output, noisy, timesteps) / vae.config.scaling_factor).sample.float()
         if task == "normals":
             return {"loss": angular_loss(decoded_normals(decoded), batch["reference"], batch["valid"])}
         return {"loss": affine_invariant_loss(decoded_depth(decoded), batch["reference"], batch["valid"])}
@@ -244,8 +263,7 @@ def decoded_depth(decoded: Tensor) -> Tensor:
 
 def decoded_normals(decoded: Tensor) -> Tensor:
     """(B, 3, H, W) as the VAE decodes it -> nearly unit normals (E2E-FT divides by the length + 1e-5, and clamps)."""
-    length = torch.linalg.vector_norm(decoded, dim=1, keepdim=True)
-    return (decoded / (length + 1e-5)).clamp(-1, 1)
+    return (decoded / (torch.linalg.vector_norm(decoded, dim=1, keepdim=True) + 1e-5)).clamp(-1, 1)
 
 
 def affine_invariant_loss(estimate: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
@@ -271,61 +289,3 @@ def angular_loss(estimate: Tensor, reference: Tensor, mask: Tensor, *, margin: f
     """
     cosine = (estimate * reference).sum(1, keepdim=True)[mask]
     return torch.acos(cosine.clamp(-1 + margin, 1 - margin)).mean()
-
-
-@torch.no_grad()
-def predict_latents(model: OneStepModel, images: Tensor, *, steps: int = 1, seed: int = 0) -> Tensor:
-    """Annotation latents of image latents.
-
-    One step asks the recipe's timestep; more are DDIM (eta 0) with trailing spacing.
-
-    Args:
-        images: (B, c, h, w), scaled.
-        seed: of the noise that recipes with noise start from, the same for all images.
-
-    Raises:
-        ValueError: several steps of a recipe that is trained on one timestep.
-    """
-    recipe = model.recipe
-    if steps > 1 and recipe.timesteps == "one":
-        raise ValueError(f"this recipe predicts in one step, got steps={steps}")
-    task, first = recipe.task_vector, recipe.first_latent
-    tasks = None if task is None else images.new_tensor([task]).expand(len(images), -1)
-    noise = draw_noise(images.shape[1:], seed).to(images).expand_as(images) if first == "noise" else None
-    total = len(model.alphas_cumprod)
-    asked = [round(total - i * total / steps) - 1 for i in range(steps)] if steps > 1 else [recipe.timestep]
-    noisy = noise if noise is not None else model.noisy(images, None, torch.empty(0))
-    clean = images
-    for step, timestep in enumerate(asked):
-        timesteps = torch.full((len(images),), timestep, device=images.device)
-        output = model(model.inputs(images, noisy), timesteps, tasks)
-        clean = model.clean(output, noisy, timesteps)
-        if step + 1 < steps and noisy is not None:
-            now, later = (float(model.alphas_cumprod[t]) for t in (timestep, asked[step + 1]))
-            drawn = (noisy - now**0.5 * clean) / (1 - now) ** 0.5
-            noisy = later**0.5 * clean + (1 - later) ** 0.5 * drawn
-    return clean
-
-
-@torch.no_grad()
-def predict_maps(
-    model: OneStepModel, vae: Any, pixels: Tensor, task: Task, *, steps: int = 1, seed: int = 0, batch_size: int = 16
-) -> Tensor:
-    """Maps of images, decoded.
-
-    Args:
-        pixels: (B, 3, H, W) in [-1, 1], sides that are multiples of the VAE's stride.
-
-    Returns:
-        (B, 1, H, W) in [0, 1] for depth and disparity; (B, 3, H, W) normals in LUB as they are decoded, short where
-        there is no surface.
-    """
-    factor, maps = vae.config.scaling_factor, []
-    for chunk in pixels.split(batch_size):
-        images = vae.encode(chunk).latent_dist.mean * factor
-        decoded = vae.decode(predict_latents(model, images, steps=steps, seed=seed) / factor).sample.float()
-        if task == "normals":
-            maps.append(decoded.clamp(-1, 1))
-        else:  # Lotus: each channel is clamped, then averaged
-            maps.append(decoded.clamp(-1, 1).mean(1, keepdim=True) / 2 + 0.5)
-    return torch.cat(maps)

@@ -27,8 +27,8 @@ from diffrep.eval.maps import (
     normal_metrics,
     normal_padding,
 )
+from diffrep.heads.training.datasets import KITTI_SIZE, kitti_crop, vkitti_crop
 from diffrep.heads.training.dense_data import distance_to_depth
-from diffrep.heads.training.vkitti import KITTI_SIZE, kitti_crop, vkitti_crop
 
 from .cases import assert_within, each
 

@@ -14,6 +14,7 @@ from torch import nn
 from diffrep.alignment import fit_scale_shift
 from diffrep.backbones.pipelines import load_parts
 from diffrep.heads.families import LOTUS_D, LOTUS_G, Family
+from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.training.dense import (
     OneStepModel,
     adapt_unet,
@@ -28,13 +29,12 @@ from diffrep.heads.training.dense import (
     widen_conv_in,
 )
 from diffrep.heads.training.dense_data import (
-    camera_points,
     face_camera,
-    hypersim_normals,
     image_target,
+    lub_normals,
     mirror_normals,
     normalize_depth,
-    normals_from_depth,
+    plane_normals,
     resize_nearest,
 )
 from diffrep.training.loop import FitSettings, exponential_factor, make_optimiser
@@ -72,13 +72,13 @@ def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
     (parameters,), atol = [*each([case["parameters"]], describing=case["parameters"])], case["tolerance"]["atol"]
     size = tuple(parameters["resize_to_hw"])
     fx, fy, cx, cy = parameters["K_used_by_align"]
-    intrinsics = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]])
+    intrinsics = Intrinsics(fx, fy, cx, cy)
     raw, depth = Image.fromarray(given["image_uint8_hwc"].numpy()), given["depth"]
-    unaligned = hypersim_normals(given["normal_hypersim_hwc"])
+    unaligned = lub_normals(given["normal_hypersim_hwc"], "rub")
     found = {
         "image": image_target(raw, size),
         "normal.unaligned": resize_nearest(unaligned, size),
-        "normal.aligned": resize_nearest(face_camera(unaligned, camera_points(depth, intrinsics)), size),
+        "normal.aligned": resize_nearest(face_camera(unaligned, unproject(depth, intrinsics)), size),
     }
     small = resize_nearest(depth[None], size)
     norms = [name.removeprefix("depth.") for name in expected if name.startswith("depth.")]
@@ -91,9 +91,10 @@ def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
     for name, value in found.items():
         assert_within(value, expected.pop(name), atol=atol, what=name)
 
-    depth, intrinsics = given["d2n.depth"], given["d2n.intrinsics"]
-    assert_within(camera_points(depth, intrinsics), expected.pop("d2n.points"), atol=atol, what="d2n.points")
-    normals, valid = normals_from_depth(depth, intrinsics)
+    depth, matrix = given["d2n.depth"], given["d2n.intrinsics"].tolist()
+    intrinsics = Intrinsics(matrix[0][0], matrix[1][1], matrix[0][2], matrix[1][2])
+    assert_within(unproject(depth, intrinsics), expected.pop("d2n.points"), atol=atol, what="d2n.points")
+    normals, valid = plane_normals(depth, intrinsics)
     assert torch.equal(valid, expected["d2n.valid"])
     shown = expected.pop("d2n.valid")[0]
     assert_within(normals[:, shown], expected.pop("d2n.normal")[:, shown], atol=1e-4, what="d2n.normal")

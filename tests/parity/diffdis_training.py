@@ -12,18 +12,17 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from diffrep.heads.diffdis import DiffDisUNet, derived_weights
-from diffrep.heads.one_step import LatentCodec, Schedule
+from diffrep.heads.one_step import TIMESTEP, LatentCodec, Schedule
+from diffrep.heads.sizes import stretch
 from diffrep.heads.training.masks import (
     DISCOUNT,
     PUBLISHED_FASTER,
-    TIMESTEP,
     SegmentationModel,
     cut_mix,
     edge_map,
     encode_step,
     pyramid_noise,
     segmentation_losses,
-    stretch,
 )
 from diffrep.training.loop import FitSettings, diffdis_rate, make_optimiser
 
