@@ -2,35 +2,130 @@
 
 Nothing heavy is imported here, so that the command line can explain its options at once. Each class is used, and can
 be imported, where the work is done: `diffrep.features.ExtractConfig`.
+
+`check` is how every class of settings in the project refuses a wrong value: types and choices come from the
+annotations, ranges are said in a word per field, and only what ties fields together is written by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
-from types import UnionType
-from typing import Any, Literal, Protocol, TypeAlias, Union, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 Metric: TypeAlias = Literal["cosine", "euclidean", "manhattan"]
-
-_SEEDS = 2**63  # seeds lie between plus and minus this
-
-_UNIONS = (Union, UnionType)
-_WORDS: dict[type, str] = {Integral: "a whole number", Real: "a number", str: "text", tuple: "a tuple", bool: "a bool"}
 
 MAX_PLACES = 4096  # along a side of a dense field
 MAX_CANVAS = 2**26  # pixels that a network's canvas has at most, 8192 x 8192
 
+# ranges for `check`
+POSITIVE, NOT_NEGATIVE, FINITE = "(0, inf)", "[0, inf)", "(-inf, inf)"
+SEED = "(-2^63, 2^63)"  # what PyTorch's generators take
+
+
+def check(settings: Any, /, **ranges: str) -> None:
+    """Refuse settings with a value of another type than its field's, none of its choices, or outside of its range.
+
+        def __post_init__(self) -> None:
+            check(self, steps="1..", quality="1..100", rate=POSITIVE, overlap="(0, 0.5]", seed=SEED)
+
+    Types and choices (`Literal`) come from the annotations of all fields. None is left to others.
+
+    Args:
+        settings: an instance of a dataclass.
+        ranges: field -> ``1..`` or ``1..100`` (both ends belong to it), or an interval such as ``[0, 1)``, whose
+            bounds may be ``inf`` and powers such as ``2^63``. NaN lies in none. Of a tuple every item has to lie in
+            it, and there must be one, unless the field is empty by default.
+
+    Raises:
+        ValueError: the message names the field, what it takes and what it has.
+    """
+    kind: Any = type(settings)  # mypy takes no class for a hashable
+    for name, choices in _choices(kind).items():
+        value = getattr(settings, name)
+        if any(item is not None and item not in choices for item in _items(value)):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+    for name, kinds in _kinds(kind).items():
+        value = getattr(settings, name, None)
+        flag = isinstance(value, bool) and bool not in kinds  # to Python, True is a whole number
+        if value is not None and (flag or not isinstance(value, kinds)):
+            expected = " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one not in (NoneType, list))
+            raise ValueError(f"{name} must be {expected}, got {value!r}")
+    check_ranges(settings, **ranges)
+
+
+def check_ranges(settings: Any, /, **ranges: str) -> None:
+    """`check`, of ranges alone."""
+    _check_ranges(settings, ranges, str)
+
+
+def check_options(command: Any, /, **ranges: str) -> None:
+    """`check`, of ranges alone, of a command: the message names the option, ``--batch-size``."""
+    _check_ranges(command, ranges, lambda name: f"--{name.replace('_', '-')}")
+
+
+def _check_ranges(settings: Any, ranges: dict[str, str], label: Callable[[str], str]) -> None:
+    for name, text in ranges.items():
+        value, allowed = getattr(settings, name), _range(text)
+        if isinstance(value, tuple) and not value and type(settings).__dataclass_fields__[name].default != ():
+            raise ValueError(f"{label(name)} needs at least one value")
+        for item in _items(value):
+            if item is not None and not allowed.holds(item):
+                shown = f"{item:g}" if isinstance(item, float) else item
+                raise ValueError(f"{label(name)} must be {allowed.words}, got {shown}")
+
+
+class _Range(NamedTuple):
+    low: float
+    high: float
+    ends: str  # "[)": the lower end belongs to it, the upper one does not
+    words: str  # "must be ..."
+
+    def holds(self, number: float) -> bool:
+        above = self.low <= number if self.ends[0] == "[" else self.low < number
+        return above and (number <= self.high if self.ends[1] == "]" else number < self.high)
+
+
+@cache
+def _range(text: str) -> _Range:
+    if ".." in text:
+        low, high = text.split("..")
+        return _Range(_bound(low), _bound(high or "inf"), "[]", f"in {text}" if high else f"at least {low}")
+    low, high = text[1:-1].split(", ")
+    words = f"in {text}"
+    if high == "inf":
+        words = f"finite and {'at least' if text[0] == '[' else 'above'} {low}" if low != "-inf" else "a finite number"
+    return _Range(_bound(low), _bound(high), text[0] + text[-1], words)
+
+
+def _bound(text: str) -> float:
+    base, _, power = text.partition("^")
+    return float(base) ** int(power or 1)
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
 
 @cache
 def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
-    """field -> the values that it may have, of the fields of a dataclass that are a choice."""
-    hints = {name: [hint, *get_args(hint)] for name, hint in get_type_hints(kind).items()}
-    found = {name: next((h for h in kinds if get_origin(h) is Literal), None) for name, kinds in hints.items()}
-    return {name: get_args(hint) for name, hint in found.items() if hint is not None}
+    """field -> the values that it, or every item of it, may have, of the fields of a dataclass that are a choice."""
+    choices = {}
+    for name, hint in get_type_hints(kind).items():
+        parts = get_args(hint) if get_origin(hint) in (*_UNIONS, tuple) else (hint,)
+        literal = [part for part in parts if get_origin(part) is Literal]
+        if len(literal) == 1 and set(parts) <= {literal[0], NoneType, Ellipsis}:
+            choices[name] = get_args(literal[0])
+    return choices
+
+
+_UNIONS = (Union, UnionType)
+_WORDS: dict[type, str] = {Integral: "a whole number", Real: "a number", str: "text", tuple: "a tuple", bool: "a bool"}
 
 
 @cache
@@ -43,35 +138,6 @@ def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
         if all(isinstance(part, type) for part in parts):
             kinds[name] = tuple(one for part in parts for one in numbers_too.get(part, (part,)))
     return kinds
-
-
-def check_choices(settings: Any) -> None:
-    """Refuse a value of another type than its field's, or that is none of a field's choices; None is left to others.
-
-    Raises:
-        ValueError: the message names the field and what it takes.
-    """
-    kind: Any = type(settings)  # mypy takes no class for a hashable
-    for name, choices in _choices(kind).items():
-        value = getattr(settings, name)
-        if value is not None and value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-    for name, kinds in _kinds(kind).items():
-        value = getattr(settings, name, None)
-        flag = isinstance(value, bool) and bool not in kinds  # to Python, True is a whole number
-        if value is not None and (flag or not isinstance(value, kinds)):
-            wanted = " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one not in (type(None), list))
-            raise ValueError(f"{name} must be {wanted}, got {value!r}")
-
-
-def check_seed(seed: int) -> None:
-    """Refuse a seed that no generator takes.
-
-    Raises:
-        ValueError: the message names the range.
-    """
-    if not -_SEEDS < seed < _SEEDS:
-        raise ValueError(f"a seed must lie between -2**63 and 2**63, got {seed}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +157,7 @@ class Sizing:
     multiple: int = 8
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check(self, multiple="1..")
         sides = self.size if isinstance(self.size, tuple) else (self.size,)
         if self.mode != "native" and any(s is None or s < 1 for s in sides):
             raise ValueError(f"Sizing(mode={self.mode!r}) needs a size of at least 1 pixel, got {self.size}")
@@ -99,8 +165,6 @@ class Sizing:
             raise ValueError(f"a size of {self.size} pixels makes a canvas of more than {MAX_CANVAS:,} pixels")
         if isinstance(self.size, tuple) and (self.mode != "squash" or len(self.size) != 2):
             raise ValueError(f"a size of (height, width) goes with mode 'squash', got {self.size} for {self.mode!r}")
-        if self.multiple < 1:
-            raise ValueError(f"Sizing.multiple must be at least 1, got {self.multiple}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +179,9 @@ class FreeU:
     deep_skip: float = 0.9  # s1: on the lowest frequencies
     next_skip: float = 0.2  # s2
     threshold: int = 1  # half the side of the square of frequencies that is damped
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,16 +200,7 @@ class Conditions:
     guidance: float = 3.5  # guidance-distilled transformers (FLUX): the scale of the guidance to imitate
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        check_seed(self.seed)
-        if not -1 <= self.timestep < 1000:
-            raise ValueError(f"timestep must be in 0..999, or -1 for no noise, got {self.timestep}")
-        if self.ensemble < 1:
-            raise ValueError(f"ensemble must be at least 1, got {self.ensemble}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        if (self.label or 0) < 0 or any(channel < 0 for channel in self.discard):
-            raise ValueError(f"a class and channels to discard must not be negative, got {self.label}, {self.discard}")
+        check(self, timestep="-1..999", ensemble="1..", seed=SEED, label="0..", discard="0..", guidance=FINITE)
 
 
 class Recommending(Protocol):
@@ -178,16 +236,12 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         if isinstance(self.taps, str):  # one tap, as people write it
             object.__setattr__(self, "taps", (self.taps,))
-        check_choices(self)
+        check(self, batch_size="1..", window="8..")
+        Conditions(**self._conditions())  # refuses what no backbone takes
         if self.taps is not None and not all(self.taps):
             raise ValueError("a tap has no name: give names such as up.1, or None for the recommended ones")
         if self.taps is not None and not len(self.taps):
             raise ValueError("taps is empty: give at least one, or None for the recommended ones")
-        Conditions(**self._conditions())  # refuses what no backbone takes
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.window is not None and self.window < 8:
-            raise ValueError(f"window must be at least 8 pixels, got {self.window}")
 
     def resolve(self, backbone: Recommending) -> ExtractConfig:
         """Fill what is None with the backbone's recommendations."""
@@ -228,9 +282,7 @@ class MatchConfig:
     memory_mb: int = 64  # of similarity maps held at once
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be a number above 0, got {self.temperature}")
+        check(self, temperature=POSITIVE, memory_mb="1..")
         if self.mode == "soft" and self.metric != "cosine":
             raise ValueError(f"mode 'soft' needs metric 'cosine', got {self.metric!r}")
         if self.backend == "faiss" and (self.mode, self.metric) != ("cell", "cosine"):
@@ -238,8 +290,6 @@ class MatchConfig:
                 "backend 'faiss' finds cells by cosine: it needs mode 'cell' and metric 'cosine',"
                 f" got {self.mode!r} and {self.metric!r}"
             )
-        if self.memory_mb < 1:
-            raise ValueError(f"memory_mb must be at least 1, got {self.memory_mb}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,13 +302,9 @@ class SwapConfig:
     feather: float = 1.5  # softness of the mask's edge, pixels of the result
 
     def __post_init__(self) -> None:
-        check_choices(self)
-        if not 2 <= self.resolution <= MAX_PLACES:
-            raise ValueError(f"resolution must be 2 to {MAX_PLACES} places, got {self.resolution}")
-        if not 1 <= self.smooth < 64 or self.smooth % 2 == 0:
-            raise ValueError(f"smooth must be an odd number of places up to 63, 1 for none, got {self.smooth}")
-        if not 0 <= self.feather < math.inf:
-            raise ValueError(f"feather must be a number of pixels from 0 on, got {self.feather:g}")
+        check(self, resolution=f"2..{MAX_PLACES}", smooth="1..63", feather=NOT_NEGATIVE)
+        if self.smooth % 2 == 0:
+            raise ValueError(f"smooth must be an odd number of places, got {self.smooth}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,10 +318,4 @@ class RefineConfig:
     seed: int = 0  # of the noise
 
     def __post_init__(self) -> None:
-        if not 0 < self.strength <= 1:
-            raise ValueError(f"strength must be above 0 and at most 1, got {self.strength:g}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
-        if not math.isfinite(self.guidance):
-            raise ValueError(f"guidance must be a finite number, got {self.guidance}")
-        check_seed(self.seed)
+        check(self, strength="(0, 1]", steps="1..", guidance=FINITE, seed=SEED)

@@ -348,7 +348,7 @@ def test_descriptors_of_other_fusions_are_refused() -> None:
         MatchConfig(backend="faiss", mode="pixel")
     with pytest.raises(ValueError, match="metric must be one of cosine, euclidean, manhattan, got 'l1'"):
         similarities(one.rows(), one.rows(), "l1")  # type: ignore[arg-type]  # wrong on purpose
-    with pytest.raises(ValueError, match="temperature must be a number above 0"):
+    with pytest.raises(ValueError, match="temperature must be finite and above 0"):
         MatchConfig(mode="soft", temperature=0)
 
 
