@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.eval.scene_maps import SceneMapSettings, scene_batches
+from diffrep.eval.scene_maps import SceneJob, SceneMapSettings, render_job
 from diffrep.files import write_whole
 from diffrep.heads.families import FRAME_SIGNS
 from diffrep.heads.probes.annotated import AnnotatedFiles
@@ -60,57 +60,46 @@ def annotated_scenes(
     about = folder / "scenes.json"
     if about.is_file() and about.read_text(encoding="utf-8") != json.dumps(asdict(settings)):
         raise ValueError(f"{folder}: holds scenes of other settings; name another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(about, json.dumps(asdict(settings)).encode())
-    jobs = {}
+    write_whole(about, json.dumps(asdict(settings)))
+    jobs: dict[tuple[str, str], SceneJob] = {}  # part, name -> scene
     for place, (part, count) in enumerate((("train", settings.scenes), ("test", settings.test_scenes))):
         for number in range(count):
             seed = scene_seed("test", (place + 4) * 2**30 + number)  # labelled images lie at 1 to 3 times 2**30
-            jobs[folder / part, f"{number:06d}"] = (seed, SEEN[number % len(SEEN)], settings.scene_size)
-    missing = [place for place in jobs if not _files(*place)["images"].is_file()]
+            jobs[part, f"{number:06d}"] = (seed, SEEN[number % len(SEEN)], settings.scene_size)
+
+    def file(kind: str, part: str, name: str) -> Path:
+        return folder / part / kind / f"{name}{'.npy' if kind in ('depth', 'normals') else '.png'}"
+
+    missing = [place for place in jobs if not file("images", *place).is_file()]
     rendering = SceneMapSettings(workers=workers if workers > 1 and len(missing) > 16 else 0)
-    done = iter(missing)
-    with tqdm(total=len(missing), desc="rendering", unit="scene", disable=not progress or not missing) as bar:
-        for batch in scene_batches([jobs[place] for place in missing], rendering):
-            for scene in batch:
-                _write(scene, _files(*next(done)))
-                bar.update()
+    scenes = chain.from_iterable(rendering.batches(render_job, [jobs[place] for place in missing]))
+    bar = tqdm(scenes, total=len(missing), desc="rendering", unit="scene", disable=not progress or not missing)
+    for place, scene in zip(missing, bar, strict=True):
+        for kind, values in _maps(scene).items():
+            path = file(kind, *place)
+            write_whole(path, _encoded(values, path.suffix))
     sets = []
     for part in ("train", "test"):
-        files = [_files(*place) for place in jobs if place[0].name == part]
-        sets.append(
-            AnnotatedFiles(str(folder / part), tuple(f["images"] for f in files), tuple(f[what] for f in files))
-        )
+        places = [place for place in jobs if place[0] == part]
+        images, annotations = (tuple(file(kind, *place) for place in places) for kind in ("images", what))
+        sets.append(AnnotatedFiles(str(folder / part), images, annotations))
     return sets[0], sets[1]
 
 
-def _files(folder: Path, name: str) -> dict[str, Path]:
-    endings = {"images": "png", "depth": "npy", "normals": "npy", "parts": "png", "categories": "png"}
-    return {what: folder / what / f"{name}.{ending}" for what, ending in endings.items()}
-
-
-def _write(scene: Scene, files: Mapping[str, Path]) -> None:
-    category = np.where(scene.mask, 1 + SEEN.index(scene.category), 0).astype(np.uint8)
-    normals = (scene.normals * np.array(FRAME_SIGNS["rdf"])).astype(np.float16)
-    content = {
-        "depth": _npy(np.where(np.isfinite(scene.depth), scene.depth, 0).astype(np.float32)),
-        "normals": _npy(normals),
-        "parts": _png(PART_CLASS_OF[scene.part]),
-        "categories": _png(category),
-        "images": _png(scene.image),  # last: it says that all is there
+def _maps(scene: Scene) -> dict[str, np.ndarray]:
+    return {
+        "depth": np.where(np.isfinite(scene.depth), scene.depth, 0).astype(np.float32),
+        "normals": (scene.normals * np.array(FRAME_SIGNS["rdf"])).astype(np.float16),
+        "parts": PART_CLASS_OF[scene.part],
+        "categories": np.where(scene.mask, 1 + SEEN.index(scene.category), 0).astype(np.uint8),
+        "images": scene.image,  # last: it says that all is there
     }
-    for what, values in content.items():
-        files[what].parent.mkdir(parents=True, exist_ok=True)
-        write_whole(files[what], values)
 
 
-def _npy(values: np.ndarray) -> bytes:
+def _encoded(values: np.ndarray, suffix: str) -> bytes:
     out = io.BytesIO()
-    np.save(out, values, allow_pickle=False)
-    return out.getvalue()
-
-
-def _png(values: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(values).save(out, format="png")
+    if suffix == ".npy":
+        np.save(out, values, allow_pickle=False)
+    else:
+        Image.fromarray(values).save(out, format="png")
     return out.getvalue()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.matchers import Extractor, FeatureMatcher, Matcher, View
+from diffrep.eval.matchers import Extractor, FeatureMatcher, Matcher, View, describe
 from diffrep.eval.report import Report, Section
 from diffrep.images import load_image
 
@@ -210,14 +210,9 @@ def evaluate_homographies(
     for name, path in tqdm((images or photographs()).items(), desc="photographs", disable=not progress):
         image = np.array(load_image(path))
         matrices = [view_homography(image.shape[:2], settings, view) for view in range(settings.views)]
+        box = (0, 0, image.shape[1] - 1, image.shape[0] - 1)
         pictures = [image, *(see_through(image, matrix) for matrix in matrices)]
-        read = {extractor: list(extract(pictures)) for extractor, extract in extractors.items()}
-        described |= {extractor: maps[0].settings for extractor, maps in read.items()}
-        box = (0.0, 0.0, image.shape[1] - 1.0, image.shape[0] - 1.0)
-        photograph, *views = (
-            View(picture, box, {extractor: maps[i] for extractor, maps in read.items()})
-            for i, picture in enumerate(pictures)
-        )
+        photograph, *views = describe([View.of(picture, box) for picture in pictures], extractors, described)
         for view, matrix in zip(views, matrices, strict=True):
             points, truth = queries(view.size, matrix, settings.points)
             for matcher, match in matchers.items():

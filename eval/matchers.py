@@ -6,8 +6,8 @@ here use no network: the same position, the same place in the object's box, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -31,6 +31,12 @@ class View:
     box: tuple[float, float, float, float]  # of the object: x0, y0, x1, y1 in pixels
     features: Mapping[str, FeatureMaps] = field(default_factory=dict)  # extractor -> features, batch of one
 
+    @classmethod
+    def of(cls, image: np.ndarray, box: Iterable[float]) -> View:
+        """A view without features; `box` as x0, y0, x1, y1."""
+        x0, y0, x1, y1 = map(float, box)
+        return cls(image, (x0, y0, x1, y1))
+
     @property
     def size(self) -> tuple[int, int]:
         """(H, W)"""
@@ -42,6 +48,15 @@ Extractor: TypeAlias = Callable[[Sequence[np.ndarray]], Sequence[FeatureMaps]]
 
 Matcher: TypeAlias = Callable[[View, View, Tensor], Tensor]
 """(source, target, points (N, 2) of the source) -> points (N, 2) of the target, both (x, y) in pixels."""
+
+
+def describe(
+    views: Sequence[View], extractors: Mapping[str, Extractor], described: dict[str, Mapping[str, object]]
+) -> list[View]:
+    """The views with their features; each extractor is given every image once, its settings go into `described`."""
+    read = {name: list(extract([view.image for view in views])) for name, extract in extractors.items()}
+    described |= {name: maps[0].settings for name, maps in read.items()}
+    return [replace(view, features={name: maps[i] for name, maps in read.items()}) for i, view in enumerate(views)]
 
 
 FUSED = " + "  # between the parts in the name of a fused matcher

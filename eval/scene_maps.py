@@ -6,10 +6,11 @@ counted wherever there is a surface. Intervals are a bootstrap over images.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -19,59 +20,50 @@ from tqdm import tqdm
 
 from diffrep.alignment import align_depth
 from diffrep.eval.cache import ImageResults
-from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics, mean_metrics
-from diffrep.eval.rendering import check_scenes, rendered
+from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics
+from diffrep.eval.rendering import RenderedScenes
 from diffrep.eval.report import Report, Section, bootstrap, with_interval
-from diffrep.files import claim_folder, write_whole
+from diffrep.files import claim_folder
 from diffrep.heads.families import FRAME_SIGNS, Task
-from diffrep.heads.training.dense import OneStepModel, predict_maps
-from diffrep.heads.training.dense_data import SceneSamples, scene_depth
-from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, Scene, SceneSet, render_scene, scene_seed
-from diffrep.training.tiny.pictures import grid
+from diffrep.heads.training.dense_data import scene_depth
+from diffrep.scenes import SEEN, UNSEEN, Scene, render_scene, scene_seed
+
+SCENE_BOUNDS = (1e-3, 80.0)  # metres: what counts of a scene's depth, and what predictions are clipped to
 
 Method = Callable[[Sequence[Scene]], Tensor]
 """Scenes of one size -> their maps: relative depth or disparity (B, 1, H, W), normals in LUB (B, 3, H, W), or masks in
 [0, 1] (B, H, W). A predictor looks at `Scene.image` alone."""
 
 
+Interval: TypeAlias = tuple[float, float, float]
+"""A value and both ends of its interval."""
+
+SceneJob: TypeAlias = tuple[int, str, int]
+"""Seed, category and size of a scene."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class SceneMapSettings:
+class SceneMapSettings(RenderedScenes):
     """Which scenes are counted."""
 
     count: int = 600  # scenes
-    categories: tuple[str, ...] = CATEGORIES
-    split: Literal["train", "val", "test"] = "test"  # of disjoint seeds
-    size: int = 128  # side of the rendered images, pixels
     first: int = 0  # number of the first scene
     batch_size: int = 16
     workers: int = 1  # processes that render ahead; 0: none beside this one
 
-    def __post_init__(self) -> None:
-        check_scenes(
-            size=self.size, categories=self.categories, count=self.count, batch_size=self.batch_size,
-            first=self.first, workers=self.workers,
-        )  # fmt: skip
+    def jobs(self) -> list[SceneJob]:
+        """All scenes, categories in turn."""
+        kinds, numbers = self.categories, range(self.first, self.first + self.count)
+        return [(scene_seed(self.split, i), kinds[i % len(kinds)], self.size) for i in numbers]
 
 
-def scene_jobs(settings: SceneMapSettings) -> list[tuple[int, str, int]]:
-    """(seed, category, size) of every scene, categories in turn."""
-    kinds = settings.categories
-    numbers = range(settings.first, settings.first + settings.count)
-    return [(scene_seed(settings.split, i), kinds[i % len(kinds)], settings.size) for i in numbers]
-
-
-def render_job(job: tuple[int, str, int]) -> Scene:
+def render_job(job: SceneJob) -> Scene:
     """Render one scene."""
     seed, category, size = job
     return render_scene(seed, category=category, size=size)
 
 
-def scene_batches(jobs: Sequence[tuple[int, str, int]], settings: SceneMapSettings) -> Iterator[list[Scene]]:
-    """Rendered scenes, in batches."""
-    return rendered(render_job, jobs, workers=settings.workers, batch_size=settings.batch_size)
-
-
-def name_of(job: tuple[int, str, int]) -> str:
+def name_of(job: SceneJob) -> str:
     """What a scene is called in reports."""
     return f"{job[1]} {job[0]}"
 
@@ -85,7 +77,7 @@ def scene_groups(names: Sequence[str]) -> dict[str, list[str]]:
 
 def predict_scenes(
     methods: Mapping[str, Method],
-    jobs: Sequence[tuple[int, str, int]],
+    jobs: Sequence[SceneJob],
     settings: SceneMapSettings,
     count: Callable[[str, str, Tensor, Scene], None],
     *,
@@ -98,7 +90,7 @@ def predict_scenes(
         ValueError: a method gives maps that are not finite.
     """
     with tqdm(total=len(jobs), desc=title, disable=not progress or not jobs) as bar:
-        for batch in scene_batches(jobs, settings):
+        for batch in settings.batches(render_job, jobs):
             for method, predict in methods.items():
                 maps = predict(batch).float().cpu()
                 if not bool(torch.isfinite(maps).all()):
@@ -109,7 +101,40 @@ def predict_scenes(
 
 
 @dataclass(frozen=True)
-class SceneMapReport(Report):
+class MethodsReport(Report):
+    """What every method got on groups of images.
+
+    Attributes:
+        rows: method -> image -> what it got, the same images for all.
+        groups: group -> its images.
+    """
+
+    rows: Mapping[str, Mapping[str, Any]]
+    groups: Mapping[str, Sequence[str]]
+
+    @abstractmethod
+    def values(self, method: str, group: str) -> dict[str, Interval]:
+        """Metric -> its value over the images of a group, and the 95 % interval."""
+
+    def numbers(self) -> dict[str, dict[str, dict[str, object]]]:
+        """Method -> group -> how many images it has, and the value of each metric with its interval."""
+        return {
+            method: {
+                group: {
+                    "images": len(names),
+                    **{
+                        metric: dict(zip(("value", "low", "high"), interval, strict=True))
+                        for metric, interval in self.values(method, group).items()
+                    },
+                }
+                for group, names in self.groups.items()
+            }
+            for method in self.rows
+        }
+
+
+@dataclass(frozen=True)
+class SceneMapReport(MethodsReport):
     """What every method got on every scene.
 
     Attributes:
@@ -120,36 +145,25 @@ class SceneMapReport(Report):
 
     task: Task
     settings: SceneMapSettings
-    rows: Mapping[str, Mapping[str, Mapping[str, float]]]
     pooled: Mapping[str, Mapping[str, Mapping[str, float]]]
     weights: Mapping[str, object]
 
-    def groups(self) -> dict[str, list[str]]:
-        """Group -> its scenes; only groups that have any."""
-        return scene_groups(list(next(iter(self.rows.values()))))
-
-    def mean(self, method: str, metric: str, group: str = "all") -> tuple[float, float, float]:
+    def mean(self, method: str, metric: str, group: str = "all") -> Interval:
         """Mean over images of one metric of a method, with a 95 % interval."""
-        values = np.array([self.rows[method][name][metric] for name in self.groups()[group]])
+        values = np.array([self.rows[method][name][metric] for name in self.groups[group]])
         return float(values.mean()), *bootstrap(lambda rows: values[rows].mean(1), len(values))
 
+    def values(self, method: str, group: str) -> dict[str, Interval]:
+        metrics = next(iter(self.rows[method].values()))
+        return {metric: self.mean(method, metric, group) for metric in metrics}
+
     def document(self) -> Mapping[str, object]:
-        means = {
-            method: {
-                group: {
-                    "images": len(names),
-                    **{m: _named(self.mean(method, m, group)) for m in next(iter(images.values()))},
-                }
-                for group, names in self.groups().items()
-            }
-            for method, images in self.rows.items()
-        }
         return {
             "benchmark": "scenes",
             "task": self.task,
             "settings": self.settings,
             "weights": self.weights,
-            "mean of images": means,
+            "mean of images": self.numbers(),
             "all pixels together": self.pooled,
         }
 
@@ -157,25 +171,19 @@ class SceneMapReport(Report):
         what = "angle to the true normal" if self.task == "normals" else f"{self.task}, affine-aligned"
         yield Section(f"scenes ({self.settings.split}, {self.settings.size} px): {what}; 95 % interval over images")
         metrics = ("mean", "under 11.25") if self.task == "normals" else ("abs_rel", "delta1", "rmse", "silog")
-        for group, names in self.groups().items():
-            rows: list[tuple[str, ...]] = []
+        for group, names in self.groups.items():
+            rows = []
             for method in self.rows:
-                cells = (
-                    with_interval(*self.mean(method, metric, group), percent=metric in ("abs_rel", "delta1"))
-                    for metric in metrics
-                )
-                rows.append((method, *cells))
+                means = {metric: self.mean(method, metric, group) for metric in metrics}
+                cells = [with_interval(*mean, percent=m in ("abs_rel", "delta1")) for m, mean in means.items()]
                 if method in self.pooled:
                     pixels = self.pooled[method][group]
-                    rows[-1] += (
+                    cells.append(
                         f"over all pixels: mean {pixels['mean']:.2f}, median {pixels['median']:.2f},"
-                        f" under 11.25 {pixels['under 11.25']:.1f}%, under 30 {pixels['under 30']:.1f}%",
+                        f" under 11.25 {pixels['under 11.25']:.1f}%, under 30 {pixels['under 30']:.1f}%"
                     )
+                rows.append((method, *cells))
             yield Section(f"{group}: {len(names)} images", metrics, rows)
-
-
-def _named(numbers: tuple[float, float, float]) -> dict[str, float]:
-    return dict(zip(("value", "low", "high"), numbers, strict=True))
 
 
 def evaluate_scene_maps(
@@ -200,39 +208,33 @@ def evaluate_scene_maps(
     root = Path(folder) if folder is not None else None
     if root is not None:
         claim_folder(root, {"task": task, "methods": weights, **asdict(settings)})
-    results = {method: ImageResults(root, _file_name(number, method)) for number, method in enumerate(methods)}
+    results = {
+        method: ImageResults(root, f"{number:02d}-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in method))
+        for number, method in enumerate(methods)
+    }
 
     def count(method: str, name: str, values: Tensor, scene: Scene) -> None:
         if task != "normals":
             results[method].add(name, scene_depth_metrics(values[0], torch.from_numpy(scene.depth), task))
             return
-        errors = scene_angles(values, scene)
+        truth, surface = scene_truth(scene, "normals"), torch.from_numpy(np.isfinite(scene.depth))
+        errors = angular_error(values[None].cpu(), truth[None])[0, 0][surface]
         e = errors.double()
         row = {"mean": e.mean().item(), "under 11.25": 100 * (e < 11.25).double().mean().item(), "pixels": len(e)}
         results[method].add(name, row, errors=errors)
 
-    jobs = scene_jobs(settings)
+    jobs = settings.jobs()
     missing = [job for job in jobs if any(name_of(job) not in one.rows for one in results.values())]
     predict_scenes(methods, missing, settings, count, title=f"scenes, {task}", progress=progress)
     names = [name_of(job) for job in jobs]
+    groups = scene_groups(names)
+    pooled = {
+        method: {group: PooledAngles.over(map(one.errors, some)) for group, some in groups.items()}
+        for method, one in results.items()
+        if task == "normals"
+    }
     rows = {method: {name: one.rows[name] for name in names} for method, one in results.items()}
-    pooled = {}
-    if task == "normals":
-        pooled = {
-            method: {group: PooledAngles.over(map(one.errors, some)) for group, some in scene_groups(names).items()}
-            for method, one in results.items()
-        }
-    return SceneMapReport(task, settings, rows, pooled, weights)
-
-
-def _file_name(number: int, method: str) -> str:
-    return f"{number:02d}-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in method)
-
-
-def scene_angles(normals: Tensor, scene: Scene) -> Tensor:
-    """(N,) degrees: the errors of (3, H, W) normals in LUB on the surfaces of a scene."""
-    truth = scene_truth(scene, "normals")
-    return angular_error(normals[None].cpu(), truth[None])[0, 0][torch.from_numpy(np.isfinite(scene.depth))]
+    return SceneMapReport(rows, groups, task, settings, pooled, weights)
 
 
 def scene_depth_metrics(prediction: Tensor, depth: Tensor, task: Task) -> dict[str, float]:
@@ -287,50 +289,3 @@ def no_look(task: Task) -> Method:
         return down if task == "disparity" else 1 - down
 
     return method
-
-
-SCENE_BOUNDS = (1e-3, 80.0)  # metres: what counts of a scene's depth, and what predictions are clipped to
-
-
-class SceneValidation:
-    """Metrics and a picture of a model in training; see `fit`.
-
-    Args:
-        scenes: of the validation split.
-        vae: of the base model.
-        folder: where the pictures go, one per step.
-        shown: images in a picture.
-        steps: of DDIM, for recipes trained on all timesteps.
-    """
-
-    def __init__(
-        self, scenes: SceneSet, vae: Any, task: Task, folder: Path | None = None, *, shown: int = 8, steps: int = 1
-    ) -> None:
-        self.vae, self.task, self.folder, self.shown, self.steps = vae, task, folder, shown, steps
-        samples = [SceneSamples(scenes, task).sample(i) for i in range(len(scenes))]
-        self.pixels = torch.stack([one.pixels for one in samples])
-        self.annotations = torch.stack([one.annotation for one in samples])
-        self.depth = torch.stack([torch.from_numpy(scenes.depth[i].copy()).float() for i in range(len(scenes))])
-
-    def __call__(self, model: OneStepModel, step: int) -> Mapping[str, float]:
-        device = model.alphas_cumprod.device
-        vae = self.vae.to(device)
-        maps = predict_maps(model, vae, self.pixels.to(device), self.task, steps=self.steps).cpu()
-        if self.folder is not None:
-            write_whole(self.folder / f"{step:06d}.png", self.picture(maps).save)
-        return self.measure(maps)
-
-    def measure(self, maps: Tensor) -> dict[str, float]:
-        """Metrics of predicted maps: of all pixels nearer than 80 m, affine-aligned per image; or of all surfaces."""
-        if self.task == "normals":
-            errors = angular_error(maps, self.annotations)[torch.isfinite(self.depth)[:, None]]
-            return PooledAngles.over([errors])
-        pairs = zip(maps[:, 0], self.depth, strict=True)
-        return mean_metrics([scene_depth_metrics(prediction, depth, self.task) for prediction, depth in pairs])
-
-    def picture(self, predicted: Tensor) -> Any:
-        """Images, true maps and predicted maps as one picture."""
-        images = self.pixels[: self.shown] / 2 + 0.5
-        truth = self.annotations[: self.shown] / 2 + 0.5
-        maps = predicted[: self.shown] / 2 + 0.5 if self.task == "normals" else predicted[: self.shown]
-        return grid([images, truth.expand(-1, 3, -1, -1), maps.clamp(0, 1).expand(-1, 3, -1, -1)])

@@ -12,39 +12,30 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.matchers import FUSED, Extractor, Matcher, View
+from diffrep.eval.matchers import FUSED, Extractor, Matcher, View, describe
 from diffrep.eval.pck import PairCount, Pck, chance_within, difference_interval, within
-from diffrep.eval.rendering import check_scenes, rendered
+from diffrep.eval.rendering import RenderedScenes
 from diffrep.eval.report import Report, Section, with_interval
-from diffrep.scenes import CATEGORIES, SEEN, UNSEEN, mirror, render_scene, scene_pairs, shared_keypoints
+from diffrep.scenes import SEEN, UNSEEN, mirror, render_scene, scene_pairs, shared_keypoints
 
 CHANCE = "chance"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenesSettings:
+class ScenesSettings(RenderedScenes):
     """Which pairs are drawn and how they are counted."""
 
     per_category: int = 50  # pairs of each category
-    categories: tuple[str, ...] = CATEGORIES
-    split: Literal["train", "val", "test"] = "test"  # of disjoint seeds
-    size: int = 128  # side of the rendered images, pixels
     seed: int = 0  # of the choice of pairs
     alphas: tuple[float, ...] = (0.05, 0.1)  # shares of the longer side of the target's box
-    batch_size: int = 8  # pairs whose images are extracted together
-    workers: int = 2  # processes that render ahead; 0: none beside this one
 
     def __post_init__(self) -> None:
-        check_scenes(
-            size=self.size, categories=self.categories, per_category=self.per_category, batch_size=self.batch_size,
-            seed=self.seed, workers=self.workers,
-        )  # fmt: skip
+        super().__post_init__()
         if not self.alphas or not all(0 < alpha < math.inf for alpha in self.alphas):
             raise ValueError(f"alphas must be shares above 0, got {self.alphas}")
 
@@ -182,16 +173,9 @@ def evaluate_scenes(
     mirrored = set()
     pairs = scene_pairs(settings.split, settings.per_category, categories=settings.categories, seed=settings.seed)
     with tqdm(total=len(pairs), desc="scenes", unit="pair", disable=not progress) as bar:
-        jobs = [(*pair, settings.size) for pair in pairs]
-        for batch in rendered(render_pair, jobs, workers=settings.workers, batch_size=settings.batch_size):
-            images = [view.image for pair in batch for view in pair.views]
-            read = {name: list(extract(images)) for name, extract in extractors.items()}
-            described |= {name: maps[0].settings for name, maps in read.items()}
-            for i, pair in enumerate(batch):
-                source, target = (
-                    View(view.image, view.box, {name: maps[2 * i + side] for name, maps in read.items()})
-                    for side, view in enumerate(pair.views)
-                )
+        for batch in settings.batches(render_pair, [(*pair, settings.size) for pair in pairs]):
+            views = describe([view for pair in batch for view in pair.views], extractors, described)
+            for pair, source, target in zip(batch, views[::2], views[1::2], strict=True):
                 points, truth = pair.points
                 scale = max(target.box[2] - target.box[0], target.box[3] - target.box[1])
                 if pair.mirrored:
@@ -214,8 +198,6 @@ def render_pair(job: tuple[int, int, str, bool, int]) -> ScenePair:
     if mirrored:
         b = mirror(b)
     points = tuple(map(torch.from_numpy, shared_keypoints(a, b)))
-    x0, y0, x1, y1 = (float(v) for v in a.box)
-    u0, v0, u1, v1 = (float(v) for v in b.box)
     name = f"{seed_a}-{seed_b}{' mirrored' if mirrored else ''}"
-    views = (View(a.image, (x0, y0, x1, y1)), View(b.image, (u0, v0, u1, v1)))
+    views = (View.of(a.image, a.box), View.of(b.image, b.box))
     return ScenePair(name, category, mirrored, views, (points[0], points[1]))

@@ -21,9 +21,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval.published import PUBLISHED_DIS
-from diffrep.eval.report import Report, Section, bootstrap, with_interval
-from diffrep.eval.scene_maps import Method, SceneMapSettings, predict_scenes, scene_groups, scene_jobs, through_vae
-from diffrep.eval.segmentation_metrics import AUTHORS, DIS, MaskScores
+from diffrep.eval.report import Section, bootstrap, with_interval
+from diffrep.eval.scene_maps import (
+    Interval,
+    Method,
+    MethodsReport,
+    SceneMapSettings,
+    predict_scenes,
+    scene_groups,
+    through_vae,
+)
+from diffrep.eval.segmentation_metrics import AUTHORS, DIS, ImageScores, score_image, together
 from diffrep.files import write_whole
 from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.images import load_image
@@ -40,35 +48,10 @@ SAID = {
 }
 
 
-@dataclass(frozen=True)
-class ImageScores:
-    """What one image got: its scores, and its curves of F and E over the thresholds."""
-
-    values: Mapping[str, float]
-    f: NDArray[np.float64]
-    e: NDArray[np.float64]
-
-
-def score_image(predicted: Map, truth: Map, *, protocol: Protocol = "soft", hce: bool = False) -> ImageScores:
-    """Scores of one 8-bit map."""
-    counter = new_scores(protocol, hce=hce)
-    values = counter.update(predicted, truth)
-    return ImageScores(values, counter.f, counter.e)
-
-
-def new_scores(protocol: Protocol, *, hce: bool) -> MaskScores:
-    """An empty count of a protocol."""
-    return MaskScores(DIS if protocol == "soft" else AUTHORS, binarize=protocol == "thresholded", hce=hce)
-
-
-def together(images: Sequence[ImageScores]) -> dict[str, float]:
-    """Scores of a data set: means over images; max F and mean E from the mean curves. NaN where there are none."""
-    if not images:
-        return dict.fromkeys(("maxf", "em_mean", "mae"), float("nan"))
-    names = [name for name in images[0].values if name not in ("maxf", "em_mean")]
-    means = {name: float(np.nanmean([image.values[name] for image in images])) for name in names}
-    f, e = (np.mean([getattr(image, curve) for image in images], axis=0) for curve in ("f", "e"))
-    return {"maxf": float(f.max()), "em_mean": float(e.mean()), **means}
+RULES: Mapping[Protocol, dict[str, Any]] = {
+    "soft": {"definition": DIS, "binarize": False},
+    "thresholded": {"definition": AUTHORS, "binarize": True},
+}
 
 
 def interval(images: Sequence[ImageScores], name: str, *, draws: int = 500) -> tuple[float, float]:
@@ -86,55 +69,34 @@ def interval(images: Sequence[ImageScores], name: str, *, draws: int = 500) -> t
 
 
 @dataclass(frozen=True)
-class MaskReport(Report):
+class MaskReport(MethodsReport):
     """What every method got on every image.
 
     Attributes:
-        rows: method -> image -> scores, the same images for all.
-        groups: group -> its images.
+        rows: method -> image -> `ImageScores`.
         published: print the published figures of DIS5K too.
     """
 
     benchmark: str
     protocol: Protocol
-    rows: Mapping[str, Mapping[str, ImageScores]]
-    groups: Mapping[str, Sequence[str]]
     settings: Mapping[str, object]
     published: bool = False
-
-    def of(self, method: str, group: str) -> list[ImageScores]:
-        """The scores of a method on the images of a group."""
-        return [self.rows[method][name] for name in self.groups[group]]
 
     def columns(self) -> dict[str, str]:
         """Score -> heading, of the scores that were counted."""
         counted = next(iter(next(iter(self.rows.values())).values())).values
         return {name: heading for name, heading in {**COLUMNS, "thin": "thin found"}.items() if name in counted}
 
-    def values(self, method: str, group: str) -> dict[str, tuple[float, float, float]]:
-        """Score -> its value over a group and the 95 % interval."""
-        images = self.of(method, group)
+    def values(self, method: str, group: str) -> dict[str, Interval]:
+        images = [self.rows[method][name] for name in self.groups[group]]
         scores = together(images)
         return {name: (scores[name], *interval(images, name)) for name in self.columns()}
 
     def document(self) -> Mapping[str, object]:
-        rows = {
-            method: {
-                group: {
-                    "images": len(names),
-                    **{
-                        name: dict(zip(("value", "low", "high"), numbers, strict=True))
-                        for name, numbers in self.values(method, group).items()
-                    },
-                }
-                for group, names in self.groups.items()
-            }
-            for method in self.rows
-        }
         about = {"benchmark": self.benchmark, "definition": SAID[self.protocol], "settings": self.settings}
         papers = [{"method": r.method, "quoted in": r.quoted_in, **r.values} for r in PUBLISHED_DIS]
         published = {"published": papers} if self.published else {}
-        return {**about, "rows": rows, "notes": list(map(str, self.problems)), **published}
+        return {**about, "rows": self.numbers(), "notes": list(map(str, self.problems)), **published}
 
     def sections(self) -> Iterator[Section]:
         yield Section(f"{self.benchmark}: {SAID[self.protocol]}; 95 % interval over images")
@@ -151,7 +113,7 @@ class MaskReport(Report):
             yield Section(title, ("split", *COLUMNS.values(), "quoted in"), papers)
 
 
-def _cell(name: str, numbers: tuple[float, float, float]) -> str:
+def _cell(name: str, numbers: Interval) -> str:
     return with_interval(*numbers, digits={"hce": 0, "mae": 4}.get(name, 3))
 
 
@@ -193,18 +155,18 @@ def evaluate_scene_masks(
     first = next(iter(methods))
 
     def count(method: str, name: str, values: Tensor, scene: Scene) -> None:
-        scored = score_image(grey(values), scene.mask.astype(np.uint8) * 255, protocol=protocol, hce=hce)
+        scored = score_image(grey(values), scene.mask.astype(np.uint8) * 255, **RULES[protocol], hce=hce)
         thin = thin_places(scene.mask)
         share = float((values.numpy() >= 0.5)[thin].mean()) if thin.any() else float("nan")
         rows[method][name] = ImageScores({**scored.values, "thin": share}, scored.f, scored.e)
         if method == first and thin.sum() >= 0.05 * scene.mask.sum():
             slim.append(name)
 
-    predict_scenes(methods, scene_jobs(settings), settings, count, title="scenes, segmentation", progress=progress)
+    predict_scenes(methods, settings.jobs(), settings, count, title="scenes, segmentation", progress=progress)
     groups = {**scene_groups(list(rows[first])), "thin (5 % or more of the object)": slim}
     title = f"scenes ({settings.split}, {settings.size} px)"
     chosen = {group: names for group, names in groups.items() if names}
-    return MaskReport(title, protocol, rows, chosen, asdict(settings))
+    return MaskReport(rows, chosen, title, protocol, asdict(settings))
 
 
 def grey(mask: Tensor) -> Map:
@@ -289,12 +251,12 @@ def evaluate_dis(
                 predicted = _map(pair, predict, None if folder is None else folder / f"{key}.png")
                 if predicted.shape != truth.shape:
                     raise ValueError(f"{key}: the map is {predicted.shape}, the truth {truth.shape} (height, width)")
-                images[key] = score_image(predicted, truth, protocol=protocol, hce=hce)
+                images[key] = score_image(predicted, truth, **RULES[protocol], hce=hce)
                 bar.update()
     if all(split in groups for split in SPLITS[1:]):
         groups["DIS-TE1-4"] = [key for split in SPLITS[1:] for key in groups[split]]
     settings = {"root": str(root), "hce": hce}
-    return MaskReport("DIS5K", protocol, {name: images}, groups, settings, published=True, problems=tuple(problems))
+    return MaskReport({name: images}, groups, "DIS5K", protocol, settings, published=True, problems=tuple(problems))
 
 
 def _map(pair: MaskedImage, predict: Predict | None, file: Path | None) -> Map:

@@ -72,42 +72,29 @@ def counts(predicted: Array, truth: Truth, definition: Definition = DIS) -> tupl
 
 def f_curve(predicted: Array, truth: Truth, definition: Definition = DIS) -> Array:
     """F measure (beta^2 = 0.3) at every threshold, from the highest to the lowest."""
-    hits, false = counts(predicted, truth, definition)
+    return _f(*counts(predicted, truth, definition), truth)
+
+
+def e_curve(predicted: Array, truth: Truth, definition: Definition = DIS) -> Array:
+    """E measure at every threshold, from the highest to the lowest."""
+    return _e(*counts(predicted, truth, definition), truth, definition)
+
+
+def _f(hits: Array, false: Array, truth: Truth) -> Array:
+    """F measure of binary maps with that many right and wrong pixels of the object."""
     precision, recall = hits / np.maximum(hits + false, 1), hits / max(truth.sum(), 1)
     top = 1.3 * precision * recall
     return np.divide(top, 0.3 * precision + recall, out=np.zeros_like(top), where=top > 0)
 
 
-def adaptive_f(predicted: Array, truth: Truth) -> float:
-    """F measure at the threshold of twice the mean, at most 1."""
-    chosen = predicted >= min(2 * predicted.mean(), 1)
-    hits = float(chosen[truth].sum())
-    if not hits:
-        return 0.0
-    precision, recall = hits / chosen.sum(), hits / truth.sum()
-    return float(1.3 * precision * recall / (0.3 * precision + recall))
-
-
-def e_curve(predicted: Array, truth: Truth, definition: Definition = DIS) -> Array:
-    """E measure at every threshold, from the highest to the lowest."""
-    hits, false = counts(predicted, truth, definition)
-    return np.array([_aligned(h, f, truth, definition) for h, f in zip(hits, false, strict=True)])
-
-
-def adaptive_e(predicted: Array, truth: Truth, definition: Definition = DIS) -> float:
-    """E measure at the threshold of twice the mean, at most 1."""
-    chosen = predicted >= min(2 * predicted.mean(), 1)
-    return _aligned(float(chosen[truth].sum()), float(chosen[~truth].sum()), truth, definition)
-
-
-def _aligned(hits: float, false: float, truth: Truth, definition: Definition) -> float:
-    """E measure of a binary map with that many right and wrong pixels of the object."""
+def _e(hits: Array, false: Array, truth: Truth, definition: Definition) -> Array:
+    """E measure of binary maps with that many right and wrong pixels of the object."""
     pixels, inside = truth.size, int(truth.sum())
     if inside in (0, pixels):
         right = pixels - (hits + false) if inside == 0 else hits + false
-        return float(right / (pixels - 1 + _TINY))
+        return np.asarray(right / (pixels - 1 + _TINY))
     x, y = (hits + false) / pixels, inside / pixels
-    total = 0.0
+    total = np.zeros_like(x)
     for count, a, b in (
         (hits, 1 - x, 1 - y),
         (false, 1 - x, -y),
@@ -116,7 +103,7 @@ def _aligned(hits: float, false: float, truth: Truth, definition: Definition) ->
     ):
         align = 2 * a * b / (a * a + b * b + definition.epsilon)
         total += count * (align + 1) ** 2 / 4
-    return float(total / (pixels - 1 + _TINY))
+    return np.asarray(total / (pixels - 1 + _TINY))
 
 
 def s_measure(predicted: Array, truth: Truth, definition: Definition = DIS) -> float:
@@ -184,58 +171,65 @@ def _gaussian(side: int, sigma: float) -> Array:
     return kernel / kernel.sum()
 
 
-def mean_absolute_error(predicted: Array, truth: Truth) -> float:
-    """Mean of |p - g| over the pixels."""
-    return float(np.abs(predicted - truth).mean())
-
-
-def scores(predicted: Array, truth: Truth, definition: Definition = DIS) -> Mapping[str, float]:
-    """All scores of one map but HCE and the curves: "mae", "sm", "wfm", "f_adaptive", "em_adaptive"."""
+def scores(predicted: Array, truth: Truth, definition: Definition = DIS) -> dict[str, float]:
+    """All scores of one map but HCE and the curves: "mae", "sm", "wfm", and F and E at the threshold of twice the mean,
+    at most 1: "f_adaptive", "em_adaptive"."""
+    chosen = predicted >= min(2 * predicted.mean(), 1)
+    hits, false = (np.array([chosen[part].sum()], dtype=float) for part in (truth, ~truth))
     return {
-        "mae": mean_absolute_error(predicted, truth),
+        "mae": float(np.abs(predicted - truth).mean()),
         "sm": s_measure(predicted, truth, definition),
         "wfm": weighted_f(predicted, truth, definition),
-        "f_adaptive": adaptive_f(predicted, truth),
-        "em_adaptive": adaptive_e(predicted, truth, definition),
+        "f_adaptive": float(_f(hits, false, truth)[0]),
+        "em_adaptive": float(_e(hits, false, truth, definition)[0]),
     }
 
 
-class MaskScores:
-    """Scores of a data set: means over its images, and the curves from which maximum F and mean E are read.
+@dataclass(frozen=True)
+class ImageScores:
+    """What one image got: its scores, and its curves of F and E over the thresholds."""
+
+    values: Mapping[str, float]
+    f: Array
+    e: Array
+
+
+def score_image(
+    predicted: NDArray[np.uint8],
+    truth: NDArray[np.uint8],
+    definition: Definition = DIS,
+    *,
+    binarize: bool = False,
+    hce: bool = False,
+) -> ImageScores:
+    """All scores of one image, "maxf" and "em_mean" of its own curves among them.
 
     Args:
-        definition: see `Definition`.
-        binarize: threshold every map at 0.5 first, as the authors' script does.
+        predicted, truth: 8-bit maps (H, W).
+        binarize: threshold the map at 0.5 first, as the authors' script does.
         hce: also count HCE, which is slow on large maps.
+
+    Raises:
+        ValueError: the maps differ in shape or are no 8-bit grey maps.
     """
+    p, g = prepare(predicted, truth)
+    if binarize:
+        p = (p >= 0.5).astype(float)
+    values = scores(p, g, definition)
+    if hce:
+        values["hce"] = human_correction_effort(p, g)
+    f, e = f_curve(p, g, definition), e_curve(p, g, definition)
+    return ImageScores(values | {"maxf": float(f.max()), "em_mean": float(e.mean())}, f, e)
 
-    def __init__(self, definition: Definition = DIS, *, binarize: bool = False, hce: bool = False) -> None:
-        self.definition, self.binarize, self.hce = definition, binarize, hce
-        self.images = 0
-        self.sums: dict[str, float] = {}
-        self.f = np.zeros(definition.thresholds)
-        self.e = np.zeros(definition.thresholds)
 
-    def update(self, predicted: NDArray[np.uint8], truth: NDArray[np.uint8]) -> dict[str, float]:
-        """Count one image; 8-bit maps (H, W). Returns its own scores, with "maxf" and "em_mean" of its own curves."""
-        p, g = prepare(predicted, truth)
-        if self.binarize:
-            p = (p >= 0.5).astype(float)
-        by_name = dict(scores(p, g, self.definition))
-        if self.hce:
-            by_name["hce"] = human_correction_effort(p, g)
-        f, e = f_curve(p, g, self.definition), e_curve(p, g, self.definition)
-        self.f, self.e, self.images = self.f + f, self.e + e, self.images + 1
-        for name, value in by_name.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        return by_name | {"maxf": float(f.max()), "em_mean": float(e.mean())}
-
-    def compute(self) -> dict[str, float]:
-        """Means over the images; "maxf" is the maximum of the mean curve. NaN where nothing was counted."""
-        if not self.images:
-            return {"maxf": math.nan, "em_mean": math.nan}
-        means = {name: total / self.images for name, total in self.sums.items()}
-        return {"maxf": float(self.f.max() / self.images), "em_mean": float(self.e.mean() / self.images), **means}
+def together(images: Sequence[ImageScores]) -> dict[str, float]:
+    """Scores of a data set: means over images; max F and mean E from the mean curves. NaN where there are none."""
+    if not images:
+        return dict.fromkeys(("maxf", "em_mean", "mae"), math.nan)
+    names = [name for name in images[0].values if name not in ("maxf", "em_mean")]
+    means = {name: float(np.nanmean([image.values[name] for image in images])) for name in names}
+    f, e = (np.mean([getattr(image, curve) for image in images], axis=0) for curve in ("f", "e"))
+    return {"maxf": float(f.max()), "em_mean": float(e.mean()), **means}
 
 
 Point = tuple[int, int]

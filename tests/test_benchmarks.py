@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffrep.eval.benchmarks.__main__ import BENCHMARKS, main
-from diffrep.eval.benchmarks.features import FeaturesBenchmark
+from diffrep.eval.benchmarks.networks import FeaturesBenchmark
 from diffrep.eval.benchmarks.timing import Row, Timing, interleave, table
 
 

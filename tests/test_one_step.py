@@ -431,7 +431,7 @@ def test_memory_of_tiles_does_not_grow_with_the_area(folders: dict[str, Path]) -
 
 @pytest.mark.slow
 def test_the_benchmark_compares_equal_results() -> None:
-    from diffrep.eval.benchmarks.depth import DepthBenchmark
+    from diffrep.eval.benchmarks.networks import DepthBenchmark
 
     threads = torch.get_num_threads()
     rows = DepthBenchmark(side=64, images=2, families=("lotus-g", "e2e-ft"), repeats=1).run()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffrep.cli import main
-from diffrep.eval.benchmarks.segmentation import published_head
+from diffrep.eval.benchmarks.networks import published_head
 from diffrep.eval.benchmarks.timing import count_flops
 from diffrep.heads.cutouts import composite, cut_out, foreground_colours
 from diffrep.heads.diffdis import DiffDisUNet, from_base

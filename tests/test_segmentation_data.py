@@ -20,10 +20,9 @@ from diffrep.eval.segmentation import (
     evaluate_scene_masks,
     grey,
     open_dis,
-    score_image,
     thin_places,
 )
-from diffrep.eval.segmentation_metrics import MaskScores, f_curve, prepare, scores, simplified_length
+from diffrep.eval.segmentation_metrics import f_curve, prepare, score_image, scores, simplified_length, together
 from diffrep.heads.segmentation_loading import load_segmentation
 from diffrep.heads.sizes import stretch
 from diffrep.heads.training.masks import augment, cut_mix, draw_boxes, edge_map, pyramid_noise, read_dis
@@ -152,15 +151,15 @@ def test_scores_equal_those_of_the_maintained_package() -> None:
     measures = {
         "mae": sod.MAE(), "sm": sod.Smeasure(), "wfm": sod.WeightedFmeasure(), "em": sod.Emeasure(), "f": sod.Fmeasure()
     }  # fmt: skip
-    ours = MaskScores()
+    ours = []
     for number in range(6):
         truth = disc(50 + number, 70, 8 + 3 * number)
         noise = rng.integers(-90, 90, truth.shape)
         predicted = np.clip(truth * 0.7 + 30 + noise, 0, 255).astype(np.uint8)
-        ours.update(predicted, truth)
+        ours.append(score_image(predicted, truth))
         for measure in measures.values():
             measure.step(pred=predicted, gt=truth)
-    got = ours.compute()
+    got = together(ours)
     assert got["mae"] == pytest.approx(measures["mae"].get_results()["mae"], abs=1e-9)
     assert got["sm"] == pytest.approx(measures["sm"].get_results()["sm"], abs=1e-9)
     assert got["wfm"] == pytest.approx(measures["wfm"].get_results()["wfm"], abs=1e-9)
@@ -179,7 +178,7 @@ def test_scores_refuse_what_they_cannot_compare_and_survive_extremes() -> None:
             p, g = prepare(predicted, truth)
             assert all(np.isfinite(value) for value in scores(p, g).values())
             assert np.isfinite(f_curve(p, g)).all()
-    assert np.isnan(MaskScores().compute()["maxf"])
+    assert np.isnan(together([])["maxf"])
 
 
 def test_lines_are_simplified_as_before_opencv_changed_it() -> None:

@@ -18,7 +18,8 @@ from diffrep.draw import side_by_side
 from diffrep.eval.homography import photographs
 from diffrep.eval.manifold import geodesic_scores
 from diffrep.eval.probe_data import SceneImages, scene_images
-from diffrep.eval.segmentation import grey, score_image
+from diffrep.eval.segmentation import grey
+from diffrep.eval.segmentation_metrics import score_image
 from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
 from diffrep.features import ExtractConfig
 from diffrep.heads.cutouts import composite, cut_out, grey_image

@@ -13,8 +13,7 @@ import tyro
 from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.commands.image_runs import check_folder
 from diffrep.commands.options import Command
-from diffrep.eval.scene_maps import SceneValidation
-from diffrep.eval.segmentation_validation import MaskValidation
+from diffrep.eval.scene_validation import MaskValidation, SceneValidation
 from diffrep.files import replace_folder
 from diffrep.heads.families import FAMILIES, Task
 from diffrep.heads.training.datasets import Hypersim, VirtualKitti

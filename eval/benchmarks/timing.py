@@ -86,16 +86,46 @@ def count_flops(run: Callable[[], object]) -> int:
     return int(counter.get_total_flops())
 
 
+def said_flops(plain: float, ours: float) -> str:
+    """GFLOP of both sides in words."""
+    return f"GFLOP {plain:.1f} against {ours:.1f} ({plain / ours:.2f}x)"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That ours computes the same as the plain way, and faster.
+
+    Attributes:
+        said: says the GFLOP of both sides.
+    """
+
+    what: str
+    plain: Callable[[], Tensor]
+    ours: Callable[[], Tensor]
+    said: Callable[[float, float], str] = said_flops
+
+
 @dataclass(frozen=True)
 class PairedBenchmark:
-    """A benchmark of claims "ours is as good as the plain way, and faster", measured in one thread."""
+    """A benchmark of claims, measured in one thread. A subclass yields `claims`, or measures `rows` of its own."""
 
     repeats: int = 5
     device: str = "cpu"
 
-    def rows(self) -> Iterable[Row]:
-        """Measure every claim."""
+    def claims(self) -> Iterable[Claim]:
+        """What is compared."""
         raise NotImplementedError
+
+    def rows(self) -> Iterable[Row]:
+        """Measure every claim: times, the largest difference of the results, and operations."""
+        for claim in self.claims():
+            sides = {"plain": claim.plain, "ours": claim.ours}
+            times = interleave(sides, repeats=self.repeats, device=self.device)
+            expected, got = claim.plain().float(), claim.ours().float()
+            difference = float((got - expected).abs().max() / expected.abs().max())
+            equality = f"largest difference {difference:.1e} of the maximum"
+            counts = [count_flops(side) / 1e9 for side in (claim.plain, claim.ours)]
+            yield Row(claim.what, times["plain"], times["ours"], equality, claim.said(*counts))
 
     def run(self) -> list[Row]:
         """Time and count both sides of every claim, print the table and return its rows."""
@@ -103,29 +133,3 @@ class PairedBenchmark:
         rows = list(self.rows())
         print(table(rows))
         return rows
-
-    def compare(
-        self,
-        claim: str,
-        plain: Callable[[], Tensor],
-        ours: Callable[[], Tensor],
-        *,
-        flops: Callable[[float, float], str] | None = None,
-        warmups: int = 2,
-    ) -> Row:
-        """Measure one claim: times, the largest difference of the results, and operations.
-
-        Args:
-            flops: says the GFLOP of both sides; None: in the usual words.
-        """
-        times = interleave({"plain": plain, "ours": ours}, repeats=self.repeats, warmups=warmups, device=self.device)
-        expected, got = plain().float(), ours().float()
-        difference = float((got - expected).abs().max() / expected.abs().max())
-        counts = [count_flops(side) / 1e9 for side in (plain, ours)]
-        said = (flops or said_flops)(*counts)
-        return Row(claim, times["plain"], times["ours"], f"largest difference {difference:.1e} of the maximum", said)
-
-
-def said_flops(plain: float, ours: float) -> str:
-    """GFLOP of both sides in words."""
-    return f"GFLOP {plain:.1f} against {ours:.1f} ({plain / ours:.2f}x)"
