@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
-from diffrep.backbones.unet_taps import cross_attentions
+from diffrep.backbones.unet import cross_attentions
 from diffrep.heads.families import Family
 
 TIMESTEP = 999  # of 1000: where one-step heads are trained and asked

@@ -80,7 +80,7 @@ def test_nothing_runs_behind_the_deepest_tap_and_the_numbers_are_those_of_a_full
     sd: LatentDiffusion, tap: str
 ) -> None:
     full = sd.maps(PIXELS[:1], [t.name for t in sd.taps()], NOISY)
-    ran = modules_that_run(sd.network, lambda: sd.unet_maps(torch.zeros(1, 4, 8, 8), [tap], NOISY))
+    ran = modules_that_run(sd.network, lambda: sd.network_maps(torch.zeros(1, 4, 8, 8), [tap], NOISY))
     whole = modules_that_run(sd.network, lambda: sd.network(torch.zeros(1, 4, 8, 8), 200, sd.embed("a cat").context))
     path = sd.tap(tap).module
     last = max(i for i, name in enumerate(whole) if name == path or name.startswith(f"{path}."))
@@ -112,14 +112,14 @@ def test_keys_and_values_of_a_prompt_are_projected_once_and_change_nothing(sd: L
     handle = sd.network.up_blocks[1].register_forward_hook(lambda m, i, o: plain.update(up=o))
     sd.network(latents, 200, sd.embed("a cat").context.expand(2, -1, -1))
     handle.remove()
-    got = sd.unet_maps(latents, ["up.1"], NOISY)["up.1"]
+    got = sd.network_maps(latents, ["up.1"], NOISY)["up.1"]
     assert torch.equal(got, plain["up"])
     calls = []
     key = sd.network.up_blocks[1].attentions[0].transformer_blocks[0].attn2.to_k
     original = type(key).forward
     type(key).forward = lambda self, x: calls.append(self) or original(self, x)
     try:
-        sd.unet_maps(latents, ["up.1"], NOISY)
+        sd.network_maps(latents, ["up.1"], NOISY)
     finally:
         type(key).forward = original
     assert calls
@@ -276,7 +276,7 @@ def test_sdxl_is_told_what_its_pipeline_tells_it(sdxl_folder: Path) -> None:
     added = {"text_embeds": pooled.expand(2, -1), "time_ids": ids.expand(2, -1)}
     pipeline.unet(latents, 200, context.expand(2, -1, -1), added_cond_kwargs=added)
     handle.remove()
-    got = backbone.unet_maps(latents, ["up.0", "up.0.attention.1.block.1.cross.q"], NOISY)
+    got = backbone.network_maps(latents, ["up.0", "up.0.attention.1.block.1.cross.q"], NOISY)
     torch.testing.assert_close(got["up.0"], seen["up"])
     assert got["up.0.attention.1.block.1.cross.q"].shape == (2, 32, 2, 3)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones import Conditions, FreeU, LatentDiffusion, TapError, gdf_tap, load_backbone
-from diffrep.backbones.freeu import damp_low_frequencies
+from diffrep.backbones.unet import damp_low_frequencies
 
 LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 PLAIN = Conditions(timestep=100, prompt="a cat")
@@ -26,25 +26,25 @@ def sd(sd_folder: Path) -> LatentDiffusion:
 
 def test_neutral_factors_of_freeu_change_nothing(sd: LatentDiffusion) -> None:
     taps = ["mid", "up.0", "up.2.attention.1", "out"]
-    plain, neutral = (sd.unet_maps(LATENTS, taps, replace(PLAIN, freeu=f)) for f in (None, NEUTRAL))
+    plain, neutral = (sd.network_maps(LATENTS, taps, replace(PLAIN, freeu=f)) for f in (None, NEUTRAL))
     for tap in taps:
         torch.testing.assert_close(plain[tap], neutral[tap], rtol=1e-4, atol=1e-5)
 
 
 def test_freeu_scales_half_of_the_channels_of_the_tap_itself_and_leaves_no_trace(sd: LatentDiffusion) -> None:
-    before = sd.unet_maps(LATENTS, ["mid", "out"], PLAIN)
-    after = sd.unet_maps(LATENTS, ["mid", "out"], replace(PLAIN, freeu=FreeU()))
+    before = sd.network_maps(LATENTS, ["mid", "out"], PLAIN)
+    after = sd.network_maps(LATENTS, ["mid", "out"], replace(PLAIN, freeu=FreeU()))
     torch.testing.assert_close(after["mid"][:, :16], before["mid"][:, :16] * 1.2)
     assert torch.equal(after["mid"][:, 16:], before["mid"][:, 16:])
     assert not torch.allclose(after["out"], before["out"])
-    assert torch.equal(sd.unet_maps(LATENTS, ["out"], PLAIN)["out"], before["out"])
+    assert torch.equal(sd.network_maps(LATENTS, ["out"], PLAIN)["out"], before["out"])
 
 
 def test_freeu_goes_by_the_channel_count(sd: LatentDiffusion) -> None:
     """16 channels are the next smaller count here: with only its factors on, the 32-channel taps stay."""
     only_next = replace(NEUTRAL, next_input=2.0)
     taps = ["up.1", "up.2.resnet.0"]
-    plain, scaled = (sd.unet_maps(LATENTS, taps, replace(PLAIN, freeu=f)) for f in (None, only_next))
+    plain, scaled = (sd.network_maps(LATENTS, taps, replace(PLAIN, freeu=f)) for f in (None, only_next))
     torch.testing.assert_close(scaled["up.1"], plain["up.1"], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(scaled["up.2.resnet.0"], plain["up.2.resnet.0"])
 
@@ -71,10 +71,10 @@ def test_attention_maps_are_those_of_the_layer(sd: LatentDiffusion, kind: str) -
     attention = block.attn1 if kind == "self" else block.attn2
     seen: list[Tensor] = []
     handle = attention.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0]))
-    sd.unet_maps(LATENTS, ["up.1.attention.0"], PLAIN)
+    sd.network_maps(LATENTS, ["up.1.attention.0"], PLAIN)
     handle.remove()
     tap = f"up.1.attention.0.block.0.{kind}.map"
-    got = sd.unet_maps(LATENTS, [tap], PLAIN)[tap]
+    got = sd.network_maps(LATENTS, [tap], PLAIN)[tap]
     context = sd.embed("a cat").context.expand(2, -1, -1) if kind == "cross" else None
     expected = scores(attention, seen[0], context)
     heads = attention.heads
@@ -89,14 +89,14 @@ def test_a_map_is_read_before_its_attention_is_computed(sd: LatentDiffusion) -> 
         module.register_forward_hook(lambda *_, name=name: ran.append(name))
         for name, module in (("attn1", block.attn1), ("value", block.attn2.to_v), ("attn2", block.attn2))
     ]
-    sd.unet_maps(LATENTS, ["up.1.attention.0.block.0.cross.map"], PLAIN)
+    sd.network_maps(LATENTS, ["up.1.attention.0.block.0.cross.map"], PLAIN)
     for handle in handles:
         handle.remove()
     assert ran == ["attn1"]
 
 
 def test_the_first_and_the_last_tap_are_the_networks_input_and_output(sd: LatentDiffusion) -> None:
-    maps = sd.unet_maps(LATENTS, ["in", "out"], PLAIN)
+    maps = sd.network_maps(LATENTS, ["in", "out"], PLAIN)
     assert torch.equal(maps["in"], LATENTS)
     assert torch.equal(maps["out"], sd.network(LATENTS, 100, sd.embed("a cat").context.expand(2, -1, -1)).sample)
 

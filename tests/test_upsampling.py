@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffrep.backbones import Conditions, LatentDiffusion, load_backbone, upsampling
-from diffrep.backbones.upsampling import upsample_and_convolve
+from diffrep.backbones import Conditions, LatentDiffusion, load_backbone, unet
+from diffrep.backbones.unet import upsample_and_convolve
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 8)])
@@ -34,9 +34,9 @@ def test_taps_behind_folded_upsamplers_keep_their_values(sd_folder: Path, monkey
     taps = ["up.0.upsampler", "up.0", "up.3"]
     plain = backbone.maps(pixels, taps, Conditions(timestep=50))
     calls = []
-    monkeypatch.setattr(upsampling, "FROM_CELLS", 1)
-    real = upsampling.upsample_and_convolve
-    monkeypatch.setattr(upsampling, "upsample_and_convolve", lambda *a: calls.append(1) or real(*a))
+    monkeypatch.setattr(unet, "FOLDED_FROM", 1)
+    real = unet.upsample_and_convolve
+    monkeypatch.setattr(unet, "upsample_and_convolve", lambda *a: calls.append(1) or real(*a))
     folded = backbone.maps(pixels, taps, Conditions(timestep=50))
     assert len(calls) == 3
     for tap in taps:

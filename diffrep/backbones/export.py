@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones.base import Backbone, BackboneError, Conditions
-from diffrep.backbones.ensembles import ensemble_noise
+from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone
 from diffrep.files import one_line
 
 FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
@@ -34,21 +34,11 @@ class ExportedBackbone(nn.Module):
         super().__init__()
         self.backbone, self.taps, self.conditions = backbone, tuple(taps), conditions
         self.draws: dict[str, Tensor] = {}
-        if backbone.denoises is None:
-            return
-        if size[0] % backbone.multiple or size[1] % backbone.multiple:
-            raise BackboneError(f"{backbone.name} needs sides that are multiples of {backbone.multiple}, got {size}")
-        shape = (3, *size)
-        if backbone.denoises == "latents":
-            stride = int(getattr(backbone, "stride", 1))
-            autoencoder: Any = backbone.vae
-            shape = (int(autoencoder.config.latent_channels), size[0] // stride, size[1] // stride)
-            if conditions.posterior == "sample":
-                self.draws["posterior_noise"] = ensemble_noise(
-                    None, shape, conditions.ensemble, conditions.seed, stream=1
-                )
-        if not conditions.clean and conditions.timestep >= 0:
-            self.draws["noise"] = ensemble_noise(None, shape, conditions.ensemble, conditions.seed)
+        if isinstance(backbone, DiffusionBackbone):
+            backbone.check_canvas(size)
+            channels = backbone.vae.config.latent_channels if isinstance(backbone, LatentBackbone) else 3
+            shape = (int(channels), size[0] // backbone.stride, size[1] // backbone.stride)
+            self.draws = backbone.draws(shape, conditions)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         named: Any = self.draws
@@ -78,8 +68,9 @@ def export_backbone(
         The largest difference between what the file computes and the backbone, relative to the largest value.
 
     Raises:
-        BackboneError: the ending is another one, the size does not suit the backbone, or torch cannot export it.
+        BackboneError: the ending is another one, or torch cannot export it.
         TapError: the backbone has no such tap.
+        ValueError: the size does not suit the backbone.
     """
     chosen = tuple(taps or backbone.recommended.taps)
     for tap in chosen:
@@ -91,9 +82,8 @@ def export_backbone(
         size = recommended if isinstance(recommended, int) else (int(recommended[0]), int(recommended[1]))
     height, width = (size, size) if isinstance(size, int) else size
     conditions = conditions or backbone.recommended.conditions
-    if isinstance(getattr(backbone, "vae", None), nn.Module):
-        latent: Any = backbone
-        latent.embed(conditions.prompt)  # before the pass, so that no text encoder becomes a part of it
+    if isinstance(backbone, LatentBackbone):
+        backbone.embed(conditions.prompt)  # before the pass, so that no text encoder becomes a part of it
     module = ExportedBackbone(backbone, chosen, conditions, (height, width))
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
     return export_module(module, pixels.to(backbone.device, backbone.dtype), path, outputs=chosen)

@@ -7,22 +7,136 @@ Source: "Diffusion Hyperfeatures" (arXiv:2305.14334), diffusion-hyperfeatures/di
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.backbones.aggregation import AggregationNetwork
-from diffrep.backbones.base import Backbone, Conditions, Recommended, TapInfo
+from diffrep.backbones.base import Backbone, BackboneError, Conditions, Recommended, TapInfo
+from diffrep.backbones.diffusion import draw_noise
 from diffrep.backbones.latent_diffusion import LatentDiffusion
+from diffrep.backbones.weight_files import read_weights
+from diffrep.files import one_line
 from diffrep.images import Sizing
 
 TAPS = tuple(f"up.{i}.resnet.{j}.increment" for i in range(4) for j in range(3))
-SAVED = (49, 45, 40, 35, 30, 25, 20, 15, 10, 5, 0)
+_TRAINING_ONLY = ("logit_scale", "self_logit_scale")  # temperatures of losses, kept in checkpoints
+
+
+class _NormConv(nn.Conv2d):
+    """A convolution without bias and the norm behind it, under the names of the published weights."""
+
+    def __init__(self, channels: int, out: int, kernel: int, groups: int) -> None:
+        super().__init__(channels, out, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.GroupNorm(groups, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised: Tensor = self.norm(super().forward(x))
+        return normalised
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, channels: int, out: int, groups: int) -> None:
+        super().__init__()
+        inner = out // 4
+        self.conv1 = _NormConv(channels, inner, 1, groups)
+        self.conv2 = _NormConv(inner, inner, 3, groups)
+        self.conv3 = _NormConv(inner, out, 1, groups)
+        self.shortcut = _NormConv(channels, out, 1, groups) if channels != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        deep = self.conv3(F.relu(self.conv2(F.relu(self.conv1(x)))))
+        return F.relu(deep + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class AggregationNetwork(nn.Module):
+    """Maps of several layers and steps -> one map; of Diffusion Hyperfeatures, GeoAware-SC and DIY-SC.
+
+    Every layer's map goes through a bottleneck of its own; the results are summed with softmax weights, one per step
+    of the diffusion and layer. The bottlenecks are shared by the steps, so maps can be added one by one and thrown
+    away.
+
+    Args:
+        feature_dims: channels of each layer's map.
+        projection: channels of the result.
+        steps: of the diffusion whose maps are joined.
+        groups: of every norm.
+        blocks: bottlenecks behind each other, per layer.
+    """
+
+    def __init__(
+        self, feature_dims: Sequence[int], *, projection: int = 384, steps: int = 1, groups: int = 32, blocks: int = 1
+    ) -> None:
+        super().__init__()
+        self.feature_dims, self.projection, self.steps = tuple(feature_dims), projection, steps
+        self.bottleneck_layers = nn.ModuleList(
+            nn.Sequential(*(_Bottleneck(projection if b else dim, projection, groups) for b in range(blocks)))
+            for dim in feature_dims
+        )
+        self.mixing_weights = nn.Parameter(torch.ones(steps * len(self.feature_dims)))
+
+    @classmethod
+    def from_state_dict(cls, weights: Mapping[str, Tensor], *, groups: int = 32) -> AggregationNetwork:
+        """Build the network that some weights belong to; its sizes are read off their shapes.
+
+        Raises:
+            BackboneError: the weights are not those of such a network.
+        """
+        weights = {key: value for key, value in weights.items() if key not in _TRAINING_ONLY}
+        layers = {int(key.split(".")[1]) for key in weights if key.startswith("bottleneck_layers.")}
+        first = "bottleneck_layers.{}.0.conv1.weight"
+        if not layers or "mixing_weights" not in weights or first.format(max(layers)) not in weights:
+            raise BackboneError(f"is no aggregation network: it holds {', '.join(sorted(weights)[:3]) or 'nothing'}")
+        projection = int(weights["bottleneck_layers.0.0.conv3.weight"].shape[0])
+        network = cls(
+            [int(weights[first.format(layer)].shape[1]) for layer in sorted(layers)],
+            projection=projection,
+            steps=weights["mixing_weights"].numel() // len(layers),
+            groups=groups,
+            blocks=1 + max(int(key.split(".")[2]) for key in weights if key.startswith("bottleneck_layers.")),
+        )
+        try:
+            network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise BackboneError(f"is no aggregation network ({one_line(error)})") from None
+        return network.eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, path: Path, *, groups: int = 32) -> AggregationNetwork:
+        """Read safetensors, or a published ``.pt`` or ``.pth`` (tensors only, no code is run).
+
+        Raises:
+            BackboneError: the file holds something else; named.
+        """
+        weights = read_weights(path)
+        try:
+            return cls.from_state_dict(weights, groups=groups)
+        except BackboneError as error:
+            raise BackboneError(f"{path}: {error}") from None
+
+    def share(self, layer: int, features: Tensor, *, step: int = 0) -> Tensor:
+        """What one map adds to the result: (B, C, h, w) -> (B, projection, h, w)."""
+        weight = self.mixing_weights.softmax(0)[step * len(self.feature_dims) + layer]
+        projected: Tensor = self.bottleneck_layers[layer](features)
+        return weight * projected
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Join maps of one size, steps outer and layers inner: each (B, C, h, w) -> (B, projection, h, w).
+
+        Raises:
+            ValueError: there are more or fewer maps than the network joins.
+        """
+        layers = len(self.feature_dims)
+        if len(maps) != self.steps * layers:
+            raise ValueError(f"this network joins {self.steps} steps of {layers} maps each, got {len(maps)} maps")
+        shares = (self.share(i % layers, features, step=i // layers) for i, features in enumerate(maps))
+        return reduce(torch.add, shares)
 
 
 @dataclass(frozen=True)
@@ -37,7 +151,7 @@ class Trajectory:
     """
 
     steps: int = 50
-    saved: tuple[int, ...] = SAVED
+    saved: tuple[int, ...] = (49, 45, 40, 35, 30, 25, 20, 15, 10, 5, 0)
     mode: Literal["inversion", "generation"] = "inversion"
     guidance: float | None = None
 
@@ -109,8 +223,9 @@ def follow(
     for i, (number, before, after) in enumerate(visits if to_the_end else visits[: last_read + 1]):
         wanted = list(taps) if number in trajectory.saved else []
         predicting = to_the_end or i < last_read
-        told = context.expand(len(here), -1, -1)
-        maps = backbone.context_maps(here, [*wanted, "out"] if predicting else wanted, before, told)
+        maps = backbone.context_maps(
+            here, [*wanted, "out"] if predicting else wanted, before, context.expand(len(here), -1, -1)
+        )
         if not predicting:
             yield Step(number, maps, None)
             return
@@ -186,7 +301,9 @@ class Hyperfeatures(Backbone):
         for tap in taps:
             self.tap(tap)
         mean, std = self.base.encode(pixels, batch_size=batch_size)
-        latents = self.base.scaled_latents(mean, std, conditions)
+        sampled = conditions.posterior == "sample"
+        spread = std * draw_noise(mean.shape[1:], conditions.seed, stream=1).to(std) if sampled else None
+        latents = self.base.noisy(mean, spread, None, 0)
         context = self.base.embed(conditions.prompt).context
         plain = self.base.embed("").context if self.trajectory.guidance is not None else None
         parts = [self.join(chunk, context, plain) for chunk in latents.split(batch_size)]
@@ -203,15 +320,15 @@ class Hyperfeatures(Backbone):
     ) -> Tensor:
         """(B, c, h, w) scaled latents -> (B, projection, h, w), or of another resolution."""
         size = resolution or (int(latents.shape[-2]), int(latents.shape[-1]))
-        positions = {number: i for i, number in enumerate(self.trajectory.saved)}
-        total: Tensor | None = None
-        context = context.to(latents)
         unconditional = None if unconditional is None else unconditional.to(latents)
-        steps = follow(self.base, latents, self.read, self.trajectory, context=context, unconditional=unconditional)
-        for step in steps:
-            for layer, tap in enumerate(self.read if step.maps else ()):
-                resized = F.interpolate(step.maps.pop(tap), size=size, mode="bilinear", align_corners=False)
-                part = self.aggregation.share(layer, resized, step=positions[step.number])
-                total = part if total is None else total + part
-        assert total is not None
-        return total
+        steps = follow(
+            self.base, latents, self.read, self.trajectory, context=context.to(latents), unconditional=unconditional
+        )
+
+        def shares() -> Iterator[Tensor]:
+            for step in steps:
+                for layer, tap in enumerate(self.read if step.maps else ()):
+                    resized = F.interpolate(step.maps.pop(tap), size=size, mode="bilinear", align_corners=False)
+                    yield self.aggregation.share(layer, resized, step=self.trajectory.saved.index(step.number))
+
+        return reduce(torch.add, shares())

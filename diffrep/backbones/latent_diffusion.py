@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrep.backbones.base import BackboneError, Conditions, Recommended, reading
-from diffrep.backbones.freeu import applying
-from diffrep.backbones.latents import LatentBackbone, PromptEncoder
-from diffrep.backbones.text import PromptEmbedding
-from diffrep.backbones.unet_taps import cross_attentions, tap_readers, tokens_to_map, unet_taps
-from diffrep.backbones.upsampling import folded_upsampling
+from diffrep.backbones.base import BackboneError, Conditions, Recommended
+from diffrep.backbones.diffusion import LatentBackbone
+from diffrep.backbones.text import PromptEmbedding, PromptEncoder
+from diffrep.backbones.unet import cross_attentions, folded_upsampling, reading_taps, unet_taps, with_freeu
 from diffrep.images import Sizing
 
 AESTHETIC_SCORE = 6.0  # as SDXL's refiner is used for positive prompts
@@ -106,23 +104,13 @@ class LatentDiffusion(LatentBackbone):
             for projection in projected:
                 del projection.forward  # uncovers that of the class
 
-    def network_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
-        return self.unet_maps(latents, taps, conditions)
-
-    def unet_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
+    def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         """Run the U-Net on (B, c, h, w) latents, up to the deepest tap."""
-        infos = {tap: self.tap(tap) for tap in taps}
-        batch, size = latents.shape[0], (int(latents.shape[-2]), int(latents.shape[-1]))
-        with self._constant_context(conditions.prompt) as context, applying(self.network, conditions.freeu):
-            arguments = self._added_conditions(conditions.prompt, batch, size)
-            with folded_upsampling(self.network), reading(tap_readers(self.network, infos)) as activations:
-                self.network(
-                    latents.to(self.device, self.dtype),
-                    max(conditions.timestep, 0),
-                    encoder_hidden_states=context.expand(batch, -1, -1),
-                    **arguments,
-                )
-        return {tap: tokens_to_map(activations[tap], size) for tap in taps}
+        batch = len(noisy)
+        with self._constant_context(conditions.prompt) as context, with_freeu(self.network, conditions.freeu):
+            added = self._added_conditions(conditions.prompt, batch, noisy.shape[-2:])
+            with folded_upsampling(self.network):
+                return self._run(noisy, taps, max(conditions.timestep, 0), context.expand(batch, -1, -1), **added)
 
     @torch.inference_mode()
     def context_maps(self, latents: Tensor, taps: Sequence[str], timestep: int, context: Tensor) -> dict[str, Tensor]:
@@ -131,13 +119,14 @@ class LatentDiffusion(LatentBackbone):
         Args:
             timestep: embedded as it is, -1 too, as Diffusion Hyperfeatures does.
         """
-        infos = {tap: self.tap(tap) for tap in taps}
-        with reading(tap_readers(self.network, infos)) as activations:
-            self.network(
-                latents.to(self.device, self.dtype), timestep, encoder_hidden_states=context.to(self.device, self.dtype)
-            )
-        size = (int(latents.shape[-2]), int(latents.shape[-1]))
-        return {tap: tokens_to_map(activations[tap], size) for tap in taps}
+        return self._run(latents, taps, timestep, context.to(self.device, self.dtype))
+
+    def _run(
+        self, latents: Tensor, taps: Sequence[str], timestep: int, context: Tensor, **added: Any
+    ) -> dict[str, Tensor]:
+        with reading_taps(self.network, [self.tap(tap) for tap in taps], latents.shape) as maps:
+            self.network(latents.to(self.device, self.dtype), timestep, encoder_hidden_states=context, **added)
+        return maps
 
     @torch.inference_mode()
     def predict_noise(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:
@@ -173,7 +162,7 @@ class LatentDiffusion(LatentBackbone):
         clean = (latents - noise * (1 - now) ** 0.5) / now**0.5
         return then**0.5 * clean + (1 - then) ** 0.5 * noise, clean
 
-    def _added_conditions(self, prompt: str, batch: int, size: tuple[int, int]) -> dict[str, object]:
+    def _added_conditions(self, prompt: str, batch: int, size: Sequence[int]) -> dict[str, Any]:
         """SDXL's pooled text and micro-conditioning: original size, crop corner, target size."""
         pooled, config = self.embed(prompt).pooled, self.network.config
         if config.addition_embed_type != "text_time":

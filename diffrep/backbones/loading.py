@@ -16,11 +16,10 @@ from typing import Any
 import torch
 
 from diffrep.backbones.adm import adm_backbone
-from diffrep.backbones.aggregation import AggregationNetwork
 from diffrep.backbones.base import Backbone, BackboneError, Conditions, Recommended, check_weights
-from diffrep.backbones.hyperfeatures import Hyperfeatures
+from diffrep.backbones.diffusion import LatentBackbone
+from diffrep.backbones.hyperfeatures import AggregationNetwork, Hyperfeatures
 from diffrep.backbones.latent_diffusion import LatentDiffusion
-from diffrep.backbones.latents import LatentBackbone
 from diffrep.backbones.pipelines import (
     load_component,
     load_diffusers,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffrep.backbones.base import Backbone, BackboneError
-from diffrep.backbones.latents import LatentBackbone
+from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.backbones.weight_files import describe_weights, read_weights
 from diffrep.files import one_line
 
@@ -84,9 +84,8 @@ def add_lora(backbone: Backbone, text: str) -> None:
     texts = sorted({key.split(".")[0] for key in state if key.startswith("text_encoder")})
     if not fits and not texts:
         raise BackboneError(f"{path}: holds nothing for a {kind}, it belongs to another kind of model")
-    encoders: Any = backbone.text
-    if texts and hasattr(encoders, "adapters"):
-        encoders.adapters.append(partial(_adapt_text, reader, dict(state), alphas, scale))
+    if texts and backbone.text is not None:
+        backbone.text.adapters.append(partial(_adapt_text, reader, dict(state), alphas, scale))
     backbone.source = f"{backbone.source} with {path.name}" + (f" x {scale:g}" if scale != 1 else "")
 
 

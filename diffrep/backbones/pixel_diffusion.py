@@ -1,22 +1,22 @@
 """Pixel diffusion as a backbone: a diffusers `UNet2DModel`, such as a converted ADM.
 
-Beside the names of `unet_taps`, taps are ``block.N``, N = 1, 2, ... in the order of guided-diffusion: the input
+Beside the names of `unet`, taps are ``block.N``, N = 1, 2, ... in the order of guided-diffusion: the input
 blocks, the middle block, the output blocks, each behind its attention and its resampling. With six levels of two
 layers that is 1..37; DIFT's index k, which counts output blocks from 0, is ``block.(20 + k)``, see `dift_tap`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrep.backbones.base import Backbone, Conditions, Recommended, TapError, TapInfo, reading
-from diffrep.backbones.ensembles import ensemble_maps, ensemble_noise
-from diffrep.backbones.unet_taps import tap_readers, tokens_to_map, unet_taps
+from diffrep.backbones.base import Conditions, Recommended, TapError, TapInfo
+from diffrep.backbones.diffusion import DiffusionBackbone
+from diffrep.backbones.unet import reading_taps, unet_taps
 from diffrep.images import Sizing
 
 
@@ -40,7 +40,7 @@ def numbered_blocks(unet: Any) -> list[str]:
     return paths
 
 
-class PixelDiffusion(Backbone):
+class PixelDiffusion(DiffusionBackbone):
     """A frozen U-Net that denoises pixels.
 
     Args:
@@ -49,7 +49,6 @@ class PixelDiffusion(Backbone):
     """
 
     denoises, has_unet = "pixels", True
-    scheduler: Mapping[str, Any] | None = None  # configuration of the schedule, where it came from a folder
 
     def __init__(
         self, unet: Any, alphas_cumprod: Tensor, *, name: str = "pixel diffusion", source: str = "random"
@@ -70,9 +69,6 @@ class PixelDiffusion(Backbone):
             sizing=Sizing("squash", 2 * int(unet.config.sample_size or 256), multiple=self.multiple),
             conditions=Conditions(timestep=101, ensemble=8),
         )
-
-    def taps(self) -> tuple[TapInfo, ...]:
-        return tuple(self._taps.values())
 
     def dift_tap(self, index: int) -> str:
         """The tap of DIFT's `up_ft_index`: the output blocks counted from 0.
@@ -95,44 +91,12 @@ class PixelDiffusion(Backbone):
         alpha = self.alphas_cumprod[timestep].view(-1, 1, 1, 1).to(noise)
         return alpha.sqrt() * (pixels.to(noise) * 2 - 1) + (1 - alpha).sqrt() * noise
 
-    @torch.inference_mode()
-    def maps(
-        self,
-        pixels: Tensor,
-        taps: Sequence[str],
-        conditions: Conditions,
-        *,
-        batch_size: int = 8,
-        noise: Tensor | None = None,
-        average: bool = True,
-    ) -> dict[str, Tensor]:
-        """Read activations of images on the canvas; see `Backbone.maps`.
+    def encode(self, pixels: Tensor, *, batch_size: int = 8) -> tuple[Tensor, None]:
+        """The pixels themselves."""
+        return pixels.float(), None
 
-        Args:
-            noise: (E, 3, H, W), the noise of each ensemble member instead of drawn one.
-            average: over the ensemble; False keeps the members, (B * E, C, h, w), the members of an image
-                next to each other.
-
-        Raises:
-            ValueError: the canvas is no multiple of the coarsest stride, noise has another shape, or a
-                class-conditional network is told no class.
-        """
-        if pixels.shape[-2] % self.multiple or pixels.shape[-1] % self.multiple:
-            raise ValueError(
-                f"{self.name} needs sides that are multiples of {self.multiple}, got {tuple(pixels.shape[-2:])}"
-            )
-        shape, members = tuple(pixels.shape[1:]), conditions.ensemble
-        clean = conditions.clean or conditions.timestep < 0
-        added = None if clean else ensemble_noise(noise, shape, members, conditions.seed)
-
-        def run(images: list[int], numbers: list[int]) -> dict[str, Tensor]:
-            chosen = pixels[images].float()
-            if added is None:
-                return self.network_maps(chosen * 2 - 1, taps, conditions)
-            noisy = self.noisy_pixels(chosen, added[numbers].to(chosen), conditions.timestep)
-            return self.network_maps(noisy, taps, conditions)
-
-        return ensemble_maps(run, len(pixels), members, batch_size=batch_size, average=average)
+    def noisy(self, mean: Tensor, spread: Tensor | None, noise: Tensor | None, timestep: int) -> Tensor:
+        return mean * 2 - 1 if noise is None else self.noisy_pixels(mean, noise.to(mean), timestep)
 
     def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         """`unet_maps` at the timestep and with the label of the conditions; gradients flow to hooks inside."""
@@ -148,19 +112,19 @@ class PixelDiffusion(Backbone):
             timestep: one, or (B,) one per image.
             labels: (B,) classes; needed by class-conditional networks, ignored by others.
         """
-        infos = {tap: self.tap(tap) for tap in taps}
+        classes: dict[str, Any] = {}
         if self.classes is not None:
             if labels is None:
                 raise ValueError(f"{self.name} is class-conditional: say a label, 0..{self.classes - 1}")
             if not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
-                given = sorted(set(labels.tolist()))
-                raise ValueError(f"{self.name} has the classes 0..{self.classes - 1}, got {given}")
-        told = {} if self.classes is None or labels is None else {"class_labels": labels.to(self.device)}
+                got = sorted(set(labels.tolist()))
+                raise ValueError(f"{self.name} has the classes 0..{self.classes - 1}, got {got}")
+            classes = {"class_labels": labels.to(self.device)}
         if isinstance(timestep, Tensor):
             timestep = timestep.to(self.device)
-        with reading(tap_readers(self.network, infos)) as found:
-            self.network(noisy.to(self.device, self.dtype), timestep, **told)
-        return {tap: tokens_to_map(found[tap], (int(noisy.shape[-2]), int(noisy.shape[-1]))) for tap in taps}
+        with reading_taps(self.network, [self.tap(tap) for tap in taps], noisy.shape) as maps:
+            self.network(noisy.to(self.device, self.dtype), timestep, **classes)
+        return maps
 
 
 def _with_numbers(taps: Iterable[TapInfo], paths: Sequence[str]) -> Iterator[TapInfo]:

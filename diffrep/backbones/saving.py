@@ -41,7 +41,7 @@ def save_backbone(backbone: Any, folder: Path) -> None:
         source = getattr(text, "source", None)
         if not isinstance(source, Repository):
             raise BackboneError(f"{backbone.name}: its text encoders came in one file, and cannot be saved as a folder")
-        if text_adapters(backbone):
+        if text.adapters:
             raise BackboneError(f"{backbone.name}: its LoRA changes the text encoders too, which are copied unchanged")
         names = [name for name in source.files if name.startswith(("text_encoder", "tokenizer")) and "/" in name]
         root = source.fetch(names)
@@ -55,11 +55,6 @@ def save_backbone(backbone: Any, folder: Path) -> None:
     write_document(folder / "model_index.json", index)
     recommended = json.loads(json.dumps(dataclasses.asdict(backbone.recommended)))
     write_document(folder / "diffrep.json", recommended)
-
-
-def text_adapters(backbone: Any) -> list[Any]:
-    """What changes a backbone's text encoders when they are loaded."""
-    return list(getattr(backbone.text, "adapters", []))
 
 
 def _pipeline(backbone: Backbone) -> str:

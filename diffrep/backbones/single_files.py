@@ -21,7 +21,7 @@ from diffrep.backbones.adm import adm_backbone
 from diffrep.backbones.base import Backbone, BackboneError
 from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pipelines import ENCODER_ONLY, alphas_cumprod, refuse_channels
-from diffrep.backbones.text import PromptEmbedding, encode_prompts
+from diffrep.backbones.text import PROJECTION, ClipEncoders
 from diffrep.backbones.vit_loading import is_vit, vit_from_weights
 from diffrep.backbones.weight_files import describe_weights, read_weights
 from diffrep.files import one_line
@@ -33,6 +33,7 @@ CONFIGURATIONS = Path(__file__).with_name("single_files.json")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 HEAD_WIDTH = 64  # channels of an attention head, in U-Nets since Stable Diffusion 2 and in all their text encoders
 TOKENS = 77
+_CLASSES = {"text_encoder": "CLIPTextModel", "text_encoder_2": PROJECTION}
 START, END = 49406, 49407  # in CLIP's vocabulary
 
 Shapes = Mapping[str, Sequence[int]]
@@ -154,7 +155,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return max((int(match[1]) + 1 for key in shapes if (match := re.match(pattern, key))), default=0)
 
 
-class SingleFileText:
+class SingleFileText(ClipEncoders):
     """The text encoders of a single file; CLIP's tokenizer, which no such file has, comes with open_clip.
 
     Args:
@@ -171,24 +172,14 @@ class SingleFileText:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.path, self.weights, self.configs, self.device, self.dtype = path, weights, configs, device, dtype
-        self.adapters: list[Any] = []
-
-    @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
-        """Encode prompts, each on its own, padded to 77 tokens.
-
-        Raises:
-            BackboneError: the file's text encoder is incomplete.
-        """
-        return encode_prompts(self, sorted(self.configs), prompts, large="text_encoder_2" in self.configs)
+        super().__init__({part: _CLASSES[part] for part in configs}, device=device, dtype=dtype)
+        self.path, self.weights, self.configs = path, weights, configs
 
     def load(self, part: str) -> tuple[Any, Any]:
-        """The tokenizer and the text encoder of a component."""
+        import transformers
         from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        kind = CLIPTextModelWithProjection if part == "text_encoder_2" else CLIPTextModel
+        kind = getattr(transformers, self.parts[part])
         second = "conditioner.embedders.1." if "text_encoder" in self.configs else "conditioner.embedders.0."
         prefixes = (second,) if part == "text_encoder_2" else ("cond_stage_model.", "conditioner.embedders.0.")
         weights = {key: value for key, value in self.weights.items() if key.startswith(prefixes)}

@@ -1,11 +1,13 @@
-"""Prompts of Stable Diffusion folders: encoded once each, with text encoders that do not stay in memory."""
+"""Prompts: encoded once each, with text encoders that do not stay in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,14 +56,82 @@ def quiet_libraries() -> Iterator[None]:
 PROJECTION = "CLIPTextModelWithProjection"  # the second text encoder of SDXL, the only one of its refiner
 
 
-class TextEncoders:
-    """The one or two CLIP text encoders of a diffusers folder, loaded when a new prompt comes and freed after.
+class PromptEncoder(ABC):
+    """Text encoders that are loaded when a new prompt comes, and freed after.
+
+    Attributes:
+        adapters: called with each component's name and encoder, after it is loaded.
+        times_loaded: how often prompts were encoded.
+    """
+
+    def __init__(self, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.times_loaded = device, dtype, 0
+        self.adapters: list[Callable[[str, Any], None]] = []
+
+    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
+        """Encode prompts, each on its own.
+
+        Raises:
+            ValueError: prompts of different numbers of tokens, which cannot share a batch without padding.
+            BackboneError: a text encoder or tokenizer is missing, damaged, or of another kind.
+        """
+        self.times_loaded += 1
+        with torch.inference_mode():
+            return self._encode(prompts)
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]: ...
+
+    def _adapt(self, part: str, encoder: Any) -> None:
+        for adapt in self.adapters:
+            adapt(part, encoder)
+
+
+class ClipEncoders(PromptEncoder):
+    """The one or two CLIP text encoders of a Stable Diffusion.
 
     Args:
-        source: local folder or hub id with ``text_encoder/`` and ``tokenizer/`` (SDXL: also ``_2``).
-        parts: component folder -> class name, as in ``model_index.json``.
+        parts: component -> class name, as in ``model_index.json``; of Stable Diffusion XL and its refiner, the one
+            with `PROJECTION`, the penultimate layers and the last pooled output count.
         pad: to the tokenizer's length, as Stable Diffusion does; without, a prompt has its own tokens only, two for
             the empty one (Marigold, Lotus).
+    """
+
+    def __init__(self, parts: Mapping[str, str], *, device: torch.device, dtype: torch.dtype, pad: bool = True) -> None:
+        super().__init__(device=device, dtype=dtype)
+        self.parts, self.pad = parts, pad
+
+    @abstractmethod
+    def load(self, part: str) -> tuple[Any, Any]:
+        """The tokenizer and the text encoder of a component."""
+
+    def _encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
+        states, pooled, large = [], torch.empty(0), PROJECTION in self.parts.values()
+        for part in sorted(self.parts):
+            tokenizer, encoder = self.load(part)
+            self._adapt(part, encoder)
+            encoder = encoder.to(self.device, self.dtype).eval()
+            padding = "max_length" if self.pad else False
+            tokens = tokenizer(
+                prompts, padding=padding, max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            )
+            masked = getattr(encoder.config, "use_attention_mask", False)
+            mask = tokens.attention_mask.to(self.device) if masked else None
+            output = encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=large)
+            # the first output: last_hidden_state, or for a model with projection its text_embeds
+            states.append(output.hidden_states[-2] if large else output[0])
+            pooled = output[0]
+        contexts = torch.cat(states, dim=-1).split(1)
+        pools = pooled.split(1) if large else [None] * len(prompts)
+        return {prompt: PromptEmbedding(*both) for prompt, *both in zip(prompts, contexts, pools, strict=True)}
+
+
+class TextEncoders(ClipEncoders):
+    """The text encoders of a Stable Diffusion's folder or hub id, ``text_encoder/`` and ``tokenizer/`` (XL: also _2).
+
+    Args:
+        source: local folder or hub id.
+        parts, pad: see `ClipEncoders`.
     """
 
     def __init__(
@@ -74,26 +144,13 @@ class TextEncoders:
         variant: str | None = None,
         pad: bool = True,
     ) -> None:
-        self.source, self.parts, self.device, self.dtype = repository(source, variant=variant), parts, device, dtype
-        self.pad, self.times_loaded = pad, 0
-        self.adapters: list[Callable[[str, Any], None]] = []
-
-    @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
-        """Encode prompts, each on its own.
-
-        Raises:
-            ValueError: prompts of different numbers of tokens, which cannot share a batch without padding.
-            BackboneError: a text encoder or tokenizer is missing, damaged, or of another kind.
-        """
-        self.times_loaded += 1
-        return encode_prompts(self, sorted(self.parts), prompts, large=PROJECTION in self.parts.values(), pad=self.pad)
+        super().__init__(parts, device=device, dtype=dtype, pad=pad)
+        self.source = repository(source, variant=variant)
 
     def load(self, part: str) -> tuple[Any, Any]:
-        """The tokenizer and the text encoder of a component."""
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        kinds = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+        kinds = {"CLIPTextModel": CLIPTextModel, PROJECTION: CLIPTextModelWithProjection}
         where, tokenizer = self.source.label, part.replace("text_encoder", "tokenizer")
         if self.parts[part] not in kinds:
             raise BackboneError(f"{where}: {part} is a {self.parts[part]}; prompts need a {' or '.join(kinds)}")
@@ -112,51 +169,10 @@ class TextEncoders:
             raise BackboneError(f"{where}: {part} cannot be loaded ({one_line(error)})") from None
 
 
-class ClipEncoders(Protocol):
-    """Where the one or two CLIP text encoders of a model come from."""
-
-    device: torch.device
-    dtype: torch.dtype
-    adapters: list[Callable[[str, Any], None]]  # called with each component's name and encoder, after it is loaded
-
-    def load(self, part: str) -> tuple[Any, Any]: ...
-
-
-def encode_prompts(
-    source: ClipEncoders, parts: Sequence[str], prompts: list[str], *, large: bool, pad: bool = True
-) -> dict[str, PromptEmbedding]:
-    """Encode prompts as Stable Diffusion does: the encoders are loaded one by one and freed.
-
-    Args:
-        parts: components in order.
-        large: Stable Diffusion XL or its refiner, of which the penultimate layers and the last pooled output count.
-    """
-    states, pooled = [], torch.empty(0)
-    for part in parts:
-        tokenizer, encoder = source.load(part)
-        for adapt in source.adapters:
-            adapt(part, encoder)
-        encoder = encoder.to(source.device, source.dtype).eval()
-        length = tokenizer.model_max_length
-        tokens = tokenizer(
-            prompts, padding="max_length" if pad else False, max_length=length, truncation=True, return_tensors="pt"
-        )
-        mask = tokens.attention_mask.to(source.device) if getattr(encoder.config, "use_attention_mask", False) else None
-        output = encoder(tokens.input_ids.to(source.device), attention_mask=mask, output_hidden_states=large)
-        # the first output: last_hidden_state, or for a model with projection its text_embeds
-        states.append(output.hidden_states[-2] if large else output[0])
-        pooled = output[0]
-    context = torch.cat(states, dim=-1)
-    if not large:
-        return {p: PromptEmbedding(context[i : i + 1]) for i, p in enumerate(prompts)}
-    # SDXL: the penultimate layers of both encoders side by side, and the second one's pooled projection
-    return {p: PromptEmbedding(context[i : i + 1], pooled[i : i + 1]) for i, p in enumerate(prompts)}
-
-
-class PipelineText:
+class PipelineText(PromptEncoder):
     """The text encoders of FLUX, SD3 and PixArt folders, through the pipeline that belongs to the folder.
 
-    They are loaded when a new prompt comes and freed after.
+    Prompts are encoded as the pipeline does it for generation without guidance.
 
     Args:
         source: local folder or hub id.
@@ -164,17 +180,11 @@ class PipelineText:
     """
 
     def __init__(self, source: str | Repository, pipeline: str, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.source, self.pipeline, self.device, self.dtype = repository(source), pipeline, device, dtype
+        super().__init__(device=device, dtype=dtype)
+        self.source, self.pipeline = repository(source), pipeline
 
-    @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
-        """Encode prompts, each on its own, as the pipeline does it for generation without guidance.
-
-        Raises:
-            BackboneError: a text encoder is missing or damaged, or the pipeline is none of those known here.
-        """
-        loaded = self._load()
-        loaded.to(self.device)
+    def _encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
+        loaded = self._load().to(self.device)
         return {prompt: self._embedding(loaded, prompt) for prompt in prompts}
 
     def _load(self) -> Any:
@@ -194,22 +204,27 @@ class PipelineText:
         variant = next((variant for _, variant in variants.values() if variant), None)
         try:
             with quiet_libraries():
-                return getattr(diffusers, self.pipeline).from_pretrained(
+                loaded = getattr(diffusers, self.pipeline).from_pretrained(
                     str(folder), torch_dtype=self.dtype, use_safetensors=True, variant=variant, **absent
                 )
         except Exception as error:  # damaged files and nonsense in the configurations: many kinds
             raise BackboneError(f"{source.label}: its text encoders cannot be loaded ({one_line(error)})") from None
+        for part in parts:
+            self._adapt(part, getattr(loaded, part))
+        if "text_encoder_3" in absent:  # its zeros are as wide as the transformer's configuration says
+            width = source.json("transformer/config.json").get("joint_attention_dim", 4096)
+            loaded.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
+        return loaded
 
     def _embedding(self, loaded: Any, prompt: str) -> PromptEmbedding:
         if self.pipeline.startswith("Flux"):
             context, pooled, _ = loaded.encode_prompt(prompt=prompt, prompt_2=None, device=self.device)
             return PromptEmbedding(context, pooled)
+        unguided: dict[str, Any] = {"device": self.device, "do_classifier_free_guidance": False}
         if self.pipeline.startswith("StableDiffusion3"):
-            context, _, pooled, _ = loaded.encode_prompt(
-                prompt=prompt, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False
-            )
+            context, _, pooled, _ = loaded.encode_prompt(prompt, prompt_2=None, prompt_3=None, **unguided)
             return PromptEmbedding(context, pooled)
         if self.pipeline.startswith("PixArt"):
-            context, mask, _, _ = loaded.encode_prompt(prompt, device=self.device, do_classifier_free_guidance=False)
+            context, mask, _, _ = loaded.encode_prompt(prompt, **unguided)
             return PromptEmbedding(context, mask=mask)
         raise BackboneError(f"{self.source.label}: how a {self.pipeline} encodes prompts is not known here")

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError, Conditions, Reader, Recommended, TapInfo, reading
-from diffrep.backbones.latents import LatentBackbone, PromptEncoder
-from diffrep.backbones.text import PromptEmbedding
+from diffrep.backbones.diffusion import LatentBackbone
+from diffrep.backbones.text import PromptEmbedding, PromptEncoder
 from diffrep.images import Sizing
 
 KINDS = ("FluxTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffrep.backbones.noise import keyed_generator
+from diffrep.backbones.diffusion import keyed_generator
 
 
 class Noise(Protocol):

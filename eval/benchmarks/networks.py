@@ -160,7 +160,7 @@ def plain_extraction(backbone: LatentDiffusion, image: Tensor, tap: str, conditi
         shape = posterior.mean.shape[1:]
         spread = posterior.std * draw_noise(shape, conditions.seed, member, stream=1).to(posterior.std)
         noise = draw_noise(shape, conditions.seed, member)
-        latents = backbone.noisy_latents(posterior.mean, spread, noise, conditions.timestep)
+        latents = backbone.noisy(posterior.mean, spread, noise, conditions.timestep)
         backbone.network(latents, conditions.timestep, encoder_hidden_states=context)
     handle.remove()
     return torch.cat(maps).float().mean(0, keepdim=True).to(backbone.dtype)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones import load_backbone
-from diffrep.backbones.latents import LatentBackbone
+from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.eval.benchmarks.timing import Row, Timing, table
 from diffrep.eval.probe_data import digit_images
 from diffrep.heads.probes import (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones import Backbone, Conditions, draw_noise
-from diffrep.backbones.latents import LatentBackbone
+from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.features import ExtractConfig, FeatureMaps
 from diffrep.heads.probes.feedback import numbered_taps
 from diffrep.images import Placement, stack_pixels
@@ -181,7 +181,7 @@ def noisy_input(backbone: LatentBackbone, mean: Tensor, std: Tensor, conditions:
         spread = std * draw_noise(shape, conditions.seed, draw, stream=1).to(std)
     clean = conditions.clean or conditions.timestep < 0
     noise = None if clean else draw_noise(shape, conditions.seed, draw)
-    return backbone.noisy_latents(mean, spread, noise, max(conditions.timestep, 0))
+    return backbone.noisy(mean, spread, noise, max(conditions.timestep, 0))
 
 
 def pool_content(maps: FeatureMaps, tap: str, pool: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones import Backbone, Conditions, PixelDiffusion, draw_noise
-from diffrep.backbones.latents import LatentBackbone
+from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input

@@ -44,7 +44,7 @@ def check_dift_sd_taps(folder: Path, case: dict[str, Any]) -> None:
         assert_within(mean, expected[f"{name}.posterior_mean"], atol=tolerance["posterior"], what="mean")
         assert_within(std, expected[f"{name}.posterior_std"], atol=tolerance["posterior"], what="std")
         posterior_noise, noise = given[f"{name}.posterior_eps"], given[f"{name}.noise"]
-        latents = backbone.noisy_latents(mean, std * posterior_noise, noise, run["t"])
+        latents = backbone.noisy(mean, std * posterior_noise, noise, run["t"])
         assert_within(latents, expected[f"{name}.noisy_latents"], atol=tolerance["noisy_latents"], what="noisy latents")
 
         indices = run["up_ft_index"] if isinstance(run["up_ft_index"], list) else [run["up_ft_index"]]

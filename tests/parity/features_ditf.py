@@ -91,7 +91,7 @@ def check_ditf(folder: Path, case: dict[str, Any]) -> None:
         backbone.embed("", prompt)
         noise, draws = given[f"{name}.noise"], given.get(f"{name}.posterior_eps")
         spread = None if draws is None else backbone.std * draws
-        noisy = backbone.noisy_latents(backbone.mean, spread, noise, run["t"])
+        noisy = backbone.noisy(backbone.mean, spread, noise, run["t"])
         assert_within(noisy, expected[f"{name}.noisy_latents"], atol=tolerance["noisy_latents"], what=f"{name} latents")
         conditions = Conditions(
             timestep=run["t"],

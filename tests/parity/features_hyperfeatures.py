@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from diffrep.backbones import LatentDiffusion
-from diffrep.backbones.aggregation import AggregationNetwork
-from diffrep.backbones.hyperfeatures import TAPS, Hyperfeatures, Trajectory, follow
+from diffrep.backbones.hyperfeatures import TAPS, AggregationNetwork, Hyperfeatures, Trajectory, follow
 
 from .cases import assert_near
 from .features_unets import bare_backbone, sibling

@@ -92,7 +92,7 @@ def check_gdf_layer_names(folder: Path, case: dict[str, Any]) -> None:
 
         conditions = Conditions(timestep=run["timestep"], prompt=run["prompt"])
         taps = {layer: gdf_tap(layer) for layer in run["layers"]}
-        maps = backbone.unet_maps(given[f"{name}.noisy_latents"], list(taps.values()), conditions)
+        maps = backbone.network_maps(given[f"{name}.noisy_latents"], list(taps.values()), conditions)
         for layer, tap in taps.items():
             official = expected[f"{name}.{layer}"]
             assert list(official.shape) == run["shapes"][layer]

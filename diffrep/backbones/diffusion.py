@@ -1,0 +1,219 @@
+"""What diffusion backbones share: noise that depends on a seed alone, ensembles of draws, the VAE and prompts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffrep.backbones.base import Backbone, Conditions, TapInfo
+from diffrep.backbones.text import PromptEmbedding, PromptEncoder
+
+
+def draw_noise(shape: Sequence[int], seed: int, draw: int = 0, *, stream: int = 0) -> Tensor:
+    """Standard normal noise (1, *shape) that depends on the seed and the number of the draw only.
+
+    Drawn contiguously on the CPU, so that it is the same on every device and in every batch. Draw 0 of
+    stream 0 is the plain generator seeded with `seed`, as sd-dino draws it.
+    """
+    return torch.randn(1, *shape, generator=keyed_generator(seed, draw, stream=stream))
+
+
+def keyed_generator(seed: int, draw: int = 0, *, stream: int = 0) -> torch.Generator:
+    """The generator of one draw of one stream."""
+    mixed = (seed + draw * 0x9E3779B97F4A7C15 + stream * 0xD1B54A32D192ED03) % 2**63
+    return torch.Generator().manual_seed(mixed)
+
+
+class DiffusionBackbone(Backbone, ABC):
+    """A frozen network that was trained to take noise out of images or latents.
+
+    Attributes:
+        stride: image pixels per cell of what is noised.
+        alphas_cumprod: (T,) of the schedule, indexed by the timestep; not used by rectified flow.
+        scheduler: configuration of the schedule, where it came from a folder; for saving.
+    """
+
+    stride: int = 1
+    alphas_cumprod: Tensor
+    scheduler: Mapping[str, Any] | None = None
+    _taps: Mapping[str, TapInfo]
+
+    def taps(self) -> tuple[TapInfo, ...]:
+        return tuple(self._taps.values())
+
+    @abstractmethod
+    def encode(self, pixels: Tensor, *, batch_size: int = 8) -> tuple[Tensor, Tensor | None]:
+        """Mean and, where there is one, standard deviation of what is noised, for (B, 3, H, W) pixels in [0, 1]."""
+
+    @abstractmethod
+    def noisy(self, mean: Tensor, spread: Tensor | None, noise: Tensor | None, timestep: int) -> Tensor:
+        """What the network takes: mean + spread, (B, c, h, w), with noise (B or 1, c, h, w) of a timestep."""
+
+    @abstractmethod
+    def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
+        """Run the network on (B, c, h, w) noisy pixels or latents, up to the deepest tap."""
+
+    def check_canvas(self, size: Sequence[int]) -> None:
+        """Refuse a canvas of (..., H, W) pixels that the network's cells do not cover.
+
+        Raises:
+            ValueError: a side is no multiple of `multiple`.
+        """
+        if size[-2] % self.multiple or size[-1] % self.multiple:
+            raise ValueError(f"{self.name} needs sides that are multiples of {self.multiple}, got {tuple(size[-2:])}")
+
+    def draws(self, shape: Sequence[int], conditions: Conditions, **values: Tensor | None) -> dict[str, Tensor]:
+        """The noise of each member of an ensemble, (E, *shape): ``noise`` and ``posterior_noise``, as far as needed.
+
+        Args:
+            values: instead of drawn noise, where not None.
+
+        Raises:
+            ValueError: they have another shape.
+        """
+        streams = {"noise": 0} if not conditions.clean and conditions.timestep >= 0 else {}
+        if self.denoises == "latents" and conditions.posterior == "sample":
+            streams["posterior_noise"] = 1
+        draws, wanted = {}, (conditions.ensemble, *shape)
+        for kind, stream in streams.items():
+            value = values.get(kind)
+            if value is None:
+                numbers = range(conditions.ensemble)
+                value = torch.cat([draw_noise(shape, conditions.seed, number, stream=stream) for number in numbers])
+            if value.shape != wanted:
+                raise ValueError(f"noise must be {wanted} for this ensemble, got {tuple(value.shape)}")
+            draws[kind] = value
+        return draws
+
+    @torch.inference_mode()
+    def maps(
+        self,
+        pixels: Tensor,
+        taps: Sequence[str],
+        conditions: Conditions,
+        *,
+        batch_size: int = 8,
+        noise: Tensor | None = None,
+        posterior_noise: Tensor | None = None,
+        average: bool = True,
+    ) -> dict[str, Tensor]:
+        """Read activations of images on the canvas; see `Backbone.maps`.
+
+        Args:
+            noise: (E, c, h, w), the diffusion noise of each ensemble member instead of drawn noise.
+            posterior_noise: (E, c, h, w), the same for `Conditions.posterior` "sample".
+            average: over the ensemble, in float32; False keeps the members, (B * E, C, h, w), the members of an image
+                next to each other.
+
+        Raises:
+            ValueError: the canvas is no multiple of the network's stride, a noise tensor has another shape, or a
+                class-conditional network is given no class.
+        """
+        self.check_canvas(pixels.shape)
+        mean, std = self.encode(pixels, batch_size=batch_size)
+        draws = self.draws(mean.shape[1:], conditions, noise=noise, posterior_noise=posterior_noise)
+        added, spread, members = draws.get("noise"), draws.get("posterior_noise"), conditions.ensemble
+        jobs = [(image, member) for image in range(len(mean)) for member in range(members)]
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(jobs), batch_size):
+            images, numbers = (list(side) for side in zip(*jobs[start : start + batch_size], strict=True))
+            noisy = self.noisy(
+                mean[images],
+                None if spread is None or std is None else std[images] * spread.to(std)[numbers],
+                None if added is None else added[numbers],
+                conditions.timestep,
+            )
+            for tap, part in self.network_maps(noisy, taps, conditions).items():
+                parts.setdefault(tap, []).append(part)
+        maps = {tap: torch.cat(chunks) for tap, chunks in parts.items()}
+        if average and members > 1:
+            maps = {tap: m.unflatten(0, (-1, members)).float().mean(1).to(m.dtype) for tap, m in maps.items()}
+        return maps
+
+
+class LatentBackbone(DiffusionBackbone):
+    """A frozen denoiser of latents with the encoder of its VAE.
+
+    An image is encoded once, noised as often as the ensemble asks, and goes through the network up to the deepest tap.
+    The VAE's decoder never runs; prompts are encoded once per backbone.
+
+    Attributes:
+        vae: diffusers `AutoencoderKL`; its decoder is not used.
+        text: encodes prompts; or None where `embed` is given prompt embeddings.
+    """
+
+    denoises = "latents"
+    vae: Any
+    text: PromptEncoder | None
+    _prompts: dict[str, PromptEmbedding]
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        return {"U-Net" if self.has_unet else "transformer": self.network, "VAE encoder": self.vae}
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor, *, batch_size: int = 8) -> tuple[Tensor, Tensor]:
+        """Encode images once.
+
+        Args:
+            pixels: (B, 3, H, W), RGB in [0, 1].
+
+        Returns:
+            Mean and standard deviation of the posterior, each (B, c, H / stride, W / stride), before the
+            scaling factor.
+        """
+        # a half precision that overflows in this VAE says so in its config (SDXL)
+        if getattr(self.vae.config, "force_upcast", False) and self.vae.dtype == torch.float16:
+            self.vae.float()
+        means, stds = [], []
+        for chunk in pixels.split(batch_size):
+            posterior = self.vae.encode(chunk.to(self.vae.device, self.vae.dtype) * 2 - 1).latent_dist
+            # on CPU a batch can come back channels-last: noise must not follow its memory layout
+            means.append(posterior.mean.contiguous())
+            stds.append(posterior.std.contiguous())
+        return torch.cat(means).to(self.dtype), torch.cat(stds).to(self.dtype)
+
+    def scale(self, latents: Tensor) -> Tensor:
+        """What the VAE gives -> what the network was trained on."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        scaled: Tensor = (latents - shift) * self.vae.config.scaling_factor
+        return scaled
+
+    def noisy(self, mean: Tensor, spread: Tensor | None, noise: Tensor | None, timestep: int) -> Tensor:
+        """z_t of a draw: sqrt(abar_t) z + sqrt(1 - abar_t) noise, z = scale (mean + spread).
+
+        Args:
+            mean: (B, c, h, w) of the posterior.
+            spread: the posterior's standard deviation times its draw, (B, c, h, w); None for the mean.
+            noise: (B or 1, c, h, w); None for the clean latent.
+        """
+        latents = self.scale(mean if spread is None else mean + spread)
+        return latents if noise is None else self.add_noise(latents, noise.to(latents), timestep)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+        """Noise scaled latents as the network was trained: by the schedule of a DDPM."""
+        alpha = self.alphas_cumprod[timestep].item()
+        return alpha**0.5 * latents + (1 - alpha) ** 0.5 * noise
+
+    def embed(self, prompt: str, embedding: PromptEmbedding | None = None) -> PromptEmbedding:
+        """The embedding of a prompt, encoded once.
+
+        Args:
+            embedding: use this one for the prompt from now on.
+        """
+        if embedding is not None:
+            self._prompts[prompt] = embedding
+        self.embed_all([prompt])
+        return self._prompts[prompt]
+
+    def embed_all(self, prompts: Sequence[str]) -> None:
+        """Encode many prompts while the text encoders are loaded once."""
+        missing = [p for p in dict.fromkeys(prompts) if p not in self._prompts]
+        if missing and self.text is None:
+            raise ValueError(f"{self.name} has no text encoder: give embed({missing[0]!r}, embedding) first")
+        if missing and self.text is not None:
+            self._prompts |= self.text.encode(missing)
