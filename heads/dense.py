@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrep.heads.ensembles import (
     DIFFUSERS_ENSEMBLE,
@@ -70,9 +71,6 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
 
     The noise of `predict` and `predict_each` can be named instead of drawn: `noise` (E, c, h, w), one for each member
     of the ensemble, and `posterior_noise` (1, c, h, w) standard normal, for a posterior that is sampled.
-
-    Attributes:
-        working_size: long side in pixels that the network sees by default.
     """
 
     CONFIG = PredictConfig
@@ -80,17 +78,9 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
     task: Task
 
     def __init__(
-        self,
-        model: OneStep,
-        task: Task,
-        *,
-        name: str = "head",
-        recognised: str = "",
-        source: str = "",
-        working_size: int | None = None,
+        self, model: OneStep, task: Task, *, name: str = "head", recognised: str = "", source: str = ""
     ) -> None:
         super().__init__(model, task, name=name, recognised=recognised, source=source)
-        self.working_size = model.family.working_size if working_size is None else working_size
 
     @property
     def family(self) -> Family:
@@ -127,8 +117,7 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
 
     def check(self, config: PredictConfig) -> None:
         family = self.family
-        sampled = config.posterior == "sample" or (config.official and family.posterior == "sample")
-        if config.ensemble > 1 and family.first_latent != "noise" and not sampled:
+        if config.ensemble > 1 and family.first_latent != "noise" and not self._sampled(config):
             raise ValueError(
                 f"an ensemble of {config.ensemble} needs noise, and a {family.name} head has none: its members would be"
                 " equal (posterior='sample' makes them differ a little)"
@@ -141,36 +130,37 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         if config.tile is not None and config.ensemble > 1:
             raise ValueError("tiles and an ensemble do not go together: choose one of them")
 
+    def _sampled(self, config: PredictConfig) -> bool:
+        return config.posterior == "sample" or (config.official and self.family.posterior == "sample")
+
     def group(self, image: Image.Image, config: PredictConfig) -> Hashable:
         return None if self._is_tiled(image, config) else image.size
 
     def _is_tiled(self, image: Image.Image, config: PredictConfig) -> bool:
         return config.tile is not None and max(image.size) > config.tile
 
-    def predict_batch(  # type: ignore[override]  # it names what can be given instead of drawn
-        self,
-        images: list[Image.Image],
-        config: PredictConfig,
-        *,
-        noise: Tensor | None = None,
-        posterior_noise: Tensor | None = None,
+    def predict_batch(
+        self, images: list[Image.Image], config: PredictConfig, **drawn: Tensor | None
     ) -> Iterator[DepthMap | NormalMap]:
         pixels = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
         if self._is_tiled(images[0], config):
             yield predict_tiled(self, pixels[0], config)
             return
+        # the family's way back to the image's size, or ours: bilinear with antialiasing
+        back = self.family if config.official else dataclasses.replace(self.family, resize_back="antialias")
         size = (images[0].height, images[0].width)
-        maps, uncertainty = self.maps(torch.stack(pixels), config, noise=noise, posterior_noise=posterior_noise)
+        maps, uncertainty = self.maps(torch.stack(pixels), config, **drawn)
         for i in range(len(images)):
-            values = to_image_size(maps[i : i + 1], size, self._back(config), config.resample)[0]
+            values = to_image_size(maps[i : i + 1], size, back, config.resample)[0].cpu()
             spread = None
             if uncertainty is not None:
-                spread = to_image_size(uncertainty[i : i + 1], size, self._back(config), config.resample)[0, 0]
-            yield self.result(values, config, spread)
-
-    def _back(self, config: PredictConfig) -> Family:
-        """The family's way back to the image's size, or ours: bilinear with antialiasing."""
-        return self.family if config.official else dataclasses.replace(self.family, resize_back="antialias")
+                spread = to_image_size(uncertainty[i : i + 1], size, back, config.resample)[0, 0].cpu()
+            if self.task != "normals":
+                yield self.wrap(values[0].clamp(0, 1), config, spread)
+            elif config.official and not self.family.renormalize:  # interpolation between pixels can leave the range
+                yield self.wrap(values.clamp(-1, 1), config, spread)
+            else:
+                yield self.wrap(unit_length(values, self.family.frame), config, spread)
 
     @torch.no_grad()
     def maps(
@@ -194,14 +184,12 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         side = self.working_size if config.size is None else config.size
         canvas = to_working(pixels, family, side, config.resample)
         size = (int(canvas.shape[-2]), int(canvas.shape[-1]))
-        pad = family.pad or not config.official
-        if pad:
+        if family.pad or not config.official:
             canvas = pad_to_multiple(canvas, model.stride)
         elif min(size) < model.stride:
             raise ValueError(f"the network sees {size[1]} x {size[0]} pixels, it needs {model.stride} on each side")
         latent_size = canvas.shape[-2] // model.stride, canvas.shape[-1] // model.stride
-        sampled = config.posterior == "sample" or (config.official and family.posterior == "sample")
-        if sampled and posterior_noise is None:
+        if self._sampled(config) and posterior_noise is None:
             count = members if family.first_latent != "noise" else 1
             posterior_noise = torch.cat([model.draw(latent_size, config.seed, k, stream=1) for k in range(count)])
         if family.first_latent == "noise" and noise is None:
@@ -217,43 +205,24 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
             )
             decoded = model.decode(annotation, batch_size=config.batch_size)
             results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])
-        if members == 1:
-            return (stretch(results[0]) if self.task != "normals" and family.stretch else results[0]), None
-        return self._bring_together(torch.stack(results, dim=1), config)
+        if members > 1:
+            return self._combined(torch.stack(results, dim=1), config)
+        return (stretch(results[0]) if self.task != "normals" and family.stretch else results[0]), None
 
-    def _bring_together(self, members: Tensor, config: PredictConfig) -> tuple[Tensor, Tensor]:
+    def _combined(self, members: Tensor, config: PredictConfig) -> tuple[Tensor, Tensor]:
         """(B, E, C, h, w) -> the ensemble's maps (B, C, h, w) and uncertainty (B, 1, h, w)."""
-        maps, uncertainties = [], []
-        for image in members:
-            if self.task == "normals":
-                value, spread = ensemble_normals(image, "mean" if config.reduction == "mean" else "closest")
-            else:
-                preset = ENSEMBLES.get(self.family.name, MARIGOLD_ENSEMBLE) if config.official else DepthEnsemble()
-                reduction: Literal["median", "mean"] = "mean" if config.reduction == "mean" else "median"
-                depth, spread = ensemble_depth(image[:, 0], dataclasses.replace(preset, reduction=reduction))
-                value = depth[None]
-            maps.append(value)
-            uncertainties.append(spread[None])
-        return torch.stack(maps), torch.stack(uncertainties)
-
-    def result(self, values: Tensor, config: PredictConfig, uncertainty: Tensor | None = None) -> DepthMap | NormalMap:
-        """Wrap (1 or 3, H, W) values at the image's size into the typed map."""
-        values = values.cpu()
-        uncertainty = None if uncertainty is None else uncertainty.cpu()
-        if self.task != "normals":
-            return self.wrap(values[0].clamp(0, 1), config, uncertainty)
-        if config.official and not self.family.renormalize:  # interpolation between pixels can leave the range
-            return self.wrap(values.clamp(-1, 1), config, uncertainty)
-        return self.wrap(unit_length(values, self.family.frame), config, uncertainty)
+        if self.task == "normals":
+            pairs = [ensemble_normals(image, "mean" if config.reduction == "mean" else "closest") for image in members]
+        else:
+            preset = ENSEMBLES.get(self.family.name, MARIGOLD_ENSEMBLE) if config.official else DepthEnsemble()
+            preset = dataclasses.replace(preset, reduction="mean" if config.reduction == "mean" else "median")
+            pairs = [ensemble_depth(image[:, 0], preset) for image in members]
+        maps, uncertainties = (torch.stack(part) for part in zip(*pairs, strict=True))
+        return maps if self.task == "normals" else maps[:, None], uncertainties[:, None]
 
     def wrap(self, values: Tensor, config: PredictConfig, uncertainty: Tensor | None = None) -> DepthMap | NormalMap:
         """The typed map of finished values: (H, W) depth or disparity in [0, 1], or (3, H, W) normals."""
-        settings = {
-            "head": self.name,
-            "family": self.family.name,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            **dataclasses.asdict(config),
-        }
+        settings = self.settings(config, family=self.family.name)
         if self.task == "normals":
             return NormalMap(values, self.family.frame, uncertainty, settings)
         return DepthMap(values, self.task, uncertainty=uncertainty, settings=settings)
@@ -267,3 +236,47 @@ def surface_normals(normals: Tensor, frame: Frame, shortest: float = 0.3) -> Ten
     """
     missing = (shortest - normals.norm(dim=1, keepdim=True)).clamp(min=0)
     return unit_length(normals + missing * facing_camera(normals, frame), frame)
+
+
+class ExportedHead(nn.Module):
+    """A one-step head as a function of pixels alone: (B, 3, H, W), RGB in [0, 1] -> (B, 3, H, W), about [-1, 1].
+
+    What the values mean is the family's, as in `OneStep.decode`: depth or disparity in three equal channels up to
+    scale and shift, or the components of normals.
+    """
+
+    def __init__(self, head: DenseHead, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.model = model = head.model
+        latent = (size[0] // model.stride, size[1] // model.stride)
+        self.noise = model.draw(latent, 0, 0) if model.family.first_latent == "noise" else None
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        latents = self.model.encode(pixels)
+        return (self.model.decode(self.model.predict(latents, self.noise)).clone(),)
+
+
+def export_head(
+    head: DenseHead, path: str | os.PathLike[str], *, size: int | None = None, batch_size: int = 1
+) -> float:
+    """Write a one-step head as a file that runs without diffrep, for square images of one size.
+
+    Args:
+        path: ``.onnx``, or ``.pt2`` for `torch.export.load`; its input is called ``pixels``, its output ``map``.
+        size: pixels of a side; the head's working size where None.
+
+    Returns:
+        The largest difference between what the file computes and the head, relative to the largest value.
+
+    Raises:
+        BackboneError: the ending is another one, or torch cannot export the networks.
+        ValueError: the size is no multiple of the VAE's stride.
+    """
+    from diffrep.backbones.export import export_module
+
+    side = size or head.working_size
+    if side % head.model.stride:
+        raise ValueError(f"{head.name}: the size must be a multiple of {head.model.stride}, got {side}")
+    pixels = torch.rand(batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(head.device, head.dtype)
+    return export_module(ExportedHead(head, (side, side)), pixels, path, outputs=["map"])

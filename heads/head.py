@@ -25,6 +25,10 @@ ConfigT = TypeVar("ConfigT")
 ResultT = TypeVar("ResultT")
 
 
+class HeadError(ValueError):
+    """A head that cannot be found, recognised or loaded; the message names the folder and what is wrong."""
+
+
 class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
     """A network that turns an image into a result, through a diffusion model.
 
@@ -52,6 +56,16 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
         return self.recognised
 
     @property
+    def family_name(self) -> str:
+        """Its kind of checkpoints: a name out of `diffrep.heads.families.FAMILIES`, or "diffdis"."""
+        return str(self.model.family_name)
+
+    @property
+    def working_size(self) -> int:
+        """Side in pixels that the network sees by default; the long one where it keeps the image's shape."""
+        return int(self.model.working_size)
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
@@ -61,8 +75,18 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
         dtype: torch.dtype = self.model.dtype
         return dtype
 
-    def extra_repr(self) -> str:
-        return f"{self.name!r}, {self.recognised}"
+    def __repr__(self) -> str:
+        million = sum(p.numel() for p in self.parameters()) / 1e6
+        return (
+            f"{type(self).__name__}({self.name!r}, {self.task} by {self.family_name}, {self.working_size} px,"
+            f" weights from {self.source or 'memory'}, {million:.1f} M parameters,"
+            f" {str(self.dtype).removeprefix('torch.')} on {self.device})"
+        )
+
+    def settings(self, config: ConfigT, **about: object) -> dict[str, object]:
+        """What made a result, for its record."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"head": self.name, **about, "dtype": dtype, **dataclasses.asdict(config)}  # type: ignore[call-overload]
 
     @abstractmethod
     def check(self, config: ConfigT) -> None:
@@ -138,7 +162,7 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
         Raises:
             HeadError: it cannot be loaded, or is a head of another class.
         """
-        from diffrep.heads.loading import HeadError, load_head
+        from diffrep.heads.loading import load_head
 
         head = load_head(name, **options)
         if not isinstance(head, cls):

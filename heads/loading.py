@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -17,60 +17,44 @@ from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device, resolve_dtype
+from diffrep.files import read_document, read_weights
 from diffrep.heads.dense import DenseHead
-from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
-from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
+from diffrep.heads.diffdis import DiffDisUNet, MaskDecoder, is_diffdis
+from diffrep.heads.families import FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
+from diffrep.heads.head import HeadError
 from diffrep.heads.head_folders import (
-    CONTEXT_FILE,
     DIFFDIS,
     HEAD_FILE,
     WEIGHTS,
-    HeadError,
     base_of,
     json_of,
     named,
-    prompt_context,
-    read_weights,
     save_head,
     stored_context,
-    variant_of,
     write_head,
 )
-from diffrep.heads.mask_decoder import MaskDecoder
-from diffrep.heads.mask_prediction import SegmentationHead
 from diffrep.heads.one_step import OneStep, Schedule
-from diffrep.heads.segmentation import DiffDis
+from diffrep.heads.segmentation import DiffDis, SegmentationHead
 
 __all__ = [
-    "CONTEXT_FILE", "HEAD_FILE", "WEIGHTS", "HeadError", "diffdis_unet", "load_head", "prompt_context", "recognise",
-    "save_head", "write_head",
-]  # fmt: skip
+    "WEIGHTS",
+    "HeadError",
+    "diffdis_unet",
+    "load_head",
+    "load_segmentation",
+    "recognise",
+    "save_head",
+    "write_head",
+]
 
 EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation")
-
-KNOWN: dict[str, tuple[Family, Task]] = {  # published checkpoints: what their files do not say
-    "jingheya/lotus-depth-g-v1-0": (LOTUS_G, "depth"),
-    "jingheya/lotus-depth-d-v1-0": (LOTUS_D, "depth"),
-    "jingheya/lotus-depth-d-v1-1": (LOTUS_D, "depth"),
-    "jingheya/lotus-depth-g-v2-0-disparity": (LOTUS_G, "disparity"),
-    "jingheya/lotus-depth-g-v2-1-disparity": (LOTUS_G, "disparity"),
-    "jingheya/lotus-depth-d-v2-0-disparity": (LOTUS_D, "disparity"),
-    "jingheya/lotus-normal-g-v1-0": (LOTUS_G, "normals"),
-    "jingheya/lotus-normal-g-v1-1": (LOTUS_G, "normals"),
-    "jingheya/lotus-normal-d-v1-0": (LOTUS_D, "normals"),
-    "jingheya/lotus-normal-d-v1-1": (LOTUS_D, "normals"),
-    "prs-eth/marigold-depth-v1-0": (MARIGOLD, "depth"),
-    "prs-eth/marigold-depth-lcm-v1-0": (MARIGOLD, "depth"),
-    "prs-eth/marigold-depth-v1-1": (MARIGOLD, "depth"),
-    "prs-eth/marigold-normals-v0-1": (MARIGOLD, "normals"),
-    "prs-eth/marigold-normals-lcm-v0-1": (MARIGOLD, "normals"),
-    "prs-eth/marigold-normals-v1-1": (MARIGOLD, "normals"),
-    "GonzaloMG/marigold-e2e-ft-depth": (E2E_FT, "depth"),
-    "GonzaloMG/stable-diffusion-e2e-ft-depth": (E2E_FT, "depth"),
-    "GonzaloMG/marigold-e2e-ft-normals": (E2E_FT, "normals"),
-    "GonzaloMG/stable-diffusion-e2e-ft-normals": (E2E_FT, "normals"),
+TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation"), (*FAMILIES, DIFFDIS)
+KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say
+    name: (family, task)
+    for family, tasks in read_document(Path(__file__).with_name("checkpoints.json")).items()
+    for task, names in tasks.items()
+    for name in names
 }
-PUBLISHED_DIFFDIS = "qianyu1217/diffdis"
 
 
 @dataclass(frozen=True)
@@ -99,10 +83,6 @@ class _Source:
     head: Mapping[str, Any]
     config: Mapping[str, Any]
     base: str
-
-    def json(self, file: str) -> dict[str, Any]:
-        """A JSON file of the head, or else of its base; empty where there is none."""
-        return json_of(self.path, file) or json_of(self.base, file)
 
 
 def load_head(
@@ -140,34 +120,36 @@ def load_head(
     """
     name, place = os.fspath(name), resolve_device(device)
     numbers = resolve_dtype(dtype, place)
-    _check_named(task, family)
+    _check_names(task, family)
     try:
         source = _find(name, None if base is None else os.fspath(base))
+        head: DenseHead | SegmentationHead
         if _holds_diffdis(source):
             if (task or "segmentation") != "segmentation" or (family or DIFFDIS) != DIFFDIS:
                 raise HeadError(f"{name}: is a DiffDIS, a head for segmentation, not {task or family}")
-            head: Any = _load_segmentation(source, place, numbers, needs_base=base is None)
-            head.base = source.base
-            return head
-        if task == "segmentation" or family == DIFFDIS:
-            _refuse_as_diffdis(source)
-        head = _load_dense(source, task, family, place, numbers, fold)  # type: ignore[arg-type]  # checked above
+            head = _load_segmentation(source, place, numbers, needs_base=base is None)
+        elif task == "segmentation" or family == DIFFDIS:
+            raise HeadError(_why_no_diffdis(source))
+        else:
+            head = _load_dense(source, task, family, place, numbers, fold)
         head.base = source.base
         return head
     except HeadError:
         raise
-    except SafetensorError as error:
-        raise HeadError(f"{name}: a weight file is damaged ({error})") from None
-    except (ValueError, OSError, RuntimeError, KeyError) as error:  # of the parts and the hub, in their own words
+    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:  # of the parts, in their words
         raise HeadError(" ".join(str(error).split())) from None
 
 
-def _check_named(task: str | None, family: str | None) -> None:
-    tasks, families = (*get_args(Task), "segmentation"), (*FAMILIES, DIFFDIS)
-    if task is not None and task not in tasks:
-        raise HeadError(f"there is no task {task!r}; known are {', '.join(tasks)}")
-    if family is not None and family not in families:
-        raise HeadError(f"there is no family {family!r}; known are {', '.join(families)}")
+def load_segmentation(name: str | os.PathLike[str], **options: Any) -> SegmentationHead:
+    """Load a segmentation head; see `load_head`."""
+    head: SegmentationHead = load_head(name, task="segmentation", **options)
+    return head
+
+
+def _check_names(task: str | None, family: str | None) -> None:
+    for what, value, allowed in (("task", task, TASKS), ("family", family, FAMILY_NAMES)):
+        if value is not None and value not in allowed:
+            raise HeadError(f"there is no {what} {value!r}; known are {', '.join(allowed)}")
 
 
 def _find(name: str, base: str | None) -> _Source:
@@ -178,30 +160,25 @@ def _find(name: str, base: str | None) -> _Source:
             f"{name}: no such folder or file and no known head; give {', '.join(EMBEDDED_HEADS)}, a folder, or a hub id"
             f" such as {next(iter(KNOWN))}"
         )
-    if Path(path).is_file():
-        head, config = {}, {}
-    else:
-        head = json_of(path, HEAD_FILE)
-        config = json_of(path, "unet/config.json") or json_of(path, "config.json")
-        if not config and not local:
-            raise HeadError(f"{name}: no such folder, and the hub has no head of that name, or cannot be reached")
-    parts = base_of(path, head) if base is None else named(base)
-    return _Source(name, path, head, config, parts)
+    head = json_of(path, HEAD_FILE)
+    config = json_of(path, "unet/config.json") or json_of(path, "config.json")
+    if not config and not local:
+        raise HeadError(f"{name}: no such folder, and the hub has no head of that name, or cannot be reached")
+    return _Source(name, path, head, config, base_of(path, head) if base is None else named(base))
 
 
 def _load_dense(
-    source: _Source, task: Task | None, family: str | None, device: torch.device, dtype: torch.dtype, fold: bool
+    source: _Source, task: str | None, family: str | None, device: torch.device, dtype: torch.dtype, fold: bool
 ) -> DenseHead:
     from diffusers import UNet2DConditionModel
 
     if not json_of(source.path, "unet/config.json"):
         raise HeadError(f"{source.name}: is no folder of a head, unet/config.json is missing")
-    vae_config = json_of(source.base, "vae/config.json")
+    vae_config, index = json_of(source.base, "vae/config.json"), json_of(source.path, "model_index.json")
     if not vae_config:
         raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
-    index = json_of(source.path, "model_index.json")
     recognised = recognise(source.name, source.config, vae_config, source.head, index, task, family)
-    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype, variant_of(source.path, "unet"))
+    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype)
     vae, schedule, context = _shared_parts(source, unet, device, dtype)
     model = OneStep(unet, vae, context, schedule, recognised.family, fold=fold)
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
@@ -217,13 +194,14 @@ def _load_segmentation(
             f"{source.name}: holds a U-Net alone: say where its VAE and text encoder are (base, for example sd-turbo)"
         )
     config = source.config or json_of(source.base, "unet/config.json")
-    unet = diffdis_unet(read_diffdis(source.path, source.name), config, name=source.name)
+    unet = diffdis_unet(_read_diffdis(source), config, name=source.name)
     vae, schedule, context = _shared_parts(source, unet, device, dtype)
     decoder = MaskDecoder.load(path) if path.is_dir() else None
     if decoder is not None:
         check_weights(decoder, source.name)
         decoder.to(device, dtype)
-    model = DiffDis(unet, vae, context, schedule, working_size=_whole(source, "working_size") or 1024, decoder=decoder)
+    size = _integer(source.name, source.head, "working_size", 0) or 1024
+    model = DiffDis(unet, vae, context, schedule, working_size=size, decoder=decoder)
     drawn = "its own decoder" if decoder is not None else "the VAE"
     about = f"DiffDIS (recognised by its weights), {unet.levels} levels, masks drawn by {drawn}"
     return SegmentationHead(model, name=source.name, recognised=about, source=source.path)
@@ -233,17 +211,18 @@ def _shared_parts(source: _Source, unet: Any, device: torch.device, dtype: torch
     """What every head reads beside its U-Net: the VAE, the schedule, the prompt's embedding; all ready to run."""
     from diffusers import AutoencoderKL
 
-    vae = load_component(AutoencoderKL, source.base, "vae", dtype, variant_of(source.base, "vae"))
+    vae = load_component(AutoencoderKL, source.base, "vae", dtype)
     for module in (unet, vae):
         check_weights(module, source.name)
         nn.Module.to(module, device, dtype)  # diffusers' own warns about a cast even when it is none
         module.eval().requires_grad_(False)
     if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
         vae.float()
-    scheduler = source.json("scheduler/scheduler_config.json")
+    file = "scheduler/scheduler_config.json"
+    scheduler = json_of(source.path, file) or json_of(source.base, file)
     if not scheduler:
-        raise HeadError(f"{source.name}: scheduler/scheduler_config.json is missing")
-    context = stored_context(source.path, source.base, device, dtype)
+        raise HeadError(f"{source.name}: {file} is missing")
+    context = stored_context(source.path, source.base).to(device, dtype)
     if context.shape[-1] != unet.config.cross_attention_dim:
         raise HeadError(
             f"{source.name}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
@@ -261,7 +240,7 @@ def recognise(
     vae: Mapping[str, Any],
     head: Mapping[str, Any],
     index: Mapping[str, Any],
-    task: Task | None = None,
+    task: str | None = None,
     family: str | None = None,
 ) -> Recognised:
     """What a folder of a head for depth or normals holds, from its configs.
@@ -278,66 +257,52 @@ def recognise(
     Raises:
         HeadError: another kind of network, a contradiction, or a task that nothing tells.
     """
-    _check_named(task, family)
+    _check_names(task, family)
     latent, inputs = _integer(name, vae, "latent_channels", 4), _integer(name, unet, "in_channels", 0)
     width = unet.get("projection_class_embeddings_input_dim") if unet.get("class_embed_type") else None
+    known_family, known_task = KNOWN.get(name) or _of_the_same_name(name)
+    shape = f"{inputs} input channels, {'task vector' if width else 'no task vector'}"
     if width == 10:
         raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")
     if unet.get("class_embed_type") not in (None, "projection") or width not in (None, 4) or inputs % latent:
         raise HeadError(
             f"{name}: is no one-step head: its U-Net takes {inputs} channels and a class embedding of {width} numbers"
         )
-    count, known = inputs // latent, KNOWN.get(name) or _by_folder_name(name)
-    shape = f"{inputs} input channels, {'task vector' if width else 'no task vector'}"
-    if width == 4 and count in (1, 2):
-        detected = LOTUS_D if count == 1 else LOTUS_G
-    elif width is None and count == 2:
-        named = family or head.get("family") or (known[0].name if known else MARIGOLD.name)
-        detected = FAMILIES.get(str(named), MARIGOLD)
-        if detected in (LOTUS_D, LOTUS_G):
-            raise HeadError(f"{name}: is no {detected.name}: {shape}")
-    elif width is None and count == 1:
+    if (width, inputs) == (None, latent):
         raise HeadError(
             f"{name}: is a plain diffusion model and no head: {shape}; `diffrep train depth` makes one of it"
         )
-    else:
+    asked = family or head.get("family") or known_family or MARIGOLD.name
+    by_shape = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
+    detected = by_shape.get((width, inputs // latent))
+    if detected is None:
         raise HeadError(f"{name}: is no one-step head: {shape}")
+    if width is None and detected in (LOTUS_D, LOTUS_G):
+        raise HeadError(f"{name}: is no {detected.name}: {shape}")
     if family is not None and FAMILIES[family] != detected:
         raise HeadError(f"{name}: is no {family}: {shape}, which is {detected.name}")
-    said, by = _said_task(head, known, index)
+    tasks = ", ".join(get_args(Task))
+    marigolds = index.get("prediction_type") if index.get("prediction_type") in get_args(Task) else None
+    sayings = ((head.get("task"), HEAD_FILE), (known_task, "a published checkpoint"), (marigolds, "model_index.json"))
+    said, by = next((saying for saying in sayings if saying[0]), (None, ""))
     if said is not None and said not in get_args(Task):
-        raise HeadError(f"{name}: is a head for {said}, not for {', '.join(get_args(Task))}")
+        raise HeadError(f"{name}: is a head for {said}, not for {tasks}")
     if task is not None and said is not None and task != said:
         raise HeadError(f"{name}: predicts {said} (said by {by}), but the task {task} was asked for")
     final: Any = said or task
     if final is None:
         raise HeadError(
             f"{name}: is a {detected.name} ({shape}), but its files do not say what it predicts: name the task, one of"
-            f" {', '.join(get_args(Task))}"
+            f" {tasks}"
         )
     working = _integer(name, head, "working_size", 0) or _integer(name, index, "default_processing_resolution", 0)
-    if working:
-        detected = dataclasses.replace(detected, working_size=working)
-    if head.get("frame") in get_args(Frame):
-        detected = dataclasses.replace(detected, frame=head["frame"])
+    frame = head["frame"] if head.get("frame") in get_args(Frame) else detected.frame
+    detected = dataclasses.replace(detected, working_size=working or detected.working_size, frame=frame)
     return Recognised(detected, final, f"{shape}; task {f'said by {by}' if said else 'as asked for'}")
 
 
-def _said_task(
-    head: Mapping[str, Any], known: tuple[Family, Task] | None, index: Mapping[str, Any]
-) -> tuple[str | None, str]:
-    """The task, and what says it."""
-    if head.get("task"):
-        return str(head["task"]), HEAD_FILE
-    if known:
-        return known[1], "a published checkpoint"
-    if index.get("prediction_type") in get_args(Task):
-        return str(index["prediction_type"]), "model_index.json"
-    return None, ""
-
-
 def _integer(name: str, config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key, default)
+    value = config.get(key)
     if value is None:
         return default
     if not isinstance(value, int) or value < 0:
@@ -345,14 +310,10 @@ def _integer(name: str, config: Mapping[str, Any], key: str, default: int) -> in
     return value
 
 
-def _whole(source: _Source, key: str) -> int:
-    return _integer(source.name, source.head, key, 0)
-
-
-def _by_folder_name(name: str) -> tuple[Family, Task] | None:
-    """A copy of a published checkpoint in a folder of the same name."""
+def _of_the_same_name(name: str) -> tuple[str | None, Any]:
+    """Family and task of the published checkpoint that a folder is named as."""
     last = Path(name).name
-    return next((value for key, value in KNOWN.items() if key.split("/")[1] == last), None)
+    return next((value for key, value in KNOWN.items() if key.split("/")[1] == last), (None, None))
 
 
 # -- DiffDIS: its authors publish a U-Net beside the config of its base, which knows nothing of it -----------
@@ -362,34 +323,20 @@ def _holds_diffdis(source: _Source) -> bool:
     """By ``head.json``, or else by the names of the weights; other heads are seen by their config alone."""
     if source.head.get("family"):
         return bool(source.head["family"] == DIFFDIS)
-    if Path(source.path).is_file() or source.name == PUBLISHED_DIFFDIS:
+    if Path(source.path).is_file() or KNOWN.get(source.name, ("",))[0] == DIFFDIS:
         return True
     plain = source.config.get("class_embed_type") is None and source.config.get("in_channels") in (None, 4)
     stated = any(key in source.config for key in ("use_swci", "mid_extra_cross"))
-    if not Path(source.path).is_dir() or not (plain or stated):
-        return False
-    files = _unet_files(Path(source.path))
-    if not files:
-        return False
-    keys: set[str] = set()
-    for file in files:
-        with safe_open(file, "pt") as opened:
-            keys |= set(opened.keys())
-    return is_diffdis(sorted(keys))
+    return (plain or stated) and is_diffdis(_weight_names(_unet_files(Path(source.path))))
 
 
-def _refuse_as_diffdis(source: _Source) -> None:
-    """Say why a head was asked for that the files are not.
-
-    Raises:
-        HeadError: always.
-    """
+def _why_no_diffdis(source: _Source) -> str:
     if source.head.get("family"):
         what = f"is a head for {source.head.get('task')} ({source.head['family']}), not for segmentation"
-        raise HeadError(f"{source.name}: {what}")
+        return f"{source.name}: {what}"
     if Path(source.path).is_dir() and not _unet_files(Path(source.path)):
-        raise HeadError(f"{source.name}: is no folder of a head, unet/{WEIGHTS} is missing")
-    raise HeadError(
+        return f"{source.name}: is no folder of a head, unet/{WEIGHTS} is missing"
+    return (
         f"{source.name}: is no DiffDIS U-Net: its weights lack rgb_proj, attn3 or class_embedding;"
         " `diffrep train segmentation` makes one of a plain U-Net"
     )
@@ -406,28 +353,31 @@ def _unet_files(folder: Path) -> list[Path]:
     return []
 
 
-def read_diffdis(source: str, name: str) -> dict[str, Tensor]:
-    """Weights of the U-Net of a folder, file or hub id, with the published names.
+def _weight_names(files: Sequence[Path]) -> set[str]:
+    names: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                names |= set(opened.keys())
+        except SafetensorError as error:
+            raise HeadError(f"{file}: is damaged or no safetensors file ({error})") from None
+    return names
 
-    A repacked file may have its names under a common prefix, which is taken off.
 
-    Raises:
-        HeadError: there is no U-Net, or its file is damaged.
-    """
-    path = Path(source)
-    if path.is_file():
-        weights = read_weights(path)
-        marker = "rgb_proj.0.weight"
-        prefix = next((key[: -len(marker)] for key in weights if key.endswith(marker)), "")
-        return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
-    if not path.is_dir():
+def _read_diffdis(source: _Source) -> dict[str, Tensor]:
+    """Weights of the U-Net of a folder, file or hub id; a common prefix, as repacked files have, is taken off."""
+    path = Path(source.path)
+    files = [path] if path.is_file() else _unet_files(path)
+    if not path.exists():
         from huggingface_hub import hf_hub_download
 
-        return read_weights(Path(hf_hub_download(source, f"unet/{WEIGHTS}")))
-    files = _unet_files(path)
+        files = [Path(hf_hub_download(source.path, f"unet/{WEIGHTS}"))]
     if not files:
-        raise HeadError(f"{name}: is no folder of a head, unet/{WEIGHTS} is missing")
-    return {key: value for file in files for key, value in read_weights(file).items()}
+        raise HeadError(_why_no_diffdis(source))
+    weights = {key: value for file in files for key, value in read_weights(file, error=HeadError)[0].items()}
+    marker = "rgb_proj.0.weight"
+    prefix = next((key.removesuffix(marker) for key in weights if key.endswith(marker)), "")
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, name: str) -> DiffDisUNet:
@@ -443,10 +393,7 @@ def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, na
             missing, left over or of another shape.
     """
     if not is_diffdis(weights):
-        raise HeadError(
-            f"{name}: is no DiffDIS U-Net: its weights lack rgb_proj, attn3 or class_embedding;"
-            " `diffrep train segmentation` makes one of a plain U-Net"
-        )
+        raise HeadError(_why_no_diffdis(_Source(name, "", {}, {}, "")))
     network = DiffDisUNet(config)
     expected = network.state_dict()
     common = set(expected) & set(weights)
@@ -455,8 +402,7 @@ def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, na
         "left over": sorted(set(weights) - set(expected)),
         "of another shape": sorted(key for key in common if expected[key].shape != weights[key].shape),
     }
-    if named := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]:
-        raise HeadError(f"{name}: the weights do not fit the config: {'; '.join(named)}")
+    if listed := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]:
+        raise HeadError(f"{name}: the weights do not fit the config: {'; '.join(listed)}")
     network.load_state_dict(dict(weights))
-    network.eval().requires_grad_(False)
-    return network
+    return network.eval().requires_grad_(False)

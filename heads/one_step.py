@@ -300,6 +300,7 @@ class OneStep(LatentCodec):
     ) -> None:
         super().__init__(vae)
         self.schedule, self.family = schedule, family
+        self.family_name, self.working_size = family.name, family.working_size
         wanted = self.channels * (1 if family.first_latent == "none" else 2)
         if unet.config.in_channels != wanted:
             raise ValueError(

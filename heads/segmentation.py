@@ -1,13 +1,17 @@
 """Segmentation in one step: a soft mask of the object, and its edges where they are asked for (DiffDIS).
 
-The U-Net is `diffrep.heads.diffdis`; VAE, schedule and noise are those of the one-step machine. Sources:
-"High-Precision Dichotomous Image Segmentation via Probing Diffusion Capacity" (arXiv 2410.10105) and its authors' code.
+The network sees a square of the size that it was trained on, as published. What an image has beyond that is drawn in a
+second look: windows of the full image along the outline, whose masks replace the coarse one near the outline alone. The
+U-Net is `diffrep.heads.diffdis`; VAE, schedule and noise are those of the one-step machine. Sources: "High-Precision
+Dichotomous Image Segmentation via Probing Diffusion Capacity" (arXiv 2410.10105) and its authors' code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,11 +20,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
+from diffrep.heads.cutouts import grey_image
 from diffrep.heads.diffdis import DiffDisUNet
+from diffrep.heads.head import Head
 from diffrep.heads.one_step import TIMESTEP, LatentCodec, Schedule
+from diffrep.heads.sizes import resize
+from diffrep.heads.tiling import blend_weight, tile_starts
 from diffrep.images import shrink, stack_pixels
+from diffrep.results import Result
 
 SCALES = (0.75, 1.0, 1.25)  # of the published ensemble over test-time augmentations, each without and with mirror
+PASSES = 2 * len(SCALES)
+_UNSURE = (0.02, 0.98)  # soft values between them count as outline
+_CONTRADICTION = 0.35  # largest mean difference of a window's mask from the coarse one, where that is sure
 
 
 class DiffDis(LatentCodec):
@@ -37,6 +49,9 @@ class DiffDis(LatentCodec):
     Attributes:
         multiple: the sides of an image are multiples of it.
     """
+
+    context: Tensor
+    family_name = "diffdis"
 
     def __init__(
         self,
@@ -55,17 +70,12 @@ class DiffDis(LatentCodec):
                 " belong together"
             )
         self.unet, self.schedule, self.decoder, self.working_size = unet, schedule, decoder, working_size
-        self.context: Tensor
         self.register_buffer("context", context, persistent=False)
         self.multiple = self.stride * 2**unet.levels
 
     @property
-    def device(self) -> torch.device:
-        return self.context.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.context.dtype
+    def _reference(self) -> Tensor:
+        return self.context
 
     def encode_scales(self, pixels: Tensor) -> list[Tensor]:
         """Latents of images and of the same images at 1/2, 1/4, ... of their size, for SWCI.
@@ -95,14 +105,10 @@ class DiffDis(LatentCodec):
         Returns:
             float32 (B, c, h, w), or (2B, c, h, w) with the edges.
         """
-        images = len(latents[0])
-        if len(noise) == 1:
-            noise = noise.expand(images, -1, -1, -1)
-        noise = noise.to(latents[0])
+        noise = noise.expand(max(len(noise), len(latents[0])), -1, -1, -1).to(latents[0])
         output = self.unet(latents, noise, self.context, timestep=TIMESTEP, edges=edges)
-        if edges and len(noise) == images:
-            noise = noise.repeat(2, 1, 1, 1)
-        return self.schedule.clean(output.float(), noise[: len(output)].float(), TIMESTEP)
+        noise = noise.repeat(-(-len(output) // len(noise)), 1, 1, 1)[: len(output)]
+        return self.schedule.clean(output.float(), noise.float(), TIMESTEP)
 
     def decode_maps(self, latents: Tensor, pixels: Tensor) -> Tensor:
         """Draw masks or edges; one after the other, to save memory.
@@ -139,9 +145,8 @@ class DiffDis(LatentCodec):
 
 def image_pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """An RGB image resized to (H, W) as published, bilinear by Pillow: (1, 3, H, W) in [0, 1]."""
-    if image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    return stack_pixels([torch.from_numpy(np.array(image)).permute(2, 0, 1)])
+    resized = image if image.size == size[::-1] else image.resize(size[::-1], Image.Resampling.BILINEAR)
+    return stack_pixels([torch.from_numpy(np.array(resized)).permute(2, 0, 1)])
 
 
 def finish(raw: Tensor, *, stretch: bool = True) -> Tensor:
@@ -170,32 +175,30 @@ def ensemble(
     Returns:
         Mask and edge, each (B, 1, H, W) in [0, 1].
     """
-    height, width = pixels.shape[-2:]
-    sizes = ensemble_sizes((height, width), head.multiple)
-    total: list[Tensor] = []
+    full = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    sizes = ensemble_sizes(full, head.multiple)
+
+    def at(maps: Tensor, size: tuple[int, int]) -> Tensor:
+        same = size == tuple(maps.shape[-2:])
+        return maps if same else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+    means: list[Tensor] = []
     for number, noise in enumerate(noises):
         mirrored, size = number >= len(SCALES), sizes[number % len(SCALES)]
-        view = pixels.flip(-1) if mirrored else pixels
-        if size != (height, width):
-            view = F.interpolate(view, size=size, mode="bilinear", align_corners=False)
-        found = [finish(raw, stretch=stretch) for raw in head.forward(view, noise, edges=edges) if raw is not None]
-        for index, maps in enumerate(found):
-            if size != (height, width):
-                maps = F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)
-            maps = (maps.flip(-1) if mirrored else maps) / len(noises)
-            if number == 0:
-                total.append(maps)
-            else:
-                total[index] = total[index] + maps
-    return total[0], total[1] if edges else None
+        view = at(pixels.flip(-1) if mirrored else pixels, size)
+        drawn = [at(finish(raw, stretch=stretch), full) for raw in head(view, noise, edges=edges) if raw is not None]
+        parts = [(maps.flip(-1) if mirrored else maps) / len(noises) for maps in drawn]
+        means = [total + part for total, part in zip(means, parts, strict=True)] if means else parts
+    return means[0], means[1] if edges else None
 
 
 def ensemble_sizes(size: tuple[int, int], multiple: int) -> list[tuple[int, int]]:
     """(H, W) of the ensemble's three scales, rounded to what the network takes."""
-    return [
-        (max(1, round(size[0] * s / multiple)) * multiple, max(1, round(size[1] * s / multiple)) * multiple)
-        for s in SCALES
-    ]
+    return [_rounded(size[0] * scale, size[1] * scale, multiple) for scale in SCALES]
+
+
+def _rounded(height: float, width: float, multiple: int) -> tuple[int, int]:
+    return max(1, round(height / multiple)) * multiple, max(1, round(width / multiple)) * multiple
 
 
 def published_grey(maps: Tensor, size: tuple[int, int]) -> Image.Image:
@@ -207,3 +210,186 @@ def published_grey(maps: Tensor, size: tuple[int, int]) -> Image.Image:
     """
     grey = Image.fromarray((maps.float() * 255).to(torch.uint8).cpu().numpy())
     return grey.resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+# -- images of any size -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig:
+    """How a head looks at an image. Kept beside the mask, so that it can be traced to its settings."""
+
+    size: int | None = None  # pixels a side (aspect: of the long side) that the network sees; None: as it was trained
+    shape: Literal["square", "aspect"] = "square"  # of what it sees: squashed to a square as published, or as the image
+    ensemble: bool = False  # the published mean over mirror and three scales: six passes
+    edges: bool = False  # also predict the edges, which the mask alone does not need
+    stretch: bool | None = None  # each map to its full range; None: as published for heads that draw with the VAE
+    seed: int = 0  # of the noise: the same for every image of one size
+    tile: int | None = None  # side of the windows, in pixels of the image, in which outlines are drawn once more
+    overlap: float = 0.25  # share of a window that it has in common with its neighbour
+    batch_size: int = 4  # images or windows that go through the network together
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be a number of pixels, got {self.size}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 < self.overlap <= 0.5:
+            raise ValueError(f"overlap must be a share above 0 and up to 0.5, got {self.overlap}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63-1, got {self.seed}")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ObjectMask(Result):
+    """The object of an image.
+
+    Attributes:
+        mask: (H, W) in [0, 1], soft, at the image's size. It is no alpha matte: glass and smoke are not transparent.
+        edge: (H, W) in [0, 1], or None where it was not asked for.
+        settings: what made it.
+    """
+
+    MAIN = "mask"
+
+    mask: Tensor
+    edge: Tensor | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def picture(self) -> Image.Image:
+        """The soft mask as 8-bit grey."""
+        return grey_image(self.mask)
+
+    def binary(self, threshold: float = 0.5) -> Tensor:
+        """(H, W) bool: where the mask is at least `threshold`."""
+        return self.mask >= threshold
+
+    def metadata(self, threshold: float = 0.5) -> dict[str, object]:
+        """JSON-ready: size, the object's share of the pixels, its box x0, y0, x1, y1 in pixel edges, the settings."""
+        inside = self.binary(threshold)
+        rows, columns = torch.where(inside.any(1))[0].tolist(), torch.where(inside.any(0))[0].tolist()
+        return {
+            "width": self.mask.shape[1],
+            "height": self.mask.shape[0],
+            "object": round(float(inside.float().mean()), 5),
+            "box": [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if rows else None,
+            "threshold": threshold,
+            **self.settings,
+        }
+
+
+class SegmentationHead(Head[SegmentConfig, ObjectMask]):
+    """A DiffDIS head for images of any size."""
+
+    CONFIG = SegmentConfig
+    model: DiffDis
+
+    def __init__(self, model: DiffDis, *, name: str = "diffdis", recognised: str = "", source: str = "") -> None:
+        super().__init__(model, "segmentation", name=name, recognised=recognised, source=source)
+
+    def check(self, config: SegmentConfig) -> None:
+        for name, value in (("size", config.size), ("tile", config.tile)):
+            if value is not None and value < self.model.multiple:
+                raise ValueError(f"{name} must be at least {self.model.multiple} pixels for this head, got {value}")
+        if config.tile is not None and config.ensemble:
+            raise ValueError("tiles and the ensemble do not go together: choose one of them")
+
+    def canvas_size(self, size: tuple[int, int], config: SegmentConfig) -> tuple[int, int]:
+        """(H, W) that the network sees of an image of (H, W): multiples of what its U-Net can halve."""
+        side = config.size or self.model.working_size
+        scale = side / max(size)
+        wanted = (side, side) if config.shape == "square" else (size[0] * scale, size[1] * scale)
+        return _rounded(*wanted, self.model.multiple)
+
+    def group(self, image: Image.Image, config: SegmentConfig) -> Hashable:
+        return self.canvas_size((image.height, image.width), config)
+
+    def predict_batch(self, images: list[Image.Image], config: SegmentConfig, **drawn: Any) -> Iterator[ObjectMask]:
+        canvas = self.canvas_size((images[0].height, images[0].width), config)
+        mask, edge = self.maps(torch.cat([image_pixels(image, canvas) for image in images]), config)
+        settings = self.settings(config) | {"network_sees": list(canvas)}
+        for number, image in enumerate(images):
+            size = (image.height, image.width)
+            soft = _at_size(mask[number], size)
+            if config.tile is not None:
+                soft = self.refine(image, soft, canvas, config)
+            yield ObjectMask(soft, None if edge is None else _at_size(edge[number], size), settings)
+
+    @torch.inference_mode()
+    def maps(self, pixels: Tensor, config: SegmentConfig) -> tuple[Tensor, Tensor | None]:
+        """Masks and edges at the size that the network sees.
+
+        Args:
+            pixels: (B, 3, H, W) in [0, 1], sides multiples of `DiffDis.multiple`.
+
+        Returns:
+            Mask, and edge where it is asked for, each (B, 1, H, W) in [0, 1].
+        """
+        model, size = self.model, (int(pixels.shape[-2]), int(pixels.shape[-1]))
+        stretch = model.decoder is None if config.stretch is None else config.stretch
+        if config.ensemble:
+            sizes = ensemble_sizes(size, model.multiple) * 2
+            noises = [model.draw(size, config.seed, number) for number, size in enumerate(sizes)]
+            return ensemble(model, pixels, noises, edges=config.edges, stretch=stretch)
+        mask, edge = model(pixels, model.draw(size, config.seed), edges=config.edges)
+        return finish(mask, stretch=stretch), None if edge is None else finish(edge, stretch=stretch)
+
+    @torch.inference_mode()
+    def refine(self, image: Image.Image, coarse: Tensor, canvas: tuple[int, int], config: SegmentConfig) -> Tensor:
+        """Draw the outline once more, from windows of the image at its own resolution.
+
+        Only windows that the outline crosses are looked at, and only what lies near the outline is replaced, so that a
+        window in which the network cannot tell the object does no harm; one whose mask contradicts the coarse mask
+        where that is sure is left out.
+
+        Args:
+            coarse: (H, W) mask of the whole image.
+            canvas: (H, W) at which the network saw it: its cells say how far from the outline it can be wrong.
+
+        Returns:
+            (H, W).
+        """
+        assert config.tile is not None
+        height, width = coarse.shape
+        tile = config.tile // self.model.multiple * self.model.multiple
+        reach = max(1, round(self.model.stride * max(height / canvas[0], width / canvas[1])))
+        near = _widened((coarse > _UNSURE[0]) & (coarse < _UNSURE[1]) | _outline(coarse), reach)
+        windows = [
+            (slice(top, min(top + tile, height)), slice(left, min(left + tile, width)))
+            for top in tile_starts(height, tile, int(tile * config.overlap))
+            for left in tile_starts(width, tile, int(tile * config.overlap))
+            if bool(near[top : top + tile, left : left + tile].any())
+        ]
+        total, weights = torch.zeros_like(coarse), torch.zeros_like(coarse)
+        plain = dataclasses.replace(config, edges=False, tile=None, stretch=False)
+        for start in range(0, len(windows), config.batch_size):
+            chunk = windows[start : start + config.batch_size]
+            crops = [image.crop((x.start, y.start, x.stop, y.stop)) for y, x in chunk]
+            masks, _ = self.maps(torch.cat([image_pixels(crop, (tile, tile)) for crop in crops]), plain)
+            for (y, x), mask in zip(chunk, masks, strict=True):
+                fine, sure = _at_size(mask, (y.stop - y.start, x.stop - x.start)), ~near[y, x]
+                if sure.any() and (fine - coarse[y, x]).abs()[sure].mean() > _CONTRADICTION:
+                    continue
+                weight = blend_weight(y, x, (height, width))
+                total[y, x] += weight * fine
+                weights[y, x] += weight
+        # full weight on the outline, falling to the coarse mask over the reach
+        trust = F.avg_pool2d(near[None, None].float(), 2 * reach + 1, 1, reach, count_include_pad=False)[0, 0]
+        trust = torch.where(weights > 1e-3, (trust * 2).clamp(max=1), 0.0)
+        return torch.lerp(coarse, total / weights.clamp(min=1e-3), trust)
+
+
+def _at_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, h, w) -> (H, W) float32 on the CPU, bicubic."""
+    return resize(maps[None].float(), size, "bicubic")[0, 0].clamp(0, 1).cpu()
+
+
+def _outline(mask: Tensor) -> Tensor:
+    """(H, W) bool: pixels whose neighbourhood has both object and background."""
+    inside = (mask[None, None] >= 0.5).float()
+    return (F.max_pool2d(inside, 3, 1, 1) + F.max_pool2d(-inside, 3, 1, 1))[0, 0] > 0
+
+
+def _widened(places: Tensor, reach: int) -> Tensor:
+    rows = F.max_pool2d(places[None, None].float(), (2 * reach + 1, 1), 1, (reach, 0))
+    return F.max_pool2d(rows, (1, 2 * reach + 1), 1, (0, reach))[0, 0] > 0

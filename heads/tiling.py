@@ -76,11 +76,10 @@ def predict_tiled(
             for left, values in zip(lefts, maps, strict=True):
                 if whole is not None:
                     values = _fitted(values, _window(whole, (height, width), (top, left), values.shape[1:]))
-                right = left + values.shape[2]
-                weight = feather(bottom - top, top > 0, bottom < height)[:, None]
-                weight = weight * feather(right - left, left > 0, right < width)
-                band[:, :, left:right] += weight * values
-                total[:, left:right] += weight
+                shown = slice(left, left + values.shape[2])
+                weight = blend_weight(slice(top, bottom), shown, (height, width))
+                band[:, :, shown] += weight * values
+                total[:, shown] += weight
         done = rows[number + 1] - top if number + 1 < len(rows) else bottom - top
         finished = band[:, :done] / total[:done]
         into[..., top : top + done, :] = (
@@ -142,12 +141,15 @@ def _fitted(values: Tensor, target: Tensor) -> Tensor:
     return values * scale[:, None, None] + shift[:, None, None]
 
 
-def feather(length: int, before: bool, after: bool) -> Tensor:
-    """Weights along a tile: a squared sine that falls towards each edge beyond which the image goes on."""
-    place = (torch.arange(length) + 0.5) / length
-    weight = torch.ones(length)
-    if before:
-        weight = weight * torch.sin(torch.pi / 2 * (place / 0.5).clamp(max=1)).square()
-    if after:
-        weight = weight * torch.sin(torch.pi / 2 * ((1 - place) / 0.5).clamp(max=1)).square()
-    return weight
+def blend_weight(rows: slice, columns: slice, size: tuple[int, int]) -> Tensor:
+    """Weights (h, w) of a tile: squared sines that fall towards each edge beyond which the image of (H, W) goes on."""
+
+    def feather(part: slice, side: int) -> Tensor:
+        place = (torch.arange(part.stop - part.start) + 0.5) / (part.stop - part.start)
+        weight = torch.ones(len(place))
+        for goes_on, distance in ((part.start > 0, place), (part.stop < side, 1 - place)):
+            if goes_on:
+                weight = weight * torch.sin(torch.pi / 2 * (distance / 0.5).clamp(max=1)).square()
+        return weight
+
+    return feather(rows, size[0])[:, None] * feather(columns, size[1])

@@ -14,8 +14,7 @@ from PIL import Image
 
 from diffrep.alignment import fit_robust
 from diffrep.cli import main
-from diffrep.heads.map_files import array_of, preview, save_map
-from diffrep.heads.maps import DepthMap, NormalMap
+from diffrep.heads.maps import DepthMap, NormalMap, array_of, save_map
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
 from diffrep.heads.sparse import read_known_depths
 
@@ -204,7 +203,7 @@ def test_npy_and_tiff_hold_the_floats(tmp_path: Path) -> None:
 
 def test_previews_are_red_where_near() -> None:
     for values, near in ((ramp("disparity"), -1), (ramp("depth"), 0), (ramp("depth", metric=True), 0)):
-        colours = np.asarray(preview(values)).reshape(-1, 3).astype(int)
+        colours = np.asarray(values.picture()).reshape(-1, 3).astype(int)
         far = -1 - near
         assert colours[near][0] > colours[near][2]
         assert colours[far][2] > colours[far][0]

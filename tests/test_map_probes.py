@@ -18,8 +18,7 @@ from diffrep.cli import main
 from diffrep.eval.annotated_scenes import SceneFiles, annotated_scenes
 from diffrep.eval.map_probes import PixelScores, confusion, score_dense_probe
 from diffrep.features import ExtractConfig
-from diffrep.heads.map_files import save_map
-from diffrep.heads.maps import DepthMap, NormalMap
+from diffrep.heads.maps import DepthMap, NormalMap, save_map
 from diffrep.heads.probes import load_dense_probe, load_probe, saved_kind
 from diffrep.heads.probes.annotated import hold_out, pair_annotations, read_labels, read_normals
 from diffrep.heads.probes.dense import depth_loss, gradient_loss, scale_invariant_loss

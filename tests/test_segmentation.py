@@ -20,12 +20,9 @@ from diffrep.cli import main
 from diffrep.eval.benchmarks.networks import published_head
 from diffrep.eval.benchmarks.timing import count_flops
 from diffrep.heads.cutouts import composite, cut_out, foreground_colours
-from diffrep.heads.diffdis import DiffDisUNet, from_base
-from diffrep.heads.loading import HeadError
-from diffrep.heads.mask_decoder import MaskDecoder
-from diffrep.heads.mask_prediction import SegmentationHead, SegmentConfig
-from diffrep.heads.segmentation import finish
-from diffrep.heads.segmentation_loading import WEIGHTS, load_segmentation
+from diffrep.heads.diffdis import DiffDisUNet, MaskDecoder, from_base
+from diffrep.heads.loading import WEIGHTS, HeadError, load_segmentation
+from diffrep.heads.segmentation import SegmentationHead, SegmentConfig, finish
 
 MODEL = Path(__file__).parent / "parity" / "data" / "diffdis" / "pipeline" / "model"
 

@@ -23,7 +23,7 @@ from diffrep.eval.segmentation import (
     thin_places,
 )
 from diffrep.eval.segmentation_metrics import f_curve, prepare, score_image, scores, simplified_length, together
-from diffrep.heads.segmentation_loading import load_segmentation
+from diffrep.heads.loading import load_segmentation
 from diffrep.heads.sizes import stretch
 from diffrep.heads.training.masks import augment, cut_mix, draw_boxes, edge_map, pyramid_noise, read_dis
 from diffrep.scenes import render_set

@@ -25,9 +25,9 @@ from diffrep.features import ExtractConfig
 from diffrep.heads.cutouts import composite, cut_out, grey_image
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import DepthMap, NormalMap
-from diffrep.heads.mask_prediction import ObjectMask, SegmentConfig
 from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.probes import ProbeData, Reading, draw_heat_map, load_probe, sweep
+from diffrep.heads.segmentation import ObjectMask, SegmentConfig
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding

@@ -33,7 +33,7 @@ from diffrep.eval.segmentation import (
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
-from diffrep.heads.mask_prediction import SegmentationHead, SegmentConfig
+from diffrep.heads.segmentation import SegmentationHead, SegmentConfig
 from diffrep.scenes import Scene
 
 ScenesOption = Annotated[SceneMapSettings, tyro.conf.OmitArgPrefixes]

@@ -42,7 +42,7 @@ class Export(BackboneOptions):
         settings = {"timestep": self.timestep, "prompt": self.prompt, "seed": self.seed}
         chosen = {name: value for name, value in settings.items() if value is not None}
         if self.head:
-            from diffrep.heads.export import export_head
+            from diffrep.heads.dense import export_head
             from diffrep.heads.loading import load_head
 
             if self.taps is not None or chosen or self.named(""):

@@ -31,9 +31,8 @@ from diffrep.backbones import Conditions, LatentDiffusion, PromptEmbedding, draw
 from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark, Row, count_flops, said_flops
 from diffrep.heads.diffdis import DiffDisUNet, branch_vectors
 from diffrep.heads.families import FAMILIES, Family
-from diffrep.heads.mask_prediction import PASSES
 from diffrep.heads.one_step import TIMESTEP, OneStep, Schedule
-from diffrep.heads.segmentation import DiffDis, ensemble, ensemble_sizes, finish
+from diffrep.heads.segmentation import PASSES, DiffDis, ensemble, ensemble_sizes, finish
 
 ENSEMBLE = 8
 TOKENS = 2  # of the empty prompt, begin and end

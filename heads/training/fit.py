@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.files import claim_folder, read_weights, replace_folder, save_weights
-from diffrep.heads.diffdis import from_base
+from diffrep.heads.diffdis import MaskDecoder, from_base
 from diffrep.heads.families import LOTUS_D, Family, Frame, Task
 from diffrep.heads.head_folders import write_head
-from diffrep.heads.mask_decoder import MaskDecoder
 from diffrep.heads.one_step import LatentCodec, Schedule
 from diffrep.heads.segmentation import DiffDis
 from diffrep.heads.training.dense import (
