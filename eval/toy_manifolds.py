@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import pdist, squareform
 
-from diffrep.manifold.baselines import shortest_path_distances
+from diffrep.manifold.graphs import shortest_path_distances
 from diffrep.manifold.neighbors import NeighborSearch
 
 Array = NDArray[np.float64]

@@ -307,7 +307,7 @@ def test_presets_embed_and_transform(name: str, count: int | None) -> None:
 
 
 def test_shortest_path_preset_is_isomaps_distance(roll: ToyManifold) -> None:
-    from diffrep.manifold.baselines import shortest_path_distances
+    from diffrep.manifold.graphs import shortest_path_distances
     from diffrep.manifold.neighbors import NeighborSearch
 
     fitted = HeatGeodesicEmbedding.preset("shortest-path", random_state=0).fit(roll.points)

@@ -10,15 +10,9 @@ from scipy.spatial.distance import cdist, pdist, squareform
 from scipy.special import gammaln
 
 from diffrep.manifold import graphs, heat, mds
-from diffrep.manifold.distances import (
-    heat_geodesic_distances,
-    mds_weights,
-    multiscale_weights,
-    triplet_distances,
-)
+from diffrep.manifold.geodesics import Stitching, Voronoi, choose_landmarks, landmark_diagonal
 from diffrep.manifold.graphs import (
     alpha_decay_graph,
-    alpha_decay_graph_from_distances,
     clean_affinity,
     connect_components,
     hop_diameter,
@@ -31,12 +25,16 @@ from diffrep.manifold.heat import (
     chebyshev_heat,
     chebyshev_order,
     chebyshev_tail,
+    heat_geodesic_distances,
     implicit_heat,
     knee,
+    multiscale_weights,
+    series_order,
     spectral_heat,
     squared_heat,
+    triplet_distances,
 )
-from diffrep.manifold.landmarks import Stitching, Voronoi, choose_landmarks, landmark_diagonal, series_order
+from diffrep.manifold.mds import mds_weights
 from diffrep.manifold.neighbors import NeighborSearch
 
 
@@ -82,11 +80,11 @@ def test_affinity_is_one_at_the_bandwidth_scale(points: np.ndarray, graph: sp.cs
 def test_wide_kernels_ask_for_more_neighbours(points: np.ndarray) -> None:
     narrow = alpha_decay_graph(NeighborSearch(points), 4, decay=2)
     distances = squareform(pdist(points))
-    wide = alpha_decay_graph_from_distances(distances, 4, decay=2)
+    wide = alpha_decay_graph(distances, 4, decay=2)
     assert narrow.nnz > 4 * 90
     np.testing.assert_allclose(narrow.toarray(), wide.toarray(), rtol=1e-9)
     nearest = np.where(distances <= np.sort(distances, axis=1)[:, [20]], distances, 0)
-    sparse = alpha_decay_graph_from_distances(sp.csr_matrix(nearest), 4, decay=40)
+    sparse = alpha_decay_graph(sp.csr_matrix(nearest), 4, decay=40)
     np.testing.assert_allclose(sparse.toarray(), alpha_decay_graph(NeighborSearch(points), 4).toarray(), rtol=1e-9)
 
 
@@ -317,7 +315,7 @@ def test_placement_finds_points_each_on_its_own() -> None:
     np.testing.assert_allclose(placed, truth, atol=1e-4)
     assert mds.placement_stress(distances, placed, anchors) < 1e-4
     np.testing.assert_array_equal(
-        mds.place_points(distances, anchors, chunk=60)[5], mds.place_points(distances, anchors)[5]
+        mds.place_points(distances, anchors, numbers=60)[5], mds.place_points(distances, anchors)[5]
     )
 
 

@@ -1,11 +1,10 @@
 """Heat-geodesic embeddings: maps of feature sets in which distance is distance along the data."""
 
-from diffrep.manifold.distances import heat_geodesic_distances
-from diffrep.manifold.embedding import HeatGeodesicEmbedding
+from diffrep.manifold.embedding import PRESETS, HeatGeodesicEmbedding
 from diffrep.manifold.files import EmbedConfig, EmbeddedFile, embed_anndata, embed_file
 from diffrep.manifold.graphs import alpha_decay_graph, laplacian
+from diffrep.manifold.heat import heat_geodesic_distances
 from diffrep.manifold.mds import stress
-from diffrep.manifold.settings import PRESETS
 
 __all__ = [
     "PRESETS",

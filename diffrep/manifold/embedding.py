@@ -1,11 +1,15 @@
-"""The estimator: heat-geodesic embeddings with scikit-learn's contract."""
+"""The estimator: heat-geodesic embeddings with scikit-learn's contract, and presets that give other methods."""
 
 from __future__ import annotations
 
 import logging
+import numbers
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import cache
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import scipy.sparse as sp
@@ -17,38 +21,64 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
 from diffrep.manifold import mds as scaling
-from diffrep.manifold.distances import Volume, finite_distances, mds_weights
 from diffrep.manifold.geodesics import (
     FEW_POINTS,
     GeodesicSettings,
     HeatGraph,
-    HeatMethod,
-    heat_device,
+    choose_landmarks,
     landmark_distances,
     whole_distances,
 )
 from diffrep.manifold.graphs import (
     Csr,
-    LaplacianKind,
     alpha_decay_graph,
-    alpha_decay_graph_from_distances,
     clean_affinity,
     connect_components,
     graph_lengths,
     out_of_sample_transitions,
 )
-from diffrep.manifold.heat import knee
-from diffrep.manifold.landmarks import choose_landmarks
+from diffrep.manifold.heat import finite_distances, knee
 from diffrep.manifold.neighbors import Backend, FeatureSpace, NeighborSearch
-from diffrep.manifold.settings import PRESETS, check_settings
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 
 LANDMARKS = 256  # with n_landmarks="auto", above that: more of them cost time and hardly change a map in two dimensions
 
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {  # the rest of the settings as by default
+        "heat-geodesic": {},
+        "reference": {  # the defaults of the official code, without its rescaling of the result
+            "n_neighbors": 5,
+            "t": 10.0,
+            "heat_method": "chebyshev",
+            "order": 32,
+            "floor": 1e-16,
+            "volume": None,
+            "far_field": "floor",
+            "on_disconnected": "keep",
+            "n_landmarks": None,
+            "init": "squared",
+        },
+        # PHATE's log-potential distance 4t || log H_i - log H_j ||, with a heat kernel for its random walk
+        "phate": {
+            "n_neighbors": 5,
+            "t": "auto",
+            "floor": 1e-16,
+            "volume": None,
+            "far_field": "floor",
+            "triplet_weight": 1.0,
+            "scale_power": 2.0,
+        },
+        "sne": {"scale_power": 2.0, "volume": None, "mds_weights": "heat"},
+        "diffusion-map": {"dissimilarity": "diffusion", "mds": "classical"},
+        "shortest-path": {"dissimilarity": "shortest-path"},
+    }
+)
 
-class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
+
+@dataclass(eq=False, repr=False)
+class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, GeodesicSettings):
     """Embedding that keeps geodesic distances, measured by how heat spreads over a neighbourhood graph.
 
     Heat started at x has reached y after time t in the amount h_t(x, y), and -4t log h_t tends to the squared
@@ -122,70 +152,26 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     (300, 2)
     """
 
-    def __init__(
-        self,
-        n_components: int = 2,
-        *,
-        n_neighbors: int = 10,
-        decay: float = 40.0,
-        thresh: float = 1e-4,
-        anisotropy: float = 0.0,
-        n_pca: int | None = None,
-        metric: Literal["euclidean", "cosine", "precomputed", "affinity"] = "euclidean",
-        knn_backend: Backend = "auto",
-        laplacian: LaplacianKind = "normalized",
-        t: float | Sequence[float] | Literal["auto"] = "auto",
-        heat_method: HeatMethod = "auto",
-        order: int | Literal["auto"] = "auto",
-        floor: float = 1e-300,
-        dissimilarity: Literal["heat", "diffusion", "shortest-path"] = "heat",
-        volume: Volume | None = "geometric",
-        volume_weight: float = 1.0,
-        triplet_weight: float = 0.0,
-        scale_power: float = 1.0,
-        mds: Literal["sgd", "smacof", "classical"] = "sgd",
-        mds_weights: Literal["heat", "inverse", "gaussian"] | None = None,
-        mds_weights_argument: float = 1.0,
-        n_landmarks: int | Literal["auto"] | None = "auto",
-        far_field: Literal["stitch", "floor"] = "stitch",
-        on_disconnected: Literal["warn", "connect", "raise", "keep"] = "warn",
-        init: Literal["classical", "squared"] | Array = "classical",
-        random_state: int | np.random.RandomState | None = None,
-        n_jobs: int | None = None,
-        device: str = "auto",
-        dtype: Literal["auto", "float32", "float64"] = "auto",
-        verbose: bool = False,
-    ) -> None:
-        self.n_components = n_components
-        self.n_neighbors = n_neighbors
-        self.decay = decay
-        self.thresh = thresh
-        self.anisotropy = anisotropy
-        self.n_pca = n_pca
-        self.metric = metric
-        self.knn_backend = knn_backend
-        self.laplacian = laplacian
-        self.t = t
-        self.heat_method = heat_method
-        self.order = order
-        self.floor = floor
-        self.dissimilarity = dissimilarity
-        self.volume = volume
-        self.volume_weight = volume_weight
-        self.triplet_weight = triplet_weight
-        self.scale_power = scale_power
-        self.mds = mds
-        self.mds_weights = mds_weights
-        self.mds_weights_argument = mds_weights_argument
-        self.n_landmarks = n_landmarks
-        self.far_field = far_field
-        self.on_disconnected = on_disconnected
-        self.init = init
-        self.random_state = random_state
-        self.n_jobs = n_jobs
-        self.device = device
-        self.dtype = dtype
-        self.verbose = verbose
+    n_components: int = 2
+    _: KW_ONLY
+    n_neighbors: int = 10
+    decay: float = 40.0
+    thresh: float = 1e-4
+    anisotropy: float = 0.0
+    n_pca: int | None = None
+    metric: Literal["euclidean", "cosine", "precomputed", "affinity"] = "euclidean"
+    knn_backend: Backend = "auto"
+    t: float | Sequence[float] | Literal["auto"] = "auto"
+    mds: Literal["sgd", "smacof", "classical"] = "sgd"
+    mds_weights: Literal["heat", "inverse", "gaussian"] | None = None
+    mds_weights_argument: float = 1.0
+    n_landmarks: int | Literal["auto"] | None = "auto"
+    on_disconnected: Literal["warn", "connect", "raise", "keep"] = "warn"
+    init: Literal["classical", "squared"] | Array = "classical"
+    random_state: int | np.random.RandomState | None = None
+    n_jobs: int | None = None
+    dtype: Literal["auto", "float32", "float64"] = "auto"
+    verbose: bool = False
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> HeatGeodesicEmbedding:
@@ -206,32 +192,28 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     def fit(self, X: Any, y: Any = None) -> HeatGeodesicEmbedding:
         """Embed the rows of X, array or sparse matrix of shape (n_samples, n_features)."""
-        check_settings(self.get_params(deep=False))
+        _check(self)
         if hasattr(X, "obsm") and hasattr(X, "obs"):
             raise TypeError(
                 "X is an AnnData object: pass its features, X.X or X.obsm['X_pca'], or call"
                 " diffrep.manifold.embed_anndata(X, 'X_pca'), which puts the map into its obsm"
             )
         X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
-        random = check_random_state(self.random_state)
-        rng = np.random.default_rng(random.randint(2**31 - 1))
+        rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
         self._space: FeatureSpace | None = None
+        self._original = self._copy_of = np.arange(X.shape[0])
         if self.metric in ("precomputed", "affinity"):
-            self._original = np.arange(X.shape[0])
-            self._copy_of = np.arange(X.shape[0])
-            space: NeighborSearch | Array | None = self._from_matrix(X)
+            places: NeighborSearch | Array | None = self._from_matrix(X)
         else:
-            space = self._from_features(X)
+            places = self._from_features(X)
+        self._join_components(places)
         n = self.affinity_.shape[0]
-        self._join_components(space)
         count = self._landmark_count(n)
-        self.path_ = "exact" if count is None else "landmarks"
-        self.landmark_indices_: NDArray[np.int64] | None = None
         landmarks = None if count is None else choose_landmarks(self.affinity_, count, rng)
-        logger.info("%d points, %s", n, "all pairs" if landmarks is None else f"{len(landmarks)} landmarks")
+        logger.info("%d points, %s", n, "all pairs" if count is None else f"{count} landmarks")
         heat = self._measure(landmarks, rng)
-        if landmarks is not None:
-            self.landmark_indices_ = self._original[landmarks]
+        self.path_ = "exact" if landmarks is None else "landmarks"
+        self.landmark_indices_ = None if landmarks is None else self._original[landmarks]
         self.embedding_ = self._embed(landmarks, heat, rng)[self._copy_of]
         return self
 
@@ -279,27 +261,13 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return shares @ self.distances_ + rest[:, None] * self._distances_of(points)
 
     def _from_features(self, X: Any) -> NeighborSearch:
-        """The graph of feature rows, each different row once."""
+        """The graph of feature rows, each different row once; the search for neighbours of its points."""
         metric: Literal["euclidean", "cosine"] = "cosine" if self.metric == "cosine" else "euclidean"
         space = FeatureSpace(X, metric=metric, n_pca=self.n_pca, backend=self.knn_backend, n_jobs=self.n_jobs)
         self._space, self._original, self._copy_of = space, space.original, space.copy_of
         n = len(space.original)
-        self.affinity_ = sp.csr_matrix((n, n))
-        if n > 1:
-            k = self._clipped_neighbors(n)
-            self.affinity_ = alpha_decay_graph(
-                space.search, k, decay=self.decay, thresh=self.thresh, anisotropy=self.anisotropy
-            )
+        self.affinity_ = self._graph(space.search, n) if n > 1 else sp.csr_matrix((n, n))
         return space.search
-
-    def _clipped_neighbors(self, n: int) -> int:
-        if self.n_neighbors >= n:
-            warnings.warn(
-                f"n_neighbors={self.n_neighbors} needs more than {n} different points: using {n - 1}",
-                UserWarning,
-                stacklevel=4,
-            )
-        return min(self.n_neighbors, n - 1)
 
     def _from_matrix(self, X: Any) -> Array | None:
         """The graph of a precomputed matrix; the distances where it holds distances."""
@@ -311,29 +279,30 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         values = X.data if sp.issparse(X) else X
         if values.size and values.min() < 0:
             raise ValueError(f"distances must not be negative, got {values.min():.4g}")
-        self.affinity_ = alpha_decay_graph_from_distances(
-            X,
-            self._clipped_neighbors(X.shape[0]),
-            decay=self.decay,
-            thresh=self.thresh,
-            anisotropy=self.anisotropy,
-        )
+        self.affinity_ = self._graph(X, X.shape[0])
         return None if sp.issparse(X) else np.asarray(X, dtype=np.float64)
 
-    def _join_components(self, space: NeighborSearch | Array | None) -> None:
+    def _graph(self, places: NeighborSearch | Array | Csr, n: int) -> Csr:
+        if self.n_neighbors >= n:
+            text = f"n_neighbors={self.n_neighbors} needs more than {n} different points: using {n - 1}"
+            warnings.warn(text, UserWarning, stacklevel=4)
+        k = min(self.n_neighbors, n - 1)
+        return alpha_decay_graph(places, k, decay=self.decay, thresh=self.thresh, anisotropy=self.anisotropy)
+
+    def _join_components(self, places: NeighborSearch | Array | None) -> None:
         count, labels = connected_components(self.affinity_, directed=False)
         self.n_connected_components_ = int(count)
         if count == 1 or self.on_disconnected == "keep":
             return
         sizes = ", ".join(map(str, sorted(np.bincount(labels), reverse=True)[:5]))
         problem = f"the neighbourhood graph has {count} components (the largest of {sizes} points)"
-        if self.on_disconnected == "raise" or (space is None and self.on_disconnected == "connect"):
+        if self.on_disconnected == "raise" or (places is None and self.on_disconnected == "connect"):
             raise ValueError(f"{problem}: raise n_neighbors, or set on_disconnected to 'connect' or 'keep'")
         if self.on_disconnected == "warn":
-            what = "connecting them by their shortest edges" if space is not None else "leaving them apart"
+            what = "leaving them apart" if places is None else "connecting them by their shortest edges"
             warnings.warn(f"{problem}: {what}", UserWarning, stacklevel=4)
-        if space is not None:
-            self.affinity_ = connect_components(self.affinity_, space, thresh=self.thresh)
+        if places is not None:
+            self.affinity_ = connect_components(self.affinity_, places, thresh=self.thresh)
 
     def _landmark_count(self, n: int) -> int | None:
         if self.n_landmarks == "auto":
@@ -360,36 +329,20 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 dtype = "float64"  # float32 holds no such lengths
             self.distances_ = finite_distances(paths.T.astype(dtype))
             return None
-        settings = GeodesicSettings(
-            laplacian=self.laplacian,
-            heat_method=self.heat_method,
-            order=None if self.order == "auto" else int(self.order),
-            floor=self.floor,
-            volume=self.volume,
-            volume_weight=self.volume_weight,
-            triplet_weight=self.triplet_weight,
-            scale_power=self.scale_power,
-            far_field=self.far_field,
-            diffusion=self.dissimilarity == "diffusion",
-            dtype=np.dtype(dtype).type,
-            device=heat_device(self.device, self.affinity_.shape[0]),
-        )
-        graph = HeatGraph(self.affinity_, settings)
-        self.lmax_ = graph.lmax
-        self.t_ = self._times(graph, rng)
+        graph = HeatGraph(self.affinity_, self, dtype)
+        self.lmax_, self.t_ = graph.lmax, self._times(graph, rng)
+        times = self.t_.tolist()
         if landmarks is None:
-            distances, heat = whole_distances(graph, self.t_.tolist(), rng=rng, progress=self._progress)
+            self.distances_, heat = whole_distances(graph, times, rng=rng, progress=self._progress)
         else:
-            distances, heat = landmark_distances(graph, landmarks, self.t_.tolist(), progress=self._progress)
-        self.distances_ = distances
+            self.distances_, heat = landmark_distances(graph, landmarks, times, progress=self._progress)
         return heat
 
     def _times(self, graph: HeatGraph, rng: np.random.Generator) -> NDArray[np.float64]:
         if not isinstance(self.t, str):
             return np.atleast_1d(np.asarray(self.t, dtype=np.float64))
-        n = self.affinity_.shape[0]
         grid = graph.times()
-        columns = np.sort(rng.choice(n, min(n, 64 if n <= 20_000 else 16), replace=False))
+        columns = np.sort(rng.choice(graph.n, min(graph.n, 64 if graph.n <= 20_000 else 16), replace=False))
         entropy = graph.entropies(grid.tolist(), columns)
         best = knee(grid, entropy)
         if best is None:  # heat has mixed from the beginning, or still spreads at the end
@@ -410,27 +363,21 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             return np.zeros((len(measured), self.n_components))
         weights = None
         if self.mds_weights is not None:
-            if heat is None:
-                heat = np.zeros_like(distances)
-            weights = mds_weights(self.mds_weights, distances, heat, self.mds_weights_argument)
+            heat = np.zeros_like(distances) if heat is None else heat
+            weights = scaling.mds_weights(self.mds_weights, distances, heat, self.mds_weights_argument)
         anchors = self._scaled(distances, weights, landmarks, rng)
         if landmarks is None:
             (anchors,) = scaling.principal_axes(anchors)
             self.stress_ = scaling.stress(distances, anchors, weights=weights, rescale=False)
             return anchors * unit
-        step = self._progress("placement", len(measured))
-        placed = scaling.place_points(measured, anchors, progress=step)
+        placed = scaling.place_points(measured, anchors, progress=self._progress)
         placed[landmarks] = anchors
         placed, anchors = scaling.principal_axes(placed, anchors)
         self.stress_ = scaling.placement_stress(measured, placed, anchors)
         return placed * unit
 
     def _scaled(
-        self,
-        distances: Array,
-        weights: Array | None,
-        landmarks: NDArray[np.int64] | None,
-        rng: np.random.Generator,
+        self, distances: Array, weights: Array | None, landmarks: NDArray[np.int64] | None, rng: np.random.Generator
     ) -> Array:
         zero_diagonal = distances.copy()
         np.fill_diagonal(zero_diagonal, 0.0)
@@ -441,17 +388,14 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             start = start[self._original if landmarks is None else self._original[landmarks]]
         elif self.init == "squared":
             start = scaling.squared_axes_start(distances, self.n_components)
-        elif self.init == "classical":
-            start = scaling.classical_mds(zero_diagonal, self.n_components)
         else:
-            raise ValueError(f"init must be 'classical', 'squared' or an array, got {self.init!r}")
+            start = scaling.classical_mds(zero_diagonal, self.n_components)
         if self.mds == "classical":
             return start
         start = scaling.best_scale(zero_diagonal, start, weights)
         if self.mds == "smacof":
             return scaling.smacof(zero_diagonal, start, weights=weights)
-        step = self._progress("scaling", 30)
-        return scaling.metric_mds(zero_diagonal, start, weights=weights, rng=rng, progress=step)
+        return scaling.metric_mds(zero_diagonal, start, weights=weights, rng=rng, progress=self._progress)
 
     def _points_of(self, X: Any) -> tuple[Any, FeatureSpace]:
         """New rows as the graph sees them, and the space in which they lie."""
@@ -481,12 +425,62 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         squared = weights @ self.distances_[used].astype(np.float64) ** 2 - spread[:, None]
         return np.sqrt(np.maximum(squared, 0))
 
-    def _progress(self, what: str, total: int) -> Callable[[int], object]:
-        bar = tqdm(total=total, desc=what, disable=not self.verbose, leave=True)
+    def _progress(self, steps: Sequence[Any], what: str) -> Iterable[Any]:
+        return tqdm(steps, desc=what, disable=not self.verbose)
 
-        def step(done: int) -> None:
-            bar.update(done)
-            if bar.n >= total:
-                bar.close()
 
-        return step
+@cache
+def _choices() -> dict[str, tuple[Any, ...]]:
+    """setting -> what it may be, of those that are a choice among names."""
+    choices = {}
+    for name, hint in get_type_hints(HeatGeodesicEmbedding).items():
+        parts = (hint,) if get_origin(hint) is Literal else get_args(hint)
+        if parts and all(part is NoneType or get_origin(part) is Literal for part in parts):
+            choices[name] = tuple(value for part in parts for value in get_args(part) or (None,))
+    return choices
+
+
+def _check(settings: HeatGeodesicEmbedding) -> None:
+    """Raise ValueError for the first setting that is out of range."""
+    values = settings.get_params(deep=False)
+    for name, choices in _choices().items():
+        value = values[name]
+        if not (value is None or isinstance(value, str)) or value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    counts: list[tuple[str, int, tuple[Any, ...]]] = [  # name, least, what else it may be
+        ("n_components", 1, ()),
+        ("n_neighbors", 1, ()),
+        ("n_pca", 1, (None,)),
+        ("order", 1, ("auto",)),
+        ("n_landmarks", 3, ("auto", None)),
+    ]
+    for name, least, others in counts:
+        value = values[name]
+        if isinstance(value, numbers.Integral) and int(value) >= least:
+            continue
+        if not (value is None or isinstance(value, str)) or value not in others:
+            allowed = " or ".join([f"an integer of at least {least}", *map(repr, others)])
+            raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    t, init = settings.t, settings.init
+    positive_t = (
+        not isinstance(t, str)
+        and np.size(t) > 0
+        and np.isfinite(t).all()
+        and (np.asarray(t, dtype=np.float64) > 0).all()
+    )
+    for name, right, must in (
+        *((name, values[name] > 0, "be positive") for name in ("decay", "thresh", "floor", "scale_power")),
+        ("mds_weights_argument", settings.mds_weights_argument > 0, "be positive"),
+        ("thresh", settings.thresh < 1, "be below 1"),
+        *((name, values[name] >= 0, "not be negative") for name in ("anisotropy", "volume_weight")),
+        ("triplet_weight", 0 <= settings.triplet_weight <= 1, "lie in [0, 1]"),
+        ("n_jobs", settings.n_jobs != 0, "be a number of threads, -1 for all cores, or None"),
+        ("t", positive_t or (isinstance(t, str) and t == "auto"), "be 'auto' or positive"),
+        (
+            "init",
+            not isinstance(init, str) or init in ("classical", "squared"),
+            "be 'classical', 'squared' or an array",
+        ),
+    ):
+        if not right:
+            raise ValueError(f"{name} must {must}, got {values[name]!r}")

@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffrep.files import check_writable
-from diffrep.manifold.embedding import HeatGeodesicEmbedding
+from diffrep.manifold.embedding import PRESETS, HeatGeodesicEmbedding
 from diffrep.manifold.pictures import draw_embedding, figure_image, hover_page, printable
-from diffrep.manifold.settings import PRESETS
 from diffrep.manifold.tables import Table, read_table, read_values
 from diffrep.results import Result
 

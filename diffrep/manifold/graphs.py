@@ -10,20 +10,21 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components, dijkstra
+from scipy.sparse.csgraph import connected_components, dijkstra, shortest_path
 
-from diffrep.manifold.neighbors import NeighborSearch
+from diffrep.manifold.neighbors import NeighborSearch, lengths_between
 
 _SMALL = 256  # points; a component of at most so many is searched exhaustively for its nearest point outside
 _STARTS = 16  # starting points of the alternating search in a larger one
 _PILOT = 1_000  # queries from which it is guessed how many neighbours all need
 
+Array = NDArray[Any]
 LaplacianKind = Literal["normalized", "combinatorial"]
 Csr: TypeAlias = Any  # scipy.sparse.csr_matrix, which scipy does not type
 
 
 def alpha_decay_graph(
-    search: NeighborSearch,
+    space: NeighborSearch | NDArray[np.float64] | Csr,
     n_neighbors: int = 10,
     *,
     decay: float = 40.0,
@@ -31,58 +32,55 @@ def alpha_decay_graph(
     anisotropy: float = 0.0,
     threshold_average: bool = True,
 ) -> Csr:
-    """The alpha-decay affinity of PHATE (Moon et al. 2019) between the points of `search`.
+    """The alpha-decay affinity of PHATE (Moon et al. 2019) between points.
 
     K_ij = exp(-(|x_i - x_j| / eps_i)^decay) with eps_i the distance to the `n_neighbors`-th neighbour,
     averaged with its transpose. With a decay of 40 this is nearly a plain nearest-neighbour graph.
 
     Args:
+        space: the search over the points, or their (n, n) distances; pairs that a sparse matrix leaves out are far.
         thresh: smaller affinities are dropped.
         anisotropy: a in K_ij / (d_i d_j)^a, which takes out the density of the sample (1: completely).
         threshold_average: drop affinities below `thresh` once more after averaging and anisotropy, as HeatGeo
             does by handing the kernel on as a precomputed affinity; PHATE itself does not.
     """
-    rows, columns, distances, bandwidth = neighbor_pairs(
-        search, search.points, n_neighbors + 1, reach_of(decay, thresh)
-    )
-    kernel = _kernel(rows, columns, distances / bandwidth[rows], len(bandwidth), decay, thresh, anisotropy)
+    reach = reach_of(decay, thresh)
+    if isinstance(space, NeighborSearch):
+        rows, columns, lengths, bandwidth = neighbor_pairs(space, space.points, n_neighbors + 1, reach)
+    else:
+        rows, columns, lengths, bandwidth = _matrix_pairs(space, n_neighbors, reach)
+    n = len(bandwidth)
+    weights = np.exp(-((lengths / bandwidth[rows]) ** decay))
+    keep = (weights >= thresh) & (rows != columns)
+    directed = sp.csr_matrix((weights[keep], (rows[keep], columns[keep])), shape=(n, n))
+    kernel = ((directed + directed.T) * 0.5 + sp.identity(n)).tocsr()
+    if anisotropy:
+        scale = sp.diags(np.asarray(kernel.sum(axis=1)).ravel() ** -anisotropy)
+        kernel = (scale @ kernel @ scale).tocsr()
     if threshold_average:
         kernel.data[kernel.data < thresh] = 0
     return clean_affinity(kernel)
 
 
-def alpha_decay_graph_from_distances(
-    distances: NDArray[np.float64] | Csr,
-    n_neighbors: int = 10,
-    *,
-    decay: float = 40.0,
-    thresh: float = 1e-4,
-    anisotropy: float = 0.0,
-) -> Csr:
-    """`alpha_decay_graph` from (n, n) distances; pairs that a sparse matrix leaves out are far."""
+def _matrix_pairs(distances: Any, n_neighbors: int, reach: float) -> tuple[Array, Array, Array, Array]:
+    """As `neighbor_pairs`, of a matrix of distances (n, n)."""
     n = distances.shape[0]
     shortest = max(float(distances.max()) * np.finfo(np.float64).eps, np.finfo(np.float64).tiny)  # copies have none
     if sp.issparse(distances):
         pairs = sp.coo_matrix(distances)
-        off = pairs.row != pairs.col
-        rows, columns, lengths = pairs.row[off], pairs.col[off], pairs.data[off].astype(np.float64)
-        order = np.lexsort((lengths, rows))
-        rows, columns, lengths = rows[order], columns[order], lengths[order]
-        first = np.searchsorted(rows, np.arange(n))
-        count = np.bincount(rows, minlength=n)
-        at = first + np.minimum(n_neighbors, np.maximum(count, 1)) - 1
-        bandwidth = np.where(count > 0, lengths[np.minimum(at, max(len(lengths) - 1, 0))] if len(lengths) else 1, 1)
+        order = np.lexsort((pairs.data, pairs.row))
+        order = order[pairs.row[order] != pairs.col[order]]
+        rows, columns, lengths = pairs.row[order], pairs.col[order], pairs.data[order].astype(np.float64)
+        last = np.searchsorted(rows, np.arange(n), side="right") - 1
+        at = np.minimum(np.searchsorted(rows, np.arange(n)) + n_neighbors - 1, last)
+        bandwidth = np.append(lengths, 1.0)[np.where(np.bincount(rows, minlength=n) > 0, at, -1)]
     else:
         dense = np.array(distances, dtype=np.float64)
         np.fill_diagonal(dense, 0.0)
         bandwidth = np.partition(dense, n_neighbors, axis=1)[:, n_neighbors]
-        bandwidth = np.maximum(bandwidth, shortest)
-        rows, columns = np.nonzero(dense <= bandwidth[:, None] * reach_of(decay, thresh))
+        rows, columns = np.nonzero(dense <= np.maximum(bandwidth, shortest)[:, None] * reach)
         lengths = dense[rows, columns]
-    bandwidth = np.maximum(bandwidth, shortest)
-    kernel = _kernel(rows, columns, lengths / bandwidth[rows], n, decay, thresh, anisotropy)
-    kernel.data[kernel.data < thresh] = 0
-    return clean_affinity(kernel)
+    return rows, columns, lengths, np.maximum(bandwidth, shortest)
 
 
 def reach_of(decay: float, thresh: float) -> float:
@@ -90,9 +88,7 @@ def reach_of(decay: float, thresh: float) -> float:
     return float((-np.log(thresh)) ** (1.0 / decay))
 
 
-def neighbor_pairs(
-    search: NeighborSearch, queries: Any, rank: int, reach: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+def neighbor_pairs(search: NeighborSearch, queries: Any, rank: int, reach: float) -> tuple[Array, Array, Array, Array]:
     """Every pair (query i, point j) with j within `reach` bandwidths of i.
 
     Args:
@@ -103,8 +99,7 @@ def neighbor_pairs(
     Returns:
         rows, columns and distances of the pairs, and the bandwidths (q,).
     """
-    n = search.points.shape[0]
-    open_rows = np.arange(queries.shape[0])
+    n, open_rows = search.points.shape[0], np.arange(queries.shape[0])
     k = min(n, 2 * rank)
     if len(open_rows) > _PILOT:
         k = _common_count(search, queries[:: len(open_rows) // _PILOT], k, rank, reach)
@@ -119,8 +114,7 @@ def neighbor_pairs(
         near = distances[done] <= reach * bandwidth[open_rows[done], None]
         pairs.append((np.repeat(open_rows[done], near.sum(axis=1)), indices[done][near], distances[done][near]))
         open_rows, k = open_rows[~done], min(n, 4 * k)
-    rows, columns, lengths = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    return rows, columns, lengths, bandwidth
+    return *(np.concatenate(parts) for parts in zip(*pairs, strict=True)), bandwidth
 
 
 def _common_count(search: NeighborSearch, some: Any, k: int, rank: int, reach: float) -> int:
@@ -139,25 +133,6 @@ def _common_count(search: NeighborSearch, some: Any, k: int, rank: int, reach: f
         if k == n:
             return n
         k = min(n, 4 * k)
-
-
-def _kernel(
-    rows: NDArray[np.int64],
-    columns: NDArray[np.int64],
-    scaled: NDArray[np.float64],
-    n: int,
-    decay: float,
-    thresh: float,
-    anisotropy: float,
-) -> Csr:
-    weights = np.exp(-(scaled**decay))
-    keep = (weights >= thresh) & (rows != columns)
-    directed = sp.csr_matrix((weights[keep], (rows[keep], columns[keep])), shape=(n, n))
-    kernel = ((directed + directed.T) * 0.5 + sp.identity(n)).tocsr()
-    if anisotropy:
-        scale = sp.diags(np.asarray(kernel.sum(axis=1)).ravel() ** -anisotropy)
-        kernel = (scale @ kernel @ scale).tocsr()
-    return kernel
 
 
 def out_of_sample_transitions(
@@ -277,10 +252,7 @@ def connect_components(
 
 
 def _nearest_outside(
-    space: NeighborSearch | NDArray[np.float64],
-    labels: NDArray[np.int32],
-    inside: NDArray[np.int64],
-    rng: np.random.Generator,
+    space: NeighborSearch | NDArray[np.float64], labels: Array, inside: Array, rng: np.random.Generator
 ) -> tuple[int, int, float]:
     """The closest pair of a point inside a component and one outside, and their distance."""
     outside = np.flatnonzero(labels != labels[inside[0]])
@@ -298,9 +270,9 @@ def _nearest_outside(
     for start in rng.choice(inside, min(_STARTS, len(inside)), replace=False):
         i, previous = int(start), np.inf
         while True:
-            away = edge_lengths(space.points, i, outside)
+            away = edge_lengths(space, i, outside)
             j = int(outside[away.argmin()])
-            back = edge_lengths(space.points, j, inside)
+            back = edge_lengths(space, j, inside)
             i, length = int(inside[back.argmin()]), float(back.min())
             if length < best[2]:
                 best = (i, j, length)
@@ -312,17 +284,14 @@ def _nearest_outside(
 
 def _longest_edge(space: NeighborSearch | NDArray[np.float64], graph: Csr, i: int) -> float:
     ends = graph.indices[graph.indptr[i] : graph.indptr[i + 1]]
-    if not len(ends):
-        return 0.0
-    return float((edge_lengths(space.points, i, ends) if isinstance(space, NeighborSearch) else space[i, ends]).max())
+    return float(edge_lengths(space, i, ends).max()) if len(ends) else 0.0
 
 
-def edge_lengths(points: Any, one: int, many: NDArray[np.int64]) -> NDArray[np.float64]:
+def edge_lengths(space: NeighborSearch | NDArray[np.float64], one: int, many: NDArray[np.int64]) -> Array:
     """Distances from the point `one` to the points `many`, (k,)."""
-    if not sp.issparse(points):
-        return np.linalg.norm(points[many].astype(np.float64) - points[one], axis=1)
-    difference = points[many] - sp.csr_matrix(np.ones((len(many), 1))) @ points[[one]]
-    return np.sqrt(np.asarray(difference.multiply(difference).sum(axis=1)).ravel())
+    if isinstance(space, NeighborSearch):
+        return lengths_between(space.points, space.points[[one]], many)
+    return space[one, many]
 
 
 def neighbor_lengths(search: NeighborSearch, n_neighbors: int) -> Csr:
@@ -352,5 +321,16 @@ def graph_lengths(affinity: Csr, search: NeighborSearch | None, n_neighbors: int
     edges = sp.triu(affinity).tocoo()
     bridge = labels[edges.row] != labels[edges.col]
     rows, columns = edges.row[bridge], edges.col[bridge]
-    spans = [edge_lengths(search.points, i, np.array([j]))[0] for i, j in zip(rows, columns, strict=True)]
+    spans = [edge_lengths(search, i, np.array([j]))[0] for i, j in zip(rows, columns, strict=True)]
     return (lengths + sp.csr_matrix((spans, (rows, columns)), shape=lengths.shape)).tocsr()
+
+
+def shortest_path_distances(
+    search: NeighborSearch, n_neighbors: int = 10, *, indices: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Geodesics of a nearest-neighbour graph, as in Isomap; infinite between components.
+
+    Args:
+        indices: only from these points: (m, n) instead of (n, n).
+    """
+    return shortest_path(neighbor_lengths(search, n_neighbors), method="D", directed=False, indices=indices)

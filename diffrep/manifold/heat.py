@@ -1,6 +1,6 @@
-"""The heat kernel H_t = exp(-t L) of a graph, in several ways, on blocks of columns or as a whole.
+"""The heat kernel H_t = exp(-t L) of a graph, on blocks of columns or as a whole, and the distances that it gives.
 
-Which one: `squared_heat` is exact entry by entry and made for whole matrices of some thousand points;
+Which kernel: `squared_heat` is exact entry by entry and made for whole matrices of some thousand points;
 `chebyshev_heat` costs `order` sparse products per column and sees `order` edges far; the implicit steps are
 first (Euler) and second order (Crank-Nicolson) in time and reach everywhere; `spectral_heat` has an
 absolute error of about 1e-15, so that far pairs, whose heat is smaller, are noise.
@@ -9,17 +9,20 @@ absolute error of about 1e-15, so that far pairs, whose heat is smaller, are noi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
+from scipy.spatial.distance import cdist
 from scipy.special import gammaln, ive
 
 from diffrep.manifold.graphs import Csr, largest_eigenvalue
 
 Array = NDArray[Any]
+Volume = Literal["geometric", "arithmetic"]
 
 _TERMS = 24  # of the short-time series; far pairs need more of them than the largest entries do
 _TERM_NUMBERS = 2**25  # of Chebyshev terms that are held before they are added
@@ -50,16 +53,21 @@ def chebyshev_order(t: float, phi: float, signals: Array, error: float) -> int:
     columns = np.asarray(signals, dtype=np.float64).reshape(len(signals), -1)
     spread = len(columns) * (columns**2).sum(axis=0) / columns.sum(axis=0) ** 2
     half = t * phi / 2.0
-    for order in range(1, 100_000):
-        if order + 1 <= half:
-            continue
-        log_remainder = (
-            np.log(2.0) + half**2 / (order + 2) - 2 * half
-            + (order + 1) * np.log(half) - gammaln(order + 1) - np.log(order + 1 - half)
-        )  # fmt: skip
-        if np.exp(2 * log_remainder) * spread.max() <= error:
-            return order
-    raise ValueError(f"no order below 100,000 reaches a relative error of {error} at t = {t}")
+    order = np.arange(max(1, int(half)), 100_000)
+    log_remainder = np.log(2.0) + half**2 / (order + 2) - 2 * half
+    log_remainder += (order + 1) * np.log(half) - gammaln(order + 1) - np.log(order + 1 - half)
+    enough = np.flatnonzero(2 * log_remainder + np.log(spread.max()) <= np.log(error))
+    if not len(enough):
+        raise ValueError(f"no order below 100,000 reaches a relative error of {error} at t = {t}")
+    return int(order[enough[0]])
+
+
+def series_order(t: float, phi: float, smallest: float) -> int:
+    """The Chebyshev order, 2 at least, after which the rest of the series is at most `smallest`."""
+    high = 8
+    while chebyshev_tail(t, phi, high) > smallest:
+        high *= 2
+    return bisect_left(range(high + 1), True, lo=2, key=lambda order: chebyshev_tail(t, phi, order) <= smallest)
 
 
 def chebyshev_heat(
@@ -70,7 +78,6 @@ def chebyshev_heat(
     order: int = 32,
     lmax: float | None = None,
     device: str = "cpu",
-    progress: Callable[[int], object] | None = None,
 ) -> Array:
     """exp(-t L) applied to a block of signals by a Chebyshev series.
 
@@ -80,7 +87,6 @@ def chebyshev_heat(
         order: degree of the polynomial. Points more than `order` edges apart get exact zeros.
         lmax: largest eigenvalue of `lap`, or a little more; computed where None.
         device: "cpu" (SciPy) or a torch device such as "cuda".
-        progress: called with 1 after each product.
 
     Returns:
         (n, columns), or (times, n, columns) for several t. Rounding may leave tiny negative entries.
@@ -94,18 +100,16 @@ def chebyshev_heat(
     largest = float(np.abs(signals).max(initial=0.0))
     scale = 2.0 ** (90 - np.ceil(np.log2(largest))) if signals.dtype == np.float32 and largest > 0 else 1.0
     signals = signals * signals.dtype.type(scale)
-    if device != "cpu":
-        result = _chebyshev_torch(operator, signals, coefficients, device, progress)
+    if device == "cpu":
+        result = _chebyshev_scipy(operator, signals, coefficients)
     else:
-        result = _chebyshev_scipy(operator, signals, coefficients, progress)
+        result = _chebyshev_torch(operator, signals, coefficients, device)
     if scale != 1.0:
         result *= result.dtype.type(1 / scale)
     return result if np.ndim(t) else result[0]
 
 
-def _chebyshev_scipy(
-    operator: Csr, signals: Array, coefficients: NDArray[np.float64], progress: Callable[[int], object] | None
-) -> Array:
+def _chebyshev_scipy(operator: Csr, signals: Array, coefficients: NDArray[np.float64]) -> Array:
     """The recursion, in each step on the rows alone that the signals have reached by then."""
     count, terms = coefficients.shape
     reached = _reached_rows(operator, signals, terms)
@@ -136,8 +140,6 @@ def _chebyshev_scipy(
                 some = factors[:, k - place : k + 1]
                 entries = slice(rows.start * signals.shape[1], rows.stop * signals.shape[1])
                 sums.reshape(count, -1)[:, entries] += some @ waiting.reshape(together, -1)[: place + 1, entries]
-        if progress is not None:
-            progress(1)
     return sums
 
 
@@ -176,13 +178,7 @@ def _rows(matrix: Csr, rows: slice) -> Csr:
     return sp.csr_matrix((matrix.data[part], matrix.indices[part], pointers - pointers[0]), shape=shape, copy=False)
 
 
-def _chebyshev_torch(
-    operator: Csr,
-    signals: Array,
-    coefficients: NDArray[np.float64],
-    device: str,
-    progress: Callable[[int], object] | None,
-) -> Array:
+def _chebyshev_torch(operator: Csr, signals: Array, coefficients: NDArray[np.float64], device: str) -> Array:
     import torch
 
     parts = operator.indptr.astype(np.int64), operator.indices.astype(np.int64), operator.data
@@ -197,8 +193,6 @@ def _chebyshev_torch(
         before, now = now, matrix @ now - before
         for c, total in zip(coefficients.tolist(), sums, strict=True):
             total.add_(now, alpha=c[k])
-        if progress is not None:
-            progress(1)
     return torch.stack(sums).cpu().numpy()
 
 
@@ -253,11 +247,6 @@ def squared_heat(lap: Csr, t: float) -> NDArray[np.float64]:
     return (heat + heat.T) / 2
 
 
-def heat_entropy(heat: Array) -> float:
-    """Entropy of a kernel or of some of its columns, -sum H log(H + 1e-10), as the official code takes it."""
-    return float(-(heat * np.log(np.maximum(heat, 0) + 1e-10)).sum())
-
-
 def knee(x: NDArray[np.float64], y: NDArray[np.float64], *, sensitivity: float = 0.5) -> int | None:
     """Index of the knee of a concave increasing curve, by Kneedle (Satopaa et al. 2011).
 
@@ -278,3 +267,86 @@ def knee(x: NDArray[np.float64], y: NDArray[np.float64], *, sensitivity: float =
             if difference[later] > difference[later - 1]:
                 break
     return None
+
+
+def heat_geodesic_distances(
+    columns: Array,
+    t: float,
+    *,
+    rows_diagonal: Array | None = None,
+    columns_diagonal: Array | None = None,
+    floor: float = 1e-300,
+    volume: Volume | None = "geometric",
+    volume_weight: float = 1.0,
+    scale_power: float = 1.0,
+) -> Array:
+    """d_ij = s_ij^(p/2) with s_ij = -4t log H_ij + w 4t log V_ij, negative s_ij set to zero.
+
+    The dissimilarity of Huguet et al. (NeurIPS 2023) and its variants. Varadhan's formula says that -4t log H_ij
+    tends to the squared geodesic distance as t goes to 0; V_ij takes out what is due to the volume around the points:
+    (H_ii + H_jj) / 2 ("arithmetic", the published choice) or sqrt(H_ii H_jj) ("geometric", never negative and zero
+    from a point to itself at weight 1).
+
+    Args:
+        columns: (n, m) heat of all or some columns of the kernel; negative entries count as zero.
+        rows_diagonal, columns_diagonal: (n,) and (m,), H_ii of the rows' and columns' points; the diagonal of `columns`
+            where None.
+        floor: added to the heat before the logarithm; it caps the distances of far pairs.
+        volume_weight: w, called harnack_regul officially.
+        scale_power: p; 2 gives the squared distance.
+
+    Returns:
+        (n, m), in the dtype of `columns`.
+    """
+    heat = np.maximum(columns, 0)
+    squared = np.log(heat + heat.dtype.type(max(floor, float(np.finfo(heat.dtype).tiny))))
+    squared *= -4.0 * t
+    if volume not in ("geometric", "arithmetic", None):
+        raise ValueError(f"volume must be 'geometric', 'arithmetic' or None, got {volume!r}")
+    if volume is not None and volume_weight:
+        if (rows_diagonal is None or columns_diagonal is None) and heat.shape[0] != heat.shape[1]:
+            raise ValueError(f"the volume of heat of shape {heat.shape} needs rows_diagonal and columns_diagonal")
+        rows, others = (
+            np.asarray(heat.diagonal() if diagonal is None else diagonal, dtype=np.float64)
+            for diagonal in (rows_diagonal, columns_diagonal)
+        )
+        if volume == "geometric":
+            term = np.add.outer(np.log(np.maximum(rows, 0) + floor) / 2, np.log(np.maximum(others, 0) + floor) / 2)
+        else:
+            term = np.log(np.add.outer(rows, others) / 2 + floor)
+        squared += (volume_weight * 4.0 * t * term).astype(squared.dtype)
+    np.maximum(squared, 0, out=squared)
+    return squared if scale_power == 2 else squared ** squared.dtype.type(scale_power / 2)
+
+
+def multiscale_weights(times: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Weights of several diffusion times: proportional to 1 - t / sum(t), summing to one."""
+    times = np.asarray(times, dtype=np.float64)
+    if len(times) == 1:
+        return np.ones(1)
+    weights = 1.0 - times / times.sum()
+    return weights / weights.sum()
+
+
+def triplet_distances(distances: Array, others: Array | None = None, *, scale: float = 1.0) -> Array:
+    """T_ij = || D[i, :] - D[j, :] ||, how differently two points see all columns.
+
+    Args:
+        distances: (n, m).
+        others: (k, m), the rows of the points j; the same as `distances` where None.
+        scale: factor on the result: sqrt(n / m) where m columns stand for n.
+
+    Returns:
+        (n, k), in the dtype of `distances`.
+    """
+    others = distances if others is None else others
+    a, b = distances.astype(np.float64), others.astype(np.float64)
+    return (cdist(a, b) * scale).astype(distances.dtype)
+
+
+def finite_distances(distances: Array) -> Array:
+    """Infinite distances, between components that were left apart, become twice the largest finite one."""
+    infinite = ~np.isfinite(distances)
+    if infinite.any():
+        distances[infinite] = 2 * distances[~infinite].max(initial=0.5)
+    return distances

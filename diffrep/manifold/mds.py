@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist, pdist, squareform
 
 Array = NDArray[Any]
+Progress: TypeAlias = Callable[[Sequence[Any], str], Iterable[Any]]  # (steps, what they do) -> the steps, shown or not
 _TINY = 1e-12
+
+
+def quiet(steps: Sequence[Any], what: str) -> Iterable[Any]:
+    """A `Progress` that shows nothing."""
+    return steps
 
 
 def stress(distances: Array, embedding: Array, *, weights: Array | None = None, rescale: bool = True) -> float:
@@ -30,10 +36,9 @@ def stress(distances: Array, embedding: Array, *, weights: Array | None = None, 
     return float(np.sqrt((w * (d - s * e) ** 2).sum() / (w * d**2).sum()))
 
 
-def fix_signs(vectors: Array) -> Array:
-    """Turn each column so that its largest entry is positive: the same picture on every machine."""
-    largest = np.abs(vectors).argmax(axis=0)
-    return vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
+def _signs(columns: Array) -> Array:
+    """What turns each column so that its largest entry is positive: the same picture on every machine."""
+    return np.where(columns[np.abs(columns).argmax(axis=0), np.arange(columns.shape[1])] < 0, -1.0, 1.0)
 
 
 def principal_axes(points: Array, *others: Array) -> tuple[Array, ...]:
@@ -41,14 +46,13 @@ def principal_axes(points: Array, *others: Array) -> tuple[Array, ...]:
     centre = points.mean(axis=0)
     _, _, axes = np.linalg.svd((points - centre).T @ (points - centre))
     turned = (points - centre) @ axes.T
-    signs = np.where(turned[np.abs(turned).argmax(axis=0), np.arange(turned.shape[1])] < 0, -1.0, 1.0)
+    signs = _signs(turned)
     return turned * signs, *((other - centre) @ axes.T * signs for other in others)
 
 
 def classical_mds(distances: Array, n_components: int = 2) -> NDArray[np.float64]:
     """Classical (Torgerson) scaling, from the eigenvectors of the double-centred -D^2 / 2."""
-    values, vectors = _top_eigenvectors(-0.5 * _double_centred(distances), n_components)
-    return _padded(fix_signs(vectors) * np.sqrt(np.maximum(values, 0)), n_components)
+    return _principal_coordinates(-0.5 * _double_centred(distances), n_components)
 
 
 def squared_axes_start(distances: Array, n_components: int = 2) -> NDArray[np.float64]:
@@ -58,8 +62,7 @@ def squared_axes_start(distances: Array, n_components: int = 2) -> NDArray[np.fl
     """
     centred = _double_centred(distances)
     centred -= centred.mean(axis=0)
-    values, vectors = _top_eigenvectors(centred @ centred.T, n_components)
-    return _padded(fix_signs(vectors) * np.sqrt(np.maximum(values, 0)), n_components)
+    return _principal_coordinates(centred @ centred.T, n_components)
 
 
 def _double_centred(distances: Array) -> NDArray[np.float64]:
@@ -68,21 +71,19 @@ def _double_centred(distances: Array) -> NDArray[np.float64]:
     return squared - squared.mean(axis=0) - squared.mean(axis=1)[:, None] + squared.mean()
 
 
-def _top_eigenvectors(matrix: Array, count: int) -> tuple[Array, Array]:
+def _principal_coordinates(matrix: Array, count: int) -> NDArray[np.float64]:
+    """(n, count): the largest eigenvectors, each times the root of its eigenvalue; zeros where there are no more."""
     from scipy.linalg import eigh
+    from scipy.sparse.linalg import eigsh
 
     n = len(matrix)
     if n > 400 and count < 10:
-        from scipy.sparse.linalg import eigsh
-
         values, vectors = eigsh(matrix, k=count, which="LA", v0=np.random.default_rng(0).standard_normal(n))
     else:
         values, vectors = eigh(matrix, subset_by_index=(max(0, n - count), n - 1))
-    return values[::-1], vectors[:, ::-1]
-
-
-def _padded(coordinates: Array, n_components: int) -> Array:
-    return np.pad(coordinates, ((0, 0), (0, n_components - coordinates.shape[1])))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    coordinates = vectors * _signs(vectors) * np.sqrt(np.maximum(values, 0))
+    return np.pad(coordinates, ((0, 0), (0, count - coordinates.shape[1])))
 
 
 def best_scale(distances: Array, start: Array, weights: Array | None = None) -> Array:
@@ -100,7 +101,7 @@ def sgd_mds(
     weights: Array | None = None,
     epochs: int = 30,
     rng: np.random.Generator,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = quiet,
 ) -> NDArray[np.float64]:
     """Stress minimised by stochastic gradient descent over pairs (Zheng, Pawar and Goodman 2019).
 
@@ -111,7 +112,6 @@ def sgd_mds(
         distances: (n, n), symmetric.
         start: (n, k).
         weights: (n, n) of positive pair weights.
-        progress: called with 1 after each epoch.
     """
     n = len(start)
     x = np.array(start, dtype=np.float64)
@@ -119,12 +119,10 @@ def sgd_mds(
         return x
     off_diagonal = ~np.eye(n, dtype=bool)
     w_min, w_max = (1.0, 1.0) if weights is None else (weights[off_diagonal].min(), weights[off_diagonal].max())
-    steps = np.geomspace(1.0 / w_min, 0.01 / w_max, epochs)
     seats = n + n % 2  # an odd player out sits a round out
-    for eta in steps:
+    for eta in progress(np.geomspace(1.0 / w_min, 0.01 / w_max, epochs).tolist(), "scaling"):
         players = rng.permutation(seats)
-        rounds = rng.permutation(seats - 1)
-        for turn in rounds:
+        for turn in rng.permutation(seats - 1):
             table = np.r_[players[:1], np.roll(players[1:], turn)]
             i, j = table[: seats // 2], table[: seats // 2 - 1 : -1]
             if seats > n:
@@ -136,8 +134,6 @@ def sgd_mds(
             move = (mu * (length - distances[i, j]) / (2 * np.maximum(length, _TINY)))[:, None] * difference
             x[i] -= move
             x[j] += move
-        if progress is not None:
-            progress(1)
     return x
 
 
@@ -187,20 +183,25 @@ def metric_mds(
     *,
     weights: Array | None = None,
     rng: np.random.Generator,
-    progress: Callable[[int], object] | None = None,
+    progress: Progress = quiet,
 ) -> NDArray[np.float64]:
     """Stress minimised by `sgd_mds`, which finds the right valley, then `smacof`, which finds its floor."""
     valley = sgd_mds(distances, start, weights=weights, rng=rng, progress=progress)
     return smacof(distances, valley, weights=weights, max_iter=100)
 
 
-def placement_stress(distances: Array, points: Array, anchors: Array, *, chunk: int = 1 << 22) -> float:
+def row_blocks(n: int, m: int, numbers: int = 1 << 22) -> list[slice]:
+    """Slices of rows of an (n, m) array with about `numbers` entries each."""
+    rows = max(1, numbers // max(m, 1))
+    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]
+
+
+def placement_stress(distances: Array, points: Array, anchors: Array) -> float:
     """sqrt( sum (D - E)^2 / sum D^2 ) over points (n, k) and anchors (m, k), for distances (n, m)."""
     off = total = 0.0
-    rows = max(1, chunk // max(len(anchors), 1))
-    for begin in range(0, len(points), rows):
-        d = np.asarray(distances[begin : begin + rows], dtype=np.float64)
-        off += float(((d - cdist(points[begin : begin + rows], anchors)) ** 2).sum())
+    for block in row_blocks(*distances.shape):
+        d = np.asarray(distances[block], dtype=np.float64)
+        off += float(((d - cdist(points[block], anchors)) ** 2).sum())
         total += float((d**2).sum())
     return float(np.sqrt(off / total)) if total > 0 else 0.0
 
@@ -209,55 +210,56 @@ def place_points(
     distances: Array,
     anchors: NDArray[np.float64],
     *,
-    weights: Array | None = None,
     max_iter: int = 100,
     tolerance: float = 1e-4,
-    chunk: int = 1 << 21,
-    progress: Callable[[int], object] | None = None,
+    numbers: int = 1 << 21,
+    progress: Progress = quiet,
 ) -> NDArray[np.float64]:
-    """Coordinates of points whose distances to fixed anchors are known, each row on its own.
+    """Coordinates (n, k) of points whose distances to fixed anchors are known, each row on its own.
 
-    Minimises sum_l w_l (|x - a_l| - d_l)^2 per point by relaxed majorisation, from the average of the anchors
+    Minimises sum_l (|x - a_l| - d_l)^2 per point by relaxed majorisation, from the average of the anchors
     weighted by d^-4.
 
     Args:
         distances: (n, m) to the anchors.
         anchors: (m, k).
         tolerance: a point rests when a step moves it by less, relative to the extent of the anchors.
-        progress: called with the number of points placed.
-
-    Returns:
-        (n, k).
+        numbers: distances that are worked on at once.
     """
     n, m = distances.shape
     placed = np.empty((n, anchors.shape[1]))
     shortest_move = tolerance * max(float(np.ptp(anchors, axis=0).max(initial=0.0)), _TINY)
-    rows = max(1, chunk // max(m, 1))
-    for begin in range(0, n, rows):
-        block = slice(begin, min(begin + rows, n))
+    for block in progress(row_blocks(n, m, numbers), "placement"):
         d = np.asarray(distances[block], dtype=np.float64)
-        w = None if weights is None else np.asarray(weights[block], dtype=np.float64)
-        placed[block] = _place_block(d, anchors, w, max_iter, shortest_move)
-        if progress is not None:
-            progress(len(d))
+        near = 1.0 / np.maximum(d, 1e-6 * np.maximum(d.max(axis=1, keepdims=True), _TINY)) ** 4
+        x = (near @ anchors) / near.sum(axis=1, keepdims=True)
+        moving = np.arange(len(d))
+        for step in range(max_iter):
+            pull = 1.0 - d[moving] / np.maximum(cdist(x[moving], anchors), _TINY)
+            move = (pull @ anchors - pull.sum(axis=1, keepdims=True) * x[moving]) / float(m)
+            # nearly twice the majorisation step converges about twice as fast; a plain step never overshoots
+            x[moving] += move * (1.8 if step < max_iter // 2 else 1.0)
+            moving = moving[np.sqrt((move**2).sum(axis=1)) > shortest_move]
+            if not len(moving):
+                break
+        placed[block] = x
     return placed
 
 
-def _place_block(d: Array, anchors: Array, w: Array | None, max_iter: int, shortest_move: float) -> NDArray[np.float64]:
-    near = 1.0 / np.maximum(d, 1e-6 * np.maximum(d.max(axis=1, keepdims=True), _TINY)) ** 4
-    x = (near @ anchors) / near.sum(axis=1, keepdims=True)
-    moving = np.arange(len(d))
-    for step in range(max_iter):
-        apart = cdist(x[moving], anchors)
-        ratio = d[moving] / np.maximum(apart, _TINY)
-        if w is None:
-            pull, mass = 1.0 - ratio, np.full((len(moving), 1), float(len(anchors)))
-        else:
-            pull, mass = w[moving] * (1.0 - ratio), w[moving].sum(axis=1, keepdims=True)
-        move = (pull @ anchors - pull.sum(axis=1, keepdims=True) * x[moving]) / mass
-        # nearly twice the majorisation step converges about twice as fast; a plain step never overshoots
-        x[moving] += move * (1.8 if step < max_iter // 2 else 1.0)
-        moving = moving[np.sqrt((move**2).sum(axis=1)) > shortest_move]
-        if not len(moving):
-            break
-    return x
+def mds_weights(
+    kind: Literal["heat", "inverse", "gaussian"], distances: Array, heat: Array, argument: float = 1.0
+) -> NDArray[np.float64]:
+    """Weights of pairs in the stress, same shape as `distances`.
+
+    "heat": H_ij + 1e-5. "inverse": D^-argument. "gaussian": exp(-E^2 / argument), E being D brought
+    to [0, 1].
+    """
+    if kind == "heat":
+        return np.maximum(heat, 0) + 1e-5
+    if kind == "inverse":
+        positive = np.asarray(distances, dtype=np.float64)
+        smallest = positive[positive > 0].min(initial=1.0)
+        return np.maximum(positive, smallest) ** -argument
+    if kind == "gaussian":
+        return np.exp(-(((distances - distances.min()) / np.ptp(distances)) ** 2) / argument)
+    raise ValueError(f"mds_weights must be 'heat', 'inverse', 'gaussian' or None, got {kind!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 import numpy as np
@@ -9,7 +10,6 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 Backend = Literal["auto", "faiss", "sklearn"]
-BACKENDS = ("auto", "faiss", "sklearn")
 
 _TREE_DIMENSIONS = 10  # up to here a k-d tree beats a scan, at any number of points
 _EXACT_POINTS = 5_000  # below, an exact float64 scan takes no time
@@ -33,8 +33,6 @@ class NeighborSearch:
     """
 
     def __init__(self, points: Any, *, backend: Backend = "auto", n_jobs: int | None = None) -> None:
-        if backend not in BACKENDS:
-            raise ValueError(f"knn_backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
         if backend == "faiss" and sp.issparse(points):
             raise ValueError("knn_backend='faiss' needs a dense array: use 'sklearn', or set n_pca")
         few = points.shape[0] <= _EXACT_POINTS or points.shape[1] <= _TREE_DIMENSIONS or sp.issparse(points)
@@ -51,10 +49,7 @@ class NeighborSearch:
         self._scale = 1.0 if 1e-6 < extent < 1e6 or extent == 0 else 2.0 ** -np.floor(np.log2(extent))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_index": None,
-        }  # a FAISS index does not pickle; it is built again when asked
+        return {**self.__dict__, "_index": None}  # a FAISS index does not pickle; it is built again when asked
 
     def query(self, queries: Any, k: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """The `k` nearest points of each query, nearest first; one of the points finds itself.
@@ -94,9 +89,7 @@ class NeighborSearch:
         try:
             import faiss
         except ImportError:
-            raise ImportError(
-                "knn_backend='faiss' needs faiss: pip install faiss-cpu, or use knn_backend='sklearn'"
-            ) from None
+            raise ImportError("knn_backend='faiss' needs faiss: pip install faiss-cpu") from None
         threads = faiss.omp_get_max_threads()
         if self.n_jobs is not None:
             faiss.omp_set_num_threads(self.n_jobs if self.n_jobs > 0 else threads)
@@ -132,18 +125,23 @@ def _faiss_index(points: NDArray[np.float32]) -> Any:
 
 def _distances(queries: Any, points: Any, indices: NDArray[np.int64]) -> NDArray[np.float64]:
     """Distances between each query (q, d) and the points that its row of `indices` (q, k) names."""
+    if sp.issparse(points):
+        return np.stack([lengths_between(points, queries[[i]], near) for i, near in enumerate(indices)])
     distances = np.empty(indices.shape)
     rows = max(1, _CHUNK // (indices.shape[1] * max(1, queries.shape[1])))
     for start in range(0, len(indices), rows):
         block = slice(start, start + rows)
-        if sp.issparse(points):
-            for i in range(start, min(start + rows, len(indices))):
-                difference = points[indices[i]] - sp.csr_matrix(np.ones((indices.shape[1], 1))) @ queries[[i]]
-                distances[i] = np.sqrt(np.asarray(difference.multiply(difference).sum(axis=1)).ravel())
-        else:
-            difference = points[indices[block]].astype(np.float64) - np.asarray(queries[block])[:, None]
-            distances[block] = np.sqrt(np.einsum("qkd,qkd->qk", difference, difference))
+        difference = points[indices[block]].astype(np.float64) - np.asarray(queries[block])[:, None]
+        distances[block] = np.sqrt(np.einsum("qkd,qkd->qk", difference, difference))
     return distances
+
+
+def lengths_between(points: Any, one: Any, many: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Distances (k,) from a row `one` (1, d) to the points `many`."""
+    if not sp.issparse(points):
+        return np.linalg.norm(points[many].astype(np.float64) - one, axis=1)
+    difference = points[many] - sp.csr_matrix(np.ones((len(many), 1))) @ one
+    return np.sqrt(np.asarray(difference.multiply(difference).sum(axis=1)).ravel())
 
 
 class FeatureSpace:
@@ -222,26 +220,15 @@ class FeatureSpace:
 
 
 def different_rows(points: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows that are no copies of earlier ones (n',), and for each row its position among these (n,).
-
-    Columns split groups of equal rows one after the other; rows that are alone need not be looked at again, so
-    that for measured data a column or two suffice.
-    """
-    n = points.shape[0]
-    columns = points.tocsc() if sp.issparse(points) else points
-    open_rows, group = np.arange(n), np.zeros(n, dtype=np.int64)
-    for k in range(points.shape[1]):
-        column = columns[:, [k]].toarray().ravel() if sp.issparse(points) else columns[:, k]
-        value = np.unique(column[open_rows], return_inverse=True)[1].ravel()
-        pair = group.astype(np.int64) * (value.max(initial=0) + 1) + value
-        _, group, count = np.unique(pair, return_inverse=True, return_counts=True)
-        shared = count[group.ravel()] > 1
-        open_rows, group = open_rows[shared], group.ravel()[shared]
-        if not len(open_rows):
-            break
-    first = np.arange(n)
-    if len(open_rows):
-        _, leader, member = np.unique(group, return_index=True, return_inverse=True)
-        first[open_rows] = open_rows[leader[member.ravel()]]
-    original, copy_of = np.unique(first, return_inverse=True)
+    """Rows that are no copies of earlier ones (n',), and for each row its position among these (n,)."""
+    first: dict[bytes, int] = {}
+    if sp.issparse(points):
+        points = points.tocsr().sorted_indices()
+        points.eliminate_zeros()
+        ends = zip(points.indptr[:-1], points.indptr[1:], strict=True)
+        rows = (points.indices[a:b].tobytes() + points.data[a:b].tobytes() for a, b in ends)
+    else:
+        rows = (np.ascontiguousarray(row + 0.0).tobytes() for row in points)  # + 0.0: -0.0 is 0.0
+    leaders = [first.setdefault(hashlib.blake2b(row, digest_size=16).digest(), k) for k, row in enumerate(rows)]
+    original, copy_of = np.unique(leaders, return_inverse=True)
     return original, copy_of.ravel()

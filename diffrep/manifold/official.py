@@ -1,7 +1,8 @@
-"""The official program's options, under its names (KrishnaswamyLab/HeatGeo, `HeatGeo`): for comparison and parity.
+"""For comparison and parity: the official program's options under its names, and operators of related methods.
 
 `HeatGeodesicEmbedding` has the methods that are worth using, under names that say what they are; here is everything
-that the official code offers, experimental truncations included. Written from the published formulas.
+that the official code (KrishnaswamyLab/HeatGeo, `HeatGeo`) offers, experimental truncations included, and what it
+compares with: PHATE, diffusion maps, random walks. Written from the published formulas.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from diffrep.manifold.distances import (
-    REFERENCE_FLOOR,
-    heat_geodesic_distances,
-    log_ratio_distances,
-    mds_weights,
-    multiscale_weights,
-    triplet_distances,
-    truncate_distances,
-    truncate_heat,
-)
 from diffrep.manifold.graphs import Csr, alpha_decay_graph, laplacian, largest_eigenvalue, scaled_neighbor_graph
-from diffrep.manifold.heat import chebyshev_heat, heat_entropy, implicit_heat, knee, spectral_heat
-from diffrep.manifold.mds import metric_mds, smacof, squared_axes_start
+from diffrep.manifold.heat import (
+    chebyshev_heat,
+    heat_geodesic_distances,
+    implicit_heat,
+    knee,
+    multiscale_weights,
+    spectral_heat,
+    triplet_distances,
+)
+from diffrep.manifold.mds import mds_weights, metric_mds, smacof, squared_axes_start
 from diffrep.manifold.neighbors import NeighborSearch
 
 Array = NDArray[Any]
+
+_FLOOR = 1e-16  # added to the heat before the logarithm
 
 _WEIGHTS: dict[str, Literal["heat", "inverse", "gaussian"]] = {
     "heat_kernel": "heat",
@@ -134,7 +135,7 @@ class HeatGeoOptions:
         count, longest = 10 if self.n_tau == 1 else self.n_tau, 50 if self.tau_max == 1 else self.tau_max
         grid = np.linspace(0.05, longest, count)
         kernels = chebyshev_heat(lap, np.identity(lap.shape[0]), grid.tolist(), order=self.order)
-        return grid, np.array([heat_entropy(np.maximum(kernel, 0)) for kernel in kernels])
+        return grid, np.array([-(heat * np.log(heat + 1e-10)).sum() for heat in np.maximum(kernels, 0)])
 
     def times(self, lap: Csr) -> list[float]:
         """The diffusion times.
@@ -160,23 +161,36 @@ class HeatGeoOptions:
         for t, share in zip(times, multiscale_weights(times), strict=True):
             heat = np.maximum(self.kernel(lap, t), 0)
             if self.truncation_type == "heat_truncation":
-                heat = truncate_heat(heat, float(self.truncation_arg or 0))
+                heat = np.where(heat < float(self.truncation_arg or 0), 0, heat)
             total += share * self._formula(heat, t)
         if self.denoising:
             total = (1 - self.denoise_regul) * total + self.denoise_regul * triplet_distances(total)
-        if self.truncation_type == "dist_truncation" and self.treshold_type is not None:
-            argument = float(self.truncation_arg or 0)
-            total = truncate_distances(total, argument, side=self.treshold_type, rescale=self.norm_treshold)
-        return total, heat
+        return self._truncated(total) if self.truncation_type == "dist_truncation" else total, heat
+
+    def _truncated(self, distances: Array) -> Array:
+        """Far ("max") or near ("min") pairs saturate.
+
+        Beyond `truncation_arg`, a threshold on distances brought to [0, 1] or without `norm_treshold` a quantile,
+        they become the largest or smallest one.
+        """
+        if self.norm_treshold:
+            distances, cut = (distances - distances.min()) / np.ptp(distances), float(self.truncation_arg or 0)
+        else:
+            cut = float(np.quantile(distances, float(self.truncation_arg or 0)))
+        if self.treshold_type == "max":
+            distances = np.where(distances > cut, distances.max(), distances)
+        else:
+            distances = np.where(distances < cut, distances.min(), distances)
+        return np.maximum(distances, distances.T)
 
     def _formula(self, heat: Array, t: float) -> Array:
         if self.log_normalize:
             step = t / self.order if self.filter_method == "euler" else t
-            return log_ratio_distances(heat, step, floor=REFERENCE_FLOOR, scale_power=self.scale_factor)
+            return (np.log(heat + _FLOOR) / np.log(step + _FLOOR)) ** self.scale_factor
         return heat_geodesic_distances(
             heat,
             t,
-            floor=REFERENCE_FLOOR,
+            floor=_FLOOR,
             volume="arithmetic",
             volume_weight=self.harnack_regul,
             scale_power=self.scale_factor,
@@ -194,3 +208,88 @@ class HeatGeoOptions:
         if self.emb_dim > 2:
             return smacof(distances, start, max_iter=3000)
         return metric_mds(distances, start, weights=weights, rng=np.random.default_rng(seed))
+
+
+def diffusion_operator(affinity: Csr) -> NDArray[np.float64]:
+    """P = D^-1 K with K = W + I: the random walk that may stay where it is."""
+    kernel = affinity.toarray() + np.identity(affinity.shape[0])
+    return kernel / kernel.sum(axis=1, keepdims=True)
+
+
+def von_neumann_entropy(operator: Array, t_max: int = 100) -> NDArray[np.float64]:
+    """Entropy of the singular values of P^(t+1), normalised to sum one, for t = 0..t_max - 1."""
+    singular = np.linalg.svd(operator, compute_uv=False)
+    entropies = []
+    for t in range(t_max):
+        share = singular ** (t + 1)
+        share = share / share.sum() + np.finfo(np.float64).eps
+        entropies.append(-(share * np.log(share)).sum())
+    return np.array(entropies)
+
+
+def two_line_knee(curve: Array) -> int:
+    """Where two least-squares lines, one on each side, fit a curve best in absolute error."""
+    n = len(curve)
+    x = np.arange(n, dtype=np.float64)
+
+    def misfit(part: slice) -> float:
+        slope, offset = np.polyfit(x[part], curve[part], 1)
+        return float(np.abs(slope * x[part] + offset - curve[part]).sum())
+
+    splits = range(1, n - 1)
+    return min(splits, key=lambda k: misfit(slice(0, k + 1)) + misfit(slice(k, n)))
+
+
+def phate_potential(operator: Array, t: int, *, gamma: float = 1.0) -> NDArray[np.float64]:
+    """PHATE's potential of P^t, (n, m).
+
+    -log P^t for gamma 1, P^t itself for gamma -1, (P^t)^c / c with c = (1 - gamma) / 2 otherwise.
+    """
+    power = np.linalg.matrix_power(operator, t)
+    if gamma == 1:
+        return -np.log(power + 1e-7)
+    if gamma == -1:
+        return power
+    exponent = (1 - gamma) / 2
+    return power**exponent / exponent
+
+
+def cluster_transitions(affinity: Csr, clusters: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """PHATE's landmark operator for a clustering of the points.
+
+    Returns:
+        P_mn P_nm (m, m) on the clusters, and the transitions P_nm (n, m) from points to clusters; rows sum
+        to one.
+    """
+    n = affinity.shape[0]
+    names, member = np.unique(clusters, return_inverse=True)
+    indicator = sp.csr_matrix((np.ones(n), (np.arange(n), member)), shape=(n, len(names)))
+    pooled = (indicator.T @ (affinity + sp.identity(n))).toarray()
+    to_points = pooled / pooled.sum(axis=1, keepdims=True)
+    to_clusters = pooled.T / pooled.T.sum(axis=1, keepdims=True)
+    return to_points @ to_clusters, to_clusters
+
+
+def diffusion_map(affinity: Csr, t: float, n_components: int | None = None) -> NDArray[np.float64]:
+    """Diffusion map coordinates lambda^t phi (n, components), the trivial constant one first; all where None.
+
+    phi are the right eigenvectors of P, of unit length, as the official code takes them.
+    """
+    kernel = affinity.toarray() + np.identity(affinity.shape[0])
+    degree = kernel.sum(axis=1)
+    values, vectors = np.linalg.eigh(kernel / np.sqrt(np.outer(degree, degree)))
+    order = np.argsort(-np.abs(values))[:n_components]
+    right = vectors[:, order] / np.sqrt(degree)[:, None]
+    right /= np.linalg.norm(right, axis=0)
+    return right * np.sign(values[order]) ** round(t) * np.abs(values[order]) ** t
+
+
+def random_walk_distances(
+    affinity: Csr, t: int, *, kind: Literal["walk", "symmetric", "affinity"] = "symmetric"
+) -> NDArray[np.float64]:
+    """sqrt(-4t log A), A being P^t ("walk"), D^1/2 P^t D^-1/2 or the power of the normalised affinity."""
+    kernel = affinity.toarray() + np.identity(affinity.shape[0])
+    degree = kernel.sum(axis=1)
+    symmetric = np.linalg.matrix_power(kernel / np.sqrt(np.outer(degree, degree)), t)
+    walk = symmetric if kind != "walk" else symmetric * np.sqrt(degree)[None] / np.sqrt(degree)[:, None]
+    return np.sqrt(np.maximum(-4.0 * t * np.log(walk + _FLOOR), 0))

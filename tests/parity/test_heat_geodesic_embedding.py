@@ -19,8 +19,14 @@ from scipy.stats import spearmanr
 
 from diffrep.eval.manifold import cluster_scores, geodesic_scores, interpolation_scores
 from diffrep.eval.toy_manifolds import ToyManifold, random_tree, swiss_roll
-from diffrep.manifold import baselines, mds
-from diffrep.manifold.graphs import alpha_decay_graph, laplacian, largest_eigenvalue, out_of_sample_transitions
+from diffrep.manifold import mds, official
+from diffrep.manifold.graphs import (
+    alpha_decay_graph,
+    laplacian,
+    largest_eigenvalue,
+    out_of_sample_transitions,
+    shortest_path_distances,
+)
 from diffrep.manifold.heat import chebyshev_coefficients, chebyshev_heat, chebyshev_order, knee, spectral_heat
 from diffrep.manifold.neighbors import NeighborSearch
 from diffrep.manifold.official import HeatGeoOptions
@@ -262,23 +268,23 @@ def check_phate(folder: Path, case: Params) -> None:
         member = np.arange(len(points))
         if f"{name}.clusters" in expected:
             clusters = expected[f"{name}.clusters"]
-            operator, spread = baselines.cluster_transitions(graph, clusters)
+            operator, spread = official.cluster_transitions(graph, clusters)
             near(spread, expected[f"{name}.transitions"], atol=operator_atol, what=f"{name}: transitions")
             member = np.unique(clusters, return_inverse=True)[1]
             to_new = to_new @ np.eye(len(operator))[member]
         else:
-            operator, spread = baselines.diffusion_operator(graph), np.identity(len(points))
+            operator, spread = official.diffusion_operator(graph), np.identity(len(points))
         stored = setting.get("diff_op_is", f"{name}.diff_op")
         near(operator, expected[stored], atol=operator_atol, what=f"{name}: operator")
         near(to_new, expected[f"{name}.new_transitions"], atol=operator_atol, what=f"{name}: new transitions")
-        entropy = baselines.von_neumann_entropy(operator)
+        entropy = official.von_neumann_entropy(operator)
         near(entropy, expected[f"{name}.vne"], rtol=entropy_rtol, what=f"{name}: entropy")
         t, chosen = params.get("t", "auto"), setting["optimal_t"]
         assert (chosen is None) == (t != "auto"), f"{name}: the official code chose {chosen} where t is {t}"
         if t == "auto":
-            t = baselines.two_line_knee(entropy)
+            t = official.two_line_knee(entropy)
             assert t == chosen
-        potential = baselines.phate_potential(operator, t, gamma=params.get("gamma", 1))
+        potential = official.phate_potential(operator, t, gamma=params.get("gamma", 1))
         near(
             pdist(potential),
             expected[f"{name}.potential.pdist"],
@@ -309,15 +315,15 @@ def check_baselines(folder: Path, case: Params) -> None:
         if kind == "sp":
             consumed(params, "knn")
             search = NeighborSearch(given["X"], backend="sklearn")
-            got = baselines.shortest_path_distances(search, params["knn"])
+            got = shortest_path_distances(search, params["knn"])
         elif kind == "dm":
             graph = options_of(params).graph(given["X"])
-            got = baselines.row_distances(baselines.diffusion_map(graph, params["tau"]))
+            got = squareform(pdist(official.diffusion_map(graph, params["tau"])))
         else:
             assert kind == "rw", f"unknown baseline {kind!r}"
             walk = walks[params["filter_method"]]
             graph = options_of({k: v for k, v in params.items() if k != "filter_method"}).graph(given["X"])
-            got = baselines.random_walk_distances(graph, params["tau"], kind=walk)  # type: ignore[arg-type]
+            got = official.random_walk_distances(graph, params["tau"], kind=walk)  # type: ignore[arg-type]
         full = expected.get(f"{name}.D")
         want = symmetric(expected[f"{name}.D.triu"]) if full is None else full
         near(got, want, rtol=rtol, atol=atol, what=name)
