@@ -11,7 +11,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.backbones import Grid
+from diffrep.eval.datasets.pairs import inside
 from diffrep.features import FeatureMaps
 from diffrep.files import (
     JsonLines,
@@ -131,93 +132,52 @@ class ImageResults:
 MIRRORED = "mirrored/"  # before the path of an image whose mirror image is meant
 
 
-class FeatureCache:
-    """Features by image, one safetensors file each, in a folder.
+def save_features(file: Path, features: Sequence[FeatureMaps], dtype: Kept, content: str) -> None:
+    """Write all features of one image, one batch of one per backbone, as one safetensors file."""
+    tensors, notes = {}, []
+    for number, maps in enumerate(features):
+        tensors |= {f"{number}/{tap}": values.to(getattr(torch, dtype)) for tap, values in maps.maps.items()}
+        grids = {tap: asdict(grid) for tap, grid in maps.grids.items()}
+        notes.append({"placement": asdict(maps.placements[0]), "grids": grids, "settings": dict(maps.settings)})
+    save_weights(file, tensors, features=json.dumps(notes, default=str), content=content)
 
-    Args:
-        folder: created where it is missing.
-        settings: JSON-ready; what the features depend on beside the images.
-        dtype: in which they are kept. What is read back is float32 in either case; float16 halves the space
-            and moves similarities in the fourth digit.
+
+def load_features(file: Path) -> tuple[FeatureMaps, ...]:
+    """Read the features of one image back, float32.
 
     Raises:
-        ValueError: the folder holds features made with other settings; the message names the first
-            difference.
+        ValueError: the file is no file of features; delete it to have them extracted again.
     """
-
-    def __init__(self, folder: str | Path, settings: Mapping[str, object], *, dtype: Kept = "float32") -> None:
-        self.folder, self.dtype = Path(folder), dtype
-        claim_folder(self.folder, {**settings, "kept_as": dtype})
-        for place in (self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())):
-            sweep_partials(place)
-
-    def file(self, image: str) -> Path:
-        """Where the features of an image lie; `image` is its path relative to the data set's folder.
-
-        Raises:
-            ValueError: the path leaves the folder.
-        """
-        path = PurePosixPath(image)
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"image paths must be relative to the data set's folder, got {image}")
-        return self.folder / f"{path}.safetensors"
-
-    def holds(self, image: str, content: str) -> bool:
-        """Whether there are features of an image with that content (see `digest`)."""
-        try:
-            return read_weights(self.file(image), only=())[1].get("content") == content
-        except ValueError:
-            return False
-
-    def save(self, image: str, features: Sequence[FeatureMaps], content: str = "") -> None:
-        """Keep all features of one image: one batch of one per backbone."""
-        tensors, notes = {}, []
-        for number, maps in enumerate(features):
-            for tap, values in maps.maps.items():
-                tensors[f"{number}/{tap}"] = values.detach().to(getattr(torch, self.dtype))
-            grids = {tap: asdict(grid) for tap, grid in maps.grids.items()}
-            notes.append({"placement": asdict(maps.placements[0]), "grids": grids, "settings": dict(maps.settings)})
-        save_weights(self.file(image), tensors, features=json.dumps(notes, default=str), content=content)
-
-    def load(self, image: str) -> tuple[FeatureMaps, ...]:
-        """Read the features of one image back, float32.
-
-        Raises:
-            ValueError: the file is no file of features; delete it to have them extracted again.
-        """
-        file = self.file(image)
-        try:
-            tensors, metadata = read_weights(file)
-            return tuple(
-                _features(number, note, tensors) for number, note in enumerate(json.loads(metadata["features"]))
-            )
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: not a file of kept features ({error}); delete it") from None
-
-
-def _features(number: int, note: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FeatureMaps:
-    placed: Any = {name: tuple(value) for name, value in note["placement"].items()}
-    grids = {tap: Grid(tuple(g["origin"]), tuple(g["stride"])) for tap, g in note["grids"].items()}
-    maps = {tap: tensors[f"{number}/{tap}"].float() for tap in grids}
-    return FeatureMaps(maps, (Placement(**placed),), grids, note["settings"])
+    try:
+        tensors, metadata = read_weights(file)
+        features, notes = [], json.loads(metadata["features"])
+        for number, note in enumerate(notes):
+            placed: Any = {name: tuple(value) for name, value in note["placement"].items()}
+            grids = {tap: Grid(tuple(grid["origin"]), tuple(grid["stride"])) for tap, grid in note["grids"].items()}
+            maps = {tap: tensors[f"{number}/{tap}"].float() for tap in grids}
+            features.append(FeatureMaps(maps, (Placement(**placed),), grids, note["settings"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a file of kept features ({error}); delete it") from None
+    return tuple(features)
 
 
 class ImageFeatures:
-    """The features of a data set's images under a recipe, extracted once each.
+    """The features of a data set's images under a recipe, extracted once each, one file each.
 
     Args:
         root: of the data set; image paths are relative to it.
         load: reads an image; given its path with `MIRRORED` before it where the mirror image is meant.
-        folder: of the cache.
+        folder: of the files.
         dataset: its name, by which the folder is recognised.
-        kept_as: type in which features lie on disk.
+        kept_as: type in which features lie on disk. What is read back is float32 in either case; float16 halves the
+            space and moves similarities in the fourth digit.
         batch_size: images that are extracted together; all that is lost when a run is killed.
 
     Attributes:
         settings: what the features depend on beside the images, and the recipe, for reports.
 
     Raises:
-        ValueError: the folder is of other settings.
+        ValueError: the folder is of other settings; the message names the first difference.
     """
 
     def __init__(
@@ -231,17 +191,20 @@ class ImageFeatures:
         kept_as: Kept = "float32",
         batch_size: int = 8,
     ) -> None:
-        self.root, self.load, self.correspondence, self.batch_size = root, load, correspondence, batch_size
+        self.root, self.load, self.correspondence, self.folder = root, load, correspondence, folder
+        self.kept_as, self.batch_size = kept_as, batch_size
         recipe, backbones = correspondence.recipe, correspondence.backbones
         depends: dict[str, object] = {
             "readings": [asdict(reading) for reading in recipe.readings],
             "weights": [backbone.source for backbone in backbones],
             "dataset": dataset,
             "batch_size": batch_size,
+            "kept_as": kept_as,
         }
-        weights = [weights_sha256(backbone) for backbone in backbones]
-        self.cache = FeatureCache(folder, {**depends, "weights_sha256": weights}, dtype=kept_as)
-        self.settings = {**depends, "recipe": asdict(recipe), "kept_as": kept_as}
+        claim_folder(folder, {**depends, "weights_sha256": [weights_sha256(backbone) for backbone in backbones]})
+        for place in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            sweep_partials(place)
+        self.settings = {**depends, "recipe": asdict(recipe)}
         self.by_category = any(CATEGORY in reading.extract.prompt for reading in recipe.readings)
         self._contents: dict[str, str] = {}
 
@@ -256,13 +219,28 @@ class ImageFeatures:
             self._contents[path] = digest((self.root / path).read_bytes())
         return self._contents[path]
 
-    def key(self, category: str, image: str) -> str:
-        """The name of an image's features: with the category where the prompt depends on it."""
-        return f"{category}/{image}" if category and self.by_category else image
+    def file(self, category: str, image: str) -> Path:
+        """Where an image's features lie: below its category where the prompt depends on it.
+
+        Raises:
+            ValueError: the path leads out of the folder.
+        """
+        return self.folder / f"{inside(f'{category}/{image}' if category and self.by_category else image)}.safetensors"
 
     def get(self, category: str, image: str) -> tuple[FeatureMaps, ...]:
-        """Read the features of one image."""
-        return self.cache.load(self.key(category, image))
+        """Read the features of one image.
+
+        Raises:
+            ValueError: they are damaged.
+        """
+        return load_features(self.file(category, image))
+
+    def holds(self, category: str, image: str) -> bool:
+        """Whether there are features of the image as it is."""
+        try:
+            return read_weights(self.file(category, image), only=())[1].get("content") == self.content(image)
+        except ValueError:
+            return False
 
     def extract(self, images: Iterable[tuple[str, str]], *, progress: bool = True) -> dict[str, str]:
         """Extract every image whose features are missing or of other content.
@@ -290,21 +268,22 @@ class ImageFeatures:
         return unreadable
 
     def _extract_batch(self, reader: Correspondence, category: str, batch: Sequence[str]) -> dict[str, str]:
-        contents, pictures, unreadable = {}, {}, {}
+        pictures, unreadable = {}, {}
         for image in batch:
             try:
-                contents[image] = self.content(image)
+                self.content(image)
             except OSError as error:
                 unreadable[image] = str(error)
-        if all(self.cache.holds(self.key(category, image), content) for image, content in contents.items()):
+        readable = [image for image in batch if image not in unreadable]
+        if all(self.holds(category, image) for image in readable):
             return unreadable
-        for image in contents:
+        for image in readable:
             try:
                 pictures[image] = self.load(image)
             except ImageError as error:
                 unreadable[image] = str(error)
         for image, features in zip(pictures, reader.features(list(pictures.values())), strict=True):
-            self.cache.save(self.key(category, image), features, contents[image])
+            save_features(self.file(category, image), features, self.kept_as, self.content(image))
         return unreadable
 
 

@@ -108,13 +108,9 @@ PUBLISHED_NORMALS = read_tables("normals", PublishedMaps)
 PUBLISHED_DIS = read_tables("masks", PublishedMasks)
 
 
-def published(benchmark: str, *, threshold: str = "box", trained: bool | None = None) -> tuple[Published, ...]:
-    """The rows of one correspondence benchmark that count with the same threshold; `trained` None: trained or not."""
-    return tuple(
-        row
-        for row in PUBLISHED
-        if row.benchmark == benchmark and row.threshold == threshold and trained in (None, row.trained)
-    )
+def published(benchmark: str, *, threshold: str = "box") -> tuple[Published, ...]:
+    """The rows of one correspondence benchmark that count with the same threshold."""
+    return tuple(row for row in PUBLISHED if (row.benchmark, row.threshold) == (benchmark, threshold))
 
 
 def published_maps(benchmark: str, rows: tuple[PublishedMaps, ...]) -> list[PublishedMaps]:

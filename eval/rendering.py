@@ -1,15 +1,36 @@
-"""Rendered scenes to measure on: which are taken, and their samples in batches, by as many processes as one likes."""
+"""Rendered scenes to measure on: which are taken, in batches, by as many processes as one likes; and as files."""
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from multiprocessing import get_context
-from typing import Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
-from diffrep.scenes import CATEGORIES
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from diffrep.files import write_whole
+from diffrep.heads.families import FRAME_SIGNS
+from diffrep.scenes import (
+    CATEGORIES,
+    PART_CLASS_OF,
+    PART_CLASSES,
+    SEEN,
+    UNSEEN,
+    Scene,
+    render_scene,
+    scene_seed,
+)
+
+if TYPE_CHECKING:
+    from diffrep.heads.probes.annotated import AnnotatedFiles
 
 LARGEST = 4096  # side of a rendered image, pixels
 Job = TypeVar("Job")
@@ -60,3 +81,127 @@ class RenderedScenes:
             samples = pool.map(render, jobs, chunksize=4)
             while batch := list(islice(samples, self.batch_size)):
                 yield batch
+
+
+SceneJob: TypeAlias = tuple[int, str, int]
+"""Seed, category and size of a scene."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneMapSettings(RenderedScenes):
+    """Which scenes are counted."""
+
+    count: int = 600  # scenes
+    first: int = 0  # number of the first scene
+    batch_size: int = 16
+    workers: int = 1  # processes that render ahead; 0: none beside this one
+
+    def jobs(self) -> list[SceneJob]:
+        """All scenes, categories in turn."""
+        kinds, numbers = self.categories, range(self.first, self.first + self.count)
+        return [(scene_seed(self.split, i), kinds[i % len(kinds)], self.size) for i in numbers]
+
+
+def render_job(job: SceneJob) -> Scene:
+    """Render one scene."""
+    seed, category, size = job
+    return render_scene(seed, category=category, size=size)
+
+
+def name_of(job: SceneJob) -> str:
+    """What a scene is called in reports."""
+    return f"{job[1]} {job[0]}"
+
+
+def scene_groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Scenes by name, together and by whether models in training see their categories; only groups that have any."""
+    seen = [name for name in names if name.partition(" ")[0] in SEEN]
+    unseen = [name for name in names if name.partition(" ")[0] in UNSEEN]
+    return {group: some for group, some in {"all": list(names), "seen": seen, "unseen": unseen}.items() if some}
+
+
+# -- scenes as files ---------------------------------------------------------------------------------------------------
+
+What: TypeAlias = Literal["depth", "normals", "parts", "categories"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneFiles:
+    """How many scenes are rendered, of the split "test", which the embedded models have not seen."""
+
+    scenes: int = 400  # to train on
+    test_scenes: int = 100  # to measure on
+    scene_size: int = 128  # pixels
+
+    def __post_init__(self) -> None:
+        if min(self.scenes, self.test_scenes) < 1:
+            raise ValueError(f"scenes and test_scenes must be at least 1, got {self.scenes} and {self.test_scenes}")
+
+
+def scene_classes(what: What) -> tuple[str, ...]:
+    """The names of the classes of parts or categories, by their numbers in the files."""
+    return PART_CLASSES if what == "parts" else ("background", *SEEN)
+
+
+def annotated_scenes(
+    folder: str | Path, what: What, settings: SceneFiles | None = None, *, workers: int = 1, progress: bool = True
+) -> tuple[AnnotatedFiles, AnnotatedFiles]:
+    """Scenes to train on and scenes to measure on, rendered once.
+
+    Args:
+        folder: of the files; those that are there are kept.
+        what: depth (metres, 0 in the sky), unit normals (x left, y up, z towards the camera), or labels: classes of
+            parts, or categories of objects.
+
+    Raises:
+        ValueError: the folder holds scenes of other settings.
+    """
+    from diffrep.heads.probes.annotated import AnnotatedFiles  # who measures matches needs no probes
+
+    settings, folder = settings or SceneFiles(), Path(folder)
+    about = folder / "scenes.json"
+    if about.is_file() and about.read_text(encoding="utf-8") != json.dumps(asdict(settings)):
+        raise ValueError(f"{folder}: holds scenes of other settings; name another folder or delete it")
+    write_whole(about, json.dumps(asdict(settings)))
+    jobs: dict[tuple[str, str], SceneJob] = {}  # part, name -> scene
+    for place, (part, count) in enumerate((("train", settings.scenes), ("test", settings.test_scenes))):
+        for number in range(count):
+            seed = scene_seed("test", (place + 4) * 2**30 + number)  # labelled images lie at 1 to 3 times 2**30
+            jobs[part, f"{number:06d}"] = (seed, SEEN[number % len(SEEN)], settings.scene_size)
+
+    def file(kind: str, part: str, name: str) -> Path:
+        return folder / part / kind / f"{name}{'.npy' if kind in ('depth', 'normals') else '.png'}"
+
+    missing = [place for place in jobs if not file("images", *place).is_file()]
+    rendering = SceneMapSettings(workers=workers if workers > 1 and len(missing) > 16 else 0)
+    scenes = chain.from_iterable(rendering.batches(render_job, [jobs[place] for place in missing]))
+    bar = tqdm(scenes, total=len(missing), desc="rendering", unit="scene", disable=not progress or not missing)
+    for place, scene in zip(missing, bar, strict=True):
+        for kind, values in _maps(scene).items():
+            path = file(kind, *place)
+            write_whole(path, _encoded(values, path.suffix))
+    sets = []
+    for part in ("train", "test"):
+        places = [place for place in jobs if place[0] == part]
+        images, annotations = (tuple(file(kind, *place) for place in places) for kind in ("images", what))
+        sets.append(AnnotatedFiles(str(folder / part), images, annotations))
+    return sets[0], sets[1]
+
+
+def _maps(scene: Scene) -> dict[str, np.ndarray]:
+    return {
+        "depth": np.where(np.isfinite(scene.depth), scene.depth, 0).astype(np.float32),
+        "normals": (scene.normals * np.array(FRAME_SIGNS["rdf"])).astype(np.float16),
+        "parts": PART_CLASS_OF[scene.part],
+        "categories": np.where(scene.mask, 1 + SEEN.index(scene.category), 0).astype(np.uint8),
+        "images": scene.image,  # last: it says that all is there
+    }
+
+
+def _encoded(values: np.ndarray, suffix: str) -> bytes:
+    out = io.BytesIO()
+    if suffix == ".npy":
+        np.save(out, values, allow_pickle=False)
+    else:
+        Image.fromarray(values).save(out, format="png")
+    return out.getvalue()

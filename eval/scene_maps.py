@@ -21,12 +21,12 @@ from tqdm import tqdm
 from diffrep.alignment import align_depth
 from diffrep.eval.cache import ImageResults
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics
-from diffrep.eval.rendering import RenderedScenes
+from diffrep.eval.rendering import SceneJob, SceneMapSettings, name_of, render_job, scene_groups
 from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.files import claim_folder
 from diffrep.heads.families import FRAME_SIGNS, Task
 from diffrep.heads.training.dense_data import scene_depth
-from diffrep.scenes import SEEN, UNSEEN, Scene, render_scene, scene_seed
+from diffrep.scenes import Scene
 
 SCENE_BOUNDS = (1e-3, 80.0)  # metres: what counts of a scene's depth, and what predictions are clipped to
 
@@ -37,42 +37,6 @@ Method = Callable[[Sequence[Scene]], Tensor]
 
 Interval: TypeAlias = tuple[float, float, float]
 """A value and both ends of its interval."""
-
-SceneJob: TypeAlias = tuple[int, str, int]
-"""Seed, category and size of a scene."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SceneMapSettings(RenderedScenes):
-    """Which scenes are counted."""
-
-    count: int = 600  # scenes
-    first: int = 0  # number of the first scene
-    batch_size: int = 16
-    workers: int = 1  # processes that render ahead; 0: none beside this one
-
-    def jobs(self) -> list[SceneJob]:
-        """All scenes, categories in turn."""
-        kinds, numbers = self.categories, range(self.first, self.first + self.count)
-        return [(scene_seed(self.split, i), kinds[i % len(kinds)], self.size) for i in numbers]
-
-
-def render_job(job: SceneJob) -> Scene:
-    """Render one scene."""
-    seed, category, size = job
-    return render_scene(seed, category=category, size=size)
-
-
-def name_of(job: SceneJob) -> str:
-    """What a scene is called in reports."""
-    return f"{job[1]} {job[0]}"
-
-
-def scene_groups(names: Sequence[str]) -> dict[str, list[str]]:
-    """Scenes by name, together and by whether models in training see their categories; only groups that have any."""
-    seen = [name for name in names if name.partition(" ")[0] in SEEN]
-    unseen = [name for name in names if name.partition(" ")[0] in UNSEEN]
-    return {group: some for group, some in {"all": list(names), "seen": seen, "unseen": unseen}.items() if some}
 
 
 def predict_scenes(

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from diffrep.backbones import Backbone, Conditions, load_backbone
 from diffrep.commands.evaluate import EvalCorrespondence
-from diffrep.eval.cache import FeatureCache
-from diffrep.eval.correspondence import evaluate_pairs
-from diffrep.eval.correspondence_report import CorrespondenceReport
+from diffrep.eval.cache import load_features, save_features
+from diffrep.eval.correspondence import CorrespondenceReport, evaluate_pairs
 from diffrep.eval.datasets.keypoint_tables import KeypointTable
 from diffrep.eval.datasets.pair_sets import read_spair
 from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
@@ -233,21 +232,17 @@ def test_the_report_shows_all_averages_beside_the_papers(tmp_path: Path, vit: Ba
 def test_features_come_back_as_they_were(tmp_path: Path, vit: Backbone) -> None:
     image = torch.rand(3, 40, 56, generator=torch.Generator().manual_seed(0))
     maps = extract(vit, [image], ExtractConfig(taps=("layer.1", "layer.2"), sizing=Sizing("pad", 64)))
-    cache = FeatureCache(tmp_path, {"a": 1})
-    assert not cache.holds("cat/1.jpg", "")
-    cache.save("cat/1.jpg", [maps])
-    (back,) = cache.load("cat/1.jpg")
+    save_features(tmp_path / "1.safetensors", [maps], "float32", "")
+    (back,) = load_features(tmp_path / "1.safetensors")
     assert back.placements == maps.placements
     assert back.grids == maps.grids
     assert all(torch.equal(back.maps[tap], maps.maps[tap]) for tap in maps.taps)
-    half = FeatureCache(tmp_path / "half", {"a": 1}, dtype="float16")
-    half.save("1.jpg", [maps])
-    torch.testing.assert_close(half.load("1.jpg")[0].maps["layer.2"], maps.maps["layer.2"], atol=2e-3, rtol=2e-3)
-    with pytest.raises(ValueError, match="must be relative"):
-        cache.file("../1.jpg")
-    cache.file("2.jpg").write_bytes(b"nothing")
+    save_features(tmp_path / "half.safetensors", [maps], "float16", "")
+    (half,) = load_features(tmp_path / "half.safetensors")
+    torch.testing.assert_close(half.maps["layer.2"], maps.maps["layer.2"], atol=2e-3, rtol=2e-3)
+    (tmp_path / "2.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="not a file of kept features"):
-        cache.load("2.jpg")
+        load_features(tmp_path / "2.safetensors")
 
 
 def test_the_command_writes_reports_and_pictures(

@@ -16,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.alignment import align_depth, fit_scale_shift
+from diffrep.eval.datasets.archives import read_plain
 from diffrep.eval.datasets.dense_images import (
     DEPTH_BENCHMARKS,
     DenseSample,
     open_benchmark,
 )
 from diffrep.eval.datasets.pairs import DatasetError, Problem
-from diffrep.eval.datasets.plain_pickle import read_plain
 from diffrep.eval.maps import (
     DepthProtocol,
     NormalProtocol,

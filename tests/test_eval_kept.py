@@ -17,9 +17,8 @@ from torch import Tensor
 
 from diffrep.cli import main
 from diffrep.eval.cache import ImageResults, digest
-from diffrep.eval.datasets.archives import Archive, read_array
+from diffrep.eval.datasets.archives import Archive, read_array, read_plain
 from diffrep.eval.datasets.dense_images import open_benchmark
-from diffrep.eval.datasets.plain_pickle import read_plain
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, evaluate_maps
 from diffrep.eval.published import PUBLISHED, PUBLISHED_DEPTH, PUBLISHED_DIS, PUBLISHED_FLOW, PUBLISHED_NORMALS
 from diffrep.eval.report import Problem, Report, Section, bootstrap, plain, with_interval

@@ -15,8 +15,8 @@ from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.cli import main
-from diffrep.eval.annotated_scenes import SceneFiles, annotated_scenes
 from diffrep.eval.map_probes import PixelScores, confusion, score_dense_probe
+from diffrep.eval.rendering import SceneFiles, annotated_scenes
 from diffrep.features import ExtractConfig
 from diffrep.heads.maps import DepthMap, NormalMap, save_map
 from diffrep.heads.probes import load_dense_probe, load_probe, saved_kind

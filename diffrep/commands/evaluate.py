@@ -11,8 +11,7 @@ import tyro
 
 from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.eval.cache import Kept
-from diffrep.eval.correspondence import Search, evaluate_pairs
-from diffrep.eval.correspondence_report import CorrespondenceReport, save_failures
+from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs, save_failures
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.keypoint_tables import read_keypoint_tables
 from diffrep.eval.datasets.pair_sets import read_ap10k, read_pf_pascal, read_pf_willow, read_spair, read_spair_u

@@ -10,8 +10,8 @@ import tyro
 from tqdm import tqdm
 
 from diffrep.commands.probe_options import Extraction, NewProbe, WorkOptions
-from diffrep.eval.annotated_scenes import SceneFiles, What, annotated_scenes, scene_classes
 from diffrep.eval.map_probes import score_dense_probe, score_pixel_probe
+from diffrep.eval.rendering import SceneFiles, What, annotated_scenes, scene_classes
 from diffrep.heads.probes import PixelSettings, Resizing, train_pixel_probe
 from diffrep.heads.probes.annotated import AnnotatedFiles, hold_out, pair_annotations
 from diffrep.heads.probes.dense_probe import Annotation, DenseSettings, DenseTask, train_dense_probe

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.eval.datasets.archives import Archive, read_array, read_exr
+from diffrep.eval.datasets.archives import Archive, read_array, read_exr, read_plain
 from diffrep.eval.datasets.pairs import DatasetError, read_lines
-from diffrep.eval.datasets.plain_pickle import read_plain
 from diffrep.eval.published import read_tables
 from diffrep.eval.report import Problem
 from diffrep.heads.training.datasets import KITTI_SIZE, kitti_crop
