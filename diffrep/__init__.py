@@ -28,70 +28,31 @@ if TYPE_CHECKING:
     from diffrep.masks import load_mask
     from diffrep.matching import MatchConfig, match_dense, match_points
     from diffrep.recipes import Correspondence, Recipe, recipe
-    from diffrep.refinement import refine
     from diffrep.store import Store, open_store
-    from diffrep.swap import swap_appearance
+    from diffrep.swap import refine, swap_appearance
     from diffrep.synthesis import load_synthesis, synthesize
     from diffrep.tasks import pipeline
 
 __version__ = "0.1.0"
 
-_MODULES = {  # module -> the public names that it defines, in the order in which one meets them
-    "diffrep.images": (
-        "load_image",
-        "Sizing",
-        "Placement",
-    ),
-    "diffrep.masks": ("load_mask",),
-    "diffrep.tasks": ("pipeline",),
-    "diffrep.backbones": (
-        "load_backbone",
-        "Backbone",
-        "TapInfo",
-    ),
-    "diffrep.features": (
-        "extract",
-        "extract_each",
-        "ExtractConfig",
-        "FeatureMaps",
-    ),
-    "diffrep.fusion": (
-        "Fusion",
-        "Part",
-        "fuse",
-        "Descriptors",
-    ),
-    "diffrep.matching": (
-        "MatchConfig",
-        "match_points",
-        "match_dense",
-    ),
-    "diffrep.recipes": (
-        "Correspondence",
-        "Recipe",
-        "recipe",
-    ),
-    "diffrep.swap": ("swap_appearance",),
-    "diffrep.refinement": ("refine",),
-    "diffrep.draw": (
-        "draw_matches",
-        "draw_field",
-        "draw_components",
-        "draw_heat",
-    ),
-    "diffrep.heads.loading": ("load_head",),
-    "diffrep.heads.probes": ("load_probe",),
-    "diffrep.manifold": ("HeatGeodesicEmbedding",),
-    "diffrep.synthesis": (
-        "load_synthesis",
-        "synthesize",
-    ),
-    "diffrep.store": (
-        "open_store",
-        "Store",
-    ),
+_NAMES = {  # module -> the public names that it defines
+    "images": "load_image Sizing Placement",
+    "masks": "load_mask",
+    "tasks": "pipeline",
+    "backbones": "load_backbone Backbone TapInfo",
+    "features": "extract extract_each ExtractConfig FeatureMaps",
+    "fusion": "Fusion Part fuse Descriptors",
+    "matching": "MatchConfig match_points match_dense",
+    "recipes": "Correspondence Recipe recipe",
+    "swap": "swap_appearance refine",
+    "draw": "draw_matches draw_field draw_components draw_heat",
+    "heads.loading": "load_head",
+    "heads.probes": "load_probe",
+    "manifold": "HeatGeodesicEmbedding",
+    "synthesis": "load_synthesis synthesize",
+    "store": "open_store Store",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_HOME = {name: f"diffrep.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "load_image",

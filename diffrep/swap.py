@@ -1,13 +1,17 @@
 """Instance swapping: one object keeps its pose and takes another's looks (sd-dino, "A Tale of Two Features").
 
 Every place of the object that keeps its pose is matched with its nearest place in the object that lends its looks (a
-dense field), the lending image is read there (a warp), and the result is blended into the first image (a composite).
-`diffrep.refinement` can run a diffusion model over it.
+dense field), the lending image is read there (a warp), and the result is blended into the first image (a composite):
+`swap_appearance`. Where no masks are known, `cosegment` finds the object that two images have in common; `refine` lets
+a diffusion model go over the result until it looks like one of its images.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +20,17 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from diffrep.fusion import Descriptors, lattice
+from diffrep.backbones import BackboneError, LatentDiffusion, draw_noise
+from diffrep.fusion import Descriptors, lattice, sample
+from diffrep.images import Sizing, fit_image, stack_pixels
 from diffrep.masks import read_mask
-from diffrep.settings import Metric, SwapConfig
-from diffrep.similarity import nearest
+from diffrep.matching import open_cells
+from diffrep.settings import Metric, RefineConfig, SwapConfig
+from diffrep.similarity import nearest, similarities
+
+SIDE = 256  # pixels: the longer side at which co-segmentation's masks are refined
+BORDER_NEIGHBOURS = 5  # places of the border whose likeness is averaged
+MARGIN = 0.3  # standard deviations above the threshold that separates the scores best
 
 
 @dataclass(frozen=True)
@@ -66,14 +77,13 @@ def swap_appearance(
     """
     config = config or SwapConfig()
     for picture, descriptors in ((image, pose), (other, appearance)):
-        if (picture.height, picture.width) != descriptors.placement.image_size:
+        height, width = descriptors.placement.image_size
+        if picture.size != (width, height):
             raise ValueError(
-                f"the image is {picture.height} x {picture.width}, its descriptors are of one of"
-                f" {descriptors.placement.image_size[0]} x {descriptors.placement.image_size[1]}"
+                f"the image is {picture.height} x {picture.width}, its descriptors are of one of {height} x {width}"
             )
     field = swap_field(pose, appearance, config, pose_mask=pose_mask, mask=mask)
-    painted = warp(other, smooth_field(field, config.smooth))
-    return composite(image, painted, pose_mask, feather=config.feather)
+    return composite(image, warp(other, smooth_field(field, config.smooth)), pose_mask, feather=config.feather)
 
 
 @torch.no_grad()
@@ -92,9 +102,7 @@ def swap_field(
     """
     config = config or SwapConfig()
     size, other_size = (_reduced(d.placement.image_size, config.resolution) for d in (pose, appearance))
-    painted, sources, places = _nearest_places(
-        pose, appearance, size, other_size, pose_mask=pose_mask, mask=mask, metric=config.metric
-    )
+    painted, sources, places = _nearest_places((pose, size, pose_mask), (appearance, other_size, mask), config.metric)
     if not bool(painted.any()):
         raise ValueError("there is no place to paint: the mask of the image that keeps its pose is empty")
     points = places.new_full((len(painted), 2), torch.nan)
@@ -116,16 +124,14 @@ def swap_colours(
 ) -> Tensor:
     """Paint every place of one image with the colour of its nearest place in the other, as sd-dino's script does.
 
-    The descriptors are read, bilinearly, at the pixels of `size` and of `colours`; the work grows with the product
-    of the two numbers of pixels, so these are sizes such as 128 to 512 on a side, not those of photographs.
+    The work grows with the product of the pixels of `size` and of `colours`: these are sizes such as 128 to 512 on a
+    side, not those of photographs.
 
     Args:
-        pose: of the image that is painted.
-        appearance: of the image that lends its colours.
+        pose, appearance: descriptors of the image that is painted and of the one that lends its colours.
         colours: (3, h, w), the appearance image at any resolution.
         size: (h, w) of the result, over the whole pose image.
-        pose_mask: (H', W') over the whole pose image, at any resolution: what is painted; everything where None.
-        mask: the same for the appearance image: where colours may come from.
+        pose_mask, mask: as in `swap_appearance`.
 
     Returns:
         (3, *size), black outside `pose_mask`.
@@ -135,28 +141,20 @@ def swap_colours(
     """
     if colours.ndim != 3 or colours.shape[0] != 3:
         raise ValueError(f"colours must be (3, h, w), got {tuple(colours.shape)}")
-    painted, sources, _ = _nearest_places(
-        pose, appearance, size, (colours.shape[1], colours.shape[2]), pose_mask=pose_mask, mask=mask, metric=metric
-    )
+    other_size = (colours.shape[1], colours.shape[2])
+    painted, sources, _ = _nearest_places((pose, size, pose_mask), (appearance, other_size, mask), metric)
     result = colours.new_zeros(3, size[0] * size[1])
     result[:, painted.to(colours.device)] = colours.flatten(1)[:, sources.to(colours.device)]
     return result.unflatten(1, size)
 
 
-def _nearest_places(
-    pose: Descriptors,
-    appearance: Descriptors,
-    size: tuple[int, int],
-    other_size: tuple[int, int],
-    *,
-    pose_mask: Tensor | None,
-    mask: Tensor | None,
-    metric: Metric,
-) -> tuple[Tensor, Tensor, Tensor]:
+Side = tuple[Descriptors, tuple[int, int], Tensor | None]  # of a swap: descriptors, size (h, w) of its places, mask
+
+
+def _nearest_places(pose: Side, appearance: Side, metric: Metric) -> tuple[Tensor, Tensor, Tensor]:
     """Which of h * w places are painted (bool), from which of the other's places, and where all of those lie."""
-    places, painted = _places(pose, size, pose_mask)
-    other_places, lending = _places(appearance, other_size, mask)
-    best = nearest(pose.at(places[painted]), appearance.at(other_places[lending]), metric)
+    (places, painted), (other_places, lending) = _places(*pose), _places(*appearance)
+    best = nearest(pose[0].at(places[painted]), appearance[0].at(other_places[lending]), metric)
     return painted, lending.nonzero()[:, 0][best.indices], other_places
 
 
@@ -200,38 +198,27 @@ def warp(other: Image.Image, field: SwapField) -> Image.Image:
     Returns:
         RGB of the size of the image that keeps its pose.
     """
-    h, w = field.valid.shape
-    points = _filled(field)
-    height, width = field.image_size
-    scale = torch.tensor([w / width, h / height])
-    cells = (lattice((height, width)) + 0.5) * scale - 0.5
-    base, share = cells.floor(), cells - cells.floor()
+    (h, w), (height, width) = field.valid.shape, field.image_size
+    rows, columns = ndimage.distance_transform_edt(
+        ~field.valid.cpu().numpy(), return_distances=False, return_indices=True
+    )
+    points = field.points.cpu()[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
+    cells = (lattice((height, width)) + 0.5) * torch.tensor([w / width, h / height]) - 0.5
+
+    def at(places: Tensor) -> Tensor:
+        return points[places[..., 1].long().clamp(0, h - 1), places[..., 0].long().clamp(0, w - 1)]
+
+    nearest_place = at(cells.round())
     total, weights = torch.zeros(height, width, 2), torch.zeros(height, width, 1)
-    centre = cells.round().long()
-    nearest_place = points[centre[..., 1].clamp(0, h - 1), centre[..., 0].clamp(0, w - 1)]
-    for down in (0, 1):
-        for right in (0, 1):
-            column = (base[..., 0].long() + right).clamp(0, w - 1)
-            row = (base[..., 1].long() + down).clamp(0, h - 1)
-            near = points[row, column]
-            together = (near - nearest_place).abs().amax(-1, keepdim=True) <= 4 * field.step
-            corner = torch.tensor([right, down])
-            weight = (1 - (share - corner).abs()).prod(-1, keepdim=True) * together
-            total += weight * near
-            weights += weight
+    for corner in lattice((2, 2)).flatten(0, 1):
+        near = at(cells.floor() + corner)
+        together = (near - nearest_place).abs().amax(-1, keepdim=True) <= 4 * field.step
+        weight = (1 - (cells - cells.floor() - corner).abs()).prod(-1, keepdim=True) * together
+        total += weight * near
+        weights += weight
     places = torch.where(weights > 0, total / weights.clamp(min=1e-12), nearest_place)
-    pixels = torch.from_numpy(np.array(other.convert("RGB"))).permute(2, 0, 1)[None].float()
-    span = torch.tensor([other.width, other.height])
-    grid = (places + 0.5) * (2 / span) - 1
-    read = F.grid_sample(pixels, grid[None], padding_mode="border", align_corners=False)[0]
-    return Image.fromarray(read.round().clamp(0, 255).byte().permute(1, 2, 0).numpy())
-
-
-def _filled(field: SwapField) -> Tensor:
-    """(h, w, 2): the field's points with invalid places as their nearest valid one, on the CPU."""
-    invalid = ~field.valid.cpu().numpy()
-    rows, columns = ndimage.distance_transform_edt(invalid, return_distances=False, return_indices=True)
-    return field.points.cpu()[torch.from_numpy(rows).long(), torch.from_numpy(columns).long()]
+    pixels = torch.from_numpy(np.array(other.convert("RGB")))
+    return Image.fromarray(sample(pixels, places).round().clamp(0, 255).byte().numpy())
 
 
 def composite(image: Image.Image, painted: Image.Image, mask: Tensor | None, *, feather: float = 1.5) -> Image.Image:
@@ -245,3 +232,212 @@ def composite(image: Image.Image, painted: Image.Image, mask: Tensor | None, *, 
     shape = Image.fromarray((mask > 0).cpu().numpy().astype(np.uint8) * 255)
     soft = ndimage.gaussian_filter(np.asarray(shape.resize(image.size, Image.Resampling.BILINEAR), np.float32), feather)
     return Image.composite(painted, image, Image.fromarray(soft.round().astype(np.uint8)))
+
+
+# -- co-segmentation ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cosegment(images: Sequence[Image.Image], descriptors: Sequence[Descriptors]) -> tuple[Tensor, Tensor]:
+    """Masks of the object that two images share, from their descriptors alone: no labels, no training.
+
+    A place belongs to the object where the other image shows something like it and the border of its image does not:
+    the object must not fill the border. The edges of the masks follow those of the images. Where masks are known, give
+    those instead.
+
+    Args:
+        images: two RGB images.
+        descriptors: of the two, fused together.
+
+    Returns:
+        (H, W) bool for each, over the whole image, with its longer side at most `SIDE` pixels.
+
+    Raises:
+        ValueError: these are not two images, or nothing in them can be told from their borders.
+    """
+    if len(images) != 2 or len(descriptors) != 2:
+        raise ValueError(f"an object in common takes two images, got {len(images)} and {len(descriptors)} descriptors")
+    scores = [_object_scores(here, other) for here, other in zip(descriptors, reversed(descriptors), strict=True)]
+    on_image = torch.cat([s[s.isfinite()] for s in scores])
+    threshold = otsu_threshold(on_image) + MARGIN * on_image.std()
+    masks = []
+    for number, (image, described, score) in enumerate(zip(images, descriptors, scores, strict=True), 1):
+        score = torch.where(score.isfinite(), score - threshold, on_image.min() - threshold)
+        masks.append(_at_edges(image, described, score) > 0)
+        if not bool(masks[-1].any()):
+            raise ValueError(f"no object was found in image {number} of 2: give its mask")
+    return masks[0], masks[1]
+
+
+def _object_scores(here: Descriptors, other: Descriptors) -> Tensor:
+    """(h, w): likeness to the best place of the other image minus that to this image's border; -inf on padding."""
+    rows, inside = here.rows(), here.on_image()
+    # the outermost ring of places on the image: those with a neighbour that is not
+    ring = inside & (F.max_pool2d(F.pad((~inside)[None, None].float(), (1,) * 4, value=1.0), 3, stride=1)[0, 0] > 0)
+    border = ring.flatten().nonzero()[:, 0]
+    likeness = similarities(rows, rows[border])
+    likeness[border, torch.arange(len(border), device=border.device)] = -1  # a border place is not its own neighbour
+    background = likeness.topk(min(BORDER_NEIGHBOURS, len(border)), dim=1).values.mean(1)
+    common = similarities(rows, other.rows()[open_cells(other, None)]).amax(1)
+    return (common - background).unflatten(0, here.size).masked_fill(~inside, -torch.inf).cpu()
+
+
+def otsu_threshold(values: Tensor) -> Tensor:
+    """The value () that splits values (N,) into two classes with the greatest variance between them (Otsu 1979)."""
+    ordered = values.flatten().sort().values.double()
+    below = torch.arange(1, len(ordered), dtype=torch.float64)
+    above = len(ordered) - below
+    sums = ordered.cumsum(0)
+    between = below * above * (sums[:-1] / below - (sums[-1] - sums[:-1]) / above).square()
+    return ordered[between.argmax()].float()
+
+
+def _at_edges(image: Image.Image, described: Descriptors, score: Tensor) -> Tensor:
+    """Scores of places -> (H, W) scores of the reduced image's pixels, with edges where the image has them."""
+    size = _reduced((image.height, image.width), SIDE)
+    field = Descriptors((score[..., None],), (1.0,), described.placement, described.grid)
+    upsampled = field.at(_places(field, size, None)[0]).parts[0].view(1, 1, *size)
+    resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
+    guide = torch.from_numpy(np.array(resized)).permute(2, 0, 1)[None].float() / 255
+    return guided_filter(upsampled, guide, radius=max(1, round(0.08 * max(size))))[0, 0]
+
+
+def guided_filter(maps: Tensor, guide: Tensor, *, radius: int, regularity: float = 1e-3) -> Tensor:
+    """Smooth a map by local linear functions of a colour image (He, Sun and Tang 2010, equations 19 to 21).
+
+    Args:
+        maps: (1, 1, H, W).
+        guide: (1, 3, H, W) in [0, 1].
+        radius: of the square windows, pixels.
+        regularity: the epsilon of the paper, for colours in [0, 1].
+
+    Returns:
+        (1, 1, H, W).
+    """
+
+    def mean(values: Tensor) -> Tensor:
+        return F.avg_pool2d(F.pad(values, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+
+    colour, value = mean(guide), mean(maps)
+    products = (guide[:, :, None] * guide[:, None]).flatten(1, 2)
+    spread = mean(products).unflatten(1, (3, 3)) - colour[:, :, None] * colour[:, None]
+    joint = (mean(guide * maps) - colour * value).permute(0, 2, 3, 1)[..., None]
+    spread = spread.permute(0, 3, 4, 1, 2) + regularity * torch.eye(3)
+    slope = torch.linalg.solve(spread, joint)[..., 0].permute(0, 3, 1, 2)
+    offset = value - (slope * colour).sum(1, keepdim=True)
+    return (mean(slope) * guide).sum(1, keepdim=True) + mean(offset)
+
+
+# -- refinement ---------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def refine(
+    image: Image.Image,
+    backbone: LatentDiffusion,
+    config: RefineConfig | None = None,
+    *,
+    mask: Tensor | None = None,
+    feather: float = 1.5,
+) -> Image.Image:
+    """Let a diffusion model draw an image, or what a mask selects of it, again from partial noise.
+
+    The image gets noise up to some timestep and is denoised again (SDEdit, arXiv:2108.01073); outside of the mask every
+    step is overwritten with the noised original, so that only the object changes (Blended Diffusion,
+    arXiv:2111.14818). The model sees the square around the mask, with a margin, at its own resolution. sd-dino
+    describes its refinement as DDIM inversion and sampling with injected features, but never released it.
+
+    Args:
+        image: RGB.
+        backbone: its U-Net and VAE encoder are used; the VAE decoder is read from its folder.
+        mask: (H', W') over the whole image, at any resolution: what may change; everything where None.
+        feather: softness of the mask's edge, pixels of the image.
+
+    Returns:
+        RGB of the same size.
+
+    Raises:
+        ValueError: the mask is empty.
+        BackboneError: the backbone's folder has no VAE with a decoder.
+    """
+    config = config or RefineConfig()
+    box = (0, 0, *image.size) if mask is None else _square_around(mask, image.size)
+    crop = image.crop(box)
+    side = backbone.recommended.sizing.size
+    canvas = Sizing("pad", side if isinstance(side, int) else max(side or (512,)), resample="lanczos", fill="edge")
+    pixels, placement = fit_image(crop, canvas)
+    inside = None
+    if mask is not None:
+        cut = Image.fromarray((mask > 0).cpu().numpy()).resize(image.size, Image.Resampling.NEAREST).crop(box)
+        fitted, _ = fit_image(cut.convert("RGB"), Sizing("pad", canvas.size, resample="bilinear"))
+        inside = F.max_pool2d(fitted[:1][None].float() / 255, backbone.stride)
+    drawn = _denoise_again(stack_pixels([pixels]), backbone, config, inside)[0]
+    x0, y0, x1, y1 = (round(v) for v in placement.content_box)
+    array = (drawn[:, y0:y1, x0:x1].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    whole = image.copy()
+    whole.paste(Image.fromarray(array).resize(crop.size, Image.Resampling.LANCZOS), box[:2])
+    return composite(image, whole, mask, feather=feather)
+
+
+def _denoise_again(pixels: Tensor, backbone: LatentDiffusion, config: RefineConfig, inside: Tensor | None) -> Tensor:
+    """Add noise to images (B, 3, H, W) in [0, 1] and denoise them by DDIM: (B, 3, H, W), about [0, 1], not clamped.
+
+    `inside`, (1, 1, H / stride, W / stride) in [0, 1], says which latent cells may change; None: all.
+    """
+    mean, _ = backbone.encode(pixels)
+    clean = backbone.scale(mean)
+    noise = draw_noise(clean.shape[1:], config.seed).to(clean)
+    context = backbone.embed(config.prompt).context
+    plain = backbone.embed("").context if config.guidance != 1 else None
+    first = max(round(config.strength * len(backbone.alphas_cumprod)) - 1, 0)
+    times = torch.linspace(first, 0, min(config.steps, first + 1)).round().long().tolist()
+
+    def original(timestep: int) -> Tensor:
+        return clean if timestep < 0 else backbone.add_noise(clean, noise, timestep)
+
+    latents = original(times[0])
+    for before, after in zip(times, [*times[1:], -1], strict=True):
+        predicted = backbone.predict_noise(latents, before, context)
+        if plain is not None:
+            without = backbone.predict_noise(latents, before, plain)
+            predicted = without + config.guidance * (predicted - without)
+        latents, _ = backbone.ddim_step(latents, predicted, before, after)
+        if inside is not None:
+            latents = torch.lerp(original(after), latents, inside.to(latents))
+    vae = _decoder_of(backbone)
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    decoded: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
+    return decoded.float() / 2 + 0.5
+
+
+def _decoder_of(backbone: LatentDiffusion) -> Any:
+    """The whole VAE of a backbone's folder: extraction has given its decoder away."""
+    from diffusers import AutoencoderKL
+
+    from diffrep.backbones.loading import load_component, local_variant
+
+    folder = Path(backbone.source)
+    if folder.is_dir() and not (folder / "vae").is_dir():
+        raise BackboneError(f"{backbone.source}: has no folder vae/, nothing can be decoded")
+    variant = local_variant(folder / "vae") if folder.is_dir() else None
+    # decoded in float32: some VAEs overflow in half precision
+    vae = load_component(AutoencoderKL, backbone.source, "vae", torch.float32, variant)
+    return vae.to(backbone.device).eval()
+
+
+def _square_around(mask: Tensor, size: tuple[int, int], margin: float = 0.15) -> tuple[int, int, int, int]:
+    """x0, y0, x1, y1 of a square around the mask with a margin, inside the image of (width, height) where it fits."""
+    bounds = []  # (low, high) of x and of y, in pixels of the image
+    for axis, length in enumerate(size):
+        used = np.flatnonzero((mask > 0).cpu().numpy().any(axis))
+        if not len(used):
+            raise ValueError("there is nothing to refine: the mask is empty")
+        cells = mask.shape[1 - axis]
+        bounds.append((used[0] * length / cells, (used[-1] + 1) * length / cells))
+    side = (1 + 2 * margin) * max(high - low for low, high in bounds)
+    starts = [
+        min(max((low + high - side) / 2, 0), max(length - side, 0))
+        for (low, high), length in zip(bounds, size, strict=True)
+    ]
+    ends = [min(length, int(np.ceil(start + side))) for start, length in zip(starts, size, strict=True)]
+    return int(starts[0]), int(starts[1]), ends[0], ends[1]

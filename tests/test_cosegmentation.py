@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.cosegmentation import cosegment, guided_filter, otsu_threshold
 from diffrep.fusion import Descriptors
+from diffrep.swap import cosegment, guided_filter, otsu_threshold
 
 from .fields import generator
 

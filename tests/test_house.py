@@ -49,8 +49,6 @@ FLOORS = {
     "diffrep.matching": 3,
     "diffrep.similarity": 3,
     "diffrep.swap": 3,
-    "diffrep.cosegmentation": 3,
-    "diffrep.refinement": 3,
     "diffrep.index": 3,
     "diffrep.draw": 3,
     "diffrep.recipes": 3,

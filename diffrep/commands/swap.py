@@ -43,13 +43,11 @@ class Swap(BackboneOptions, PrecisionOptions):
     refinement: RefineConfig = field(default_factory=RefineConfig)
 
     def run(self) -> None:
-        from diffrep.cosegmentation import cosegment
         from diffrep.draw import side_by_side
         from diffrep.images import load_image
         from diffrep.masks import load_mask
         from diffrep.recipes import Correspondence
-        from diffrep.refinement import refine
-        from diffrep.swap import swap_appearance
+        from diffrep.swap import cosegment, refine, swap_appearance
 
         if self.whole and (self.mask_a is not None or self.mask_b is not None):
             raise ValueError("--whole paints everything: it does not go with --mask-a or --mask-b")
