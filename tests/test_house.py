@@ -226,7 +226,6 @@ LINES, FILES, LINES_OF_A_FILE = 34_000, 190, 500  # what the product may hold at
 # class names that two modules have still; a name that is not here must be the only one
 TWICE = {
     "Denoiser",
-    "Index",
     "Part",
     "Reading",
     "Recipe",

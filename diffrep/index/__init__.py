@@ -12,7 +12,6 @@ from diffrep.index.exact import (
     FAISS_FROM,
     Backend,
     FaissIndex,
-    Index,
     Neighbours,
     TorchIndex,
     build_index,
@@ -21,29 +20,16 @@ from diffrep.index.exact import (
 )
 
 if TYPE_CHECKING:
-    from diffrep.index.building import IndexConfig, index_store
     from diffrep.index.query import Hit, contact_sheet, query_image, search_folder
-    from diffrep.index.stored import IndexKind, StoredIndex, choose_kind, open_index
+    from diffrep.index.stored import IndexConfig, IndexKind, StoredIndex, choose_kind, index_store, open_index
 
-_HOME = {  # public name -> module that defines it
-    "Hit": "query",
-    "IndexConfig": "building",
-    "IndexKind": "stored",
-    "StoredIndex": "stored",
-    "choose_kind": "stored",
-    "contact_sheet": "query",
-    "index_store": "building",
-    "open_index": "stored",
-    "query_image": "query",
-    "search_folder": "query",
-}
+_QUERY = {"Hit", "contact_sheet", "query_image", "search_folder"}  # the others are in `stored`
 
 __all__ = [
     "FAISS_FROM",
     "Backend",
     "FaissIndex",
     "Hit",
-    "Index",
     "IndexConfig",
     "IndexKind",
     "Neighbours",
@@ -62,6 +48,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"diffrep.index.{_HOME[name]}"), name)
-    raise AttributeError(f"module 'diffrep.index' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'diffrep.index' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"diffrep.index.{'query' if name in _QUERY else 'stored'}"), name)

@@ -9,7 +9,7 @@ the lowest index.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,27 +34,22 @@ class Neighbours:
     scores: Tensor
 
 
-class Index(Protocol):
-    """A gallery that can be searched by inner product, which is the cosine for vectors of unit length."""
-
-    gallery: Tensor
-    longest: float  # norm of the longest vector
-
-    def candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(scores, indices), both (Q, k), best first, as exact as float32 is."""
-        ...
-
-
 class TorchIndex:
-    """Exact search by products in chunks, on the gallery's device."""
+    """A gallery (N, C) that is searched by inner product, the cosine for vectors of unit length.
+
+    The search is exact, by products in chunks of `memory` bytes, on the gallery's device.
+
+    Raises:
+        ValueError: the gallery is no matrix, is empty, or has values that are not finite.
+    """
 
     def __init__(self, gallery: Tensor, *, memory: int = CHUNK_BYTES) -> None:
         self.gallery = _matrix(gallery, "gallery")
-        self.longest = _longest(self.gallery)
+        self.longest = float(self.gallery.square().sum(1).max().sqrt())  # norm of the longest vector
         self.memory = memory
 
     def candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best by float32 products."""
+        """(scores, indices) of the k best, both (Q, k), best first, as exact as float32 is."""
         step = max(1, self.memory // (4 * len(self.gallery)))
         best = []
         with full_precision(self.gallery.device):
@@ -64,16 +59,15 @@ class TorchIndex:
         return torch.cat([values for values, _ in best]), torch.cat([indices for _, indices in best])
 
 
-class FaissIndex:
-    """FAISS's flat inner product index.
+class FaissIndex(TorchIndex):
+    """The same by FAISS's flat inner product index.
 
     Raises:
         ImportError: faiss is not installed.
     """
 
     def __init__(self, gallery: Tensor) -> None:
-        self.gallery = _matrix(gallery, "gallery")
-        self.longest = _longest(self.gallery)
+        super().__init__(gallery)
         faiss = import_faiss()
         self.index: Any = faiss.IndexFlatIP(self.gallery.shape[1])
         if self.gallery.is_cuda and hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
@@ -83,13 +77,12 @@ class FaissIndex:
         self.index.add(self.gallery.cpu().numpy())
 
     def candidates(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best by FAISS."""
+        """As `TorchIndex.candidates`."""
         scores, indices = self.index.search(queries.cpu().numpy(), k)
-        device = self.gallery.device
-        return torch.from_numpy(scores).to(device), torch.from_numpy(indices).to(device)
+        return torch.from_numpy(scores).to(queries.device), torch.from_numpy(indices).to(queries.device)
 
 
-def build_index(gallery: Tensor, backend: Backend = "auto") -> TorchIndex | FaissIndex:
+def build_index(gallery: Tensor, backend: Backend = "auto") -> TorchIndex:
     """Make an index of (N, C) gallery vectors; ``auto`` takes FAISS from 50,000 vectors on.
 
     Raises:
@@ -105,7 +98,7 @@ def build_index(gallery: Tensor, backend: Backend = "auto") -> TorchIndex | Fais
 
 
 @torch.no_grad()
-def search(index: Index, queries: Tensor, k: int = 1) -> Neighbours:
+def search(index: TorchIndex, queries: Tensor, k: int = 1) -> Neighbours:
     """Find the k gallery vectors with the largest inner product for each of (Q, C) queries.
 
     Raises:
@@ -144,10 +137,6 @@ def _matrix(vectors: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(vectors).all()):
         raise ValueError(f"{name} has NaN or infinite values")
     return vectors
-
-
-def _longest(gallery: Tensor) -> float:
-    return float(gallery.square().sum(1).max().sqrt())
 
 
 def import_faiss() -> Any:

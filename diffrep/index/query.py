@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,13 +17,11 @@ from torch import Tensor
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.backbones.repositories import without_fetching
-from diffrep.devices import resolve_device
 from diffrep.draw import draw_contact_sheet
 from diffrep.features import ExtractConfig, FeatureMaps, extract
 from diffrep.files import printable
 from diffrep.images import ImageError, ImageLike, load_image
-from diffrep.index.building import IndexConfig, index_store
-from diffrep.index.stored import Level, Place, StoredIndex, open_index
+from diffrep.index.stored import IndexConfig, Level, Place, StoredIndex, index_store, open_index
 from diffrep.store import BulkConfig, Extracted, Keep, extract_store, open_store
 from diffrep.store.manifest import difference, extract_config, provenance
 from diffrep.store.shards import pooled
@@ -140,28 +139,23 @@ def search_folder(
     picture = load_image(image)
     _check_question(point, box, k, picture.size)
     root, sources = find_sources([folder])
-    loaded = (
-        load_backbone(backbone, device=resolve_device(device), dtype=dtype) if isinstance(backbone, str) else backbone
-    )
+    loaded = load_backbone(backbone, device=device, dtype=dtype) if isinstance(backbone, str) else backbone
     settings = json.dumps(provenance(loaded, config or ExtractConfig()), sort_keys=True)
-    base = (
-        Path(work) if work is not None else Path(folder).absolute().with_name(f"{Path(folder).absolute().name}.search")
-    )
-    base /= hashlib.sha256(settings.encode()).hexdigest()[:12]  # each backbone and way of extraction has its place
+    beside = Path(folder).absolute().with_name(f"{Path(folder).absolute().name}.search")
+    # each backbone and way of extraction has its place
+    base = Path(work or beside) / hashlib.sha256(settings.encode()).hexdigest()[:12]
     bulk = replace(bulk or BulkConfig(), changed="update")
-    extracted = extract_store(
-        [folder], base / "store", loaded, config, Keep(kind="maps"), bulk, root=root, progress=progress
-    )
+    keep = Keep(kind="maps")
+    extracted = extract_store([folder], base / "store", loaded, config, keep, bulk, root=root, progress=progress)
     store = open_store(base / "store")
     if not len(store):
         name, reason = store.quarantined[0]
         raise ImageError(f"{printable(folder)}: no image in it can be used, first {printable(name)}: {reason}")
     level: Level = "image" if point is None and box is None else "patch"
     place = base / ("images.index" if level == "image" else "places.index")
-    try:
+    index = None
+    with contextlib.suppress(ValueError):  # there is none, or it is damaged
         index = open_index(place)
-    except ValueError:  # there is none, or it is damaged
-        index = None
     if index is None or not index.holds([store]):
         index = index_store([store], place, IndexConfig(level=level), replace=True, progress=progress)
     present = {source.name for source in sources}
@@ -215,7 +209,7 @@ def _backbone_of(index: StoredIndex, backbone: str | Backbone | None, device: st
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{index.folder}: the index does not say how it was made ({error})") from None
     if backbone is None or isinstance(backbone, str):
-        backbone = load_backbone(backbone or without_fetching(name) or name, device=resolve_device(device), dtype=dtype)
+        backbone = load_backbone(backbone or without_fetching(name) or name, device=device, dtype=dtype)
     try:
         way = provenance(backbone, config)
     except ValueError as error:  # a tap that the backbone does not have
@@ -228,18 +222,16 @@ def _backbone_of(index: StoredIndex, backbone: str | Backbone | None, device: st
 
 def _best_images(index: StoredIndex, vector: Tensor, k: int) -> list[Hit]:
     """The k images with the vectors nearest to one of (C,), one hit per image."""
-    hits: dict[int, Hit] = {}
-    wanted = k if index.level == "image" else _MORE * k
+    count = k if index.level == "image" else _MORE * k
     while True:
-        wanted = min(wanted, len(index))
-        answer = index.search(vector[None], wanted)
+        count = min(count, len(index))
+        answer, hits = index.search(vector[None], count), dict[int, Hit]()
         for row, score in zip(answer.indices[0].tolist(), answer.scores[0].tolist(), strict=True):
-            if row >= 0 and (number := int(index.image_of(torch.tensor(row)))) not in hits:
+            if row >= 0 and (number := index.image_of(row)) not in hits:
                 hits[number] = Hit(index.place(row), score, row)
-        if len(hits) >= k or wanted >= min(len(index), _MOST):
+        if len(hits) >= k or count >= min(len(index), _MOST):
             return list(hits.values())[:k]
-        hits.clear()
-        wanted *= _MORE
+        count *= _MORE
 
 
 def _look_inside(hits: Sequence[Hit], part: Tensor, tap: str, backbone: Backbone, config: ExtractConfig) -> list[Hit]:

@@ -23,7 +23,7 @@ from diffrep.eval.benchmarks.timing import Row, interleave, table
 from diffrep.features import ExtractConfig, extract_canvases
 from diffrep.images import Sizing, fit_image, load_image
 from diffrep.index import IndexConfig, IndexKind, StoredIndex
-from diffrep.index.building import index_vectors
+from diffrep.index.stored import index_vectors
 from diffrep.store import BulkConfig, Keep, Vectors, extract_store, open_store
 
 _CLUSTERS, _INNER = 3000, 48  # clusters lie in so many dimensions; the rest is noise
