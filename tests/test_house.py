@@ -153,6 +153,7 @@ def test_the_wheel_has_one_top_level_and_everything_in_it(tmp_path: Path) -> Non
         "diffrep/models/tiny/unet/config.json",
         "diffrep/eval/data/correspondence.toml",
         "diffrep/eval/data/keypoints.toml",
+        "diffrep/scenes/scenes.json",
         "diffrep/models/tiny-dino/model.safetensors",
     ):
         assert expected in names

@@ -18,8 +18,7 @@ from diffrep.scenes.categories import (
     ScenePart,
 )
 from diffrep.scenes.look import VOCABULARY
-from diffrep.scenes.render import render_scene
-from diffrep.scenes.scene import Scene, mirror
+from diffrep.scenes.render import Scene, mirror, render_scene
 from diffrep.scenes.sets import SceneSet, held_out_pair, render_set, scene_pairs, scene_seed, shared_keypoints
 
 __all__ = [

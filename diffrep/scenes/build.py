@@ -10,18 +10,20 @@ over, and the template's frame gives the canonical coordinates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
 import numpy as np
 
-from diffrep.scenes.shapes import Array, Ball, Shape, Tube, cross
+from diffrep.scenes.shapes import Array, Ball, Shape, Tube, block, cross
 
 T = TypeVar("T")
 Vector: TypeAlias = "Sequence[float] | np.ndarray"
+Points: TypeAlias = "Mapping[str, Vector]"
 
 SIDES = ((1.0, "left"), (-1.0, "right"))
+NO_POINTS: Points = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +93,11 @@ class Draw:
     def chance(self, probability: float) -> bool:
         """Whether an optional part is there; a template repeats the object's choice, or leaves it out."""
         if self._rng is not None:
-            there = bool(self._rng.random() < probability)
+            present = bool(self._rng.random() < probability)
         else:
-            there = bool(self._chosen.pop(0)) if self._chosen else False
-        self.chosen.append(int(there))
-        return there
+            present = bool(self._chosen.pop(0)) if self._chosen else False
+        self.chosen.append(int(present))
+        return present
 
     def template(self) -> Draw:
         """The draws of this object's template."""
@@ -119,7 +121,11 @@ def turn(axis: str, angle: float) -> Array:
 
 @dataclass(eq=False)
 class Body:
-    """Collects the primitives and keypoints of one object."""
+    """Collects the primitives and keypoints of one object.
+
+    Everything that places a shape takes `points`: names of keypoints on it, with their local coordinates as `point`
+    takes them.
+    """
 
     draw: Draw
     primitives: list[Primitive] = field(default_factory=list)
@@ -136,21 +142,44 @@ class Body:
         half: Vector,
         rotation: Array | None = None,
         rest: tuple[Array, Array] | None = None,
+        points: Points = NO_POINTS,
     ) -> Primitive:
         """Place a shape: local axes scaled by `half`, then turned, then moved to `centre`."""
         linear = np.diag(np.asarray(half, dtype=float))
         if rotation is not None:
             linear = rotation @ linear
-        primitive = Primitive(shape, linear, np.asarray(centre, dtype=float), part, paint, rest)
+        return self._place(Primitive(shape, linear, np.asarray(centre, dtype=float), part, paint, rest), points)
+
+    def _place(self, primitive: Primitive, points: Points) -> Primitive:
         self.primitives.append(primitive)
+        for name, local in points.items():
+            self.point(name, primitive, local)
         return primitive
 
     def ball(
-        self, part: str, paint: str, centre: Vector, radii: Vector | float, rotation: Array | None = None
+        self,
+        part: str,
+        paint: str,
+        centre: Vector,
+        radii: Vector | float,
+        rotation: Array | None = None,
+        points: Points = NO_POINTS,
     ) -> Primitive:
         """An ellipsoid."""
         half = (radii,) * 3 if isinstance(radii, (int, float)) else radii
-        return self.add(Ball(), part, paint, centre, half, rotation)
+        return self.add(Ball(), part, paint, centre, half, rotation, points=points)
+
+    def box(
+        self,
+        part: str,
+        paint: str,
+        centre: Vector,
+        half: Vector,
+        rotation: Array | None = None,
+        points: Points = NO_POINTS,
+    ) -> Primitive:
+        """A box of these half sides."""
+        return self.add(block(), part, paint, centre, half, rotation, points=points)
 
     def tube(
         self,
@@ -163,40 +192,27 @@ class Body:
         *,
         inner: float = 0.0,
         flat: float = 1.0,
+        points: Points = NO_POINTS,
     ) -> Primitive:
         """A frustum from `start` to `end`; `flat` scales its local x axis (elliptical sections)."""
         radii = radius, radius if end_radius is None else end_radius
         big = max(radii)
         first, last = np.asarray(start, dtype=float), np.asarray(end, dtype=float)
         half = (last - first) / 2
-        length = np.linalg.norm(half)
-        up = half / length
+        up = half / np.linalg.norm(half)
         # A reference in the mirror plane: the frames of a left and a right limb are then mirror images.
         reference = np.array([0.0, 0.0, 1.0]) if abs(up[2]) < 0.9 else np.array([0.0, 1.0, 0.0])
         side = cross(up, reference)
         side /= np.linalg.norm(side)
         linear = np.stack([side * big * flat, half, cross(side, up) * big], axis=1)
         shape = Tube(radii[0] / big, radii[1] / big, inner)
-        primitive = Primitive(shape, linear, (first + last) / 2, part, paint)
-        self.primitives.append(primitive)
-        return primitive
+        return self._place(Primitive(shape, linear, (first + last) / 2, part, paint), points)
 
-    def limb(
-        self,
-        part: str,
-        paint: str,
-        points: Sequence[Vector],
-        radii: Sequence[float],
-        *,
-        last_ball: bool = True,
-    ) -> list[Primitive]:
-        """Frustums through the points with balls at the joints; returns the frustums, then the balls."""
-        tubes = [
-            self.tube(part, paint, a, b, ra, rb)
-            for a, b, ra, rb in zip(points[:-1], points[1:], radii[:-1], radii[1:], strict=True)
-        ]
-        inner = list(zip(points, radii, strict=True))[1 : None if last_ball else -1]
-        return tubes + [self.ball(part, paint, p, r) for p, r in inner]
+    def limb(self, part: str, paint: str, joints: Sequence[Vector], radii: Sequence[float]) -> list[Primitive]:
+        """Frustums through the joints, with balls at all but the first; returns the frustums, then the balls."""
+        pairs = zip(joints[:-1], joints[1:], radii[:-1], radii[1:], strict=True)
+        tubes = [self.tube(part, paint, a, b, ra, rb) for a, b, ra, rb in pairs]
+        return tubes + [self.ball(part, paint, p, r) for p, r in zip(joints[1:], radii[1:], strict=True)]
 
     def point(self, name: str, primitive: Primitive, local: Vector) -> None:
         """Name a surface point by local coordinates.

@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
-from diffrep.scenes import animals, furniture, vehicles
+from diffrep.files import read_document
+from diffrep.scenes import creatures, furniture, vehicles
 from diffrep.scenes.build import Body, Draw
-from diffrep.scenes.motorbike import motorbike
-from diffrep.scenes.person import person
 from diffrep.scenes.shapes import Array
 
 
@@ -64,166 +64,17 @@ def mirrored_name(name: str) -> str:
     return re.sub(r"\b(left|right)\b", lambda m: "right" if m[0] == "left" else "left", name)
 
 
-_ANIMAL = {
-    "body": "body",
-    "neck": "neck",
-    "head": "head",
-    "snout": "snout",
-    "* ear": "ear",
-    "* front leg": "leg",
-    "* hind leg": "leg",
-    "tail": "tail",
-}
-_WHEELED = {
-    "body": "body",
-    "windows": "window",
-    "roof": "roof",
-    "front * wheel": "wheel",
-    "rear * wheel": "wheel",
-    "* mirror": "mirror",
-    "* headlight": "light",
-    "* tail light": "light",
-}
-_TABLE = (
-    Category("dog", animals.dog, _ANIMAL),
-    Category(
-        "bird",
-        animals.bird,
-        {
-            "body": "body",
-            "neck": "neck",
-            "head": "head",
-            "beak": "snout",
-            "* wing": "wing",
-            "* leg": "leg",
-            "tail": "tail",
-        },
-    ),
-    Category(
-        "fish",
-        animals.fish,
-        {
-            "body": "body",
-            "head": "head",
-            "tail": "tail",
-            "dorsal fin": "fin",
-            "* fin": "fin",
-            "anal fin": "fin",
-        },
-    ),
-    Category(
-        "person",
-        person,
-        {
-            "torso": "body",
-            "hips": "body",
-            "neck": "neck",
-            "head": "head",
-            "hair": "hair",
-            "* arm": "arm",
-            "* hand": "hand",
-            "* leg": "leg",
-            "* foot": "foot",
-        },
-    ),
-    Category(
-        "car",
-        vehicles.car,
-        {**_WHEELED, "bumper": "body", "antenna": "rod", "spoiler": "wing", "rack": "rod"},
-    ),
-    Category(
-        "plane",
-        vehicles.plane,
-        {
-            "body": "body",
-            "windows": "window",
-            "* wing": "wing",
-            "* engine": "engine",
-            "* tailplane": "wing",
-            "fin": "fin",
-            "propeller": "propeller",
-            "gear": "wheel",
-        },
-    ),
-    Category(
-        "boat",
-        vehicles.boat,
-        {
-            "hull": "body",
-            "deck": "roof",
-            "cabin": "body",
-            "windows": "window",
-            "mast": "rod",
-            "sail": "sail",
-            "jib": "sail",
-            "rudder": "fin",
-            "motor": "engine",
-            "flag": "sail",
-        },
-    ),
-    Category(
-        "motorbike",
-        motorbike,
-        {
-            "front wheel": "wheel",
-            "rear wheel": "wheel",
-            "front fender": "roof",
-            "rear fender": "roof",
-            "fork": "rod",
-            "frame": "body",
-            "engine": "engine",
-            "tank": "body",
-            "seat": "seat",
-            "headlight": "light",
-            "* handlebar": "handle",
-            "* mirror": "mirror",
-            "* exhaust": "exhaust",
-        },
-    ),
-    Category(
-        "chair",
-        furniture.chair,
-        {
-            "seat": "seat",
-            "back rest": "back rest",
-            "* back post": "rod",
-            "* front leg": "leg",
-            "* rear leg": "leg",
-            "stretcher": "rod",
-            "* arm rest": "arm",
-        },
-    ),
-    Category(
-        "mug",
-        furniture.mug,
-        {"body": "vessel", "band": "vessel", "drink": "drink", "handle": "handle"},
-    ),
-    Category(
-        "lamp",
-        furniture.lamp,
-        {
-            "base": "foot",
-            "joint": "joint",
-            "lower arm": "rod",
-            "upper arm": "rod",
-            "shade": "shade",
-            "bulb": "light",
-        },
-    ),
-    Category("giraffe", animals.giraffe, {**_ANIMAL, "horns": "horn"}, seen=False),
-    Category(
-        "truck",
-        vehicles.truck,
-        {**_WHEELED, "chassis": "body", "load": "load", "exhaust": "exhaust"},
-        seen=False,
-    ),
-    Category(
-        "teapot",
-        furniture.teapot,
-        {"body": "vessel", "lid": "lid", "spout": "snout", "handle": "handle"},
-        seen=False,
-    ),
+_DATA = read_document(Path(__file__).with_name("scenes.json"))
+_BUILDERS = (  # in the order of their parts' ids
+    *(creatures.dog, creatures.bird, creatures.fish, creatures.person),
+    *(vehicles.car, vehicles.plane, vehicles.boat, vehicles.motorbike),
+    *(furniture.chair, furniture.mug, furniture.lamp),
+    *(creatures.giraffe, vehicles.truck, furniture.teapot),
 )
+CATEGORY: dict[str, Category] = {
+    f.__name__: Category(f.__name__, f, _DATA["categories"][f.__name__], f.__name__ not in _DATA["unseen"])
+    for f in _BUILDERS
+}
 
 
 @dataclass(frozen=True)
@@ -239,7 +90,7 @@ class ScenePart:
 
 def _parts() -> tuple[ScenePart, ...]:
     rows: list[tuple[str, str, str]] = [("", "background", "background")]
-    for category in _TABLE:
+    for category in CATEGORY.values():
         for name, part_class in category.parts.items():
             for side in ("left", "right") if "*" in name else ("",):
                 rows.append((category.name, name.replace("*", side), part_class))
@@ -250,10 +101,15 @@ def _parts() -> tuple[ScenePart, ...]:
     )
 
 
-CATEGORY = {category.name: category for category in _TABLE}
 CATEGORIES: tuple[str, ...] = tuple(CATEGORY)
-SEEN: tuple[str, ...] = tuple(c.name for c in _TABLE if c.seen)
-UNSEEN: tuple[str, ...] = tuple(c.name for c in _TABLE if not c.seen)
+SEEN: tuple[str, ...] = tuple(c.name for c in CATEGORY.values() if c.seen)
+UNSEEN: tuple[str, ...] = tuple(c.name for c in CATEGORY.values() if not c.seen)
+
+COLOURS: Mapping[str, tuple[float, float, float]] = {name: tuple(rgb) for name, rgb in _DATA["colours"].items()}
+"""Name -> RGB in [0, 1]."""
+
+FLOORS: Mapping[str, tuple[str, ...]] = {name: tuple(colours) for name, colours in _DATA["floors"].items()}
+"""Kind of floor -> the colours that it may have."""
 
 PARTS: tuple[ScenePart, ...] = _parts()
 PART_ID: dict[tuple[str, str], int] = {(p.category, p.name): p.id for p in PARTS}
@@ -265,8 +121,8 @@ PART_CLASS_OF: Array = np.array([PART_CLASSES.index(p.part_class) for p in PARTS
 PART_MIRROR: Array = np.array([p.mirror for p in PARTS], dtype=np.uint8)
 """(number of parts,): part id -> id of the part in a mirror."""
 
-KEYPOINTS: dict[str, tuple[str, ...]] = {c.name: c.keypoint_names for c in _TABLE}
-KEYPOINT_MIRROR: dict[str, tuple[int, ...]] = {c.name: c.mirrored_keypoints for c in _TABLE}
+KEYPOINTS: dict[str, tuple[str, ...]] = {c.name: c.keypoint_names for c in CATEGORY.values()}
+KEYPOINT_MIRROR: dict[str, tuple[int, ...]] = {c.name: c.mirrored_keypoints for c in CATEGORY.values()}
 
 
 def build(category: str, rng: np.random.Generator) -> tuple[Body, Body]:

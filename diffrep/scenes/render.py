@@ -7,21 +7,88 @@ pixel's centre and is the one that labels are taken from. Large images are drawn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from diffrep.scenes.build import Keypoint, turn
-from diffrep.scenes.categories import CATEGORIES, CATEGORY, PART_ID
-from diffrep.scenes.look import describe, view_name
-from diffrep.scenes.scene import Scene
+from diffrep.scenes.categories import CATEGORIES, CATEGORY, KEYPOINT_MIRROR, PART_ID, PART_MIRROR
+from diffrep.scenes.look import describe, smooth_noise, view_name
 from diffrep.scenes.shapes import MISS, Array, Rays
 from diffrep.scenes.stage import Stage, set_stage
-from diffrep.scenes.texture import smooth_noise
 
 _BAND = 42_000  # samples drawn at once: about what stays in a core's cache
 _SKY, _FLOOR, _WALL, _FIRST = 0, 1, 2, 3  # surface numbers; primitives follow
 _DEPTH_TOLERANCE = 0.015  # of the depth, between a keypoint and the surface that its pixel shows
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One rendered object with exact labels: colour is supersampled, labels are those of pixel centres.
+
+    Points are (x, y) in pixels, (0, 0) the centre of the first. Camera axes: x right, y down, z forward.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        depth: (H, W) float32, metres along the optical axis; inf in the sky.
+        normals: (H, W, 3) float32, unit normals in camera axes (z < 0 where visible); 0 in the sky.
+        mask: (H, W) bool, the object.
+        edge: (H, W) bool, pixels of the object with a 4-neighbour outside it.
+        part: (H, W) uint8, index into `PARTS`, 0 outside the object.
+        canonical: (H, W, 3) float32 in [-1, 1]: the surface point's place in the category's template, x to
+            the object's left, y up, z to its front; 0 outside the object.
+        keypoint_names: the category's N keypoints, in an order that is the same in all its scenes.
+        keypoints: (N, 2) float32.
+        visible: (N,) bool: in the frame, on the surface that the pixel shows, and of its part.
+        box: edges x0, y0, x1, y1 of the mask; x1 - x0 is its width in pixels.
+        intrinsics: fx, fy, cx, cy in pixels.
+    """
+
+    image: Array
+    depth: Array
+    normals: Array
+    mask: Array
+    edge: Array
+    part: Array
+    canonical: Array
+    keypoint_names: tuple[str, ...]
+    keypoints: Array
+    visible: Array
+    category: str
+    caption: str
+    attributes: Mapping[str, str]
+    box: tuple[float, float, float, float]
+    intrinsics: tuple[float, float, float, float]
+    seed: int
+
+
+def mirror(scene: Scene) -> Scene:
+    """The scene seen in a mirror, which is again a valid scene: what was left of the object is now right.
+
+    Part ids and keypoints change sides, the lateral canonical axis and the normals' x change sign.
+    """
+    width = scene.image.shape[1]
+    order = list(KEYPOINT_MIRROR[scene.category])
+    keypoints = scene.keypoints[order].copy()
+    keypoints[:, 0] = width - 1 - keypoints[:, 0]
+    flip = np.array([-1, 1, 1], dtype=np.float32)
+    x0, y0, x1, y1 = scene.box
+    fx, fy, cx, cy = scene.intrinsics
+    return replace(
+        scene,
+        image=np.ascontiguousarray(scene.image[:, ::-1]),
+        depth=np.ascontiguousarray(scene.depth[:, ::-1]),
+        normals=scene.normals[:, ::-1] * flip,
+        mask=np.ascontiguousarray(scene.mask[:, ::-1]),
+        edge=np.ascontiguousarray(scene.edge[:, ::-1]),
+        part=PART_MIRROR[scene.part[:, ::-1]],
+        canonical=scene.canonical[:, ::-1] * flip,
+        keypoints=keypoints,
+        visible=scene.visible[order],
+        box=(width - 1 - x1, y0, width - 1 - x0, y1),
+        intrinsics=(fx, fy, width - 1 - cx, cy),
+    )
 
 
 def _lookup(table: Array, reach: float, x: Array, z: Array) -> Array:
@@ -37,17 +104,6 @@ def _lookup(table: Array, reach: float, x: Array, z: Array) -> Array:
     return top * (1 - b) + bottom * b
 
 
-@dataclass(frozen=True, eq=False)
-class _Band:
-    """Some rows of a finished picture and its labels."""
-
-    image: Array  # (rows, W, 3) float32, 1 is white but not the most
-    depth: Array
-    normals: Array
-    part: Array
-    canonical: Array
-
-
 def _offsets(supersample: int) -> Array:
     """(S, 2) of the samples in a pixel; the last is its centre."""
     ticks = (np.arange(supersample) + 0.5) / supersample - 0.5
@@ -56,7 +112,8 @@ def _offsets(supersample: int) -> Array:
     return np.concatenate([grid, np.zeros((1, 2))])
 
 
-def _draw_band(stage: Stage, size: tuple[int, int], rows: slice, offsets: Array) -> _Band:
+def _draw_band(stage: Stage, size: tuple[int, int], rows: slice, offsets: Array) -> dict[str, Array]:
+    """Some rows of the picture, (rows, W, 3) float32, and of its labels."""
     fx, fy, cx, cy = stage.camera.intrinsics(size)
     height, width = rows.stop - rows.start, size[1]
     columns = np.arange(width)
@@ -104,7 +161,7 @@ def _cast_surroundings(stage: Stage, x: Array, y: Array, depth: Array, surface: 
             np.copyto(surface, np.uint8(_WALL), where=closer)
 
 
-def _shade(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> _Band:
+def _shade(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> dict[str, Array]:
     look, rotation = stage.look, stage.camera.rotation.astype(np.float32)
     samples, height, width = depth.shape
     # Samples are sorted by surface, so that each surface is one slice of every array.
@@ -175,17 +232,16 @@ def _shade(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> _B
     pixel = order[central] - first
 
     def centre(values: Array) -> Array:
-        found = np.empty((height * width, *values.shape[:-1]), values.dtype)
-        found[pixel] = values[..., central].T
-        return found.reshape(height, width, *values.shape[:-1])
+        placed = np.empty((height * width, *values.shape[:-1]), values.dtype)
+        placed[pixel] = values[..., central].T
+        return placed.reshape(height, width, *values.shape[:-1])
 
-    return _Band(
-        image=image.T.reshape(height, width, 3),
-        depth=depth[-1],
-        normals=centre(normal),
-        part=centre(part),
-        canonical=centre(canonical),
-    )
+    labels = {"normals": normal, "part": part, "canonical": canonical}
+    return {
+        "image": image.T.reshape(height, width, 3),  # 1 is white but not the most
+        "depth": depth[-1],
+        **{name: centre(values) for name, values in labels.items()},
+    }
 
 
 def _light(stage: Stage, ray: Array, normal: Array, albedo: Array, gloss: Array, light: Array) -> Array:
@@ -202,10 +258,8 @@ def _light(stage: Stage, ray: Array, normal: Array, albedo: Array, gloss: Array,
     view = 1 / np.sqrt((ray * ray).sum(0))
     towards = -(normal * ray).sum(0) * view
     shine = np.maximum(2 * direct * towards + (sun @ ray) * view, 0) * (direct > 0)
-    shine = shine * shine
-    shine = shine * shine
-    shine = shine * shine
-    shine = shine * shine
+    for _ in range(4):  # to the 16th power
+        shine = shine * shine
     rim = 1 - np.maximum(towards, 0)
     rim = rim * rim * rim
     colour += gloss * light * (shine + np.float32(0.25) * rim)
@@ -254,16 +308,12 @@ def render_scene(
     stage = set_stage(seed, category)
     offsets = _offsets(supersample)
     step = max(_BAND // (width * len(offsets)), 1)
-    bands = [
-        _draw_band(stage, shape, slice(start, min(start + step, height)), offsets) for start in range(0, height, step)
-    ]
-    image = np.concatenate([b.image for b in bands])
+    slices = [slice(start, min(start + step, height)) for start in range(0, height, step)]
+    bands = [_draw_band(stage, shape, rows, offsets) for rows in slices]
+    drawn = {name: np.concatenate([band[name] for band in bands]) for name in bands[0]}
+    image, depth, part = drawn["image"], drawn["depth"], drawn["part"]
     bright = np.maximum(image - np.float32(0.75), 0)  # highlights are compressed, not clipped
     image += bright / (1 + np.float32(2.2) * bright) - bright
-    depth = np.concatenate([b.depth for b in bands])
-    normals = np.concatenate([b.normals for b in bands])
-    part = np.concatenate([b.part for b in bands])
-    canonical = np.concatenate([b.canonical for b in bands])
     mask = part > 0
     intrinsics = stage.camera.intrinsics(shape)
     keypoints, visible = _place_keypoints(stage, intrinsics, depth, part)
@@ -271,11 +321,11 @@ def render_scene(
     return Scene(
         image=(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8),
         depth=depth,
-        normals=normals,
+        normals=drawn["normals"],
         mask=mask,
         edge=outline_of(mask),
         part=part,
-        canonical=canonical,
+        canonical=drawn["canonical"],
         keypoint_names=CATEGORY[stage.category].keypoint_names,
         keypoints=keypoints,
         visible=visible,
@@ -297,12 +347,7 @@ def outline_of(mask: Array) -> Array:
 
 def _box_of(mask: Array) -> tuple[float, float, float, float]:
     columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    return (
-        float(columns[0]) - 0.5,
-        float(rows[0]) - 0.5,
-        float(columns[-1]) + 0.5,
-        float(rows[-1]) + 0.5,
-    )
+    return float(columns[0]) - 0.5, float(rows[0]) - 0.5, float(columns[-1]) + 0.5, float(rows[-1]) + 0.5
 
 
 def _place_keypoints(
@@ -328,6 +373,6 @@ def _place_keypoints(
         turned_here = (faces @ at < (0.05 if len(faces) == 1 else 0.5) * np.linalg.norm(at)).any()
         around = slice(max(i - 1, 0), i + 2), slice(max(j - 1, 0), j + 2)
         close = np.abs(depth[around] - at[2]) <= _DEPTH_TOLERANCE * at[2]
-        own = part[around] == PART_ID[stage.category, keypoint.primitive.part]
-        shown.append(bool(turned_here and (close & own).any()))
+        its_part = part[around] == PART_ID[stage.category, keypoint.primitive.part]
+        shown.append(bool(turned_here and (close & its_part).any()))
     return np.array(points, dtype=np.float32), np.array(shown)

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import zip_longest
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +23,9 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from diffrep.files import write_whole
+from diffrep.files import read_document, write_whole
 from diffrep.scenes.categories import CATEGORIES, KEYPOINTS, SEEN
-from diffrep.scenes.render import render_scene
-from diffrep.scenes.scene import Scene, mirror
+from diffrep.scenes.render import Scene, mirror, render_scene
 from diffrep.scenes.shapes import Array
 
 Split = Literal["train", "val", "test"]
@@ -93,11 +91,8 @@ def shared_keypoints(a: Scene, b: Scene) -> tuple[np.ndarray, np.ndarray]:
         (N, 2) float32 each, (x, y) in pixels.
     """
     shown = {name: point for name, point, seen in zip(b.keypoint_names, b.keypoints, b.visible, strict=True) if seen}
-    both = [
-        (point, shown[name])
-        for name, point, seen in zip(a.keypoint_names, a.keypoints, a.visible, strict=True)
-        if seen and name in shown
-    ]
+    named = zip(a.keypoint_names, a.keypoints, a.visible, strict=True)
+    both = [(point, shown[name]) for name, point, seen in named if seen and name in shown]
     points = np.array(both, dtype=np.float32).reshape(-1, 2, 2)
     return points[:, 0], points[:, 1]
 
@@ -122,10 +117,11 @@ class SetSettings:
 
 def renderer_version() -> str:
     """A hash of the code that draws; sets drawn by another version are not continued."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    drawing = [f for f in files if f.name not in ("__init__.py", "sets.py")]
-    code = "\n".join(ast.unparse(ast.parse(f.read_text(encoding="utf-8"))) for f in drawing)  # not its layout
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    folder = Path(__file__).parent
+    drawing = [f for f in sorted(folder.glob("*.py")) if f.name not in ("__init__.py", "sets.py")]
+    code = [ast.unparse(ast.parse(f.read_text(encoding="utf-8"))) for f in drawing]  # not its layout
+    code.append((folder / "scenes.json").read_text(encoding="utf-8"))
+    return hashlib.sha256("\n".join(code).encode()).hexdigest()[:16]
 
 
 def _layout(settings: SetSettings) -> dict[str, tuple[type, tuple[int, ...]]]:
@@ -177,10 +173,10 @@ class SceneSet:
         if settings is None:
             raise ValueError(f"{self.folder}: holds no set of scenes (no settings.json)")
         self.settings = settings
-        if missing := _missing_chunks(self.folder, settings):
-            done = len(_chunks(settings.count)) - len(missing)
+        if missing := len(_missing_chunks(self.folder, settings)):
+            count = len(_chunks(settings.count))
             raise ValueError(
-                f"{self.folder}: only {done} of {len(_chunks(settings.count))} chunks are rendered;"
+                f"{self.folder}: only {count - missing} of {count} chunks are rendered;"
                 " call render_set with the same settings to go on"
             )
 
@@ -219,9 +215,9 @@ class SceneSet:
         if not -len(self) <= index < len(self):
             raise IndexError(f"scene {index} of a set of {len(self)}")
         index %= len(self)
-        found: dict[str, Any] = {name: getattr(self, name)[index] for name in _layout(self.settings)}
-        found["category"] = CATEGORIES[int(found["category"])]
-        return found | {"caption": self.captions[index], "attributes": self.attributes[index]}
+        row: dict[str, Any] = {name: getattr(self, name)[index] for name in _layout(self.settings)}
+        words = {"caption": self.captions[index], "attributes": self.attributes[index]}
+        return row | {"category": CATEGORIES[int(row["category"])]} | words
 
 
 def render_set(
@@ -280,18 +276,17 @@ def _missing_chunks(folder: Path, settings: SetSettings) -> list[tuple[int, int]
 
 
 def _read_settings(folder: Path) -> SetSettings | None:
-    file = folder / "settings.json"
-    if not file.exists():
+    if not (folder / "settings.json").exists():
         return None
-    values = json.loads(file.read_text())
+    values = read_document(folder / "settings.json")
     return SetSettings(**{**values, "categories": tuple(values["categories"])})
 
 
 def _prepare(folder: Path, settings: SetSettings) -> None:
     """Settings and empty arrays, or the error that says how the folder's settings differ."""
-    found = _read_settings(folder)
-    if found is not None:
-        ours, theirs = asdict(settings), asdict(found)
+    earlier = _read_settings(folder)
+    if earlier is not None:
+        ours, theirs = asdict(settings), asdict(earlier)
         if changed := [f"{k} {theirs[k]!r}, not {ours[k]!r}" for k in ours if ours[k] != theirs[k]]:
             raise ValueError(
                 f"{folder}: holds a set with {'; '.join(changed)}; choose another folder or delete this one"
@@ -311,19 +306,16 @@ def _render_chunk(folder: Path, settings: SetSettings, chunk: tuple[int, int]) -
     for index in range(start, stop):
         category = settings.categories[index % len(settings.categories)]
         scene = render_scene(scene_seed(settings.split, index), category=category, size=settings.size)
-        arrays["image"][index] = scene.image
-        arrays["part"][index] = scene.part
-        arrays["mask"][index] = scene.mask
-        arrays["canonical"][index] = np.rint(scene.canonical * 127)
-        arrays["normals"][index] = np.rint(scene.normals * 127)
-        arrays["depth"][index] = scene.depth
-        arrays["box"][index] = scene.box
-        arrays["intrinsics"][index] = scene.intrinsics
+        for name in ("image", "part", "mask", "depth", "box", "intrinsics"):
+            arrays[name][index] = getattr(scene, name)
+        for name in ("canonical", "normals"):
+            arrays[name][index] = np.rint(getattr(scene, name) * 127)
         arrays["category"][index] = CATEGORIES.index(category)
-        points = zip_longest(range(_MOST_KEYPOINTS), scene.keypoints, scene.visible)
-        for k, point, visible in points:
-            arrays["keypoints"][index, k] = np.nan if point is None else point
-            arrays["visible"][index, k] = bool(visible)
+        count = len(scene.keypoints)
+        arrays["keypoints"][index] = np.pad(
+            scene.keypoints, ((0, _MOST_KEYPOINTS - count), (0, 0)), constant_values=np.nan
+        )
+        arrays["visible"][index] = np.pad(scene.visible, (0, _MOST_KEYPOINTS - count))
         words.append({"caption": scene.caption, "attributes": dict(scene.attributes)})
     for array in arrays.values():
         array.flush()

@@ -193,13 +193,13 @@ class Tube:
         return normal
 
     def faces(self, point: Array) -> Array:
-        found = []
+        normals = []
         distance = np.hypot(point[0], point[2])
         if distance > 1e-6 and abs(distance - self.radius(point[1])) < _TOUCH:
-            found.append([point[0], -(self.top - self.bottom) / 2 * distance, point[2]])
+            normals.append([point[0], -(self.top - self.bottom) / 2 * distance, point[2]])
         if 1 - abs(point[1]) < _TOUCH:
-            found.append([0.0, np.sign(point[1]), 0.0])
-        return np.array(found)
+            normals.append([0.0, np.sign(point[1]), 0.0])
+        return np.array(normals)
 
     def outline(self) -> list[tuple[Array, Array]]:
         return [

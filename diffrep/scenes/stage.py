@@ -8,9 +8,8 @@ import numpy as np
 
 from diffrep.scenes.build import Body, Primitive, turn, xyz
 from diffrep.scenes.categories import PART_ID, SEEN, build
-from diffrep.scenes.look import Look, distractor_paint, draw_look
+from diffrep.scenes.look import Look, Texture, distractor_paint, draw_look
 from diffrep.scenes.shapes import Array, cross
-from diffrep.scenes.texture import Texture
 
 _SHADOW_CELLS = 112
 
@@ -106,7 +105,7 @@ def _draw_camera(body: Body, rng: np.random.Generator) -> Camera:
     rotation = turn("z", roll) @ np.stack([right, cross(forward, right), forward])
     low, high = body.bounds()
     shift = np.array([0, 0, closeness * np.linalg.norm(high - low) / 2]) - rotation @ ((low + high) / 2)
-    for _ in range(3):  # panning changes the outline a little, so the offset is found in steps
+    for _ in range(3):  # panning changes the outline a little, so the offset is reached in steps
         boxes = _outlines(body.primitives, rotation, shift)
         low_end, high_end = boxes[:, :2].min(0), boxes[:, 2:].max(0)
         extent = high_end - low_end
@@ -144,14 +143,14 @@ def set_stage(seed: int, category: str | None) -> Stage:
     eyes = -np.einsum("nij,nj->ni", linear, centres)
     surfaces = []
     for i, p in enumerate(primitives):
-        own = i < len(body.primitives)
+        of_object = i < len(body.primitives)
         surfaces.append(
             Surface(
                 primitive=p,
-                template=template.primitives[i] if own else None,
-                part=PART_ID[category, p.part] if own else 0,
-                texture=look.paints[p.paint] if own else paints[p.paint],
-                gloss=look.gloss[p.paint] if own else 0.1,
+                template=template.primitives[i] if of_object else None,
+                part=PART_ID[category, p.part] if of_object else 0,
+                texture=look.paints[p.paint] if of_object else paints[p.paint],
+                gloss=look.gloss[p.paint] if of_object else 0.1,
                 matrix=linear[i],
                 eye=eyes[i],
                 pivot=max(float(centres[i, 2]), 0.0),
