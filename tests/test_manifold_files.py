@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from diffrep.cli import main
 from diffrep.eval.toy_manifolds import random_tree
 from diffrep.manifold import EmbedConfig, HeatGeodesicEmbedding, embed_file
-from diffrep.manifold.pictures import colours, draw_embedding, hover_page, is_categorical
+from diffrep.manifold.files import colours, draw_embedding, hover_page, is_categorical
 from diffrep.manifold.tables import read_table
 
 TOY = random_tree(20, branches=3, noise=0.05, dim=5, seed=1)
@@ -95,7 +95,7 @@ def test_tables_without_header(tmp_path: Path) -> None:
         ("text.csv", b"a,b\nx,y\nu,v\n", "no column of numbers"),
         ("twice.csv", b"a,a\n1,2\n", "column names repeat: a"),
         ("late.csv", b"a,b\n" + b"1,2\n" * 300 + b"oops,2\n", "oops"),
-        ("binary.csv", b"\xff\xfe\x00\x01" * 9, "no readable text table"),
+        ("binary.csv", b"\xff\x00\x01" * 9, "no readable text table"),
         ("broken.npy", b"not an array", "no readable .npy file"),
         ("broken.npz", b"not an archive", "no readable .npz file"),
         ("what.xlsx", b"x", "cannot read .xlsx, only .npy"),

@@ -13,7 +13,7 @@ import pytest
 
 from diffrep.cli import main
 from diffrep.manifold import EmbedConfig, HeatGeodesicEmbedding, embed_anndata, embed_file
-from diffrep.manifold.pictures import draw_embedding, figure_image
+from diffrep.manifold.files import draw_embedding, figure_image
 from diffrep.manifold.tables import Table, TableError, TableWarning, read_table
 
 ROWS = np.random.default_rng(0).normal(size=(6, 3)).round(3)
@@ -140,6 +140,38 @@ def test_codes_and_labels_stay_what_they_are(tmp_path: Path) -> None:
     assert table.column("code").tolist() == ["007", "008", "019"]
     assert table.column("label").tolist() == ["NA", "None", "x"]
     assert table.column("id").tolist() == [12, 13, 9007199254740993]
+
+
+@pytest.mark.parametrize("name", ["id", "ID", "cell_id", "patient id", "patientId", "UUID"])
+def test_identifiers_are_no_features_and_that_is_said(tmp_path: Path, name: str) -> None:
+    cells = FRAME.assign(**{name: [9007199254740993, 4, 4, 7, 1, 2], "grid": range(10, 16)})
+    cells.to_csv(tmp_path / "t.csv", index=False)
+    cells.to_parquet(tmp_path / "t.parquet")
+    for path in (tmp_path / "t.csv", tmp_path / "t.parquet"):
+        table, notes = read(path)
+        assert table.feature_names == ("a", "b", "c", "grid")
+        assert table.column(name).tolist() == cells[name].tolist()
+        assert notes == [
+            f"column {name!r} is taken for identifiers, not for a feature (--id-features takes it for one)"
+        ]
+        assert read(path, id_features=True)[0].feature_names == ("a", "b", "c", name, "grid")
+        assert read(path, features=("a", name))[1] == []
+    cells.astype({name: object}).assign(**{name: [8, None, 4, 7, 1, 2]}).to_csv(tmp_path / "gap.csv", index=False)
+    np.testing.assert_array_equal(read(tmp_path / "gap.csv")[0].column(name), [8, np.nan, 4, 7, 1, 2])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_read_where_it_is_marked_and_named_where_not(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_bytes(FRAME.assign(label="ä").to_csv(index=False).encode(encoding))
+    if encoding == "utf-16":
+        table, notes = read(path)
+        np.testing.assert_array_equal(table.features, ROWS)
+        assert table.column("label").tolist() == ["ä"] * 6
+        assert not notes
+    else:
+        with pytest.raises(TableError, match="no readable text table: UTF-16 without a mark"):
+            read_table(path)
 
 
 def test_a_colour_column_is_no_feature_in_any_format(tmp_path: Path) -> None:
@@ -270,7 +302,7 @@ def test_anndata_goes_in_and_obsm_comes_out(tmp_path: Path) -> None:
     anndata = pytest.importorskip("anndata")
     rng = np.random.default_rng(0)
     names = [f"cell {k}" for k in range(50)]
-    obs = pd.DataFrame({"day": pd.Categorical([k % 3 for k in range(50)])}, index=names)
+    obs = pd.DataFrame({"day": pd.Categorical([k % 12 for k in range(50)])}, index=names)
     data = anndata.AnnData(rng.random((50, 8)), obs=obs, obsm={"X_pca": rng.random((50, 3))})
     with pytest.raises(TypeError, match=r"X is an AnnData object: pass its features.*embed_anndata"):
         HeatGeodesicEmbedding().fit(data)
@@ -285,4 +317,5 @@ def test_anndata_goes_in_and_obsm_comes_out(tmp_path: Path) -> None:
     written = anndata.read_h5ad(tmp_path / "map.h5ad")
     np.testing.assert_array_equal(written.obsm["X_heat_geodesic"], fitted.embedding_)
     assert written.obs_names.tolist() == names
+    assert read_table(tmp_path / "cells.h5ad").column("day").tolist() == [k % 12 for k in range(50)]  # no text
     assert read_table(tmp_path / "cells.h5ad", exclude=("3",)).feature_names == ("0", "1", "2", "4", "5", "6", "7")

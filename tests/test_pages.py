@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from diffrep.cli import main
-from diffrep.manifold.pictures import hover_page
+from diffrep.manifold.files import hover_page
 from diffrep.pages import Page, render
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Feature tables: NPY, NPZ, CSV, TSV, Parquet and AnnData (.h5ad) files.
+"""Feature tables: NPY, NPZ, CSV, TSV, Parquet and AnnData (.h5ad) files, and stores of features.
 
 pandas and the libraries that own the formats do the reading. What is left out of the features or had to be guessed is
 said in a `TableWarning`; a table that would silently lose a feature is refused.
@@ -6,25 +6,27 @@ said in a `TableWarning`; a table that would silently lose a feature is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrep.manifold.text_tables import ROW_NAMES, TableError, TableWarning, read_text, reading, say
+from diffrep.manifold.text_tables import ROW_NAMES, Place, TableError, TableWarning, read_text, reading, say
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-__all__ = ["Table", "TableError", "TableWarning", "read_table", "read_values"]
+__all__ = ["Table", "TableError", "TableWarning", "read_table", "read_values", "store_table"]
 
 Array = NDArray[Any]
 
 _INDEX_NAMES = ("index", "level_0", "rownames", "unnamed: 0")  # a written-out index, where its numbers grow
+_IDENTIFIER = re.compile(r"(?i:(.*[\W_])?(u|uu|gu)?id)|.*[a-z]I[Dd]")  # id, cell_id, patientID, UUID; not grid
 
 
 @dataclass(frozen=True)
@@ -51,32 +53,37 @@ class Table:
         if name in self.feature_names:
             values = self.features[:, [self.feature_names.index(name)]]
             return np.asarray(values.todense() if hasattr(values, "todense") else values).ravel()
-        known = [*self.columns, *self.feature_names]
-        shown = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-        raise ValueError(f"there is no column {name!r}, only {shown or 'unnamed features'}")
+        raise ValueError(f"there is no column {name!r}, only {_listed([*self.columns, *self.feature_names])}")
 
 
 def read_table(
-    path: str | Path, *, features: Sequence[str] = (), exclude: Sequence[str] = (), color: str | None = None
+    path: str | Path,
+    *,
+    features: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    color: str | None = None,
+    id_features: bool = False,
 ) -> Table:
     """Read a table of features.
 
     Args:
         path: .npy holds (n, d) numbers. .npz holds them under the name that `features` gives, or as its only
             two-dimensional array; arrays of n entries become columns. In .csv, .tsv and .parquet every column
-            of numbers is a feature, unless it names the rows. .h5ad holds them in X, or in the `obsm` entry
-            that `features` names (``X_pca``), with the columns of `obs`.
+            of numbers is a feature, unless it names the rows: an index, or integers called ``id``, ``cell_id`` and
+            the like. .h5ad holds them in X, or in the `obsm` entry that `features` names (``X_pca``), with the columns
+            of `obs`. Text is in UTF-8, or in UTF-16 with a mark.
         features: the columns to take, or the one array of an .npz or .h5ad file; all where empty.
         exclude: columns that are no features.
         color: a column that colours the points, and therefore is no feature unless `features` names it. (A gene of
             an .h5ad file stays one.)
+        id_features: columns of identifiers are features too.
 
     Raises:
         TableError: the file cannot be read as such a table, lacks a number, or has no such column.
         FileNotFoundError: there is no such file.
         ImportError: the format needs a library that is not installed.
     """
-    path = Path(path)
+    path, choice = Path(path), _Choice(tuple(features), tuple(exclude), color, id_features)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     readers: dict[str, Callable[[Path, _Choice], Table]] = {
@@ -87,15 +94,13 @@ def read_table(
         ".parquet": _read_parquet,
         ".h5ad": _read_h5ad,
     }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in readers:
         raise TableError(f"{path}: cannot read {path.suffix or 'a file without ending'}, only {', '.join(readers)}")
     if path.stat().st_size == 0:
         raise TableError(f"{path}: the file is empty")
-    choice = _Choice(tuple(features), tuple(exclude), color)
     if both := set(features) & set(exclude):
         raise TableError(f"{path}: {', '.join(sorted(both))} cannot be both a feature and excluded")
-    table = reader(path, choice)
+    table = readers[path.suffix.lower()](path, choice)
     shape = table.features.shape
     if len(shape) != 2 or 0 in shape:
         raise TableError(f"{path}: features must be rows by columns, got shape {shape}")
@@ -103,6 +108,29 @@ def read_table(
         raise TableError(f"{path}: has one row; a map needs at least two")
     _check_numbers(path, table)
     return table
+
+
+def store_table(folder: Path, tap: str | None = None) -> Table:
+    """The vectors of one tap of a store of features.
+
+    One row per image, or per place where the store keeps places. The columns are ``image``, ``folder`` (of the
+    image, relative to the collection), and ``x`` and ``y`` of places.
+
+    Raises:
+        StoreError: there is no store, or no such tap.
+        ValueError: the store is empty.
+    """
+    from diffrep.store import open_store
+
+    store = open_store(folder)
+    runs = list(store.vectors(tap, "patch" if store.kind == "points" else "image"))
+    if not runs:
+        raise ValueError(f"{folder}: the store holds no images")
+    names = np.array(store.names)[np.concatenate([run.images.numpy() for run in runs])]
+    columns = {"image": names, "folder": np.array([str(PurePosixPath(name).parent) for name in names])}
+    if points := [run.points.numpy() for run in runs if run.points is not None]:
+        columns["x"], columns["y"] = np.concatenate(points).T
+    return Table(np.concatenate([run.values.numpy() for run in runs]), (), columns)
 
 
 def read_values(path: str | Path, rows: int) -> Array:
@@ -125,17 +153,21 @@ class _Choice:
     features: tuple[str, ...]
     exclude: tuple[str, ...]
     color: str | None
+    id_features: bool
 
     @property
-    def ruled_out(self) -> set[str]:
+    def labels(self) -> set[str]:
         return ({*self.exclude, self.color} if self.color else {*self.exclude}) - {*self.features}
 
-    def check(self, path: Path, names: Sequence[str], *, color: bool = True) -> None:
+    def check(self, path: Path, names: Sequence[str]) -> None:
         """Raise TableError where a name is none of the file's columns."""
-        wanted = [*self.features, *self.exclude, *([self.color] if self.color and color else [])]
-        if missing := [name for name in dict.fromkeys(wanted) if name not in names]:
-            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise TableError(f"{path}: there is no column {', '.join(missing)}, only {shown or 'unnamed ones'}")
+        wanted = dict.fromkeys([*self.features, *self.exclude, *([self.color] if self.color else [])])
+        if missing := [name for name in wanted if name not in names]:
+            raise TableError(f"{path}: there is no column {', '.join(missing)}, only {_listed(names)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "") or "unnamed ones"
 
 
 def _load_npy(path: Path) -> Array:
@@ -153,11 +185,8 @@ def _read_npy(path: Path, choice: _Choice) -> Table:
 
 def _read_npz(path: Path, choice: _Choice) -> Table:
     arrays = {}
-    with (
-        reading(path, ".npz file of numbers and strings"),
-        path.open("rb") as opened,
-        np.load(opened, allow_pickle=False) as file,
-    ):
+    what = ".npz file of numbers and strings"
+    with reading(path, what), path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         for name in file.files:
             try:
                 arrays[name] = np.asarray(file[name])
@@ -209,32 +238,42 @@ def _read_parquet(path: Path, choice: _Choice) -> Table:
     with reading(path, ".parquet file"):
         frame = pandas.read_parquet(path, engine="pyarrow")
     frame.columns = [str(name) for name in frame.columns]
-    index = frame.index
-    row_names: tuple[str, ...] = ()
+    index, name = frame.index, ""
     if not isinstance(index, pandas.RangeIndex):
-        row_names = (_free(str(index.name or ROW_NAMES), frame.columns),)
-        frame.insert(0, row_names[0], index if index.nlevels == 1 else list(map(str, index)))
-    return _from_frame(path, frame.reset_index(drop=True), choice, lambda row: f"row {row}", row_names)
+        name = str(index.name or ROW_NAMES)
+        while name in frame.columns:
+            name = f"_{name}"
+        frame.insert(0, name, index if index.nlevels == 1 else list(map(str, index)))
+    return _from_frame(path, frame.reset_index(drop=True), choice, lambda row: f"row {row}", name)
 
 
 def _read_csv(path: Path, choice: _Choice) -> Table:
-    frame, place, row_names = read_text(path, choice.ruled_out)
-    return _from_frame(path, frame, choice, place, row_names)
+    frame, place, row_name = read_text(path, choice.labels)
+    return _from_frame(path, frame, choice, place, row_name)
 
 
-def _from_frame(
-    path: Path, frame: DataFrame, choice: _Choice, place: Callable[[int], str], row_names: Sequence[str]
-) -> Table:
-    """Numbers become features, the rest columns."""
+def _from_frame(path: Path, frame: DataFrame, choice: _Choice, place: Place, row_name: str) -> Table:
+    """Numbers become features, the rest columns; `row_name` is the column that names the rows, if any."""
     names = list(frame.columns)
     choice.check(path, names)
-    labels = {*choice.ruled_out, *row_names}
-    indices = [n for n in names if n not in choice.features and (n in row_names or _numbers_rows(n, frame[n]))]
-    for name in indices:
-        if not _counts(frame[name]) and name not in choice.ruled_out:
-            say(path, f"column {name!r} is taken for names of the rows, not for a feature")
+    integers = [n for n in names if frame[n].dtype.kind in "iu"]
+    counts = [n for n in integers if (frame[n].to_numpy() == np.arange(len(frame))).all()]
+    indices, identifiers = [], []
+    for name in [n for n in names if n not in choice.features]:
+        grows = name in integers and name.lower() in _INDEX_NAMES and bool((frame[name].diff().dropna() > 0).all())
+        if name == row_name or grows:
+            indices.append(name)
+            if name not in counts and name not in choice.labels:
+                say(path, f"column {name!r} is taken for names of the rows, not for a feature")
+        elif _IDENTIFIER.fullmatch(name) and _whole_numbers(frame[name]) and not choice.id_features:
+            identifiers.append(name)
+    identifiers = [name for name in identifiers if name not in choice.labels]
+    if identifiers and not choice.features:
+        shown = ", ".join(map(repr, identifiers))
+        say(path, f"column {shown} is taken for identifiers, not for a feature (--id-features takes it for one)")
     numeric = [n for n in names if frame[n].dtype.kind in "fiu"]
-    chosen = list(choice.features) or [n for n in numeric if n not in labels and n not in indices]
+    chosen = list(choice.features)
+    chosen = chosen or [n for n in numeric if n not in {*choice.labels, *indices, *identifiers}]
     if texts := [n for n in chosen if n not in numeric and frame[n].dtype.kind != "b"]:
         raise TableError(f"{path}: features must be numbers, column {', '.join(texts)} is not")
     if not chosen:
@@ -248,21 +287,19 @@ def _from_frame(
             f"{path}: {place(int(row))}, column {chosen[k]!r} holds {what} ({len({*bad[:, 0].tolist()})} of"
             f" {len(values)} rows lack one): fill them in, or leave the column out (--exclude {chosen[k]!r})"
         )
-    rest = {n: _shown(frame[n]) for n in names if n not in chosen and not (n in indices and _counts(frame[n]))}
-    return Table(values, tuple(chosen), rest)
+    left_out = {*chosen, *(n for n in indices if n in counts)}
+    return Table(values, tuple(chosen), {n: _shown(frame[n]) for n in names if n not in left_out})
 
 
-def _numbers_rows(name: str, values: Series) -> bool:
-    """Whether a column is an index that was written out, whole or of some rows."""
-    return name.lower() in _INDEX_NAMES and values.dtype.kind in "iu" and bool((values.diff().dropna() > 0).all())
-
-
-def _counts(values: Series) -> bool:
-    return values.dtype.kind in "iu" and np.array_equal(values.to_numpy(), np.arange(len(values)))
+def _whole_numbers(values: Series) -> bool:
+    """Whether a column holds whole numbers, of which some may be missing."""
+    return values.dtype.kind in "fiu" and bool((values.dropna() % 1 == 0).all())
 
 
 def _shown(values: Series) -> Array:
     """A column that is no feature: numbers as numbers (missing ones NaN), dates, categories and the rest as text."""
+    if hasattr(values, "cat") and values.cat.categories.dtype.kind in "iuf":
+        return np.asarray(values)  # numbers, also in order
     if values.dtype.kind in "fiub":
         return values.to_numpy(dtype=np.float64, na_value=np.nan) if values.isna().any() else values.to_numpy()
     return _plain(values.astype(object).where(values.notna(), "").to_numpy())
@@ -271,11 +308,6 @@ def _shown(values: Series) -> Array:
 def _plain(values: Array) -> Array:
     """Numbers as they are, everything else as strings."""
     return values if values.dtype.kind in "fiub" else np.array([str(v) for v in values])
-
-
-def _free(name: str, taken: Any) -> str:
-    """The name, with underscores where it is taken."""
-    return name if name not in taken else _free(f"_{name}", taken)
 
 
 def _as_float(values: Any, path: Path) -> Any:
@@ -289,16 +321,13 @@ def _as_float(values: Any, path: Path) -> Any:
 def _check_numbers(path: Path, table: Table) -> None:
     """Raise TableError for the first feature that is NaN or infinite."""
     values = table.features
-    sparse = hasattr(values, "tocoo")
-    data = values.data if sparse else values
-    if np.isfinite(data).all():
-        return
-    if sparse:
-        entries = values.tocoo()
-        bad = ~np.isfinite(entries.data)
-        row, column, value = min(zip(entries.row[bad], entries.col[bad], entries.data[bad], strict=True))
+    if hasattr(values, "tocsr"):
+        bad = values.tocsr(copy=True)
+        bad.data = ~np.isfinite(bad.data)
+        bad.eliminate_zeros()
     else:
-        row, column = np.argwhere(~np.isfinite(values))[0]
-        value = values[row, column]
-    name = repr(table.feature_names[column]) if table.feature_names else str(column)
-    raise TableError(f"{path}: row {row}, column {name} is {value} (counted from 0): features must be numbers")
+        bad = ~np.isfinite(values)
+    for row, column in zip(*bad.nonzero(), strict=True):
+        name = repr(table.feature_names[column]) if table.feature_names else str(column)
+        found = values[row, column]
+        raise TableError(f"{path}: row {row}, column {name} is {found} (counted from 0): features must be numbers")

@@ -1,4 +1,4 @@
-"""Text tables (.csv, .tsv) as data frames: what the first line is, which cells are numbers, and where the bad ones are.
+"""Text tables (.csv, .tsv) as data frames: what the first line is, which cells are numbers, where the bad ones are.
 
 What is left out or guessed is said in a `TableWarning`; a table that would silently lose a column of numbers is
 refused.
@@ -6,6 +6,7 @@ refused.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import warnings
@@ -19,6 +20,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
+
+Place = Callable[[int], str]  # where in the file a row stands
 
 ROW_NAMES = "row name"  # what a column without a name is called
 _SNIFF_ROWS = 200  # rows of a text file that are looked at before it is read
@@ -53,14 +56,14 @@ def say(path: Path, text: str) -> None:
     warnings.warn(f"{path}: {text}", TableWarning, stacklevel=2)
 
 
-def read_text(path: Path, labels: set[str]) -> tuple[DataFrame, Callable[[int], str], tuple[str, ...]]:
+def read_text(path: Path, labels: set[str]) -> tuple[DataFrame, Place, str]:
     """Read a .csv or .tsv file.
 
     Args:
         labels: columns that are no features, whose cells stay as they are.
 
     Returns:
-        The frame; the place of a row in the file, for messages; the columns that name the rows.
+        The frame; the place of a row in the file, for messages; the column that names the rows, if any.
 
     Raises:
         TableError: it is no table, or a column of numbers holds something else.
@@ -74,7 +77,7 @@ def read_text(path: Path, labels: set[str]) -> tuple[DataFrame, Callable[[int], 
             "header": None,
             "names": range(len(layout.names)),
             "skiprows": layout.skip,
-            "encoding": "utf-8-sig",
+            "encoding": layout.encoding,
             "index_col": False,
             "skipinitialspace": True,
             "low_memory": False,
@@ -97,7 +100,6 @@ def read_text(path: Path, labels: set[str]) -> tuple[DataFrame, Callable[[int], 
         frame = frame.drop(columns=unused)
     if frame.empty:
         raise TableError(f"{path}: holds no rows of cells")
-
     rows = frame.index.to_numpy()
 
     def place(row: int) -> str:
@@ -105,9 +107,9 @@ def read_text(path: Path, labels: set[str]) -> tuple[DataFrame, Callable[[int], 
 
     frame = frame.reset_index(drop=True)
     for name in frame.columns:
-        if frame[name].dtype.kind == "O" and name not in labels and name not in layout.row_names:
-            frame[name] = _numbers_in_text(path, name, frame[name], layout, place)
-    return frame, place, layout.row_names
+        if frame[name].dtype.kind == "O" and name not in labels and name != layout.row_name:
+            frame[name] = _numbers_in_text(path, name, frame[name], layout.delimiter, place)
+    return frame, place, layout.row_name
 
 
 @dataclass(frozen=True)
@@ -118,56 +120,55 @@ class _Layout:
         names: of its columns.
         skip: rows of the file before the first row of cells, empty ones too; a name in quotes may span lines.
         codes: positions of columns whose digits are no numbers, such as 007.
-        row_names: the column that names the rows, if any.
+        row_name: the column that names the rows, if any.
     """
 
     path: Path
+    encoding: str
     delimiter: str
     names: tuple[str, ...]
     skip: int
     codes: tuple[int, ...]
-    row_names: tuple[str, ...]
+    row_name: str
 
     @classmethod
     def of(cls, path: Path) -> _Layout:
-        delimiter = _delimiter(path)
+        encoding = _encoding(path)
+        delimiter = _delimiter(path, encoding)
         lines: list[tuple[int, list[str]]] = []  # (rows of the file before this one, its cells)
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-            for before, cells in enumerate(reader):
+        with path.open(newline="", encoding=encoding) as file:
+            for before, cells in enumerate(csv.reader(file, delimiter=delimiter, skipinitialspace=True)):
                 if any(cell.strip() for cell in cells):
                     lines.append((before, [cell.strip() for cell in cells]))
                 if len(lines) > _SNIFF_ROWS:
                     break
-            else:
-                if not lines:
-                    raise TableError(f"{path}: holds no rows of cells")
-        first, body = lines[0][1], [cells for _, cells in lines[1:]]
-        if not _is_header(path, first, body):
-            names, skip, body = [f"column {k}" for k in range(len(first))], lines[0][0], [first, *body]
+        if not lines:
+            raise TableError(f"{path}: holds no rows of cells")
+        (skip, names), body = lines[0], [cells for _, cells in lines[1:]]
+        if not _is_header(path, names, body):
+            names, body = [f"column {k}" for k in range(len(names))], [names, *body]
+        elif body:
+            skip += 1
         else:
-            names, skip = first, lines[0][0] + 1
-            if not body:
-                raise TableError(f"{path}: has a header, but no rows")
-        row_names = ""
+            raise TableError(f"{path}: has a header, but no rows")
+        row_name = ""
         if len(body[0]) == len(names) + 1:  # R leaves out the name of its row names; others end rows with a delimiter
-            trailing = all(not cells[-1] for cells in body)
-            names = [*names, ""] if trailing else [ROW_NAMES, *names]
-            row_names = "" if trailing else ROW_NAMES
-            if not trailing:
+            if all(not cells[-1] for cells in body):
+                names = [*names, ""]
+            else:
+                row_name, names = ROW_NAMES, [ROW_NAMES, *names]
                 say(path, "rows have one cell more than the header: the first is taken for the row's name")
         elif names[0] == "" and len(names) > 1:
-            names = [ROW_NAMES, *names[1:]]
-            row_names = ROW_NAMES
+            row_name, names = ROW_NAMES, [ROW_NAMES, *names[1:]]
         names = [name or f"column {k}" for k, name in enumerate(names)]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise TableError(f"{path}: column names repeat: {', '.join(repeated)}")
         codes = [k for k in range(len(names)) if any(k < len(row) and _CODE.fullmatch(row[k]) for row in body)]
-        return cls(path, delimiter, tuple(names), skip, tuple(codes), (row_names,) if row_names else ())
+        return cls(path, encoding, delimiter, tuple(names), skip, tuple(codes), row_name)
 
     def line_of(self, row: int) -> int:
         """The physical line on which a row of cells begins, counted from 1."""
-        with self.path.open(newline="", encoding="utf-8-sig") as file:
+        with self.path.open(newline="", encoding=self.encoding) as file:
             reader = csv.reader(file, delimiter=self.delimiter)
             begin = 0
             for before, cells in enumerate(reader):
@@ -179,11 +180,21 @@ class _Layout:
         return begin
 
 
-def _delimiter(path: Path) -> str:
+def _encoding(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(1000)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in head:
+        raise TableError(f"{path}: is no readable text table: UTF-16 without a mark, or no text; save it in UTF-8")
+    return "utf-8-sig"
+
+
+def _delimiter(path: Path, encoding: str) -> str:
     """Tabs in .tsv, commas in .csv; another one where the first line has no comma, which is said."""
     if path.suffix.lower() == ".tsv":
         return "\t"
-    with path.open(encoding="utf-8-sig") as file:
+    with path.open(encoding=encoding) as file:
         first = next((line for line in file if line.strip()), "")
     for other, name in ((";", "semicolons"), ("\t", "tabs")):
         if other in first and "," not in first:
@@ -214,7 +225,7 @@ def _is_header(path: Path, first: list[str], body: list[list[str]]) -> bool:
     return True
 
 
-def _numbers_in_text(path: Path, name: str, cells: Series, layout: _Layout, place: Callable[[int], str]) -> Any:
+def _numbers_in_text(path: Path, name: str, cells: Series, delimiter: str, place: Place) -> Any:
     """A column of text as numbers, where it holds such; refused where some cells of a column of numbers are none."""
     import pandas
 
@@ -224,7 +235,7 @@ def _numbers_in_text(path: Path, name: str, cells: Series, layout: _Layout, plac
     numbers = pandas.to_numeric(raw.mask(missing | codes), errors="coerce")
     written = raw[~missing & numbers.isna()]
     commas = [(_THOUSANDS, "thousands", ""), (_DECIMAL_COMMA, "decimals", ".")]
-    for pattern, what, instead in commas if layout.delimiter == "," else commas[::-1]:
+    for pattern, what, instead in commas if delimiter == "," else commas[::-1]:
         if len(written) and written.str.fullmatch(pattern.pattern).all():
             say(path, f"column {name!r}: commas are taken to mark {what}")
             numbers = pandas.to_numeric(raw.mask(missing).str.replace(",", instead), errors="coerce")
