@@ -161,12 +161,14 @@ class TimeGrid:
 
     Attributes:
         labels: (n,) what the network is called with at the first n times.
+        log_snr: (n + 1,) log(alpha / sigma); infinite where sigma is 0.
     """
 
     times: Array
     alpha: Array
     sigma: Array
     labels: Array
+    log_snr: Array
 
     @classmethod
     def of(cls, schedule: NoiseSchedule, times: ArrayLike, *, labels: ArrayLike | None = None) -> TimeGrid:
@@ -179,23 +181,18 @@ class TimeGrid:
         if t.ndim != 1 or len(t) < 2 or not np.all(np.diff(t) < 0):
             raise SamplingError(f"times must fall from step to step, got {', '.join(f'{v:g}' for v in np.ravel(t))}")
         label = t[:-1] if labels is None else np.asarray(labels, np.float64)
-        return cls(t, schedule.alpha(t), schedule.sigma(t), label)
+        return cls(t, schedule.alpha(t), schedule.sigma(t), label, schedule.log_snr(t))
 
     def ending(self, *, alpha: float = 1.0, sigma: float = 0.0) -> TimeGrid:
         """The same grid with other values at its end, as a scheduler's "final alpha" sets them; 1 and 0 are clean."""
-        return TimeGrid(
-            self.times, np.append(self.alpha[:-1], alpha), np.append(self.sigma[:-1], sigma), self.labels
-        )
+        log_snr = math.log(alpha / sigma) if sigma else math.inf
+        ends = ((self.alpha, alpha), (self.sigma, sigma), (self.log_snr, log_snr))
+        changed = [np.append(values[:-1], end) for values, end in ends]
+        return TimeGrid(self.times, changed[0], changed[1], self.labels, changed[2])
 
     @property
     def steps(self) -> int:
         return len(self.times) - 1
-
-    @property
-    def log_snr(self) -> Array:
-        """(n + 1,) log(alpha / sigma); infinite where sigma is 0."""
-        with np.errstate(divide="ignore"):
-            return np.log(self.alpha) - np.log(self.sigma)
 
     @property
     def rho(self) -> Array:

@@ -342,20 +342,20 @@ def rho_runge_kutta(grid: TimeGrid, schedule: NoiseSchedule, *, method: str = "3
     if method not in RUNGE_KUTTA:
         raise SamplingError(f"method must be one of {', '.join(RUNGE_KUTTA)}, got {method!r}")
     nodes, tableau, weights = RUNGE_KUTTA[method]
-    times, alpha, sigma, updates = [float(grid.times[0])], [grid.alpha[0]], [grid.sigma[0]], []
+    times, updates = [float(grid.times[0])], []
     for i in range(grid.steps):
         jump = float(grid.rho[i + 1] - grid.rho[i])
         begin = float(grid.alpha[i])
         for stage, (node, row) in enumerate(zip((*nodes, 1.0), (*tableau, weights), strict=True)):
             end = stage == len(nodes)
             t = float(grid.times[i + 1]) if end else float(schedule.time_of(-np.log(grid.rho[i] + node * jump))[0])
-            a = float(grid.alpha[i + 1] if end else schedule.alpha(t))
             times.append(t)
-            alpha.append(a)
-            sigma.append(grid.sigma[i + 1] if end else schedule.sigma(t))
+            a = float(schedule.alpha(t))
             slopes = tuple(a * jump * w for w in reversed(row))
             updates.append(Update("noise", a / begin, slopes, start=-1 - stage))
-    stages = TimeGrid(np.array(times), np.array(alpha), np.array(sigma), np.array(times[:-1]))
+    stages = TimeGrid(
+        np.array(times), schedule.alpha(times), schedule.sigma(times), np.array(times[:-1]), schedule.log_snr(times)
+    )
     return SolverTable(f"rhoRK-{method}", stages, tuple(updates))
 
 

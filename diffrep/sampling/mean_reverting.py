@@ -1,0 +1,155 @@
+"""Mean-reverting diffusion (IR-SDE) and its fast samplers (MRS, ICLR 2025): DPM-Solver on the distance to the mean.
+
+The state reverts to a degraded image mu, `x = a x0 + (1 - a) mu + s eps`; so `y = x - (1 - a) mu` is an ordinary
+diffusion of x0, and every solver of `solvers` samples it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from diffrep.sampling.core import Form, SolverTable, run
+from diffrep.sampling.schedules import Array, NoiseSchedule, SamplingError, TimeGrid, power_spaced
+from diffrep.sampling.solvers import Derivative, exponential
+
+Target = Literal["noise", "data", "velocity"]
+Spacing = Literal["linspace", "leading", "trailing", "karras-n", "karras-t", "linear-lambda"]
+
+
+class MeanReverting(NoiseSchedule):
+    """The schedule of IR-SDE (Luo et al. 2023); times are indices 0..T of its tables, linear between them.
+
+    Args:
+        max_sigma: standard deviation of the noise far from the image, in 1/255 from 1 on, else of images in 0..1.
+        steps: T.
+        schedule: how the speed of reversion changes: "cosine", "linear" or "constant".
+        eps: what is left of the image at T.
+
+    Raises:
+        SamplingError: no such schedule.
+    """
+
+    kind = "mean reverting"
+
+    def __init__(
+        self, max_sigma: float = 50.0, *, steps: int = 100, schedule: str = "cosine", eps: float = 0.005
+    ) -> None:
+        count = steps + 1
+        if schedule == "cosine":
+            f = np.cos((np.linspace(0, 1, count + 2) + 0.008) / 1.008 * math.pi / 2) ** 2
+            theta = 1 - (f / f[0])[1:-1]
+        elif schedule == "linear":
+            theta = np.linspace(1000 / count * 1e-4, 1000 / count * 0.02, count)
+        elif schedule == "constant":
+            theta = np.ones(count)
+        else:
+            raise SamplingError(f"schedule must be cosine, linear or constant, got {schedule!r}")
+        self.thetas, reversion = theta, np.cumsum(theta)
+        self.stationary = max_sigma / 255 if max_sigma >= 1 else max_sigma
+        self.alphas = np.exp(-reversion * -math.log(eps) / reversion[-1])
+        self.sigmas = self.stationary * np.sqrt(1 - self.alphas**2)
+        self.first, self.last = float(steps), 0.0
+
+    def alpha(self, t: ArrayLike) -> Array:
+        return np.interp(t, np.arange(len(self.alphas)), self.alphas)
+
+    def sigma(self, t: ArrayLike) -> Array:
+        return np.interp(t, np.arange(len(self.alphas)), self.sigmas)
+
+    def log_snr(self, t: ArrayLike) -> Array:
+        return np.interp(t, np.arange(len(self.alphas)), np.log(self.alphas / self.sigmas))
+
+    def times(self, spacing: str, steps: int, *, lowest: float = -5.0) -> Array:
+        """(steps + 1,) fractional indices, falling.
+
+        Args:
+            spacing: even in the index ("linspace" from end to end, "leading" and "trailing" without the first or last
+                of one more), in the 7th root of sigma / alpha ("karras-n") or of the index, down to 1 ("karras-t"), or in
+                log-SNR ("linear-lambda").
+            lowest: half log-SNR below which no time lies.
+        """
+        log_snr = np.log(self.alphas / self.sigmas)
+        first = self.first - int((log_snr < lowest).sum())
+        even = np.linspace(first, 0, steps + 2)
+        begin, end = float(self.log_snr(first)), float(log_snr[0])
+        if spacing == "linspace":
+            return np.linspace(first, 0, steps + 1)
+        if spacing in ("leading", "trailing"):
+            return even[1:] if spacing == "leading" else even[:-1]
+        if spacing == "karras-t":
+            return power_spaced(first, 1.0, steps + 1, 7.0)
+        if spacing == "karras-n":
+            wanted = -np.log(power_spaced(math.exp(-begin), math.exp(-end), steps + 1, 7.0))
+        elif spacing == "linear-lambda":
+            wanted = np.linspace(begin, end, steps + 1)
+        else:
+            raise SamplingError(f"no spacing {spacing!r} of mean-reverting diffusion")
+        return np.array([first, *np.interp(wanted[1:-1], log_snr[::-1], np.arange(len(log_snr))[::-1]), 0.0])
+
+
+def mrs_table(grid: TimeGrid, *, order: int = 2, form: Form = "data", noisy: bool = False) -> SolverTable:
+    """The table of MRS: DPM-Solver(++) with the exact second order and the published third.
+
+    With fewer than 10 steps orders fall at the end, but for the very last step, which is of full order, as released.
+    """
+    if not 1 <= order <= (2 if noisy else 3):
+        raise SamplingError(f"MRS has orders 1 to {'2 with noise' if noisy else 3}, got {order}")
+    updates = []
+    for i in range(grid.steps):
+        n = min(order, i + 1)
+        if grid.steps < 10 and i + 1 < grid.steps:
+            n = min(n, grid.steps - i - 1)
+        derivatives = [Derivative(tuple(range(-2, -1 - n, -1)))] * (n - 1)
+        updates.append(exponential(grid, i, i + 1, form, derivatives, halved=True, noisy=noisy))
+    return SolverTable(f"MRS-{order}", grid, tuple(updates))
+
+
+def sample_mean_reverting(
+    schedule: MeanReverting,
+    table: SolverTable,
+    network: Callable[[Tensor, float], Tensor],
+    mean: Tensor,
+    start: Tensor,
+    *,
+    target: Target = "noise",
+    noise: Sequence[Tensor] | None = None,
+    denoise_last: bool = False,
+) -> Tensor:
+    """Restore a degraded image.
+
+    Args:
+        network: from (x, index) to the noise, the clean image, or the velocity `a (x - (1 - a) mu) ...` of IR-SDE.
+        mean: (B, C, H, W) the degraded images mu, in 0..1.
+        start: `mean` plus the stationary noise.
+        target: what the network gives.
+        noise: standard normal noise of each step, for tables that add some.
+        denoise_last: end at the clean image of the last call instead of the last time.
+
+    Returns:
+        (B, C, H, W) in 0..1.
+    """
+    grid = table.grid
+
+    def shifted(y: Tensor, t: float) -> Tensor:
+        a, s = float(schedule.alpha(t)), float(schedule.sigma(t))
+        x = y + (1 - a) * mean
+        output = network(x, t)
+        if target != "velocity":
+            return output
+        return a * x - s / schedule.stationary * output + (1 - a) * mean
+
+    if denoise_last:
+        last = grid.steps - 1
+        clean = exponential(grid.ending(), last, last + 1, "data")
+        table = SolverTable(table.name, grid.ending(), (*table.updates[:-1], clean))
+    first, last_alpha = float(grid.alpha[0]), float(table.grid.alpha[-1])
+    y = run(
+        table, shifted, start - (1 - first) * mean, prediction="epsilon" if target == "noise" else "sample", noise=noise
+    )
+    return (y + (1 - last_alpha) * mean).clamp(0, 1)
