@@ -22,7 +22,7 @@ from torch import Tensor
 from diffrep.sampling.schedules import SamplingError, TimeGrid
 
 Form = Literal["noise", "data", "velocity"]
-Prediction = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
+Clamp = Literal["static", "dynamic"]
 State = dict[str, Tensor]
 
 
@@ -48,12 +48,21 @@ def to_forms(prediction: str, output: Tensor, x: Tensor, alpha: float, sigma: fl
     elif prediction == "flow_prediction":
         noise, data = x + alpha * output, x - sigma * output
     else:
-        raise SamplingError(f"a network predicts epsilon, sample, v_prediction, score or flow_prediction: {prediction!r}")
+        raise SamplingError(
+            f"a network predicts epsilon, sample, v_prediction, score or flow_prediction: {prediction!r}"
+        )
     return {"noise": noise, "data": data, "velocity": noise - data}
 
 
-def clamp_dynamically(data: Tensor, *, ratio: float = 0.995, largest: float = 1.0) -> Tensor:
-    """Dynamic thresholding of a clean sample in -1..1 (Saharia et al. 2022, sec. 2.3); per sample, pixels only."""
+def clamped(data: Tensor, how: Clamp, *, ratio: float = 0.995, largest: float = 1.0) -> Tensor:
+    """A clean sample within -1..1; for pixels only.
+
+    Args:
+        how: "static" cuts it off; "dynamic" is dynamic thresholding (Saharia et al. 2022, sec. 2.3), which needs whole
+            samples: a quantile of each that is above `largest` becomes 1.
+    """
+    if how == "static":
+        return data.clamp(-largest, largest)
     bound = torch.quantile(data.abs().flatten(1).float(), ratio, dim=1).clamp(min=largest).to(data.dtype)
     bound = bound.view(-1, *[1] * (data.ndim - 1))
     return data.clamp(-bound, bound) / bound
@@ -115,7 +124,7 @@ class SolverTable:
         filter: acts on the increments.
         raw_start: the running mean and the filter begin with the network's raw output whatever it predicts, as the
             released momentum code does.
-        threshold: `clamp_dynamically` the clean samples (pixels only; needs whole samples).
+        clamp: clean samples are `clamped`, and the noise follows (pixels only).
         afs: the first prediction is taken without calling the network: "zero_x0" (the state is the noise) or
             "average_x0" (the clean sample is the mean of the data).
     """
@@ -127,7 +136,7 @@ class SolverTable:
     smoothing: float = 1.0
     filter: Filter | None = None
     raw_start: bool = False
-    threshold: bool = False
+    clamp: Clamp | None = None
     afs: str | None = None
 
     def __post_init__(self) -> None:
@@ -137,7 +146,7 @@ class SolverTable:
     @property
     def whole(self) -> bool:
         """Whether a step needs whole samples, so that a canvas cannot be stepped by strips."""
-        return self.threshold or (self.filter is not None and self.filter.whole)
+        return self.clamp == "dynamic" or (self.filter is not None and self.filter.whole)
 
     @property
     def noisy(self) -> bool:
@@ -187,8 +196,8 @@ class Stepper:
                 forms = to_forms("epsilon", x, x, alpha, sigma)
         else:
             forms = to_forms(self.prediction, output, x, alpha, sigma)
-        if self.table.threshold:
-            forms = to_forms("sample", clamp_dynamically(forms["data"]), x, alpha, sigma)
+        if self.table.clamp:
+            forms = to_forms("sample", clamped(forms["data"], self.table.clamp), x, alpha, sigma)
         return forms
 
     def step(
@@ -313,7 +322,9 @@ def run(
             z = noise(step) if callable(noise) else noise[step]
         x, memory = stepper.step(step, output, x, memory, z)
         if not bool(torch.isfinite(x).all()):
-            raise SamplingError(f"{table.name} diverges: step {step + 1} of {table.grid.steps} gives values that are not finite")
+            raise SamplingError(
+                f"{table.name} diverges: step {step + 1} of {table.grid.steps} gives values that are not finite"
+            )
         if after_step is not None:
             after_step(step, x)
     if table.corrector(table.grid.steps - 1) is not None:

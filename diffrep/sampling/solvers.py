@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.sampling.core import Filter, Form, SolverTable, Update
+from diffrep.sampling.core import Clamp, Filter, Form, SolverTable, Update
 from diffrep.sampling.schedules import Array, NoiseSchedule, SamplingError, TimeGrid, integrate, lagrange
 
 
@@ -212,7 +212,13 @@ def _sde_midpoint(grid: TimeGrid, i: int, form: Form, update: Update) -> Update:
 
 
 def unipc(
-    grid: TimeGrid, *, order: int = 2, form: Form = "data", variant: str = "bh2", final: bool = True, corrected: bool = True
+    grid: TimeGrid,
+    *,
+    order: int = 2,
+    form: Form = "data",
+    variant: str = "bh2",
+    final: bool = True,
+    corrected: bool = True,
 ) -> SolverTable:
     """UniPC (Zhao et al. 2023): DPM-Solver's predictor of an order and a corrector of one more, without further calls.
 
@@ -244,7 +250,7 @@ def unified(
     derivatives: Sequence[Sequence[Derivative]],
     starts: Sequence[int] | None = None,
     correctors: Sequence[Sequence[Derivative] | None] | None = None,
-    threshold: bool = False,
+    clamp: Clamp | None = None,
     afs: str | None = None,
 ) -> SolverTable:
     """A solver as USF writes it (Liu et al. 2024): decisions of its own for every step.
@@ -255,7 +261,7 @@ def unified(
         derivatives: for each step, one estimate for each derivative up to its order.
         starts: where each step begins, counted back from the newest state; -1 where left out.
         correctors: for each step the estimates with which it is made again at its end; None: not.
-        threshold: dynamic thresholding.
+        clamp: see `SolverTable`.
         afs: how the first prediction is had without a call of the network, see `SolverTable`.
 
     Raises:
@@ -263,7 +269,9 @@ def unified(
     """
     n = grid.steps
     starts, correctors = starts or [-1] * n, correctors or [None] * n
-    for name, values in dict(orders=orders, forms=forms, derivatives=derivatives, starts=starts, correctors=correctors).items():
+    for name, values in dict(
+        orders=orders, forms=forms, derivatives=derivatives, starts=starts, correctors=correctors
+    ).items():
         if len(values) != n:
             raise SamplingError(f"{name} has {len(values)} entries for {n} steps")
     updates = [
@@ -273,7 +281,7 @@ def unified(
         None if estimates is None else exponential(grid, i + 1, i + 1, forms[i], estimates, start=-2)
         for i, estimates in enumerate(correctors)
     ]
-    return SolverTable("USF", grid, tuple(updates), tuple(again), threshold=threshold, afs=afs)
+    return SolverTable("USF", grid, tuple(updates), tuple(again), clamp=clamp, afs=afs)
 
 
 # -- Adams-Bashforth in other variables -----------------------------------------------------------------------
@@ -298,7 +306,11 @@ def deis(grid: TimeGrid, schedule: NoiseSchedule, *, order: int = 3, variable: s
         points = of_variable[variable][max(i - order, 0) : i + 1][::-1]
 
         def weighted(log_rho: Array, points: Array = points) -> Array:
-            places = {"t": lambda: schedule.time_of(-log_rho), "rho": lambda: np.exp(log_rho), "log-snr": lambda: -log_rho}
+            places = {
+                "t": lambda: schedule.time_of(-log_rho),
+                "rho": lambda: np.exp(log_rho),
+                "log-snr": lambda: -log_rho,
+            }
             return lagrange(points, places[variable]()) * np.exp(log_rho)
 
         integrals = integrate(weighted, -float(grid.log_snr[i]), -float(grid.log_snr[i + 1]))
@@ -475,7 +487,9 @@ class LevenbergMarquardt(Filter):
         return turned * product(increment, increment).sqrt() / product(turned, turned).sqrt(), increment
 
 
-def with_levenberg_marquardt(table: SolverTable, damping: float, kappa: float, *, split: bool = False, until: float = math.inf) -> SolverTable:
+def with_levenberg_marquardt(
+    table: SolverTable, damping: float, kappa: float, *, split: bool = False, until: float = math.inf
+) -> SolverTable:
     """A solver whose increments LML corrects.
 
     Args:
@@ -491,4 +505,6 @@ def with_levenberg_marquardt(table: SolverTable, damping: float, kappa: float, *
         elif update.form != "velocity":
             update = replace(update, direction=tuple(w * update.scale for w in update.direction), scale=1.0)
         updates.append(replace(update, filtered=float(table.grid.labels[i]) < until))
-    return replace(table, name=f"{table.name} with LML", updates=tuple(updates), filter=LevenbergMarquardt(damping, kappa))
+    return replace(
+        table, name=f"{table.name} with LML", updates=tuple(updates), filter=LevenbergMarquardt(damping, kappa)
+    )

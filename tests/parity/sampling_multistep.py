@@ -1,7 +1,9 @@
-"""Cases of multistep solvers: momentum, DEIS, USF, LML, few-step grids."""
+"""Cases of solvers that are tables: momentum, DEIS, USF, LML, few-step grids, searched timesteps, mean reversion; EVODiff."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,80 +11,435 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.sampling.core import run
+from diffrep.sampling.core import SolverTable, run
+from diffrep.sampling.evodiff import evodiff
+from diffrep.sampling.mean_reverting import MeanReverting, mrs_table, sample_mean_reverting
 from diffrep.sampling.schedules import (
     CosineVP,
+    Exploding,
     FewStepGrid,
     Flow,
     LinearVP,
     TableVP,
     TimeGrid,
     distinct_indices,
-    power_spaced,
     spaced_times,
 )
+from diffrep.sampling.search import Candidate, Respaced, SearchSettings, search_steps, uniform_timesteps
 from diffrep.sampling.solvers import (
     Derivative,
     LevenbergMarquardt,
+    ddim_table,
     deis,
     dpm_solver,
-    flow_euler,
     ipndm,
     momentum,
-    momentum_dpm,
-    momentum_unipc,
     momentum_weights,
     rho_runge_kutta,
     unified,
+    unipc,
     with_levenberg_marquardt,
-    ddim_table,
+    with_momentum,
 )
 
 from .cases import each
 from .sampling_mixture import Mixture, assert_like, tensors_of
 
+SPACING = {"t": "power", "log": "log-snr", "rho": "karras"}  # DEIS's names of grids
+
 
 def check_schedule(schedule: Any, table: Tensor) -> None:
     """A case's noise schedule is the table that it has."""
     assert schedule["beta_schedule"] == "scaled_linear"
-    betas = torch.linspace(schedule["beta_start"] ** 0.5, schedule["beta_end"] ** 0.5, schedule["num_train_timesteps"]) ** 2
+    roots = (schedule["beta_start"] ** 0.5, schedule["beta_end"] ** 0.5)
+    betas = torch.linspace(*roots, schedule["num_train_timesteps"]) ** 2
     assert_like((1 - betas).cumprod(0), table, atol=1e-6, what="alphas_cumprod")
+
+
+def number(text: str) -> float:
+    return float(text.replace("p", "."))
 
 
 def check_ghvb(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
-    p, table = case["parameters"], inputs["alphas_cumprod"]
+    p, table, model = case["parameters"], inputs["alphas_cumprod"], Mixture(inputs)
     check_schedule(p["schedule"], table)
     assert p["previous"].startswith("t - 1000//steps; below 0: alphas_cumprod[0]")
-    timesteps, steps = p["timesteps"], p["steps"]
-    assert len(timesteps) == steps
-    previous = [t - len(table) // steps for t in timesteps]
-    grid = TimeGrid.of(TableVP(table), [*timesteps, max(previous[-1], 0)]).ending(
-        alpha=float(table[max(previous[-1], 0)]) ** 0.5, sigma=float(1 - table[max(previous[-1], 0)]) ** 0.5
-    )
-    model = Mixture(inputs)
+    timesteps = p["timesteps"]
+    assert len(timesteps) == p["steps"]
+    last = max(timesteps[-1] - len(table) // p["steps"], 0)
+    grid = TimeGrid.of(TableVP(table), [*timesteps, last])
 
     def check(key: str, method: str, order: float, prediction: str = "epsilon") -> None:
-        kind = {"epsilon": "noise", "v_prediction": "velocity", "sample": "data"}[prediction]
+        network = model.of_table(table, {"epsilon": "noise", "v_prediction": "velocity", "sample": "data"}[prediction])
         solver = momentum(grid, method=method, order=order, raw_start=prediction != "epsilon")
         seen: dict[int, Tensor] = {}
-        got = run(
-            solver, model.of_table(table, kind), inputs["x_T"], prediction=prediction, after_step=seen.__setitem__
-        )
+        got = run(solver, network, inputs["x_T"], prediction=prediction, after_step=seen.__setitem__)
         assert_like(got, expected[key], atol=2e-4, rtol=2e-4, what=key)
         if f"{key}_after4" in expected:
             assert_like(seen[3], expected[f"{key}_after4"], atol=2e-4, rtol=2e-4, what=f"{key} after 4 steps")
 
     for one in each(p["runs"]):
         check(one["key"], one["method"], one["order"])
-    for key in ("v_official", "sample_official"):
-        one = p[key]
-        check(f"{one['method']}_{key}", one["method"], one["order"], one.get("prediction_type", "sample"))
-    for key in [key for key in expected if key.startswith("mixer_")]:
+    for name in ("v_official", "sample_official"):
+        one = p[name]
+        check(f"{one['method']}_{name}", one["method"], one["order"], one["prediction_type"])
+    for key in (key for key in expected if key.startswith("mixer_")):
         _, order, beta = key.split("_")
-        oldest_first = momentum_weights(int(order), float(beta.replace("p", ".")))[::-1]
-        got = torch.tensor(oldest_first) / (1.0 if MIXER_RAW else float(beta.replace("p", ".")))
-        assert_like(got, expected[key], atol=1e-4, what=key)
+        oldest_first = torch.tensor(momentum_weights(int(order), number(beta))[::-1])
+        assert_like(oldest_first, expected[key], atol=1e-5, what=key)
 
 
-MIXER_RAW = False
+def check_momentum_dpmpp(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, table = case["parameters"], inputs["alphas_cumprod"]
+    check_schedule(p["schedule"], table)
+    assert p["last_target"].startswith("timestep 0 (alphas_cumprod[0])")
+    assert p["steps"] == len(p["timesteps"])
+    grid = TimeGrid.of(TableVP(table), [*p["timesteps"], 0])
+    network = Mixture(inputs).of_table(table)
+    runs = {"dpmpp2m_plain": dpm_solver(grid)}
+    for beta in p["betas"]:
+        runs[f"dpmpp2m_hb_{beta}".replace(".", "p")] = with_momentum(dpm_solver(grid), beta)
+    u = p["unipc"]
+    assert u["predict_x0"]
+    solver = unipc(grid, order=u["order"], variant=u["solver_type"], final=u["lower_order_final"])
+    runs[f"unipc{u['order']}_hb_{u['beta']}".replace(".", "p")] = with_momentum(solver, u["beta"])
+    assert set(runs) == set(expected)
+    for key, solver in runs.items():
+        assert_like(run(solver, network, inputs["x_T"]), expected[key], atol=2e-4, rtol=2e-4, what=key)
+
+
+# -- DEIS -----------------------------------------------------------------------------------------------------
+
+
+def coefficients(table: SolverTable, order: int, divisors: Sequence[float] | None = None) -> Tensor:
+    """(steps, order + 1) the weights of a table's predictions, newest first."""
+    rows = np.zeros((len(table.updates), order + 1))
+    for i, update in enumerate(table.updates):
+        rows[i, : len(update.direction)] = np.array(update.direction) / (1 if divisors is None else divisors[i])
+    return torch.from_numpy(rows)
+
+
+def check_deis_coefficients(folder: Path, case: dict[str, Any]) -> None:
+    _, expected = tensors_of(folder)
+    p = case["parameters"]
+    schedule = LinearVP(*p["linear_beta_0_beta_1"], first=p["sampling_T"], last=p["sampling_eps"])
+    assert p["grids"].startswith("expected/ts_PHASE_ORDER_STEPS")
+    for key in (key for key in expected if key.startswith("ts_")):
+        _, phase, power, steps = key.split("_")
+        times = spaced_times(schedule, SPACING[phase], int(steps), power=number(power))
+        assert_like(torch.from_numpy(times), expected[key], atol=0, rtol=1e-3, what=key)
+
+    def check(key: str, got: Tensor, base: Tensor) -> None:
+        assert_like(got, base, atol=1e-4, rtol=5e-3, what=key)
+        if f"{key}_x64" in expected:
+            exact = expected[f"{key}_x64"]
+            share = (got - exact).abs() / exact.abs().amax(1, keepdim=True)
+            assert share.max() < 5e-4, f"{key}: {share.max():.1e} of the row's largest entry"
+
+    for one in each(p["tables"]):
+        order, steps = one["ab_order"], one["steps"]
+        grid = TimeGrid.of(schedule, spaced_times(schedule, SPACING[one["phase"]], steps, power=one["ts_order"]))
+        name = f"{order}_{one['phase']}_{steps}"
+        in_t, in_rho = (deis(grid, schedule, order=order, variable=variable) for variable in ("t", "rho"))
+        check(f"tab{name}_coef", coefficients(in_t, order), expected[f"tab{name}_coef"])
+        carries = torch.tensor([update.carry for update in in_t.updates])
+        assert_like(carries, expected[f"tab{name}_psi"], atol=1e-4, rtol=5e-3, what=f"psi of {name}")
+        scaled = coefficients(in_rho, order, grid.alpha[1:].tolist())
+        check(f"rhoab{name}_coef", scaled, expected[f"rhoab{name}_coef"])
+    c = p["cosine"]
+    cosine = CosineVP(first=c["sampling_T"], last=c["sampling_eps"])
+    phase, steps = c["grid"].split(",")
+    times = spaced_times(cosine, SPACING[phase], int(steps.split()[0]))
+    assert_like(torch.from_numpy(times), expected[f"cos_ts_{phase}"], atol=0, rtol=1e-3, what="cosine grid")
+    got = coefficients(deis(TimeGrid.of(cosine, times), cosine, order=c["order"]), c["order"])
+    assert_like(got, expected[f"cos_tab{c['order']}_coef"], atol=1e-4, rtol=5e-3, what="cosine table")
+
+
+def deis_table(run: Any, grid: TimeGrid, schedule: Any) -> SolverTable:
+    """A run's solver, by the official names."""
+    if run["method"] == "ipndm":
+        return ipndm(grid)
+    if run["method"] == "rho_rk":
+        return rho_runge_kutta(grid, schedule, method=run["rk_method"])
+    return deis(grid, schedule, order=run["ab_order"], variable={"t_ab": "t", "rho_ab": "rho"}[run["method"]])
+
+
+def check_deis_sampling(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model = case["parameters"], Mixture(inputs)
+    schedule = LinearVP(*p["linear_beta_0_beta_1"], first=p["sampling_T"], last=p["sampling_eps"])
+
+    def network(x: Tensor, t: float) -> Tensor:
+        return model.noise(x, float(schedule.alpha(t)), float(schedule.sigma(t)))
+
+    for i, one in enumerate(each(p["runs"], describing=("ab_order", "rk_method"))):  # the other methods' are null
+        times = spaced_times(schedule, SPACING[one["ts_phase"]], one["num_step"], power=one["ts_order"])
+        got = run(deis_table(one, TimeGrid.of(schedule, times), schedule), network, inputs["x_T"])
+        assert_like(got, expected[f"run{i}"], atol=5e-3, rtol=5e-3, what=f"run {i}")
+
+
+def check_deis_discrete(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, table = case["parameters"], inputs["alphas_cumprod"]
+    schedule, network = TableVP(table, between="abar"), Mixture(inputs).of_table(table)
+
+    def times(phase: str, power: float, steps: int) -> np.ndarray:
+        return distinct_indices(spaced_times(schedule, SPACING[phase], steps, power=power))
+
+    for name, words in p["grids"].items():  # "ts_t2_N": "phase t, order 2"; "ts_rho7": "phase rho, order 7, 8 steps"
+        phase, power = words.split(",")[0].split()[1], float(words.split(",")[1].split()[1])
+        keys = [key for key in expected if key == name or key.rsplit("_", 1)[0] == name.removesuffix("_N")]
+        assert keys, name
+        for key in keys:
+            got = times(phase, power, len(expected[key]) - 1)
+            assert_like(torch.from_numpy(got), expected[key], atol=2e-2, what=key)
+    for i, one in enumerate(each(p["runs"])):
+        phase, power = one.get("ts_phase", "t"), one.get("ts_order", 1.0)  # iPNDM is made for even timesteps
+        grid = TimeGrid.of(schedule, times(phase, power, one["num_step"]))
+        got = run(deis_table(one, grid, schedule), network, inputs["x_T"])
+        assert_like(got, expected[f"run{i}"], atol=1e-2, rtol=1e-2, what=f"run {i}")
+
+
+# -- USF ------------------------------------------------------------------------------------------------------
+
+
+def derivatives(estimates: Any) -> list[Derivative]:
+    """A step's estimates as the toolkit has them."""
+    found = []
+    for one in estimates:
+        points = tuple(one["active_points"])
+        assert one["estimate"] == f"Difference_{len(points)}"
+        coefficient = one.get("relaxation_coefficient")
+        found.append(Derivative(points, one["relaxation"], coefficient or 0.0))
+    return found
+
+
+def check_usf(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model = case["parameters"], Mixture(inputs)
+    assert p["schedule"]["linear VP"].startswith("log alpha(t) = -t^2 (b1-b0)/4 - t b0/2")
+    schedule = LinearVP(*p["schedule"]["b0_b1"])
+    for one in each(p["runs"], describing=("equals",)):
+        d, calls = one["decisions"], list[float]()
+        correctors: list[Sequence[Derivative] | None] = []
+        for corrector in d["corrector_types"]:
+            estimates, order = corrector["derivative_type"], corrector["taylor_order"]
+            assert corrector["start_point"] in (None, -2)
+            if corrector["type"] == "no_corrector":
+                correctors.append(None)
+                continue
+            assert corrector["type"] == "pseudo" and order == len(estimates) + 1
+            correctors.append(derivatives(estimates))
+        table = unified(
+            TimeGrid.of(schedule, d["timesteps"]),
+            orders=d["orders"],
+            forms=[name.removesuffix("_prediction") for name in d["prediction_types"]],
+            derivatives=[derivatives(estimates) for estimates in d["derivative_types"]],
+            starts=d["start_points"],
+            correctors=correctors,
+            clamp="dynamic" if one["thresholding"] else None,
+            afs=None if d["afs"] == "no_afs" else d["afs"],
+        )
+
+        def network(x: Tensor, t: float, calls: list[float] = calls) -> Tensor:
+            calls.append(t)
+            return model.noise(x, float(schedule.alpha(t)), float(schedule.sigma(t)))
+
+        got = run(table, network, inputs["x_T"], average=inputs.get("average_x0"))
+        assert_like(got, expected[one["key"]], atol=1e-3, rtol=1e-3, what=one["key"])
+        assert len(calls) == one["network_calls"], one["key"]
+
+
+# -- EVODiff, LML, few-step grids -----------------------------------------------------------------------------
+
+
+def check_evodiff(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model = case["parameters"], Mixture(inputs, torch.float64)
+    spacing = {"logSNR": "log-snr", "edm": "karras", "time_quadratic": "quadratic", "time_uniform": "uniform"}
+    for i, one in enumerate(each(p["runs"])):
+        assert one["order"] == 2
+        schedule = Exploding(first=one["t_start"], last=one["t_end"])
+        times = spaced_times(schedule, spacing[one["skip_type"]], one["steps"])
+        assert_like(torch.from_numpy(times), expected[f"ts{i}"], atol=0, rtol=1e-5, what=f"grid {i}")
+        got = evodiff(
+            lambda x, t: model.data(x, 1.0, t),
+            one["t_start"] * inputs["z"],
+            TimeGrid.of(schedule, times),
+            final=p["lower_order_final"],
+            denoise=one["denoise_to_zero"],
+        )
+        assert_like(got, expected[one["key"]], atol=1e-4, rtol=1e-4, what=one["key"])
+
+
+def check_lml(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, table = case["parameters"], inputs["alphas_cumprod"]
+    check_schedule(p["schedule"], table)
+    model, x = Mixture(inputs, torch.float64), inputs["x_T"].double()
+    network = model.of_table(table)
+    direction = inputs["direction"]
+    for one in each(p["correct"]):
+        correct = LevenbergMarquardt(one["lamb"], one["kappa"])
+        assert_like(correct(direction, inputs["previous"])[0], expected[one["key"]], atol=5e-4, what=one["key"])
+        assert_like(correct(direction, direction)[0], expected[f"{one['key']}_first"], atol=5e-4, what="the first")
+    void = LevenbergMarquardt(1e-3, 0.0)(direction.double(), inputs["previous"].double())[0]
+    assert_like(void, expected["correct_float64_kappa0_small_lambda"], atol=1e-6, what="kappa 0")
+    assert p["dpm_last_target"].startswith("timestep 0 (alphas_cumprod[0]); lower order in the last steps")
+    for one in each(p["dpm"]):
+        form = {"dpmsolver": "noise", "dpmsolver++": "data"}[one["algorithm_type"]]
+        plain = dpm_solver(TimeGrid.of(TableVP(table), [*one["timesteps"], 0]), order=one["order"], form=form)
+        assert_like(run(plain, network, x), expected[f"{one['key']}_plain"], atol=1e-4, rtol=1e-4, what="plain")
+        solver = with_levenberg_marquardt(plain, one["lamb"], one["kappa"])
+        assert_like(run(solver, network, x), expected[one["key"]], atol=1e-4, rtol=1e-4, what=one["key"])
+    assert p["ddim_note"].startswith("set_alpha_to_one True, trailing, eta 0, no clipping")
+    for one in each(p["ddim"]):
+        timesteps = one["timesteps"]
+        grid = TimeGrid.of(TableVP(table), [*timesteps, timesteps[-1] - len(table) // len(timesteps)]).ending()
+        until = len(table) * (1 - one["freeze"])
+        solver = with_levenberg_marquardt(ddim_table(grid), one["lamb"], one["kappa"], split=True, until=until)
+        assert_like(run(solver, network, x), expected[one["key"]], atol=1e-4, rtol=1e-4, what=one["key"])
+    assert p["flow_note"].startswith("the state is a sequence (B, tokens, width)")
+    weights = model.log_weights.softmax(0).view(-1, 1, 1, 1)
+
+    def velocity(y: Tensor, sigma: float) -> Tensor:
+        if sigma == 1:  # nothing of the data is left: their mean
+            return y - (weights * model.means).sum(0)
+        return model.noise(y, 1 - sigma, sigma) - model.data(y, 1 - sigma, sigma)
+
+    for one in each(p["flow"]):
+        shift = one["shift"]  # of the grid's end, too, as diffusers' scheduler has it
+        even = np.linspace(1, shift / 1000 / (1 + (shift - 1) / 1000), one["steps"])
+        sigmas = [*(shift * even / (1 + (shift - 1) * even)), 0.0]
+        assert_like(torch.tensor(sigmas), torch.tensor(one["sigmas"]), atol=1e-6, what="sigmas")
+        plain = ddim_table(TimeGrid.of(Flow(), one["sigmas"]), form="velocity")
+        solver = with_levenberg_marquardt(plain, one["lamb"], one["kappa"])
+        got = run(solver, velocity, x, prediction="flow_prediction")
+        assert_like(got, expected[one["key"]], atol=4e-2, what=one["key"])
+
+
+def check_few_step_grid(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, table, model = case["parameters"], inputs["alphas_cumprod"], Mixture(inputs)
+    in_abar, k_diffusion = TableVP(table, between="abar"), TableVP(table, between="log-sigma")
+
+    def network(x: Tensor, sigma: float) -> Tensor:
+        t = k_diffusion.time_of(-np.log(sigma))[0]
+        return model.noise(x / (1 + sigma**2) ** 0.5, float(k_diffusion.alpha(t)), float(k_diffusion.sigma(t)))
+
+    for name, one in p["grids"].items():
+        times = FewStepGrid(**one).times(table)
+        sigmas = in_abar.sigma(times) / in_abar.alpha(times)
+        assert_like(torch.from_numpy(times), expected[f"t_{name}"], atol=0, rtol=1e-4, what=f"t of {name}")
+        assert_like(torch.from_numpy(sigmas), expected[f"sigma_{name}"], atol=0, rtol=1e-3, what=f"sigma of {name}")
+        grid = TimeGrid.of(Exploding(), sigmas)
+        for order, word in ((1, "first"), (2, "second")):
+            got = run(dpm_solver(grid, order=order, final=False), network, inputs["z"] * sigmas[0])
+            assert_like(got, expected[f"{word}_order_{name}"], atol=2e-3, rtol=2e-3, what=f"{word} order, {name}")
+    assert p["used_by_default"]["8 steps"] == "sd_8_full with 2M (SDXL: xl_8)"
+    assert p["used_by_default"]["5, 6"] == p["used_by_default"]["4"] == "first order"
+
+
+# -- AutoDiffusion --------------------------------------------------------------------------------------------
+
+
+def check_autodiffusion(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model = case["parameters"], Mixture(inputs)
+    assert p["beta_schedule"] == "cosine"
+    assert p["variance"] == "FIXED_SMALL (posterior), clip_denoised True, eta 0"
+    table = (1 - inputs["betas"]).cumprod(0)
+    network = model.of_table(table)
+    for one in each(p["runs"]):
+        key, chain = one["key"], Respaced.of(table, one["timesteps"])
+        assert list(chain.timesteps) == one["timestep_map"]
+        for name, got in (
+            ("betas", chain.betas),
+            ("alphas_cumprod", chain.alphas_cumprod),
+            ("posterior_variance", chain.posterior_variance),
+            ("posterior_log_variance", chain.posterior_log_variance),
+        ):
+            assert_like(torch.from_numpy(got), expected[f"{key}_{name}"], atol=1e-12, rtol=1e-6, what=f"{key} {name}")
+        falling = chain.timesteps[::-1]
+        grid = TimeGrid.of(TableVP(table), [*falling, falling[-1] - 1]).ending()
+        atol = 2e-2 if len(table) - 1 in chain.timesteps else 1e-3
+        for name, eta in (("ddim", 0.0), ("ddpm", 1.0)):
+            solver = replace(ddim_table(grid, eta=eta), clamp="static")
+            got = run(solver, network, inputs["x_T"], noise=list(inputs[f"{key}_ddpm_noise"]))
+            assert_like(got, expected[f"{key}_{name}"], atol=atol, what=f"{key} {name}")
+    for name, timesteps in p["uniform"].items():
+        assert uniform_timesteps(int(name.removeprefix("ddim"))) == timesteps
+    s = p["search"]
+    assert s["fitness"] == "sum |sorted(candidate) - target|" and s["seeds"].startswith("random.seed")
+    target = sorted(s["target"])
+    best, evaluations = [], []
+
+    def fitness(candidate: Candidate) -> float:
+        evaluations.append(candidate)
+        return float(sum(abs(a - b) for a, b in zip(sorted(candidate.timesteps), target, strict=True)))
+
+    for seed in range(20):
+        settings = SearchSettings(
+            population=s["population_num"], parents=s["select_num"], mutations=s["mutation_num"],
+            crossovers=s["crossover_num"], mutation_rate=s["m_prob"], epochs=s["max_epochs"], seed=seed,
+        )  # fmt: skip
+        best.append(search_steps(fitness, len(target), settings=settings)[0][0])
+    assert len(evaluations) <= 20 * s["evaluations"]
+    official = [fitness(Candidate(tuple(eval_list(one["candidate"])))) for one in s["top5"]]
+    assert official == [one["fitness"] for one in s["top5"]]
+    assert np.mean(best) <= min(official), f"{np.mean(best)} on average, {min(official)} by the official search"
+
+
+def eval_list(text: str) -> list[int]:
+    return [int(word) for word in text.strip("[]").split(",")]
+
+
+# -- mean reversion -------------------------------------------------------------------------------------------
+
+
+def check_mr_sampler(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model, mean = case["parameters"], Mixture(inputs), inputs["cond"]
+    sde = p["sde"]
+    assert p["max_sigma_used"] == "max_sigma/255" and not p["thresholding"]
+    schedule = MeanReverting(sde["max_sigma"], steps=sde["T"], schedule=sde["schedule"], eps=sde["eps"])
+    for name, got in (("thetas", schedule.thetas), ("sigma_bars", schedule.sigmas), ("alphas", schedule.alphas)):
+        assert_like(torch.from_numpy(got), expected[name], atol=1e-6, rtol=1e-5, what=name)
+    for one in each(p["runs"]):
+        key = one["key"]
+        times = schedule.times(one["time_schedule"], one["num_sample_steps"], lowest=one["lambda_min"])
+        grid = TimeGrid.of(schedule, times)
+        tables = (("timesteps", times), ("alphas", grid.alpha), ("sigmas", grid.sigma), ("lambdas", grid.log_snr))
+        for name, got in tables:
+            # the official tables are float32, and log-SNR is flat in the index
+            assert_like(torch.from_numpy(got), expected[f"{key}_{name}"], atol=1e-3, rtol=1e-4, what=f"{key} {name}")
+        network = target_network(model, schedule, mean, one["fit_target"])
+        noisy = {"ode": False, "sde": True}[one["solver_type"]]
+        got = sample_mean_reverting(
+            schedule,
+            mrs_table(grid, order=one["order"], form=one["parameterization"], noisy=noisy),
+            network,
+            mean,
+            mean + inputs[f"{key}_prior_noise"] * schedule.stationary,
+            target=one["fit_target"],
+            noise=list(inputs[f"{key}_noise"]) if noisy else None,
+            denoise_last=one["denoise_last"],
+        )
+        assert_like(got, expected[key], atol=1e-3, rtol=1e-3, what=key)
+
+
+def target_network(
+    model: Mixture, schedule: MeanReverting, mean: Tensor, target: str
+) -> Callable[[Tensor, float], Tensor]:
+    """The exact network, giving what the case's networks give."""
+
+    def network(x: Tensor, t: float) -> Tensor:
+        a, s, far = float(schedule.alpha(t)), float(schedule.sigma(t)), schedule.stationary
+        y = x - (1 - a) * mean
+        if target == "velocity":
+            return far * a * model.noise(y, a, s) - s / far * (model.data(y, a, s) - mean)
+        return model.noise(y, a, s) if target == "noise" else model.data(y, a, s)
+
+    return network

@@ -1,0 +1,331 @@
+"""Cases of samplers in continuous time: Score-SDE, stochastic interpolants, SiT, the Fokker-Planck residual."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffrep.sampling.fokker_planck import Potential, fokker_planck_loss, kernel_score, residual, sample_reverse
+from diffrep.sampling.interpolants import (
+    FORMS,
+    Path as Curves,
+    Transport,
+    derivative,
+    integrate_sde,
+    integrate_with_density,
+    interpolant,
+    interpolant_loss,
+)
+from diffrep.sampling.score_sde import ScoreSDE, likelihood, sample_flow, sample_pc
+
+from .cases import each
+from .sampling_mixture import Mixture, assert_like, tensors_of
+
+KINDS = ("vp", "subvp", "ve")
+
+
+def sde_of(kind: Any, p: Any) -> ScoreSDE:
+    betas, sigmas = p["beta_min_max"], p["sigma_min_max"]
+    return ScoreSDE(kind, betas[0], betas[1], sigmas[0], sigmas[1], p["N"])
+
+
+def check_score_sde_schedules(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    x, t = inputs["x"], inputs["t"]
+    for kind in KINDS:
+        sde = sde_of(kind, case["parameters"])
+        got = {"prior_logp": sde.prior_log_density(x)}
+        got["mean"], got["std"] = sde.marginal(x, t)
+        got["drift"], got["diffusion"] = sde.drift(x, t)
+        got["f"], got["G"] = sde.discretize(x, t)
+        if kind == "vp":
+            got |= {"discrete_betas": sde.betas, "alphas_cumprod": sde.alphas_cumprod}
+        if kind == "ve":
+            got["discrete_sigmas"] = sde.sigmas
+        for name, value in got.items():
+            assert_like(value, expected[f"{kind}_{name}"], atol=1e-5, rtol=1e-5, what=f"{kind} {name}")
+    assert {key.split("_")[0] for key in expected} == set(KINDS)
+
+
+def official_network(sde: ScoreSDE, model: Mixture, *, continuous: bool) -> Any:
+    """The exact network with the official labels; the samples of a batch share their time."""
+
+    def network(x: Tensor, label: Tensor) -> Tensor:
+        first = label[0]
+        if sde.kind == "ve":
+            return model.score(x, 1.0, float(first) if continuous else float(sde.sigmas.flip(0)[first]))
+        if continuous or sde.kind == "subvp":
+            mean, std = sde.marginal(torch.ones(1, 1), first[None] / 999)
+            return model.noise(x, float(mean), float(std))
+        abar = float(sde.alphas_cumprod[int(first)])
+        return model.noise(x, abar**0.5, (1 - abar) ** 0.5)
+
+    return network
+
+
+def check_score_sde_pc(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model = case["parameters"], Mixture(inputs)
+    for i, one in enumerate(each(p["runs"])):
+        sde = sde_of(one["sde"], p)
+        network = official_network(sde, model, continuous=one["continuous"])
+        noise = iter(inputs[f"run{i}_noise"])
+        denoised, raw = sample_pc(
+            sde,
+            sde.score(network, continuous=one["continuous"]),
+            inputs[f"run{i}_x_T"],
+            noise,
+            predictor=one["predictor"],
+            corrector=one["corrector"],
+            snr=one["snr"],
+            corrector_steps=one["corrector_steps"],
+            flow=one["probability_flow"],
+            batch_mean=True,
+            last=one["eps"],
+        )
+        assert next(noise, None) is None, f"run {i} leaves noise"
+        assert one["reported_nfe"] == p["N"] * (one["corrector_steps"] + 1)  # also where the corrector is "none"
+        assert_like(denoised, expected[f"run{i}_denoised"], atol=2e-4, rtol=2e-4, what=f"run {i}, denoised")
+        assert_like(raw, expected[f"run{i}_raw"], atol=2e-4, rtol=2e-4, what=f"run {i}")
+
+
+def check_score_sde_ode(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model = case["parameters"], Mixture(inputs)
+    assert p["method"] == "scipy RK45" and p["rtol"] == p["atol"]
+    assert p["inverse_scaler"].startswith("(x+1)/2")
+    ends = {kind: value for names, value in p["eps_sampling"].items() for kind in names.split(",")}
+    for kind in KINDS:
+        sde = sde_of(kind, p)
+
+        calls = list[float]()
+
+        def score(x: Tensor, t: Tensor, sde: ScoreSDE = sde, calls: list[float] = calls) -> Tensor:
+            calls.append(float(t[0]))
+            mean, std = sde.marginal(torch.ones(1, 1, dtype=t.dtype), t[:1])
+            return model.score(x, float(mean), float(std))
+
+        z = inputs[f"{kind}_z"]
+        for name, denoise in (("ode", False), ("ode_denoised", True)):
+            calls.clear()
+            got = sample_flow(sde, score, z, tolerance=p["rtol"], last=ends[kind], denoise=denoise)
+            assert abs(len(calls) - p["nfe_reported"][f"{kind}_ode"]) <= 12, f"{kind}: {len(calls)} calls"
+            assert_like(got, expected[f"{kind}_{name}"], atol=2e-3, what=f"{kind} {name}")
+        probe = 2 * inputs[f"{kind}_probe_bits"].float() - 1
+        calls.clear()
+        bits, latent = likelihood(sde, score, inputs["data"], probe, tolerance=p["rtol"], first=p["eps_likelihood"])
+        assert abs(len(calls) - p["nfe_reported"][f"{kind}_likelihood"]) <= 12, f"{kind}: {len(calls)} calls"
+        assert_like(bits, expected[f"{kind}_bpd"], atol=5e-3, what=f"{kind} bits per dimension")
+        assert_like(latent, expected[f"{kind}_latent"], atol=5e-3, rtol=5e-3, what=f"{kind} latent")
+
+
+# -- interpolants ---------------------------------------------------------------------------------------------
+
+
+def check_interpolants(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, times = case["parameters"], torch.tensor(case["parameters"]["t"])
+    x0, x1, z = inputs["x0"], inputs["x1"], inputs["z"]
+    for path, gamma in p["paths"]:
+        curves, name = interpolant(path, gamma), f"{path}_{gamma}".replace("-", "_")
+        got = {
+            "a": curves.x0(times),
+            "adot": derivative(curves.x0, times),
+            "b": curves.x1(times),
+            "bdot": derivative(curves.x1, times),
+            "It": torch.stack([curves.at(t, x0, x1) for t in times]),
+            "dtIt": torch.stack([curves.slope(t, x0, x1) for t in times]),
+        }
+        if gamma:
+            got |= {"gamma": curves.gamma(times), "gg_dot": curves.gamma_slope(times)}
+            got["gamma_dot"] = got["gg_dot"] / got["gamma"]
+        for key, value in got.items():
+            assert_like(value, expected[f"{name}_{key}"], atol=1e-4, rtol=1e-4, what=f"{name} {key}")
+    assert p["model"] == "f(x,t) = A x + t c"
+    for sided, words in p["loss_paths"].items():
+        path, _, gamma = words.partition(", ")
+        for kind in ("b", "s", "eta", "v"):
+            got = interpolant_loss(
+                kind,
+                interpolant(path, gamma or None),
+                lambda x, t: x @ inputs["A"].T + t * inputs["c"],
+                torch.tensor(p["loss_t"]),
+                x0,
+                x1,
+                z,
+            )
+            key = f"loss_{'one_sided_' if sided == 'one-sided' else ''}{kind}"
+            assert_like(got, expected[key], atol=1e-4, rtol=1e-4, what=key)
+
+
+def gaussian(text: str) -> float:
+    """The standard deviation in words such as "N(m0, 0.7^2 I)"."""
+    return float(text.split(", ")[1].split("^")[0])
+
+
+def check_interpolant_sampling(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, eps = case["parameters"], case["parameters"]["eps"]
+    assert p["note"].startswith("n_step POINTS")
+    two_sided, one_sided = p["x0"].split("; ")
+    assert one_sided == "one-sided: N(0, I)"
+    for name in p["paths"]:
+        path, gamma = name.rsplit("_", 1)
+        alone = gamma == "None"
+        curves = interpolant(path.replace("_", "-"), None if alone else gamma)
+        s0, s1 = 1.0 if alone else gaussian(two_sided), gaussian(p["x1"])
+        m0, m1 = torch.zeros_like(inputs["m0"]) if alone else inputs["m0"], inputs["m1"]
+
+        def moments(t: Tensor, curves: Curves = curves, s0: float = s0, s1: float = s1, m0: Tensor = m0) -> Any:
+            a, b = curves.x0(t), curves.x1(t)
+            rest = curves.variance(t) if curves.variance else 0
+            return a, b, a**2 * s0**2 + b**2 * s1**2 + rest, a * m0 + b * m1
+
+        def drift(
+            x: Tensor, t: Tensor, curves: Curves = curves, s0: float = s0, m0: Tensor = m0, of: Any = moments
+        ) -> Tensor:
+            a, b, variance, mean = of(t)
+            da, db = derivative(curves.x0, t), derivative(curves.x1, t)
+            slope = curves.gamma_slope(t) if curves.variance else 0
+            return da * m0 + db * m1 + (da * a * s0**2 + db * b * s1**2 + slope) / variance * (x - mean)
+
+        def score(x: Tensor, t: Tensor, of: Any = moments) -> Tensor:
+            _, _, variance, mean = of(t)
+            return -(x - mean) / variance
+
+        times, start = torch.linspace(*p["start_end"], p["n_step"]), inputs[f"{name}_start"]
+        for method in ("euler", "rk4"):
+            end, change = integrate_with_density(drift, start, times, method)
+            key = f"{name}_ode_{method}"
+            assert_like(end, expected[key], atol=2e-3, rtol=2e-3, what=key)
+            assert_like(change, expected[f"{key}_dlogp"], atol=2e-3, rtol=2e-3, what=f"{key} density")
+
+        def spread(t: Tensor) -> Tensor:
+            return torch.tensor(math.sqrt(2 * eps))
+
+        for method, sign, where, key in (
+            ("euler", 1, times, "sde_euler"),
+            ("heun", 1, times, "sde_heun"),
+            ("heun", -1, times.flip(0), "sde_reverse_heun"),
+        ):
+            noise = list(inputs[f"{name}_{'reverse_' if sign < 0 else ''}noise"])
+
+            def noisy(x: Tensor, t: Tensor, sign: int = sign, b: Any = drift, s: Any = score) -> Tensor:
+                return b(x, t) + sign * eps * s(x, t)
+
+            got = integrate_sde(noisy, start, where, spread, noise, method=method, ahead=True)  # type: ignore[arg-type]
+            assert_like(got, expected[f"{name}_{key}"], atol=2e-3, rtol=2e-3, what=f"{name} {key}")
+
+
+# -- SiT ------------------------------------------------------------------------------------------------------
+
+
+def check_sit_paths(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p, model, t = case["parameters"], Mixture(inputs), inputs["t"]
+    betas = p["vp_sigma_min_max"]
+    for path in ("Linear", "GVP", "VP"):
+        transport = Transport(path, beta_0=betas[0], beta_1=betas[1])
+        x, slope = transport.at(t, inputs["z"], inputs["x1"])
+        factors = zip(x, transport.alpha(t).tolist(), transport.sigma(t).tolist(), strict=True)
+        score = torch.cat([model.score(one[None], alpha, sigma) for one, alpha, sigma in factors])
+        velocity = transport.velocity_from_score(score, x, t)
+        got = {"xt": x, "ut": slope, "velocity_from_score": velocity}
+        got["drift"], got["drift_var"] = transport.drift(x, t)
+        got["score_from_velocity"] = transport.score_from_velocity(velocity, x, t)
+        got["noise_from_velocity"] = transport.noise_from_velocity(velocity, x, t)
+        for name, value in got.items():
+            assert_like(value, expected[f"{path}_{name}"], atol=2e-4, rtol=2e-4, what=f"{path} {name}")
+        for form in FORMS:
+            key = f"{path}_diffusion_{form}"
+            value = transport.diffusion(form, t, norm=p["norm"])[: len(expected[key])]
+            assert_like(value, expected[key], atol=2e-4, rtol=2e-4, what=key)
+    assert p["loss_model"] == "f(x,t) = x/2 + t"
+    for key in (key for key in expected if key.startswith("loss_")):
+        _, path, prediction, weight = key.split("_")
+        transport = Transport(path, prediction, betas[0], betas[1])
+        x, slope = transport.at(t, inputs["z"], inputs["x1"])
+        output = x / 2 + t.view(-1, 1, 1, 1)
+        got_loss = transport.loss(output, x, t, inputs["z"], slope, None if weight == "None" else weight)
+        assert_like(got_loss, expected[key], atol=2e-4, rtol=2e-4, what=key)
+
+
+def check_sit_sampling(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    model = Mixture(inputs)
+    mean = (model.log_weights.softmax(0).view(-1, 1, 1, 1) * model.means).sum(0)
+    for one in each(case["parameters"]["runs"]):
+        key, transport = one["key"], Transport(one["path"], one["prediction"])
+
+        def network(x: Tensor, t: Tensor, transport: Transport = transport) -> Tensor:
+            alpha, sigma = float(transport.alpha(t)), float(transport.sigma(t))
+            if transport.prediction != "velocity":
+                return getattr(model, transport.prediction)(x, alpha, sigma)
+            data = model.data(x, alpha, sigma) if alpha > 0 else mean.expand_as(x)
+            slopes = (derivative(curve, t) for curve in (transport.alpha, transport.sigma))
+            return next(slopes) * data + next(slopes) * model.noise(x, alpha, sigma)
+
+        first, last = one["interval"]
+        if "diffusion_form" not in one:
+            assert transport.interval() == (first, last), key
+            got = transport.sample_ode(network, inputs["z"], one["points"], one["method"])
+        else:
+            size = one["last_step_size"]
+            assert transport.interval(sde=True, last_step=size if one["last_step"] else 0.0) == (first, last), key
+            got = transport.sample_sde(
+                network,
+                inputs["z"],
+                one["points"],
+                list(inputs[f"{key}_noise"]),
+                method=one["method"].lower(),
+                form=one["diffusion_form"],
+                norm=one["norm"],
+                last_step=one["last_step"],
+                last_step_size=size,
+            )
+        assert_like(got, expected[key], atol=2e-3, rtol=2e-3, what=key)
+
+
+# -- Fokker-Planck --------------------------------------------------------------------------------------------
+
+
+def check_fokker_planck(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p = case["parameters"]
+    assert p["process"].startswith("dx = -x dt + dW (2-D)")
+    assert p["net"]["inputs"] == "(t, x, y)" and p["net"]["activation"] == "Softplus(beta=100)"
+    potential = Potential(p["net"]["layers"])
+    potential.load_state_dict(load_file(folder / "model" / "model.safetensors"))
+    places = inputs["collocation"]
+    mean, variance = torch.tensor(p["exact"]["mean"]), p["exact"]["variance"]
+
+    def log_density(t: Tensor, x: Tensor) -> Tensor:
+        spread = variance * torch.exp(-2 * t) - torch.expm1(-2 * t) / 2
+        squares = (x - mean * torch.exp(-t)).square().sum(1, keepdim=True)
+        return -squares / (2 * spread) - torch.log(2 * math.pi * spread)
+
+    def exact_score(t: Tensor, x: Tensor) -> Tensor:
+        spread = variance * torch.exp(-2 * t) - torch.expm1(-2 * t) / 2
+        return -(x - mean * torch.exp(-t)) / spread
+
+    t, x_t = inputs["t"], inputs["x_t"]
+    denoising, gap = fokker_planck_loss(potential, inputs["x0"], x_t, t, places, weight=1.0)
+    exact = residual(log_density, places[:, :1], places[:, 1:]).square().mean()
+    start, blocks = inputs["x_T"], [inputs[f"sde_noise_{i + 1}"] for i in range(int(inputs["n_noise_blocks"]))]
+    coarse = [blocks[0][i % len(blocks[0])] for i in range(p["nfe"] - 10)]
+    sampling = dict(end=p["T_sampling"], calls=p["nfe"])
+    for name, got, atol, rtol in (
+        ("residual_loss", gap[None], 1e-6, 1e-3),
+        ("residual_loss_exact_density", exact[None], 1e-6, 1e-3),
+        ("denoising_loss", denoising[None], 1e-6, 1e-3),
+        ("kernel_score", kernel_score(inputs["x0"], x_t, t), 1e-4, 1e-4),
+        ("score", potential.score(t, x_t), 1e-4, 1e-4),
+        ("ode_samples", sample_reverse(exact_score, start, **sampling), 1e-3, 0.0),
+        ("sde_samples", sample_reverse(exact_score, start, noise=[*coarse, *blocks[1]], **sampling), 1e-3, 0.0),
+    ):
+        assert_like(got.detach(), expected[name], atol=atol, rtol=rtol, what=name)
