@@ -53,6 +53,7 @@ FLOORS = {
     "diffrep.draw": 3,
     "diffrep.recipes": 3,
     "diffrep.manifold": 3,
+    "diffrep.sampling": 3,
     "diffrep.synthesis": 3,
     "diffrep.training": 3,
     "diffrep.heads": 4,

@@ -14,9 +14,9 @@ from diffrep.sampling.schedules import SamplingError
 class InheritedFeatures:
     """A diffusers U-Net whose deep units return what they gave at an earlier step. A context manager.
 
-    A unit is a resnet or an attention of a block, its up- or downsampler, or the middle. At a whole step all of them run
-    and are remembered; at the others only those that are as shallow as the branch. Samples of a batch, and the halves of
-    guidance, share the steps; each image starts anew.
+    A unit is a resnet or an attention of a block, its up- or downsampler, or the middle. At a whole step all of them
+    run and are remembered; at the others only those that are as shallow as the branch. Samples of a batch, and the
+    halves of guidance, share the steps; each image starts anew.
 
     Args:
         unet: a `UNet2DConditionModel`, or another with `down_blocks`, `mid_block` and `up_blocks`.

@@ -4,10 +4,10 @@ Every multistep solver of the field writes the next state as
 
     x_next = carry * x + sum_j fixed_j m_j + scale * filter(sum_j direction_j m_j) + noise * z
 
-with m_j the network's last predictions (newest first) as noise, clean sample or velocity, and numbers that depend on the
-schedule and the grid alone. A solver is therefore a function that makes a table of `Update`s; `Stepper` below runs any
-table. It keeps what it needs in a dictionary of tensors, so that a canvas can be stepped strip by strip, and stopped
-and resumed between any two steps with the same bits.
+with m_j the network's last predictions (newest first) as noise, clean sample or velocity, and numbers that depend on
+the schedule and the grid alone. A solver is therefore a function that makes a table of `Update`s; `Stepper` below
+runs any table. It keeps what it needs in a dictionary of tensors, so that a canvas can be stepped strip by strip, and
+stopped and resumed between any two steps with the same bits.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def to_forms(prediction: str, output: Tensor, x: Tensor, alpha: float, sigma: fl
     """A network's output as noise and clean sample.
 
     Args:
-        prediction: what the network gives: "epsilon", "sample" (x0), "v_prediction" (`alpha eps - sigma x0`), "score" or
-            "flow_prediction" (`eps - x0`, with alpha = 1 - sigma).
+        prediction: what the network gives: "epsilon", "sample" (x0), "v_prediction" (`alpha eps - sigma x0`), "score"
+            or "flow_prediction" (`eps - x0`, with alpha = 1 - sigma).
         x: the state that the network was shown, `alpha x0 + sigma eps`.
 
     Raises:
@@ -247,7 +247,7 @@ class Stepper:
         return moved, self._needed(state, step + 1)
 
     def finish(self, output: Tensor, x: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
-        """The last state corrected with the network's answer at the last time, for tables whose last step asks for it."""
+        """The last state corrected with the network's answer at the last time, where the last step asks for it."""
         corrector, steps = self.table.corrector(self.table.grid.steps - 1), self.table.grid.steps
         if corrector is None:
             return x

@@ -37,7 +37,7 @@ def evodiff(
     """
     if grid.steps < 2:
         raise SamplingError("EVODiff takes at least two steps")
-    k, a, s = grid.rho.tolist(), grid.alpha.tolist(), grid.sigma.tolist()
+    k, s = grid.rho.tolist(), grid.sigma.tolist()
     labels = [*grid.labels.tolist(), float(grid.times[-1])]
 
     def euler(x: Tensor, m: Tensor, i: int) -> tuple[Tensor, float]:

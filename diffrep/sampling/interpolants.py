@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -178,7 +179,7 @@ def integrate_ode(field: Field, x: Tensor, times: Tensor, method: str = "heun2")
     Raises:
         SamplingError: no such method.
     """
-    for t, end in zip(times[:-1], times[1:], strict=True):
+    for t, end in pairwise(times):
         h = end - t
         k1 = field(x, t)
         if method == "euler":
@@ -229,7 +230,7 @@ def integrate_sde(
         method: Euler-Maruyama, or Heun's method after the noise was added (Karras et al. 2022).
         ahead: Heun's first slope is taken at the step's end (the interpolants' code) instead of its start (SiT's).
     """
-    for i, (t, end) in enumerate(zip(times[:-1], times[1:], strict=True)):
+    for i, (t, end) in enumerate(pairwise(times)):
         h = end - t
         jump = spread(t) * h.abs().sqrt() * noise[i]
         if method == "euler":

@@ -57,21 +57,24 @@ class MeanReverting(NoiseSchedule):
         self.first, self.last = float(steps), 0.0
 
     def alpha(self, t: ArrayLike) -> Array:
-        return np.interp(t, np.arange(len(self.alphas)), self.alphas)
+        return self._between(t, self.alphas)
 
     def sigma(self, t: ArrayLike) -> Array:
-        return np.interp(t, np.arange(len(self.alphas)), self.sigmas)
+        return self._between(t, self.sigmas)
 
     def log_snr(self, t: ArrayLike) -> Array:
-        return np.interp(t, np.arange(len(self.alphas)), np.log(self.alphas / self.sigmas))
+        return self._between(t, np.log(self.alphas / self.sigmas))
+
+    def _between(self, t: ArrayLike, values: Array) -> Array:
+        return np.interp(np.asarray(t, np.float64), np.arange(len(values)), values)
 
     def times(self, spacing: str, steps: int, *, lowest: float = -5.0) -> Array:
         """(steps + 1,) fractional indices, falling.
 
         Args:
             spacing: even in the index ("linspace" from end to end, "leading" and "trailing" without the first or last
-                of one more), in the 7th root of sigma / alpha ("karras-n") or of the index, down to 1 ("karras-t"), or in
-                log-SNR ("linear-lambda").
+                of one more), in the 7th root of sigma / alpha ("karras-n") or of the index, down to 1 ("karras-t"), or
+                in log-SNR ("linear-lambda").
             lowest: half log-SNR below which no time lies.
         """
         log_snr = np.log(self.alphas / self.sigmas)

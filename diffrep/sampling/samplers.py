@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrep.sampling.core import SolverTable, Stepper
+from diffrep.sampling.filters import momentum, with_levenberg_marquardt, with_momentum
 from diffrep.sampling.schedules import (
     FEW_STEP_GRIDS,
     SPACINGS,
@@ -24,17 +24,7 @@ from diffrep.sampling.schedules import (
     TimeGrid,
     spaced_times,
 )
-from diffrep.sampling.solvers import (
-    ddim_table,
-    deis,
-    dpm_solver,
-    ipndm,
-    momentum,
-    rho_runge_kutta,
-    unipc,
-    with_levenberg_marquardt,
-    with_momentum,
-)
+from diffrep.sampling.solvers import ddim_table, deis, dpm_solver, ipndm, rho_runge_kutta, unipc
 
 Builder = Callable[..., SolverTable]
 
@@ -114,7 +104,7 @@ def table_times(schedule: TableVP, steps: int, spacing: str = "trailing") -> Arr
     if spacing == "trailing":
         times = np.arange(total, 0, -total / steps).round() - 1
     elif spacing == "leading":
-        times = np.arange(steps)[::-1] * (total // steps)
+        times = np.arange(steps, dtype=np.float64)[::-1] * (total // steps)
     elif spacing == "linspace":
         times = np.linspace(0, total - 1, steps)[::-1].round()
     else:
@@ -210,7 +200,8 @@ class TableScheduler:
         self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
         if isinstance(self.schedule, TableVP):
             self.alphas_cumprod = torch.from_numpy(self.schedule.table).float()
-            self.add_noise = DDIMScheduler(trained_betas=None, **_noise_schedule(config)).add_noise
+            ddim: Any = DDIMScheduler(trained_betas=config.get("trained_betas"), **_noise_schedule(config))
+            self.add_noise = ddim.add_noise
         self.memory: list[Tensor] = []
         self._names: tuple[str, ...] = ()
         self._position = 0

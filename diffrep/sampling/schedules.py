@@ -7,7 +7,7 @@ half log-SNR `log(alpha / sigma)` in which exponential integrators are polynomia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +64,7 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class LinearVP(NoiseSchedule):
-    """The continuous VP SDE with linear beta: `log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2` (Song et al. 2021, app. C)."""
+    """The continuous VP SDE with linear beta (Song et al. 2021): `log alpha = -t^2 (b1 - b0) / 4 - t b0 / 2`."""
 
     beta_0: float = 0.1
     beta_1: float = 20.0
@@ -300,7 +300,7 @@ def integrate(function: Callable[[Array], Array], start: float, stop: float, *, 
     return function(places.ravel()) @ (half * weights).ravel()
 
 
-def lagrange(points: Sequence[float], places: Array) -> Array:
+def lagrange(points: ArrayLike, places: Array) -> Array:
     """(n, places) values of the n Lagrange polynomials of n points."""
     x = np.asarray(points, np.float64)
     rows = []

@@ -119,8 +119,8 @@ class ScoreSDE:
         """The score as a function of x and t, of a network in the official convention.
 
         Args:
-            network: called with labels: 999 t (VP), t (N - 1) (discrete VP), sigma (VE) or a number that counts from the
-                noisiest (discrete VE). It gives the noise (VP, sub-VP) or the score (VE).
+            network: called with labels: 999 t (VP), t (N - 1) (discrete VP), sigma (VE) or a number that counts from
+                the noisiest (discrete VE). It gives the noise (VP, sub-VP) or the score (VE).
         """
 
         def of(x: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Searching for the steps of a sampler: which timesteps, and which parts of the network at each (AutoDiffusion, Li et al. 2023).
+"""Searching for the steps of a sampler: timesteps, and parts of the network (AutoDiffusion, Li et al. 2023).
 
 The search is evolutionary and knows nothing of what it improves: a fitness is any function of a `Candidate`, smaller is
 better. It is seeded, and goes on from its file when it was interrupted.
@@ -7,6 +7,7 @@ better. It is seeded, and goes on from its file when it was interrupted.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -159,7 +160,7 @@ class _Search:
 
     def with_skips(self, timesteps: Sequence[int], draw: random.Random) -> Candidate:
         chosen = tuple(sorted(timesteps, reverse=True))
-        most = int(self.skip * self.settings.layers)
+        most = math.ceil(self.skip * self.settings.layers)
         if not most:
             return Candidate(chosen)
         skipped = [tuple(sorted(draw.sample(range(self.settings.layers), draw.randint(0, most)))) for _ in chosen]

@@ -10,10 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.sampling.fokker_planck import Potential, fokker_planck_loss, kernel_score, residual, sample_reverse
 from diffrep.sampling.interpolants import (
     FORMS,
-    Path as Curves,
     Transport,
     derivative,
     integrate_sde,
@@ -21,7 +19,11 @@ from diffrep.sampling.interpolants import (
     interpolant,
     interpolant_loss,
 )
+from diffrep.sampling.interpolants import (
+    Path as Curves,
+)
 from diffrep.sampling.score_sde import ScoreSDE, likelihood, sample_flow, sample_pc
+from diffrep.training.fokker_planck import Potential, fokker_planck_loss, kernel_score, residual, sample_reverse
 
 from .cases import each
 from .sampling_mixture import Mixture, assert_like, tensors_of
@@ -97,7 +99,8 @@ def check_score_sde_pc(folder: Path, case: dict[str, Any]) -> None:
 def check_score_sde_ode(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p, model = case["parameters"], Mixture(inputs)
-    assert p["method"] == "scipy RK45" and p["rtol"] == p["atol"]
+    assert p["method"] == "scipy RK45"
+    assert p["rtol"] == p["atol"]
     assert p["inverse_scaler"].startswith("(x+1)/2")
     ends = {kind: value for names, value in p["eps_sampling"].items() for kind in names.split(",")}
     for kind in KINDS:
@@ -168,6 +171,31 @@ def gaussian(text: str) -> float:
     return float(text.split(", ")[1].split("^")[0])
 
 
+class GaussianEnds:
+    """The exact drift and score of an interpolant between two Gaussians."""
+
+    def __init__(self, curves: Curves, m0: Tensor, s0: float, m1: Tensor, s1: float) -> None:
+        self.curves, self.m0, self.s0, self.m1, self.s1 = curves, m0, s0, m1, s1
+
+    def moments(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the state."""
+        a, b = self.curves.x0(t), self.curves.x1(t)
+        latent = self.curves.variance(t) if self.curves.variance else 0
+        return a * self.m0 + b * self.m1, a**2 * self.s0**2 + b**2 * self.s1**2 + latent
+
+    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+        mean, variance = self.moments(t)
+        a, b = self.curves.x0(t), self.curves.x1(t)
+        da, db = derivative(self.curves.x0, t), derivative(self.curves.x1, t)
+        latent = self.curves.gamma_slope(t) if self.curves.variance else 0
+        shrink = (da * a * self.s0**2 + db * b * self.s1**2 + latent) / variance
+        return da * self.m0 + db * self.m1 + shrink * (x - mean)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        mean, variance = self.moments(t)
+        return -(x - mean) / variance
+
+
 def check_interpolant_sampling(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p, eps = case["parameters"], case["parameters"]["eps"]
@@ -181,26 +209,10 @@ def check_interpolant_sampling(folder: Path, case: dict[str, Any]) -> None:
         s0, s1 = 1.0 if alone else gaussian(two_sided), gaussian(p["x1"])
         m0, m1 = torch.zeros_like(inputs["m0"]) if alone else inputs["m0"], inputs["m1"]
 
-        def moments(t: Tensor, curves: Curves = curves, s0: float = s0, s1: float = s1, m0: Tensor = m0) -> Any:
-            a, b = curves.x0(t), curves.x1(t)
-            rest = curves.variance(t) if curves.variance else 0
-            return a, b, a**2 * s0**2 + b**2 * s1**2 + rest, a * m0 + b * m1
-
-        def drift(
-            x: Tensor, t: Tensor, curves: Curves = curves, s0: float = s0, m0: Tensor = m0, of: Any = moments
-        ) -> Tensor:
-            a, b, variance, mean = of(t)
-            da, db = derivative(curves.x0, t), derivative(curves.x1, t)
-            slope = curves.gamma_slope(t) if curves.variance else 0
-            return da * m0 + db * m1 + (da * a * s0**2 + db * b * s1**2 + slope) / variance * (x - mean)
-
-        def score(x: Tensor, t: Tensor, of: Any = moments) -> Tensor:
-            _, _, variance, mean = of(t)
-            return -(x - mean) / variance
-
+        exact = GaussianEnds(curves, m0, s0, m1, s1)
         times, start = torch.linspace(*p["start_end"], p["n_step"]), inputs[f"{name}_start"]
         for method in ("euler", "rk4"):
-            end, change = integrate_with_density(drift, start, times, method)
+            end, change = integrate_with_density(exact.drift, start, times, method)
             key = f"{name}_ode_{method}"
             assert_like(end, expected[key], atol=2e-3, rtol=2e-3, what=key)
             assert_like(change, expected[f"{key}_dlogp"], atol=2e-3, rtol=2e-3, what=f"{key} density")
@@ -215,8 +227,8 @@ def check_interpolant_sampling(folder: Path, case: dict[str, Any]) -> None:
         ):
             noise = list(inputs[f"{name}_{'reverse_' if sign < 0 else ''}noise"])
 
-            def noisy(x: Tensor, t: Tensor, sign: int = sign, b: Any = drift, s: Any = score) -> Tensor:
-                return b(x, t) + sign * eps * s(x, t)
+            def noisy(x: Tensor, t: Tensor, sign: int = sign, exact: GaussianEnds = exact) -> Tensor:
+                return exact.drift(x, t) + sign * eps * exact.score(x, t)
 
             got = integrate_sde(noisy, start, where, spread, noise, method=method, ahead=True)  # type: ignore[arg-type]
             assert_like(got, expected[f"{name}_{key}"], atol=2e-3, rtol=2e-3, what=f"{name} {key}")
@@ -298,7 +310,8 @@ def check_fokker_planck(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p = case["parameters"]
     assert p["process"].startswith("dx = -x dt + dW (2-D)")
-    assert p["net"]["inputs"] == "(t, x, y)" and p["net"]["activation"] == "Softplus(beta=100)"
+    assert p["net"]["inputs"] == "(t, x, y)"
+    assert p["net"]["activation"] == "Softplus(beta=100)"
     potential = Potential(p["net"]["layers"])
     potential.load_state_dict(load_file(folder / "model" / "model.safetensors"))
     places = inputs["collocation"]

@@ -1,4 +1,4 @@
-"""Cases of solvers that are tables: momentum, DEIS, USF, LML, few-step grids, searched timesteps, mean reversion; EVODiff."""
+"""Cases of solvers that are tables: momentum, DEIS, USF, LML, few-step grids, searched steps, MRS; and EVODiff."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from torch import Tensor
 
 from diffrep.sampling.core import SolverTable, run
 from diffrep.sampling.evodiff import evodiff
+from diffrep.sampling.filters import (
+    LevenbergMarquardt,
+    momentum,
+    momentum_weights,
+    with_levenberg_marquardt,
+    with_momentum,
+)
 from diffrep.sampling.mean_reverting import MeanReverting, mrs_table, sample_mean_reverting
 from diffrep.sampling.schedules import (
     CosineVP,
@@ -26,21 +33,7 @@ from diffrep.sampling.schedules import (
     spaced_times,
 )
 from diffrep.sampling.search import Candidate, Respaced, SearchSettings, search_steps, uniform_timesteps
-from diffrep.sampling.solvers import (
-    Derivative,
-    LevenbergMarquardt,
-    ddim_table,
-    deis,
-    dpm_solver,
-    ipndm,
-    momentum,
-    momentum_weights,
-    rho_runge_kutta,
-    unified,
-    unipc,
-    with_levenberg_marquardt,
-    with_momentum,
-)
+from diffrep.sampling.solvers import Derivative, ddim_table, deis, dpm_solver, ipndm, rho_runge_kutta, unified, unipc
 
 from .cases import each
 from .sampling_mixture import Mixture, assert_like, tensors_of
@@ -230,7 +223,8 @@ def check_usf(folder: Path, case: dict[str, Any]) -> None:
             if corrector["type"] == "no_corrector":
                 correctors.append(None)
                 continue
-            assert corrector["type"] == "pseudo" and order == len(estimates) + 1
+            assert corrector["type"] == "pseudo"
+            assert order == len(estimates) + 1
             correctors.append(derivatives(estimates))
         table = unified(
             TimeGrid.of(schedule, d["timesteps"]),
@@ -372,7 +366,8 @@ def check_autodiffusion(folder: Path, case: dict[str, Any]) -> None:
     for name, timesteps in p["uniform"].items():
         assert uniform_timesteps(int(name.removeprefix("ddim"))) == timesteps
     s = p["search"]
-    assert s["fitness"] == "sum |sorted(candidate) - target|" and s["seeds"].startswith("random.seed")
+    assert s["fitness"] == "sum |sorted(candidate) - target|"
+    assert s["seeds"].startswith("random.seed")
     target = sorted(s["target"])
     best, evaluations = [], []
 
@@ -403,7 +398,8 @@ def check_mr_sampler(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p, model, mean = case["parameters"], Mixture(inputs), inputs["cond"]
     sde = p["sde"]
-    assert p["max_sigma_used"] == "max_sigma/255" and not p["thresholding"]
+    assert p["max_sigma_used"] == "max_sigma/255"
+    assert not p["thresholding"]
     schedule = MeanReverting(sde["max_sigma"], steps=sde["T"], schedule=sde["schedule"], eps=sde["eps"])
     for name, got in (("thetas", schedule.thetas), ("sigma_bars", schedule.sigmas), ("alphas", schedule.alphas)):
         assert_like(torch.from_numpy(got), expected[name], atol=1e-6, rtol=1e-5, what=name)

@@ -10,8 +10,8 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffrep.backbones.early_exit import EarlyExitUViT, LayerOutputs, UViTConfig
 from diffrep.sampling.caching import InheritedFeatures
-from diffrep.sampling.early_exit import EarlyExitUViT, LayerOutputs, UViTConfig
 
 from .cases import each
 from .sampling_mixture import assert_like, tensors_of

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.sampling.schedules import SamplingError
+from diffrep.backbones.base import BackboneError
 
 
 class _Block(nn.Module):
@@ -136,13 +136,13 @@ class EarlyExitUViT(nn.Module):
     """A U-ViT with a probe and an output head for each layer.
 
     Raises:
-        SamplingError: the sizes do not fit.
+        BackboneError: the sizes do not fit.
     """
 
     def __init__(self, about: UViTConfig) -> None:
         super().__init__()
         if about.img_size % about.patch_size or about.embed_dim % about.num_heads or about.depth % 2 == 0:
-            raise SamplingError(f"a U-ViT has whole patches and heads and an odd depth, got {about}")
+            raise BackboneError(f"a U-ViT has whole patches and heads and an odd depth, got {about}")
         self.about, side = about, about.img_size // about.patch_size
 
         def head() -> _OutputHead:
@@ -174,7 +174,7 @@ class EarlyExitUViT(nn.Module):
         tokens = [time[:, None]]
         if about.num_classes > 0:
             if labels is None:
-                raise SamplingError("this network is class-conditional: labels are needed")
+                raise BackboneError("this network is class-conditional: labels are needed")
             tokens.insert(0, net.label_emb(labels)[:, None])
         patches = net.patch_embed["proj"](x).flatten(2).transpose(1, 2)
         h = torch.cat([*tokens, patches], dim=1) + net.pos_embed
