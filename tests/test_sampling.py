@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffrep.sampling.caching import InheritedFeatures
-from diffrep.sampling.core import Stepper, run, to_forms
+from diffrep.sampling.core import TableStepper, run, to_forms
 from diffrep.sampling.evodiff import evodiff
 from diffrep.sampling.interpolants import Transport, interpolant
 from diffrep.sampling.mean_reverting import MeanReverting
@@ -235,7 +235,7 @@ def test_strips_and_stops_do_not_change_a_bit(name: str) -> None:
     count = len(table.updates)
     outputs = [torch.randn(x.shape, generator=generator) for _ in range(count)]
     draws = [torch.randn(x.shape, generator=generator) for _ in range(count)]
-    stepper = Stepper(table, "v_prediction")
+    stepper = TableStepper(table, "v_prediction")
 
     def go(part: slice, *, stop: int) -> Tensor:
         state, memory = x[part], {}
@@ -243,7 +243,7 @@ def test_strips_and_stops_do_not_change_a_bit(name: str) -> None:
             state, memory = stepper.step(step, outputs[step][part], state, memory, draws[step][part])
             if step == stop:  # what a resumed run reads back
                 state, memory = state.clone(), {k: v.clone() for k, v in memory.items()}
-                stepper_again = Stepper(table, "v_prediction")
+                stepper_again = TableStepper(table, "v_prediction")
                 assert stepper_again.table is table
         return state
 

@@ -5,7 +5,7 @@ Every multistep solver of the field writes the next state as
     x_next = carry * x + sum_j fixed_j m_j + scale * filter(sum_j direction_j m_j) + noise * z
 
 with m_j the network's last predictions (newest first) as noise, clean sample or velocity, and numbers that depend on
-the schedule and the grid alone. A solver is therefore a function that makes a table of `Update`s; `Stepper` below
+the schedule and the grid alone. A solver is therefore a function that makes a table of `Update`s; `TableStepper` below
 runs any table. It keeps what it needs in a dictionary of tensors, so that a canvas can be stepped strip by strip, and
 stopped and resumed between any two steps with the same bits.
 """
@@ -173,7 +173,7 @@ class SolverTable:
 
 
 @dataclass
-class Stepper:
+class TableStepper:
     """Runs a `SolverTable`. Its memory is passed in and out: `step` changes nothing.
 
     Attributes:
@@ -314,7 +314,7 @@ def run(
     Raises:
         SamplingError: a step's result is not finite: the solver diverges.
     """
-    stepper, memory = Stepper(table, prediction, average), State()
+    stepper, memory = TableStepper(table, prediction, average), State()
     for step, label in enumerate(table.grid.labels.tolist()):
         output = None if step == 0 and table.afs else network(x, label)
         z = None

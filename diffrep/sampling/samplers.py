@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.sampling.core import SolverTable, Stepper
+from diffrep.sampling.core import SolverTable, TableStepper
 from diffrep.sampling.filters import momentum, with_levenberg_marquardt, with_momentum
 from diffrep.sampling.schedules import (
     FEW_STEP_GRIDS,
@@ -232,7 +232,7 @@ class TableScheduler:
         labels = torch.from_numpy(self.table.grid.labels)
         whole = bool((labels == labels.round()).all())
         self.timesteps = (labels.long() if whole else labels.float()).to(device or "cpu")
-        self.stepper = Stepper(self.table, self.prediction)
+        self.stepper = TableStepper(self.table, self.prediction)
         self.num_inference_steps, self.memory, self._names, self._position = len(labels), [], (), 0
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
