@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -101,3 +102,10 @@ def paste_inside(
     left, top = corner[0] + (side - size[0]) // 2, corner[1] + (side - size[1]) // 2
     sheet.paste(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), (left, top))
     return float(left), float(top), scale
+
+
+def image_grid(rows: Sequence[Tensor], *, gap: int = 2) -> Image.Image:
+    """Rows of images, each (N, 3, H, W) in [0, 1], as one picture."""
+    padded = [F.pad(row, (gap, gap, gap, gap), value=1.0) for row in rows]
+    joined = torch.cat([torch.cat(list(row), dim=-1) for row in padded], dim=-2)
+    return Image.fromarray((joined.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

@@ -19,8 +19,8 @@ from diffrep.heads.segmentation import DiffDis, finish
 from diffrep.heads.training.dense import OneStepModel, predict_maps
 from diffrep.heads.training.dense_data import SceneSamples
 from diffrep.heads.training.masks import scene_maps
+from diffrep.pictures import image_grid
 from diffrep.scenes import SceneSet
-from diffrep.training.tiny.pictures import grid
 
 
 class SceneValidation:
@@ -64,7 +64,7 @@ class SceneValidation:
         images = self.pixels[: self.shown] / 2 + 0.5
         truth = self.annotations[: self.shown] / 2 + 0.5
         maps = predicted[: self.shown] / 2 + 0.5 if self.task == "normals" else predicted[: self.shown]
-        return grid([images, truth.expand(-1, 3, -1, -1), maps.clamp(0, 1).expand(-1, 3, -1, -1)])
+        return image_grid([images, truth.expand(-1, 3, -1, -1), maps.clamp(0, 1).expand(-1, 3, -1, -1)])
 
 
 class MaskValidation:
@@ -98,7 +98,7 @@ class MaskValidation:
                 drawn["edge"] = torch.zeros_like(soft) if edge is None else finish(edge, stretch=False)
                 for name, maps in drawn.items():
                     rows.setdefault(name, []).append(maps.expand(-1, 3, -1, -1).float().cpu())
-        picture = grid([torch.cat(maps)[: self.shown] for maps in rows.values()])
+        picture = image_grid([torch.cat(maps)[: self.shown] for maps in rows.values()])
         write_whole(self.pictures / f"{step:06d}.png", picture.save)
         computed = together(scores)
         return {"maxF": computed["maxf"], "MAE": computed["mae"], "S": computed["sm"]}

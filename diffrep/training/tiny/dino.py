@@ -9,8 +9,9 @@ in iBOT), and a projection nearer to the teacher's than those of all other place
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,24 @@ from torch import Tensor, nn
 
 from diffrep.files import save_weights
 from diffrep.scenes import SceneSet
-from diffrep.training.loop import Batch, FitSettings, fit
-from diffrep.training.tiny.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
-from diffrep.training.tiny.crops import Crops, draw_groups, gather, jitter
+from diffrep.training.loop import Batch, FitSettings
+from diffrep.training.tiny.crops import (
+    Crops,
+    LabelSettings,
+    dense_losses,
+    draw_groups,
+    draw_queries,
+    fit_stages,
+    gather,
+    jitter,
+    part_classifier,
+)
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ARCHITECTURE = "vit_tiny_r_s16_p8_224"  # patches of the maps of one convolution and one pooling, a quarter the size
+STEM = 4  # pixels a side of a place of these maps
+LABEL_FREE = FitSettings(steps=20000, minutes=6, learning_rate=1e-3, ema_decay=0.996, seed=2)
+JOINT = FitSettings(steps=40000, minutes=56, learning_rate=1e-3, ema_decay=0.999, seed=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +60,12 @@ class DinoSettings:
     student_temperature: float = 0.1
     contrast: float = 0.5  # weight of the contrastive loss
     places: int = 24  # cells per image that are compared with the teacher's
-    kept: float = 0.25  # share of a batch that goes on with self-distillation in the joint phase
+    self_share: float = 0.25  # share of a batch that goes on with self-distillation in the joint phase
     self_weight: float = 0.1  # and the weight of its loss there
     labels: LabelSettings = field(default_factory=LabelSettings)
     batch_size: int = 32
-    label_free: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=20000, minutes=6, learning_rate=1e-3, ema_decay=0.996, seed=2)
-    )
-    joint: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=40000, minutes=56, learning_rate=1e-3, ema_decay=0.999, seed=3)
-    )
+    label_free: FitSettings = LABEL_FREE
+    joint: FitSettings = JOINT
 
 
 def build_vit(settings: DinoSettings) -> Any:
@@ -68,12 +78,8 @@ def build_vit(settings: DinoSettings) -> Any:
     return network
 
 
-ARCHITECTURE = "vit_tiny_r_s16_p8_224"  # patches of the maps of one convolution and one pooling, a quarter the size
-STEM = 4  # pixels a side of a place of these maps
-
-
 def model_arguments(settings: DinoSettings) -> dict[str, Any]:
-    """What `timm.create_model` is told beside the architecture, JSON-ready."""
+    """Arguments of `timm.create_model` beside the architecture, JSON-ready."""
     return {
         "img_size": settings.image_size,
         "patch_size": settings.patch // STEM,
@@ -83,6 +89,16 @@ def model_arguments(settings: DinoSettings) -> dict[str, Any]:
         "num_classes": 0,
         "dynamic_img_size": True,
     }
+
+
+def patch_tokens(network: Any, images: Tensor) -> Tensor:
+    """The raw output of the last block of a timm ViT for images (B, 3, H, W) in [0, 1]: (B, N, C) of the patches."""
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
+    x = network._pos_embed(network.patch_embed((images - mean) / std))
+    for block in network.blocks:
+        x = block(x)
+    tokens: Tensor = x[:, network.num_prefix_tokens :]
+    return tokens
 
 
 class Student(nn.Module):
@@ -97,15 +113,9 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [0, 1] -> the last block's map (B, C, h, w) and unit projections (B, N, 96)."""
-        network = self.network
-        mean, std = (images.new_tensor(v)[:, None, None] for v in (MEAN, STD))
-        x = network.patch_embed((images - mean) / std)
-        x = network._pos_embed(x)
-        for block in network.blocks:
-            x = block(x)
+        tokens = patch_tokens(self.network, images)
         side = images.shape[-1] // self.settings.patch
-        tokens = x[:, network.num_prefix_tokens :]
-        projected = F.normalize(self.project(network.norm(tokens)).float(), dim=-1)
+        projected = F.normalize(self.project(self.network.norm(tokens)).float(), dim=-1)
         return tokens.mT.unflatten(2, (side, side)), projected
 
 
@@ -141,46 +151,35 @@ def self_losses(
     return {"assign": assign, "contrast": contrast, "self": assign + settings.contrast * contrast}
 
 
-def view_batches(scenes: SceneSet, settings: DinoSettings, *, labels: bool) -> Callable[[torch.Generator], Batch]:
+def view_batch(scenes: SceneSet, settings: DinoSettings, labels: bool, generator: torch.Generator) -> Batch:
     """Two views of random scenes; with the labels of the first view where asked for."""
-
-    def batches(generator: torch.Generator) -> Batch:
-        if labels:
-            groups = settings.batch_size // settings.labels.members
-            indices = draw_groups(scenes.category, groups, settings.labels.members, generator)
-        else:
-            indices = torch.randint(len(scenes), (settings.batch_size,), generator=generator)
-        images = gather(scenes, "image", indices)
-        side, cells = images.shape[1], settings.crop // settings.patch
-        first, second = (
-            Crops.draw(len(images), side, settings.crop, generator, sides=settings.sides) for _ in range(2)
-        )
-        colour = settings.joint_colour if labels else settings.colour
-        views = [jitter(crops.images(images), colour, generator) for crops in (first, second)]
-        chosen = torch.rand(len(images), cells * cells, generator=generator).argsort(1)[:, : settings.places]
-        places = first.cell_points(cells).flatten(1, 2).gather(1, chosen[..., None].expand(-1, -1, 2))
-        there = (second.from_image(places) / settings.patch).floor().long()
-        shared = ((there >= 0) & (there < cells)).all(-1)
-        there = there.clamp(0, cells - 1)
-        batch = {
-            "view": views[0],
-            "other": views[1],
-            "cells": chosen,
-            "elsewhere": there[..., 1] * cells + there[..., 0],
-            "shared": shared,
-        }
-        if labels:
-            part, canonical = first.labels(gather(scenes, "part", indices), gather(scenes, "canonical", indices), cells)
-            queries = draw_queries(part, settings.labels, generator)
-            kept = int(len(images) * settings.kept)
-            fewer = {name: batch[name][:kept] for name in ("other", "cells", "elsewhere", "shared")}
-            return batch | fewer | {"part": part, "canonical": canonical, "queries": queries}
-        blank = torch.rand(len(images), 1, cells, cells, generator=generator) < settings.hidden
-        grey = torch.tensor(MEAN)[:, None, None]
-        hidden = F.interpolate(blank.float(), scale_factor=float(settings.patch), mode="nearest") > 0
-        return batch | {"view": torch.where(hidden, grey, views[0])}
-
-    return batches
+    if labels:
+        groups = settings.batch_size // settings.labels.members
+        indices = draw_groups(scenes.category, groups, settings.labels.members, generator)
+    else:
+        indices = torch.randint(len(scenes), (settings.batch_size,), generator=generator)
+    images = gather(scenes, "image", indices)
+    side, cells = images.shape[1], settings.crop // settings.patch
+    first, second = (Crops.draw(len(images), side, settings.crop, generator, sides=settings.sides) for _ in range(2))
+    colour = settings.joint_colour if labels else settings.colour
+    views = [jitter(crops.images(images), colour, generator) for crops in (first, second)]
+    chosen = torch.rand(len(images), cells * cells, generator=generator).argsort(1)[:, : settings.places]
+    places = first.cell_points(cells).flatten(1, 2).gather(1, chosen[..., None].expand(-1, -1, 2))
+    elsewhere = (second.from_image(places) / settings.patch).floor().long()
+    shared = ((elsewhere >= 0) & (elsewhere < cells)).all(-1)
+    elsewhere = elsewhere.clamp(0, cells - 1)
+    numbers = elsewhere[..., 1] * cells + elsewhere[..., 0]
+    batch = {"view": views[0], "other": views[1], "cells": chosen, "elsewhere": numbers, "shared": shared}
+    if labels:
+        part, canonical = first.labels(gather(scenes, "part", indices), gather(scenes, "canonical", indices), cells)
+        queries = draw_queries(part, settings.labels, generator)
+        count = int(len(images) * settings.self_share)
+        fewer = {name: batch[name][:count] for name in ("other", "cells", "elsewhere", "shared")}
+        return batch | fewer | {"part": part, "canonical": canonical, "queries": queries}
+    blank = torch.rand(len(images), 1, cells, cells, generator=generator) < settings.hidden
+    grey = torch.tensor(MEAN)[:, None, None]
+    hidden = F.interpolate(blank.float(), scale_factor=float(settings.patch), mode="nearest") > 0
+    return batch | {"view": torch.where(hidden, grey, views[0])}
 
 
 def dino_loss(module: Student, ema: Student, batch: Batch) -> Mapping[str, Tensor]:
@@ -197,38 +196,16 @@ def dino_loss(module: Student, ema: Student, batch: Batch) -> Mapping[str, Tenso
     return {"loss": settings.self_weight * losses["self"] + losses["dense"], **losses}
 
 
-def train_dino(
-    scenes: SceneSet,
-    settings: DinoSettings,
-    folder: Path,
-    *,
-    probe: Callable[[Any], Mapping[str, float]] | None = None,
-    progress: bool = True,
-) -> tuple[Any, Any]:
-    """Train label-free, then jointly with labels. Returns both timm networks; it resumes from `folder`.
-
-    Args:
-        probe: measures a timm network while it is trained.
-    """
+def train_dino(scenes: SceneSet, settings: DinoSettings, folder: Path, *, progress: bool = True) -> list[Any]:
+    """Train label-free, then jointly with labels. Returns both timm networks; it resumes from `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.label_free.seed)
         student = Student(build_vit(settings), settings)
-    validate = None if probe is None else (lambda module, step: probe(module.network))
-    stages = (("dino-label-free", settings.label_free, False), ("dino-joint", settings.joint, True))
-    networks = []
-    for name, run, labels in stages:
-        average = fit(
-            student,
-            view_batches(scenes, settings, labels=labels),
-            dino_loss,
-            run,
-            folder / name,
-            validate=validate,
-            progress=progress,
-        )
-        student.load_state_dict(average.state_dict())
-        networks.append(average.network)
-    return networks[0], networks[1]
+    stages = {
+        "dino-label-free": (settings.label_free, partial(view_batch, scenes, settings, False)),
+        "dino-joint": (settings.joint, partial(view_batch, scenes, settings, True)),
+    }
+    return [average.network for average in fit_stages(student, stages, dino_loss, folder, progress=progress)]
 
 
 def write_vit(network: Any, settings: DinoSettings, folder: Path) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from multiprocessing import get_context
@@ -16,24 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import diffrep
 from diffrep.files import forget_origin, replace_folder
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
 from diffrep.training.loop import FitSettings
-from diffrep.training.tiny.correspondence import LabelSettings, check_unseen
+from diffrep.training.tiny.crops import LabelSettings, check_unseen
 from diffrep.training.tiny.dino import DinoSettings, train_dino, write_vit
-from diffrep.training.tiny.probe import ProbePairs, probe_unet, probe_vit, unet_maps, vit_maps
-from diffrep.training.tiny.tokenizer import write_tokenizer
-from diffrep.training.tiny.unet import CaptionedDenoiser, UNetSettings, build_scheduler, tokenize, train_unet
-from diffrep.training.tiny.vae import VaeSettings, psnr, train_vae
+from diffrep.training.tiny.measures import measure
+from diffrep.training.tiny.unet import (
+    TOKENIZER,
+    CaptionedDenoiser,
+    UNetSettings,
+    build_scheduler,
+    caption_tokenizer,
+    train_unet,
+)
+from diffrep.training.tiny.vae import VaeSettings, train_vae
 
 RECOMMENDED = {  # diffrep.json: how the model is best used as a backbone
     "taps": ["up.2.resnet.0"],
     "sizing": {"mode": "pad", "size": 128, "fill": "edge"},
     "conditions": {"timestep": 50, "posterior": "mean"},
 }
+RUNS = ("linear", "vae", "unet-label-free", "unet-joint", "dino-label-free", "dino-joint")  # folders of their logs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,45 +64,26 @@ class TinyTraining:
     def smoke(cls, work: Path, output: Path) -> TinyTraining:
         """All stages in well under a minute on one core; the models are useless."""
 
-        def short(run: FitSettings, steps: int = 2) -> FitSettings:
-            return replace(run, steps=steps, minutes=None)
+        def short(settings: Any, **small: Any) -> Any:
+            """The settings of a network with other values, and runs of two steps."""
+            runs = {
+                k: replace(v, steps=2, minutes=None) for k, v in vars(settings).items() if isinstance(v, FitSettings)
+            }
+            return replace(settings, **runs, **small)
 
-        labels = LabelSettings(members=2, queries=4)
-        vae, unet, dino = VaeSettings(), UNetSettings(), DinoSettings()
+        labels, vae = (
+            LabelSettings(members=2, queries=4),
+            short(VaeSettings(), channels=(8,) * 4, groups=2, batch_size=2),
+        )
         return cls(
             work=work,
             output=output,
             scenes=2 * len(SEEN),
             workers=1,
             probe_pairs=1,
-            vae=replace(
-                vae,
-                channels=(8, 8, 8, 8),
-                groups=2,
-                batch_size=2,
-                linear=short(vae.linear, 10),
-                fit=short(vae.fit),
-            ),
-            unet=replace(
-                unet,
-                channels=(16, 16, 16),
-                groups=8,
-                labels=labels,
-                batch_size=4,
-                label_free=short(unet.label_free),
-                joint=short(unet.joint),
-            ),
-            dino=replace(
-                dino,
-                width=32,
-                depth=2,
-                heads=2,
-                labels=labels,
-                prototypes=8,
-                batch_size=4,
-                label_free=short(dino.label_free),
-                joint=short(dino.joint),
-            ),
+            vae=replace(vae, linear=replace(vae.linear, steps=10)),
+            unet=short(UNetSettings(), channels=(16, 16, 16), groups=8, labels=labels, batch_size=4),
+            dino=short(DinoSettings(), width=32, depth=2, heads=2, labels=labels, prototypes=8, batch_size=4),
         )
 
 
@@ -109,17 +100,17 @@ def train_tiny(config: TinyTraining, *, progress: bool = True) -> dict[str, Any]
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             beside = pool.submit(_train_vit, config, progress)
             vae, denoisers = _train_diffusion(config, progress)
-            students = beside.result()
+            vits = beside.result()
     else:
         vae, denoisers = _train_diffusion(config, progress)
-        students = _train_vit(config, progress)
-    folder = config.output
-    write_pipeline(vae, denoisers[1], folder / "tiny")
-    replace_folder(folder / "tiny-dino", lambda where: write_vit(students[1], config.dino, where))
-    card = {
-        "what": "demonstration models trained on rendered scenes, jointly with the renderer's dense labels",
-        "trained by": f"diffrep {diffrep.__version__}, `diffrep train tiny`",
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        vits = _train_vit(config, progress)
+    replace_folder(config.output / "tiny", lambda where: write_pipeline(vae, denoisers[1], where))
+    replace_folder(config.output / "tiny-dino", lambda where: write_vit(vits[1], config.dino, where))
+    parts = {"vae": vae, "unet": denoisers[1].unet, "text_encoder": denoisers[1].text_encoder, "vit": vits[1]}
+    card = card_head(
+        "demonstration models trained on rendered scenes, jointly with the renderer's dense labels", "tiny"
+    )
+    card |= {
         "device": f"CPU ({platform.machine()}), {config.workers} processes of {config.threads} threads",
         "torch": torch.__version__,
         "data": {
@@ -130,127 +121,93 @@ def train_tiny(config: TinyTraining, *, progress: bool = True) -> dict[str, Any]
             "renderer": scenes.settings.renderer,
             "labels": "part ids and canonical coordinates, joint phases only",
         },
-        "steps": {name: _last_step(config.work / name) for name in _RUNS},
-        "parameters": {
-            "vae": _count(vae),
-            "unet": _count(denoisers[1].unet),
-            "text_encoder": _count(denoisers[1].text_encoder),
-            "vit": _count(students[1]),
-        },
-        "validation": measure(config, vae, denoisers, students),
-        "settings": _jsonable(asdict(config)),
+        "steps": {name: steps_of(log_rows(config.work / name)) for name in RUNS},
+        "parameters": {name: count_parameters(part) for name, part in parts.items()},
+        "validation": measure(config.probe_pairs, vae, denoisers, vits),
+        "settings": json.loads(json.dumps(asdict(config), default=str)),
     }
-    text = json.dumps(card, indent=2) + "\n"
     for name in ("tiny", "tiny-dino"):
-        (folder / name / "model-card.json").write_text(text)
+        write_card(config.output / name, card)
     return card
 
 
-_RUNS = ("linear", "vae", "unet-label-free", "unet-joint", "dino-label-free", "dino-joint")
-
-
-def _train_diffusion(config: TinyTraining, progress: bool) -> tuple[Any, tuple[CaptionedDenoiser, CaptionedDenoiser]]:
+def _train_diffusion(config: TinyTraining, progress: bool) -> tuple[Any, list[CaptionedDenoiser]]:
     with _threads(config.threads):
         scenes = SceneSet(config.work / "scenes")
         vae = train_vae(scenes, config.vae, config.work, progress=progress)
         return vae, train_unet(vae, scenes, config.unet, config.work, progress=progress)
 
 
-def _train_vit(config: TinyTraining, progress: bool) -> tuple[Any, Any]:
+def _train_vit(config: TinyTraining, progress: bool) -> list[Any]:
     with _threads(config.threads):
         return train_dino(SceneSet(config.work / "scenes"), config.dino, config.work, progress=progress)
 
 
-class _threads:
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
     """Run with this number of torch threads, and give the old number back."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.before = count, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.before)
-
-
-def measure(
-    config: TinyTraining, vae: Any, denoisers: tuple[CaptionedDenoiser, CaptionedDenoiser], students: tuple[Any, Any]
-) -> dict[str, Any]:
-    """Validation figures: PSNR of the autoencoder, PCK@0.1 label-free and after joint training."""
-    from transformers import CLIPTokenizer
-
-    null = tokenize(CLIPTokenizer.from_pretrained(config.work / "tokenizer"), [""])[0]
-    found: dict[str, Any] = {}
-    for group, categories in (("seen", SEEN), ("unseen", UNSEEN)):
-        pairs = ProbePairs.render(config.probe_pairs, categories=categories)
-        found[group] = {"pairs": len(pairs.sources), "points": sum(map(len, pairs.asked))}
-        if group == "seen":
-            found["psnr"] = psnr(vae, pairs.sources)
-        for phase, denoiser, vit in zip(("label-free", "joint"), denoisers, students, strict=True):
-            found[group][phase] = {
-                "unet": probe_unet(pairs, vae, denoiser, null),
-                "vit": probe_vit(pairs, vit),
-                "fused": fused_pck(pairs, vae, denoiser, null, vit),
-            }
-    return found
-
-
-def fused_pck(pairs: ProbePairs, vae: Any, denoiser: CaptionedDenoiser, null: Tensor, vit: Any) -> float:
-    """PCK@0.1 of the last trained tap and the ViT side by side, each normalised, with equal weights."""
-    sides = []
-    for images in (pairs.sources, pairs.targets):
-        sides.append([unet_maps(vae, denoiser, null, images)[-1], vit_maps(vit, images)])
-    return pairs.pck(*sides)
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_pipeline(vae: Any, denoiser: CaptionedDenoiser, folder: Path) -> None:
-    """Write a complete `StableDiffusionPipeline` folder in half precision, all of it or nothing."""
-    from transformers import CLIPTokenizer
+    """Write a complete `StableDiffusionPipeline` folder in half precision."""
+    from diffusers import StableDiffusionPipeline
 
-    from diffrep.scenes import VOCABULARY
-
-    length = denoiser.settings.caption_length
-
-    def write(where: Path) -> None:
-        from diffusers import StableDiffusionPipeline
-
-        write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
-        tokenizer = CLIPTokenizer.from_pretrained(where / "tokenizer")
-        pipeline: Any = StableDiffusionPipeline(
-            vae=half(vae),
-            unet=half(denoiser.unet),
-            # transformers loads a text encoder in the precision of its file, diffusers the others in float32
-            text_encoder=denoiser.text_encoder.float(),
-            tokenizer=tokenizer,
-            scheduler=build_scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.save_pretrained(where, safe_serialization=True)
-        forget_origin(where)
-        shutil.rmtree(where / "tokenizer")  # the files that every version of transformers reads, and no others
-        write_tokenizer(where / "tokenizer", VOCABULARY, length=length)
-        (where / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
-
-    replace_folder(folder, write)
+    pipeline: Any = StableDiffusionPipeline(
+        vae=half(vae),
+        unet=half(denoiser.unet),
+        # transformers loads a text encoder in the precision of its file, diffusers the others in float32
+        text_encoder=denoiser.text_encoder.float(),
+        tokenizer=caption_tokenizer(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    forget_origin(folder)
+    shutil.rmtree(folder / "tokenizer")  # the files that every version of transformers reads, and no others
+    shutil.copytree(TOKENIZER, folder / "tokenizer")
+    (folder / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
 
 
-def half(module: nn.Module) -> nn.Module:
-    from copy import deepcopy
+# -- what every card of a trained model says ----------------------------------------------------------------
 
+
+def half(module: nn.Module) -> Any:
+    """A copy in half precision, as it is written."""
     return deepcopy(module).half().to(memory_format=torch.contiguous_format)
 
 
-def _last_step(run: Path) -> dict[str, float]:
-    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def card_head(what: str, command: str) -> dict[str, Any]:
+    """The first entries of a model card."""
+    return {
+        "what": what,
+        "trained by": f"diffrep {diffrep.__version__}, `diffrep train {command}`",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+    }
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    """Write ``model-card.json``."""
+    (folder / "model-card.json").write_text(json.dumps(card, indent=2) + "\n")
+
+
+def log_rows(run: Path) -> list[dict[str, Any]]:
+    """The log of a folder of `fit`."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def steps_of(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How long a run took."""
     return {"steps": rows[-1]["step"], "minutes": round(rows[-1]["seconds"] / 60, 1)} if rows else {}
 
 
-def _count(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
+    """Numbers in a module's parameters."""
     return sum(p.numel() for p in module.parameters())
-
-
-def _jsonable(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))

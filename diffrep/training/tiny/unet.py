@@ -6,24 +6,36 @@ little noise, and the features of two places in its decoder are also trained by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffrep.backbones.loading import MODELS
 from diffrep.files import read_weights, save_weights
-from diffrep.scenes import VOCABULARY, SceneSet
-from diffrep.training.loop import Batch, FitSettings, fit, step_generator
-from diffrep.training.tiny.correspondence import LabelSettings, dense_losses, draw_queries, part_classifier
-from diffrep.training.tiny.crops import Crops, draw_groups, gather
-from diffrep.training.tiny.tokenizer import write_tokenizer
+from diffrep.scenes import SceneSet
+from diffrep.training.loop import Batch, FitSettings, step_generator
+from diffrep.training.tiny.crops import (
+    Crops,
+    LabelSettings,
+    dense_losses,
+    draw_groups,
+    draw_queries,
+    fit_stages,
+    gather,
+    part_classifier,
+)
 
 TIMESTEPS = 1000
+# CLIP's bytes, and one token for each word of the captions, whose merges build it from its left end
+TOKENIZER = MODELS / "tiny" / "tokenizer"
+LABEL_FREE = FitSettings(steps=30000, minutes=11, learning_rate=1.2e-3, seed=4)
+JOINT = FitSettings(steps=60000, minutes=95, learning_rate=1e-3, seed=5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +48,6 @@ class UNetSettings:
     groups: int = 16  # of the group norms
     text_width: int = 64
     text_layers: int = 2
-    caption_length: int = 20  # tokens, with start and end
     null: float = 0.17  # share of images trained without their caption
     copies: int = 1  # encoded versions of each scene, each another crop, half of them mirrored
     sides: tuple[float, float] = (0.8, 1.0)  # of these crops, shares of the image's side
@@ -45,10 +56,8 @@ class UNetSettings:
     dense_timestep: int = 300  # the others get less noise than at this timestep
     labels: LabelSettings = field(default_factory=lambda: LabelSettings(weight=0.25))
     batch_size: int = 32
-    label_free: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=30000, minutes=11, learning_rate=1.2e-3, seed=4)
-    )
-    joint: FitSettings = field(default_factory=lambda: FitSettings(steps=60000, minutes=95, learning_rate=1e-3, seed=5))
+    label_free: FitSettings = LABEL_FREE
+    joint: FitSettings = JOINT
 
 
 def build_unet(settings: UNetSettings, latent_channels: int, latent_size: int) -> Any:
@@ -74,10 +83,18 @@ def build_unet(settings: UNetSettings, latent_channels: int, latent_size: int) -
     return unet
 
 
-def build_text_encoder(settings: UNetSettings, vocabulary: int) -> Any:
-    """A small stock `CLIPTextModel` with random weights, for a tokenizer of that many tokens."""
+def caption_tokenizer() -> Any:
+    """The tokenizer of the embedded model, in which every word of a caption is one token."""
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(TOKENIZER)
+
+
+def build_text_encoder(settings: UNetSettings, tokenizer: Any) -> Any:
+    """A small stock `CLIPTextModel` with random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    vocabulary = len(tokenizer)
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -86,7 +103,7 @@ def build_text_encoder(settings: UNetSettings, vocabulary: int) -> Any:
             projection_dim=settings.text_width,
             num_hidden_layers=settings.text_layers,
             num_attention_heads=4,
-            max_position_embeddings=settings.caption_length,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=vocabulary - 2,
             eos_token_id=vocabulary - 1,
             pad_token_id=vocabulary - 1,
@@ -109,30 +126,16 @@ def build_scheduler() -> Any:
     )
 
 
-@dataclass(frozen=True)
-class LatentSet:
-    """Encoded scenes with the labels of their cells: V versions of each of N scenes.
-
-    Attributes:
-        latents: (N, V, c, h, w) float16, scaled to unit variance.
-        part: (N, V, h, w) uint8; canonical: (N, V, h, w, 3) int8, round(127 * value).
-        tokens: (N, length) int64, the captions; null: (length,) the empty caption.
-        category: (N,) uint8.
-    """
-
-    latents: Tensor
-    part: Tensor
-    canonical: Tensor
-    tokens: Tensor
-    null: Tensor
-    category: np.ndarray
-
-
 @torch.no_grad()
 def encode_scenes(
     vae: Any, scenes: SceneSet, settings: UNetSettings, *, seed: int, progress: bool = True
 ) -> dict[str, Tensor]:
-    """Encode every scene `copies` times, as different crops and mirrors."""
+    """Encode every one of N scenes V = `copies` times, as different crops and mirrors.
+
+    Returns:
+        "latents" (N, V, c, h, w) float16, scaled to unit variance, and the labels of their cells: "part" (N, V, h, w)
+        uint8, "canonical" (N, V, h, w, 3) int8, round(127 * value).
+    """
     side, latents, parts, canonicals = scenes.image.shape[1], [], [], []
     cells = side // 2 ** (len(vae.config.block_out_channels) - 1)
     for start in tqdm(range(0, len(scenes), 64), desc="encoding", unit="batch", disable=not progress):
@@ -160,7 +163,7 @@ def tokenize(tokenizer: Any, captions: Sequence[str]) -> Tensor:
     ids = tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length).input_ids
     longest = max(map(len, ids))
     if longest > tokenizer.model_max_length:
-        raise ValueError(f"a caption has {longest} tokens; caption_length is {tokenizer.model_max_length}")
+        raise ValueError(f"a caption has {longest} tokens; at most {tokenizer.model_max_length} fit")
     return torch.tensor(ids)
 
 
@@ -177,48 +180,40 @@ class CaptionedDenoiser(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Predicted v, (B, c, h, w), and the tapped maps."""
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda module, inputs, output: found.__setitem__(name, output)
-
-        handles = [self.unet.get_submodule(t).register_forward_hook(keep(t)) for t in self.settings.taps]
-        context = self.text_encoder(tokens)[0]
-        v = self.unet(noisy, timesteps, encoder_hidden_states=context).sample
+        maps: dict[nn.Module, Tensor] = {}
+        modules = [self.unet.get_submodule(tap) for tap in self.settings.taps]
+        handles = [m.register_forward_hook(lambda module, inputs, out: maps.update({module: out})) for m in modules]
+        v = self.unet(noisy, timesteps, encoder_hidden_states=self.text_encoder(tokens)[0]).sample
         for handle in handles:
             handle.remove()
-        return v, [found[tap] for tap in self.settings.taps]
+        return v, [maps[module] for module in modules]
 
 
-def latent_batches(data: LatentSet, settings: UNetSettings, *, labels: bool) -> Callable[[torch.Generator], Batch]:
-    """Noisy latents, timesteps and captions; in the joint phase groups of one category with their labels."""
+def latent_batch(data: Mapping[str, Tensor], settings: UNetSettings, labels: bool, generator: torch.Generator) -> Batch:
+    """Noisy latents, timesteps and captions; in the joint phase groups of one category with their labels.
 
-    def batches(generator: torch.Generator) -> Batch:
-        members, count = settings.labels.members, settings.batch_size
-        if labels:
-            rows = draw_groups(data.category, count // members, members, generator)
-        else:
-            rows = torch.randint(len(data.latents), (count,), generator=generator)
-        version = torch.randint(data.latents.shape[1], (count,), generator=generator)
-        latents = data.latents[rows, version].float()
-        timesteps = torch.randint(TIMESTEPS, (count,), generator=generator)
-        null = torch.rand(count, generator=generator) < settings.null
-        batch = {
-            "latents": latents,
-            "noise": torch.randn(latents.shape, generator=generator),
-            "timesteps": timesteps,
-        }
-        if labels:
-            dense = count - int(count * settings.noisy) // members * members
-            batch["timesteps"][:dense] = timesteps[:dense] * settings.dense_timestep // TIMESTEPS
-            null[:dense] |= torch.rand(dense, generator=generator) < 0.5  # features are read without a caption
-            batch["part"] = data.part[rows, version][:dense].long()
-            batch["canonical"] = data.canonical[rows, version][:dense].float() / 127
-            batch["queries"] = draw_queries(batch["part"], settings.labels, generator)
-        batch["tokens"] = torch.where(null[:, None], data.null, data.tokens[rows])
-        return batch
-
-    return batches
+    Args:
+        data: of `encode_scenes`, with "tokens" (N, length) of the captions, "null" (length,) of the empty one, and
+            "category" (N,).
+    """
+    members, count = settings.labels.members, settings.batch_size
+    if labels:
+        rows = draw_groups(data["category"].numpy(), count // members, members, generator)
+    else:
+        rows = torch.randint(len(data["latents"]), (count,), generator=generator)
+    version = torch.randint(data["latents"].shape[1], (count,), generator=generator)
+    latents = data["latents"][rows, version].float()
+    timesteps = torch.randint(TIMESTEPS, (count,), generator=generator)
+    null = torch.rand(count, generator=generator) < settings.null
+    batch = {"latents": latents, "noise": torch.randn(latents.shape, generator=generator), "timesteps": timesteps}
+    if labels:
+        dense = count - int(count * settings.noisy) // members * members
+        batch["timesteps"][:dense] = timesteps[:dense] * settings.dense_timestep // TIMESTEPS
+        null[:dense] |= torch.rand(dense, generator=generator) < 0.5  # features are read without a caption
+        batch["part"] = data["part"][rows, version][:dense].long()
+        batch["canonical"] = data["canonical"][rows, version][:dense].float() / 127
+        batch["queries"] = draw_queries(batch["part"], settings.labels, generator)
+    return batch | {"tokens": torch.where(null[:, None], data["null"], data["tokens"][rows])}
 
 
 def unet_loss(module: CaptionedDenoiser, ema: CaptionedDenoiser, batch: Batch) -> Mapping[str, Tensor]:
@@ -235,60 +230,31 @@ def unet_loss(module: CaptionedDenoiser, ema: CaptionedDenoiser, batch: Batch) -
     if "part" not in batch:
         return losses
     for tap, classify, features in zip(settings.taps, module.classify, maps, strict=True):
-        found = dense_losses(features[: len(batch["part"])], classify, batch, settings.labels)
-        losses["loss"] = losses["loss"] + found["dense"]
-        losses |= {f"{name} {tap}": found[name] for name in ("match", "parts", "place", "right")}
+        terms = dense_losses(features[: len(batch["part"])], classify, batch, settings.labels)
+        losses["loss"] = losses["loss"] + terms["dense"]
+        losses |= {f"{name} {tap}": terms[name] for name in ("match", "parts", "place", "right")}
     return losses
 
 
 def train_unet(
-    vae: Any,
-    scenes: SceneSet,
-    settings: UNetSettings,
-    folder: Path,
-    *,
-    probe: Callable[[CaptionedDenoiser], Mapping[str, float]] | None = None,
-    progress: bool = True,
-) -> tuple[CaptionedDenoiser, CaptionedDenoiser]:
-    """Train label-free, then jointly with labels. Returns both models; it resumes from `folder`.
-
-    The tokenizer's files are written to ``tokenizer`` in the folder.
-
-    Args:
-        probe: measures a model while it is trained.
-    """
-    from transformers import CLIPTokenizer
-
-    vocabulary = write_tokenizer(folder / "tokenizer", VOCABULARY, length=settings.caption_length)
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    cache = folder / "latents.safetensors"
+    vae: Any, scenes: SceneSet, settings: UNetSettings, folder: Path, *, progress: bool = True
+) -> list[CaptionedDenoiser]:
+    """Train label-free, then jointly with labels. Returns both models; it resumes from `folder`."""
+    cache, tokenizer = folder / "latents.safetensors", caption_tokenizer()
     if not cache.exists():
-        encoded = encode_scenes(vae, scenes, settings, seed=settings.label_free.seed, progress=progress)
-        save_weights(cache, encoded)
-    data = LatentSet(
-        **read_weights(cache)[0],
-        tokens=tokenize(tokenizer, scenes.captions),
-        null=tokenize(tokenizer, [""])[0],
-        category=np.asarray(scenes.category),
-    )
+        save_weights(cache, encode_scenes(vae, scenes, settings, seed=settings.label_free.seed, progress=progress))
+    data = read_weights(cache)[0] | {
+        "tokens": tokenize(tokenizer, scenes.captions),
+        "null": tokenize(tokenizer, [""])[0],
+        "category": torch.as_tensor(scenes.category),
+    }
     with torch.random.fork_rng():
         torch.manual_seed(settings.label_free.seed)
-        unet = build_unet(settings, data.latents.shape[2], data.latents.shape[-1])
-        module = CaptionedDenoiser(unet, build_text_encoder(settings, vocabulary), settings)
+        unet = build_unet(settings, data["latents"].shape[2], data["latents"].shape[-1])
+        module = CaptionedDenoiser(unet, build_text_encoder(settings, tokenizer), settings)
     module.unet.to(memory_format=torch.channels_last)
-    validate = None if probe is None else (lambda average, step: probe(average))
-    stages = (("unet-label-free", settings.label_free, False), ("unet-joint", settings.joint, True))
-    models = []
-    for name, run, labels in stages:
-        average = fit(
-            module,
-            latent_batches(data, settings, labels=labels),
-            unet_loss,
-            run,
-            folder / name,
-            validate=validate,
-            progress=progress,
-        )
-        module.load_state_dict(average.state_dict())
-        models.append(average)
-    return models[0], models[1]
+    stages = {
+        "unet-label-free": (settings.label_free, partial(latent_batch, data, settings, False)),
+        "unet-joint": (settings.joint, partial(latent_batch, data, settings, True)),
+    }
+    return fit_stages(module, stages, unet_loss, folder, progress=progress)

@@ -10,8 +10,9 @@ channels in each group that pins the variance by which the group norm divides.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ from diffrep.training.tiny.crops import Crops, gather, jitter
 _CONSTANT = 16.0  # of the channels that pin a group's variance, in units of the signal
 
 
+LINEAR = FitSettings(steps=900, learning_rate=5e-3, warmup=20, ema_decay=0.98, bf16=False, weight_decay=0.0)
+FIT = FitSettings(steps=2400, minutes=6, learning_rate=1e-4, weight_decay=0.0, seed=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VaeSettings:
     """The autoencoder and its training."""
@@ -38,14 +43,8 @@ class VaeSettings:
     noise: float = 0.05  # standard deviation of the posterior, in units of the latents
     gradient: float = 1.0  # weight of the loss on differences between neighbouring pixels
     kl: float = 1e-4  # weight of the KL term
-    linear: FitSettings = field(
-        default_factory=lambda: FitSettings(
-            steps=900, learning_rate=5e-3, warmup=20, ema_decay=0.98, bf16=False, weight_decay=0.0
-        )
-    )
-    fit: FitSettings = field(
-        default_factory=lambda: FitSettings(steps=2400, minutes=6, learning_rate=1e-4, weight_decay=0.0, seed=1)
-    )
+    linear: FitSettings = LINEAR
+    fit: FitSettings = FIT
     batch_size: int = 16
 
 
@@ -90,8 +89,7 @@ class LinearCoder(nn.Module):
         self.signals = norm.num_groups * ((self.size - 2) // 2)
         self.kinds = [kind for kind, _ in _convolutions(coder)]
         self.path = nn.ModuleList(convolution for _, convolution in _convolutions(coder))
-        outputs = coder.conv_out.out_channels
-        self.out = nn.Conv2d(self.signals, outputs, 3, padding=1)
+        self.out = nn.Conv2d(self.signals, coder.conv_out.out_channels, 3, padding=1)
 
     def stream(self, x: Tensor) -> Tensor:
         """(B, signals, h, w): what reaches the last convolution."""
@@ -157,22 +155,20 @@ def start_linear(vae: Any, scenes: SceneSet, settings: VaeSettings, folder: Path
         error = (module(batch["images"]) - batch["images"]).square().mean()
         return {"loss": error, "psnr": 10 * torch.log10(4 / error.detach())}
 
-    fitted = fit(chain, _image_batches(scenes, settings), loss, settings.linear, folder, progress=progress)
+    fitted = fit(chain, partial(_image_batch, scenes, settings), loss, settings.linear, folder, progress=progress)
     chain.load_state_dict(fitted.state_dict())
     for module in vae.modules():
         if type(module).__name__ == "ResnetBlock2D":
             nn.init.zeros_(module.conv2.weight)
             nn.init.zeros_(module.conv2.bias)
-    images = _image_batches(scenes, replace(settings, crop=128, batch_size=64))(step_generator(settings.fit.seed, 0))
-    latent = settings.latent_channels
-    moments = chain.encoder.install(vae.encoder, images["images"])
-    chain.decoder.install(vae.decoder, moments[:, :latent])
-    with torch.no_grad():
-        vae.quant_conv.weight.copy_(torch.eye(2 * latent)[:, :, None, None])
-        vae.quant_conv.bias.zero_()
-        vae.post_quant_conv.weight.copy_(torch.eye(latent)[:, :, None, None])
-        vae.post_quant_conv.bias.zero_()
-    whiten(vae, images["images"], noise=settings.noise)
+    whole = replace(settings, crop=128, batch_size=64)
+    images = _image_batch(scenes, whole, step_generator(settings.fit.seed, 0))["images"]
+    moments = chain.encoder.install(vae.encoder, images)
+    chain.decoder.install(vae.decoder, moments[:, : settings.latent_channels])
+    for convolution in (vae.quant_conv, vae.post_quant_conv):
+        nn.init.dirac_(convolution.weight)
+        nn.init.zeros_(convolution.bias)
+    whiten(vae, images, noise=settings.noise)
 
 
 @torch.no_grad()
@@ -213,27 +209,23 @@ class Autoencoding(nn.Module):
         return self.vae.decode(mean + self.settings.noise * noise).sample, mean
 
 
-def reconstruction(found: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruction(decoded: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """L1, L1 of the differences between neighbouring pixels, and PSNR in dB, which has no gradient.
 
     Args:
-        found, images: (B, 3, H, W) in [-1, 1].
+        decoded, images: (B, 3, H, W) in [-1, 1].
     """
-    difference = found - images
+    difference = decoded - images
     gradient = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     return difference.abs().mean(), gradient, 10 * torch.log10(4 / difference.detach().square().mean())
 
 
 def vae_loss(module: Autoencoding, ema: Autoencoding, batch: Batch) -> Mapping[str, Tensor]:
     """Losses of `Autoencoding`; see `fit`."""
-    found, mean = module(batch["images"], batch["noise"])
-    l1, gradient, psnr = reconstruction(found.float(), batch["images"])
+    decoded, mean = module(batch["images"], batch["noise"])
+    l1, gradient, psnr = reconstruction(decoded.float(), batch["images"])
     kl = 0.5 * mean.float().square().mean()
-    settings = ema.settings
-    return {
-        "loss": l1 + settings.gradient * gradient + settings.kl * kl,
-        "psnr": psnr,
-    }
+    return {"loss": l1 + ema.settings.gradient * gradient + ema.settings.kl * kl, "psnr": psnr}
 
 
 def train_vae(scenes: SceneSet, settings: VaeSettings, folder: Path, *, progress: bool = True) -> Any:
@@ -242,34 +234,31 @@ def train_vae(scenes: SceneSet, settings: VaeSettings, folder: Path, *, progress
         torch.manual_seed(settings.fit.seed)  # diffusers draws initial weights from the global generator
         vae = build_vae(settings)
         start_linear(vae, scenes, settings, folder / "linear", progress=progress)
-    network = Autoencoding(vae, settings)
-    ema = fit(network, _image_batches(scenes, settings), vae_loss, settings.fit, folder / "vae", progress=progress)
-    vae = ema.vae
-    images = _image_batches(scenes, replace(settings, crop=128, batch_size=256))
-    whiten(vae, images(step_generator(settings.fit.seed, 1))["images"], noise=settings.noise)
+    batches = partial(_image_batch, scenes, settings)
+    vae = fit(Autoencoding(vae, settings), batches, vae_loss, settings.fit, folder / "vae", progress=progress).vae
+    whole = replace(settings, crop=128, batch_size=256)
+    images = _image_batch(scenes, whole, step_generator(settings.fit.seed, 1))["images"]
+    whiten(vae, images, noise=settings.noise)
     return vae
 
 
 @torch.no_grad()
 def psnr(vae: Any, images: Tensor) -> float:
     """Mean over images (B, 3, H, W) in [0, 1] of the PSNR of encoding to the mean and decoding, dB."""
-    found = []
+    values = []
     for chunk in images.split(16):
         decoded = vae.decode(vae.encode(chunk * 2 - 1).latent_dist.mean).sample
         error = ((decoded + 1) / 2).clamp(0, 1) - chunk
-        found.append(-10 * torch.log10(error.square().mean((1, 2, 3))))
-    return torch.cat(found).mean().item()
+        values.append(-10 * torch.log10(error.square().mean((1, 2, 3))))
+    return torch.cat(values).mean().item()
 
 
-def _image_batches(scenes: SceneSet, settings: VaeSettings) -> Callable[[torch.Generator], Batch]:
-    def batches(generator: torch.Generator) -> Batch:
-        indices = torch.randint(len(scenes), (settings.batch_size,), generator=generator)
-        images = gather(scenes, "image", indices)
-        share = settings.crop / images.shape[1]
-        crops = Crops.draw(len(images), images.shape[1], settings.crop, generator, sides=(share, share))
-        pixels = jitter(crops.images(images), settings.colour, generator)
-        side = settings.crop // 2 ** (len(settings.channels) - 1)
-        noise = torch.randn(len(images), settings.latent_channels, side, side, generator=generator)
-        return {"images": pixels * 2 - 1, "noise": noise}
-
-    return batches
+def _image_batch(scenes: SceneSet, settings: VaeSettings, generator: torch.Generator) -> Batch:
+    indices = torch.randint(len(scenes), (settings.batch_size,), generator=generator)
+    images = gather(scenes, "image", indices)
+    share = settings.crop / images.shape[1]
+    crops = Crops.draw(len(images), images.shape[1], settings.crop, generator, sides=(share, share))
+    pixels = jitter(crops.images(images), settings.colour, generator)
+    side = settings.crop // 2 ** (len(settings.channels) - 1)
+    noise = torch.randn(len(images), settings.latent_channels, side, side, generator=generator)
+    return {"images": pixels * 2 - 1, "noise": noise}
