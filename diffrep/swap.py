@@ -414,14 +414,13 @@ def _decoder_of(backbone: LatentDiffusion) -> Any:
     """The whole VAE of a backbone's folder: extraction has given its decoder away."""
     from diffusers import AutoencoderKL
 
-    from diffrep.backbones.loading import load_component, local_variant
+    from diffrep.backbones.pipelines import load_component
 
     folder = Path(backbone.source)
     if folder.is_dir() and not (folder / "vae").is_dir():
         raise BackboneError(f"{backbone.source}: has no folder vae/, nothing can be decoded")
-    variant = local_variant(folder / "vae") if folder.is_dir() else None
     # decoded in float32: some VAEs overflow in half precision
-    vae = load_component(AutoencoderKL, backbone.source, "vae", torch.float32, variant)
+    vae = load_component(AutoencoderKL, backbone.source, "vae", torch.float32)
     return vae.to(backbone.device).eval()
 
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrep.backbones.pipelines import read_json
 from diffrep.backbones.repositories import EMBEDDED, HUB, MODELS, is_hub_id, repository, without_fetching
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import read_weights, save_weights, write_document, write_whole
@@ -155,4 +154,4 @@ def named(base: str) -> str:
 
 def json_of(source: str, file: str) -> dict[str, Any]:
     """A JSON file of a folder or hub id; empty where there is none, or where the source is a file."""
-    return {} if Path(source).is_file() else read_json(source, file, required=False)
+    return {} if Path(source).is_file() else repository(source).json(file, required=False)

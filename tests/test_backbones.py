@@ -20,8 +20,7 @@ from diffrep.backbones import (
     draw_noise,
     load_backbone,
 )
-from diffrep.backbones.loading import open_clip_backbone
-from diffrep.backbones.vit import timm_backbone
+from diffrep.backbones.vit_loading import open_clip_backbone, timm_backbone
 
 PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 NOISY = Conditions(timestep=200, ensemble=2, posterior="sample", prompt="a cat")

@@ -14,8 +14,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffrep.backbones.loading import MODELS
-from diffrep.backbones.repositories import Repository, without_fetching
+from diffrep.backbones.repositories import MODELS, Repository, without_fetching
 from diffrep.cli import main
 from diffrep.heads.loading import HeadError, load_head, save_head
 from diffrep.heads.probes import load_probe

@@ -77,7 +77,7 @@ def test_other_models_of_transformers_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_a_file_of_dinov2_needs_nothing_beside_it(registers: int, tmp_path: Path) -> None:
-    from diffrep.backbones.vit import dinov2_backbone
+    from diffrep.backbones.vit_loading import dinov2_backbone
 
     arguments = {
         "img_size": 56,

@@ -187,7 +187,7 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
     def _save_pretrained(self, save_directory: Path) -> None:
         """The hook of `save_pretrained` and `push_to_hub`: diffusion backbones become diffusers folders."""
         if self.denoises is not None:
-            from diffrep.backbones.saving import save_backbone
+            from diffrep.backbones.pipelines import save_backbone
 
             save_backbone(self, save_directory)
             return

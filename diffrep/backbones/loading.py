@@ -8,32 +8,26 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffrep.backbones.adm import adm_backbone
-from diffrep.backbones.base import Backbone, BackboneError, Conditions, Recommended, check_weights
+from diffrep.backbones.base import Backbone, BackboneError, Conditions, check_weights
 from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.backbones.hyperfeatures import AggregationNetwork, Hyperfeatures
 from diffrep.backbones.latent_diffusion import LatentDiffusion
-from diffrep.backbones.pipelines import (
-    load_component,
-    load_diffusers,
-    load_pixel_unet,
-    load_transformer,
-    local_variant,
-    read_json,
-)
+from diffrep.backbones.lora import add_lora
+from diffrep.backbones.pipelines import PIPELINES, load_pipeline
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.repositories import (
     EMBEDDED,
-    HUB,
     MODELS,
     REPOSITORIES,
+    LoadOptions,
     Repository,
     expand,
     is_hub_id,
@@ -41,54 +35,25 @@ from diffrep.backbones.repositories import (
     split_options,
     with_options,
 )
-from diffrep.backbones.transformers import KINDS
-from diffrep.backbones.vit import VisionTransformer, timm_backbone
+from diffrep.backbones.single_files import load_single_file
+from diffrep.backbones.vit import VisionTransformer
 from diffrep.backbones.vit_loading import (
     TIMM,
+    load_dinov2_model,
     load_open_clip,
+    load_open_clip_model,
+    load_saved_vit,
     load_timm,
-    load_vit_folder,
-    only_weights,
-    open_clip_backbone,
+    load_timm_model,
 )
-from diffrep.backbones.vit_transformers import load_saved_vit
 from diffrep.backbones.weight_files import ENDINGS, read_weights
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import one_line
-
-__all__ = [
-    "EMBEDDED",
-    "HUB",
-    "MODELS",
-    "TIMM",
-    "load_backbone",
-    "load_component",
-    "load_diffusers",
-    "load_transformer",
-    "local_variant",
-    "open_clip_backbone",
-    "read_json",
-]
 
 CLEANDIFT = {  # short name -> the model whose U-Net it replaces, the file at CompVis/cleandift
     "cleandift-sd1.5": ("sd1.5", "cleandift_sd15_unet.safetensors"),
     "cleandift-sd2.1": ("sd2.1", "cleandift_sd21_unet.safetensors"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """The arguments of `load_backbone` that its parts need."""
-
-    name: str
-    device: torch.device
-    dtype: torch.dtype
-    stride: int | None = None
-    variant: str | None = None
-    revision: str | None = None
-    lora: tuple[str, ...] = ()
-    adm: Mapping[str, Any] | None = None
-    weights: bool = True
 
 
 def load_backbone(
@@ -160,8 +125,6 @@ def load_backbone(
     if backbone.device.type == "meta":
         return backbone
     for file in options.lora:
-        from diffrep.backbones.lora import add_lora
-
         add_lora(backbone, file)
     for part in backbone.parts.values():
         check_weights(part, options.name)
@@ -188,35 +151,32 @@ def _refuse_unused(options: LoadOptions, backbone: Backbone) -> None:
 
 def _open(options: LoadOptions) -> Backbone:
     name, path = options.name, Path(options.name)
-    if name not in EMBEDDED and path.is_file():
-        return _load_file(path, options)
-    if path.is_dir() or name in EMBEDDED:
+    kind, _, rest = name.partition(":")
+    if name in EMBEDDED or path.is_dir():
         if name in EMBEDDED and not (MODELS / name).is_dir():
             raise BackboneError(f"{name}: the embedded weights are missing at {MODELS / name}; reinstall diffrep")
-        return _load_folder(Repository(name, revision=options.revision, variant=options.variant), options)
+        return _open_repository(Repository(name, revision=options.revision, variant=options.variant), options)
+    if path.is_file():
+        if path.suffix not in ENDINGS:
+            raise BackboneError(f"{path}: is a file, but no checkpoint ({', '.join(ENDINGS)}); give a folder")
+        if options.revision is not None:
+            raise BackboneError(f"{path}: is a file, which has no revision {options.revision}")
+        return load_single_file(path, options)
     if name in CLEANDIFT:
         base, file = CLEANDIFT[name]
         weights = Repository("CompVis/cleandift", revision=options.revision).fetch([file]) / file
         return load_cleandift(base, weights, device=options.device, dtype=options.dtype, name=name)
-    kind, _, rest = name.partition(":")
     if kind == "hyperfeatures":
-        if not Path(rest).is_file():
-            raise BackboneError(
-                f"{name}: needs the trained aggregation network: hyperfeatures:FILE, with weights for sd1.5"
-                + (f"; there is no file {rest}" if rest else "")
-            )
-        aggregation = AggregationNetwork.load(Path(rest))
-        base_model = load_diffusers(HUB["sd1.5"], device=options.device, dtype=options.dtype, variant=options.variant)
-        return Hyperfeatures(base_model, aggregation, name=name)
+        return _open_hyperfeatures(rest, options)
     if path.suffix in ENDINGS:
         raise BackboneError(f"{path}: there is no such file")
     if name in TIMM or kind == "timm":
-        return load_timm(TIMM.get(name) or rest, name=name, stride=options.stride, weights=options.weights)
+        return load_timm(TIMM.get(name) or rest, options)
     if kind == "open_clip":
         model, _, pretrained = rest.partition("/")
-        return load_open_clip(model, pretrained or None, name=name, stride=options.stride)
+        return load_open_clip(model, pretrained or None, options)
     if name in REPOSITORIES or is_hub_id(name):
-        return _load_folder(repository(name, revision=options.revision, variant=options.variant), options)
+        return _open_repository(repository(name, revision=options.revision, variant=options.variant), options)
     known = [*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM]
     near = difflib.get_close_matches(name, known, n=3) or known
     raise BackboneError(
@@ -225,30 +185,53 @@ def _open(options: LoadOptions) -> Backbone:
     )
 
 
-def _load_file(path: Path, options: LoadOptions) -> Backbone:
-    from diffrep.backbones.single_files import load_single_file
+def _open_hyperfeatures(file: str, options: LoadOptions) -> Hyperfeatures:
+    if not Path(file).is_file():
+        raise BackboneError(
+            f"{options.name}: needs the trained aggregation network: hyperfeatures:FILE, with weights for sd1.5"
+            + (f"; there is no file {file}" if file else "")
+        )
+    aggregation = AggregationNetwork.load(Path(file))
+    base = load_pipeline(repository("sd1.5", variant=options.variant), replace(options, name="sd1.5"))
+    assert isinstance(base, LatentDiffusion)
+    return Hyperfeatures(base, aggregation, name=options.name)
 
-    if path.suffix not in ENDINGS:
-        raise BackboneError(f"{path}: is a file, but no checkpoint ({', '.join(ENDINGS)}); give a folder")
-    if options.revision is not None:
-        raise BackboneError(f"{path}: is a file, which has no revision {options.revision}")
-    return load_single_file(path, options)
+
+def _open_adm(source: Repository, options: LoadOptions) -> PixelDiffusion:
+    """guided-diffusion's checkpoint beside its flags."""
+    file, flags = source.only_weights(".safetensors", ".pt"), source.json("config.json")
+    return adm_backbone(read_weights(file), {**flags, **(options.adm or {})}, name=options.name, source=str(file))
 
 
-def _load_folder(source: Repository, options: LoadOptions) -> Backbone:
-    """A diffusers folder if it looks like one, else whatever its config says."""
-    folder, name = source.folder, options.name
+def _open_component(source: Repository, options: LoadOptions) -> Backbone:
+    """A component of a diffusers folder: a network stands for the whole folder around it."""
+    kind = source.json("config.json")["_class_name"]
+    if source.folder is None or kind not in PIPELINES:
+        raise BackboneError(f"{source.label}: is a {kind} alone, no backbone; give the whole diffusers folder")
+    parent = source.folder.resolve().parent
+    if (parent / "model_index.json").is_file():
+        return load_pipeline(Repository(parent, variant=options.variant), replace(options, name=str(parent)))
+    raise BackboneError(
+        f"{source.label}: is a {kind} alone, without VAE and schedule; give the diffusers folder that it belongs to"
+    )
+
+
+# What a config.json that has this key belongs to; the first key counts
+_CONFIGS: Mapping[str, Callable[[Repository, LoadOptions], Backbone]] = {
+    "_class_name": _open_component,
+    "num_res_blocks": _open_adm,
+    "architecture": load_timm_model,
+    "model_type": load_saved_vit,
+    "embed_dim": load_dinov2_model,
+}
+
+
+def _open_repository(source: Repository, options: LoadOptions) -> Backbone:
+    """A folder or hub id: diffusers' layout if it looks like one, else whatever its config says."""
     if "model_index.json" in source.files or source.has("unet") or source.has("transformer"):
-        return _load_pipeline(source, options)
+        return load_pipeline(source, options)
     if "open_clip_config.json" in source.files:
-        texts = (source.json("open_clip_config.json").get("model_cfg") or {}).get("text_cfg") or {}
-        if folder and (text := texts.get("hf_model_name")) and not Path(str(text)).exists():
-            raise BackboneError(
-                f"{folder}: its open_clip_config.json names the text encoder {text}, which would have to be fetched:"
-                " nothing is fetched because a file says so; give the model's hub id"
-            )
-        where = f"local-dir:{folder}" if folder else f"hf-hub:{source.label}"
-        return load_open_clip(where, None, name=name, stride=options.stride)
+        return load_open_clip_model(source, options)
     if "config.json" not in source.files:
         listed = ", ".join(sorted(file for file in source.files if "/" not in file)[:5])
         raise BackboneError(
@@ -256,45 +239,14 @@ def _load_folder(source: Repository, options: LoadOptions) -> Backbone:
             f" found {listed or 'nothing'}"
         )
     config = source.json("config.json")
-    kind = str(config.get("_class_name", ""))
-    if folder is not None and kind in ("UNet2DConditionModel", "UNet2DModel", *KINDS):
-        parent = folder.resolve().parent
-        if (parent / "model_index.json").is_file():
-            return _load_pipeline(Repository(parent, variant=options.variant), replace(options, name=str(parent)))
-        raise BackboneError(
-            f"{folder}: is a {kind} alone, without VAE and schedule; give the diffusers folder that it belongs to"
-        )
-    if kind:
-        raise BackboneError(f"{source.label}: is a {kind} alone, no backbone; give the whole diffusers folder")
+    for key, load in _CONFIGS.items():
+        if key in config:
+            return load(source, options)
     if config.get("time_embedding_type") == "adm":
         raise BackboneError(
             f"{source.label}: is an ADM in the layout of a modified diffusers; give openai's original checkpoint"
         )
-    if folder is not None and "num_res_blocks" in config:
-        file = only_weights(folder, (".safetensors", ".pt"))
-        return adm_backbone(read_weights(file), {**config, **(options.adm or {})}, name=name, source=str(file))
-    if folder is not None:
-        return load_vit_folder(folder, config, name=name, stride=options.stride)
-    if "model_type" in config:
-        preprocessor = source.json("preprocessor_config.json", required=False)
-        return load_saved_vit(source.label, config, preprocessor, name=name, stride=options.stride)
-    if "architecture" not in config:
-        raise BackboneError(f"{name}: is neither a diffusers folder nor a timm or open_clip model")
-    hub = f"hf-hub:{source.label}" + (f"@{options.revision}" if options.revision else "")
-    return timm_backbone(hub, pretrained=True, stride=options.stride, name=name, source=source.label)
-
-
-def _load_pipeline(source: Repository, options: LoadOptions) -> Backbone:
-    """A diffusers folder or hub id with a U-Net or a transformer."""
-    if source.has("transformer"):
-        return load_transformer(
-            source, device=options.device, dtype=options.dtype, name=options.name, weights=options.weights
-        )
-    if source.json("unet/config.json", required=False).get("_class_name") == "UNet2DModel":
-        return load_pixel_unet(source, dtype=options.dtype, name=options.name, weights=options.weights)
-    return load_diffusers(
-        source, device=options.device, dtype=options.dtype, name=options.name, weights=options.weights
-    )
+    raise BackboneError(f"{source.label}: its config.json is of no known backbone; known are {', '.join(_CONFIGS)}")
 
 
 def load_cleandift(
@@ -314,20 +266,20 @@ def load_cleandift(
     Raises:
         BackboneError: the weights do not fit the base's U-Net.
     """
-    device = resolve_device(device)
-    backbone = load_diffusers(os.fspath(base), device=device, dtype=resolve_dtype(dtype, device), name=name)
+    place = resolve_device(device)
+    options = LoadOptions(name=name, device=place, dtype=resolve_dtype(dtype, place))
+    backbone = load_pipeline(repository(base), options)
+    if not isinstance(backbone, LatentDiffusion):
+        raise BackboneError(f"{base}: is a {type(backbone).__name__}, no Stable Diffusion")
     try:
         backbone.network.load_state_dict(read_weights(Path(weights)))
     except RuntimeError as error:
         raise BackboneError(f"{weights}: does not fit the U-Net of {base} ({one_line(error)})") from None
     check_weights(backbone.network, str(weights))
-    backbone.to(device)
+    backbone.to(place)
     backbone.source = f"{backbone.source} with {weights.name}"
-    backbone.recommended = Recommended(
-        taps=backbone.recommended.taps,
-        sizing=backbone.recommended.sizing,
-        conditions=Conditions(timestep=261, clean=True, posterior="mean"),
-    )
+    conditions = Conditions(timestep=261, clean=True, posterior="mean")
+    backbone.recommended = replace(backbone.recommended, conditions=conditions)
     return backbone
 
 

@@ -1,8 +1,11 @@
-"""The parts of diffusers folders: what extraction needs of them, or whole, for what runs the VAE's decoder too."""
+"""Folders of diffusers, read and written: networks, VAE encoders, schedules, and whole pipelines for training."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,113 +15,136 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.base import BackboneError, Conditions, Recommended
+from diffrep.backbones.diffusion import DiffusionBackbone
 from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
-from diffrep.backbones.repositories import Repository, repository
-from diffrep.backbones.text import PipelineText, TextEncoders, quiet_libraries
-from diffrep.backbones.transformers import FLOW, FORMER, KINDS, DiffusionTransformer
+from diffrep.backbones.repositories import LoadOptions, Repository, repository
+from diffrep.backbones.text import PipelineText, PromptEncoder, TextEncoders, quiet_libraries
+from diffrep.backbones.transformers import FLOW, FORMER, DiffusionTransformer
 from diffrep.devices import resolve_device
-from diffrep.files import one_line
+from diffrep.files import one_line, write_document
 from diffrep.images import Sizing
 
 ENCODER_ONLY = ("decoder.", "post_quant_conv.")  # parts of a VAE that extraction does not use
+PIPELINES = {  # class of a network -> of the pipeline that is written for it
+    "UNet2DModel": "DDPMPipeline",
+    "UNet2DConditionModel": "StableDiffusionPipeline",
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+    "PixArtTransformer2DModel": "PixArtAlphaPipeline",
+    "DiTTransformer2DModel": "DiTPipeline",
+}
 
 
-def load_transformer(
-    source: str | Repository,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    variant: str | None = None,
-    name: str | None = None,
-    weights: bool = True,
-) -> DiffusionTransformer:
-    """Load transformer, VAE encoder and schedule of a FLUX, SD3, PixArt or DiT folder or hub id.
+def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone:
+    """Load network, VAE encoder and schedule of a folder or hub id; text encoders come when prompts do.
 
     Raises:
         BackboneError: a component is missing or of an unknown kind, or its weights are no safetensors or do not fit.
     """
     import diffusers
 
-    source = repository(source, variant=variant)
-    _refuse_missing(source, "transformer/config.json", "vae/config.json")
-    index = source.json("model_index.json", required=False)
-    config = source.json("transformer/config.json")
-    kind = config.get("_class_name")
-    if kind == "Transformer2DModel":
-        kind = FORMER.get(str(config.get("norm_type")), kind)
-    if kind not in KINDS:
-        raise BackboneError(f"{source.label}: a {kind} cannot be tapped; known are {', '.join(KINDS)}")
-    scheduler = source.json("scheduler/scheduler_config.json", required=kind not in FLOW)
-    transformer = load_component(getattr(diffusers, kind), source, "transformer", dtype, weights=weights)
-    backbone = DiffusionTransformer(
-        transformer,
-        _vae_encoder(source, dtype, weights),
-        None if kind in FLOW else alphas_cumprod(scheduler),
-        text=PipelineText(source, str(index.get("_class_name")), device=device, dtype=dtype)
-        if _text_parts(index)
-        else None,
-        name=name or source.name,
-        source=source.label,
-    )
+    part = "transformer" if source.has("transformer") else "unet"
+    config = source.json(f"{part}/config.json", required=False)
+    kind = str(config.get("_class_name", "UNet2DConditionModel"))
+    kind = FORMER.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
+    if kind not in PIPELINES:
+        raise BackboneError(f"{source.label}: a {kind} cannot be tapped; known are {', '.join(PIPELINES)}")
+    pixels = kind == "UNet2DModel"
+    needed = [f"{part}/config.json", *([] if pixels else ["vae/config.json"])]
+    needed += [] if kind in FLOW else ["scheduler/scheduler_config.json"]
+    if missing := [file for file in needed if file not in source.files]:
+        raise BackboneError(f"{source.label}: is no complete diffusers folder: {', '.join(missing)} missing")
+    scheduler = source.json("scheduler/scheduler_config.json", required=False)
+    if kind == "UNet2DConditionModel":
+        _refuse_conditioned(source, config)
+    network = load_component(getattr(diffusers, kind), source, part, options.dtype, weights=options.weights)
+    names: dict[str, Any] = {"name": options.name, "source": source.label}
+    backbone: DiffusionBackbone
+    if pixels:
+        backbone = PixelDiffusion(network, alphas_cumprod(scheduler), **names)
+    else:
+        vae = without_decoder(
+            load_component(
+                diffusers.AutoencoderKL, source, "vae", options.dtype, optional=ENCODER_ONLY, weights=options.weights
+            )
+        )
+        names["text"] = _text(source, kind, options)
+        if kind == "UNet2DConditionModel":
+            predicts = scheduler.get("prediction_type", "epsilon")
+            backbone = LatentDiffusion(network, vae, alphas_cumprod(scheduler), predicts=predicts, **names)
+        else:
+            alphas = None if kind in FLOW else alphas_cumprod(scheduler)
+            backbone = DiffusionTransformer(network, vae, alphas, **names)
     backbone.scheduler = scheduler
-    return _as_recommended(backbone, source)
+    if values := source.json("diffrep.json", required=False):  # which our folders have
+        backbone.recommended = _recommended(values, source.label)
+    return backbone
 
 
-def load_diffusers(
-    source: str | Repository,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    variant: str | None = None,
-    name: str | None = None,
-    weights: bool = True,
-) -> LatentDiffusion:
-    """Load U-Net, VAE encoder and schedule of a Stable Diffusion folder or hub id; text encoders come later.
+def without_decoder(vae: Any) -> Any:
+    """A VAE that only encodes: the memory of its decoder is given back."""
+    vae.decoder = vae.post_quant_conv = None
+    return vae
 
-    Raises:
-        BackboneError: a component is missing, or its weights are not safetensors or do not fit its config.
-    """
-    from diffusers import UNet2DConditionModel
 
-    source = repository(source, variant=variant)
-    _refuse_missing(source, "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    config = source.json("unet/config.json")
-    channels = int(config.get("in_channels", 4))
+def _text(source: Repository, kind: str, options: LoadOptions) -> PromptEncoder | None:
+    index = source.json("model_index.json", required=False)
+    where: dict[str, Any] = {"device": options.device, "dtype": options.dtype}
+    parts = {
+        part: str(value[1])
+        for part, value in index.items()
+        if part.startswith("text_encoder") and isinstance(value, list) and len(value) == 2 and value[0]
+    }
+    if kind != "UNet2DConditionModel":
+        return PipelineText(source, str(index.get("_class_name")), **where) if parts else None
+    if not parts and (source.folder is None or source.has("text_encoder")):
+        parts = {"text_encoder": "CLIPTextModel"}
+    return TextEncoders(source, parts, **where) if parts else None
+
+
+def _recommended(values: Mapping[str, Any], label: str) -> Recommended:
+    """What a ``diffrep.json`` says."""
+    try:
+        conditions: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.get("conditions", {}).items()
+        }
+        return Recommended(
+            taps=tuple(values["taps"]), sizing=Sizing(**values["sizing"]), conditions=Conditions(**conditions)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BackboneError(f"{label}: diffrep.json is damaged ({one_line(error)})") from None
+
+
+def _refuse_conditioned(source: Repository, config: Mapping[str, Any]) -> None:
     latent = int(source.json("vae/config.json").get("latent_channels", 4))
-    refuse_channels(source.label, channels, latent)
+    refuse_channels(source.label, int(config.get("in_channels", 4)), latent)
     if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
         raise BackboneError(
             f"{source.label}: the U-Net is conditioned on a class or task vector: it is a dense-prediction model"
             " (`diffrep depth --model`?) or an upscaler, and cannot be tapped this way; give the model that it was"
             " fine-tuned from"
         )
-    parts = _text_parts(source.json("model_index.json", required=False))
-    if not parts and (source.folder is None or source.has("text_encoder")):
-        parts = {"text_encoder": "CLIPTextModel"}
-    scheduler = source.json("scheduler/scheduler_config.json")
-    backbone = LatentDiffusion(
-        load_component(UNet2DConditionModel, source, "unet", dtype, weights=weights),
-        _vae_encoder(source, dtype, weights),
-        alphas_cumprod(scheduler),
-        text=TextEncoders(source, parts, device=device, dtype=dtype) if parts else None,
-        predicts=scheduler.get("prediction_type", "epsilon"),
-        name=name or source.name,
-        source=source.label,
-    )
-    backbone.scheduler = scheduler
-    return _as_recommended(backbone, source)
 
 
-def load_pixel_unet(source: Repository, *, dtype: torch.dtype, name: str, weights: bool = True) -> PixelDiffusion:
-    """A folder of diffusers' DDPM pipelines: a `UNet2DModel` and its schedule."""
-    from diffusers import UNet2DModel
+def refuse_channels(name: str, channels: int, latent: int) -> None:
+    """Refuse a U-Net that takes more than the noisy latent.
 
-    scheduler = source.json("scheduler/scheduler_config.json")
-    unet = load_component(UNet2DModel, source, "unet", dtype, weights=weights)
-    backbone = PixelDiffusion(unet, alphas_cumprod(scheduler), name=name, source=source.label)
-    backbone.scheduler = scheduler
-    return _as_recommended(backbone, source)
+    Raises:
+        BackboneError: naming what such U-Nets are for.
+    """
+    kinds = {
+        latent + 1: "conditioned on a depth map or a mask",
+        latent + 3: "an upscaler, conditioned on a small image",
+        2 * latent: "an editing or dense-prediction model, conditioned on another latent (`diffrep depth --model`?)",
+        2 * latent + 1: "an inpainting model, conditioned on a mask and the masked image",
+    }
+    if channels != latent:
+        raise BackboneError(
+            f"{name}: the U-Net takes {channels} channels but the VAE gives {latent}: it is"
+            f" {kinds.get(channels, 'conditioned on more than the image')}, and cannot be tapped this way; give the"
+            " model that it was fine-tuned from"
+        )
 
 
 def load_component(
@@ -180,68 +206,6 @@ def _built(build: Any, source: Repository, part: str, *arguments: Any, **named: 
         ) from None
 
 
-def _vae_encoder(source: Repository, dtype: torch.dtype, weights: bool) -> Any:
-    """The VAE without its decoder, which extraction does not use: its memory is given back."""
-    from diffusers import AutoencoderKL
-
-    vae = load_component(AutoencoderKL, source, "vae", dtype, optional=ENCODER_ONLY, weights=weights)
-    vae.decoder = None
-    vae.post_quant_conv = None
-    return vae
-
-
-def _refuse_missing(source: Repository, *files: str) -> None:
-    if missing := [file for file in files if file not in source.files]:
-        raise BackboneError(f"{source.label}: is no complete diffusers folder: {', '.join(missing)} missing")
-
-
-def refuse_channels(name: str, channels: int, latent: int) -> None:
-    """Refuse a U-Net that takes more than the noisy latent.
-
-    Raises:
-        BackboneError: naming what such U-Nets are for.
-    """
-    kinds = {
-        latent + 1: "conditioned on a depth map or a mask",
-        latent + 3: "an upscaler, conditioned on a small image",
-        2 * latent: "an editing or dense-prediction model, conditioned on another latent (`diffrep depth --model`?)",
-        2 * latent + 1: "an inpainting model, conditioned on a mask and the masked image",
-    }
-    if channels != latent:
-        raise BackboneError(
-            f"{name}: the U-Net takes {channels} channels but the VAE gives {latent}: it is"
-            f" {kinds.get(channels, 'conditioned on more than the image')}, and cannot be tapped this way; give the"
-            " model that it was fine-tuned from"
-        )
-
-
-def _text_parts(index: Mapping[str, Any]) -> dict[str, str]:
-    """Component folder -> class of the text encoders that an index names."""
-    return {
-        part: str(value[1])
-        for part, value in index.items()
-        if part.startswith("text_encoder") and isinstance(value, list) and len(value) == 2 and value[0]
-    }
-
-
-def _as_recommended(backbone: Any, source: Repository) -> Any:
-    """Use a backbone as the ``diffrep.json`` in its folder says, which our own folders have."""
-    values = source.json("diffrep.json", required=False)
-    if values:
-        try:
-            conditions: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in values.get("conditions", {}).items()
-            }
-            backbone.recommended = Recommended(
-                taps=tuple(values["taps"]), sizing=Sizing(**values["sizing"]), conditions=Conditions(**conditions)
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BackboneError(
-                f"{source.label}: diffrep.json is damaged ({' '.join(str(error).split())[:160]})"
-            ) from None
-    return backbone
-
-
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """(T,) the schedule of a scheduler's configuration, whatever sampler it names."""
     from diffusers import DDIMScheduler
@@ -252,19 +216,6 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise BackboneError(f"scheduler_config.json describes no schedule ({one_line(error)})") from None
     return scheduler.alphas_cumprod
-
-
-def local_variant(folder: Path) -> str | None:
-    """The variant of a component's weight files, "fp16" where there are no others; None: plain, or none."""
-    try:
-        return Repository(folder.parent).part(folder.name)[1]
-    except BackboneError:
-        return None
-
-
-def read_json(source: str, file: str, *, required: bool = True) -> dict[str, Any]:
-    """A JSON file of a folder or hub id; see `Repository.json`."""
-    return repository(source).json(file, required=required)
 
 
 @dataclass(frozen=True)
@@ -317,3 +268,50 @@ def load_parts(
         text=text,
         source=source.label,
     )
+
+
+def save_backbone(backbone: Any, folder: Path) -> None:
+    """Write network, VAE encoder, schedule, text encoders and recommended settings.
+
+    What was merged into the weights, a LoRA for example, is written with them. Text encoders are copied from the folder
+    or repository that the backbone came from.
+
+    Raises:
+        BackboneError: the backbone knows no configuration of its schedule, or heads of attention that diffusers' class
+            cannot have; or its text encoders do not lie in a folder.
+    """
+    network, scheduler = backbone.network, backbone.scheduler
+    if scheduler is None:
+        raise BackboneError(
+            f"{backbone.name}: was built without the configuration of its schedule, and cannot be saved"
+        )
+    part = "unet" if backbone.has_unet else "transformer"
+    index: dict[str, Any] = {
+        "_class_name": PIPELINES[type(network).__name__],
+        part: ["diffusers", type(network).__name__],
+    }
+    network.save_pretrained(folder / part)
+    if backbone.denoises == "latents":
+        backbone.vae.save_pretrained(folder / "vae")
+        index["vae"] = ["diffusers", type(backbone.vae).__name__]
+    if scheduler:
+        write_document(folder / "scheduler" / "scheduler_config.json", scheduler)
+        index["scheduler"] = ["diffusers", scheduler.get("_class_name", "DDIMScheduler")]
+    if (text := getattr(backbone, "text", None)) is not None:
+        source = getattr(text, "source", None)
+        if not isinstance(source, Repository):
+            raise BackboneError(f"{backbone.name}: its text encoders came in one file, and cannot be saved as a folder")
+        if text.adapters:
+            raise BackboneError(f"{backbone.name}: its LoRA changes the text encoders too, which are copied unchanged")
+        names = [name for name in source.files if name.startswith(("text_encoder", "tokenizer")) and "/" in name]
+        root = source.fetch(names)
+        for name in names:
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(root / name, folder / name)
+        saved = source.json("model_index.json", required=False)
+        parts = {key: value for key, value in saved.items() if key.startswith(("text_encoder", "tokenizer"))}
+        index |= parts or {"text_encoder": ["transformers", "CLIPTextModel"]}
+        index["_class_name"] = saved.get("_class_name", index["_class_name"])
+    write_document(folder / "model_index.json", index)
+    recommended = json.loads(json.dumps(dataclasses.asdict(backbone.recommended)))
+    write_document(folder / "diffrep.json", recommended)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode
+
+import torch
 
 from diffrep.backbones.base import BackboneError
 from diffrep.files import one_line, read_document
@@ -140,6 +143,21 @@ def without_fetching(name: str) -> str | None:
     return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """The arguments of `diffrep.backbones.load_backbone` that loaders need."""
+
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    stride: int | None = None
+    variant: str | None = None
+    revision: str | None = None
+    lora: tuple[str, ...] = ()
+    adm: Mapping[str, Any] | None = None
+    weights: bool = True
+
+
 class Repository:
     """The files of one model, wherever they are.
 
@@ -230,6 +248,19 @@ class Repository:
                 raise BackboneError(f"{self.label}: {file} is missing")
             return {}
         return read_document(self.fetch([file]) / file, error=BackboneError)
+
+    def only_weights(self, *endings: str) -> Path:
+        """The one weight file at the top; of several kinds, that of the first kind that there is.
+
+        Raises:
+            BackboneError: there is none, or there are several.
+        """
+        names = [sorted(f for f in self.files if "/" not in f and f.endswith(ending)) for ending in endings]
+        files = next(filter(None, names), [])
+        if len(files) != 1:
+            expected = " or ".join(endings)
+            raise BackboneError(f"{self.label}: expected one {expected} file beside config.json, found {len(files)}")
+        return self.fetch(files) / files[0]
 
     def part(self, part: str, *, need: bool = True) -> tuple[Path, str | None]:
         """The folder that holds a component's configuration and weights, and the variant of its weight files.

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,12 @@ from torch import Tensor
 from diffrep.backbones.adm import adm_backbone
 from diffrep.backbones.base import Backbone, BackboneError
 from diffrep.backbones.latent_diffusion import LatentDiffusion
-from diffrep.backbones.pipelines import ENCODER_ONLY, alphas_cumprod, refuse_channels
+from diffrep.backbones.pipelines import ENCODER_ONLY, alphas_cumprod, refuse_channels, without_decoder
+from diffrep.backbones.repositories import LoadOptions
 from diffrep.backbones.text import PROJECTION, ClipEncoders
 from diffrep.backbones.vit_loading import is_vit, vit_from_weights
 from diffrep.backbones.weight_files import describe_weights, read_weights
 from diffrep.files import one_line
-
-if TYPE_CHECKING:
-    from diffrep.backbones.loading import LoadOptions
 
 CONFIGURATIONS = Path(__file__).with_name("single_files.json")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -49,7 +47,7 @@ def load_single_file(path: Path, options: LoadOptions) -> Backbone:
     if "input_blocks.0.0.weight" in weights and not any(".transformer_blocks." in key for key in weights):
         return adm_backbone(weights, options.adm, name=options.name, source=str(path))
     if is_vit(weights):
-        return vit_from_weights(weights, path, name=options.name, stride=options.stride)
+        return vit_from_weights(path, weights, options)
     what, instead = describe_weights(weights)
     if what:
         raise BackboneError(f"{path}: is {what}; {instead}")
@@ -82,9 +80,7 @@ def _stable_diffusion(path: Path, weights: dict[str, Tensor], options: LoadOptio
             (Path(folder) / part).mkdir()
             (Path(folder) / part / "config.json").write_text(json.dumps(values))
         unet = _from_file(UNet2DConditionModel, weights, folder, "unet", path)
-        vae = _from_file(AutoencoderKL, weights, folder, "vae", path)
-    vae.decoder = None  # extraction only encodes: give its memory back
-    vae.post_quant_conv = None
+        vae = without_decoder(_from_file(AutoencoderKL, weights, folder, "vae", path))
     parts = {key: value for key, value in weights.items() if key.startswith(("cond_stage_model.", "conditioner."))}
     text = SingleFileText(path, parts, texts, device=options.device, dtype=options.dtype)
     backbone = LatentDiffusion(

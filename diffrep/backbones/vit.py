@@ -1,4 +1,4 @@
-"""Vision transformers as backbones: timm's ViTs (DINO, DINOv2, DINOv3, ...) and open_clip's image towers.
+"""Vision transformers as backbones: ViTs of timm and transformers (DINO, CLIP, ...), image towers of open_clip.
 
 Taps are ``layer.N``, the raw output of block N without the final norm, and its facets ``layer.N.query``,
 ``layer.N.key``, ``layer.N.value``: the projections of block N's self-attention, unscaled, with the head index
@@ -7,9 +7,10 @@ fastest among the channels, as the extractor of Amir et al. orders them.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -76,47 +77,42 @@ class VisionTransformer(Backbone):
         self.network = network.eval().requires_grad_(False)
         self.name, self.source = name, source
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
-        self._is_timm = hasattr(network, "patch_embed")
-        convolution = network.patch_embed.proj if self._is_timm else network.conv1
-        self._blocks: Sequence[Any] = list(network.blocks if self._is_timm else network.transformer.resblocks)
+        if hasattr(network, "patch_embed"):  # timm
+            self._path, self._norm, convolution = "blocks", "norm1", network.patch_embed.proj
+            self.prefix, self.channels = int(network.num_prefix_tokens), int(network.embed_dim)
+        else:
+            self._path, self._norm, convolution = "transformer.resblocks", "ln_1", network.conv1
+            self.prefix, self.channels = 1, int(convolution.out_channels)
+        self._blocks: Sequence[Any] = list(network.get_submodule(self._path))
         # behind a convolutional stem, the patches are patches of a smaller map
-        shrink = int(network.patch_embed.feature_ratio[0]) if _has_stem(network) else 1
+        stem = getattr(getattr(network, "patch_embed", None), "backbone", None)
+        shrink = int(network.patch_embed.feature_ratio[0]) if stem is not None else 1
         self.patch = self.multiple = shrink * int(convolution.kernel_size[0])
         self.stride = stride or shrink * int(convolution.stride[0])
         if not shrink <= self.stride <= self.patch or self.stride % shrink:
             steps = f"a multiple of {shrink} in {shrink}" if shrink > 1 else "in 1"
             raise ValueError(f"stride must be {steps}..{self.patch}, the patch size of {name}, got {self.stride}")
         convolution.stride = (self.stride // shrink, self.stride // shrink)
-        self.prefix = int(network.num_prefix_tokens) if self._is_timm else 1
-        self.channels = int(network.embed_dim if self._is_timm else convolution.out_channels)
         rule = positions or PositionRule()
-        if self._is_timm and getattr(network, "pos_embed", None) is not None:
-            network._pos_embed = MethodType(partial(_add_positions, rule=rule), network)
-        elif not self._is_timm:
+        if not hasattr(network, "patch_embed"):
             network._embeds = MethodType(partial(_open_clip_embeds, rule=rule), network)
-        self.recommended = Recommended(
-            taps=(f"layer.{len(self._blocks) - 1}",),
-            sizing=Sizing(mode="squash", size=size or 16 * self.patch, resample="bicubic"),
-        )
+        elif getattr(network, "pos_embed", None) is not None:
+            network._pos_embed = MethodType(partial(_add_positions, rule=rule), network)
+        self.recommended = _recommended(len(self._blocks), size or 16 * self.patch)
 
     def taps(self) -> tuple[TapInfo, ...]:
         names = [(i, suffix) for i in range(len(self._blocks)) for suffix in (*(f".{facet}" for facet in FACETS), "")]
         return tuple(
-            TapInfo(f"layer.{i}{suffix}", self.channels, self.stride, self._module_path(i, bool(suffix)))
+            TapInfo(f"layer.{i}{suffix}", self.channels, self.stride, f"{self._path}.{i}{'.attn' if suffix else ''}")
             for i, suffix in names
         )
 
-    def _module_path(self, layer: int, facet: bool) -> str:
-        path = f"{'blocks' if self._is_timm else 'transformer.resblocks'}.{layer}"
-        return f"{path}.attn" if facet else path
-
-    def _reader(self, layer: int, facet: str | None) -> Reader:
-        """Where a layer or one of its facets is read."""
-        block = self._blocks[layer]
+    def _reader(self, block: Any, facet: str | None) -> Reader:
+        """Where a block or one of its facets is read."""
         if facet is None:
-            return Reader(block, self._output)
+            return Reader(block, _tokens)
         # a facet is read behind the norm, before any attention is computed
-        return Reader(block.norm1 if self._is_timm else block.ln_1, partial(self._facet, block, facet))
+        return Reader(getattr(block, self._norm), partial(_facet, block, facet))
 
     def _forward(self, normalised: Tensor) -> None:
         self.network(normalised)
@@ -156,7 +152,7 @@ class VisionTransformer(Backbone):
         for tap in taps:
             self.tap(tap)
             _, layer, *facet = tap.split(".")
-            readers[tap] = self._reader(int(layer), facet[0] if facet else None)
+            readers[tap] = self._reader(self._blocks[int(layer)], facet[0] if facet else None)
         results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         mean, std = (v[:, None, None].to(self.device) for v in (self.mean, self.std))
         for chunk in pixels.split(batch_size):
@@ -167,21 +163,89 @@ class VisionTransformer(Backbone):
                 results[tap].append(value)
         return {tap: torch.cat(values) for tap, values in results.items()}
 
-    def _output(self, inputs: Any, named: Any, output: Tensor) -> Tensor:
-        return output
 
-    def _facet(self, block: Any, facet: str, inputs: Any, named: Any, normalised: Tensor) -> Tensor:
-        """One third of the joint projection, its heads interleaved: channel d * heads + head."""
-        index = FACETS.index(facet)
-        weight, bias, heads = _qkv(block.attn)
-        part = slice(index * weight.shape[0] // 3, (index + 1) * weight.shape[0] // 3)
-        projected = F.linear(normalised, weight[part], None if bias is None else bias[part])
-        return projected.unflatten(2, (heads, -1)).mT.flatten(2)
+class SavedVit(VisionTransformer):
+    """A ViT of the library transformers, run by its code, so that features are those of what saved it.
+
+    Args:
+        network: the model or its vision tower; it gives tokens of which the last are the patches, row by row.
+        mean, std: of the normalisation before it.
+        size: pixels, the side of the square that it was trained on.
+
+    Raises:
+        BackboneError: its layers are not those of a plain ViT.
+    """
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int,
+        name: str = "vision transformer",
+        source: str = "random",
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.name, self.source = name, source
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+        config = network.config
+        self.patch = self.stride = self.multiple = int(config.patch_size)
+        self.channels, self.heads = int(config.hidden_size), int(config.num_attention_heads)
+        lists = [(p, m) for p, m in network.named_modules() if isinstance(m, nn.ModuleList)]
+        layers = [(p, m) for p, m in lists if len(m) == config.num_hidden_layers]
+        if len(layers) != 1:
+            raise BackboneError(f"{name}: a {type(network).__name__} has no plain list of layers that could be tapped")
+        self._path, self._blocks = layers[0][0], list(layers[0][1])
+        accepted = inspect.signature(network.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+        self.prefix = self._count_prefix()
+        self.recommended = _recommended(len(self._blocks), max(1, size // self.patch) * self.patch)
+
+    @torch.inference_mode()
+    def _count_prefix(self) -> int:
+        """How many tokens stand before the patches: class and register tokens."""
+        side = 2 * self.patch
+        with reading({"first": Reader(self._blocks[0], _tokens)}) as tokens:
+            self._forward(torch.zeros(1, 3, side, side, dtype=self.dtype, device=self.device))
+        return int(tokens["first"].shape[1]) - 4
+
+    def _forward(self, normalised: Tensor) -> None:
+        self.network(pixel_values=normalised, **self._options)
+
+    def taps(self) -> tuple[TapInfo, ...]:
+        return tuple(replace(tap, module=tap.module.removesuffix(".attn")) for tap in super().taps())
+
+    def _reader(self, block: Any, facet: str | None) -> Reader:
+        if facet is None:
+            return Reader(block, _tokens)
+        for path, module in block.named_modules():
+            if isinstance(module, nn.Linear) and path.rpartition(".")[2] in (facet, f"{facet[0]}_proj"):
+                return Reader(module, partial(_interleaved, self.heads))
+        raise BackboneError(f"{self.name}: its layers have no projection of their own for {facet}")
 
 
-def _has_stem(network: Any) -> bool:
-    """Whether it is one of timm's hybrids, whose patches are cut from the maps of a convolutional network."""
-    return hasattr(network, "patch_embed") and hasattr(network.patch_embed, "backbone")
+def _recommended(layers: int, size: int) -> Recommended:
+    """The last layer of squares of that many pixels."""
+    return Recommended(taps=(f"layer.{layers - 1}",), sizing=Sizing(mode="squash", size=size, resample="bicubic"))
+
+
+def _tokens(inputs: Any, named: Any, output: Any) -> Tensor:
+    tokens: Tensor = output[0] if isinstance(output, tuple) else output
+    return tokens
+
+
+def _facet(block: Any, facet: str, inputs: Any, named: Any, normalised: Tensor) -> Tensor:
+    """One third of the joint projection of a block's input behind its norm."""
+    index = FACETS.index(facet)
+    weight, bias, heads = _qkv(block.attn)
+    part = slice(index * weight.shape[0] // 3, (index + 1) * weight.shape[0] // 3)
+    return _interleaved(heads, inputs, named, F.linear(normalised, weight[part], None if bias is None else bias[part]))
+
+
+def _interleaved(heads: int, inputs: Any, named: Any, output: Tensor) -> Tensor:
+    """A projection with the head index fastest among its channels: channel d * heads + head."""
+    return output.unflatten(2, (heads, -1)).mT.flatten(2)
 
 
 def _qkv(attention: Any) -> tuple[Tensor, Tensor | None, int]:
@@ -224,107 +288,3 @@ def _open_clip_embeds(tower: Any, x: Tensor, *, rule: PositionRule) -> Tensor:
     x = x + rule.resample(table[:, 1:], size)
     first = tower.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1) + table[:, :1]
     return tower.ln_pre(torch.cat([first, x], dim=1))
-
-
-def timm_backbone(
-    architecture: str,
-    *,
-    model_args: dict[str, Any] | None = None,
-    weights: dict[str, Tensor] | None = None,
-    config: dict[str, Any] | None = None,
-    pretrained: bool = False,
-    stride: int | None = None,
-    positions: PositionRule | None = None,
-    name: str,
-    source: str,
-) -> VisionTransformer:
-    """Build a ViT by its timm architecture name.
-
-    Args:
-        weights: a state dict in timm's or DINOv2's key names; strictly loaded.
-        config: timm's ``pretrained_cfg``: mean, std, input size.
-        pretrained: fetch the weights that timm names, where `weights` is None.
-
-    Raises:
-        BackboneError: the model is no ViT, or the weights do not fit it.
-    """
-    import timm
-    from timm.models import eva, vision_transformer
-
-    arguments = {"dynamic_img_size": True, "num_classes": 0, **(model_args or {})}
-    try:
-        network: Any = timm.create_model(architecture, pretrained=pretrained, **arguments)
-    except TypeError as error:
-        raise BackboneError(f"{name}: timm cannot build {architecture} as a ViT of any image size ({error})") from None
-    if not hasattr(network, "blocks") or not hasattr(network, "num_prefix_tokens"):
-        raise BackboneError(f"{name}: {architecture} is a {type(network).__name__}; only ViTs can be tapped here")
-    if weights is not None:
-        if "storage_tokens" in weights:  # DINOv3's own key names
-            weights = eva.checkpoint_filter_fn(dict(weights), network)
-        elif "mask_token" in weights or "register_tokens" in weights:  # DINOv2's
-            weights = vision_transformer._convert_dinov2(dict(weights), network)
-        weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "fc_norm."))}
-        missing, unexpected = network.load_state_dict(weights, strict=False)
-        if missing or unexpected:
-            raise BackboneError(
-                f"{source}: the weights do not fit {architecture}:"
-                f" missing {missing[:3]} ({len(missing)}), left over {unexpected[:3]} ({len(unexpected)})"
-            )
-    config = {**network.pretrained_cfg, **(config or {})} if not isinstance(network.pretrained_cfg, type(None)) else {}
-    if positions is None:
-        plain_dino = "dino" in (architecture + str(config.get("tag", ""))) and network.reg_token is None
-        positions = PositionRule(antialias=False, offset=0.1) if plain_dino else PositionRule()
-    side = (config.get("input_size") or (3, 224, 224))[-1]
-    return VisionTransformer(
-        network,
-        mean=config.get("mean", (0.485, 0.456, 0.406)),
-        std=config.get("std", (0.229, 0.224, 0.225)),
-        stride=stride,
-        positions=positions,
-        name=name,
-        source=source,
-        size=int(side),
-    )
-
-
-def dinov2_backbone(
-    weights: dict[str, Tensor], config: dict[str, Any], *, stride: int | None = None, name: str, source: str
-) -> VisionTransformer:
-    """A DINOv2 checkpoint with the published key names and its configuration.
-
-    Args:
-        config: img_size, patch_size, embed_dim, depth, num_heads, num_register_tokens, interpolate_antialias,
-            interpolate_offset.
-    """
-    registers = int(config.get("num_register_tokens", 0))
-    gated = any(".mlp.w12." in key for key in weights)
-    hidden = next((v.shape[0] for k, v in weights.items() if k.endswith(("mlp.fc1.weight", "mlp.w12.weight"))), None)
-    model_args: dict[str, Any] = {
-        "img_size": config["img_size"],
-        "patch_size": config["patch_size"],
-        "embed_dim": config["embed_dim"],
-        "depth": config["depth"],
-        "num_heads": config["num_heads"],
-        "reg_tokens": registers,
-        "no_embed_class": bool(registers),
-        "init_values": 1.0,
-    }
-    if hidden is not None:
-        model_args["mlp_ratio"] = hidden / config["embed_dim"]
-    if gated:
-        from timm.layers import SwiGLUPacked
-
-        model_args |= {"mlp_layer": SwiGLUPacked, "act_layer": nn.SiLU}
-    return timm_backbone(
-        "vit_base_patch14_dinov2",
-        model_args=model_args,
-        weights=weights,
-        config={"input_size": (3, config["img_size"], config["img_size"])},
-        stride=stride,
-        positions=PositionRule(
-            antialias=bool(config.get("interpolate_antialias", False)),
-            offset=float(config.get("interpolate_offset", 0.1)),
-        ),
-        name=name,
-        source=source,
-    )

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights
-from diffrep.backbones.loading import MODELS, load_component, local_variant
+from diffrep.backbones.pipelines import load_component
+from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, read_document, write_document
 from diffrep.synthesis.embedder import ConditionEmbedder
@@ -260,9 +261,9 @@ def load_synthesis(
     scheduler = read_document(folder / "scheduler" / "scheduler_config.json", error=BackboneError)
     try:
         model = SynthesisModel(
-            load_component(UNet2DConditionModel, str(folder), "unet", torch.float32, local_variant(folder / "unet")),
+            load_component(UNet2DConditionModel, str(folder), "unet", torch.float32),
             embedder,
-            load_component(kind, str(home), part, torch.float32, local_variant(home / part)),
+            load_component(kind, str(home), part, torch.float32),
             {k: v for k, v in scheduler.items() if not k.startswith("_")},
             about=about,
             name=name,

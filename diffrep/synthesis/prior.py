@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights, draw_noise
-from diffrep.backbones.loading import MODELS
+from diffrep.backbones.repositories import MODELS
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import read_document, read_weights, save_weights, write_document
 from diffrep.synthesis.grids import EmbeddingGrid

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.backbones.loading import MODELS
 from diffrep.backbones.pipelines import load_parts
+from diffrep.backbones.repositories import MODELS
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.conditions import ImageEncoder, Pooling
 from diffrep.training.decoder import PAINTED, SMOOTHING, paint_latents, smooth_decoder
