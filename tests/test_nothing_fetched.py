@@ -14,7 +14,8 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffrep.backbones.repositories import MODELS, Repository, without_fetching
+from diffrep.backbones import repositories
+from diffrep.backbones.repositories import MODELS, without_fetching
 from diffrep.cli import main
 from diffrep.heads.loading import HeadError, load_head, save_head
 from diffrep.heads.probes import load_probe
@@ -30,11 +31,11 @@ STRANGERS = ("somebody/model", "sd-turbo")
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub; a question to the hub is a failure."""
 
-    def ask(self: Repository) -> None:
-        raise AssertionError(f"the hub was asked for {self.name}")
+    def ask(name: str, ids: tuple[str, ...], revision: str | None) -> None:
+        raise AssertionError(f"the hub was asked for {name}")
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(Repository, "_remote", property(ask))
+    monkeypatch.setattr(repositories, "_find", ask)
     return tmp_path / "hub"
 
 

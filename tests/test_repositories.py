@@ -159,7 +159,7 @@ class Hub:
     def use(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         import huggingface_hub
 
-        repositories._remote_repository.cache_clear()
+        repositories._find.cache_clear()
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

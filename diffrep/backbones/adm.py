@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffrep.backbones.base import BackboneError
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.weight_files import read_weights
+from diffrep.files import one_line
 
 FLAGS = {  # guided-diffusion's flag -> field here
     "num_head_channels": "head_channels",
@@ -78,20 +79,18 @@ class AdmArchitecture:
             values = _inferred(shapes)
         except KeyError as error:
             raise BackboneError(f"is no guided-diffusion U-Net: {error.args[0]} is missing") from None
-        for flag, value in (flags or {}).items():
-            if flag in FLAGS and value is not None:
-                values[FLAGS[flag]] = value
+        values |= {FLAGS[flag]: value for flag, value in (flags or {}).items() if flag in FLAGS and value is not None}
         if values["head_channels"] > 0:
             values["heads"] = None
-        elif not values.get("heads"):
+        elif not values["heads"]:
             raise BackboneError("needs num_heads or num_head_channels")
         architecture = cls(**values)
-        if architecture.schedule not in ("linear", "cosine"):
-            raise BackboneError(f"noise_schedule must be linear or cosine, got {architecture.schedule!r}")
         architecture._check(int(shapes["time_embed.0.weight"][1]))
         return architecture
 
     def _check(self, embedded: int) -> None:
+        if self.schedule not in ("linear", "cosine"):
+            raise BackboneError(f"noise_schedule must be linear or cosine, got {self.schedule!r}")
         if embedded != self.widths[0]:
             raise BackboneError(
                 f"its first level is {self.widths[0]} wide but its timestep embedding {embedded}"
@@ -160,15 +159,14 @@ class AdmArchitecture:
 
 
 def _inferred(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    def count(side: str) -> int:
-        return 1 + max((int(k.split(".")[1]) for k in shapes if k.startswith(f"{side}_blocks.")), default=-1)
+    """The fields of an `AdmArchitecture` that shapes tell, and those of the public models that they resemble."""
 
     def upsamples(index: int) -> bool:
         block = f"output_blocks.{index}."
         behind = [k for k in shapes if k.startswith(block) and not k.startswith(f"{block}0.")]
         return any(k.endswith((".in_layers.2.weight", ".conv.weight")) for k in behind)
 
-    blocks = count("output")
+    blocks = 1 + max((int(k.split(".")[1]) for k in shapes if k.startswith("output_blocks.")), default=-1)
     layers = next((i for i in range(blocks) if upsamples(i)), blocks - 1)
     levels = [1 + level * (layers + 1) for level in range(blocks // (layers + 1) if layers >= 0 else 0)]
     first = "input_blocks.1.0"
@@ -293,7 +291,7 @@ def adm_backbone(
         unet = architecture.build()
         unet.load_state_dict(convert(weights, architecture))
     except (BackboneError, RuntimeError) as error:
-        raise BackboneError(f"{source}: {' '.join(str(error).split())[:300]}") from None
+        raise BackboneError(f"{source}: {one_line(error)}") from None
     return PixelDiffusion(unet, architecture.alphas_cumprod(), name=name, source=source)
 
 

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -200,18 +201,39 @@ class _Reached(Exception):
     """Every tap has been read: the rest of the forward pass is not needed."""
 
 
+class Call(NamedTuple):
+    """One call of a module."""
+
+    inputs: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Any = None
+
+
+def read_output(call: Call) -> Tensor:
+    """The output, or the first of several (the down blocks of a U-Net also return their skips)."""
+    output = call.output.sample if hasattr(call.output, "sample") else call.output
+    value: Tensor = output[0] if isinstance(output, tuple) else output
+    return value
+
+
+def read_input(call: Call) -> Tensor:
+    """The first input."""
+    value: Tensor = call.inputs[0]
+    return value
+
+
 @dataclass(frozen=True)
 class Reader:
     """Where a tap is read.
 
     Attributes:
         module: the one that is watched.
-        read: from its (inputs, named inputs, output) to the tapped tensor.
-        before: read when the module is about to run; its output is None then.
+        read: from its call to the tapped tensor.
+        before: read when the module is about to run; there is no output then.
     """
 
     module: nn.Module
-    read: Callable[[tuple[Any, ...], Mapping[str, Any], Any], Tensor]
+    read: Callable[[Call], Tensor] = read_output
     before: bool = False
 
 
@@ -225,27 +247,15 @@ def reading(readers: Mapping[str, Reader]) -> Iterator[dict[str, Tensor]]:
     activations: dict[str, Tensor] = {}
     handles = []
 
-    def record(tap: str, value: Tensor) -> None:
-        activations[tap] = value
+    def record(tap: str, module: nn.Module, *call: Any) -> None:
+        activations[tap] = readers[tap].read(Call(*call))
         if len(activations) == len(readers) and not torch.compiler.is_compiling():  # an exported graph is pruned later
             raise _Reached
 
     try:
         for tap, reader in readers.items():
-            if reader.before:
-
-                def enter(module: nn.Module, inputs: Any, named: Any, tap: str = tap, read: Any = reader.read) -> None:
-                    record(tap, read(inputs, named, None))
-
-                handles.append(reader.module.register_forward_pre_hook(enter, with_kwargs=True))
-            else:
-
-                def leave(
-                    module: nn.Module, inputs: Any, named: Any, output: Any, tap: str = tap, read: Any = reader.read
-                ) -> None:
-                    record(tap, read(inputs, named, output))
-
-                handles.append(reader.module.register_forward_hook(leave, with_kwargs=True))
+            watch = reader.module.register_forward_pre_hook if reader.before else reader.module.register_forward_hook
+            handles.append(watch(partial(record, tap), with_kwargs=True))
         yield activations
     except _Reached:
         return

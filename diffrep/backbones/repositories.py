@@ -52,7 +52,6 @@ REPOSITORIES: dict[str, tuple[str, ...]] = {  # short name -> hub ids of a diffu
     "dit": ("facebook/DiT-XL-2-512",),
 }
 HUB = {name: ids[0] for name, ids in REPOSITORIES.items()}  # short name -> the authors' hub id
-_OTHER_IDS = {known: ids for ids in REPOSITORIES.values() for known in ids}
 
 _WEIGHTS = re.compile(
     r"(diffusion_pytorch_model|model)(?:\.(?P<v>[a-z]\w*))?(?:-\d+-of-\d+)?(?:\.(?P<w>[a-z]\w*))?\.safetensors"
@@ -120,6 +119,13 @@ def cached_snapshot(folder: Path, revision: str | None = None) -> Path | None:
     return commits[0] if len(commits) == 1 and revision is None else None
 
 
+def _in_cache(hub_id: str, revision: str | None) -> Path | None:
+    """The files of a repository in the local cache of the hub."""
+    from huggingface_hub import constants
+
+    return cached_snapshot(Path(constants.HF_HUB_CACHE) / f"models--{hub_id.replace('/', '--')}", revision)
+
+
 def without_fetching(name: str) -> str | None:
     """A model that a file names and the user does not, where it is on this machine: nothing is fetched for a file.
 
@@ -133,12 +139,9 @@ def without_fetching(name: str) -> str | None:
     base, options = split_options(expand(name))
     if base in EMBEDDED or Path(base).exists():
         return name
-    from huggingface_hub import constants
-
     revision = options.pop("revision", None)
-    for repository_id in REPOSITORIES.get(base, (base,) if is_hub_id(base) else ()):
-        folder = Path(constants.HF_HUB_CACHE) / f"models--{repository_id.replace('/', '--')}"
-        if (snapshot := cached_snapshot(folder, revision)) is not None:
+    for hub_id in REPOSITORIES.get(base, (base,) if is_hub_id(base) else ()):
+        if (snapshot := _in_cache(hub_id, revision)) is not None:
             return with_options(snapshot, **options)
     return None
 
@@ -187,16 +190,21 @@ class Repository:
             if revision is not None and self.folder == folder:
                 raise BackboneError(f"{self.name}: is a folder, which has no revision {revision}")
             return
-        self.ids = REPOSITORIES.get(self.name) or _OTHER_IDS.get(self.name) or (self.name,)
-        if self.name in _OTHER_IDS and self.ids[0] != self.name:
-            self.ids = (self.name, *(i for i in self.ids if i != self.name))
+        known = (ids for ids in REPOSITORIES.values() if self.name in ids)
+        self.ids = REPOSITORIES.get(self.name) or tuple(dict.fromkeys((self.name, *next(known, ()))))
         if not is_hub_id(self.ids[0]):
             raise BackboneError(f"{self.name}: no such folder, and no name of a model on the hub (ORGANISATION/NAME)")
 
     @property
+    def _place(self) -> _Place:
+        if self.folder is not None:
+            return _Place(str(self.folder), self.folder)
+        return _find(self.name, self.ids, self.revision)
+
+    @property
     def label(self) -> str:
         """What messages call it: the folder, or the hub id that answered."""
-        return str(self.folder) if self.folder else self._remote[0]
+        return self._place.label
 
     def check(self) -> None:
         """Ask whether the model is there.
@@ -204,19 +212,16 @@ class Repository:
         Raises:
             BackboneError: the hub has no such repository, or cannot be reached and the model is not in its cache.
         """
-        if self.folder is None:
-            _ = self._remote
-
-    # -- files ----------------------------------------------------------------------------------------------
+        _ = self._place
 
     @cached_property
     def files(self) -> frozenset[str]:
         """The names of all files, with ``/``, down to the folders of the components."""
-        if self.folder is None and self._remote[1] is not None:
-            return self._remote[1]
-        root = self._remote[2] if self.folder is None else self.folder
-        assert root is not None
-        return frozenset(p.relative_to(root).as_posix() for pattern in ("*", "*/*") for p in root.glob(pattern))
+        place = self._place
+        if place.root is None:
+            return place.files
+        paths = [path for pattern in ("*", "*/*") for path in place.root.glob(pattern)]
+        return frozenset(path.relative_to(place.root).as_posix() for path in paths)
 
     def has(self, part: str) -> bool:
         """Whether there is a component of that name."""
@@ -224,18 +229,14 @@ class Repository:
 
     def fetch(self, files: Iterable[str]) -> Path:
         """The folder that holds these files, after what is missing has been fetched."""
-        if self.folder is not None:
-            return self.folder
-        repository, names, cached = self._remote
-        if names is None:
-            assert cached is not None
-            return cached
         from huggingface_hub import snapshot_download
 
+        if self._place.root is not None:
+            return self._place.root
         try:
-            return Path(snapshot_download(repository, revision=self.revision, allow_patterns=sorted(files)))
+            return Path(snapshot_download(self.label, revision=self.revision, allow_patterns=sorted(files)))
         except Exception as error:  # the hub's clients raise OSError, ValueError and those of two HTTP libraries
-            raise BackboneError(f"{repository}: cannot be fetched from the hub ({one_line(error)})") from None
+            raise BackboneError(f"{self.label}: cannot be fetched from the hub ({one_line(error)})") from None
 
     def json(self, file: str, *, required: bool = True) -> dict[str, Any]:
         """A JSON file of the model; empty where it is missing and not required.
@@ -283,10 +284,11 @@ class Repository:
         if not variants:
             others = sorted(name for name in names if Path(name).suffix in (".bin", ".ckpt", ".pt", ".pth"))
             if others:
+                safe = "model" if others[0].startswith("pytorch_model") else Path(others[0]).stem
                 raise BackboneError(
                     f"{self.label}: {part} has {others[0]} alone, a pickle, which is not read: save it as safetensors,"
                     f' `python -c "import torch; from safetensors.torch import save_file; save_file(dict(torch.load('
-                    f"'{others[0]}', weights_only=True)), '{_safe_name(others[0])}', dict(format='pt'))\"` in {part}/"
+                    f"'{others[0]}', weights_only=True)), '{safe}.safetensors', dict(format='pt'))\"` in {part}/"
                 )
             raise BackboneError(f"{self.label}: {part} has no weights (*.safetensors)")
         listed = ", ".join(sorted(v or "the plain one" for v in variants))
@@ -300,78 +302,67 @@ class Repository:
             raise BackboneError(f"{self.label}: {part} comes in several variants, say which: {listed}")
         return next(iter(variants))
 
-    # -- the hub --------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _remote(self) -> tuple[str, frozenset[str] | None, Path | None]:
-        """(hub id, its files, None), or where the hub does not answer (hub id, None, its cached files).
+@dataclass(frozen=True)
+class _Place:
+    """Where the files of a model lie: in a folder, or on the hub where there is none."""
 
-        The ids are tried in their order, those on the hub first.
-        """
-        from huggingface_hub import HfApi, constants
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        offline: Exception | None = None
-        for repository in self.ids:
-            try:
-                info = HfApi().model_info(repository, revision=self.revision, timeout=10)
-            except GatedRepoError:
-                raise BackboneError(
-                    f"{repository}: asks you to accept its licence first, at https://huggingface.co/{repository}; then"
-                    " log in with `hf auth login`"
-                ) from None
-            except RepositoryNotFoundError:
-                continue
-            except RevisionNotFoundError:
-                raise BackboneError(f"{repository}: has no revision {self.revision}") from None
-            except Exception as error:  # no connection: the clients of two HTTP libraries raise their own
-                offline = error
-                break
-            self._note(repository)
-            return repository, frozenset(sibling.rfilename for sibling in info.siblings or ()), None
-        for repository in self.ids:
-            folder = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-            if (snapshot := cached_snapshot(folder, self.revision)) is not None:
-                self._note(repository)
-                return repository, None, snapshot
-        tried = f"{self.name} ({', '.join(self.ids)})" if self.ids != (self.name,) else self.name
-        local = f"where there is a connection, `hf download {self.ids[-1]}` and give its folder here instead"
-        if offline is not None:
-            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
-            raise BackboneError(
-                f"{tried}: the hub cannot be reached ({why}) and the model is not in its local cache; {local}"
-            )
-        raise BackboneError(
-            f"{tried}: huggingface.co has no such repository (misspelt, moved, or private: then `hf auth login`);"
-            " or give a local folder"
-        )
-
-    def _note(self, repository: str) -> None:
-        if repository == self.name:
-            return
-        if self.name in REPOSITORIES:
-            if repository != self.ids[0]:
-                _log.warning("diffrep: %s has moved from %s: using %s", self.name, self.ids[0], repository)
-        else:
-            _log.warning("diffrep: %s has moved: using %s", self.name, repository)
+    label: str
+    root: Path | None = None
+    files: frozenset[str] = frozenset()  # on the hub
 
 
 @lru_cache(maxsize=32)
-def _remote_repository(name: str, revision: str | None, variant: str | None) -> Repository:
-    return Repository(name, revision=revision, variant=variant)
+def _find(name: str, ids: tuple[str, ...], revision: str | None) -> _Place:
+    """The first of some hub ids that answers, asked once; where the hub cannot be reached, the first in its cache."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    offline = False
+    for hub_id in ids:
+        try:
+            info = HfApi().model_info(hub_id, revision=revision, timeout=10)
+        except GatedRepoError:
+            raise BackboneError(
+                f"{hub_id}: asks you to accept its licence first, at https://huggingface.co/{hub_id}; then"
+                " log in with `hf auth login`"
+            ) from None
+        except RepositoryNotFoundError:
+            continue
+        except RevisionNotFoundError:
+            raise BackboneError(f"{hub_id}: has no revision {revision}") from None
+        except Exception:  # no connection: the clients of two HTTP libraries raise their own
+            offline = True
+            break
+        _note(name, ids, hub_id)
+        return _Place(hub_id, files=frozenset(sibling.rfilename for sibling in info.siblings or ()))
+    for hub_id in ids:
+        if (snapshot := _in_cache(hub_id, revision)) is not None:
+            _note(name, ids, hub_id)
+            return _Place(hub_id, snapshot)
+    tried = f"{name} ({', '.join(ids)})" if ids != (name,) else name
+    if offline:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+        raise BackboneError(
+            f"{tried}: the hub cannot be reached ({why}) and the model is not in its local cache; where there is a"
+            f" connection, `hf download {ids[-1]}` and give its folder here instead"
+        )
+    raise BackboneError(
+        f"{tried}: huggingface.co has no such repository (misspelt, moved, or private: then `hf auth login`);"
+        " or give a local folder"
+    )
+
+
+def _note(name: str, ids: tuple[str, ...], hub_id: str) -> None:
+    """Say once that another repository is used than the one that was meant."""
+    meant = ids[0] if name in REPOSITORIES else name
+    if hub_id != meant:
+        moved = f"{name} has moved" + (f" from {meant}" if meant != name else "")
+        _log.warning("diffrep: %s: using %s", moved, hub_id)
 
 
 def repository(
     name: str | os.PathLike[str] | Repository, *, revision: str | None = None, variant: str | None = None
 ) -> Repository:
-    """The files of a model; what a repository on the hub holds is asked once."""
-    if isinstance(name, Repository):
-        return name
-    text = expand(name)
-    if text in EMBEDDED or Path(text).is_dir():
-        return Repository(text, revision=revision, variant=variant)
-    return _remote_repository(text, revision, variant)
-
-
-def _safe_name(name: str) -> str:
-    return "model.safetensors" if name.startswith("pytorch_model") else f"{Path(name).stem}.safetensors"
+    """The files of a model."""
+    return name if isinstance(name, Repository) else Repository(name, revision=revision, variant=variant)

@@ -17,7 +17,7 @@ Source: "DiTF" (arXiv:2505.18584), ganchaofan0000/DiTF 08658e6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.backbones.base import BackboneError, Conditions, Reader, Recommended, TapInfo, reading
+from diffrep.backbones.base import BackboneError, Call, Conditions, Reader, Recommended, TapInfo, reading
 from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.backbones.text import PromptEmbedding, PromptEncoder
 from diffrep.images import Sizing
@@ -106,29 +106,25 @@ class DiffusionTransformer(LatentBackbone):
         """Read activations of images on the canvas; see `LatentBackbone.maps`."""
         for tap in taps:
             self.tap(tap)
-        plain = list(dict.fromkeys(part for tap in taps for part in _ingredients(tap)))
-        found = super().maps(pixels, plain, conditions, batch_size=batch_size, **draws)
-        return {tap: self._assemble(tap, found, conditions.discard) for tap in taps}
-
-    def _assemble(self, tap: str, found: Mapping[str, Tensor], discard: Sequence[int]) -> Tensor:
-        if not tap.endswith(".attn_in"):
-            return found[tap]
-        stream, modulation = (found[part] for part in _ingredients(tap))
-        return modulated(stream, modulation, discard)
+        ingredients = {tap: _ingredients(tap) for tap in taps}
+        plain = list(dict.fromkeys(part for parts in ingredients.values() for part in parts))
+        maps = super().maps(pixels, plain, conditions, batch_size=batch_size, **draws)
+        return {
+            tap: maps[tap] if parts == (tap,) else modulated(*(maps[part] for part in parts), conditions.discard)
+            for tap, parts in ingredients.items()
+        }
 
     @torch.inference_mode()
-    def network_maps(self, latents: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
+    def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         """Run the transformer on (B, c, h, w) noisy latents, up to the deepest tap.
 
         Beside the taps, ``block.N.modulation`` is known: (B, 2 C, 1, 1), shift and scale of the block's entrance.
         ``attn_in`` is made by `maps` of the stream and this.
         """
-        size = (int(latents.shape[-2]) // self.patch, int(latents.shape[-1]) // self.patch)
-        with reading({tap: self._reader(tap, size) for tap in taps}) as found:
-            self._run(latents.to(self.device, self.dtype), conditions)
-        return dict(found)
-
-    # -- taps -----------------------------------------------------------------------------------------------
+        size = (int(noisy.shape[-2]) // self.patch, int(noisy.shape[-1]) // self.patch)
+        with reading({tap: self._reader(tap, size) for tap in taps}) as maps:
+            self.network(**self._inputs(noisy.to(self.device, self.dtype), conditions))
+        return dict(maps)
 
     def _reader(self, tap: str, size: tuple[int, int]) -> Reader:
         _, number, *part = tap.split(".")
@@ -142,52 +138,38 @@ class DiffusionTransformer(LatentBackbone):
             return Reader(norm.linear, partial(_read_modulation, self._width))
         return Reader(block if part[0] == "input" else block.ff, partial(_read_input, size), before=True)
 
-    # -- what the network is told ---------------------------------------------------------------------------
-
-    def _run(self, latents: Tensor, conditions: Conditions) -> None:
-        batch, time = len(latents), max(conditions.timestep, 0)
-        times = torch.full((batch,), float(time), device=self.device)
+    def _inputs(self, latents: Tensor, conditions: Conditions) -> dict[str, Any]:
+        """The arguments of the network."""
+        batch, times = len(latents), torch.full((len(latents),), float(max(conditions.timestep, 0)), device=self.device)
         if self.kind == "DiTTransformer2DModel":
             null = int(self.network.config.num_embeds_ada_norm)
             label = null if conditions.label is None else conditions.label
             if not 0 <= label <= null:
                 raise ValueError(f"{self.name} has the classes 0..{null - 1} (and {null}: none), got {label}")
             labels = torch.full((batch,), label, device=self.device)
-            self.network(latents, timestep=times.long(), class_labels=labels)
-            return
+            return {"hidden_states": latents, "timestep": times.long(), "class_labels": labels}
         embedding = self.embed(conditions.prompt)
         context = embedding.context.to(latents).expand(batch, -1, -1)
+        inputs = {"hidden_states": latents, "timestep": times, "encoder_hidden_states": context}
         if self.kind == "PixArtTransformer2DModel":
             mask = None if embedding.mask is None else embedding.mask.to(self.device).expand(batch, -1)
-            self.network(
-                latents,
-                encoder_hidden_states=context,
-                encoder_attention_mask=mask,
-                timestep=times,
-                added_cond_kwargs=self._sizes(latents),
-            )
-            return
+            return {**inputs, "encoder_attention_mask": mask, "added_cond_kwargs": self._sizes(latents)}
         if embedding.pooled is None:
             raise ValueError(f"{self.name} needs a pooled embedding, that of {conditions.prompt!r} has none")
-        told: dict[str, Any] = {
-            "encoder_hidden_states": context,
-            "pooled_projections": embedding.pooled.to(latents).expand(batch, -1),
-        }
+        inputs["pooled_projections"] = embedding.pooled.to(latents).expand(batch, -1)
         if self.kind == "SD3Transformer2DModel":
-            self.network(latents, timestep=times, **told)
-            return
+            return inputs
         if self.network.config.guidance_embeds:
-            told["guidance"] = torch.full((batch,), conditions.guidance, device=self.device)
+            inputs["guidance"] = torch.full((batch,), conditions.guidance, device=self.device)
         height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
-        self.network(
-            pack(latents),
-            timestep=times / 1000,
-            img_ids=places.to(latents),
-            txt_ids=torch.zeros(context.shape[1], 3).to(latents),
-            **told,
-        )
+        return inputs | {
+            "hidden_states": pack(latents),
+            "timestep": times / 1000,
+            "img_ids": places.to(latents),
+            "txt_ids": torch.zeros(context.shape[1], 3).to(latents),
+        }
 
     def _sizes(self, latents: Tensor) -> dict[str, Tensor | None]:
         """PixArt-alpha's size conditions, where the model was trained with them."""
@@ -213,9 +195,9 @@ def modulated(stream: Tensor, modulation: Tensor, discard: Sequence[int] = ()) -
     channels = stream.shape[1]
     if discard and not 0 <= min(discard) <= max(discard) < channels:
         raise ValueError(f"channels to discard must be in 0..{channels - 1}, got {tuple(discard)}")
-    kept = stream.float().clone()
-    kept[:, list(discard)] = 0
-    normalised = F.layer_norm(kept.movedim(1, -1), (channels,), eps=NORM_EPS).movedim(-1, 1)
+    remaining = stream.float().clone()
+    remaining[:, list(discard)] = 0
+    normalised = F.layer_norm(remaining.movedim(1, -1), (channels,), eps=NORM_EPS).movedim(-1, 1)
     shift, scale = modulation.float().chunk(2, dim=1)
     return ((1 + scale) * normalised + shift).to(stream.dtype)
 
@@ -237,18 +219,19 @@ def _to_map(size: tuple[int, int], tokens: Tensor) -> Tensor:
     return tokens[:, -size[0] * size[1] :].mT.unflatten(2, size)
 
 
-def _read_output(size: tuple[int, int], inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Tensor:
-    return _to_map(size, output if isinstance(output, Tensor) else output[-1])  # (text, image)
+def _read_output(size: tuple[int, int], call: Call) -> Tensor:
+    return _to_map(size, call.output if isinstance(call.output, Tensor) else call.output[-1])  # (text, image)
 
 
-def _read_input(size: tuple[int, int], inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
-    return _to_map(size, named["hidden_states"] if "hidden_states" in named else inputs[0])
+def _read_input(size: tuple[int, int], call: Call) -> Tensor:
+    return _to_map(size, call.kwargs["hidden_states"] if "hidden_states" in call.kwargs else call.inputs[0])
 
 
-def _read_modulation(width: int, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Tensor) -> Tensor:
-    return output[:, : 2 * width, None, None]  # shift, scale, gate, ... in all these networks
+def _read_modulation(width: int, call: Call) -> Tensor:
+    modulation: Tensor = call.output
+    return modulation[:, : 2 * width, None, None]  # shift, scale, gate, ... in all these networks
 
 
-def _read_table(block: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
-    shared: Tensor = named["timestep"]
+def _read_table(block: nn.Module, call: Call) -> Tensor:
+    shared: Tensor = call.kwargs["timestep"]
     return (block.scale_shift_table + shared.unflatten(1, (6, -1)))[:, :2].flatten(1)[..., None, None]

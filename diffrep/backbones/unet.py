@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.backbones.base import Reader, TapError, TapInfo, reading
+from diffrep.backbones.base import Call, Reader, TapError, TapInfo, read_input, reading
 from diffrep.settings import FreeU
 
 FOLDED_FROM = 512  # cells; smaller maps are bound by reading the weights, of which there are more when they are summed
@@ -109,33 +109,20 @@ def reading_taps(unet: nn.Module, taps: Sequence[TapInfo], size: Sequence[int]) 
     for tap in taps:
         module = unet.get_submodule(tap.module)
         if tap.name == "in":
-            readers[tap.name] = Reader(module, _read_input, before=True)
+            readers[tap.name] = Reader(module, read_input, before=True)
         elif tap.name.endswith(".map"):
             readers[tap.name] = Reader(module, partial(_attention_map, module), before=True)
         else:
-            readers[tap.name] = Reader(module, _read_output)
+            readers[tap.name] = Reader(module)
     maps: dict[str, Tensor] = {}
     with reading(readers) as activations:
         yield maps
     maps |= {tap.name: tokens_to_map(activations[tap.name], (int(size[-2]), int(size[-1]))) for tap in taps}
 
 
-def _read_input(inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
-    value: Tensor = inputs[0]
-    return value
-
-
-def _read_output(inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    value: Tensor = output.sample if hasattr(output, "sample") else output[0]  # down blocks also return their skips
-    return value
-
-
-def _attention_map(attention: Any, inputs: tuple[Any, ...], named: Mapping[str, Any], output: None) -> Tensor:
+def _attention_map(attention: Any, call: Call) -> Tensor:
     """softmax(q k^T / sqrt(d)), which fused attention never writes down: (B, places, heads * keys)."""
-    places = inputs[0]
-    seen = named.get("encoder_hidden_states")
+    places, seen = call.inputs[0], call.kwargs.get("encoder_hidden_states")
     queries, keys = attention.to_q(places), attention.to_k(places if seen is None else seen)
     queries, keys = (t.float().unflatten(2, (attention.heads, -1)).transpose(1, 2) for t in (queries, keys))
     weights = (queries @ keys.mT * attention.scale).softmax(-1)

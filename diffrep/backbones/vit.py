@@ -19,7 +19,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.backbones.base import Backbone, BackboneError, Conditions, Grid, Reader, Recommended, TapInfo, reading
+from diffrep.backbones.base import (
+    Backbone,
+    BackboneError,
+    Call,
+    Conditions,
+    Grid,
+    Reader,
+    Recommended,
+    TapInfo,
+    reading,
+)
 from diffrep.images import Sizing
 
 FACETS = ("query", "key", "value")
@@ -110,7 +120,7 @@ class VisionTransformer(Backbone):
     def _reader(self, block: Any, facet: str | None) -> Reader:
         """Where a block or one of its facets is read."""
         if facet is None:
-            return Reader(block, _tokens)
+            return Reader(block)
         # a facet is read behind the norm, before any attention is computed
         return Reader(getattr(block, self._norm), partial(_facet, block, facet))
 
@@ -206,7 +216,7 @@ class SavedVit(VisionTransformer):
     def _count_prefix(self) -> int:
         """How many tokens stand before the patches: class and register tokens."""
         side = 2 * self.patch
-        with reading({"first": Reader(self._blocks[0], _tokens)}) as tokens:
+        with reading({"first": Reader(self._blocks[0])}) as tokens:
             self._forward(torch.zeros(1, 3, side, side, dtype=self.dtype, device=self.device))
         return int(tokens["first"].shape[1]) - 4
 
@@ -218,10 +228,10 @@ class SavedVit(VisionTransformer):
 
     def _reader(self, block: Any, facet: str | None) -> Reader:
         if facet is None:
-            return Reader(block, _tokens)
+            return Reader(block)
         for path, module in block.named_modules():
             if isinstance(module, nn.Linear) and path.rpartition(".")[2] in (facet, f"{facet[0]}_proj"):
-                return Reader(module, partial(_interleaved, self.heads))
+                return Reader(module, lambda call: _interleaved(self.heads, call.output))
         raise BackboneError(f"{self.name}: its layers have no projection of their own for {facet}")
 
 
@@ -230,22 +240,17 @@ def _recommended(layers: int, size: int) -> Recommended:
     return Recommended(taps=(f"layer.{layers - 1}",), sizing=Sizing(mode="squash", size=size, resample="bicubic"))
 
 
-def _tokens(inputs: Any, named: Any, output: Any) -> Tensor:
-    tokens: Tensor = output[0] if isinstance(output, tuple) else output
-    return tokens
-
-
-def _facet(block: Any, facet: str, inputs: Any, named: Any, normalised: Tensor) -> Tensor:
+def _facet(block: Any, facet: str, call: Call) -> Tensor:
     """One third of the joint projection of a block's input behind its norm."""
     index = FACETS.index(facet)
     weight, bias, heads = _qkv(block.attn)
     part = slice(index * weight.shape[0] // 3, (index + 1) * weight.shape[0] // 3)
-    return _interleaved(heads, inputs, named, F.linear(normalised, weight[part], None if bias is None else bias[part]))
+    return _interleaved(heads, F.linear(call.output, weight[part], None if bias is None else bias[part]))
 
 
-def _interleaved(heads: int, inputs: Any, named: Any, output: Tensor) -> Tensor:
+def _interleaved(heads: int, projected: Tensor) -> Tensor:
     """A projection with the head index fastest among its channels: channel d * heads + head."""
-    return output.unflatten(2, (heads, -1)).mT.flatten(2)
+    return projected.unflatten(2, (heads, -1)).mT.flatten(2)
 
 
 def _qkv(attention: Any) -> tuple[Tensor, Tensor | None, int]:

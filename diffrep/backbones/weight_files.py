@@ -82,24 +82,42 @@ def _read_pickle(path: Path) -> Any:
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
 
-# Where a name that only such files have stands in the file, what the file is, and what to give instead
-_SIGNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+# Parts of names that only such files have (a leading ^: how a name begins; all of a row's groups must be met), what the
+# file is, and what to give instead; the first row that fits counts
+_SIGNS: tuple[tuple[tuple[tuple[str, ...], ...], str, str], ...] = (
     (
-        ("lora_unet_", "lora_te", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up."),
+        (("lora_unet_", "lora_te", ".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up."),),
         "a LoRA, small changes to the weights of a model",
         "give that model as the backbone and this file beside it: --lora FILE, or load_backbone(MODEL, lora=FILE)",
     ),
-    (("control_model.", "controlnet_cond_embedding."), "a ControlNet", "give the model that it steers"),
-    (("joint_blocks.0.",), "Stable Diffusion 3 in one file", "give its diffusers folder, or sd3.5-medium"),
-    (("double_blocks.0.",), "FLUX in one file", "give its diffusers folder, or flux.1-dev"),
-    (("emb_params", "string_to_param"), "a textual inversion, one word", "give the model it belongs to"),
+    ((("control_model.", "controlnet_cond_embedding."),), "a ControlNet", "give the model that it steers"),
+    ((("joint_blocks.0.",),), "Stable Diffusion 3 in one file", "give its diffusers folder, or sd3.5-medium"),
+    ((("double_blocks.0.",),), "FLUX in one file", "give its diffusers folder, or flux.1-dev"),
+    ((("emb_params", "string_to_param"),), "a textual inversion, one word", "give the model it belongs to"),
     (
-        ("RRDB_trunk.", "conv_first.", "model.1.sub.", "upsampler.", "up.0.residual_group."),
+        (("RRDB_trunk.", "conv_first.", "model.1.sub.", "upsampler.", "up.0.residual_group."),),
         "an upscaler of images",
         "no features for matching can be read from it; give a diffusion model",
     ),
-    (("mixing_weights",), "an aggregation network", "give hyperfeatures:FILE"),
-)  # fmt: skip
+    ((("mixing_weights",),), "an aggregation network", "give hyperfeatures:FILE"),
+    ((("^encoder.", "^first_stage_model."), ("decoder.",)), "a VAE alone", "give the model that it belongs to"),
+    ((("^text_model.",),), "a text encoder alone", "give the model that it belongs to"),
+    (
+        (("^conv_in.",), ("^down_blocks.",)),
+        "a U-Net alone, without VAE and schedule",
+        "give its whole diffusers folder",
+    ),
+    (
+        (("^input_blocks.",), (".transformer_blocks.",)),
+        "a U-Net alone, without VAE",
+        "give the whole checkpoint, or a diffusers folder",
+    ),
+    (
+        (("^transformer_blocks.", "^single_transformer_blocks."),),
+        "a diffusion transformer alone, without VAE",
+        "give its whole diffusers folder",
+    ),
+)
 
 
 def describe_weights(names: Iterable[str]) -> tuple[str, str]:
@@ -111,22 +129,10 @@ def describe_weights(names: Iterable[str]) -> tuple[str, str]:
     >>> describe_weights(["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"])[0]
     'a LoRA, small changes to the weights of a model'
     """
-    names = list(names)
-    whole = any(name.startswith("model.diffusion_model.input_blocks.") for name in names)
-    for signs, what, instead in _SIGNS:
-        if not whole and any(sign in name for sign in signs for name in names):
+    marked = [f"^{name}" for name in names]
+    if any(name.startswith("^model.diffusion_model.input_blocks.") for name in marked):  # a whole checkpoint
+        return "", ""
+    for groups, what, instead in _SIGNS:
+        if all(any(sign in name for sign in group for name in marked) for group in groups):
             return what, instead
-    starts = {name.split(".")[0] for name in names}
-    if not whole and starts & {"encoder", "first_stage_model"} and any("decoder." in name for name in names):
-        return "a VAE alone", "give the model that it belongs to"
-    if not whole and (
-        starts <= {"text_model", "text_projection", "logit_scale", "transformer"} or "text_model" in starts
-    ):
-        return "a text encoder alone", "give the model that it belongs to"
-    if "conv_in" in starts and "down_blocks" in starts:
-        return "a U-Net alone, without VAE and schedule", "give its whole diffusers folder"
-    if "input_blocks" in starts and any(".transformer_blocks." in name for name in names):
-        return "a U-Net alone, without VAE", "give the whole checkpoint, or a diffusers folder"
-    if starts & {"transformer_blocks", "single_transformer_blocks"}:
-        return "a diffusion transformer alone, without VAE", "give its whole diffusers folder"
     return "", ""
