@@ -47,7 +47,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "eval segmentation": ("evaluate_dense:EvalSegmentation", "masks of a head on rendered scenes or DIS5K"),
     "eval depth-ablation": ("evaluate_dense:EvalAblation", "Lotus's ablation in small: nine trainings compared"),
     "eval synthesis": ("evaluate:Synthesis", "painted images: FID, seams, embedding consistency"),
-    "eval probes": ("evaluate_probes:EvalProbes", "probes of frozen features beside the papers' numbers"),
+    "eval probes": ("probe:EvalProbes", "probes of frozen features beside the papers' numbers"),
     "eval manifold": ("evaluate_manifold:Manifold", "embeddings of toy data with known distances"),
     "eval interpolation": ("evaluate_manifold:Interpolation", "missing time points of a series, interpolated"),
     "train": ("", "train the embedded models again, or heads of your own"),

@@ -1,6 +1,7 @@
-"""Labelled images that need no download: rendered scenes and scikit-learn's digits, as files on disk.
+"""Labelled images with a name: rendered scenes, scikit-learn's digits, and the released layouts of data sets.
 
-They go through the same path as anybody's images: files named in a table.
+Scenes and digits become files named in a table, so that they go through the same path as anybody's images. Of
+published data sets each reader takes the folder that the archive unpacks to; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -9,18 +10,30 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import wraps
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeAlias
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from diffrep.files import write_whole
-from diffrep.heads.probes.labelled import PARTS, LabelledImages, Part, read_labelled
+from diffrep.heads.probes.labelled import (
+    PARTS,
+    DataError,
+    LabelledImage,
+    LabelledImages,
+    Part,
+    assemble,
+    image_file,
+    read_labelled,
+)
+from diffrep.images import SUFFIXES
 from diffrep.scenes import SEEN, render_scene, scene_seed
 
 ATTRIBUTES = ("category", "colour", "second colour", "pattern", "view", "floor", "back")
@@ -156,3 +169,170 @@ def named_images(source: str, work: str | Path, *, workers: int = 1, image: str 
         place = f"{SCENES}-{chosen.size}-{chosen.train}-{chosen.val}-{chosen.test}"
         return scene_images(Path(work) / place, attribute, chosen, workers=workers)
     return read_labelled(source, image=image, label=label, group=group)
+
+
+# -- released layouts ---------------------------------------------------------------------------------------
+
+Rows: TypeAlias = Iterator[tuple[Path, str, Part]]  # file, label and part of each image
+Arguments = ParamSpec("Arguments")
+_OFFICIAL: tuple[Part, ...] = ("train", "test")
+
+
+def _layout(
+    read: Callable[Concatenate[Path, Arguments], Rows],
+) -> Callable[Concatenate[Path, Arguments], LabelledImages]:
+    """A reader of a folder's images with their official split."""
+
+    @wraps(read)
+    def labelled(folder: Path, *args: Arguments.args, **kwargs: Arguments.kwargs) -> LabelledImages:
+        rows = read(folder, *args, **kwargs)
+        images = [LabelledImage(image_file(file, folder), label, None, part) for file, label, part in rows]
+        return assemble(str(folder), images)
+
+    return labelled
+
+
+def _present(file: Path) -> Path:
+    if not file.is_file():
+        raise DataError(f"{file}: is missing; is this the folder that the archive unpacks to?")
+    return file
+
+
+def _lines(file: Path) -> list[str]:
+    return [line for line in _present(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _pairs(file: Path) -> dict[str, str]:
+    """First word -> rest, of a file of lines."""
+    return {first: rest.strip() for first, _, rest in (line.partition(" ") for line in _lines(file))}
+
+
+def _mat(file: Path) -> Mapping[str, Any]:
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        return dict(loadmat(_present(file), squeeze_me=True))
+    except (MatReadError, ValueError, NotImplementedError) as error:
+        raise DataError(f"{file}: is no MATLAB file of version 7 or older ({error})") from None
+
+
+@_layout
+def imagenet(folder: Path, classes: Sequence[str] | None = None) -> Rows:
+    """ImageNet-1k as folders ``train/WNID`` and ``val/WNID``; val is the test.
+
+    Args:
+        classes: WordNet ids of a subset, such as ImageNet-50.
+    """
+    for part, place in zip(_OFFICIAL, ("train", "val"), strict=True):
+        root = folder / place
+        if not root.is_dir():
+            raise DataError(f"{root}: is missing; ImageNet has the folders train and val with one folder per class")
+        wanted = [d for d in sorted(root.iterdir()) if d.is_dir() and (classes is None or d.name in set(classes))]
+        if missing := sorted(set(classes or ()) - {d.name for d in wanted}):
+            raise DataError(f"{root}: has no class {', '.join(missing[:3])} of the subset")
+        for class_folder in wanted:
+            for file in sorted(class_folder.iterdir()):
+                if file.suffix.lower() in SUFFIXES:
+                    yield file, class_folder.name, part
+
+
+def imagenet_subset(folder: Path, list_file: Path) -> LabelledImages:
+    """ImageNet restricted to the classes of a file: a WordNet id first in each line (SCAN's lists are written so)."""
+    return imagenet(folder, [line.split()[0] for line in _lines(list_file)])
+
+
+@_layout
+def from_list(folder: Path, list_file: Path) -> Rows:
+    """ImageNet with the training images of a list, one ``WNID_NNN.JPEG`` or ``WNID/NAME`` a line (1 % and 10 %)."""
+    whole = imagenet(folder)
+    wanted = {Path(line.split()[0]).name for line in _lines(list_file)}
+    if not wanted & {Path(image.name).name for image in whole.images}:
+        raise DataError(f"{list_file}: names none of the training images of {folder}")
+    for image, label, part in zip(whole.images, whole.labels, whole.parts or (), strict=True):
+        if part != "train" or Path(image.name).name in wanted:
+            yield folder / image.name, whole.classes[label], part
+
+
+@_layout
+def aircraft(folder: Path) -> Rows:
+    """FGVC-Aircraft, 100 variants: ``data/images`` and ``data/images_variant_{trainval,test}.txt``.
+
+    Papers report the mean of the classes' accuracies.
+    """
+    data = folder / "data" if (folder / "data").is_dir() else folder
+    for part, name in zip(_OFFICIAL, ("trainval", "test"), strict=True):
+        for key, label in _pairs(data / f"images_variant_{name}.txt").items():
+            yield data / "images" / f"{key}.jpg", label, part
+
+
+@_layout
+def cub(folder: Path) -> Rows:
+    """CUB-200-2011: ``images.txt``, ``image_class_labels.txt``, ``train_test_split.txt`` and ``classes.txt``.
+
+    NABirds has the same lists; of its 555 classes only those with images count.
+    """
+    files, labels = _pairs(folder / "images.txt"), _pairs(folder / "image_class_labels.txt")
+    training, names = _pairs(folder / "train_test_split.txt"), _pairs(folder / "classes.txt")
+    for key, file in files.items():
+        if key not in labels or key not in training:
+            raise DataError(f"{folder}: image {key} ({file}) has no class or no split in the lists")
+        label = f"{labels[key]} {names.get(labels[key], '')}".strip()
+        yield folder / "images" / file, label, "train" if training[key] == "1" else "test"
+
+
+@_layout
+def dogs(folder: Path) -> Rows:
+    """Stanford Dogs, 120 classes: ``Images``, ``train_list.mat`` and ``test_list.mat``."""
+    for part in _OFFICIAL:
+        for name in map(str, np.atleast_1d(_mat(folder / f"{part}_list.mat")["file_list"])):
+            yield folder / "Images" / name, name.split("/")[0], part
+
+
+@_layout
+def cars(folder: Path) -> Rows:
+    """Stanford Cars, 196 classes: ``cars_{train,test}``, ``devkit/cars_train_annos.mat`` and the labelled test file.
+
+    The test labels are ``cars_test_annos_withlabels.mat``, in the folder itself or in ``devkit``.
+    """
+    for part, name in zip(_OFFICIAL, ("cars_train_annos.mat", "cars_test_annos_withlabels.mat"), strict=True):
+        file = folder / "devkit" / name if (folder / "devkit" / name).is_file() else folder / name
+        for record in np.atleast_1d(_mat(file)["annotations"]):
+            yield folder / f"cars_{part}" / str(record["fname"]), f"{int(record['class']):03d}", part
+
+
+@_layout
+def flowers(folder: Path) -> Rows:
+    """Oxford Flowers 102: ``jpg/image_NNNNN.jpg``, ``imagelabels.mat`` and ``setid.mat``.
+
+    Train and val are joined (2040 images), as the published numbers, means of the classes' accuracies, have it.
+    """
+    labels, ids = np.atleast_1d(_mat(folder / "imagelabels.mat")["labels"]), _mat(folder / "setid.mat")
+    for key in ("trnid", "valid", "tstid"):
+        for number in np.atleast_1d(ids[key]).tolist():
+            part: Part = "test" if key == "tstid" else "train"
+            yield folder / "jpg" / f"image_{number:05d}.jpg", f"{int(labels[number - 1]):03d}", part
+
+
+@dataclass(frozen=True)
+class ProbeBenchmark:
+    """A published data set.
+
+    Attributes:
+        read: its folder -> labelled images with parts.
+        sizes: images of the official (train, test), to notice an incomplete folder; but for ImageNet's from memory.
+    """
+
+    read: Callable[[Path], LabelledImages]
+    sizes: tuple[int, int]
+
+
+BENCHMARKS: Mapping[str, ProbeBenchmark] = {
+    "imagenet": ProbeBenchmark(imagenet, (1281167, 50000)),
+    "aircraft": ProbeBenchmark(aircraft, (6667, 3333)),
+    "cars": ProbeBenchmark(cars, (8144, 8041)),
+    "cub": ProbeBenchmark(cub, (5994, 5794)),
+    "dogs": ProbeBenchmark(dogs, (12000, 8580)),
+    "flowers": ProbeBenchmark(flowers, (2040, 6149)),
+    "nabirds": ProbeBenchmark(cub, (23929, 24633)),
+}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffrep.eval.benchmarks.probes import ProbesBenchmark
-from diffrep.eval.published_probes import PUBLISHED, published_rows, published_table
+from diffrep.eval.probes import PUBLISHED, published_rows, published_table
 
 
 def test_a_grid_on_mapped_features_reports_its_memory(

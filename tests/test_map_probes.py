@@ -15,17 +15,21 @@ from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.cli import main
-from diffrep.eval.map_probes import PixelScores, confusion, score_dense_probe
+from diffrep.eval.probes import PixelScores, confusion, score_dense_probe
 from diffrep.eval.rendering import SceneFiles, annotated_scenes
 from diffrep.features import ExtractConfig
 from diffrep.heads.maps import DepthMap, NormalMap, save_map
 from diffrep.heads.probes import load_dense_probe, load_probe, saved_kind
-from diffrep.heads.probes.annotated import hold_out, pair_annotations, read_labels, read_normals
-from diffrep.heads.probes.dense import depth_loss, gradient_loss, scale_invariant_loss
-from diffrep.heads.probes.dense_probe import DenseSettings, on_canvas, train_dense_probe
+from diffrep.heads.probes.annotated import IGNORED, find_classes, hold_out, pair_annotations, read_labels, read_normals
+from diffrep.heads.probes.dense import (
+    DenseSettings,
+    depth_loss,
+    gradient_loss,
+    on_canvas,
+    scale_invariant_loss,
+    train_dense_probe,
+)
 from diffrep.heads.probes.labelled import DataError
-from diffrep.heads.probes.pixel_labels import find_classes
-from diffrep.heads.probes.pixel_probe import IGNORED
 from diffrep.images import Sizing, fit_image
 
 from .probe_images import damage_of_every_kind, image_folder

@@ -12,8 +12,19 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from diffrep.eval.probe_data import SceneImages, digit_images, scene_images
-from diffrep.eval.probe_layouts import aircraft, cars, cub, dogs, flowers, from_list, imagenet, imagenet_subset
+from diffrep.eval.probe_data import (
+    SceneImages,
+    aircraft,
+    cars,
+    cub,
+    digit_images,
+    dogs,
+    flowers,
+    from_list,
+    imagenet,
+    imagenet_subset,
+    scene_images,
+)
 from diffrep.heads.probes import DataError, LabelledImages, balance, read_labelled, split_rows
 from diffrep.images import decode_image
 

@@ -30,8 +30,9 @@ from diffrep.heads.probes import (
     split_rows,
     top_accuracy,
 )
-from diffrep.heads.probes.feedback_probe import FeedbackSettings, train_feedback
-from diffrep.heads.probes.pixel_probe import IGNORED, train_pixel_probe
+from diffrep.heads.probes.annotated import IGNORED
+from diffrep.heads.probes.feedback import FeedbackSettings, train_feedback
+from diffrep.heads.probes.pixels import train_pixel_probe
 from diffrep.images import Sizing
 
 from .probe_images import image_folder
@@ -103,7 +104,7 @@ def test_a_diffeed_probe_trains_saves_and_predicts(unet: Backbone, sd_folder: Pa
     extract = ExtractConfig(sizing=Sizing("squash", 64))
     start, _ = train_feedback(data, split, unet, replace(settings, recipe=ProbeRecipe(epochs=0)), extract)
     probe, test = train_feedback(data, split, unet, settings, extract)
-    pairs = zip(start.model.feedback.parameters(), probe.model.feedback.parameters(), strict=True)
+    pairs = zip(start.network.feedback.parameters(), probe.network.feedback.parameters(), strict=True)
     assert all(not torch.equal(before, after) for before, after in pairs)
     assert test.n == len(split.test)
     probe.save(tmp_path / "probe")
@@ -163,7 +164,7 @@ def test_maps_are_resized_as_the_settings_say() -> None:
         assert torch.equal(pixel_features(maps, (10, 13), resizing), torch.cat(plain, 1))
     with pytest.raises(ValueError, match="align_corners goes with bilinear and bicubic, not with nearest"):
         Resizing(upsampling="nearest", align_corners=True)
-    with pytest.raises(ValueError, match="upsampling must be bilinear, bicubic, nearest"):
+    with pytest.raises(ValueError, match="upsampling must be one of bilinear, bicubic, nearest"):
         Resizing(upsampling="linear")  # type: ignore[arg-type]
 
 

@@ -1,32 +1,192 @@
-"""``diffrep probe``: train heads on the features of a frozen backbone."""
+"""``diffrep probe`` and ``diffrep eval probes``: train heads on the features of a frozen backbone, and compare them."""
 
 from __future__ import annotations
 
 import json as json_module
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from diffrep.backbones import Backbone, load_backbone
+from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
 from diffrep.commands.output import check_writable, write_image
-from diffrep.commands.probe_options import Classifier, Extraction, Images, NewProbe, score_lines
+from diffrep.features import ExtractConfig
 from diffrep.heads.probes import (
     FeedbackSettings,
+    HeadShape,
+    LabelledImages,
+    ProbeData,
+    ProbeFit,
     ReadPlan,
+    Scores,
     balance,
     block_taps,
     draw_heat_map,
     parse_cells,
+    read_labelled,
     readings_of,
+    saved_kind,
     split_rows,
     sweep,
     train_feedback,
     train_probe,
 )
+from diffrep.heads.probes.grid import SEED
+from diffrep.heads.probes.layouts import Kind
+from diffrep.heads.probes.probe import SavedKind, SavedProbe
 from diffrep.heads.probes.sweeps import check_prune
+from diffrep.images import Sizing
+from diffrep.published import note_embedded
+from diffrep.settings import check
 
 SWEPT = (10, 50, 100, 200, 350, 500)  # timesteps of a sweep
+
+# -- options ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkOptions:
+    """What is split and kept, and how."""
+
+    split_seed: int = 0  # of what is held out
+    work: Path = Path("runs/probe")  # folder of features, maps and rendered scenes, so that they are made once
+    workers: int = 0  # processes that decode and render ahead
+
+    def __post_init__(self) -> None:
+        check(self, split_seed=SEED, workers="0..")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(WorkOptions):
+    """Which labelled images, and how they are split."""
+
+    image: str | None = None  # column or key of the image; "path" in a table, "image" in a data set
+    label: str = "label"  # column or key of the label
+    group: str | None = None  # column or key of a group that is kept together in the split
+    shares: tuple[float, float, float] = (0.6, 0.2, 0.2)  # of train, val, test, where the source names no split
+    dtype: Literal["float16", "float32"] = "float16"  # in which features are kept
+
+    def find(self, source: str) -> LabelledImages:
+        """The labelled images of a folder, table, archive or data set; ``scenes[:ATTRIBUTE]``; ``digits``."""
+        if source == "digits" or source.partition(":")[0] == "scenes":
+            from diffrep.eval.probe_data import named_images  # brings the renderer
+
+            return named_images(source, self.work, workers=max(self.workers, 1))
+        return read_labelled(source, image=self.image, label=self.label, group=self.group)
+
+    def read(self, data: LabelledImages, backbones: Mapping[str, Backbone], readings: Sequence[ReadPlan]) -> ProbeData:
+        """Read the features that are not kept yet, and say what could not be read."""
+        options: dict[str, Any] = {"seed": self.split_seed, "workers": self.workers, "dtype": self.dtype}
+        folder = self.work / "features"
+        prepared = ProbeData.read(data, backbones, readings, folder, shares=self.shares, **options)
+        if lost := prepared.unreadable():
+            print(f"left out {len(lost)} images that cannot be read, the first: {lost[0]}", file=sys.stderr)
+        return prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction(BackboneOptions, PrecisionOptions):
+    """How the backbone is used; what is left out is as it recommends."""
+
+    size: int | None = None  # side of the square that images are brought to, pixels
+    prompt: str = ""  # the text condition
+    ensemble: int | None = None  # noise draws that are averaged
+    noise_seed: int = 0  # of the noise
+    batch_size: int = 16  # images that go through the network together
+
+    def config(self, **others: Any) -> ExtractConfig:
+        """The settings of reading, and others such as taps and timestep."""
+        same = {name: getattr(self, name) for name in ("prompt", "ensemble", "batch_size")}
+        sizing = None if self.size is None else Sizing("squash", self.size)
+        return ExtractConfig(sizing=sizing, seed=self.noise_seed, **same, **others)
+
+    def load(self, names: Sequence[str]) -> dict[str, Backbone]:
+        """Load backbones by their names; the names that they get have the options of the command line.
+
+        Raises:
+            ValueError: there are none, or several and options that only one takes.
+        """
+        if not names:
+            raise ValueError("--cells must name at least one backbone")
+        self.config()  # refuses what means nothing before anything is loaded
+        device, dtype = self.resolved()
+        models = dict.fromkeys(self.named_alone(names))
+        backbones = {name: load_backbone(name, device=device, dtype=dtype) for name in models}
+        for name in names:
+            note_embedded(name, "probes")
+        return backbones
+
+    def load_one(self, name: str) -> Backbone:
+        """Load a backbone by its name."""
+        (backbone,) = self.load([name]).values()
+        return backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier(Command):
+    """Which head is trained on features, and how."""
+
+    head: Kind = "linear"  # what is trained on the features
+    seed: int = 0  # of the order of examples and of initial weights
+    balanced: bool = False  # weigh rare classes up in the loss
+    images: Annotated[Images, tyro.conf.OmitArgPrefixes] = field(default_factory=Images)
+    extraction: Annotated[Extraction, tyro.conf.OmitArgPrefixes] = field(default_factory=Extraction)
+    fit: ProbeFit = field(default_factory=ProbeFit)
+    shape: HeadShape = field(default_factory=HeadShape)
+
+    def training(self) -> dict[str, Any]:
+        """The head and its training, as arguments of `sweep` and `compare_probes`."""
+        grid = replace(self.fit.grid, seed=self.seed, balanced=self.balanced or self.fit.grid.balanced)
+        fit = replace(self.fit, grid=grid)
+        return {"kind": self.head, "fit": fit, "shape": self.shape, "seed": self.images.split_seed}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewProbe(Command):
+    """Where a new probe goes."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("probe")  # folder of the probe
+    overwrite: bool = False  # a probe that is there already
+    json: bool = False  # print JSON
+
+    def check_new(self, kind: SavedKind) -> None:
+        """Refuse a folder that holds a probe.
+
+        Raises:
+            ValueError: it does, and it is not to be overwritten, or is of another kind.
+            OSError: it cannot be written to.
+        """
+        check_writable(self.output / "probe.json", (".json",))
+        existing = saved_kind(self.output)
+        if existing is not None and existing != kind:
+            raise ValueError(f"{self.output}: holds a probe of another kind ({existing}); name another folder")
+        if existing is not None and not self.overwrite:
+            raise ValueError(f"{self.output}: holds a probe already; name another folder, or say --overwrite")
+
+    def finish(self, probe: SavedProbe, lines: Sequence[str], document: Mapping[str, Any] | None = None) -> None:
+        """Save the probe, and print its lines, or as JSON a document, which is what it says about itself if None."""
+        probe.save(self.output)
+        if self.json:
+            print(json_module.dumps(dict(probe.about if document is None else document), indent=2))
+            return
+        print("\n".join([*lines, f"wrote {self.output}"]))
+
+
+def score_lines(parts: Mapping[str, Scores]) -> list[str]:
+    """One line for each part: top-1 with its interval, top-5, mean per class."""
+    return [
+        f"{part:<4}  top-1 {100 * scores.top1:.1f} % ({100 * scores.low:.1f}..{100 * scores.high:.1f})"
+        f"  top-5 {100 * scores.top5:.1f} %  mean per class {100 * scores.mean_per_class:.1f} %"
+        f"  {scores.n} images"
+        for part, scores in parts.items()
+    ]
+
+
+# -- commands -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +210,7 @@ class Train(NewProbe, Classifier):
         cells = parse_cells(named, backbones)
         prepared = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
         layout = prepared.layout(self.head, cells, shape=self.shape)
-        result = train_probe(prepared, layout, self.seeded_fit(), seed=self.images.split_seed)
+        result = train_probe(prepared, layout, self.training()["fit"], seed=self.images.split_seed)
         chosen = ", ".join(f"{name} {value:g}" for name, value in result.choice.items())
         scores = score_lines({"val": result.val, "test": result.test})
         lines = [balance(data, prepared.split), f"chosen on val: {chosen}", *scores]
@@ -105,26 +265,12 @@ class SweepCells(Classifier):
             raise ValueError("--taps go with one backbone; several are swept over every block")
         data = self.images.find(self.data)
         backbones = self.extraction.load(self.backbones)
-        readings = [
-            ReadPlan(
-                name,
-                self.taps or block_taps(backbone),
-                self.timesteps if backbone.denoises else None,
-                self.pool,
-                self.extraction.config(),
-            )
-            for name, backbone in backbones.items()
-        ]
+        readings = []
+        for name, backbone in backbones.items():
+            taps, timesteps = self.taps or block_taps(backbone), self.timesteps if backbone.denoises else None
+            readings.append(ReadPlan(name, taps, timesteps, self.pool, self.extraction.config()))
         prepared = self.images.read(data, backbones, readings)
-        done = sweep(
-            prepared,
-            self.output,
-            kind=self.head,
-            fit=self.seeded_fit(),
-            shape=self.shape,
-            prune=self.prune,
-            seed=self.images.split_seed,
-        )
+        done = sweep(prepared, self.output, prune=self.prune, **self.training())
         picture = draw_heat_map(done.cells, title=f"{self.head} probes on {self.data}")
         write_image(self.output / "heatmap.png", picture)
         if self.json:
@@ -134,3 +280,50 @@ class SweepCells(Classifier):
             return
         print(done.summary())
         print(f"wrote {self.output}: heatmap.png, cells.csv, result.json and the probe")
+
+
+@dataclass(frozen=True)
+class EvalProbes(ReportOptions, Classifier):
+    """Train and test probes of backbones alone and fused, on one split, with intervals.
+
+    For example: diffrep eval probes scenes; diffrep eval probes cub --root CUB_200_2011 --cells sd2.1,up.1,90,4
+    """
+
+    benchmark: Annotated[str, tyro.conf.Positional] = "scenes"  # scenes, scenes:colour, digits, or a published data set
+    root: Path | None = None  # folder of a published data set, as its archive unpacks
+    classes: Path | None = None  # imagenet: a file with the WordNet ids of a subset, as of ImageNet-50
+    cells: tuple[str, ...] = ("tiny", "tiny-dino")  # what is compared: BACKBONE[,TAP[,TIMESTEP[,POOL]]]
+
+    def run(self) -> None:
+        from diffrep.eval.probes import compare_probes, rows_of
+
+        self.check_output()
+        data = self._data()
+        backbones = self.extraction.load([text.split(",")[0] for text in self.cells])
+        cells = parse_cells(self.cells, backbones)
+        prepared = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
+        benchmark = self.benchmark if self.classes is None else ""
+        report = compare_probes(prepared, rows_of(cells), benchmark=benchmark, **self.training())
+        if not self.json:
+            print(f"{balance(data, prepared.split)}\n")
+        self.show(report)
+
+    def _data(self) -> LabelledImages:
+        from diffrep.eval.probe_data import BENCHMARKS, imagenet_subset  # brings the renderer
+
+        if self.classes is not None and self.benchmark != "imagenet":
+            raise ValueError(f"--classes goes with imagenet, not with {self.benchmark}")
+        if self.benchmark not in BENCHMARKS:
+            if self.root is not None:
+                raise ValueError(f"--root goes with {', '.join(BENCHMARKS)}, got {self.benchmark!r}")
+            return self.images.find(self.benchmark)
+        if self.root is None:
+            raise ValueError(f"{self.benchmark} needs its folder: --root")
+        if self.classes is not None:
+            return imagenet_subset(self.root, self.classes)
+        benchmark = BENCHMARKS[self.benchmark]
+        data = benchmark.read(self.root)
+        counts = tuple((data.parts or ()).count(part) for part in ("train", "test"))
+        if counts != benchmark.sizes:
+            print(f"note: {counts[0]} training and {counts[1]} test images; published {benchmark.sizes}")
+        return data

@@ -9,13 +9,23 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from diffrep.commands.probe_options import Extraction, NewProbe, WorkOptions
-from diffrep.eval.map_probes import score_dense_probe, score_pixel_probe
+from diffrep.commands.probe import Extraction, NewProbe, WorkOptions
+from diffrep.eval.probes import score_dense_probe, score_pixel_probe
 from diffrep.eval.rendering import SceneFiles, What, annotated_scenes, scene_classes
-from diffrep.heads.probes import PixelSettings, Resizing, train_pixel_probe
-from diffrep.heads.probes.annotated import AnnotatedFiles, hold_out, pair_annotations
-from diffrep.heads.probes.dense_probe import Annotation, DenseSettings, DenseTask, train_dense_probe
-from diffrep.heads.probes.pixel_labels import PixelClasses, find_classes
+from diffrep.heads.probes import (
+    AnnotatedFiles,
+    Annotation,
+    DenseSettings,
+    PixelClasses,
+    PixelSettings,
+    Resizing,
+    find_classes,
+    hold_out,
+    pair_annotations,
+    train_dense_probe,
+    train_pixel_probe,
+)
+from diffrep.heads.probes.annotated import DenseTask
 
 SCENES = "scenes"
 
@@ -71,17 +81,12 @@ class TrainPixels(NewProbe):
             raise ValueError("--timesteps, --taps and --pixels-per-image need at least one")
         train, test, labels = self._data()
         backbone = self.extraction.load_one(self.backbone)
-        probe = train_pixel_probe(
-            tqdm(labels.examples(train), desc="reading pixels", unit="image", total=len(train)),
-            labels.names,
-            backbone,
-            taps=self.taps,
-            timesteps=self.timesteps,
-            pixels_per_image=self.pixels_per_image,
-            extract=self.extraction.config(),
-            settings=self.fit,
-            resizing=self.resizing,
-        )
+        examples = tqdm(labels.examples(train), desc="reading pixels", unit="image", total=len(train))
+        options: dict[str, Any] = {
+            name: getattr(self, name) for name in ("taps", "timesteps", "pixels_per_image", "resizing")
+        }
+        config = self.extraction.config()
+        probe = train_pixel_probe(examples, labels.names, backbone, extract=config, settings=self.fit, **options)
         scores = score_pixel_probe(probe, test, backbone, labels).document()
         about = {"data": train.name, "images": len(train), "test": {"images": len(test), **scores}}
         ordered = sorted(scores["iou"].items(), key=lambda item: -item[1])
@@ -131,16 +136,9 @@ class TrainDense(NewProbe):
         train, test = self.data.find(self.images, self.annotations, self.task)
         annotation = Annotation() if self.images == SCENES else self.annotation
         backbone = self.extraction.load_one(self.backbone)
-        probe = train_dense_probe(
-            train,
-            self.task,
-            backbone,
-            self.data.work / "maps",
-            settings=self.fit,
-            extract=self.extraction.config(taps=self.taps, timestep=self.timestep),
-            annotation=annotation,
-            workers=self.data.workers,
-        )
+        options: dict[str, Any] = {"settings": self.fit, "annotation": annotation, "workers": self.data.workers}
+        config = self.extraction.config(taps=self.taps, timestep=self.timestep)
+        probe = train_dense_probe(train, self.task, backbone, self.data.work / "maps", extract=config, **options)
         scores = score_dense_probe(probe, test, backbone, annotation)
         self.finish(replace(probe, about={**probe.about, "test": scores}), _lines(scores))
 

@@ -18,19 +18,9 @@ from diffrep.backbones import Backbone
 from diffrep.commands.image_runs import Item, check_folder, find_inputs, run_images, write_beside, write_map
 from diffrep.commands.output import check_writable
 from diffrep.files import write_whole
-from diffrep.heads.maps import DepthMap, NormalMap
-from diffrep.heads.probes.dense_probe import DenseProbe
-from diffrep.heads.probes.pixel_probe import PixelLabelling, PixelProbe
-from diffrep.heads.probes.probe import Prediction, Probe
-from diffrep.heads.probes.saved import load_named, load_probe, load_recorded, saved_features
+from diffrep.heads.probes.pixels import PixelLabelling, PixelProbe
+from diffrep.heads.probes.probe import MapProbe, Prediction, load_named, load_probe, load_recorded, saved_features
 from diffrep.images import find_images
-
-
-@dataclass(frozen=True)
-class Batches:
-    """How many images go through the network together."""
-
-    batch_size: int
 
 
 @dataclass(frozen=True)
@@ -60,21 +50,17 @@ class Predict:
             raise ValueError("say which images: diffrep probe predict MODEL IMAGES")
         backbones = self._backbones()
         probe = load_probe(self.model, backbone=next(iter(backbones.values())))
-        if isinstance(probe, (PixelProbe, DenseProbe)):
+        if isinstance(probe, MapProbe):
             self._maps(probe, *backbones.values())
             return
         if self.output is not None:
             check_writable(self.output, (".csv", ".json"))
         files = find_images(self.paths)
-        read: Any = (
-            {"backbones": backbones} if isinstance(probe, Probe) else {"backbone": next(iter(backbones.values()))}
-        )
-        self._show(files, probe.predict(files, batch_size=self.batch_size, **read))
+        self._show(files, probe.predict(files, backbones=backbones, batch_size=self.batch_size))
 
     def _backbones(self) -> dict[str, Backbone]:
         """The probe's backbones by their recorded names, or the one that is named in their place."""
-        recorded = saved_features(self.model)
-        places: dict[str, str] = {}
+        recorded, places = saved_features(self.model), dict[str, str]()
         for text in self.backbone:
             name = next((name for name in recorded if text == name or text.startswith(f"{name}=")), None)
             if name is None and len(recorded) > 1:
@@ -90,14 +76,12 @@ class Predict:
             for name, values in recorded.items()
         }
 
-    # -- classes --------------------------------------------------------------------------------------------
-
     def _show(self, files: Sequence[Path], prediction: Prediction) -> None:
         rows = list(zip(files, prediction.top(self.top), strict=True))
         document = json_module.dumps(
             [
-                {"image": str(file), "classes": [{"class": c, "probability": round(p, 6)} for c, p in found]}
-                for file, found in rows
+                {"image": str(file), "classes": [{"class": c, "probability": round(p, 6)} for c, p in likeliest]}
+                for file, likeliest in rows
             ],
             indent=2,
         )
@@ -110,52 +94,45 @@ class Predict:
         if self.json:
             print(document)
             return
-        for file, found in rows:
-            print(f"{file}  " + "  ".join(f"{c} {100 * p:.1f} %" for c, p in found))
+        for file, likeliest in rows:
+            print(f"{file}  " + "  ".join(f"{c} {100 * p:.1f} %" for c, p in likeliest))
 
-    # -- maps -----------------------------------------------------------------------------------------------
-
-    def _maps(self, probe: PixelProbe | DenseProbe, backbone: Backbone) -> None:
+    def _maps(self, probe: MapProbe, backbone: Backbone) -> None:
         folder = self.output or Path("maps")
         check_folder(folder)
-        if isinstance(probe, DenseProbe) and not self.formats and not self.preview:
+        if not isinstance(probe, PixelProbe) and not self.formats and not self.preview:
             raise ValueError("nothing would be written: name --formats, or leave the preview on")
         inputs = find_inputs(self.paths, folder)
 
-        def write(item: Item, image: Image.Image, result: DepthMap | NormalMap | PixelLabelling) -> list[Path]:
-            if isinstance(result, PixelLabelling):
-                about = shares(result, probe.classes)  # type: ignore[union-attr]  # a pixel probe's
-                return write_beside(item.place, {"labels": result.picture()}, "labels", about)
+        def write(item: Item, image: Image.Image, result: Any) -> list[Path]:
+            if isinstance(probe, PixelProbe):
+                return write_beside(item.place, {"labels": result.picture()}, "labels", shares(result, probe.classes))
             return write_map(item.place, result, self.formats, show=self.preview)
 
-        done = run_images(_Mapper(probe, backbone), inputs, folder, Batches(self.batch_size), write)
+        done = run_images(_Mapper(probe, backbone), inputs, folder, self, write)
         if self.json:
             print(json_module.dumps({"model": str(self.model), "images": done}, indent=2))
             return
-        print(f"wrote {sum(len(entry['files']) for entry in done)} files for {len(done)} images into {folder}")  # type: ignore[arg-type, misc]  # lists, by run_images
+        count = sum(len(entry["files"]) for entry in done)  # type: ignore[arg-type, misc]  # lists, by run_images
+        print(f"wrote {count} files for {len(done)} images into {folder}")
 
 
 @dataclass(frozen=True)
 class _Mapper:
     """A probe of pixels, depth or normals as `run_images` takes it."""
 
-    probe: PixelProbe | DenseProbe
+    probe: MapProbe
     backbone: Backbone
 
     @property
     def task(self) -> str:
-        return self.probe.task if isinstance(self.probe, DenseProbe) else "labels"
+        return self.probe.says
 
-    def check(self, config: object) -> None:
+    def check(self, config: Predict) -> None:
         self.probe.check(self.backbone)
 
-    def predict_each(
-        self, images: list[Image.Image], config: Batches
-    ) -> Iterator[DepthMap | NormalMap | PixelLabelling]:
-        if isinstance(self.probe, PixelProbe):
-            return self.probe.segment_each(images, backbone=self.backbone, checked=True)
-        size = config.batch_size
-        return self.probe.predict_each(images, backbone=self.backbone, checked=True, batch_size=size)
+    def predict_each(self, images: list[Image.Image], config: Predict) -> Iterator[Any]:
+        return self.probe.predict_each(images, backbone=self.backbone, checked=True, batch_size=config.batch_size)
 
 
 def shares(result: PixelLabelling, classes: Sequence[str]) -> dict[str, object]:

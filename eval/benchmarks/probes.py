@@ -37,8 +37,8 @@ from diffrep.heads.probes import (
     train_recipe,
 )
 from diffrep.heads.probes.cells import noisy_input
+from diffrep.heads.probes.grid import FeatureRows
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.rows import MappedRows
 from diffrep.images import decode_image, fit_image, stack_pixels
 
 
@@ -172,7 +172,7 @@ class ProbesBenchmark:
         ]
         return "\n".join(lines), peak
 
-    def _written(self, folder: Path) -> tuple[MappedRows, Tensor]:
+    def _written(self, folder: Path) -> tuple[FeatureRows, Tensor]:
         """Overlapping clusters in half precision, written shard by shard and mapped."""
         random = np.random.default_rng(0)
         labels = random.integers(self.classes, size=self.rows)
@@ -184,7 +184,7 @@ class ProbesBenchmark:
             file = folder / f"{number:04d}.f16"
             values.astype(np.float16).tofile(file)
             pieces.append(np.memmap(file, np.float16, "r", shape=(len(classes), self.width)))
-        return MappedRows(pieces), torch.from_numpy(labels)
+        return FeatureRows(pieces), torch.from_numpy(labels)
 
 
 def peak_gib() -> float:

@@ -63,23 +63,20 @@ class TransformerBlock(nn.Module):
         return out
 
 
-class _InsertCls(nn.Module):
-    """A place in the list of layers; the token belongs to the whole head."""
+_STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (map or tokens, class token) -> tokens or vector
+    "Reshape": lambda maps, _: maps.flatten(2).mT,
+    "Insert_CLS_Token": lambda tokens, token: torch.cat([token.expand(len(tokens), -1, -1), tokens], dim=1),
+    "Extract_CLS_Token": lambda tokens, _: tokens[:, 0],
+    "FullyPool": lambda tokens, _: tokens.mean(1),
+}
 
 
-class _ExtractCls(nn.Module):
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 0]
+class _Step(nn.Module):
+    """A place in the list of layers for what has no weights."""
 
-
-class _FullyPool(nn.Module):
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens.mean(1)
-
-
-class _Reshape(nn.Module):
-    def forward(self, maps: Tensor) -> Tensor:
-        return maps.flatten(2).mT
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.run = _STEPS[word]
 
 
 class TokenReadout(nn.Module):
@@ -109,10 +106,7 @@ class TokenReadout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """A map (B, C, h, w) or tokens (B, N, C), as the first layer wants them -> (B, D)."""
         for layer in self.layers:
-            if isinstance(layer, _InsertCls):
-                x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-            else:
-                x = layer(x)
+            x = layer.run(x, self.cls_token) if isinstance(layer, _Step) else layer(x)
         return x
 
 
@@ -128,13 +122,7 @@ def _layers_of(word: str) -> list[nn.Module]:
             return [nn.AvgPool2d(int(numbers[0]), int(numbers[1]))]
         if name == "Dense":
             return [nn.Linear(int(numbers[0]), int(numbers[1])), _ACTIVATIONS[numbers[2]]()]
-        plain = {
-            "Reshape": _Reshape,
-            "Insert_CLS_Token": _InsertCls,
-            "Extract_CLS_Token": _ExtractCls,
-            "FullyPool": _FullyPool,
-        }
-        return [plain[name]()]
+        return [_Step(word)]
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"cannot read {word!r} in a layer string ({error})") from None
 

@@ -1,4 +1,7 @@
-"""Labelled images: folders by class, tables, webdataset shards, Hugging Face data sets on disk."""
+"""Labelled images: folders by class, tables, webdataset shards, Hugging Face data sets; split without leakage.
+
+Each reader yields rows of `LabelledImage`; `assemble` checks them and numbers their classes.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import hashlib
 import json
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
-from diffrep.files import read_document
+import numpy as np
+
+from diffrep.files import one_line, read_document
 from diffrep.images import SUFFIXES, images_below
 from diffrep.store.sources import ImageSource
 
@@ -29,15 +34,6 @@ class DataError(ValueError):
     """Labelled images that cannot be used; the message names the place and what is wrong."""
 
 
-class Readable(Protocol):
-    """An image that has not been read yet."""
-
-    @property
-    def name(self) -> str: ...
-
-    def read(self) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class StoredBytes:
     """An image whose file content lies in a table."""
@@ -46,9 +42,11 @@ class StoredBytes:
     content: bytes
 
     def read(self) -> bytes:
+        """The encoded image."""
         return self.content
 
 
+Readable: TypeAlias = ImageSource | StoredBytes  # an image that has not been read yet
 SAMPLED = 2**15  # bytes at either end of a file that are looked at
 
 
@@ -60,12 +58,11 @@ def images_sha256(images: Iterable[Readable]) -> str:
     digest = hashlib.sha256()
     for image in images:
         digest.update(image.name.encode("utf-8", "surrogateescape") + b"\0")
-        if not isinstance(image, ImageSource):
-            digest.update(hashlib.sha256(image.read()).digest())
+        if isinstance(image, StoredBytes):
+            digest.update(hashlib.sha256(image.content).digest())
             continue
-        digest.update(f"{image.size}\0".encode())
-        if image.size > 2 * SAMPLED:
-            digest.update(f"{image.modified}\0".encode())
+        changed = f"{image.modified}\0" if image.size > 2 * SAMPLED else ""
+        digest.update(f"{image.size}\0{changed}".encode())
         try:
             with open(image.file, "rb") as opened:
                 for start in sorted({0, max(0, image.size - SAMPLED)}):
@@ -174,50 +171,39 @@ def read_labelled(
         return from_data_set(source, image=image or "image", label=label, group=group)
     path = Path(source)
     if path.suffix.lower() == ".csv":
-        return _from_csv(path, image or "path", label, group)
-    if path.suffix.lower() == ".parquet" or any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
-        return _from_arrow(path, image or "image", label, group)
-    shards = _shards(path)
-    if shards:
-        return _from_shards(str(source), shards, label, group)
-    if path.is_dir():
-        return _from_folder(path)
-    raise DataError(
-        f"{source}: no such folder of classes, .csv, .tar or .parquet" if not path.exists() else
-        f"{source}: is neither a folder of classes nor a .csv, .tar or .parquet file"
-    )  # fmt: skip
+        rows = _from_csv(path, image or "path", label, group)
+    elif path.suffix.lower() == ".parquet" or any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
+        return _from_tables(path, _arrow_tables(path), image or "image", label, group)
+    elif shards := _shards(path):
+        rows = (row for shard in shards for row in _from_shard(shard, label, group))
+    elif path.is_dir():
+        rows = _from_folder(path)
+    elif path.exists():
+        raise DataError(f"{source}: is neither a folder of classes nor a .csv, .tar or .parquet file")
+    else:
+        raise DataError(f"{source}: no such folder of classes, .csv, .tar or .parquet")
+    return assemble(str(source), list(rows))
 
 
-# -- folders ------------------------------------------------------------------------------------------------
+def _labelled(
+    where: str, image: Readable, values: Mapping[str, Any], label: str, group: str | None, part: Part | None
+) -> LabelledImage:
+    """A row from the values beside an image."""
+    for name in (label, *([group] if group else [])):
+        if values.get(name) in (None, "") or isinstance(values[name], (list, dict)):
+            raise DataError(f"{where} has no {name}")
+    return LabelledImage(image, str(values[label]), str(values[group]) if group else None, part)
 
 
-def _from_folder(folder: Path) -> LabelledImages:
-    below = [d for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")]
-    parts: dict[Path, Part | None] = {d: _SPELLINGS[d.name.lower()] for d in below if d.name.lower() in _SPELLINGS}
-    if not below:
-        raise DataError(f"{folder}: has no folders; each class is a folder of images")
-    if not parts:
-        return assemble(str(folder), list(_class_folders(folder, folder, None)))
-    rows, classes = [], {}
-    for part_folder, part in parts.items():
-        of_part = list(_class_folders(part_folder, folder, part))
-        if not of_part:
-            raise DataError(f"{part_folder}: the split is empty")
-        rows += of_part
-        classes[part_folder.name] = {row.label for row in of_part}
-    names = list(classes)
-    for other in names[1:]:
-        if differ := sorted(classes[names[0]] ^ classes[other]):
-            raise DataError(
-                f"{folder}: {names[0]} and {other} do not have the same classes; they differ in {', '.join(differ[:5])}"
-            )
-    return assemble(str(folder), rows)
+def _part(text: str, where: str) -> Part:
+    if text.lower() not in _SPELLINGS:
+        raise DataError(f"{where}: the split {text!r} is none of {', '.join(PARTS)}")
+    return _SPELLINGS[text.lower()]
 
 
-def _class_folders(folder: Path, root: Path, part: Part | None) -> Iterable[LabelledImage]:
-    for class_folder in sorted(d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")):
-        for file in images_below(class_folder):
-            yield LabelledImage(image_file(file, root), class_folder.name, part=part)
+def _check_columns(path: Path, columns: Sequence[str], *names: str | None) -> None:
+    if missing := [name for name in names if name is not None and name not in columns]:
+        raise DataError(f"{path}: has no column {', '.join(missing)}, only {', '.join(columns)}")
 
 
 def image_file(file: Path, root: Path) -> ImageSource:
@@ -230,34 +216,45 @@ def image_file(file: Path, root: Path) -> ImageSource:
     return ImageSource(name, str(file), status.st_size, status.st_mtime_ns)
 
 
-# -- tables -------------------------------------------------------------------------------------------------
+def _folders(folder: Path) -> list[Path]:
+    return [d for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")]
 
 
-def _from_csv(file: Path, image: str, label: str, group: str | None) -> LabelledImages:
+def _from_folder(root: Path) -> Iterator[LabelledImage]:
+    parts: dict[Path, Part | None] = {
+        d: _SPELLINGS[d.name.lower()] for d in _folders(root) if d.name.lower() in _SPELLINGS
+    }
+    if not _folders(root):
+        raise DataError(f"{root}: has no folders; each class is a folder of images")
+    classes: dict[str, set[str]] = {}
+    for folder, part in parts.items() or [(root, None)]:
+        images = [(file, place.name) for place in _folders(folder) for file in images_below(place)]
+        if part and not images:
+            raise DataError(f"{folder}: the split is empty")
+        yield from (LabelledImage(image_file(file, root), label, part=part) for file, label in images)
+        classes[folder.name] = {label for _, label in images}
+    first, *others = classes
+    for other in others:
+        if differ := sorted(classes[first] ^ classes[other]):
+            raise DataError(
+                f"{root}: {first} and {other} do not have the same classes; they differ in {', '.join(differ[:5])}"
+            )
+
+
+def _from_csv(file: Path, image: str, label: str, group: str | None) -> Iterator[LabelledImage]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
             table = csv.DictReader(opened)
             columns, lines = table.fieldnames or [], list(enumerate(table, 2))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: cannot be read as a table in UTF-8 ({_reason(error)})") from None
-    wanted = [image, label, *([group] if group else [])]
-    if missing := [name for name in wanted if name not in columns]:
-        raise DataError(f"{file}: has no column {', '.join(missing)}, only {', '.join(columns)}")
-    rows = []
+        raise DataError(f"{file}: cannot be read as a table in UTF-8 ({one_line(error)})") from None
+    _check_columns(file, columns, image, label, group)
     for number, line in lines:
-        where = f"{file}, line {number}"
-        if empty := [name for name in wanted if not line[name]]:
-            raise DataError(f"{where}: the {empty[0]} is empty")
-        source = image_file(file.parent / line[image], file.parent)
-        part = _part(line["split"], where) if line.get("split") else None
-        rows.append(LabelledImage(source, line[label], line[group] if group else None, part))
-    return assemble(str(file), rows)
-
-
-def _part(text: str, where: str) -> Part:
-    if text.lower() not in _SPELLINGS:
-        raise DataError(f"{where}: the split {text!r} is none of {', '.join(PARTS)}")
-    return _SPELLINGS[text.lower()]
+        where = f"{file}, line {number}:"
+        if not line[image]:
+            raise DataError(f"{where} has no {image}")
+        part = _part(line["split"], where[:-1]) if line.get("split") else None
+        yield _labelled(where, image_file(file.parent / line[image], file.parent), line, label, group, part)
 
 
 # -- webdataset ---------------------------------------------------------------------------------------------
@@ -271,85 +268,64 @@ def _shards(path: Path) -> list[Path]:
     return sorted(path.glob("*.tar")) if path.is_dir() else []
 
 
-def _from_shards(name: str, shards: Sequence[Path], label: str, group: str | None) -> LabelledImages:
-    rows = []
-    for shard in shards:
-        samples: dict[str, dict[str, Any]] = defaultdict(dict)
-        try:
-            modified = shard.stat().st_mtime_ns
-            with tarfile.open(shard, "r:") as archive:
-                for member in archive:
-                    if not member.isfile():
-                        continue
-                    place = PurePosixPath(member.name.removeprefix("./"))
-                    stem, _, ending = place.name.partition(".")
-                    sample = samples[str(place.parent / stem)]
-                    if f".{ending.lower()}" in SUFFIXES:
-                        inside = f"{shard.name}/{place}"
-                        sample["image"] = ImageSource(inside, str(shard), member.size, modified, member.offset_data)
-                    elif ending in ("cls", "json"):
-                        content = archive.extractfile(member)
-                        sample[ending] = content.read() if content is not None else b""
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
-            raise DataError(f"{shard}: is not an uncompressed webdataset shard ({error})") from None
-        rows += [_sample_row(shard, key, sample, label, group) for key, sample in samples.items() if "image" in sample]
-    return assemble(name, rows)
-
-
-def _sample_row(shard: Path, key: str, sample: Mapping[str, Any], label: str, group: str | None) -> LabelledImage:
-    values: Mapping[str, Any] = {}
+def _from_shard(shard: Path, label: str, group: str | None) -> Iterator[LabelledImage]:
+    samples: dict[str, dict[str, Any]] = defaultdict(dict)
     try:
-        if "json" in sample:
-            values = json.loads(sample["json"])
-            if not isinstance(values, Mapping):
-                raise ValueError(f"its .json must hold an object, found {type(values).__name__}")
-        text = sample["cls"].decode().strip() if "cls" in sample else values.get(label)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{shard}: the label of {key} cannot be read ({_reason(error)})") from None
-    if text is None or isinstance(text, (list, dict)):
-        raise DataError(f"{shard}: {key} has no label (neither .cls nor {label!r} in a .json)")
-    if group is not None and group not in values:
-        raise DataError(f"{shard}: {key} has no group ({group!r} in a .json)")
-    return LabelledImage(sample["image"], str(text), str(values[group]) if group is not None else None)
-
-
-def _reason(error: BaseException) -> str:
-    """The message of an error in one short line."""
-    return "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        modified = shard.stat().st_mtime_ns
+        with tarfile.open(shard, "r:") as archive:
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                place = PurePosixPath(member.name.removeprefix("./"))
+                stem, _, ending = place.name.partition(".")
+                sample = samples[str(place.parent / stem)]
+                if f".{ending.lower()}" in SUFFIXES:
+                    inside = f"{shard.name}/{place}"
+                    sample["image"] = ImageSource(inside, str(shard), member.size, modified, member.offset_data)
+                elif ending in ("cls", "json"):
+                    content = archive.extractfile(member)
+                    sample[ending] = content.read() if content is not None else b""
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{shard}: is not an uncompressed webdataset shard ({error})") from None
+    for key, sample in samples.items():
+        if "image" in sample:
+            try:
+                values = json.loads(sample.get("json", "{}"))
+                if not isinstance(values, dict):
+                    raise ValueError(f"its .json must hold an object, found {type(values).__name__}")
+                if "cls" in sample:
+                    values[label] = sample["cls"].decode().strip()
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{shard}: the label of {key} cannot be read ({one_line(error)})") from None
+            yield _labelled(f"{shard}: {key}", sample["image"], values, label, group, None)
 
 
 # -- Hugging Face data sets ---------------------------------------------------------------------------------
 
+_Table: TypeAlias = tuple[str, Any, Part | None]  # name, Arrow table, part
 
-def _from_arrow(path: Path, image: str, label: str, group: str | None) -> LabelledImages:
+
+def _arrow_tables(path: Path) -> list[_Table]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise ImportError(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install pyarrow") from None
-    tables: list[tuple[str, Any, Part | None]] = []
+    tables: list[_Table] = []
     try:
         if path.suffix.lower() == ".parquet":
-            tables.append((path.stem, pq.read_table(path), None))
-        else:
-            for folder, part in _split_folders(path):
-                for entry in read_document(folder / "state.json", error=DataError)["_data_files"]:
-                    with pa.memory_map(str(folder / Path(entry["filename"]).name)) as opened:
-                        table = pa.ipc.open_stream(opened).read_all()
-                    tables.append((f"{folder.name}/{entry['filename']}", table, part))
+            return [(path.stem, pq.read_table(path), None)]
+        folders: list[tuple[Path, Part | None]] = [(path, None)]
+        if (path / "dataset_dict.json").is_file():
+            names = read_document(path / "dataset_dict.json", error=DataError)["splits"]
+            folders = [(path / Path(name).name, _part(name, str(path))) for name in names]
+        for folder, part in folders:
+            for entry in read_document(folder / "state.json", error=DataError)["_data_files"]:
+                with pa.memory_map(str(folder / Path(entry["filename"]).name)) as opened:
+                    tables.append((f"{folder.name}/{entry['filename']}", pa.ipc.open_stream(opened).read_all(), part))
     except DataError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: cannot be read as a data set ({_reason(error)})") from None
-    return _from_tables(path, tables, image, label, group)
-
-
-def _split_folders(path: Path) -> list[tuple[Path, Part | None]]:
-    """The folders of a saved data set's parts; the folder itself where it has none."""
-    if not (path / "dataset_dict.json").is_file():
-        return [(path, None)]
-    names = read_document(path / "dataset_dict.json", error=DataError)["splits"]
-    return [(path / Path(name).name, _part(name, str(path))) for name in names]
+        raise DataError(f"{path}: cannot be read as a data set ({one_line(error)})") from None
+    return tables
 
 
 def from_data_set(
@@ -363,55 +339,162 @@ def from_data_set(
     if not isinstance(data_set, Mapping) and not hasattr(data_set, "with_format"):
         raise DataError(f"labelled images come from a path or a datasets.Dataset, got {type(data_set).__name__}")
     parts = data_set.items() if isinstance(data_set, Mapping) else [("", data_set)]
-    tables = [
+    tables: list[_Table] = [
         (name or "data", one.with_format("arrow")[:], _part(name, "the data set") if name else None)
         for name, one in parts
     ]
     return _from_tables(Path("data set"), tables, image, label, group)
 
 
-def _from_tables(
-    path: Path, tables: Sequence[tuple[str, Any, Part | None]], image: str, label: str, group: str | None
-) -> LabelledImages:
+def _from_tables(path: Path, tables: Sequence[_Table], image: str, label: str, group: str | None) -> LabelledImages:
     rows, classes = [], None
     for name, table, part in tables:
-        wanted = [image, label, *([group] if group else [])]
-        if missing := [column for column in wanted if column not in table.column_names]:
-            raise DataError(f"{path}: has no column {', '.join(missing)}, only {', '.join(table.column_names)}")
+        _check_columns(path, table.column_names, image, label, group)
         classes = _class_names(path, table, label) or classes
-        for number, record in enumerate(table.select(wanted).to_pylist()):
-            picture, value = record[image], record[label]
+        for number, record in enumerate(table.select([image, label, *([group] if group else [])]).to_pylist()):
+            where, picture, value = f"{path}, {name}, row {number}:", record[image], record[label]
             content = picture if isinstance(picture, Mapping) else {}
-            if value is None or not (content.get("bytes") or content.get("path")):
-                raise DataError(f"{path}, {name}, row {number}: has no {label if value is None else image}")
+            if not (content.get("bytes") or content.get("path")):
+                raise DataError(f"{where} has no {image}")
+            if classes is not None and isinstance(value, int):
+                if not 0 <= value < len(classes):
+                    raise DataError(f"{path}: has the label {value}, but only {len(classes)} classes")
+                record[label] = classes[value]
             source: Readable = (
                 StoredBytes(f"{name}/{number:08d}", content["bytes"])
                 if content.get("bytes")
                 else image_file(Path(content["path"]), path)
             )
-            rows.append(LabelledImage(source, _class_of(path, value, classes), _text(record, group), part))
+            rows.append(_labelled(where, source, record, label, group, part))
     return assemble(str(path), rows, classes)
-
-
-def _text(record: Mapping[str, Any], column: str | None) -> str | None:
-    return None if column is None or record[column] is None else str(record[column])
-
-
-def _class_of(path: Path, value: object, classes: Sequence[str] | None) -> str:
-    if classes is None or not isinstance(value, int):
-        return str(value)
-    if not 0 <= value < len(classes):
-        raise DataError(f"{path}: has the label {value}, but only {len(classes)} classes")
-    return classes[value]
 
 
 def _class_names(path: Path, table: Any, label: str) -> tuple[str, ...] | None:
     """The names that a `ClassLabel` feature gives its numbers, from the schema's metadata."""
-    about = (table.schema.metadata or {}).get(b"huggingface")
-    if about is None:
-        return None
     try:
-        names = json.loads(about)["info"]["features"].get(label, {}).get("names")
+        about = json.loads((table.schema.metadata or {}).get(b"huggingface", '{"info": {"features": {}}}'))
+        names = about["info"]["features"].get(label, {}).get("names")
         return None if names is None else tuple(map(str, names))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: its description of the column {label} cannot be read ({_reason(error)})") from None
+        raise DataError(f"{path}: its description of the column {label} cannot be read ({one_line(error)})") from None
+
+
+# -- splits -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """Rows of each part. No row, and no group, lies in two of them."""
+
+    train: tuple[int, ...]
+    val: tuple[int, ...]
+    test: tuple[int, ...]
+
+    def part(self, name: Part) -> tuple[int, ...]:
+        """The rows of one part."""
+        return {"train": self.train, "val": self.val, "test": self.test}[name]
+
+    def counts(self) -> dict[str, int]:
+        """Part -> images."""
+        return {part: len(self.part(part)) for part in PARTS}
+
+
+def split_rows(
+    data: LabelledImages, *, shares: tuple[float, float, float] = (0.6, 0.2, 0.2), seed: int = 0
+) -> RowSplit:
+    """Split stratified by class; a part that the source names stays as it is.
+
+    A source with train and test gives up a part of its train for val; one with train and val is split the other
+    way: its val is the test, since it is what published numbers are reported on, and val is taken from train. What
+    a class's images are split into depends on the seed and their names only.
+
+    Args:
+        shares: of train, val and test in each class.
+
+    Raises:
+        DataError: a part would be empty or lack a class; a class that has too few images is named.
+    """
+    if min(shares) < 0 or not 0.999 < sum(shares) < 1.001 or shares[0] == 0:
+        raise ValueError(f"shares of train, val and test must add up to 1, got {shares}")
+    named = data.parts or ("train",) * len(data)
+    rows = {part: [row for row, name in enumerate(named) if name == part] for part in PARTS}
+    divided, total = PARTS, 1.0
+    if data.parts is not None:
+        if not rows["train"]:
+            raise DataError(f"{data.name}: names no training images")
+        if not rows["test"]:
+            rows["test"], rows["val"] = rows["val"], []
+        divided, total = () if rows["val"] else ("train", "val"), shares[0] + shares[1]
+    if divided:
+        among, rows["train"] = rows["train"], []
+        wanted = {part: share / total for part, share in zip(PARTS, shares, strict=True) if part in divided and share}
+        _divide(data, among, wanted, rows, seed)
+    split = RowSplit(tuple(sorted(rows["train"])), tuple(sorted(rows["val"])), tuple(sorted(rows["test"])))
+    _check(data, split)
+    return split
+
+
+def _divide(
+    data: LabelledImages, among: Sequence[int], shares: Mapping[Part, float], rows: dict[Part, list[int]], seed: int
+) -> None:
+    """Deal the groups of each class out to the parts, biggest first, to the part that lacks most."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for row in among:
+        groups[data.groups[row] if data.groups is not None else data.images[row].name].append(row)
+    by_class: dict[int, list[list[int]]] = defaultdict(list)
+    for name in sorted(groups):
+        members = groups[name]
+        majority = int(np.bincount([data.labels[row] for row in members]).argmax())
+        by_class[majority].append(members)
+    what = "groups" if data.groups is not None else "images"
+    for label, lots in sorted(by_class.items()):
+        if len(lots) < len(shares):
+            count = f"{len(lots)} {what if len(lots) > 1 else what[:-1]}"
+            raise DataError(
+                f"{data.name}: class {data.classes[label]!r} has {count}; {' and '.join(shares)} need one each"
+            )
+        order = np.random.default_rng([seed, label]).permutation(len(lots))
+        total = sum(map(len, lots))
+        filled = dict.fromkeys(shares, 0)
+        queue = sorted((lots[i] for i in order), key=len, reverse=True)
+        for number, members in enumerate(queue):
+            left, empty = len(queue) - number, [part for part in shares if not filled[part]]
+            choice = empty if left <= len(empty) else list(shares)  # every part gets one
+            part = max(choice, key=lambda p: shares[p] * total - filled[p])
+            filled[part] += len(members)
+            rows[part] += members
+
+
+def _check(data: LabelledImages, split: RowSplit) -> None:
+    for part in PARTS:
+        if not split.part(part):
+            raise DataError(f"{data.name}: the {part} split is empty")
+    trained = {data.labels[row] for row in split.train}
+    for part in ("val", "test"):
+        if untrained := sorted({data.labels[row] for row in split.part(part)} - trained):
+            names = ", ".join(repr(data.classes[label]) for label in untrained[:5])
+            raise DataError(f"{data.name}: {part} has the class {names}, which train lacks")
+    if data.groups is not None and data.parts is not None:
+        owner: dict[str, Part] = {}
+        for part in PARTS:
+            for row in split.part(part):
+                if owner.setdefault(data.groups[row], part) != part:
+                    group, first = data.groups[row], owner[data.groups[row]]
+                    raise DataError(f"{data.name}: group {group!r} lies in {first} and in {part}")
+
+
+def balance(data: LabelledImages, split: RowSplit) -> str:
+    """A table of images per class and part, with a warning line where a class is rare."""
+    counts = {part: data.counts(split.part(part)) for part in PARTS}
+    width = max(map(len, [*data.classes, "class"]))
+    shown = list(data.classes) if len(data.classes) <= 30 else []
+    lines = [f"{'class':<{width}}" + "".join(f"{part:>8}" for part in PARTS)]
+    lines += [f"{name:<{width}}" + "".join(f"{counts[part][name]:>8}" for part in PARTS) for name in shown]
+    lines.append(f"{'all':<{width}}" + "".join(f"{len(split.part(part)):>8}" for part in PARTS))
+    train = counts["train"]
+    low, high = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
+    lines.append(
+        f"{len(data.classes)} classes; smallest in train {low!r} ({train[low]}), largest {high!r} ({train[high]})"
+        + (": unbalanced, see mean per-class accuracy and --balanced" if train[high] > 3 * train[low] else "")
+    )
+    return "\n".join(lines)

@@ -1,15 +1,16 @@
 """Heads on the concatenated features of one or several cells, as one interface: (n, D) features to (n, K) scores.
 
 The cells' vectors are (C, row, column) in the order of the cells. A layout holds everything that is needed to build
-the head again before its weights are loaded.
+the head again before its weights are loaded. k-NN votes as in DINO (arXiv 2104.14294) and DINOv2 (arXiv 2304.07193).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import Cell
 from diffrep.heads.probes.grid import Standardiser
-from diffrep.heads.probes.neighbours import TEMPERATURE, NearestNeighbours
-from diffrep.heads.probes.recipe import check_settings
+from diffrep.index import Backend, Neighbours, build_index, search
+from diffrep.settings import POSITIVE, check
 
 Kind: TypeAlias = Literal["linear", "logistic", "mlp", "cnn", "attention", "knn"]
 KINDS: tuple[Kind, ...] = ("linear", "logistic", "mlp", "cnn", "attention", "knn")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,12 @@ class HeadShape:
     ratio: float = 4  # attention: width of the inner layers over `width`
     depth: int = 2  # attention: transformer blocks
     norm: Literal["layer", "batch"] = "layer"  # attention: of each map
-    temperature: float = TEMPERATURE  # knn: of the votes' weights
+    temperature: float = 0.07  # knn: of the votes' weights
 
     def __post_init__(self) -> None:
-        numbers = ("width", "heads", "ratio", "depth", "temperature")
-        check_settings(self, positive=(*numbers, "hidden") if self.hidden else numbers)
+        check(self, width=POSITIVE, heads=POSITIVE, ratio=POSITIVE, depth=POSITIVE, temperature=POSITIVE)
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"hidden must be finite and above 0, got {min(self.hidden)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,39 +64,21 @@ class Layout(HeadShape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in KINDS:
-            raise ValueError(f"no head {self.kind!r}; there are {', '.join(KINDS)}")
         if not self.cells or len(self.channels) != len(self.cells):
             raise ValueError(f"a head reads at least one cell, each with its channels, got {len(self.cells)}")
         if self.kind == "cnn" and len(self.cells) != 1:
             raise ValueError(f"a cnn head reads one cell, got {len(self.cells)}")
         if self.kind == "attention":
-            taps = self._by_timestep()
-            backbones = {cell.backbone for cell in self.cells}
-            if len(backbones) > 1 or len({tuple(t) for t in taps.values()}) > 1:
+            taps: dict[tuple[str, int], list[str]] = {}
+            for cell in self.cells:
+                taps.setdefault((cell.backbone, cell.timestep), []).append(cell.tap)
+            if len({cell.backbone for cell in self.cells}) > 1 or len(set(map(tuple, taps.values()))) > 1:
                 raise ValueError("an attention head reads the same taps of one backbone at every timestep")
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Numbers per image of each cell."""
         return tuple(c * cell.pool**2 for c, cell in zip(self.channels, self.cells, strict=True))
-
-    def _by_timestep(self) -> dict[int, list[str]]:
-        taps: dict[int, list[str]] = {}
-        for cell in self.cells:
-            taps.setdefault(cell.timestep, []).append(cell.tap)
-        return taps
-
-    def document(self) -> dict[str, Any]:
-        """JSON-ready; `Layout.read` reads it back."""
-        return asdict(self)
-
-    @classmethod
-    def read(cls, values: Mapping[str, Any]) -> Layout:
-        """From `document`."""
-        cells = tuple(Cell(**cell) for cell in values["cells"])
-        lists = {key: tuple(values[key]) for key in ("channels", "hidden")}
-        return cls(**{**values, **lists, "cells": cells})
 
 
 class FeatureHead(nn.Module):
@@ -139,13 +124,10 @@ class _Fused(nn.Module):
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
-        first = [
-            (cell, channels)
-            for cell, channels in zip(layout.cells, layout.channels, strict=True)
-            if cell.timestep == layout.cells[0].timestep
-        ]
+        cells = list(zip(layout.cells, layout.channels, strict=True))
+        first = [(cell, count) for cell, count in cells if cell.timestep == layout.cells[0].timestep]
         self.fusion = AttentionFusion(
-            {cell.tap: channels for cell, channels in first},
+            {cell.tap: count for cell, count in first},
             {cell.tap: cell.pool for cell, _ in first},
             layout.classes,
             readout=readout_string(layout.width, layout.heads, ratio=layout.ratio, depth=layout.depth),
@@ -155,9 +137,8 @@ class _Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         maps: dict[int, dict[str, Tensor]] = {}
-        parts = x.split(self.layout.widths, dim=1)
-        for cell, channels, part in zip(self.layout.cells, self.layout.channels, parts, strict=True):
-            maps.setdefault(cell.timestep, {})[cell.tap] = part.unflatten(1, (channels, cell.pool, cell.pool))
+        for cell, part in zip(self.layout.cells, x.split(self.layout.widths, dim=1), strict=True):
+            maps.setdefault(cell.timestep, {})[cell.tap] = part.unflatten(1, (-1, cell.pool, cell.pool))
         logits: Tensor = self.fusion(list(maps.values()))
         return logits
 
@@ -173,7 +154,6 @@ class _Voters(nn.Module):
         self.layout = layout
         self.register_buffer("gallery", torch.zeros(layout.gallery, sum(layout.widths)))
         self.register_buffer("labels", torch.zeros(layout.gallery, dtype=torch.int64))
-        self._voters: NearestNeighbours | None = None
 
     def unit(self, x: Tensor) -> Tensor:
         parts = x.float().split(self.layout.widths, dim=1)
@@ -181,35 +161,37 @@ class _Voters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         k = min(self.layout.k, len(self.gallery))
-        return self.voters().votes(self.unit(x), [k])[k]
+        return self.voters.votes(self.unit(x), [k])[k]
 
+    @cached_property
     def voters(self) -> NearestNeighbours:
         """With the index over the gallery, made when it is first asked."""
-        if self._voters is None:
-            layout = self.layout
-            self._voters = NearestNeighbours(self.gallery, self.labels, layout.classes, temperature=layout.temperature)
-        return self._voters
+        layout = self.layout
+        return NearestNeighbours(self.gallery, self.labels, layout.classes, temperature=layout.temperature)
 
 
 def _inner(layout: Layout) -> nn.Module:
+    width, side = sum(layout.widths), layout.cells[0].pool
     if layout.kind in ("linear", "logistic"):
-        return nn.Linear(sum(layout.widths), layout.classes)
+        return nn.Linear(width, layout.classes)
     if layout.kind == "mlp":
-        inner = PooledHead(sum(layout.widths), layout.classes, hidden=layout.hidden)
-        return _Flat(inner, sum(layout.widths), 1)
+        return _Flat(PooledHead(width, layout.classes, hidden=layout.hidden), width, 1)
     if layout.kind == "cnn":
-        side = layout.cells[0].pool
-        return _Flat(
-            CnnHead(layout.channels[0], layout.classes, pool=side, width=layout.width), layout.channels[0], side
-        )
+        channels = layout.channels[0]
+        return _Flat(CnnHead(channels, layout.classes, pool=side, width=layout.width), channels, side)
     return _Fused(layout) if layout.kind == "attention" else _Voters(layout)
 
 
 def build_head(layout: Layout, *, seed: int = 0) -> FeatureHead:
     """A head with initial weights that depend on the seed only."""
-    with torch.random.fork_rng(devices=[]):  # torch's initialisers draw from the global generator
+    return seeded(seed, lambda: FeatureHead(layout))
+
+
+def seeded(seed: int, build: Callable[[], ModuleT]) -> ModuleT:
+    """What `build` makes while torch's initialisers, which draw from the global generator, have a seed of their own."""
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return FeatureHead(layout)
+        return build()
 
 
 def gallery_head(layout: Layout, features: Tensor, labels: Tensor) -> FeatureHead:
@@ -267,3 +249,47 @@ class CnnHead(nn.Module):
         x = self.convolutions(F.adaptive_avg_pool2d(maps, self.pool))
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
+
+
+class NearestNeighbours:
+    """A gallery of labelled features that votes.
+
+    Args:
+        features: (N, D), of any length but zero.
+        labels: (N,) int64, 0..classes - 1.
+        backend: see `diffrep.index.build_index`; "faiss" is FAISS's flat index.
+
+    Raises:
+        ValueError: features and labels differ in number.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        classes: int,
+        *,
+        temperature: float = HeadShape.temperature,
+        backend: Backend = "faiss",
+    ) -> None:
+        if len(features) != len(labels):
+            raise ValueError(f"{len(features)} features but {len(labels)} labels")
+        self.labels, self.classes, self.temperature = labels, classes, temperature
+        self.index = build_index(F.normalize(features.float(), dim=1), backend)
+
+    def neighbours(self, features: Tensor, k: int, *, batch_size: int = 4096) -> Neighbours:
+        """The nearest training features by cosine of (Q, D) features; k is limited to their number."""
+        k = min(k, len(self.labels))
+        parts = [search(self.index, F.normalize(chunk.float(), dim=1), k) for chunk in features.split(batch_size)]
+        return Neighbours(torch.cat([n.indices for n in parts]), torch.cat([n.scores for n in parts]))
+
+    def votes(self, features: Tensor, ks: Sequence[int]) -> dict[int, Tensor]:
+        """Votes (Q, K) for each k, from one search; a neighbour's weight is exp(cosine / temperature).
+
+        The weights are the softmax over the neighbours of the largest k, of which the first k are summed, as DINOv2
+        has it: for smaller k they do not sum to 1. Their order is that of DINO's unnormalised sums.
+        """
+        neighbours = self.neighbours(features, max(ks))
+        weights = (neighbours.scores / self.temperature).softmax(1)
+        classes, none = self.labels[neighbours.indices], torch.zeros(len(weights), self.classes)
+        return {k: none.scatter_add(1, classes[:, :k], weights[:, :k]) for k in ks}

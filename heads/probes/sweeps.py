@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 from diffrep.files import JsonLines, read_document, write_document, write_whole
 from diffrep.heads.probes.cells import Cell
-from diffrep.heads.probes.experiment import ProbeData, train_probe
-from diffrep.heads.probes.fitting import ProbeFit, fit_head
+from diffrep.heads.probes.experiment import ProbeData, train_probe, wilson
 from diffrep.heads.probes.layouts import HeadShape, Kind
 from diffrep.heads.probes.probe import Probe
-from diffrep.heads.probes.scores import wilson
+from diffrep.heads.probes.training import ProbeFit, fit_head
 
 logger = logging.getLogger(__name__)
 
@@ -108,20 +107,37 @@ def sweep(
     fit, shape, folder = fit or ProbeFit(), shape or HeadShape(), Path(folder)
     check_prune(prune)
     cells = [cell for features in prepared.features.values() for cell in features.reading.cells()]
-    log = _CellLog(folder, _identity(prepared, kind, fit, shape, prune, seed))
-    scores = log.latest()
+    lines, split = _log(folder, _identity(prepared, kind, fit, shape, prune, seed)), prepared.split
+    scored = _cell_scores(lines)
+    scores = {score.cell: score for score in scored}
+
+    def look(cell: Cell, fit: ProbeFit, train: Sequence[int]) -> None:
+        scores[cell] = _score(prepared, cell, kind, fit, shape, train)
+        scored.append(scores[cell])
+        lines.add(asdict(scores[cell]))
+
     promising = cells
-    with tqdm(total=len(cells), initial=0, desc="cells", unit="cell", disable=not progress) as bar:
+    with tqdm(total=len(cells), desc="cells", unit="cell", disable=not progress) as bar:
         if prune > 0 and len(cells) > 1:
-            promising = _prune(prepared, cells, kind, fit, shape, prune, log, scores)
+            by_class: dict[int, list[int]] = {}
+            for row in split.train:
+                by_class.setdefault(prepared.data.labels[row], []).append(row)
+            few = sorted(row for rows in by_class.values() for row in rows[: max(1, len(rows) // 4)])
+            quick = dataclasses.replace(fit, grid=dataclasses.replace(fit.grid, epochs=max(1, fit.grid.epochs // 2)))
+            for cell in cells:
+                if cell not in scores:
+                    look(cell, quick, few)
+            first = {score.cell: score for score in reversed(scored) if score.pruned} or scores
+            order = sorted(cells, key=lambda cell: -first[cell].val)[: max(1, len(cells) - int(prune * len(cells)))]
+            promising = [cell for cell in cells if cell in set(order)]
             bar.update(len(cells) - len(promising))
         for cell in promising:
             if cell not in scores or scores[cell].pruned:
-                scores[cell] = log.add(_score(prepared, cell, kind, fit, shape, prepared.split.train))
+                look(cell, fit, split.train)
             bar.update()
     ordered = tuple(scores[cell] for cell in cells)
     # equals go to the earlier block; a pruned cell was judged by less
-    best = max((s for s in ordered if s.cell in set(promising)), key=lambda s: s.val).cell
+    best = max(promising, key=lambda cell: scores[cell].val)
     if (folder / RESULT).is_file():
         logger.info("%s: test was scored before, its score is repeated", folder)
         best, result = _read_result(folder / RESULT)
@@ -157,31 +173,6 @@ def _score(
     return CellScore(cell, right / len(truth), low, high, fitted.choice, pruned=len(train) < len(prepared.split.train))
 
 
-def _prune(
-    prepared: ProbeData,
-    cells: Sequence[Cell],
-    kind: Kind,
-    fit: ProbeFit,
-    shape: HeadShape,
-    prune: float,
-    log: _CellLog,
-    scores: dict[Cell, CellScore],
-) -> list[Cell]:
-    """The cells that are worth a full look."""
-    by_class: dict[int, list[int]] = {}
-    for row in prepared.split.train:
-        by_class.setdefault(prepared.data.labels[row], []).append(row)
-    few = sorted(row for rows in by_class.values() for row in rows[: max(1, len(rows) // 4)])
-    quick = dataclasses.replace(fit, grid=dataclasses.replace(fit.grid, epochs=max(1, fit.grid.epochs // 2)))
-    for cell in cells:
-        if cell not in scores:
-            scores[cell] = log.add(_score(prepared, cell, kind, quick, shape, few))
-    looks = log.first_looks()
-    order = sorted(cells, key=lambda cell: -looks[cell].val)
-    keep = set(order[: max(1, len(cells) - int(prune * len(cells)))])
-    return [cell for cell in cells if cell in keep]
-
-
 def _identity(
     prepared: ProbeData, kind: Kind, fit: ProbeFit, shape: HeadShape, prune: float, seed: int
 ) -> dict[str, Any]:
@@ -204,32 +195,16 @@ def _identity(
     return dict(json.loads(json.dumps(document)))
 
 
-class _CellLog:
+def _log(folder: Path, identity: dict[str, Any]) -> JsonLines:
     """Results of cells, one JSON object a line, behind a line with the settings."""
-
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.lines = JsonLines(folder / CELLS)
-        if not self.lines.rows:
-            self.lines.add(identity)
-        existing = self.lines.rows[0]
-        if differ := [key for key in identity if existing.get(key) != identity[key]]:
-            raise ValueError(
-                f"{folder} holds a sweep with another {', '.join(differ)}: name another folder or delete this one"
-            )
-        self.scores = _cell_scores(self.lines)
-
-    def add(self, score: CellScore) -> CellScore:
-        self.lines.add(asdict(score))
-        self.scores.append(score)
-        return score
-
-    def latest(self) -> dict[Cell, CellScore]:
-        """The last result of each cell."""
-        return {score.cell: score for score in self.scores}
-
-    def first_looks(self) -> dict[Cell, CellScore]:
-        """The result of each cell that pruning goes by."""
-        return {score.cell: score for score in reversed(self.scores) if score.pruned} or self.latest()
+    lines = JsonLines(folder / CELLS)
+    if not lines.rows:
+        lines.add(identity)
+    if differ := [key for key in identity if lines.rows[0].get(key) != identity[key]]:
+        raise ValueError(
+            f"{folder} holds a sweep with another {', '.join(differ)}: name another folder or delete this one"
+        )
+    return lines
 
 
 def _cell_scores(lines: JsonLines) -> list[CellScore]:

@@ -26,7 +26,7 @@ from diffrep.heads.probes import (
     top_accuracy,
     train_recipe,
 )
-from diffrep.heads.probes.pixel_probe import Resizing
+from diffrep.heads.probes.pixels import Resizing
 
 from .cases import assert_near, assert_within, number_in
 from .probes_heads import assert_all, heads_of, the_backbone, tolerance, under

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from diffrep.backbones import Backbone
 from diffrep.draw import point_colours
-from diffrep.features import ExtractConfig
+from diffrep.features import ExtractConfig, FeatureMaps
 from diffrep.features import extract as extract_maps
-from diffrep.heads.probes.recipe import ProbeRecipe, check_settings, train_recipe
-from diffrep.heads.probes.saved import OneBackboneProbe, SavedKind, as_list
+from diffrep.heads.probes.annotated import IGNORED
+from diffrep.heads.probes.grid import SEED
+from diffrep.heads.probes.probe import MapProbe, SavedKind, uncover
+from diffrep.heads.probes.training import ProbeRecipe, train_recipe
 from diffrep.images import ImageLike, load_image
 from diffrep.results import Result
-from diffrep.store.manifest import extract_config, provenance
+from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
+from diffrep.store.manifest import provenance
 from diffrep.training.loop import step_generator
 
-IGNORED = -1  # label of pixels that are not used
 LEAST_PIXELS = 20  # a class that has fewer in an image is left out of it, as published
 MOST_MEMBERS = 1000
 FEW_CLASSES = 30  # below, the classifier is narrower
@@ -39,8 +41,7 @@ class Resizing:
     align_corners: bool = False  # bilinear, bicubic: the centres of the corner cells lie on those of the corner pixels
 
     def __post_init__(self) -> None:
-        if self.upsampling not in get_args(Upsampling):
-            raise ValueError(f"upsampling must be {', '.join(get_args(Upsampling))}, got {self.upsampling!r}")
+        check(self)
         if self.align_corners and self.upsampling not in ("bilinear", "bicubic"):
             raise ValueError(f"align_corners goes with bilinear and bicubic, not with {self.upsampling}")
 
@@ -152,11 +153,8 @@ class PixelSettings:
     spread: float = 0.02  # standard deviation of the initial weights
 
     def __post_init__(self) -> None:
-        check_settings(
-            self,
-            positive=("members", "learning_rate", "batch_size", "epochs", "spread"),
-            not_negative=("patience", "patience_from", "seed"),
-        )
+        positive = ("members", "learning_rate", "batch_size", "epochs", "spread")
+        check(self, **dict.fromkeys(positive, POSITIVE), patience=NOT_NEGATIVE, patience_from=NOT_NEGATIVE, seed=SEED)
 
 
 def fit_pixels(pixels: Tensor, labels: Tensor, classes: int, settings: PixelSettings | None = None) -> PixelEnsemble:
@@ -200,85 +198,53 @@ def _fit_member(member: nn.Module, pixels: Tensor, labels: Tensor, settings: Pix
     train_recipe(member, batches, recipe, done=done)
 
 
-@dataclass(frozen=True, repr=False)
-class PixelProbe(OneBackboneProbe):
-    """An ensemble of pixel classifiers with how its features are read.
+@dataclass(frozen=True, repr=False, kw_only=True)
+class PixelProbe(MapProbe):
+    """An ensemble of pixel classifiers: `PixelLabelling` of images.
 
     Attributes:
         classes: names of the K classes.
-        timesteps: noise levels; the maps of all taps of the first come first.
-        features: provenance; its taps are read at every timestep, with one noise for all images.
-        about: how it was trained and what it scored, JSON-ready.
+        timesteps: noise levels; the maps of all taps of the first come first, with one noise for all images.
+        members: of the ensemble.
+        channels: of all maps together.
         resizing: of the maps to the image.
     """
 
     KIND: ClassVar[SavedKind] = "pixels"
 
-    ensemble: PixelEnsemble
     classes: tuple[str, ...]
     timesteps: tuple[int, ...]
-    features: Mapping[str, Any]
-    about: Mapping[str, Any] = field(default_factory=dict)
+    members: int
+    channels: int
     resizing: Resizing = field(default_factory=Resizing)
 
     @property
-    def network(self) -> nn.Module:
-        """The same as `ensemble`."""
-        return self.ensemble
+    def says(self) -> str:
+        """Labels."""
+        return "labels"
 
-    def document(self) -> dict[str, Any]:
-        """Classes, timesteps, and the shapes of the ensemble."""
-        return {
-            "classes": list(self.classes),
-            "timesteps": list(self.timesteps),
-            "members": len(self.ensemble),
-            "channels": int(self.ensemble.get_parameter("0.layers.0.weight").shape[1]),
-            "resizing": asdict(self.resizing),
-        }
+    @property
+    def noise_levels(self) -> tuple[int, ...]:
+        """The same as `timesteps`."""
+        return self.timesteps
 
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any], backbone: Backbone | None) -> Self:
-        """An ensemble of the document's shapes."""
-        classes = tuple(map(str, document["classes"]))
-        ensemble = PixelEnsemble.untrained(document["channels"], len(classes), members=document["members"])
-        ((_, features),) = document["features"].items()
-        timesteps, resizing = tuple(map(int, document["timesteps"])), Resizing(**document.get("resizing", {}))
-        return cls(ensemble, classes, timesteps, features, document["about"], resizing)
+    def untrained(self, backbone: Backbone | None = None) -> nn.Module:
+        """An ensemble of these shapes."""
+        return PixelEnsemble.untrained(self.channels, len(self.classes), members=self.members)
 
     def summary(self) -> str:
         """How many classes it tells apart."""
         return f"{len(self.classes)} classes of pixels"
 
-    def predict(
-        self, images: Iterable[ImageLike], *, backbone: Backbone | None = None, device: str = "auto"
-    ) -> list[PixelLabelling]:
-        """Label every pixel of images of any sizes; see `segment_each`."""
-        return list(self.segment_each(images, backbone=backbone, device=device))
+    def answer(self, maps: Sequence[FeatureMaps]) -> PixelLabelling:
+        """The labels of one image."""
+        labelling: PixelLabelling = self.network.segment(_features(maps, self.resizing))
+        return labelling
 
     def segment(self, image: ImageLike, *, backbone: Backbone | None = None, device: str = "auto") -> PixelLabelling:
-        """Label every pixel of an image of any size; see `segment_each`."""
-        return next(self.segment_each([image], backbone=backbone, device=device))
-
-    def segment_each(
-        self,
-        images: Iterable[ImageLike],
-        *,
-        backbone: Backbone | None = None,
-        checked: bool = False,
-        device: str = "auto",
-    ) -> Iterator[PixelLabelling]:
-        """Label every pixel of images of any sizes, one after the other.
-
-        Args:
-            checked: the backbone has been through `check` already.
-
-        Raises:
-            ImageError: an image cannot be read.
-            ValueError: the backbone is not the one the probe was trained on.
-        """
-        backbone, config = self.usable(backbone, device, checked=checked), extract_config(self.features)
-        for image in as_list(images):
-            yield self.ensemble.segment(_features(backbone, image, config, self.timesteps, self.resizing))
+        """Label every pixel of an image of any size; see `predict_each`."""
+        labelling: PixelLabelling = next(self.predict_each([image], backbone=backbone, device=device))
+        return labelling
 
 
 def train_pixel_probe(
@@ -314,19 +280,27 @@ def train_pixel_probe(
     columns, targets = [], []
     for number, (image, labels) in enumerate(examples):
         picture = load_image(image)
-        if tuple(labels.shape) != (picture.height, picture.width):
-            size = (picture.height, picture.width)
+        size = (picture.height, picture.width)
+        if tuple(labels.shape) != size:
             raise ValueError(f"labels of image {number} must be {size}, as the image is, got {tuple(labels.shape)}")
         used = _used(labels.flatten()).nonzero()[:, 0]
         generator = torch.Generator().manual_seed(settings.seed * 0x9E3779B9 + number)
         used = used[torch.randperm(len(used), generator=generator)[:pixels_per_image]]
-        columns.append(_features(backbone, picture, config, timesteps, resizing).flatten(1).T[used])
+        maps = [extract_maps(backbone, [picture], dataclasses.replace(config, timestep=t)) for t in timesteps]
+        columns.append(_features(maps, resizing).flatten(1).T[used])
         targets.append(labels.flatten()[used])
-    if not targets or not sum(map(len, targets)):
+    if not sum(map(len, targets)):
         raise ValueError("no pixel of the examples is labelled")
-    ensemble = fit_pixels(torch.cat(columns), torch.cat(targets), len(classes), settings)
-    features = provenance(backbone, config)
-    return PixelProbe(ensemble, tuple(classes), tuple(timesteps), features, resizing=resizing)
+    pixels, truth = torch.cat(columns), torch.cat(targets)
+    return PixelProbe(
+        network=fit_pixels(pixels, truth, len(classes), settings),
+        features={backbone.name: provenance(backbone, config)},
+        classes=tuple(classes),
+        timesteps=tuple(timesteps),
+        members=settings.members,
+        channels=pixels.shape[1],
+        resizing=resizing,
+    )
 
 
 def _used(labels: Tensor) -> Tensor:
@@ -335,15 +309,10 @@ def _used(labels: Tensor) -> Tensor:
     return torch.isin(labels, numbers[(counts >= LEAST_PIXELS) & (numbers != IGNORED)])
 
 
-def _features(
-    backbone: Backbone, image: ImageLike, config: ExtractConfig, timesteps: Sequence[int], resizing: Resizing
-) -> Tensor:
-    """(D, H, W) in the image's own pixels, padding cut away."""
+def _features(maps: Sequence[FeatureMaps], resizing: Resizing) -> Tensor:
+    """(D, H, W) of one image in its own pixels, from its maps at each noise level; padding is cut away."""
     pieces = []
-    for timestep in timesteps:
-        maps = extract_maps(backbone, [image], dataclasses.replace(config, timestep=timestep))
-        placement = maps.placements[0]
-        whole = pixel_features([maps.maps[tap].cpu() for tap in maps.taps], placement.canvas_size, resizing)
-        x0, y0, x1, y1 = (round(edge) for edge in placement.content_box)
-        pieces.append(pixel_features([whole[..., y0:y1, x0:x1]], placement.image_size, resizing)[0])
+    for of_image in maps:
+        placement, read = of_image.placements[0], [of_image.maps[tap].cpu() for tap in of_image.taps]
+        pieces.append(uncover(pixel_features(read, placement.canvas_size, resizing), placement, resizing)[0])
     return torch.cat(pieces)
