@@ -27,7 +27,7 @@ from diffrep.eval.protocols import Protocol
 from diffrep.eval.published import Published, published
 from diffrep.eval.report import Problem, Report, Section
 from diffrep.features import FeatureMaps
-from diffrep.files import claim_folder, printable, sweep_partials, write_whole
+from diffrep.files import claim_folder, sweep_partials, write_whole
 from diffrep.fusion import Descriptors, fuse
 from diffrep.images import load_image
 from diffrep.matching import Matches, masked_distance, match_points, mutual_distance
@@ -42,36 +42,6 @@ class PairMatches:
 
     pair: AnnotatedPair
     predicted: Tensor  # (N, 2) float32
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One pair with its matches, in pixels of the original images."""
-
-    title: str
-    source: Path
-    target: Path
-    points: Tensor  # (N, 2) queries in the source
-    predicted: Tensor  # (N, 2) in the target
-    truth: Tensor  # (N, 2) in the target
-    right: Tensor  # (N,) bool
-    tolerance: float  # pixels of the target within which a match is right
-
-    def draw(self) -> Image.Image:
-        """Both images; what is wrong is ringed red, with a line to where it belongs."""
-        source, target = load_image(self.source), load_image(self.target)
-        shown = torch.minimum(self.predicted.clamp(min=0), self.predicted.new_tensor(target.size) - 1)
-        matches = Matches(shown, torch.zeros(len(shown)))
-        return draw_matches(
-            source, target, self.points, matches,
-            truth=self.truth, tolerance=self.tolerance, titles=[printable(self.title)],
-        )  # fmt: skip
-
-
-def save_failures(failures: Sequence[Failure], folder: Path) -> None:
-    """Write one PNG per failure, numbered from the worst."""
-    for number, failure in enumerate(failures, start=1):
-        write_whole(folder / f"{number:02d}.png", failure.draw().save)
 
 
 @dataclass(frozen=True)
@@ -95,22 +65,39 @@ class CorrespondenceReport(Report):
     settings: Mapping[str, object]
     matches: tuple[PairMatches, ...] = field(repr=False, default=())
 
-    def failures(self, count: int) -> list[Failure]:
+    def failures(self, count: int) -> list[PairMatches]:
         """The pairs with the smallest share of right points at the first alpha, then the largest distance."""
-        judged = []
-        for match in self.matches:
+
+        def judged(match: PairMatches) -> tuple[float, float, str]:
             pair, protocol = match.pair, self.protocol
-            right = protocol.hits(pair, match.predicted)[0]
-            truth = pair.target.points(pair.ids)
-            predicted = protocol.to_image(match.predicted, pair.target)
-            away = float(torch.linalg.vector_norm(predicted - truth, dim=-1).median()) / max(pair.target.size)
-            failure = Failure(
-                f"{pair.category}: {int(right.sum())} of {len(right)} right at {protocol.alphas[0]:g}   {pair.name}",
-                self.root / pair.source.path, self.root / pair.target.path, pair.source.points(pair.ids),
-                predicted, truth, right, protocol.alphas[0] * protocol.scale(pair) / protocol.zoom(pair.target),
-            )  # fmt: skip
-            judged.append((float(right.float().mean()), -away, pair.name, failure))
-        return [failure for *_, failure in sorted(judged, key=lambda entry: entry[:3])[:count]]
+            right = protocol.hits(pair, match.predicted)[0].float().mean()
+            missed = protocol.to_image(match.predicted, pair.target) - pair.target.points(pair.ids)
+            away = torch.linalg.vector_norm(missed, dim=-1).median() / max(pair.target.size)
+            return float(right), -float(away), pair.name
+
+        return sorted(self.matches, key=judged)[:count]
+
+    def draw(self, match: PairMatches) -> Image.Image:
+        """Both images of a pair; matches that are wrong are ringed red, with a line to where they belong."""
+        pair, protocol = match.pair, self.protocol
+        source, target = (load_image(self.root / image.path) for image in (pair.source, pair.target))
+        places = protocol.to_image(match.predicted, pair.target)
+        shown = torch.minimum(places.clamp(min=0), places.new_tensor(target.size) - 1)
+        right, alpha = protocol.hits(pair, match.predicted)[0], protocol.alphas[0]
+        return draw_matches(
+            source,
+            target,
+            pair.source.points(pair.ids),
+            Matches(shown, torch.zeros(len(shown))),
+            truth=pair.target.points(pair.ids),
+            tolerance=alpha * protocol.scale(pair) / protocol.zoom(pair.target),
+            titles=[f"{pair.category}: {int(right.sum())} of {len(right)} right at {alpha:g}   {pair.name}"],
+        )
+
+    def save_failures(self, count: int, folder: Path) -> None:
+        """Draw the worst pairs, one PNG each, numbered from the worst."""
+        for number, match in enumerate(self.failures(count), start=1):
+            write_whole(folder / f"{number:02d}.png", self.draw(match).save)
 
     def rows(self) -> tuple[Published, ...]:
         """The papers' rows that count the same pairs like this protocol."""

@@ -245,31 +245,21 @@ def evaluate_maps(
     settings = {"benchmark": layout.name, "method": method, **asdict(protocol)}
     if root is not None:
         claim_folder(root, settings if weights is None else {**settings, "weights": weights})
-    results, counted, problems = ImageResults(root), set[str](), [*data.problems]
-    with tqdm(total=len(data), desc=layout.name, unit="image", disable=not progress) as bar:
-
-        def is_measured(name: str, content: str) -> bool:
-            measured = results.holds(name, content)
-            if measured:
-                counted.add(name)
-                bar.update(1)
-            return measured
-
-        for sample in data.samples(is_measured):
-            bar.update(1)
-            if isinstance(sample, Problem):
-                problems.append(sample)
-                continue
-            try:
-                values, errors = protocol.measure(predict, sample, layout)
-            except ValueError as error:
-                problems.append(Problem(sample.name, str(error)))
-                continue
-            results.add(sample.name, values, sample.content, errors)
-            counted.add(sample.name)
-    names = [entry[0] for entry in data.entries if entry[0] in counted]
-    images = {name: results.rows[name] for name in names}
-    return MapReport(layout, method, settings, protocol.summarise(results, names), images, problems=tuple(problems))
+    results, counted, problems = ImageResults(root), [], [*data.problems]
+    for names in tqdm(data.entries, desc=layout.name, unit="image", disable=not progress):
+        try:
+            content = data.content(names)
+            if not results.holds(names[0], content):
+                values, errors = protocol.measure(predict, data.sample(names), layout)
+                results.add(names[0], values, content, errors)
+            counted.append(names[0])
+        except FileNotFoundError as error:
+            problems.append(Problem(names[0], f"{error.filename} is missing"))
+        except (OSError, ValueError) as error:
+            problems.append(Problem(names[0], " ".join(str(error).split())))
+    images = {name: results.rows[name] for name in counted}
+    metrics = protocol.summarise(results, counted)
+    return MapReport(layout, method, settings, metrics, images, problems=tuple(problems))
 
 
 # -- metrics --------------------------------------------------------------------------------------------------------

@@ -69,6 +69,16 @@ def variants(*, ddim_steps: int = 10) -> tuple[Variant, ...]:
     )
 
 
+CLAIMS = (  # what the paper says, the number of the better variant and of the one that it is compared with
+    ("x0 instead of noise", 2, 0),
+    ("one step instead of all timesteps", 4, 2),
+    ("the detail preserver, with noise", 5, 4),
+    ("the detail preserver, without noise", 7, 6),
+    ("no noise instead of noise (D instead of G)", 7, 5),
+    ("pretrained instead of random weights", 7, 8),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class AblationSettings:
     """How long every variant is trained, and on what it is measured."""
@@ -112,25 +122,16 @@ class AblationReport(Report):
 
         Over the same images, drawn together.
         """
-        names = self.scenes.groups()["all"]
+        names = self.scenes.groups["all"]
         a, b = (np.array([self.scenes.rows[m][n][self.metric()] for n in names]) for m in (ours, theirs))
         low, high = bootstrap(lambda rows: 100 * (1 - a[rows].mean(1) / b[rows].mean(1)), len(names), draws=2000)
         return float(100 * (1 - a.mean() / b.mean())), low, high
 
     def findings(self) -> list[str]:
         """Each claim of the paper, and whether it shows here."""
-        names = [variant.name for variant in self.variants]
-        claims = (
-            ("x0 instead of noise", names[2], names[0]),
-            ("one step instead of all timesteps", names[4], names[2]),
-            ("the detail preserver, with noise", names[5], names[4]),
-            ("the detail preserver, without noise", names[7], names[6]),
-            ("no noise instead of noise (D instead of G)", names[7], names[5]),
-            ("pretrained instead of random weights", names[7], names[8]),
-        )
         lines = []
-        for what, ours, theirs in claims:
-            value, low, high = self.difference(ours, theirs)
+        for what, ours, theirs in CLAIMS:
+            value, low, high = self.difference(self.variants[ours].name, self.variants[theirs].name)
             verdict = "shows" if low > 0 else ("the opposite shows" if high < 0 else "does not show either way")
             lines.append(f"  {what}: error {value:+.1f}% lower ({low:+.1f}..{high:+.1f}): {verdict}")
         return lines
@@ -146,16 +147,14 @@ class AblationReport(Report):
     def sections(self) -> Iterator[Section]:
         metric = self.metric()
         scale, unit = (1, "mean angle, degrees") if metric == "mean" else (100, "AbsRel, %")
-        known = {variant.name: variant for variant in self.variants}
+        steps = {variant.name: str(variant.steps) for variant in self.variants}
+        paper = {variant.name: f"{variant.published:.2f}" for variant in self.variants if variant.published}
         rows = []
-        for name in [*known, *(name for name in self.scenes.rows if name not in known)]:
-            value, low, high = (scale * x for x in self.scenes.mean(name, metric))
-            variant = known.get(name)
-            passes = "" if variant is None else str(variant.steps)
-            paper = "" if variant is None or variant.published is None else f"{variant.published:.2f}"
-            rows.append((name, passes, with_interval(value, low, high), paper))
+        for name in {**steps, **self.scenes.rows}:
+            interval = with_interval(*(scale * x for x in self.scenes.mean(name, metric)))
+            rows.append((name, steps.get(name, ""), interval, paper.get(name, "")))
         yield Section(
-            f"{self.settings.steps} steps of {self.settings.batch_size} images each, {len(self.scenes.groups()['all'])}"
+            f"{self.settings.steps} steps of {self.settings.batch_size} images each, {len(self.scenes.groups['all'])}"
             " held-out scenes (95 % interval over images)",
             ("passes", unit, "paper, NYUv2 AbsRel %"),
             rows,

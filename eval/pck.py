@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 Aggregate = Literal["per image", "per point", "category mean", "pair-weighted category"]
+DRAWS = 2000  # of the bootstrap
 AGGREGATES: tuple[Aggregate, ...] = get_args(Aggregate)
 
 
@@ -125,41 +126,38 @@ class Pck:
         weighted = [[weight * one for one in group.value()] for weight, group in zip(weights, groups, strict=True)]
         return _ratio(weighted, sum(weights), self.alphas)
 
-    def interval(self, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> tuple[tuple[float, float], ...]:
-        """Percentile bootstrap over pairs of the per-point value, (low, high) per alpha.
+    def interval(self) -> tuple[tuple[float, float], ...]:
+        """95 % interval of the per-point value, a percentile bootstrap over pairs: (low, high) per alpha.
 
         Pairs are drawn, not points, since the points of a pair succeed and fail together.
         """
-        return _quantiles(self._resampled(draws, seed), level)
+        return _interval(self._resampled())
 
-    def _resampled(self, draws: int, seed: int) -> np.ndarray:
-        """(draws, A): the per-point value over pairs drawn with replacement; NaN if nothing was counted."""
+    def _resampled(self) -> np.ndarray:
+        """(DRAWS, A): the per-point value over pairs drawn with replacement; NaN if nothing was counted."""
         counted = self.counted
         if not counted:
-            return np.full((draws, len(self.alphas)), np.nan)
+            return np.full((DRAWS, len(self.alphas)), np.nan)
         uniform = np.full(len(counted), 1 / len(counted))
-        times = np.random.default_rng(seed).multinomial(len(counted), uniform, size=draws)  # (draws, pairs)
+        times = np.random.default_rng(0).multinomial(len(counted), uniform, size=DRAWS)  # (DRAWS, pairs)
         points = times @ np.array([pair.points for pair in counted])
         return times @ np.array([pair.correct for pair in counted]) / points[:, None]
 
 
-def difference_interval(
-    ours: Pck, theirs: Pck, *, level: float = 0.95, draws: int = 2000, seed: int = 0
-) -> tuple[tuple[float, float], ...]:
-    """Percentile bootstrap of ``ours - theirs`` per point, over the same pairs; (low, high) per alpha.
+def difference_interval(ours: Pck, theirs: Pck) -> tuple[tuple[float, float], ...]:
+    """95 % interval of ``ours - theirs`` per point, a percentile bootstrap over the same pairs: (low, high) per alpha.
 
     Raises:
         ValueError: the two did not count the same pairs.
     """
     if [(p.pair, p.points) for p in ours.pairs] != [(p.pair, p.points) for p in theirs.pairs]:
         raise ValueError("a difference needs both sides counted over the same pairs in the same order")
-    values = ours._resampled(draws, seed) - theirs._resampled(draws, seed)  # one seed: the same draws of pairs
-    return _quantiles(values, level)
+    return _interval(ours._resampled() - theirs._resampled())  # one seed: the same draws of pairs
 
 
-def _quantiles(values: np.ndarray, level: float) -> tuple[tuple[float, float], ...]:
-    """(draws, A) -> (low, high) per alpha."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=0)
+def _interval(values: np.ndarray) -> tuple[tuple[float, float], ...]:
+    """(DRAWS, A) -> (low, high) per alpha."""
+    low, high = np.quantile(values, [0.025, 0.975], axis=0)
     return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
 

@@ -264,7 +264,7 @@ def test_the_command_writes_reports_and_pictures(
     assert json.loads((tmp_path / "out/report.json").read_text())["pairs"] == 12
     pictures = sorted((tmp_path / "out/failures").iterdir())
     assert [p.name for p in pictures] == ["01.png", "02.png", "03.png"]
-    shares = [float(failure.right.float().mean()) for failure in report.failures(12)]
+    shares = [float(report.protocol.hits(m.pair, m.predicted)[0].float().mean()) for m in report.failures(12)]
     assert shares == sorted(shares)
     with Image.open(pictures[0]) as picture:
         assert picture.width > 2 * 300

@@ -21,7 +21,7 @@ from diffrep.eval.datasets.pair_sets import (
     read_spair,
     read_spair_u,
 )
-from diffrep.eval.datasets.pairs import DatasetError
+from diffrep.eval.datasets.pairs import AnnotatedPair, DatasetError, PairSet
 from diffrep.eval.datasets.tss import read_flo, read_tss, tss_category
 
 from .benchmark_folders import (
@@ -36,12 +36,20 @@ from .benchmark_folders import (
 TWO = ("bus", "cat")
 
 
+def images_of(pairs: PairSet) -> set[str]:
+    return {image.path for pair in pairs.pairs for image in (pair.source, pair.target)}
+
+
+def of(pairs: PairSet, category: str) -> list[AnnotatedPair]:
+    return [pair for pair in pairs.pairs if pair.category == category]
+
+
 def test_spair_both_ways_of_reading_agree(tmp_path: Path) -> None:
     root = write_spair(tmp_path)
     own, listed = (read_spair(root, categories=TWO, keypoints=kind) for kind in ("image", "pair"))
     assert len(own.pairs) == len(listed.pairs) == 12
     assert not own.problems
-    assert len(own.images()) == 6
+    assert len(images_of(own)) == 6
     for a, b in zip(own.pairs, listed.pairs, strict=True):
         assert (a.name, a.ids, a.source.path, a.target.size, a.target.box) == (
             b.name, b.ids, b.source.path, b.target.size, b.target.box
@@ -100,7 +108,7 @@ def test_spair_says_what_it_lacks(tmp_path: Path) -> None:
     assert what["dog"] == "the category has no usable pair"
     assert any(str(Path("JPEGImages/cat") / missing.name) in text for text in what.values())
     assert len(read.pairs) + len(what) == 6 + 1
-    assert all(missing.name not in path for path in read.images())
+    assert all(missing.name not in path for path in images_of(read))
 
 
 def test_folders_that_are_no_data_set_are_refused(tmp_path: Path) -> None:
@@ -172,9 +180,9 @@ def test_ap10k_pairs_are_made_of_the_release(tmp_path: Path) -> None:
     assert not any(pairs.problems for pairs in read.values())
     test = read["test"]
     assert "pairs made here" in test.name
-    assert {c: len(test.of(c)) for c in test.categories} == {"cat": 3, "fox": 435, "wolf": 6}
-    assert min(p.source.path for p in test.of("fox")) == "data/000000000024.jpg"  # the last 30 of 53
-    pair = test.of("cat")[0]
+    assert {c: len(of(test, c)) for c in test.categories} == {"cat": 3, "fox": 435, "wolf": 6}
+    assert min(p.source.path for p in of(test, "fox")) == "data/000000000024.jpg"  # the last 30 of 53
+    pair = of(test, "cat")[0]
     assert (pair.name, pair.source.box) == ("000000000058-000000000059:cat", (1, 2, 37, 30))
     assert set(range(17)) - set(pair.ids) == {58 % 17, 59 % 17}
     assert len(read["val"].pairs) == 20 * 19 / 2
@@ -328,7 +336,7 @@ def test_names_in_a_data_set_never_lead_out_of_its_folder(tmp_path: Path, name: 
     table.write_text("\n".join([head, ",".join([name, *first.split(",")[1:]]), *rest]) + "\n")
     for read in (read_spair(spair, categories=["cat"]), read_pf_pascal(pascal)):
         assert any("leads out of the data set's folder" in str(problem) for problem in read.problems)
-        assert all(name not in path for path in read.images())
+        assert all(name not in path for path in images_of(read))
 
 
 @pytest.mark.parametrize(

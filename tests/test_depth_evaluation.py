@@ -19,10 +19,9 @@ from diffrep.alignment import align_depth, fit_scale_shift
 from diffrep.eval.datasets.archives import read_plain
 from diffrep.eval.datasets.dense_images import (
     DEPTH_BENCHMARKS,
-    DenseSample,
     open_benchmark,
 )
-from diffrep.eval.datasets.pairs import DatasetError, Problem
+from diffrep.eval.datasets.pairs import DatasetError
 from diffrep.eval.maps import (
     DepthProtocol,
     NormalProtocol,
@@ -179,8 +178,8 @@ def test_depth_benchmarks_are_read_as_released(name: str, packed: bool, tmp_path
             tar.add(root, arcname=".")
         root = archive
     data = open_benchmark("depth", name, root)
-    (sample,) = data.samples()
-    assert isinstance(sample, DenseSample)
+    (entry,) = data.entries
+    sample = data.sample(entry)
     assert int(sample.valid.sum()) == COUNTED[name]
     assert (sample.truth[sample.valid] == 2).all()
     assert sample.image.shape[1:] == sample.truth.shape
@@ -288,15 +287,14 @@ def test_exr_normals(tmp_path: Path) -> None:
     header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
     with openexr.File(header, channels) as file:
         file.write(str(tmp_path / "ibims/ibims/corridor_01_normal.exr"))
-    (sample,) = open_benchmark("normals", "ibims", tmp_path).samples()
-    assert isinstance(sample, DenseSample)
+    data = open_benchmark("normals", "ibims", tmp_path)
+    sample = data.sample(data.entries[0])
     assert not sample.valid[0].any()
     assert sample.valid[1:].all()
     torch.testing.assert_close(sample.truth[:, 2, 3], torch.tensor([0.6, 0.0, 0.8]))
     (tmp_path / "ibims/ibims/corridor_01_normal.exr").write_bytes(b"no picture")
-    (problem,) = open_benchmark("normals", "ibims", tmp_path).samples()
-    assert isinstance(problem, Problem)
-    assert "no OpenEXR picture" in str(problem)
+    with pytest.raises(ValueError, match="no OpenEXR picture"):
+        data.sample(data.entries[0])
 
 
 def _pickled(value: object, protocol: int) -> bytes:
@@ -312,8 +310,8 @@ def test_oasis_normals_are_read_without_running_the_file(protocol: int, tmp_path
     box[0] = (0.6, 0.0, 0.8)
     content = {"min_y": 1, "max_y": np.int64(2), "min_x": 4, "max_x": 6, "normal": np.asfortranarray(box)}
     (tmp_path / "oasis/val/1_normal.pkl").write_bytes(_pickled(content, protocol))
-    (sample,) = open_benchmark("normals", "oasis", tmp_path).samples()
-    assert isinstance(sample, DenseSample), sample
+    data = open_benchmark("normals", "oasis", tmp_path)
+    sample = data.sample(data.entries[0])
     assert sample.valid.nonzero().tolist() == [[1, 4], [1, 5], [1, 6]]
     torch.testing.assert_close(sample.truth[:, 1, 5], torch.tensor([-0.6, 0.0, 0.8]))
 

@@ -117,9 +117,10 @@ def test_lists_that_lead_out_of_the_folder_and_damaged_lists_are_named(scannet: 
     write_image(tmp_path / "secret.jpg", 32, 24, 0)
     listing = scannet / "scannet_list.txt"
     listing.write_text("../secret.jpg scene0000_00/depth/000000.png\nscene0000_00/color/000000.jpg /etc/passwd\n")
-    problems = list(open_benchmark("depth", "scannet", scannet).samples())
-    assert all("leads out of the data set's folder" in str(problem) for problem in problems)
-    assert len(problems) == 2
+    data = open_benchmark("depth", "scannet", scannet)
+    report = evaluate_maps(lambda image: image[0], data, DepthProtocol(), method="red", progress=False)
+    assert all("leads out of the data set's folder" in str(problem) for problem in report.problems)
+    assert len(report.problems) == 2
     listing.write_bytes(b"\xff\xfe\x00\x00")
     with pytest.raises(ValueError, match=r"scannet_list\.txt: cannot be read as text"):
         open_benchmark("depth", "scannet", scannet)

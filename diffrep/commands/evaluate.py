@@ -11,7 +11,7 @@ import tyro
 
 from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.eval.cache import Kept
-from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs, save_failures
+from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.keypoint_tables import read_keypoint_tables
 from diffrep.eval.datasets.pair_sets import read_ap10k, read_pf_pascal, read_pf_willow, read_spair, read_spair_u
@@ -128,7 +128,7 @@ class EvalCorrespondence(PrecisionOptions):
         self._check()
         report = self._evaluated()
         if isinstance(report, CorrespondenceReport):
-            save_failures(report.failures(self.failures), self.output / "failures")
+            report.save_failures(self.failures, self.output / "failures")
         print(report.table())
         write_whole(self.output / "report.json", report.to_json())
         write_whole(self.output / "report.txt", report.table() + "\n")

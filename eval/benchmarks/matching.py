@@ -6,7 +6,7 @@ give the same neighbours and equality would say nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,14 +35,17 @@ class MatchingBenchmark(PairedBenchmark):
     pca_maps: tuple[tuple[int, int], ...] = ((15, 1280), (30, 1280), (60, 640))  # side, channels of sd-dino's taps
     pca_dims: int = 256
 
-    def rows(self) -> list[Row]:
-        return [*self._dense(), self._full_resolution(), self._joint_pca()]
+    def rows(self) -> Iterator[Row]:
+        yield from self._dense()
+        yield self._full_resolution()
+        yield self._joint_pca()
 
-    def _dense(self) -> list[Row]:
+    def _dense(self) -> Iterator[Row]:
         size = f"{self.side**2} x {self.side**2} x {self.channels}"
         source, target = smooth_pair(self.side, self.channels, (16 * self.side, 16 * self.side), self.device)
         a, b = source.rows().joined(), target.rows().joined()
         config, mutual = MatchConfig(backend="torch"), MatchConfig(backend="torch", mutual=True)
+        points = keypoints(source.placement.image_size, self.keypoints).to(self.device)
 
         def both_ways() -> Tensor:
             scores = a @ b.T
@@ -50,9 +53,9 @@ class MatchingBenchmark(PairedBenchmark):
             return back[forward] == torch.arange(len(forward), device=forward.device)
 
         def flags() -> Tensor:
-            found = match_dense(source, target, mutual).mutual
-            assert found is not None
-            return found.flatten()
+            marked = match_dense(source, target, mutual).mutual
+            assert marked is not None
+            return marked.flatten()
 
         sides: dict[str, Callable[[], object]] = {
             "product": lambda: a @ b.T,
@@ -62,43 +65,31 @@ class MatchingBenchmark(PairedBenchmark):
             "loop": lambda: row_loop(a[:LOOP_ROWS], b),
             "points": lambda: match_points(source, target, points, config),
         }
-        points = keypoints(source.placement.image_size, self.keypoints).to(self.device)
         if self.device == "cpu":
             sides["faiss"] = lambda: search(FaissIndex(b), a)
         times = interleave(sides, repeats=self.repeats, device=self.device)
         exact = (a.double() @ b.double().T).argmax(1)
-        found = target.nearest_cells(match_dense(source, target, config).points.flatten(0, 1))
-        reduced = (a.bfloat16() @ b.bfloat16().T).argmax(1)
-        agreement = (
-            f"the float64 neighbour on {share(found == exact)} of the cells"
-            f" (a bfloat16 product: {share(reduced == exact)})"
-        )
-        rows = [
-            Row(f"one product alone, {size}", times["product"], times["ours"], agreement),
-            Row(
-                f"row loop of the published code, {size} ({LOOP_ROWS} rows timed, scaled)",
-                scaled(times["loop"], len(a) / LOOP_ROWS),
-                times["ours"],
-                f"same neighbour on {share(row_loop(a[:LOOP_ROWS], b) == found[:LOOP_ROWS])} of its rows",
-            ),
-            Row(
-                f"both argmax of the whole matrix, mutual, {size}",
-                times["both argmax"],
-                times["ours, mutual"],
-                f"same flag on {share(both_ways() == flags())} of the cells",
-            ),
-            Row(
-                f"all pairs for {self.keypoints} keypoints, {size}",
-                times["product"],
-                times["points"],
-                "same rows of the same product",
-            ),
-        ]
+        ours = target.nearest_cells(match_dense(source, target, config).points.flatten(0, 1))
+        reduced = share((a.bfloat16() @ b.bfloat16().T).argmax(1) == exact)
+        yield Row(
+            f"one product alone, {size}", times["product"], times["ours"],
+            f"the float64 neighbour on {share(ours == exact)} of the cells (a bfloat16 product: {reduced})",
+        )  # fmt: skip
         if self.device == "cpu":
-            settled = search(FaissIndex(b), a).indices[:, 0]
-            equality = f"same neighbour on {share(settled == found)} of the cells"
-            rows.insert(1, Row(f"FAISS flat, built and searched, {size}", times["faiss"], times["ours"], equality))
-        return rows
+            same = share(search(FaissIndex(b), a).indices[:, 0] == ours)
+            equality = f"same neighbour on {same} of the cells"
+            yield Row(f"FAISS flat, built and searched, {size}", times["faiss"], times["ours"], equality)
+        yield Row(
+            f"row loop of the published code, {size} ({LOOP_ROWS} rows timed, scaled)",
+            scaled(times["loop"], len(a) / LOOP_ROWS), times["ours"],
+            f"same neighbour on {share(row_loop(a[:LOOP_ROWS], b) == ours[:LOOP_ROWS])} of its rows",
+        )  # fmt: skip
+        yield Row(
+            f"both argmax of the whole matrix, mutual, {size}", times["both argmax"], times["ours, mutual"],
+            f"same flag on {share(both_ways() == flags())} of the cells",
+        )  # fmt: skip
+        claim = f"all pairs for {self.keypoints} keypoints, {size}"
+        yield Row(claim, times["product"], times["points"], "same rows of the same product")
 
     def _full_resolution(self) -> Row:
         source, target = smooth_pair(self.image_side, 1280, self.image, self.device)
@@ -117,34 +108,29 @@ class MatchingBenchmark(PairedBenchmark):
         return Row(
             f"features upsampled to {self.image[1]} x {self.image[0]} first, {self.keypoints} keypoints,"
             f" map {self.image_side} x {self.image_side} x 1280",
-            times["plain"],
-            times["ours"],
+            times["plain"], times["ours"],
             f"same pixel for {share(distance == 0)} of the keypoints, {distance.max():g} px apart at most",
-        )
+        )  # fmt: skip
 
     def _joint_pca(self) -> Row:
         pairs = [decaying_maps(side, channels, self.device) for side, channels in self.pca_maps]
 
-        def lowrank() -> list[list[Tensor]]:
-            draw = torch.Generator().manual_seed(0)
+        def reduced(exact: bool) -> list[list[Tensor]]:
+            draw = None if exact else torch.Generator().manual_seed(0)
             return [joint_pca(pair, self.pca_dims, generator=draw) for pair in pairs]
 
-        def exact() -> list[list[Tensor]]:
-            return [joint_pca(pair, self.pca_dims) for pair in pairs]
-
-        times = interleave({"plain": lowrank, "ours": exact}, repeats=self.repeats, device=self.device)
-        variances = [sum(float(m.square().sum()) for maps in found for m in maps) for found in (lowrank(), exact())]
-        again = all(torch.equal(x, y) for a, b in zip(exact(), exact(), strict=True) for x, y in zip(a, b, strict=True))
-        difference = max(
-            float((cosines(*a) - cosines(*b)).abs().max()) for a, b in zip(lowrank(), exact(), strict=True)
-        )
+        sides = {"plain": lambda: reduced(exact=False), "ours": lambda: reduced(exact=True)}
+        times = interleave(sides, repeats=self.repeats, device=self.device)
+        plain, ours, again = reduced(exact=False), reduced(exact=True), reduced(exact=True)
+        variances = [sum(float(m.square().sum()) for maps in side for m in maps) for side in (plain, ours)]
+        repeats = all(torch.equal(x, y) for a, b in zip(ours, again, strict=True) for x, y in zip(a, b, strict=True))
+        apart = max(float((cosines(*a) - cosines(*b)).abs().max()) for a, b in zip(plain, ours, strict=True))
         return Row(
             f"joint PCA of {len(pairs)} maps to {self.pca_dims} each: randomised against exact",
-            times["plain"],
-            times["ours"],
+            times["plain"], times["ours"],
             f"variance kept {variances[1] / variances[0] - 1:+.1e} of the randomised,"
-            f" cosines up to {difference:.0e} apart, {'' if again else 'not '}the same numbers when run again",
-        )
+            f" cosines up to {apart:.0e} apart, {'' if repeats else 'not '}the same numbers when run again",
+        )  # fmt: skip
 
 
 def smooth_pair(side: int, channels: int, image_size: tuple[int, int], device: str) -> tuple[Descriptors, Descriptors]:
@@ -182,12 +168,12 @@ def upsampled_search(source: Descriptors, target: Descriptors, points: Tensor) -
     maps = [d.vectors().movedim(-1, 0)[None] for d in (source, target)]
     dense_source, dense_target = (F.interpolate(m, size, mode="bilinear")[0].flatten(1) for m in maps)
     dense_target = F.normalize(dense_target, dim=0)
-    found = []
+    places = []
     for x, y in points.long().tolist():
         scores = F.normalize(dense_source[:, y * size[1] + x], dim=0) @ dense_target
         best = int(scores.argmax())
-        found.append((best % size[1], best // size[1]))
-    return torch.tensor(found, dtype=torch.float32, device=points.device)
+        places.append((best % size[1], best // size[1]))
+    return torch.tensor(places, dtype=torch.float32, device=points.device)
 
 
 def decaying_maps(side: int, channels: int, device: str) -> list[Tensor]:

@@ -7,7 +7,7 @@ Normals: beside each ``*_img.png`` (or jpg) lies ``*_normal.png``, ``.exr`` or, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -52,16 +52,12 @@ class DenseSample:
     """One image of a benchmark.
 
     Attributes:
-        name: path of the image in the data set.
-        content: `digest` of the image's and the annotation's files.
         image: (3, H, W) uint8, RGB.
         truth: depth, (H, W) float32 metres, 0 where unknown; or normals, (3, H, W) float32, x left, y up, z towards the
             camera, zero where unknown.
         valid: (H, W) bool, the pixels that count.
     """
 
-    name: str
-    content: str
     image: Tensor
     truth: Tensor
     valid: Tensor
@@ -112,8 +108,8 @@ class DenseLayout:
             raise ValueError(f"{names[0]}: the list names no mask file for it")
         return names[: 3 if self.by_mask_file else 2]
 
-    def sample(self, archive: Archive, names: tuple[str, ...], content: str) -> DenseSample:
-        """Read one sample; its line of the list, and `content` to keep with it.
+    def sample(self, archive: Archive, names: tuple[str, ...]) -> DenseSample:
+        """Read one sample, named by its line of the list.
 
         Raises:
             FileNotFoundError, ValueError, ImportError: a file is missing, holds something else, or needs a package.
@@ -126,7 +122,7 @@ class DenseLayout:
             if normals.shape != (*size, 3):
                 raise ValueError(f"{files[1]}: is {normals.shape}, the image is {size[0]} x {size[1]}")
             truth = torch.from_numpy(normals).permute(2, 0, 1)
-            return DenseSample(names[0], content, image, truth, torch.from_numpy(valid))
+            return DenseSample(image, truth, torch.from_numpy(valid))
         depth = torch.from_numpy(self._depth(archive, files[1], size))
         counted = (depth > self.bounds[0]) & (depth < self.bounds[1])
         if self.by_mask_file:
@@ -141,7 +137,7 @@ class DenseLayout:
             rows, columns = slice(top, top + KITTI_SIZE[0]), slice(left, left + KITTI_SIZE[1])
             image, depth, counted = image[:, rows, columns], depth[rows, columns], counted[rows, columns]
             counted = counted & kitti_mask(*KITTI_SIZE, kind=self.mask)
-        return DenseSample(names[0], content, image, depth, counted)
+        return DenseSample(image, depth, counted)
 
     def _depth(self, archive: Archive, name: str, size: tuple[int, int]) -> np.ndarray:
         """(H, W) float32, metres."""
@@ -218,26 +214,17 @@ class DenseSet:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def samples(
-        self, skip: Callable[[str, str], bool] = lambda name, content: False
-    ) -> Iterator[DenseSample | Problem]:
-        """The samples in the list's order, or what is wrong with them.
-
-        Args:
-            skip: whether an image, by name and content, is not wanted.
+    def content(self, names: tuple[str, ...]) -> str:
+        """What tells the files of a sample, one of `entries`, from others.
 
         Raises:
-            ImportError: the files need a package that is not installed.
+            FileNotFoundError, ValueError: one is missing, or its name leads out of the data set.
         """
-        for names in self.entries:
-            try:
-                content = self.archive.digest(self.layout.files(names))
-                if not skip(names[0], content):
-                    yield self.layout.sample(self.archive, names, content)
-            except FileNotFoundError as error:
-                yield Problem(names[0], f"{error.filename} is missing")
-            except (OSError, ValueError) as error:
-                yield Problem(names[0], " ".join(str(error).split()))
+        return self.archive.digest(self.layout.files(names))
+
+    def sample(self, names: tuple[str, ...]) -> DenseSample:
+        """Read a sample, one of `entries`; errors as of `DenseLayout.sample`."""
+        return self.layout.sample(self.archive, names)
 
 
 def open_benchmark(kind: Kind, name: str, root: str | Path, listing: str | Path | None = None) -> DenseSet:

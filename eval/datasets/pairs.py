@@ -61,14 +61,6 @@ class PairSet:
     problems: tuple[Problem, ...]  # what was left out, and why
     split: str = "test"
 
-    def images(self) -> tuple[str, ...]:
-        """Relative paths of all images that any pair uses, each once, sorted."""
-        return tuple(sorted({path for pair in self.pairs for path in (pair.source.path, pair.target.path)}))
-
-    def of(self, category: str) -> tuple[AnnotatedPair, ...]:
-        """The pairs of one category."""
-        return tuple(pair for pair in self.pairs if pair.category == category)
-
 
 def read_pairs(
     name: str,
