@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
 from diffrep.images import load_image
@@ -17,7 +17,7 @@ from diffrep.images import load_image
 _RADII = (90, 6)  # pixels, of the two passes of the estimate
 
 
-def foreground_colours(pixels: Tensor, mask: Tensor, *, radii: tuple[int, ...] = _RADII) -> Tensor:
+def foreground_colours(pixels: Tensor, mask: Tensor) -> Tensor:
     """The object's colour at every pixel, without what shines through of the background.
 
     Args:
@@ -29,7 +29,7 @@ def foreground_colours(pixels: Tensor, mask: Tensor, *, radii: tuple[int, ...] =
     """
     alpha = mask[None].to(pixels)
     front = back = pixels
-    for radius in radii:
+    for radius in _RADII:
         near_front = _blur(front * alpha, radius) / (_blur(alpha, radius) + 1e-5)
         near_back = _blur(back * (1 - alpha), radius) / (_blur(1 - alpha, radius) + 1e-5)
         mixed = alpha * near_front + (1 - alpha) * near_back
@@ -44,8 +44,8 @@ def _blur(values: Tensor, radius: int) -> Tensor:
         total = F.pad(values.double().cumsum(axis), (1, 0) if axis == 2 else (0, 0, 1, 0))
         place = torch.arange(side, device=values.device)
         high, low = (place + radius + 1).clamp(max=side), (place - radius).clamp(min=0)
-        shape = (1, side, 1) if axis == 1 else (1, 1, side)
-        values = (total.index_select(axis, high) - total.index_select(axis, low)) / (high - low).view(shape)
+        sums = total.index_select(axis, high) - total.index_select(axis, low)
+        values = sums / (high - low).view(-1, *(1,) * (2 - axis))
     return values.float()
 
 
@@ -94,10 +94,7 @@ def backdrop(background: str | Image.Image | tuple[int, int, int], size: tuple[i
                     f"no colour {background!r}: give a name such as white, a code such as #20c040, or an image file"
                 ) from None
         background = load_image(background)
-    scale = max(size[0] / background.width, size[1] / background.height)
-    wide, high = max(size[0], round(background.width * scale)), max(size[1], round(background.height * scale))
-    left, top = (wide - size[0]) // 2, (high - size[1]) // 2
-    return background.resize((wide, high), Image.Resampling.LANCZOS).crop((left, top, left + size[0], top + size[1]))
+    return ImageOps.fit(background, size, Image.Resampling.LANCZOS)
 
 
 def grey_image(values: Tensor) -> Image.Image:

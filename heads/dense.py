@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from diffrep.heads.maps import DepthMap, NormalMap, facing_camera, unit_length
 from diffrep.heads.one_step import OneStep
 from diffrep.heads.sizes import Resample, pad_to_multiple, stretch, to_image_size, to_working
 from diffrep.heads.tiling import predict_tiled
+from diffrep.settings import check
 
 ENSEMBLES = {"e2e-ft": E2E_ENSEMBLE, "marigold-diffusers": DIFFUSERS_ENSEMBLE}
 
@@ -49,21 +50,12 @@ class PredictConfig:
     batch_size: int = 4  # images, members or tiles that go through the network together
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 0:
-            raise ValueError(f"size must be a number of pixels, or 0 for the image's own, got {self.size}")
-        for name in ("ensemble", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.resample not in get_args(Resample):
-            raise ValueError(f"resample must be {', '.join(get_args(Resample))}, got {self.resample!r}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie in 0..2^63-1, got {self.seed}")
-        if self.timestep is not None and (self.steps > 1 or not 0 <= self.timestep < 1000):
-            raise ValueError(f"timestep is of a single step and lies in 0..999, got {self.timestep}")
-        if self.tile is not None and self.tile < 64:
-            raise ValueError(f"tile must be at least 64 pixels, got {self.tile}")
-        if not 0 < self.overlap <= 0.5:
-            raise ValueError(f"overlap must be a share above 0 and up to 0.5, got {self.overlap}")
+        check(
+            self, size="0..", ensemble="1..", steps="1..", batch_size="1..", seed="[0, 2^63)", timestep="0..999",
+            tile="64..", overlap="(0, 0.5]",
+        )  # fmt: skip
+        if self.timestep is not None and self.steps > 1:
+            raise ValueError(f"timestep is of a single step, got {self.timestep} for {self.steps} steps")
 
 
 class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +98,11 @@ class InteractiveBlock(nn.Module):
 
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **unused: object) -> Tensor:
         """(2B, N, C) tokens, (2B, T, C') prompt -> (2B, N, C). Named as diffusers calls it."""
-        tokens = hidden_states
-        tokens = tokens + self.attn1(self.norm1(tokens))
+        tokens = hidden_states + self.attn1(self.norm1(hidden_states))
         tokens = tokens + self.attn3(self.norm2_(tokens))
         tokens = tokens + self.attn2(self.norm2(tokens), encoder_hidden_states=encoder_hidden_states)
-        tokens = tokens + self.ff(self.norm3(tokens))
-        return tokens
+        mixed: Tensor = tokens + self.ff(self.norm3(tokens))
+        return mixed
 
 
 def interact(mid_block: Any) -> None:
@@ -156,10 +155,10 @@ class DiffDisUNet(UNet2DConditionModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         out = int(config.get("out_channels", 4))
-        super().__init__(
-            **stock_config(config)
-            | {"in_channels": 2 * out, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 4}
-        )
+        known = inspect.signature(UNet2DConditionModel.__init__).parameters
+        stock = {key: value for key, value in config.items() if key in known}
+        branches = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 4}
+        super().__init__(**stock | branches | {"in_channels": 2 * out})
         if not getattr(self.mid_block, "has_cross_attention", False):
             raise ValueError("a DiffDIS U-Net needs a mid block with attention, this config has none")
         interact(self.mid_block)
@@ -172,13 +171,7 @@ class DiffDisUNet(UNet2DConditionModel):
         return len(self.rgb_conv)
 
     def forward(
-        self,
-        latents: Sequence[Tensor],
-        noise: Tensor,
-        context: Tensor,
-        *,
-        timestep: int = 999,
-        edges: bool = True,
+        self, latents: Sequence[Tensor], noise: Tensor, context: Tensor, *, timestep: int = 999, edges: bool = True
     ) -> Tensor:
         """One pass over B images: what the U-Net predicts for their masks and their edges.
 
@@ -196,7 +189,7 @@ class DiffDisUNet(UNet2DConditionModel):
         Raises:
             ValueError: latents are missing, or their sides do not halve from one to the next.
         """
-        _check_latents(latents, self.levels)
+        self._check(latents)
         images = len(latents[0])
         if len(noise) == images:
             noise = noise.repeat(2, 1, 1, 1)
@@ -204,49 +197,40 @@ class DiffDisUNet(UNet2DConditionModel):
         embedding = embed_rows(self.time_proj, self.time_embedding, self.class_embedding, timestep, vectors)
         rows = context.expand(2 * images, -1, -1)
 
+        def run(block: Any, **skipped: Any) -> Any:
+            prompt = {"encoder_hidden_states": rows} if getattr(block, "has_cross_attention", False) else {}
+            return block(hidden_states=hidden, temb=embedding, **prompt, **skipped)
+
         hidden = self.conv_in(torch.cat([latents[0].repeat(2, 1, 1, 1), noise], dim=1))
         skips = [hidden]
         for number, block in enumerate(self.down_blocks):
-            hidden, residuals = _run(block, hidden, embedding, rows)
+            hidden, residuals = run(block)
             skips += residuals
             if number < self.levels:  # the skip alone is changed, not what goes on to the next block
                 level = self.rgb_conv[number], self.rgb_proj[number], self.rgb_proj1[number]
                 skips[-1] = inject(skips[-1], latents[number + 1], *level)
-        hidden = self.mid_block(hidden, embedding, encoder_hidden_states=rows)
+        hidden = run(self.mid_block)
         if not edges:
             hidden, embedding, rows = hidden[:images], embedding[:images], rows[:images]
             skips = [skip[:images] for skip in skips]
         for block in self.up_blocks:
             count = len(block.resnets)
             skips, residuals = skips[:-count], tuple(skips[-count:])
-            hidden = _run(block, hidden, embedding, rows, res_hidden_states_tuple=residuals)
+            hidden = run(block, res_hidden_states_tuple=residuals)
         predicted: Tensor = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return predicted
 
-
-def _run(block: Any, hidden: Tensor, embedding: Tensor, context: Tensor, **named: Any) -> Any:
-    if getattr(block, "has_cross_attention", False):
-        named["encoder_hidden_states"] = context
-    return block(hidden_states=hidden, temb=embedding, **named)
-
-
-def _check_latents(latents: Sequence[Tensor], levels: int) -> None:
-    if len(latents) < levels + 1:
-        raise ValueError(f"a DiffDIS U-Net of {levels} levels needs {levels + 1} latents, got {len(latents)}")
-    height, width = latents[0].shape[-2:]
-    for level, given in enumerate(latents[: levels + 1]):
-        expected = (height // 2**level, width // 2**level)
-        if height % 2**levels or width % 2**levels or given.shape[-2:] != expected:
-            raise ValueError(
-                f"latent {level} is {tuple(given.shape[-2:])}, expected {expected}; the sides of the first must be"
-                f" multiples of {2**levels}, they are {(height, width)}"
-            )
-
-
-def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings among `config` that a stock `UNet2DConditionModel` takes."""
-    known = inspect.signature(UNet2DConditionModel.__init__).parameters
-    return {key: value for key, value in config.items() if key in known}
+    def _check(self, latents: Sequence[Tensor]) -> None:
+        levels, (height, width) = self.levels, latents[0].shape[-2:]
+        if len(latents) < levels + 1:
+            raise ValueError(f"a DiffDIS U-Net of {levels} levels needs {levels + 1} latents, got {len(latents)}")
+        for level in range(levels + 1):
+            size, expected = tuple(latents[level].shape[-2:]), (height // 2**level, width // 2**level)
+            if height % 2**levels or width % 2**levels or size != expected:
+                raise ValueError(
+                    f"latent {level} is {size}, expected {expected}; the sides of the first must be multiples of"
+                    f" {2**levels}, they are {(height, width)}"
+                )
 
 
 def injected_widths(config: Mapping[str, Any]) -> list[int]:
@@ -274,10 +258,8 @@ def derived_weights(base: Mapping[str, Tensor], widths: Sequence[int]) -> dict[s
                     derived[key.replace(old, new)] = value.clone()
     for level, width in enumerate(widths):
         for name in (f"rgb_proj.{level}", f"rgb_proj1.{level}"):
-            derived[f"{name}.weight"], derived[f"{name}.bias"] = (
-                weight.new_zeros(width, width, 3, 3),
-                weight.new_zeros(width),
-            )
+            derived[f"{name}.weight"] = weight.new_zeros(width, width, 3, 3)
+            derived[f"{name}.bias"] = weight.new_zeros(width)
     return derived
 
 
@@ -305,7 +287,7 @@ def from_base(unet: Any, *, seed: int = 0) -> DiffDisUNet:
     return network
 
 
-def is_diffdis(keys: Mapping[str, Any] | Sequence[str]) -> bool:
+def is_diffdis(keys: Collection[str]) -> bool:
     """Whether these are the weights of a DiffDIS U-Net; their config does not tell."""
     needed = ("rgb_proj.0.weight", "class_embedding.linear_1.weight", "conv_in.weight")
     return all(key in keys for key in needed) and any(".attn3.to_q.weight" in key for key in keys)

@@ -22,31 +22,22 @@ from diffrep.heads.sizes import SizeRule, resize, working_size
 
 @dataclass(frozen=True, kw_only=True)
 class DepthEnsemble:
-    """How depth predictions with their own scale and shift are brought together.
+    """How depth predictions with their own scale and shift are brought together."""
 
-    Attributes:
-        method: "least squares" fits every member to the median of all, some times over; "pairs" is the published one,
-            to which the settings from `regularizer` on belong.
-        reduction: of the aligned members, over each pixel.
-        shift: members have their own shift; without, only their own scale.
-        regularizer: weight of the distance of the result from the range [0, 1].
-        iterations, tolerance: where BFGS stops.
-        precision: of the solver's values and of its objective; in float32 its numerical gradient takes wider steps.
-        pairs: the root mean square is taken of each pair and summed, or once over all pairs together.
-        fit_size: the fit reads maps at most this long, by nearest subsampling; None reads them whole.
-        size_rule: of the subsampled size, see `diffrep.heads.sizes.working_size`.
-    """
-
-    method: Literal["least squares", "pairs"] = "least squares"
-    reduction: Literal["median", "mean"] = "median"
-    shift: bool = True
-    regularizer: float = 0.02
-    iterations: int = 50
-    tolerance: float = 1e-6
+    method: Literal["least squares", "pairs"] = (
+        "least squares"  # fit every member to the median of all; or as published
+    )
+    reduction: Literal["median", "mean"] = "median"  # of the aligned members, over each pixel
+    shift: bool = True  # members have their own shift; without, only their own scale
+    # of the published fit:
+    regularizer: float = 0.02  # weight of the distance of the result from the range [0, 1]
+    iterations: int = 50  # of BFGS
+    tolerance: float = 1e-6  # at which BFGS stops
+    # of the solver's values and of its objective; in float32 its numerical gradient takes wider steps
     precision: Literal["float64", "float32"] = "float64"
-    pairs: Literal["each", "together"] = "each"
-    fit_size: int | None = 1024
-    size_rule: SizeRule = "truncate"
+    pairs: Literal["each", "together"] = "each"  # root mean square of each pair, summed; or once over all pairs
+    fit_size: int | None = 1024  # the fit reads maps at most this long, by nearest subsampling; None: whole
+    size_rule: SizeRule = "truncate"  # of the subsampled size
 
 
 MARIGOLD_ENSEMBLE = DepthEnsemble(method="pairs")
@@ -73,10 +64,8 @@ def ensemble_depth(members: Tensor, settings: DepthEnsemble | None = None) -> tu
     if members.ndim != 3 or len(members) < 2:
         raise ValueError(f"an ensemble needs (E, H, W) with at least two members, got {tuple(members.shape)}")
     members, settings = members.float(), settings or DepthEnsemble()
-    if settings.method == "least squares":
-        aligned = _align_to_median(members, settings.shift)
-    else:
-        aligned = _align(members, *_fit(_subsampled(members, settings), settings))
+    pairs = settings.method == "pairs"
+    aligned = _aligned_pairs(members, settings) if pairs else _aligned_to_median(members, settings.shift)
     result, uncertainty = _reduce(aligned, settings.reduction)
     low = result.min() if settings.shift else result.new_zeros(())
     extent = (result.max() - low).clamp(min=1e-6)
@@ -108,7 +97,7 @@ def ensemble_normals(members: Tensor, reduction: Literal["closest", "mean"] = "c
     return members.gather(0, nearest)[0], uncertainty
 
 
-def _align_to_median(members: Tensor, shift: bool, rounds: int = 5) -> Tensor:
+def _aligned_to_median(members: Tensor, shift: bool, rounds: int = 5) -> Tensor:
     """Every member with the scale (and shift) that brings it nearest to the median of all, which spans [0, 1]."""
     middle = members
     for _ in range(rounds + 1):
@@ -125,41 +114,30 @@ def _align_to_median(members: Tensor, shift: bool, rounds: int = 5) -> Tensor:
     return aligned
 
 
-def _subsampled(members: Tensor, settings: DepthEnsemble) -> Tensor:
-    height, width = members.shape[-2:]
-    if settings.fit_size is None or max(height, width) <= settings.fit_size:
-        return members
-    return resize(members[None], working_size(height, width, settings.fit_size, settings.size_rule), "nearest")[0]
-
-
-def _align(members: Tensor, scale: np.ndarray, shift: np.ndarray) -> Tensor:
-    return members * members.new_tensor(scale)[:, None, None] + members.new_tensor(shift)[:, None, None]
-
-
-def _reduce(aligned: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    if reduction == "mean":
-        return aligned.mean(0), aligned.std(0)
-    result = aligned.median(0).values
-    return result, (aligned - result).abs().median(0).values
-
-
-def _fit(members: Tensor, settings: DepthEnsemble) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shift of every member, by BFGS with numerical gradients as the official code does it."""
+def _aligned_pairs(members: Tensor, settings: DepthEnsemble) -> Tensor:
+    """Members at the scale and shift that BFGS with numerical gradients gives them, as in the official code."""
     from scipy.optimize import minimize
 
-    count, dtype = len(members), np.dtype(settings.precision)
-    low, high = members.flatten(1).min(1).values, members.flatten(1).max(1).values
+    height, width = members.shape[-2:]
+    small = members
+    if settings.fit_size is not None and max(height, width) > settings.fit_size:
+        size = working_size(height, width, settings.fit_size, settings.size_rule)
+        small = resize(members[None], size, "nearest")[0]
+    count, dtype = len(small), np.dtype(settings.precision)
+    low, high = small.flatten(1).min(1).values, small.flatten(1).max(1).values
     scale = 1 / (high - (low if settings.shift else 0)).clamp(min=1e-6)
     start = torch.cat([scale, -scale * low]) if settings.shift else scale
     first, second = torch.combinations(torch.arange(count)).T
 
+    def aligned_by(parameters: np.ndarray, maps: Tensor) -> Tensor:
+        scales = maps.new_tensor(parameters[:count])[:, None, None]
+        return maps * scales + (maps.new_tensor(parameters[count:])[:, None, None] if settings.shift else 0)
+
     def cost(parameters: np.ndarray) -> np.floating[Any]:
-        shift = parameters[count:] if settings.shift else np.zeros(count)
-        aligned = _align(members, parameters[:count], shift)
+        aligned = aligned_by(parameters, small)
         if settings.pairs == "each":
-            distance = sum(
-                float((aligned[i] - aligned[j]).square().mean().sqrt()) for i, j in zip(first, second, strict=True)
-            )
+            pairs = zip(first, second, strict=True)
+            distance = sum(float((aligned[i] - aligned[j]).square().mean().sqrt()) for i, j in pairs)
         else:
             distance = float((aligned[first] - aligned[second]).square().mean().sqrt())
         if settings.regularizer:
@@ -169,5 +147,14 @@ def _fit(members: Tensor, settings: DepthEnsemble) -> tuple[np.ndarray, np.ndarr
         return rounded
 
     options = {"maxiter": settings.iterations, "disp": False}
-    solved = minimize(cost, start.cpu().numpy().astype(dtype), method="BFGS", tol=settings.tolerance, options=options)
-    return solved.x[:count], solved.x[count:] if settings.shift else np.zeros(count)
+    start_values = start.cpu().numpy().astype(dtype)
+    solved = minimize(cost, start_values, method="BFGS", tol=settings.tolerance, options=options)
+    return aligned_by(solved.x, members)
+
+
+def _reduce(aligned: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """(H, W), and its uncertainty: the standard deviation, or the median absolute deviation."""
+    if reduction == "mean":
+        return aligned.mean(0), aligned.std(0)
+    result = aligned.median(0).values
+    return result, (aligned - result).abs().median(0).values

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from diffrep.settings import check
+
 Task = Literal["depth", "disparity", "normals"]
 Predicts = Literal["sample", "epsilon", "v_prediction"]
 Frame = Literal["lub", "rub", "rdf"]
@@ -85,8 +87,7 @@ class Family:
     scale_bias: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.preserve <= 1:
-            raise ValueError(f"preserve is a share in [0, 1], got {self.preserve}")
+        check(self, preserve="[0, 1]", timestep="0..999", working_size="1..")
         if self.preserve and self.task_vector is None:
             raise ValueError("reconstructing the image (preserve > 0) needs the task vector")
         if self.first_latent != "noise" and (self.timesteps == "all" or self.predicts == "epsilon"):

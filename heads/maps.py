@@ -8,20 +8,21 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from diffrep.alignment import LEAST_DISPARITY, Space, fit_robust, fit_scale_shift
-from diffrep.files import MARK, write_whole
+from diffrep.files import MARK, one_line, write_whole
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.results import Result
 
@@ -38,7 +39,7 @@ class _Map(Result):
     uncertainty: Tensor | None
 
     def metadata(self) -> dict[str, object]:
-        """What a reader of the values must know."""
+        """What a reader of the values must know, JSON-ready."""
         raise NotImplementedError
 
     def uncertainty_picture(self) -> Image.Image:
@@ -54,7 +55,10 @@ class _Map(Result):
         return Image.fromarray(np.round(255 * share).astype(np.uint8))
 
     def _writers(self) -> dict[str, Callable[[Path], object]]:
-        measured = {ending: partial(_write_bytes, write, self) for ending, write in WRITERS.values()}
+        def writer(content: Callable[[Any], bytes]) -> Callable[[Path], object]:
+            return lambda path: path.write_bytes(content(self))
+
+        measured = {ending: writer(content) for ending, content in WRITERS.values()}
         return {**super()._writers(), **measured, ".tif": measured[".tiff"]}
 
 
@@ -87,7 +91,6 @@ class DepthMap(_Map):
         return self.space == "disparity"
 
     def metadata(self) -> dict[str, object]:
-        """What a reader of the values must know."""
         unit = "metres" if self.metric else "relative, up to an unknown scale and shift"
         large = "near" if self.near_is_one else "far"
         return {"kind": self.space, "unit": unit, "large_values_are": large, "settings": dict(self.settings)}
@@ -114,9 +117,10 @@ class DepthMap(_Map):
                 f"the known depths must be {tuple(self.values.shape)} like the map, got {tuple(reference.shape)}"
             )
         keep = torch.isfinite(reference) & (reference > 0)
-        keep = keep if valid is None else keep & valid
-        if int(keep.sum()) < 2:
-            raise ValueError(f"scale and shift need at least two known depths, got {int(keep.sum())}")
+        if valid is not None:
+            keep = keep & valid
+        if (known := int(keep.sum())) < 2:
+            raise ValueError(f"scale and shift need at least two known depths, got {known}")
         target = torch.where(keep, reference.float(), 1.0)
         target = 1 / target if self.space == "disparity" else target
         fit = fit_robust if method == "robust" else fit_scale_shift
@@ -129,7 +133,7 @@ class DepthMap(_Map):
         values = scale * self.values + shift
         if self.space == "disparity":
             values = 1 / values.clamp(min=LEAST_DISPARITY)
-        settings = {**self.settings, "scale": scale, "shift": shift, "fit": method, "known_depths": int(keep.sum())}
+        settings = {**self.settings, "scale": scale, "shift": shift, "fit": method, "known_depths": known}
         return DepthMap(values.clamp(min=0), "depth", metric=True, settings=settings)
 
     def relative_depth(self, nearest: float = 1.0, farthest: float = 10.0) -> Tensor:
@@ -175,7 +179,6 @@ class NormalMap(_Map):
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, object]:
-        """What a reader of the values must know."""
         return {"kind": self.kind, "frame": self.frame, "axes": AXES[self.frame], "settings": dict(self.settings)}
 
     @property
@@ -190,9 +193,13 @@ class NormalMap(_Map):
 
     def to_frame(self, frame: Frame) -> NormalMap:
         """The same normals in other camera axes."""
-        signs = [a * b for a, b in zip(FRAME_SIGNS[self.frame], FRAME_SIGNS[frame], strict=True)]
-        values = self.values * self.values.new_tensor(signs)[:, None, None]
-        return dataclasses.replace(self, values=values, frame=frame)
+        return dataclasses.replace(self, values=change_frame(self.values, self.frame, frame), frame=frame)
+
+
+def change_frame(vectors: Tensor, source: Frame, target: Frame) -> Tensor:
+    """(..., 3, H, W) vectors in other camera axes."""
+    signs = [a * b for a, b in zip(FRAME_SIGNS[source], FRAME_SIGNS[target], strict=True)]
+    return vectors * vectors.new_tensor(signs)[:, None, None]
 
 
 def facing_camera(like: Tensor, frame: Frame) -> Tensor:
@@ -211,10 +218,6 @@ AXES: dict[Frame, str] = {
     "rub": "x right, y up, z towards the camera",
     "rdf": "x right, y down, z forward",
 }
-
-
-def _write_bytes(write: Callable[[DepthMap | NormalMap], bytes], values: Any, path: Path) -> None:
-    path.write_bytes(write(values))
 
 
 def array_of(values: DepthMap | NormalMap) -> np.ndarray:
@@ -243,35 +246,25 @@ def png_bytes(values: DepthMap | NormalMap) -> bytes:
             )
     else:
         counts, scale = array * _FULL, "value = count / 65535"
-    counts = np.round(counts.clip(0, _FULL)).astype(np.uint16)
-    note = json.dumps({**values.metadata(), "stored": scale})
-    if counts.ndim == 2:
-        text = PngInfo()
-        text.add_text(MARK, note)
-        buffer = io.BytesIO()
-        Image.fromarray(counts).save(buffer, format="PNG", pnginfo=text)
-        return buffer.getvalue()
-    return _colour_png(counts, note)
+    counts = np.round(counts.clip(0, _FULL)).astype(">u2").reshape(*array.shape[:2], -1)
+    return _png(counts, json.dumps({**values.metadata(), "stored": scale}))
 
 
-def _colour_png(counts: np.ndarray, note: str) -> bytes:
-    """16 bits in three channels, which Pillow cannot write."""
-    import struct
-    import zlib
+def _png(counts: np.ndarray, note: str) -> bytes:
+    """16 bits in one channel or in three, which Pillow cannot write."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    height, width, _ = counts.shape
-    big = counts.astype(">u2")
+    height, width, channels = counts.shape
     # filter 1 of the PNG standard: differences to the pixel on the left, byte by byte
-    left = np.concatenate([np.zeros_like(big[:, :1]), big[:, :-1]], axis=1).astype(">u2")
-    rows = (big.view(np.uint8) - left.view(np.uint8)).reshape(height, -1)
+    left = np.concatenate([np.zeros_like(counts[:, :1]), counts[:, :-1]], axis=1).astype(counts.dtype)
+    rows = (counts.view(np.uint8) - left.view(np.uint8)).reshape(height, -1)
     lines = np.concatenate([np.ones((height, 1), np.uint8), rows], axis=1)
-    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)
     text = MARK.encode() + b"\0" + note.encode("latin-1", "replace")
-    parts = [chunk(b"IHDR", head), chunk(b"tEXt", text), chunk(b"IDAT", zlib.compress(lines.tobytes(), 6))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + chunk(b"IEND", b"")
+    parts = ((b"IHDR", head), (b"tEXt", text), (b"IDAT", zlib.compress(lines.tobytes(), 6)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
 def npy_bytes(values: DepthMap | NormalMap) -> bytes:
@@ -291,13 +284,10 @@ def tiff_bytes(values: DepthMap | NormalMap) -> bytes:
         import tifffile
     except ImportError:
         raise ImportError('writing TIFF needs tifffile: pip install "diffrep[dense]"') from None
-    array = array_of(values)
-    buffer = io.BytesIO()
+    array, note, buffer = array_of(values), json.dumps(values.metadata()), io.BytesIO()
     kind = "minisblack" if array.ndim == 2 else "rgb"
-    tifffile.imwrite(
-        buffer, array, photometric=kind, compression="zlib", software=MARK,
-        description=json.dumps(values.metadata()), metadata=None,
-    )  # fmt: skip
+    about: dict[str, Any] = {"photometric": kind, "software": MARK, "description": note, "metadata": None}
+    tifffile.imwrite(buffer, array, compression="zlib", **about)
     return buffer.getvalue()
 
 
@@ -318,3 +308,116 @@ def save_map(path: Path, values: DepthMap | NormalMap) -> None:
     if path.suffix.lower() not in writers:
         raise ValueError(f"{path}: a map is written as {', '.join(writers)}")
     write_whole(path, writers[path.suffix.lower()](values))
+
+
+# -- known depths, for example of a lidar, that make a relative map metric ----------------------------------
+
+
+class KnownDepthError(ValueError):
+    """Known depths that are missing, cannot be read or do not belong to the image; the message names the file."""
+
+
+def known_files(source: Path, images: Mapping[Path, Iterable[Path]]) -> dict[Path, Path]:
+    """Which file of known depths belongs to which image.
+
+    Args:
+        source: one file, or a folder that has a file for each image, laid out as the images are, or flat.
+        images: image -> its paths below their folder, without an ending, the most exact first.
+
+    Returns:
+        Image -> its file, for the images that have one.
+
+    Raises:
+        KnownDepthError: two images would get one file.
+    """
+    owners: dict[Path, Path] = {}
+    for image, names in images.items():
+        file = _known_file(source, image, names) if source.is_dir() else source
+        if file in owners:
+            raise KnownDepthError(f"{file}: known depths of two images, {owners[file]} and {image}: which one is it?")
+        if file is not None:
+            owners[file] = image
+    return {image: file for file, image in owners.items()}
+
+
+def _known_file(folder: Path, image: Path, names: Iterable[Path]) -> Path | None:
+    """The first that exists of FOLDER/NAME.ENDING; flat, by the image's own name, at last."""
+    stems = (folder / name for name in (*names, Path(image.stem)))
+    candidates = (stem.with_name(f"{stem.name}{ending}") for stem in stems for ending in KNOWN_READERS)
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def read_known_depths(source: Path, image: Path, size: tuple[int, int], *, per_metre: float = 1000.0) -> Tensor:
+    """Known depths of an image as a map.
+
+    Args:
+        source: ``.npy``, (H, W) metres, floating point; ``.png``, 16 bits, millimetres unless `per_metre` says
+            otherwise; ``.csv``, UTF-8, lines x,y,metres with x, y in pixels of the image; or a folder with such a file
+            for each image, of the same name.
+        image: the image's path, for its name.
+        size: (width, height) of the image.
+        per_metre: counts of a ``.png`` that make a metre.
+
+    Returns:
+        (H, W) float32 metres; 0 where nothing is known.
+
+    Raises:
+        KnownDepthError: the file is missing, cannot be read, is of another size than the image, or holds millimetres.
+    """
+    width, height = size
+    if source.is_dir():
+        if (file := _known_file(source, image, ())) is None:
+            raise KnownDepthError(f"{source}: has no known depths for {image.name} ({image.stem}.npy, .png or .csv)")
+        source = file
+    if not source.is_file() or source.suffix.lower() not in KNOWN_READERS:
+        raise KnownDepthError(f"{source}: known depths are a file that ends in {', '.join(KNOWN_READERS)}")
+    try:
+        array = KNOWN_READERS[source.suffix.lower()](source, height, width, per_metre)
+    except Exception as error:  # whatever the readers of damaged files raise
+        raise KnownDepthError(f"{source}: cannot be read as known depths ({one_line(error)})") from None
+    if array.shape != (height, width):
+        raise KnownDepthError(f"{source}: has the shape {array.shape}, its image {(height, width)}")
+    array = np.nan_to_num(array, nan=0.0, posinf=0.0, neginf=0.0)
+    known = array[array > 0]
+    if known.size and np.median(known) > _FARTHEST:
+        raise KnownDepthError(
+            f"{source}: known depths are metres, half of these are above {np.median(known):g}: are they millimetres?"
+        )
+    return torch.from_numpy(array)
+
+
+def _from_npy(file: Path, height: int, width: int, per_metre: float) -> np.ndarray:
+    array = np.load(file, allow_pickle=False)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"they are metres in floating point, this array is {array.dtype}")
+    return array.astype(np.float32)
+
+
+def _from_png(file: Path, height: int, width: int, per_metre: float) -> np.ndarray:
+    with Image.open(file) as opened:
+        if not opened.mode.startswith("I"):
+            raise ValueError(f"a depth picture has one channel of 16 bits, this one is of mode {opened.mode}")
+        return np.asarray(opened).astype(np.float32) / np.float32(per_metre)
+
+
+def _from_csv(file: Path, height: int, width: int, per_metre: float) -> np.ndarray:
+    depths, unit = np.zeros((height, width), dtype=np.float32), 1.0
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        words = [word.strip() for word in line.split(",")]
+        if not any(words):
+            continue
+        try:
+            x, y, metres = map(float, words)
+        except ValueError:
+            if number > 1 or len(words) != 3 or not re.match(r"[A-Za-z\"']", words[0]):
+                raise ValueError(f"line {number} is {line!r}, not x,y,metres") from None
+            unit = 1000.0 if re.search(r"\bmm\b|millimet", words[2].lower()) else 1.0  # a line of names
+            continue
+        if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5):  # written so that NaN fails too
+            raise ValueError(f"line {number} lies at {x:g}, {y:g}, outside the image of {width} x {height}")
+        depths[min(max(round(y), 0), height - 1), min(max(round(x), 0), width - 1)] = metres / unit
+    return depths
+
+
+KNOWN_READERS = {".npy": _from_npy, ".png": _from_png, ".csv": _from_csv}  # ending -> reader
+_FARTHEST = 1000.0  # metres: known depths that are mostly farther are taken for millimetres, and refused

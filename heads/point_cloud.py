@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.heads.families import FRAME_SIGNS, Frame
+from diffrep.heads.families import Frame
+from diffrep.heads.maps import change_frame
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,15 @@ def ply_bytes(
     """
     finite = torch.isfinite(points).all(0)
     keep = finite if keep is None else keep & finite
-    signs = points.new_tensor([a * b for a, b in zip(FRAME_SIGNS["rdf"], FRAME_SIGNS[frame], strict=True)])[:, None]
-    fields: list[tuple[str, str]] = [(name, "<f4") for name in "xyz"]
-    columns = list((points[:, keep] * signs).float().cpu().numpy())
+    parts = [(("x", "y", "z"), "<f4", "float", change_frame(points, "rdf", frame))]
     if normals is not None:
-        fields += [(name, "<f4") for name in ("nx", "ny", "nz")]
-        columns += list((normals[:, keep] * signs).float().cpu().numpy())
-    fields += [(name, "u1") for name in ("red", "green", "blue")]
-    columns += list(colours[:, keep].cpu().numpy())
-    vertices = np.empty(len(columns[0]), dtype=fields)
-    for (name, _), column in zip(fields, columns, strict=True):
-        vertices[name] = column
-    types = {"<f4": "float", "u1": "uchar"}
-    header = ["ply", "format binary_little_endian 1.0"]
-    header += [f"comment {' '.join(comment.split())}"] if comment else []
-    header += [f"element vertex {len(vertices)}", *(f"property {types[kind]} {name}" for name, kind in fields)]
+        parts.append((("nx", "ny", "nz"), "<f4", "float", change_frame(normals, "rdf", frame)))
+    parts.append((("red", "green", "blue"), "u1", "uchar", colours))
+    vertices = np.empty(int(keep.sum()), dtype=[(name, kind) for names, kind, _, _ in parts for name in names])
+    for names, _, _, values in parts:
+        for name, column in zip(names, values[:, keep].cpu().numpy(), strict=True):
+            vertices[name] = column
+    properties = [f"property {kind} {name}" for names, _, kind, _ in parts for name in names]
+    comments = [f"comment {' '.join(comment.split())}"] if comment else []
+    header = ["ply", "format binary_little_endian 1.0", *comments, f"element vertex {len(vertices)}", *properties]
     return ("\n".join([*header, "end_header"]) + "\n").encode("ascii", "replace") + vertices.tobytes()

@@ -28,6 +28,7 @@ from diffrep.heads.sizes import resize
 from diffrep.heads.tiling import blend_weight, tile_starts
 from diffrep.images import shrink, stack_pixels
 from diffrep.results import Result
+from diffrep.settings import check
 
 SCALES = (0.75, 1.0, 1.25)  # of the published ensemble over test-time augmentations, each without and with mirror
 PASSES = 2 * len(SCALES)
@@ -230,14 +231,7 @@ class SegmentConfig:
     batch_size: int = 4  # images or windows that go through the network together
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size must be a number of pixels, got {self.size}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if not 0 < self.overlap <= 0.5:
-            raise ValueError(f"overlap must be a share above 0 and up to 0.5, got {self.overlap}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must lie in 0..2^63-1, got {self.seed}")
+        check(self, size="1..", batch_size="1..", seed="[0, 2^63)", overlap="(0, 0.5]")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -298,8 +292,8 @@ class SegmentationHead(Head[SegmentConfig, ObjectMask]):
         """(H, W) that the network sees of an image of (H, W): multiples of what its U-Net can halve."""
         side = config.size or self.model.working_size
         scale = side / max(size)
-        wanted = (side, side) if config.shape == "square" else (size[0] * scale, size[1] * scale)
-        return _rounded(*wanted, self.model.multiple)
+        height, width = (side, side) if config.shape == "square" else (size[0] * scale, size[1] * scale)
+        return _rounded(height, width, self.model.multiple)
 
     def group(self, image: Image.Image, config: SegmentConfig) -> Hashable:
         return self.canvas_size((image.height, image.width), config)

@@ -53,71 +53,61 @@ def predict_tiled(
     assert config.tile is not None
     tile = config.tile // 8 * 8
     height, width = pixels.shape[1:]
-    channels = 3 if head.task == "normals" else 1
+    is_depth = head.task != "normals"
+    channels = 1 if is_depth else 3
     if into is None:
-        into = np.empty((channels, height, width) if channels == 3 else (height, width), dtype=np.float32)
+        into = np.empty((height, width) if is_depth else (channels, height, width), dtype=np.float32)
     rows, columns = (tile_starts(side, tile, int(tile * config.overlap)) for side in (height, width))
-    whole = None
-    if head.task != "normals":
-        whole, _ = head.maps(pixels[None], dataclasses.replace(config, tile=None, official=False))
     plain = dataclasses.replace(config, size=0, tile=None, official=False)
+    whole = head.maps(pixels[None], dataclasses.replace(plain, size=config.size))[0] if is_depth else None
 
-    pending = torch.zeros(channels, 0, width)  # weighted sums of the rows that a later band still adds to
-    weights = torch.zeros(0, width)
-    for number, top in enumerate(rows):
+    pending = torch.zeros(channels + 1, 0, width)  # weighted sums, and weights, of rows that a later band still adds to
+    for top, below in zip(rows, [*rows[1:], height], strict=True):
         bottom = min(top + tile, height)
-        band = torch.zeros(channels, bottom - top, width)
-        total = torch.zeros(bottom - top, width)
-        band[:, : pending.shape[1]], total[: len(weights)] = pending, weights
+        band = F.pad(pending, (0, 0, 0, bottom - top - pending.shape[1]))
         for start in range(0, len(columns), config.batch_size):
             lefts = columns[start : start + config.batch_size]
             crops = torch.stack([pixels[:, top:bottom, left : left + tile] for left in lefts])
-            maps = _tile_maps(head, crops, top, lefts, plain)
-            for left, values in zip(lefts, maps, strict=True):
+            for left, values in zip(lefts, _tile_maps(head, crops, top, lefts, plain), strict=True):
                 if whole is not None:
                     values = _fitted(values, _window(whole, (height, width), (top, left), values.shape[1:]))
                 shown = slice(left, left + values.shape[2])
                 weight = blend_weight(slice(top, bottom), shown, (height, width))
-                band[:, :, shown] += weight * values
-                total[:, shown] += weight
-        done = rows[number + 1] - top if number + 1 < len(rows) else bottom - top
-        finished = band[:, :done] / total[:done]
-        into[..., top : top + done, :] = (
-            finished[0].clamp(0, 1) if channels == 1 else unit_length(finished, head.family.frame)
-        ).numpy()
-        pending, weights = band[:, done:], total[done:]
+                band[:-1, :, shown] += weight * values
+                band[-1, :, shown] += weight
+        finished, pending = band[:, : below - top], band[:, below - top :]
+        finished = finished[:-1] / finished[-1]
+        finished = finished[0].clamp(0, 1) if is_depth else unit_length(finished, head.family.frame)
+        into[..., top:below, :] = finished.numpy()
     return head.wrap(torch.from_numpy(into), dataclasses.replace(config, tile=tile))
 
 
 def _tile_maps(head: DenseHead, crops: Tensor, top: int, lefts: list[int], config: PredictConfig) -> list[Tensor]:
     """Maps (1 or 3, h, w) of tiles of one row; noise belongs to the place in the image, not to the tile."""
-    model = head.model
-    if head.family.first_latent != "noise" and config.posterior == "mean":
-        maps, _ = head.maps(crops, config)
-        return list(maps.cpu())
-    size = tuple(-(-side // model.stride) for side in crops.shape[2:])
+    stride, starts_from_noise = head.model.stride, head.family.first_latent == "noise"
+    if not starts_from_noise and config.posterior == "mean":
+        return list(head.maps(crops, config)[0].cpu())
     results = []
     for crop, left in zip(crops, lefts, strict=True):
-        corner = top // model.stride, left // model.stride
-        drawn = [_noise(model.channels, corner, size, config.seed, stream) for stream in (0, 1)]
-        noise = drawn[0] if head.family.first_latent == "noise" else None
-        posterior = drawn[1] if config.posterior == "sample" else None
-        maps, _ = head.maps(crop[None], config, noise=noise, posterior_noise=posterior)
-        results.append(maps[0].cpu())
+        corner, size = (top // stride, left // stride), (-(-crop.shape[1] // stride), -(-crop.shape[2] // stride))
+        noise, posterior = (_noise(head.model.channels, corner, size, config.seed, stream) for stream in (0, 1))
+        drawn = {"noise": noise if starts_from_noise else None}
+        drawn["posterior_noise"] = posterior if config.posterior == "sample" else None
+        results.append(head.maps(crop[None], config, **drawn)[0][0].cpu())
     return results
 
 
-def _noise(channels: int, corner: tuple[int, int], size: tuple[int, ...], seed: int, stream: int) -> Tensor:
-    """Standard normal noise (1, c, h, w) of a window of an unbounded plane of noise."""
+def _noise(channels: int, corner: tuple[int, int], size: tuple[int, int], seed: int, stream: int) -> Tensor:
+    """Standard normal noise (1, c, h, w) of a window of an unbounded plane of noise, drawn in blocks."""
     (top, left), (height, width) = corner, size
     rows = range(top // _BLOCK, (top + height - 1) // _BLOCK + 1)
     columns = range(left // _BLOCK, (left + width - 1) // _BLOCK + 1)
-    shape = (channels, _BLOCK, _BLOCK)
-    plane = torch.cat(
-        [torch.cat([draw_noise(shape, seed, 1 + r * 65536 + c, stream=stream) for c in columns], 3) for r in rows], 2
-    )
-    y, x = top - rows[0] * _BLOCK, left - columns[0] * _BLOCK
-    return plane[:, :, y : y + height, x : x + width]
+
+    def block(row: int, column: int) -> Tensor:
+        return draw_noise((channels, _BLOCK, _BLOCK), seed, 1 + row * 65536 + column, stream=stream)
+
+    plane = torch.cat([torch.cat([block(row, column) for column in columns], 3) for row in rows], 2)
+    return plane[..., top % _BLOCK : top % _BLOCK + height, left % _BLOCK : left % _BLOCK + width]
 
 
 def _window(whole: Tensor, size: tuple[int, int], corner: tuple[int, int], window: tuple[int, ...]) -> Tensor:

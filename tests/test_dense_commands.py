@@ -14,9 +14,8 @@ from PIL import Image
 
 from diffrep.alignment import fit_robust
 from diffrep.cli import main
-from diffrep.heads.maps import DepthMap, NormalMap, array_of, save_map
+from diffrep.heads.maps import DepthMap, NormalMap, array_of, read_known_depths, save_map
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
-from diffrep.heads.sparse import read_known_depths
 
 from .one_step_heads import random_head
 

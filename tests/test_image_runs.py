@@ -16,9 +16,8 @@ from diffrep.cli import main
 from diffrep.commands.image_runs import OutputPlace, find_inputs, output_names
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.loading import HeadError, load_head
-from diffrep.heads.maps import DepthMap, NormalMap, unit_length
+from diffrep.heads.maps import DepthMap, KnownDepthError, NormalMap, known_files, read_known_depths, unit_length
 from diffrep.heads.segmentation import SegmentationHead
-from diffrep.heads.sparse import KnownDepthError, known_files, read_known_depths
 from diffrep.published import _say
 from diffrep.video import frame_rate, read_frames, write_video
 

@@ -191,7 +191,7 @@ def test_settings_that_do_not_fit_are_refused(folders: dict[str, Path], head: De
         ({"size": -1}, "size must be"),
         ({"ensemble": 0}, "ensemble must be at least 1"),
         ({"tile": 8}, "tile must be at least 64"),
-        ({"overlap": 0.7}, "overlap must be a share"),
+        ({"overlap": 0.7}, "overlap must be in"),
     ]:
         with pytest.raises(ValueError, match=message):
             PredictConfig(**settings)  # type: ignore[arg-type]
@@ -458,9 +458,9 @@ def test_the_timestep_of_the_single_pass_is_an_option(tmp_path: Path) -> None:
     plain, last = (head.predict(image, PredictConfig(timestep=t)).values for t in (None, 999))
     assert torch.equal(plain, last)
     assert not torch.allclose(plain, head.predict(image, PredictConfig(timestep=500)).values)
-    with pytest.raises(ValueError, match=r"timestep is of a single step and lies in 0..999, got 1000"):
+    with pytest.raises(ValueError, match=r"timestep must be in 0..999, got 1000"):
         PredictConfig(timestep=1000)
-    with pytest.raises(ValueError, match=r"seed must lie in 0..2\^63-1"):
+    with pytest.raises(ValueError, match=r"seed must be in"):
         PredictConfig(seed=2**80)
 
 

@@ -56,7 +56,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> SceneSet:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"preserve": 1.5}, "share"),
+        ({"preserve": 1.5}, "preserve must be in"),
         ({"task_vector": None}, "task vector"),
         ({"predicts": "epsilon"}, "first_latent='noise'"),
         ({"timesteps": "all"}, "first_latent='noise'"),
@@ -273,7 +273,7 @@ def test_data_sets_are_named_at_the_command_line(tmp_path: Path) -> None:
 
 def test_batches_depend_on_their_generator_alone(scenes: SceneSet) -> None:
     sets = [SceneSamples(scenes, "depth")] * 2
-    batches = sample_batches(sets, (0.9, 0.1), LOTUS_G, batch_size=2, latent_channels=4, stride=8, workers=2)
+    batches = sample_batches(sets, (0.9, 0.1), LOTUS_G, batch_size=2, latent_channels=4, stride=8)
     first, again = (batches(torch.Generator().manual_seed(3)) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert first["noise"].shape == (4, 4, 8, 8)
@@ -387,9 +387,9 @@ def test_options_mean_the_embedded_recipe_or_the_papers() -> None:
         ("depth", ["--data", "scenes", "hypersim=nowhere"], "nowhere"),
         ("normals", ["--scenes", "0"], "--scenes must be at least 1, got 0"),
         ("segmentation", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        ("depth", ["--preserve", "nan"], "preserve is a share in [0, 1], got nan"),
+        ("depth", ["--preserve", "nan"], "preserve must be in [0, 1], got nan"),
         ("depth", ["--seed", "-1"], "--seed must lie in"),
-        ("segmentation", ["--sharpen", "nan"], "sharpen finite"),
+        ("segmentation", ["--sharpen", "nan"], "sharpen must be finite"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_a_scene_is_rendered(

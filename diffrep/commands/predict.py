@@ -32,10 +32,9 @@ from diffrep.heads.cutouts import backdrop, composite, cut_out, grey_image
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
 from diffrep.heads.loading import load_head
-from diffrep.heads.maps import AXES, DepthMap, NormalMap
+from diffrep.heads.maps import AXES, DepthMap, NormalMap, known_files, read_known_depths
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
 from diffrep.heads.segmentation import ObjectMask, SegmentConfig
-from diffrep.heads.sparse import known_files, read_known_depths
 from diffrep.published import Job, note_embedded
 from diffrep.video import SUFFIXES, is_video
 

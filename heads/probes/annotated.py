@@ -15,8 +15,8 @@ from torch import Tensor
 
 from diffrep.files import one_line
 from diffrep.heads.families import FRAME_SIGNS, Frame
+from diffrep.heads.maps import read_known_depths
 from diffrep.heads.probes.labelled import DataError
-from diffrep.heads.sparse import read_known_depths
 from diffrep.images import find_images, load_image
 
 DenseTask: TypeAlias = Literal["depth", "normals"]

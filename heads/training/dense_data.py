@@ -55,6 +55,7 @@ class Sample:
 DepthNorm = Literal["trunc_disparity", "disparity", "truncnorm", "instnorm", "perscene_norm"]
 """How Lotus brings depth to [-1, 1]: by quantiles or extremes of disparity or depth, or by the data set's range."""
 
+READERS = 8  # threads that read files
 HYPERSIM_FOCAL = 886.81  # pixels, of the 1024 x 768 images
 
 
@@ -147,24 +148,16 @@ def face_camera(normals: Tensor, points: Tensor) -> Tensor:
 
 
 def plane_normals(
-    depth: Tensor,
-    intrinsics: Intrinsics,
-    *,
-    bounds: tuple[float, float] = (1e-3, 80.0),
-    window: int = 5,
-    tolerance: float = 0.05,
-    least: int = 4,
+    depth: Tensor, intrinsics: Intrinsics, *, bounds: tuple[float, float] = (1e-3, 80.0)
 ) -> tuple[Tensor, Tensor]:
     """Normals of the planes fitted to each pixel's neighbourhood (how Lotus made them for Virtual KITTI 2).
 
-    The plane is the eigenvector of the smallest eigenvalue of the scatter of homogeneous points (x, y, z, 1).
+    The neighbourhood is a square of 5 x 5 pixels; those whose depth differs by more than 5 % of the pixel's are left
+    out, and a valid normal needs four neighbours. The plane is the eigenvector of the smallest eigenvalue of the
+    scatter of homogeneous points (x, y, z, 1).
 
     Args:
-        depth: (H, W) metres.
-        bounds: metres; depths outside are invalid.
-        window: pixels a side of the neighbourhood.
-        tolerance: neighbours whose depth differs by more than this share of the pixel's are left out.
-        least: neighbours, the pixel itself not counted, that a valid normal needs.
+        depth: (H, W) metres; what lies outside of `bounds` is invalid.
 
     Returns:
         (3, H, W) unit normals facing the camera, LUB, and (1, H, W) bool where they are valid.
@@ -173,16 +166,16 @@ def plane_normals(
     points = unproject(d, intrinsics)
     known = (d > bounds[0]) & (d < bounds[1])
 
-    def neighbours(x: Tensor) -> Tensor:  # (C, H, W) -> (C, window^2, H * W), zero outside
-        return F.unfold(x[:, None].double(), window, padding=window // 2).view(len(x), window**2, -1)
+    def neighbours(x: Tensor) -> Tensor:  # (C, H, W) -> (C, 25, H * W), zero outside
+        return F.unfold(x[:, None].double(), 5, padding=2).view(len(x), 25, -1)
 
-    near = (neighbours(d[None]) - d.flatten()).abs() < tolerance * d.flatten()
+    near = (neighbours(d[None]) - d.flatten()).abs() < 0.05 * d.flatten()
     used = (near & (neighbours(known[None]) > 0) & known.flatten())[0]
     stacked = neighbours(torch.cat([points, torch.ones_like(d)[None]])) * used
     scatter = torch.einsum("iwn,jwn->nij", stacked, stacked)
     plane = torch.linalg.eigh(scatter).eigenvectors[..., 0]
     normals = F.normalize(plane[:, :3], dim=-1, eps=1e-12).T.reshape(3, *depth.shape)
-    valid = known & (used.sum(0) - 1 >= least).view(depth.shape)
+    valid = known & (used.sum(0) - 1 >= 4).view(depth.shape)
     return face_camera(normals, points), valid[None]
 
 
@@ -211,7 +204,7 @@ class SampleSet(ABC):
 
     name: str
     task: Task
-    images: Sequence[Any]
+    images: Any
 
     def __len__(self) -> int:
         return len(self.images)
@@ -252,12 +245,8 @@ def sample_batches(
     batch_size: int,
     latent_channels: int,
     stride: int,
-    workers: int = 8,
 ) -> Callable[[torch.Generator], Batch]:
     """Batches of samples of one set each, the set drawn with these shares; every second one mirrored.
-
-    Args:
-        workers: threads that read files.
 
     Raises:
         ValueError: not one share per set, or an empty set.
@@ -267,7 +256,7 @@ def sample_batches(
     if empty := [one.name for one in sets if not len(one)]:
         raise ValueError(f"no image to train on in {', '.join(empty)}")
     weights = torch.tensor(shares, dtype=torch.float64)
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(READERS)
 
     def batches(generator: torch.Generator) -> Batch:
         chosen = sets[int(torch.multinomial(weights, 1, generator=generator))]

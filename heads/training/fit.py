@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,29 +40,22 @@ from diffrep.heads.training.masks import (
     segmentation_losses,
 )
 from diffrep.scenes import SceneSet
+from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.training.loop import Batch, FitSettings, Loss, fit, step_generator
 
 
-def _starting_point(
-    parts: PipelineParts, unet: Any, seed: int, decoder: Callable[[], nn.Module] | None = None
-) -> tuple[Any, nn.Module | None, Tensor]:
-    """A U-Net and a decoder ready to be trained here, and the embedding of the empty prompt.
-
-    Args:
-        decoder: makes the decoder; torch draws initial weights from the global generator.
-    """
+def _starting_point(parts: PipelineParts, *modules: nn.Module | None) -> Tensor:
+    """Make networks ready to be trained here, in place; the embedding of the empty prompt."""
     if parts.text is None:
         raise ValueError(f"{parts.source}: has no text encoder, which the empty prompt needs")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        drawn = None if decoder is None else decoder()
     if not torch.cuda.is_available():
         from diffusers.models.attention_processor import AttnProcessor
 
+        unet: Any = modules[0]
         unet.set_attn_processor(AttnProcessor())  # faster on a CPU than its flash attention, and equal
-        for module in filter(None, (unet, drawn)):
+        for module in filter(None, modules):
             module.to(memory_format=torch.channels_last)
-    return unet, drawn, parts.text.encode([""])[""].context
+    return parts.text.encode([""])[""].context
 
 
 def _made_with(base: str, parts: PipelineParts) -> str:
@@ -118,8 +110,7 @@ class OneStepTraining:
     gradient_checkpointing: bool = False  # less memory, more time
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        check(self, batch_size="1..")
 
 
 def build_model(training: OneStepTraining, parts: PipelineParts) -> OneStepModel:
@@ -138,8 +129,7 @@ def build_model(training: OneStepTraining, parts: PipelineParts) -> OneStepModel
     unet = adapt_unet(unet, training.recipe, seed=training.fit.seed)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    unet, _, context = _starting_point(parts, unet, training.fit.seed)
-    return OneStepModel(unet, context, parts.alphas_cumprod, training.recipe)
+    return OneStepModel(unet, _starting_point(parts, unet), parts.alphas_cumprod, training.recipe)
 
 
 def train_one_step(
@@ -165,7 +155,8 @@ def train_one_step(
     Raises:
         ValueError: settings that do not go together, or a folder of another run.
     """
-    settings = {name: value for name, value in asdict(training).items() if name != "fit"}  # `fit` checks its own
+    settings = asdict(training)
+    del settings["fit"]  # `fit` checks its own
     claim_folder(folder, settings, name="training.json")
     parts = load_parts(training.base, pad=training.recipe.padded_context)
     model = build_model(training, parts)
@@ -175,17 +166,13 @@ def train_one_step(
         if len(sets) != 1:
             raise ValueError(f"latents are cached of one data set, not of {len(sets)}")
         vae.to(memory_format=torch.channels_last)
-        cached = cache_latents(
-            vae, sets[0], training.task, latents or folder,
-            made_with=_made_with(training.base, parts), progress=options.get("progress", True),
-        )  # fmt: skip
+        made_with, progress = _made_with(training.base, parts), options.get("progress", True)
+        cached = cache_latents(vae, sets[0], training.task, latents or folder, made_with=made_with, progress=progress)
         batches = latent_batches(cached, recipe, batch_size=training.batch_size)
     else:
-        batches = sample_batches(
-            sets, shares, recipe,
-            batch_size=training.batch_size, latent_channels=codec.channels, stride=codec.stride,
-        )  # fmt: skip
-        loss = _encoding(vae, training, codec.stride)
+        size, channels, stride = training.batch_size, codec.channels, codec.stride
+        batches = sample_batches(sets, shares, recipe, batch_size=size, latent_channels=channels, stride=stride)
+        loss = _encoding(vae, training, stride)
     return fit(model, batches, loss, training.fit, folder, **options)
 
 
@@ -257,10 +244,7 @@ class SegmentationTraining:
     sharpen: float = 0.0  # minutes for the decoder alone behind that, on what the U-Net predicts for scenes
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.scenes < 1:
-            raise ValueError(f"batch_size and scenes must be at least 1, got {self.batch_size} and {self.scenes}")
-        if self.size < 8 or not 0 <= self.sharpen < math.inf:
-            raise ValueError(f"size must be at least 8 and sharpen finite, got {self.size} and {self.sharpen}")
+        check(self, batch_size="1..", scenes="1..", size="8..", sharpen=NOT_NEGATIVE)
 
 
 def build_segmentation_model(training: SegmentationTraining, parts: PipelineParts) -> SegmentationModel:
@@ -269,10 +253,12 @@ def build_segmentation_model(training: SegmentationTraining, parts: PipelinePart
     Raises:
         ValueError: the base has no text encoder for the empty prompt, or a U-Net that takes more than latents.
     """
-    codec, seed = LatentCodec(parts.vae), training.fit.seed
-    decoder = (lambda: MaskDecoder(codec.channels, stride=codec.stride)) if training.decoder else None
-    unet, drawn, context = _starting_point(parts, from_base(parts.unet, seed=seed), seed, decoder)
-    return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), drawn)
+    codec, unet = LatentCodec(parts.vae), from_base(parts.unet, seed=training.fit.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training.fit.seed)  # torch draws initial weights from the global generator
+        decoder = MaskDecoder(codec.channels, stride=codec.stride) if training.decoder else None
+    context = _starting_point(parts, unet, decoder)
+    return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
 
 
 def head_of(model: SegmentationModel, vae: Any, training: SegmentationTraining) -> DiffDis:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from diffrep.heads.one_step import TIMESTEP, Schedule
 from diffrep.heads.sizes import stretch
-from diffrep.heads.training.dense_data import cached_latents
+from diffrep.heads.training.dense_data import READERS, cached_latents
 from diffrep.images import load_image, shrink
 from diffrep.scenes import SceneSet
 from diffrep.training.loop import Batch
@@ -34,26 +34,24 @@ Encode = Callable[[Tensor], Tensor]
 """(B, 3, H, W) pixels in [0, 1] -> scaled latents."""
 
 
-def edge_map(masks: Tensor, *, window: int = 5, threshold: float = EDGE_THRESHOLD) -> Tensor:
-    """Edge ground truth: where the dilated mask and the eroded one differ; what lies outside does not count.
+def edge_map(masks: Tensor) -> Tensor:
+    """Edge ground truth: where the mask dilated by 5 x 5 pixels and the eroded one differ, within the image.
 
     Args:
         masks: (..., H, W), grey levels in 0..255, any dtype.
-        window: pixels a side of the square that dilates and erodes.
 
     Returns:
-        (..., H, W) uint8, 255 where the difference is `threshold` or more, else 0.
+        (..., H, W) uint8, 255 where the difference is `EDGE_THRESHOLD` or more, else 0.
     """
     maps = masks.reshape(-1, 1, *masks.shape[-2:]).float()
-    spread = F.max_pool2d(maps, window, 1, window // 2) + F.max_pool2d(-maps, window, 1, window // 2)
-    return ((spread >= threshold).to(torch.uint8) * 255).reshape(masks.shape)
+    spread = F.max_pool2d(maps, 5, 1, 2) + F.max_pool2d(-maps, 5, 1, 2)
+    return ((spread >= EDGE_THRESHOLD).to(torch.uint8) * 255).reshape(masks.shape)
 
 
 def pyramid_noise(
     shape: Sequence[int],
     *,
     discount: float = DISCOUNT,
-    levels: int = 10,
     generator: torch.Generator | None = None,
     draws: Sequence[Tensor] | None = None,
     uniforms: Sequence[float] | None = None,
@@ -74,7 +72,7 @@ def pyramid_noise(
         return draws[number] if draws is not None else torch.randn(*shape[:2], *size, generator=generator)
 
     noise = draw(0, full).clone()
-    for level in range(levels):
+    for level in range(10):
         u = float(uniforms[level]) if uniforms is not None else float(torch.rand((), generator=generator))
         factor = (u * 2 + 2) ** level
         size = (max(1, int(size[0] / factor)), max(1, int(size[1] / factor)))
@@ -354,16 +352,14 @@ def image_batches(
     levels: int,
     edges: bool,
     decoder: bool,
-    workers: int = 8,
 ) -> Callable[[torch.Generator], Batch]:
     """Batches of images from files, augmented as published and encoded on the way.
 
     Args:
         size: pixels a side of the square that each image is squashed to.
         decoder: also give images and maps, for a decoder.
-        workers: threads that read and augment files.
     """
-    pool = ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(READERS)
 
     def sample(row: int, seed: int) -> list[Tensor]:
         views = augment(*read_maps(pairs[row]), torch.Generator().manual_seed(seed))
