@@ -19,8 +19,8 @@ _checkout.install()
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, TapInfo, load_backbone
     from diffrep.draw import draw_components, draw_field, draw_heat, draw_matches
-    from diffrep.features import ExtractConfig, FeatureMaps, extract, extract_each
-    from diffrep.fusion import Descriptors, Fusion, Part, fuse
+    from diffrep.features import Descriptors, ExtractConfig, FeatureMaps, extract, extract_each
+    from diffrep.fusion import Fusion, Part, fuse
     from diffrep.heads.loading import load_head
     from diffrep.heads.probes import load_probe
     from diffrep.images import Placement, Sizing, load_image
@@ -40,8 +40,8 @@ _NAMES = {  # module -> the public names that it defines
     "masks": "load_mask",
     "tasks": "pipeline",
     "backbones": "load_backbone Backbone TapInfo",
-    "features": "extract extract_each ExtractConfig FeatureMaps",
-    "fusion": "Fusion Part fuse Descriptors",
+    "features": "extract extract_each ExtractConfig FeatureMaps Descriptors",
+    "fusion": "Fusion Part fuse",
     "matching": "MatchConfig match_points match_dense",
     "recipes": "Correspondence Recipe recipe",
     "swap": "swap_appearance refine",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 from diffrep.matching import DenseMatches, Matches
 from diffrep.pictures import (
     GAP,

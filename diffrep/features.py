@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -22,6 +20,153 @@ from diffrep.images import ImageLike, Placement, fit_image, load_image, stack_pi
 from diffrep.pictures import component_colours, side_by_side, stacked
 from diffrep.results import Result
 from diffrep.settings import ExtractConfig
+
+
+def lattice(size: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """(h, w, 2) int64: the (column, row) of every place of an h x w map."""
+    rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in size), indexing="ij")
+    return torch.stack([columns, rows], dim=-1)
+
+
+def sample(values: Tensor, cells: Tensor) -> Tensor:
+    """Read a (h, w, C) map at fractional cells (..., 2) as (column, row), bilinearly: (..., C), float32.
+
+    Beyond the outermost centres the border is repeated. At the cell centres of a finer grid this is what
+    `interpolate(mode="bilinear", align_corners=False)` gives; for a few places it reads only their cells.
+    """
+    height, width, channels = values.shape
+    rows = values.reshape(-1, channels)
+    x, y = cells[..., 0].clamp(0, width - 1), cells[..., 1].clamp(0, height - 1)
+    left, top = x.floor().long(), y.floor().long()
+    right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
+    across, down = (x - left)[..., None], (y - top)[..., None]
+    upper = torch.lerp(rows[top * width + left].float(), rows[top * width + right].float(), across)
+    lower = torch.lerp(rows[bottom * width + left].float(), rows[bottom * width + right].float(), across)
+    return torch.lerp(upper, lower, down)
+
+
+@dataclass(frozen=True, repr=False)
+class Rows(Result):
+    """N descriptors in weighted parts, ready for products.
+
+    Attributes:
+        parts: one (N, C_i) matrix per part.
+        weights: what each part is multiplied with in the joined descriptor.
+    """
+
+    parts: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return self.parts[0].shape[0]
+
+    def __getitem__(self, index: Tensor | slice) -> Rows:
+        """Some of the rows, by numbers or a slice."""
+        return replace(self, parts=tuple(part[index] for part in self.parts))
+
+    def joined(self) -> Tensor:
+        """(N, C): the weighted parts side by side, float32."""
+        return torch.cat([part.float() * w for part, w in zip(self.parts, self.weights, strict=True)], dim=1)
+
+    def squared_norms(self) -> Tensor:
+        """(N,): squared lengths of the joined descriptors, float32."""
+        weighted = zip(self.parts, self.weights, strict=True)
+        return torch.stack([part.float().square().sum(1) * w**2 for part, w in weighted]).sum(0)
+
+
+@dataclass(frozen=True, repr=False)
+class Descriptors(Result):
+    """One descriptor per location of one image.
+
+    Attributes:
+        parts: one (h, w, C_i) map per part, floating point.
+        weights: what each part is multiplied with in the joined descriptor.
+        placement: how the image lies on the canvas.
+        grid: where the h x w locations lie on the canvas.
+    """
+
+    parts: tuple[Tensor, ...]
+    weights: tuple[float, ...]
+    placement: Placement
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(part.shape) for part in self.parts]
+        if not shapes or any(len(s) != 3 for s in shapes) or len({s[:2] for s in shapes}) != 1:
+            raise ValueError(f"parts of descriptors must be (h, w, C) with one common h and w, got {shapes}")
+        if len(self.weights) != len(self.parts):
+            raise ValueError(f"{len(self.parts)} parts need as many weights, got {len(self.weights)}")
+
+    @classmethod
+    def from_vectors(cls, vectors: Tensor, image_size: tuple[int, int] | None = None) -> Descriptors:
+        """Take (h, w, C) vectors that tile an image of `image_size` (H, W); None: one pixel per vector."""
+        if vectors.ndim != 3:
+            raise ValueError(f"vectors must be (h, w, C), got {tuple(vectors.shape)}")
+        size = image_size or (vectors.shape[0], vectors.shape[1])
+        grid = Grid.covering(size, (vectors.shape[0], vectors.shape[1]))
+        return cls((vectors,), (1.0,), Placement.identity(size), grid)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w): rows and columns of locations."""
+        return self.parts[0].shape[0], self.parts[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.parts[0].device
+
+    def weighted(self, *weights: float) -> Descriptors:
+        """The same parts under other weights."""
+        return replace(self, weights=tuple(float(w) for w in weights))
+
+    def rows(self) -> Rows:
+        """All locations, row by row (views, no copies where the parts are contiguous)."""
+        return Rows(tuple(part.flatten(0, 1) for part in self.parts), self.weights)
+
+    def vectors(self) -> Tensor:
+        """(h, w, C): the joined descriptors, float32."""
+        return self.rows().joined().unflatten(0, self.size)
+
+    def picture(self) -> Image.Image:
+        """Three principal components as colours."""
+        return side_by_side(component_colours([self.vectors()]))[0]
+
+    def cells(self, points: Tensor) -> Tensor:
+        """Image points (..., 2) -> fractional locations (..., 2) as (column, row)."""
+        canvas = self.placement.to_canvas(points)
+        return (canvas - canvas.new_tensor(self.grid.origin)) / canvas.new_tensor(self.grid.stride)
+
+    def points(self, cells: Tensor) -> Tensor:
+        """Fractional locations (..., 2) as (column, row) -> image points (..., 2) as (x, y)."""
+        cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
+        canvas = cells * cells.new_tensor(self.grid.stride) + cells.new_tensor(self.grid.origin)
+        return self.placement.to_image(canvas)
+
+    def cell_centres(self) -> Tensor:
+        """(h, w, 2): the image points (x, y) at the centres of the locations."""
+        return self.points(lattice(self.size, self.device))
+
+    def nearest_cells(self, points: Tensor) -> Tensor:
+        """Image points (N, 2) -> (N,) int64: the location that each lies in, as row * w + column."""
+        height, width = self.size
+        columns, rows = (self.cells(points) + 0.5).floor().long().unbind(-1)
+        return rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+
+    def on_image(self) -> Tensor:
+        """(h, w) bool: the locations of which at least a part lies on the image and not on padding."""
+        height, width = self.placement.image_size
+        corners = torch.tensor([[-0.5, -0.5], [width - 0.5, height - 0.5]], device=self.device)
+        first, last = self.cells(corners)
+        rows, columns = (torch.arange(n, device=self.device) for n in self.size)
+        # a hair off one half, so that a location which only touches the image's edge is left out
+        inside_y = (rows > first[1] - 0.4999) & (rows < last[1] + 0.4999)
+        inside_x = (columns > first[0] - 0.4999) & (columns < last[0] + 0.4999)
+        return inside_y[:, None] & inside_x
+
+    def at(self, points: Tensor) -> Rows:
+        """Descriptors at image points (N, 2), each part bilinear; beyond the border it is repeated."""
+        cells = self.cells(points.to(self.device))
+        return Rows(tuple(sample(part, cells) for part in self.parts), self.weights)
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +223,7 @@ class FeatureMaps(Result):
             return self.maps[index]
         index = range(len(self))[index]
         maps = {tap: m[index : index + 1] for tap, m in self.maps.items()}
-        return dataclasses.replace(self, maps=maps, placements=(self.placements[index],))
+        return replace(self, maps=maps, placements=(self.placements[index],))
 
     def __iter__(self) -> Iterator[FeatureMaps]:
         return (self[index] for index in range(len(self)))
@@ -93,25 +238,25 @@ class FeatureMaps(Result):
 
     def to(self, *args: Any) -> FeatureMaps:
         """Move or cast the maps, as `Tensor.to` does."""
-        return dataclasses.replace(self, maps={tap: m.to(*args) for tap, m in self.maps.items()})
+        return replace(self, maps={tap: m.to(*args) for tap, m in self.maps.items()})
+
+    def layer(self, tap: str, image: int = 0) -> Descriptors:
+        """One image's map of a tap, as descriptors of one part (a view): the way from pixels to cells and back."""
+        vectors = self.maps[tap][image].movedim(0, -1)
+        return Descriptors((vectors,), (1.0,), self.placements[image], self.grids[tap])
 
     def cells(self, tap: str, points: Tensor, image: int = 0) -> Tensor:
         """Image points (..., 2) -> fractional cell coordinates (..., 2) as (column, row) of `tap`'s map."""
-        grid, canvas = self.grids[tap], self.placements[image].to_canvas(points)
-        return (canvas - canvas.new_tensor(grid.origin)) / canvas.new_tensor(grid.stride)
+        return self.layer(tap, image).cells(points)
 
     def points(self, tap: str, cells: Tensor, image: int = 0) -> Tensor:
         """Fractional cell coordinates (..., 2) as (column, row) -> image points (..., 2) as (x, y)."""
-        grid = self.grids[tap]
-        cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
-        canvas = cells * cells.new_tensor(grid.stride) + cells.new_tensor(grid.origin)
-        return self.placements[image].to_image(canvas)
+        return self.layer(tap, image).points(cells)
 
     def cell_centres(self, tap: str, image: int = 0) -> Tensor:
-        """(h, w, 2): the image points (x, y) at the centres of the cells."""
-        height, width = self.maps[tap].shape[-2:]
-        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        return self.points(tap, torch.stack([columns, rows], dim=-1), image)
+        """(h, w, 2): the image points (x, y) at the centres of the cells, on the CPU."""
+        layer = self.layer(tap, image)
+        return layer.points(lattice(layer.size))
 
     def content_mask(self, tap: str, image: int = 0) -> Tensor:
         """(h, w) bool: the cells whose centre lies on the image and not on padding."""
@@ -129,13 +274,8 @@ class FeatureMaps(Result):
         Returns:
             (B, N, C), in the dtype of the map. Beyond the outermost centres the border is repeated.
         """
-        feature_map = self.maps[tap]
-        height, width = feature_map.shape[-2:]
-        cells = torch.stack([self.cells(tap, p, i) for i, p in enumerate(points)]).to(feature_map.device)
-        span = cells.new_tensor([width, height])
-        grid = (cells + 0.5) * (2.0 / span) - 1.0  # grid_sample's [-1, 1] runs between the outer edges
-        sampled = F.grid_sample(feature_map.float(), grid[:, None].float(), padding_mode="border", align_corners=False)
-        return sampled[:, :, 0].mT.to(feature_map.dtype)
+        sampled = [self.layer(tap, i).at(p).parts[0] for i, p in enumerate(points)]
+        return torch.stack(sampled).to(self.maps[tap].dtype)
 
 
 def configured(config: ExtractConfig | None, settings: Mapping[str, Any]) -> ExtractConfig:
@@ -145,12 +285,12 @@ def configured(config: ExtractConfig | None, settings: Mapping[str, Any]) -> Ext
         TypeError: there is no such setting; the message lists the near names.
         ValueError: a setting has a value that no backbone takes.
     """
-    known = [f.name for f in dataclasses.fields(ExtractConfig)]
+    known = [f.name for f in fields(ExtractConfig)]
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or known
             raise TypeError(f"extraction has no setting {name!r}; near names: {', '.join(near)}")
-    return dataclasses.replace(config or ExtractConfig(), **settings)
+    return replace(config or ExtractConfig(), **settings)
 
 
 def listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
@@ -197,7 +337,7 @@ def extract(
             " 'squash' or 'pad'"
         )
     first = maps[0]
-    return dataclasses.replace(
+    return replace(
         first,
         maps={tap: torch.cat([m.maps[tap] for m in maps]) for tap in first.taps},
         placements=tuple(m.placements[0] for m in maps),
@@ -232,7 +372,7 @@ def _extract_each(
         "backbone": backbone.name,
         "weights": backbone.source,
         "dtype": str(backbone.dtype).removeprefix("torch."),
-        **dataclasses.asdict(config),
+        **asdict(config),
     }
     waiting: list[tuple[Tensor, Placement]] = []
 

@@ -18,141 +18,14 @@ from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from diffrep.backbones import AggregationNetwork, BackboneError, Grid
-from diffrep.features import FeatureMaps
-from diffrep.images import Placement
-from diffrep.pictures import component_colours, side_by_side
-from diffrep.results import Result
+from diffrep.backbones import AggregationNetwork, BackboneError
+from diffrep.features import Descriptors, FeatureMaps
+from diffrep.settings import SEED, check
 
 ImageFeatures: TypeAlias = "FeatureMaps | Sequence[FeatureMaps]"
 """All features of one image: of one backbone, or of several that may have seen it at different sizes."""
-
-
-@dataclass(frozen=True, repr=False)
-class Rows(Result):
-    """N descriptors in weighted parts, ready for products.
-
-    Attributes:
-        parts: one (N, C_i) matrix per part.
-        weights: what each part is multiplied with in the joined descriptor.
-    """
-
-    parts: tuple[Tensor, ...]
-    weights: tuple[float, ...]
-
-    def __len__(self) -> int:
-        return self.parts[0].shape[0]
-
-    def __getitem__(self, index: Tensor | slice) -> Rows:
-        """Some of the rows, by numbers or a slice."""
-        return replace(self, parts=tuple(part[index] for part in self.parts))
-
-    def joined(self) -> Tensor:
-        """(N, C): the weighted parts side by side, float32."""
-        return torch.cat([part.float() * w for part, w in zip(self.parts, self.weights, strict=True)], dim=1)
-
-    def squared_norms(self) -> Tensor:
-        """(N,): squared lengths of the joined descriptors, float32."""
-        weighted = zip(self.parts, self.weights, strict=True)
-        return torch.stack([part.float().square().sum(1) * w**2 for part, w in weighted]).sum(0)
-
-
-@dataclass(frozen=True, repr=False)
-class Descriptors(Result):
-    """One descriptor per location of one image.
-
-    Attributes:
-        parts: one (h, w, C_i) map per part, floating point.
-        weights: what each part is multiplied with in the joined descriptor.
-        placement: how the image lies on the canvas.
-        grid: where the h x w locations lie on the canvas.
-    """
-
-    parts: tuple[Tensor, ...]
-    weights: tuple[float, ...]
-    placement: Placement
-    grid: Grid
-
-    def __post_init__(self) -> None:
-        shapes = [tuple(part.shape) for part in self.parts]
-        if not shapes or any(len(s) != 3 for s in shapes) or len({s[:2] for s in shapes}) != 1:
-            raise ValueError(f"parts of descriptors must be (h, w, C) with one common h and w, got {shapes}")
-        if len(self.weights) != len(self.parts):
-            raise ValueError(f"{len(self.parts)} parts need as many weights, got {len(self.weights)}")
-
-    @classmethod
-    def from_vectors(cls, vectors: Tensor, image_size: tuple[int, int] | None = None) -> Descriptors:
-        """Take (h, w, C) vectors that tile an image of `image_size` (H, W); None: one pixel per vector."""
-        if vectors.ndim != 3:
-            raise ValueError(f"vectors must be (h, w, C), got {tuple(vectors.shape)}")
-        size = image_size or (vectors.shape[0], vectors.shape[1])
-        grid = Grid.covering(size, (vectors.shape[0], vectors.shape[1]))
-        return cls((vectors,), (1.0,), Placement.identity(size), grid)
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(h, w): rows and columns of locations."""
-        return self.parts[0].shape[0], self.parts[0].shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        return self.parts[0].device
-
-    def weighted(self, *weights: float) -> Descriptors:
-        """The same parts under other weights."""
-        return replace(self, weights=tuple(float(w) for w in weights))
-
-    def rows(self) -> Rows:
-        """All locations, row by row (views, no copies where the parts are contiguous)."""
-        return Rows(tuple(part.flatten(0, 1) for part in self.parts), self.weights)
-
-    def vectors(self) -> Tensor:
-        """(h, w, C): the joined descriptors, float32."""
-        return self.rows().joined().unflatten(0, self.size)
-
-    def picture(self) -> Image.Image:
-        """Three principal components as colours."""
-        return side_by_side(component_colours([self.vectors()]))[0]
-
-    def cells(self, points: Tensor) -> Tensor:
-        """Image points (..., 2) -> fractional locations (..., 2) as (column, row)."""
-        canvas = self.placement.to_canvas(points)
-        return (canvas - canvas.new_tensor(self.grid.origin)) / canvas.new_tensor(self.grid.stride)
-
-    def points(self, cells: Tensor) -> Tensor:
-        """Fractional locations (..., 2) as (column, row) -> image points (..., 2) as (x, y)."""
-        cells = cells.to(torch.promote_types(cells.dtype, torch.float32))
-        canvas = cells * cells.new_tensor(self.grid.stride) + cells.new_tensor(self.grid.origin)
-        return self.placement.to_image(canvas)
-
-    def cell_centres(self) -> Tensor:
-        """(h, w, 2): the image points (x, y) at the centres of the locations."""
-        return self.points(lattice(self.size, self.device))
-
-    def nearest_cells(self, points: Tensor) -> Tensor:
-        """Image points (N, 2) -> (N,) int64: the location that each lies in, as row * w + column."""
-        height, width = self.size
-        columns, rows = (self.cells(points) + 0.5).floor().long().unbind(-1)
-        return rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
-
-    def on_image(self) -> Tensor:
-        """(h, w) bool: the locations of which at least a part lies on the image and not on padding."""
-        height, width = self.placement.image_size
-        corners = torch.tensor([[-0.5, -0.5], [width - 0.5, height - 0.5]], device=self.device)
-        first, last = self.cells(corners)
-        rows, columns = (torch.arange(n, device=self.device) for n in self.size)
-        # a hair off one half, so that a location which only touches the image's edge is left out
-        inside_y = (rows > first[1] - 0.4999) & (rows < last[1] + 0.4999)
-        inside_x = (columns > first[0] - 0.4999) & (columns < last[0] + 0.4999)
-        return inside_y[:, None] & inside_x
-
-    def at(self, points: Tensor) -> Rows:
-        """Descriptors at image points (N, 2), each part bilinear; beyond the border it is repeated."""
-        cells = self.cells(points.to(self.device))
-        return Rows(tuple(sample(part, cells) for part in self.parts), self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,10 +45,11 @@ class Part:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        check(self, dims="1..")
         if not self.taps:
             raise ValueError("a part needs at least one tap")
-        if self.dims is not None and (len(self.dims) != len(self.taps) or min(self.dims) < 1):
-            raise ValueError(f"taps {', '.join(self.taps)} need as many PCA dimensions, at least 1, got {self.dims}")
+        if self.dims is not None and len(self.dims) != len(self.taps):
+            raise ValueError(f"taps {', '.join(self.taps)} need as many PCA dimensions, got {self.dims}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +68,7 @@ class Fusion:
     aggregation: str | None = None  # file of a trained aggregation network that joins the parts (GeoAware-SC)
 
     def __post_init__(self) -> None:
+        check(self, seed=SEED)
         if not self.parts:
             raise ValueError("a fusion needs at least one part")
 
@@ -206,9 +81,9 @@ class Fusion:
         """
         if weights is not None and len(weights) != len(taps):
             raise ValueError(f"{len(taps)} taps ({', '.join(taps)}) need as many weights, got {len(weights)}")
-        kept = None if dims is None else (dims,)
+        each = None if dims is None else (dims,)
         pairs = zip(taps, weights or [1.0] * len(taps), strict=True)
-        return cls(parts=tuple(Part(taps=(tap,), dims=kept, weight=float(w)) for tap, w in pairs))
+        return cls(parts=tuple(Part(taps=(tap,), dims=each, weight=float(w)) for tap, w in pairs))
 
 
 SD_TAPS = ("up.0.resnet.1", "up.1.attention.1", "up.2.attention.1")  # s5, s4, s3 of sd-dino
@@ -275,116 +150,81 @@ def _aggregation_network(file: str) -> AggregationNetwork:
     return AggregationNetwork.load(Path(file))
 
 
-@dataclass(frozen=True)
-class _Map:
-    """(C, h, w) of one image, on the cells of `tap` in `source`."""
-
-    values: Tensor
-    source: FeatureMaps
-    tap: str
-
-
-def _find(features: Sequence[FeatureMaps], tap: str) -> FeatureMaps:
+def _find(features: Sequence[FeatureMaps], tap: str) -> Descriptors:
+    """One image's map of a tap: descriptors of one part (h, w, C), float32."""
     holders = [maps for maps in features if tap in maps.maps]
     if len(holders) != 1:
-        there = sorted({t for maps in features for t in maps.taps})
+        known = ", ".join(sorted({t for maps in features for t in maps.taps}))
         what = "no features hold" if not holders else f"{len(holders)} sets of features hold"
-        raise ValueError(f"{what} the tap {tap!r}; there are {', '.join(there)}")
-    return holders[0]
+        raise ValueError(f"{what} the tap {tap!r}; there are {known}")
+    layer = holders[0].layer(tap)
+    return replace(layer, parts=(layer.parts[0].float(),))
 
 
-def _part(features: Sequence[Sequence[FeatureMaps]], part: Part, pca: str, generator: torch.Generator) -> list[_Map]:
+def _part(
+    features: Sequence[Sequence[FeatureMaps]], part: Part, pca: str, generator: torch.Generator
+) -> list[Descriptors]:
     """One part's map of every image, before it is resampled to the reference."""
-    chains: list[list[_Map]] = [[] for _ in features]
+    taps: list[list[Descriptors]] = []
     for number, tap in enumerate(part.taps):
-        sources = [_find(entry, tap) for entry in features]
-        values = [maps.maps[tap][0].float() for maps in sources]
-        channels = {v.shape[0] for v in values}
+        maps = [_find(entry, tap) for entry in features]
+        channels = {m.parts[0].shape[-1] for m in maps}
         if len(channels) != 1:
             raise ValueError(f"the images' maps of tap {tap!r} have different channels: {sorted(channels)}")
         if part.dims is not None:
+            values = [m.parts[0].movedim(-1, 0) for m in maps]
             values = joint_pca(values, part.dims[number], generator=generator if pca == "lowrank" else None)
-        for chain, maps, value in zip(chains, sources, values, strict=True):
-            chain.append(_Map(value, maps, tap))
-    return [_weigh(_join_taps(chain, part.upsampling), part) for chain in chains]
+            maps = [replace(m, parts=(v.movedim(0, -1),)) for m, v in zip(maps, values, strict=True)]
+        taps.append(maps)
+    return [_weigh(_join_taps(chain, part.upsampling), part) for chain in zip(*taps, strict=True)]
 
 
-def _join_taps(chain: Sequence[_Map], upsampling: Literal["chain", "direct"]) -> _Map:
+def _join_taps(chain: Sequence[Descriptors], upsampling: Literal["chain", "direct"]) -> Descriptors:
+    finest = chain[-1]
     if upsampling == "direct":
-        finest = chain[-1]
-        return replace(finest, values=torch.cat([_resample(own, finest) for own in reversed(chain)]))
+        return replace(finest, parts=(torch.cat([_resample(m, finest) for m in reversed(chain)], dim=-1),))
     joined = chain[0]
     for finer in chain[1:]:
-        joined = replace(finer, values=torch.cat([finer.values, _resample(joined, finer)]))
+        joined = replace(finer, parts=(torch.cat([finer.parts[0], _resample(joined, finer)], dim=-1),))
     return joined
 
 
-def _weigh(joined: _Map, part: Part) -> _Map:
-    values = joined.values
+def _weigh(joined: Descriptors, part: Part) -> Descriptors:
+    values = joined.parts[0]
     if part.chunk_weights:
-        sizes = [size for size, _ in part.chunk_weights]
-        if sum(sizes) != values.shape[0]:
+        sizes, weights = zip(*part.chunk_weights, strict=True)
+        if sum(sizes) != values.shape[-1]:
             raise ValueError(
-                f"chunk_weights cover {sum(sizes)} channels, the taps {', '.join(part.taps)} have {values.shape[0]}"
+                f"chunk_weights cover {sum(sizes)} channels, the taps {', '.join(part.taps)} have {values.shape[-1]}"
             )
-        weights = [weight for _, weight in part.chunk_weights]
-        values = torch.cat([chunk * w for chunk, w in zip(values.split(sizes), weights, strict=True)])
-    return replace(joined, values=F.normalize(values, dim=0) if part.normalise else values)
+        values = values * torch.tensor(weights).repeat_interleave(torch.tensor(sizes)).to(values)
+    return replace(joined, parts=(F.normalize(values, dim=-1) if part.normalise else values,))
 
 
-def _join(features: Sequence[FeatureMaps], fusion: Fusion, maps: Sequence[_Map]) -> Descriptors:
+def _join(features: Sequence[FeatureMaps], fusion: Fusion, maps: Sequence[Descriptors]) -> Descriptors:
     """Bring one image's parts to the reference's cells."""
     if fusion.reference is None:
-        reference = max(maps, key=lambda m: m.values.shape[1] * m.values.shape[2])
+        reference = max(maps, key=lambda m: m.size[0] * m.size[1])
     else:
-        holder = _find(features, fusion.reference)
-        reference = _Map(holder.maps[fusion.reference][0], holder, fusion.reference)
+        reference = _find(features, fusion.reference)
     resampled = []
-    for own, part in zip(maps, fusion.parts, strict=True):
-        values = _resample(own, reference)
-        if values is not own.values and part.normalise:
-            values = F.normalize(values, dim=0)  # between cells an interpolated vector is shorter than one
-        resampled.append(values.movedim(0, -1).contiguous())
-    weights = tuple(part.weight for part in fusion.parts)
-    grid = reference.source.grids[reference.tap]
-    descriptors = Descriptors(tuple(resampled), weights, reference.source.placements[0], grid)
+    for single, part in zip(maps, fusion.parts, strict=True):
+        values = _resample(single, reference)
+        if values is not single.parts[0] and part.normalise:
+            values = F.normalize(values, dim=-1)  # between cells an interpolated vector is shorter than one
+        resampled.append(values.contiguous())
+    descriptors = replace(reference, parts=tuple(resampled), weights=tuple(part.weight for part in fusion.parts))
     if not fusion.normalise:
         return descriptors
     lengths = descriptors.rows().squared_norms().sqrt().clamp(min=1e-12).view(*descriptors.size, 1)
     return replace(descriptors, parts=tuple(part / lengths for part in descriptors.parts))
 
 
-def _resample(own: _Map, onto: _Map) -> Tensor:
+def _resample(single: Descriptors, onto: Descriptors) -> Tensor:
     """Read a map at the cell centres of another; the places are compared on the image, not on a canvas."""
-    same_canvas = own.source.placements == onto.source.placements
-    same_grid = own.source.grids[own.tap] == onto.source.grids[onto.tap]
-    if same_canvas and same_grid and own.values.shape[1:] == onto.values.shape[1:]:
-        return own.values
-    cells = own.source.cells(own.tap, onto.source.cell_centres(onto.tap))
-    return sample(own.values.movedim(0, -1), cells.to(own.values.device)).movedim(-1, 0)
-
-
-def lattice(size: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """(h, w, 2) int64: the (column, row) of every place of an h x w map."""
-    rows, columns = torch.meshgrid(*(torch.arange(n, device=device) for n in size), indexing="ij")
-    return torch.stack([columns, rows], dim=-1)
-
-
-def sample(values: Tensor, cells: Tensor) -> Tensor:
-    """Read a (h, w, C) map at fractional cells (..., 2) as (column, row), bilinearly: (..., C), float32.
-
-    Beyond the outermost centres the border is repeated. At the cell centres of a finer grid this is what
-    `interpolate(mode="bilinear", align_corners=False)` gives; for a few places it reads only their cells.
-    """
-    height, width, channels = values.shape
-    rows = values.reshape(-1, channels)
-    x, y = cells[..., 0].clamp(0, width - 1), cells[..., 1].clamp(0, height - 1)
-    left, top = x.floor().long(), y.floor().long()
-    right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
-    across, down = (x - left)[..., None], (y - top)[..., None]
-    upper = torch.lerp(rows[top * width + left].float(), rows[top * width + right].float(), across)
-    lower = torch.lerp(rows[bottom * width + left].float(), rows[bottom * width + right].float(), across)
-    return torch.lerp(upper, lower, down)
+    if (single.placement, single.grid, single.size) == (onto.placement, onto.grid, onto.size):
+        return single.parts[0]
+    return single.at(onto.cell_centres()).parts[0]
 
 
 def joint_pca(maps: Sequence[Tensor], dims: int, *, generator: torch.Generator | None = None) -> list[Tensor]:
@@ -442,3 +282,28 @@ def _lowrank_scores(cells: Tensor, dims: int, generator: torch.Generator) -> Ten
     left, _, right = torch.linalg.svd(basis.T @ tall, full_matrices=False)
     directions = right.T if tall is cells else basis @ left
     return cells @ directions
+
+
+def log_bin(feature_map: Tensor, *, hierarchy: int = 2) -> Tensor:
+    """Join each cell with the averages of its neighbours at `hierarchy` scales (Amir et al., ViT descriptors).
+
+    Scale k looks at the eight positions 3^k cells away, each averaged over 3^k by 3^k cells; positions beyond
+    the border take the nearest cell inside.
+
+    Args:
+        feature_map: (B, C, h, w).
+
+    Returns:
+        (B, (1 + 8 * hierarchy) * C, h, w).
+    """
+    height, width = feature_map.shape[-2:]
+    rows, columns = torch.arange(height), torch.arange(width)
+    bins = []
+    for step in (3**scale for scale in range(hierarchy)):
+        pooled = F.avg_pool2d(feature_map, step, stride=1, padding=step // 2, count_include_pad=False)
+        for down in (-step, 0, step):
+            for right in (-step, 0, step):
+                if down or right or step == 1:
+                    shifted = pooled[..., (rows + down).clamp(0, height - 1), :]
+                    bins.append(shifted[..., (columns + right).clamp(0, width - 1)])
+    return torch.cat(bins, dim=1)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffrep.fusion import Descriptors, Rows, lattice
+from diffrep.features import Descriptors, Rows, lattice
 from diffrep.masks import read_mask
 from diffrep.results import Result
 from diffrep.settings import MatchConfig

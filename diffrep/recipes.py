@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.features import ExtractConfig, FeatureMaps, extract_each
-from diffrep.fusion import SD_TAPS, Descriptors, Fusion, Part, aggregated, fuse
+from diffrep.features import Descriptors, ExtractConfig, FeatureMaps, extract_each
+from diffrep.fusion import SD_TAPS, Fusion, Part, aggregated, fuse
 from diffrep.images import ImageLike, Sizing, load_image
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diffrep.fusion import Descriptors, Rows, lattice
+from diffrep.features import Descriptors, Rows, lattice
 from diffrep.settings import Metric
 
 OFFICIAL_METRICS: dict[str, Metric] = {"cos": "cosine", "l2": "euclidean", "l1": "manhattan"}  # sd-dino's `dist`

@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from diffrep.backbones import BackboneError, LatentDiffusion, draw_noise
-from diffrep.fusion import Descriptors, lattice, sample
+from diffrep.features import Descriptors, lattice, sample
 from diffrep.images import Sizing, fit_image, stack_pixels
 from diffrep.masks import read_mask
 from diffrep.matching import open_cells

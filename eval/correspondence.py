@@ -26,9 +26,9 @@ from diffrep.eval.pck import AGGREGATES, Aggregate, Pck
 from diffrep.eval.protocols import Protocol
 from diffrep.eval.published import Published, published
 from diffrep.eval.report import Problem, Report, Section
-from diffrep.features import FeatureMaps
+from diffrep.features import Descriptors, FeatureMaps
 from diffrep.files import claim_folder, sweep_partials, write_whole
-from diffrep.fusion import Descriptors, fuse
+from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.matching import Matches, masked_distance, match_points, mutual_distance
 from diffrep.recipes import Correspondence, Recipe

@@ -23,8 +23,9 @@ from diffrep.eval.cache import ImageFeatures, Kept, digest, made_from
 from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
 from diffrep.eval.published import PUBLISHED_FLOW
 from diffrep.eval.report import Problem, Report, Section
+from diffrep.features import Descriptors, lattice, sample
 from diffrep.files import claim_folder, sweep_partials
-from diffrep.fusion import Descriptors, fuse, lattice, sample
+from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.matching import MatchConfig, match_dense
 from diffrep.recipes import Correspondence

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffrep.eval.datasets.pairs import AnnotatedImage, AnnotatedPair
 from diffrep.eval.pck import Aggregate, PairCount, within
 from diffrep.eval.published import read_tables
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 from diffrep.similarity import Metric, nearest, similarities, soft_argmax
 
 

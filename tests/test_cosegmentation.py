@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 from diffrep.swap import cosegment, guided_filter, otsu_threshold
 
 from .fields import generator

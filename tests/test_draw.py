@@ -19,7 +19,7 @@ from diffrep.draw import (
     side_by_side,
     spread_over,
 )
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 from diffrep.matching import Matches, match_dense
 
 from .fields import generator

@@ -24,8 +24,8 @@ from diffrep.eval.flow import (
     nearest_flow,
     padded_image,
 )
-from diffrep.features import ExtractConfig
-from diffrep.fusion import Descriptors, Fusion, Part
+from diffrep.features import Descriptors, ExtractConfig
+from diffrep.fusion import Fusion, Part
 from diffrep.images import Placement, Sizing
 from diffrep.matching import MatchConfig
 from diffrep.recipes import Correspondence, Reading, Recipe

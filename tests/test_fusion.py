@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from sklearn.decomposition import PCA
 
 from diffrep.backbones import Grid
-from diffrep.features import FeatureMaps
-from diffrep.fusion import GEOAWARE_ZERO_SHOT, SD_DINO, Descriptors, Fusion, Part, fuse, joint_pca
+from diffrep.features import Descriptors, FeatureMaps
+from diffrep.fusion import GEOAWARE_ZERO_SHOT, SD_DINO, Fusion, Part, fuse, joint_pca
 from diffrep.images import Placement, Sizing
 from diffrep.similarity import similarities
 

@@ -42,7 +42,6 @@ FLOORS = {
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,
     "diffrep.alignment": 0,
-    "diffrep.binning": 2,
     "diffrep.features": 2,
     "diffrep.fusion": 2,
     "diffrep.store": 2,

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffrep.fusion import Descriptors, Fusion, fuse
+from diffrep.features import Descriptors
+from diffrep.fusion import Fusion, fuse
 from diffrep.images import Sizing
 from diffrep.masks import read_mask
 from diffrep.matching import (

@@ -11,7 +11,7 @@ from diffrep.eval.correspondence import mirrored_is_nearer, predict_posed
 from diffrep.eval.datasets.keypoint_tables import table_of
 from diffrep.eval.datasets.pairs import AnnotatedImage, AnnotatedPair
 from diffrep.eval.protocols import PROTOCOLS, CellSearch
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 
 SIDE, CELLS = 64, 8
 CAT = table_of("spair", "cat")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from diffrep.cli import main
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 from diffrep.swap import SwapConfig, SwapField, composite, smooth_field, swap_appearance, swap_colours, swap_field, warp
 
 from .fields import generator

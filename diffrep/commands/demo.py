@@ -17,8 +17,8 @@ from diffrep.commands.demo_sections import SECTIONS
 from diffrep.commands.output import check_writable
 from diffrep.draw import draw_components, draw_field, draw_matches
 from diffrep.eval.homography import HomographySettings, carry, photographs, see_through, view_homography
-from diffrep.features import FeatureMaps
-from diffrep.fusion import Descriptors, fuse
+from diffrep.features import Descriptors, FeatureMaps
+from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.matching import match_dense, match_points
 from diffrep.pages import Page

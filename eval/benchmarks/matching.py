@@ -15,7 +15,8 @@ from torch import Tensor
 
 from diffrep.backbones import Grid
 from diffrep.eval.benchmarks.timing import PairedBenchmark, Row, Timing, interleave
-from diffrep.fusion import Descriptors, joint_pca
+from diffrep.features import Descriptors
+from diffrep.fusion import joint_pca
 from diffrep.images import Placement
 from diffrep.index import FaissIndex, search
 from diffrep.matching import MatchConfig, match_dense, match_points

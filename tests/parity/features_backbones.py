@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from diffrep.backbones import Conditions, LatentDiffusion, load_backbone
 from diffrep.backbones.vit_loading import dinov2_backbone
-from diffrep.binning import log_bin
 from diffrep.features import window_origins
+from diffrep.fusion import log_bin
 from diffrep.images import Sizing, fit_image, load_image, stack_pixels
 
 from .cases import assert_near, assert_within, number_in

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import Grid
-from diffrep.features import FeatureMaps
-from diffrep.fusion import Descriptors, Fusion, Part, fuse
+from diffrep.features import Descriptors, FeatureMaps
+from diffrep.fusion import Fusion, Part, fuse
 from diffrep.images import Placement
 from diffrep.similarity import OFFICIAL_METRICS, nearest, similarities
 

@@ -24,8 +24,8 @@ from diffrep.eval.datasets.tss import SUBSETS, read_tss
 from diffrep.eval.flow import count_flow, mean, mean_pck, nearest_flow
 from diffrep.eval.pck import PairCount, Pck
 from diffrep.eval.protocols import PROTOCOLS, SQUARE, CellSearch, Protocol
-from diffrep.features import FeatureMaps
-from diffrep.fusion import GEOAWARE_ZERO_SHOT, Descriptors, Fusion, Part, aggregate, fuse, joint_pca
+from diffrep.features import Descriptors, FeatureMaps
+from diffrep.fusion import GEOAWARE_ZERO_SHOT, Fusion, Part, aggregate, fuse, joint_pca
 from diffrep.images import Placement
 from diffrep.matching import MatchConfig, match_points
 from diffrep.settings import Metric

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 from diffrep.matching import masked_distance, mutual_distance
 from diffrep.similarity import similarities, soft_argmax
 

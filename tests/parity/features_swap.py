@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.fusion import Descriptors
+from diffrep.features import Descriptors
 from diffrep.images import Sizing, fit_image
 from diffrep.swap import swap_colours
 
