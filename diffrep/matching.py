@@ -233,28 +233,24 @@ def _take(descriptors: Descriptors, cells: Tensor) -> Rows:
 
 
 def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:
-    wanted = "faiss" if config.backend == "auto" and len(targets) >= FAISS_FROM else config.backend
-    if wanted != "faiss" or config.metric != "cosine":
+    backend = "faiss" if config.backend == "auto" and len(targets) >= FAISS_FROM else config.backend
+    if backend != "faiss" or config.metric != "cosine":
         return nearest(queries, targets, config.metric, mutual=config.mutual)
     from diffrep.index import FaissIndex, search  # loads FAISS and the stores
 
     sources, gallery = (F.normalize(rows.joined(), dim=1) for rows in (queries, targets))
     neighbours = search(FaissIndex(gallery), sources)
-    indices = neighbours.indices[:, 0]
-    if not config.mutual:
-        return Nearest(indices, neighbours.scores[:, 0])
-    back = search(FaissIndex(sources), gallery).indices[:, 0]
-    order = torch.arange(len(indices), device=indices.device)
-    return Nearest(indices, neighbours.scores[:, 0], back[indices] == order)
+    indices, mutual = neighbours.indices[:, 0], None
+    if config.mutual:
+        back = search(FaissIndex(sources), gallery).indices[:, 0]
+        mutual = back[indices] == torch.arange(len(indices), device=indices.device)
+    return Nearest(indices, neighbours.scores[:, 0], mutual)
 
 
 def _place(descriptors: Descriptors, cells: Tensor) -> Tensor:
-    """(N, 2) image points of cells given by number; those half on padding are drawn to the image's edge."""
-    width = descriptors.size[1]
-    return _onto_image(descriptors, torch.stack([cells % width, cells // width], dim=-1))
-
-
-def _onto_image(descriptors: Descriptors, cells: Tensor) -> Tensor:
+    """(N, 2) image points of cells, by number or as (N, 2); those half on padding are drawn to the image's edge."""
+    if cells.ndim == 1:
+        cells = torch.stack([cells % descriptors.size[1], cells // descriptors.size[1]], dim=-1)
     height, width = descriptors.placement.image_size
     points = descriptors.points(cells)
     return torch.minimum(points.clamp(min=0), points.new_tensor([width - 1, height - 1]))
@@ -263,7 +259,7 @@ def _onto_image(descriptors: Descriptors, cells: Tensor) -> Tensor:
 def _find(
     queries: Rows, target: Descriptors, allowed: Tensor, mask: Tensor | None, config: MatchConfig
 ) -> tuple[Tensor, Tensor]:
-    """(N, 2) target points and (N,) scores of queries, in the mode asked for."""
+    """(N, 2) target points and (N,) scores of queries, in the mode of the settings."""
     if config.mode == "cell":
         best = nearest(queries, _take(target, allowed), config.metric)
         return _place(target, allowed[best.indices]), best.scores
@@ -271,29 +267,22 @@ def _find(
     points, scores = [queries.parts[0].new_empty(0, 2)], [queries.parts[0].new_empty(0)]
     if config.mode == "pixel":
         scorer = PixelScorer(target, config.metric)
-        width = scorer.size[1]
-        barred = None
-        if mask is not None:
-            barred = ~read_mask(mask, lattice(scorer.size, target.device).float(), scorer.size)
+        pixels = lattice(scorer.size, target.device).float()
+        barred = None if mask is None else ~read_mask(mask, pixels, scorer.size)
         for _, maps in scorer.chunks(queries, memory):
             if barred is not None:
                 maps.masked_fill_(barred, -torch.inf)
             values, indices = maps.flatten(1).max(1)
-            points.append(torch.stack([indices % width, indices // width], dim=-1).float())
+            points.append(pixels.flatten(0, 1)[indices])
             scores.append(values)
-    else:
-        closed = torch.ones(len(target.rows()), dtype=torch.bool, device=target.device)
-        closed[allowed] = False
-        for _, chunk in Scorer(target.rows(), config.metric).chunks(queries, memory):
-            chunk.masked_fill_(closed, -torch.inf)
-            places = soft_argmax(
-                chunk.unflatten(1, target.size),
-                window=config.window,
-                temperature=config.temperature,
-                outside=config.outside,
-            )
-            points.append(_onto_image(target, places))
-            scores.append(chunk.amax(1))
+        return torch.cat(points), torch.cat(scores)
+    closed = torch.ones(len(target.rows()), dtype=torch.bool, device=target.device)
+    closed[allowed] = False
+    for _, chunk in Scorer(target.rows(), config.metric).chunks(queries, memory):
+        maps = chunk.masked_fill_(closed, -torch.inf).unflatten(1, target.size)
+        soft = soft_argmax(maps, window=config.window, temperature=config.temperature, outside=config.outside)
+        points.append(_place(target, soft))
+        scores.append(chunk.amax(1))
     return torch.cat(points), torch.cat(scores)
 
 

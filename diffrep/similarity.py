@@ -66,51 +66,49 @@ class Scorer:
         if channels != [part.shape[1] for part in self.parts]:
             raise ValueError(f"source parts have {channels} channels, target parts {[p.shape[1] for p in self.parts]}")
 
-    def prepare(self, sources: Rows) -> tuple[list[Tensor], Tensor]:
-        """Fold weights and lengths into the sources' side, which is the small one."""
-        self.check(sources)
+    def products(self, sources: Rows, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(n, M) products with the targets, and (n,) squared lengths of the sources; `scores` makes scores of them.
+
+        Weights and lengths are folded into the sources' side, which is the small one.
+        """
         squares = sources.squared_norms()
         scale = 1 / squares.sqrt().clamp(min=1e-12) if self.metric == "cosine" else torch.full_like(squares, 2.0)
-        folded = [
-            part.float() * (a * b * scale[:, None])
-            for part, a, b in zip(sources.parts, sources.weights, self.weights, strict=True)
+        pairs = [
+            (part.float() * (a * b * scale[:, None]), targets.T)
+            for part, targets, a, b in zip(sources.parts, self.parts, sources.weights, self.weights, strict=True)
         ]
-        return folded, squares
+        with full_precision(self.device):
+            total = torch.mm(*pairs[0], out=out)
+            for part, targets in pairs[1:]:
+                total.addmm_(part, targets)
+        return total, squares
 
-    def products(self, folded: list[Tensor], out: Tensor | None = None) -> Tensor:
-        """(n, M): the sum of the parts' products."""
-        total = torch.mm(folded[0], self.parts[0].T, out=out)
-        for part, targets in zip(folded[1:], self.parts[1:], strict=True):
-            total.addmm_(part, targets.T)
-        return total
-
-    def _minus_absolute_differences(self, sources: Rows, out: Tensor) -> Tensor:
-        self.check(sources)
-        out.zero_()
-        for part, targets, a, b in zip(sources.parts, self.parts, sources.weights, self.weights, strict=True):
-            out -= torch.cdist(part.float() * a, targets * b, p=1)
-        return out
+    def scores(self, products: Tensor, squares: Tensor, target_squares: Tensor) -> Tensor:
+        """Products (n, ...) -> scores, in place, given the squared lengths (n,) of sources and (...) of targets."""
+        if self.metric == "cosine":
+            return products.mul_(1 / target_squares.clamp(min=1e-24).sqrt())
+        return products.sub_(target_squares).sub_(squares.view(-1, *[1] * target_squares.ndim))
 
     def chunks(self, sources: Rows, memory: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, scores (n, M)); the scores' memory is used again for the next chunk."""
+        self.check(sources)
         if memory is None:
             memory = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         step = max(1, min(len(sources), memory // (4 * self.count)))
         buffer = torch.empty(step, self.count, device=self.device)
-        lengths = 1 / self.squares.sqrt().clamp(min=1e-12)
-        for start in range(0, len(sources), step):
-            rows = slice(start, min(start + step, len(sources)))
-            if self.metric == "manhattan":
-                yield rows, self._minus_absolute_differences(sources[rows], buffer[: rows.stop - start])
+        for rows in _slices(len(sources), step):
+            chunk, out = sources[rows], buffer[: rows.stop - rows.start]
+            if self.metric != "manhattan":
+                yield rows, self.scores(*self.products(chunk, out), self.squares)
                 continue
-            with full_precision(self.device):
-                folded, squares = self.prepare(sources[rows])
-                scores = self.products(folded, out=buffer[: rows.stop - start])
-            if self.metric == "cosine":
-                scores.mul_(lengths)
-            else:
-                scores.sub_(self.squares).sub_(squares[:, None])
-            yield rows, scores
+            out.zero_()
+            for part, targets, a, b in zip(chunk.parts, self.parts, chunk.weights, self.weights, strict=True):
+                out -= torch.cdist(part.float() * a, targets * b, p=1)
+            yield rows, out
+
+
+def _slices(count: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def similarities(sources: Rows, targets: Rows, metric: Metric = "cosine") -> Tensor:
@@ -215,8 +213,7 @@ def soft_argmax(
 
 
 class PixelScorer:
-    """Scores at every pixel of the target image, as if its descriptors had been upsampled to it. They are
-    not.
+    """Scores at every pixel of the target image, as if its descriptors had been upsampled to it. They are not.
 
     Bilinear interpolation is linear: the product with an interpolated descriptor is the interpolated product,
     and the squared length of an interpolated descriptor is a quadratic form in products of neighbouring
@@ -229,10 +226,7 @@ class PixelScorer:
         self.scorer = Scorer(target.rows(), metric)
         self.cells = target.size
         self.size = target.placement.image_size
-        height, width = self.size
-        device = target.device
-        x = torch.stack([torch.arange(width, device=device), torch.zeros(width, device=device)], dim=1)
-        y = torch.stack([torch.zeros(height, device=device), torch.arange(height, device=device)], dim=1)
+        x, y = (torch.arange(n, device=target.device)[:, None].expand(-1, 2) for n in reversed(self.size))
         self.columns = _Interpolation.at(target.cells(x)[:, 0], self.cells[1])
         self.rows = _Interpolation.at(target.cells(y)[:, 1], self.cells[0])
         self.squares = self._squared_lengths(target)
@@ -254,30 +248,22 @@ class PixelScorer:
 
     def chunks(self, sources: Rows, memory: int = 2**26) -> Iterator[tuple[slice, Tensor]]:
         """Yield (sources, scores (n, H, W)), float32."""
-        step = max(1, memory // (4 * self.size[0] * self.size[1]))
-        lengths = 1 / self.squares.clamp(min=1e-24).sqrt()
-        for start in range(0, len(sources), step):
-            rows = slice(start, min(start + step, len(sources)))
+        self.scorer.check(sources)
+        for rows in _slices(len(sources), max(1, memory // (4 * self.size[0] * self.size[1]))):
             if self.scorer.metric == "manhattan":
                 yield rows, self._minus_absolute_differences(sources[rows], memory)
                 continue
+            products, squares = self.scorer.products(sources[rows])
             with full_precision(self.scorer.device):
-                folded, squares = self.scorer.prepare(sources[rows])
-                low = self.scorer.products(folded).unflatten(1, self.cells)
-                scores = (self.rows.weights @ low) @ self.columns.weights.T
-            if self.scorer.metric == "cosine":
-                scores.mul_(lengths)
-            else:
-                scores.sub_(self.squares).sub_(squares[:, None, None])
-            yield rows, scores
+                resampled = (self.rows.weights @ products.unflatten(1, self.cells)) @ self.columns.weights.T
+            yield rows, self.scorer.scores(resampled, squares, self.squares)
 
     def _minus_absolute_differences(self, sources: Rows, memory: int) -> Tensor:
-        height, width = self.size
         channels = sum(part.shape[-1] for part in self.target.parts)
-        pixels = lattice(self.size, self.target.device).float()
-        bands = pixels.split(max(1, memory // (4 * width * channels)))
-        scores = [similarities(sources, self.target.at(band.flatten(0, 1)), "manhattan") for band in bands]
-        return torch.cat(scores, dim=1).view(-1, height, width)
+        pixels = lattice(self.size, self.target.device).flatten(0, 1).float()
+        bands = pixels.split(self.size[1] * max(1, memory // (4 * self.size[1] * channels)))
+        scores = [similarities(sources, self.target.at(band), "manhattan") for band in bands]
+        return torch.cat(scores, dim=1).unflatten(1, self.size)
 
 
 @dataclass(frozen=True)
