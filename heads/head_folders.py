@@ -19,7 +19,6 @@ from torch import Tensor
 from diffrep.backbones.repositories import EMBEDDED, HUB, MODELS, is_hub_id, repository, without_fetching
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import read_weights, save_weights, write_document, write_whole
-from diffrep.heads.families import Frame
 from diffrep.heads.head import Head, HeadError
 
 HEAD_FILE, CONTEXT_FILE, WEIGHTS = "head.json", "context.safetensors", "diffusion_pytorch_model.safetensors"
@@ -35,7 +34,6 @@ def write_head(
     task: str,
     context: Tensor,
     working_size: int,
-    frame: Frame | None = None,
     extra: Mapping[str, object] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
@@ -50,8 +48,8 @@ def write_head(
         task: "depth", "disparity", "normals" or "segmentation".
         context: (1, tokens, C), what the U-Net was trained to attend to.
         working_size: long side in pixels at which the head works by default.
-        frame: camera axes of the normals, where they are not those of the family.
-        extra: further JSON values for ``head.json``, for example steps, seed, data, measured quality.
+        extra: further JSON values for ``head.json``: "frame", the camera axes of normals where they are not those of
+            the family; and for example steps, seed, data, measured quality.
         dtype: of the weights on disk.
     """
     weights = {name: value.to(dtype) for name, value in unet.state_dict().items()}
@@ -62,7 +60,7 @@ def write_head(
     if Path(base).is_dir():
         base = os.path.relpath(Path(base).resolve(), folder.resolve())
     values = {"base": base, "family": family, "task": task, "working_size": working_size}
-    write_document(folder / HEAD_FILE, values | ({"frame": frame} if frame else {}) | dict(extra or {}))
+    write_document(folder / HEAD_FILE, values | dict(extra or {}))
 
 
 def save_head(head: Head[Any, Any], folder: Path) -> None:
@@ -114,13 +112,8 @@ def stored_context(source: str, base: str) -> Tensor:
             raise HeadError(f"{file}: holds {', '.join(sorted(stored))}, not the prompt's embedding, context")
         return stored["context"]
     place = source if (Path(source) / "text_encoder").is_dir() else base
-    text = TextEncoders(
-        repository(named(place)),
-        {"text_encoder": "CLIPTextModel"},
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        pad=False,
-    )
+    parts, cpu = {"text_encoder": "CLIPTextModel"}, torch.device("cpu")
+    text = TextEncoders(repository(named(place)), parts, device=cpu, dtype=torch.float32, pad=False)
     return text.encode([""])[""].context.clone()  # a tensor that training may use too
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -121,22 +121,24 @@ def load_head(
     name, place = os.fspath(name), resolve_device(device)
     numbers = resolve_dtype(dtype, place)
     _check_names(task, family)
+    head: DenseHead | SegmentationHead
     try:
         source = _find(name, None if base is None else os.fspath(base))
-        head: DenseHead | SegmentationHead
         if _holds_diffdis(source):
             if (task or "segmentation") != "segmentation" or (family or DIFFDIS) != DIFFDIS:
                 raise HeadError(f"{name}: is a DiffDIS, a head for segmentation, not {task or family}")
             head = _load_segmentation(source, place, numbers, needs_base=base is None)
         elif task == "segmentation" or family == DIFFDIS:
-            raise HeadError(_why_no_diffdis(source))
+            raise HeadError(f"{name}: {_why_no_diffdis(source)}")
         else:
             head = _load_dense(source, task, family, place, numbers, fold)
         head.base = source.base
         return head
     except HeadError:
         raise
-    except (ValueError, OSError, RuntimeError, KeyError, SafetensorError) as error:  # of the parts, in their words
+    except SafetensorError as error:
+        raise HeadError(f"{name}: a weight file is damaged ({error})") from None
+    except (ValueError, OSError, RuntimeError, KeyError) as error:  # of the parts and the hub, in their own words
         raise HeadError(" ".join(str(error).split())) from None
 
 
@@ -179,8 +181,7 @@ def _load_dense(
         raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
     recognised = recognise(source.name, source.config, vae_config, source.head, index, task, family)
     unet = load_component(UNet2DConditionModel, source.path, "unet", dtype)
-    vae, schedule, context = _shared_parts(source, unet, device, dtype)
-    model = OneStep(unet, vae, context, schedule, recognised.family, fold=fold)
+    model = OneStep(*_parts(source, unet, device, dtype), recognised.family, fold=fold)
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
     return DenseHead(model, recognised.task, name=source.name, recognised=about, source=source.path)
 
@@ -195,20 +196,18 @@ def _load_segmentation(
         )
     config = source.config or json_of(source.base, "unet/config.json")
     unet = diffdis_unet(_read_diffdis(source), config, name=source.name)
-    vae, schedule, context = _shared_parts(source, unet, device, dtype)
-    decoder = MaskDecoder.load(path) if path.is_dir() else None
-    if decoder is not None:
+    if (decoder := MaskDecoder.load(path) if path.is_dir() else None) is not None:
         check_weights(decoder, source.name)
         decoder.to(device, dtype)
     size = _integer(source.name, source.head, "working_size", 0) or 1024
-    model = DiffDis(unet, vae, context, schedule, working_size=size, decoder=decoder)
+    model = DiffDis(*_parts(source, unet, device, dtype), working_size=size, decoder=decoder)
     drawn = "its own decoder" if decoder is not None else "the VAE"
     about = f"DiffDIS (recognised by its weights), {unet.levels} levels, masks drawn by {drawn}"
     return SegmentationHead(model, name=source.name, recognised=about, source=source.path)
 
 
-def _shared_parts(source: _Source, unet: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, Schedule, Tensor]:
-    """What every head reads beside its U-Net: the VAE, the schedule, the prompt's embedding; all ready to run."""
+def _parts(source: _Source, unet: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Tensor, Schedule]:
+    """What every head has, ready to run: the U-Net, the VAE, the prompt's embedding, the schedule."""
     from diffusers import AutoencoderKL
 
     vae = load_component(AutoencoderKL, source.base, "vae", dtype)
@@ -219,8 +218,7 @@ def _shared_parts(source: _Source, unet: Any, device: torch.device, dtype: torch
     if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
         vae.float()
     file = "scheduler/scheduler_config.json"
-    scheduler = json_of(source.path, file) or json_of(source.base, file)
-    if not scheduler:
+    if not (scheduler := json_of(source.path, file) or json_of(source.base, file)):
         raise HeadError(f"{source.name}: {file} is missing")
     context = stored_context(source.path, source.base).to(device, dtype)
     if context.shape[-1] != unet.config.cross_attention_dim:
@@ -228,7 +226,7 @@ def _shared_parts(source: _Source, unet: Any, device: torch.device, dtype: torch
             f"{source.name}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
             f" {unet.config.cross_attention_dim}: it belongs to another base"
         )
-    return vae, Schedule.from_config(scheduler), context
+    return unet, vae, context, Schedule.from_config(scheduler)
 
 
 # -- recognising --------------------------------------------------------------------------------------------
@@ -260,8 +258,12 @@ def recognise(
     _check_names(task, family)
     latent, inputs = _integer(name, vae, "latent_channels", 4), _integer(name, unet, "in_channels", 0)
     width = unet.get("projection_class_embeddings_input_dim") if unet.get("class_embed_type") else None
-    known_family, known_task = KNOWN.get(name) or _of_the_same_name(name)
     shape = f"{inputs} input channels, {'task vector' if width else 'no task vector'}"
+    named_so = {key.split("/")[1]: value for key, value in KNOWN.items()}  # a copy of a published one in a folder
+    known_family, known_task = KNOWN.get(name) or named_so.get(Path(name).name) or (None, None)
+    asked = family or head.get("family") or known_family or MARIGOLD.name
+    by_shape = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
+    detected = by_shape.get((width, inputs / latent))
     if width == 10:
         raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")
     if unet.get("class_embed_type") not in (None, "projection") or width not in (None, 4) or inputs % latent:
@@ -272,28 +274,26 @@ def recognise(
         raise HeadError(
             f"{name}: is a plain diffusion model and no head: {shape}; `diffrep train depth` makes one of it"
         )
-    asked = family or head.get("family") or known_family or MARIGOLD.name
-    by_shape = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
-    detected = by_shape.get((width, inputs // latent))
     if detected is None:
         raise HeadError(f"{name}: is no one-step head: {shape}")
-    if width is None and detected in (LOTUS_D, LOTUS_G):
+    if width is None and detected.task_vector is not None:
         raise HeadError(f"{name}: is no {detected.name}: {shape}")
     if family is not None and FAMILIES[family] != detected:
         raise HeadError(f"{name}: is no {family}: {shape}, which is {detected.name}")
-    tasks = ", ".join(get_args(Task))
-    marigolds = index.get("prediction_type") if index.get("prediction_type") in get_args(Task) else None
-    sayings = ((head.get("task"), HEAD_FILE), (known_task, "a published checkpoint"), (marigolds, "model_index.json"))
+
+    tasks = get_args(Task)
+    by_index = index.get("prediction_type") if index.get("prediction_type") in tasks else None
+    sayings = ((head.get("task"), HEAD_FILE), (known_task, "a published checkpoint"), (by_index, "model_index.json"))
     said, by = next((saying for saying in sayings if saying[0]), (None, ""))
-    if said is not None and said not in get_args(Task):
-        raise HeadError(f"{name}: is a head for {said}, not for {tasks}")
+    if said is not None and said not in tasks:
+        raise HeadError(f"{name}: is a head for {said}, not for {', '.join(tasks)}")
     if task is not None and said is not None and task != said:
         raise HeadError(f"{name}: predicts {said} (said by {by}), but the task {task} was asked for")
     final: Any = said or task
     if final is None:
         raise HeadError(
             f"{name}: is a {detected.name} ({shape}), but its files do not say what it predicts: name the task, one of"
-            f" {tasks}"
+            f" {', '.join(tasks)}"
         )
     working = _integer(name, head, "working_size", 0) or _integer(name, index, "default_processing_resolution", 0)
     frame = head["frame"] if head.get("frame") in get_args(Frame) else detected.frame
@@ -310,12 +310,6 @@ def _integer(name: str, config: Mapping[str, Any], key: str, default: int) -> in
     return value
 
 
-def _of_the_same_name(name: str) -> tuple[str | None, Any]:
-    """Family and task of the published checkpoint that a folder is named as."""
-    last = Path(name).name
-    return next((value for key, value in KNOWN.items() if key.split("/")[1] == last), (None, None))
-
-
 # -- DiffDIS: its authors publish a U-Net beside the config of its base, which knows nothing of it -----------
 
 
@@ -327,19 +321,24 @@ def _holds_diffdis(source: _Source) -> bool:
         return True
     plain = source.config.get("class_embed_type") is None and source.config.get("in_channels") in (None, 4)
     stated = any(key in source.config for key in ("use_swci", "mid_extra_cross"))
-    return (plain or stated) and is_diffdis(_weight_names(_unet_files(Path(source.path))))
+    names: set[str] = set()
+    for file in _unet_files(Path(source.path)) if plain or stated else ():
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    return is_diffdis(names)
+
+
+NO_DIFFDIS = (
+    "is no DiffDIS U-Net: its weights lack rgb_proj, attn3 or class_embedding; `diffrep train segmentation` makes one"
+    " of a plain U-Net"
+)
 
 
 def _why_no_diffdis(source: _Source) -> str:
     if source.head.get("family"):
-        what = f"is a head for {source.head.get('task')} ({source.head['family']}), not for segmentation"
-        return f"{source.name}: {what}"
-    if Path(source.path).is_dir() and not _unet_files(Path(source.path)):
-        return f"{source.name}: is no folder of a head, unet/{WEIGHTS} is missing"
-    return (
-        f"{source.name}: is no DiffDIS U-Net: its weights lack rgb_proj, attn3 or class_embedding;"
-        " `diffrep train segmentation` makes one of a plain U-Net"
-    )
+        return f"is a head for {source.head.get('task')} ({source.head['family']}), not for segmentation"
+    empty = Path(source.path).is_dir() and not _unet_files(Path(source.path))
+    return f"is no folder of a head, unet/{WEIGHTS} is missing" if empty else NO_DIFFDIS
 
 
 def _unet_files(folder: Path) -> list[Path]:
@@ -353,17 +352,6 @@ def _unet_files(folder: Path) -> list[Path]:
     return []
 
 
-def _weight_names(files: Sequence[Path]) -> set[str]:
-    names: set[str] = set()
-    for file in files:
-        try:
-            with safe_open(file, "pt") as opened:
-                names |= set(opened.keys())
-        except SafetensorError as error:
-            raise HeadError(f"{file}: is damaged or no safetensors file ({error})") from None
-    return names
-
-
 def _read_diffdis(source: _Source) -> dict[str, Tensor]:
     """Weights of the U-Net of a folder, file or hub id; a common prefix, as repacked files have, is taken off."""
     path = Path(source.path)
@@ -373,7 +361,7 @@ def _read_diffdis(source: _Source) -> dict[str, Tensor]:
 
         files = [Path(hf_hub_download(source.path, f"unet/{WEIGHTS}"))]
     if not files:
-        raise HeadError(_why_no_diffdis(source))
+        raise HeadError(f"{source.name}: {_why_no_diffdis(source)}")
     weights = {key: value for file in files for key, value in read_weights(file, error=HeadError)[0].items()}
     marker = "rgb_proj.0.weight"
     prefix = next((key.removesuffix(marker) for key in weights if key.endswith(marker)), "")
@@ -393,7 +381,7 @@ def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, na
             missing, left over or of another shape.
     """
     if not is_diffdis(weights):
-        raise HeadError(_why_no_diffdis(_Source(name, "", {}, {}, "")))
+        raise HeadError(f"{name}: {NO_DIFFDIS}")
     network = DiffDisUNet(config)
     expected = network.state_dict()
     common = set(expected) & set(weights)

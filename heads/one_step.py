@@ -61,8 +61,7 @@ class Schedule:
     def add_noise(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
         """z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise."""
         signal, spread = self.levels(timestep)
-        noisy: Tensor = signal * clean + spread * noise
-        return noisy
+        return torch.as_tensor(signal * clean + spread * noise)
 
     def clean(self, output: Tensor, noisy: Tensor, timestep: int | Tensor) -> Tensor:
         """The network's estimate of the clean latent z_0 from its output and its input z_t."""
@@ -70,9 +69,8 @@ class Schedule:
             return output
         signal, spread = self.levels(timestep)
         if self.predicts == "v_prediction":
-            clean: Tensor = signal * noisy - spread * output
-            return clean
-        return (noisy - spread * output) / (max(signal, 1e-4) if isinstance(signal, float) else signal.clamp(min=1e-4))
+            return torch.as_tensor(signal * noisy - spread * output)
+        return (noisy - spread * output) / torch.as_tensor(signal).clamp(min=1e-4)
 
     def target(self, clean: Tensor, noise: Tensor, timestep: int | Tensor) -> Tensor:
         """What the network is trained to put out."""
@@ -116,14 +114,10 @@ class PlainUNet(nn.Module):
         self.register_buffer("context", context, persistent=False)
 
     def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
-        """One pass.
+        """What the network predicts (B, c', h, w) for all that goes into its first convolution (B, c, h, w).
 
         Args:
-            latents: (B, c, h, w), everything that goes into the first convolution.
             task: class vector, the same for all rows.
-
-        Returns:
-            (B, c', h, w), what the network predicts.
         """
         if self.padding_channels:
             zeros = latents.new_zeros(latents.shape[0], self.padding_channels, *latents.shape[2:])
@@ -317,11 +311,7 @@ class OneStep(LatentCodec):
         return self.network.context
 
     def unet_input(self, latents: Tensor, first: Tensor | None) -> Tensor:
-        """What goes into the U-Net: the image latent, then the first latent where the family has one.
-
-        Args:
-            latents: (B, c, h, w).
-            first: (B or 1, c, h, w), for families that start from noise.
+        """Image latents (B, c, h, w), then the noise (B or 1, c, h, w) of families that start from it.
 
         Raises:
             ValueError: noise is missing for a family that starts from it, superfluous, or of another shape.

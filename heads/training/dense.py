@@ -24,14 +24,10 @@ def widen_conv_in(conv: nn.Conv2d, *, scale_bias: bool = False) -> nn.Conv2d:
     Args:
         scale_bias: halve the bias too, as E2E-FT does (which then does not give the same).
     """
-    size: Any = conv.kernel_size
-    padding: Any = conv.padding
-    wide = nn.Conv2d(2 * conv.in_channels, conv.out_channels, size, padding=padding).to(conv.weight)
-    with torch.no_grad():
-        wide.weight.copy_(conv.weight.repeat(1, 2, 1, 1) / 2)
-        assert conv.bias is not None
-        assert wide.bias is not None
-        wide.bias.copy_(conv.bias / 2 if scale_bias else conv.bias)
+    like: Any = conv
+    wide = nn.Conv2d(2 * conv.in_channels, conv.out_channels, like.kernel_size, padding=like.padding).to(conv.weight)
+    bias = like.bias / 2 if scale_bias else like.bias
+    wide.load_state_dict({"weight": conv.weight.repeat(1, 2, 1, 1) / 2, "bias": bias})
     return wide
 
 
@@ -89,13 +85,7 @@ class OneStepModel(nn.Module):
         return Schedule(self.alphas_cumprod, self.recipe.predicts)
 
     def forward(self, inputs: Tensor, timesteps: Tensor, tasks: Tensor | None = None) -> Tensor:
-        """The raw output, (B, c, h, w).
-
-        Args:
-            inputs: (B, c or 2c, h, w), see `inputs`.
-            timesteps: (B,) int64.
-            tasks: (B, 4) task vectors, where the recipe has them.
-        """
+        """The raw output (B, c, h, w) for `inputs` (B, c or 2c, h, w), timesteps (B,) and task vectors (B, 4)."""
         context = self.context.expand(len(inputs), -1, -1)
         output: Tensor = self.unet(inputs, timesteps, encoder_hidden_states=context, class_labels=tasks).sample
         return output
@@ -145,16 +135,14 @@ def predict_maps(
     Raises:
         ValueError: several steps of a recipe that is trained on one timestep.
     """
-    head, maps = dense_head_of(model, vae, task), []
+    head = dense_head_of(model, vae, task)
     machine, recipe = head.model, model.recipe
-    for chunk in pixels.split(batch_size):
-        latents = machine.encode(chunk / 2 + 0.5, batch_size=batch_size)
-        size = (int(latents.shape[-2]), int(latents.shape[-1]))
-        noise = machine.draw(size, seed, 0).to(latents) if recipe.first_latent == "noise" else None
-        timestep = recipe.timestep if steps == 1 else None
-        annotations = machine.predict(latents, noise, steps=steps, timestep=timestep, batch_size=batch_size)
-        maps.append(head.read(machine.decode(annotations, batch_size=batch_size), unit=False))
-    return torch.cat(maps)
+    latents = machine.encode(pixels / 2 + 0.5, batch_size=batch_size)
+    size = (int(latents.shape[-2]), int(latents.shape[-1]))
+    noise = machine.draw(size, seed, 0).to(latents) if recipe.first_latent == "noise" else None
+    timestep = recipe.timestep if steps == 1 else None
+    annotations = machine.predict(latents, noise, steps=steps, timestep=timestep, batch_size=batch_size)
+    return head.read(machine.decode(annotations, batch_size=batch_size), unit=False)
 
 
 def draw_rows(batch: int, recipe: Family, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:
@@ -198,24 +186,27 @@ def encode_rows(vae: Any, pixels: Tensor, annotation: Tensor, drawn: Mapping[str
     return {name: vae.config.scaling_factor * mean.float() for name, mean in means.items()}
 
 
+def _asked(module: nn.Module, ema: OneStepModel, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """The output for a batch, and what stood beside the images."""
+    noisy = ema.noisy(batch["targets"], batch.get("noise"), batch["timesteps"])
+    return module(ema.inputs(batch["images"], noisy), batch["timesteps"], batch.get("tasks")), noisy
+
+
 def latent_losses(module: nn.Module, ema: OneStepModel, batch: Batch) -> dict[str, Tensor]:
-    """Lotus's loss: annotation plus reconstruction, each the mean squared error of what the output means.
+    """Lotus' loss: annotation plus reconstruction, each the mean squared error of what the output means.
 
     Args:
         module: a `OneStepModel`, possibly wrapped; ema: its average, for its settings.
         batch: "images", "targets" (rows, c, h, w), "timesteps" (rows,), where the recipe has them "tasks" (rows, 4)
             and "noise" (rows, c, h, w); "mask" (B, 1, h, w) bool, cells of the first B rows that count.
     """
-    timesteps, noise, count = batch["timesteps"], batch.get("noise"), len(batch["mask"])
-    inputs = ema.inputs(batch["images"], ema.noisy(batch["targets"], noise, timesteps))
-    output = module(inputs, timesteps, batch.get("tasks"))
-    target = ema.target(batch["targets"], noise, timesteps)
+    output, _ = _asked(module, ema, batch)
+    target, count = ema.target(batch["targets"], batch.get("noise"), batch["timesteps"]), len(batch["mask"])
     annotation = latent_loss(output[:count], target[:count], batch["mask"])
-    losses = {"loss": annotation, "annotation": annotation}
-    if len(output) > count:
-        losses["reconstruction"] = latent_loss(output[count:], target[count:])
-        losses["loss"] = annotation + losses["reconstruction"]
-    return losses
+    if len(output) == count:
+        return {"loss": annotation, "annotation": annotation}
+    reconstruction = latent_loss(output[count:], target[count:])
+    return {"loss": annotation + reconstruction, "annotation": annotation, "reconstruction": reconstruction}
 
 
 def decoded_losses(vae: Any, task: Task) -> Callable[[nn.Module, OneStepModel, Batch], dict[str, Tensor]]:
@@ -226,10 +217,8 @@ def decoded_losses(vae: Any, task: Task) -> Callable[[nn.Module, OneStepModel, B
     """
 
     def losses(module: nn.Module, ema: OneStepModel, batch: Batch) -> dict[str, Tensor]:
-        timesteps = batch["timesteps"]
-        noisy = ema.noisy(batch["targets"], batch.get("noise"), timesteps)
-        output = module(ema.inputs(batch["images"], noisy), timesteps, batch.get("tasks"))
-        decoded = vae.decode(ema.clean(output, noisy, timesteps) / vae.config.scaling_factor).sample.float()
+        latents = ema.clean(*_asked(module, ema, batch), batch["timesteps"])
+        decoded = vae.decode(latents / vae.config.scaling_factor).sample.float()
         if task == "normals":
             return {"loss": angular_loss(decoded_normals(decoded), batch["reference"], batch["valid"])}
         return {"loss": affine_invariant_loss(decoded_depth(decoded), batch["reference"], batch["valid"])}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.files import claim_folder, read_weights, replace_folder, save_weights
 from diffrep.heads.diffdis import MaskDecoder, from_base
-from diffrep.heads.families import LOTUS_D, Family, Frame, Task
+from diffrep.heads.families import LOTUS_D, Family, Task
 from diffrep.heads.head_folders import write_head
 from diffrep.heads.one_step import LatentCodec, Schedule
 from diffrep.heads.segmentation import DiffDis
@@ -199,13 +199,10 @@ def write_dense_head(
         family: what `load_head` will treat it as.
         working_size: long side of the images that it was trained on, pixels.
     """
-    extra = {"training": json.loads(json.dumps(asdict(training), default=str))}
     about: Any = {"base": training.base, "family": family, "task": training.task, "working_size": working_size}
-    frame: Frame | None = "lub" if training.task == "normals" else None  # of all that we train on
-    replace_folder(
-        folder,
-        lambda partial: write_head(partial, model.unet, context=model.context, frame=frame, extra=extra, **about),
-    )
+    frame = {"frame": "lub"} if training.task == "normals" else {}  # of all that we train on
+    about["extra"] = {**frame, "training": json.loads(json.dumps(asdict(training), default=str))}
+    replace_folder(folder, lambda partial: write_head(partial, model.unet, context=model.context, **about))
 
 
 # -- segmentation -------------------------------------------------------------------------------------------

@@ -344,14 +344,7 @@ def draw_boxes(batch: int, size: tuple[int, int], generator: torch.Generator) ->
 
 
 def image_batches(
-    pairs: Sequence[MaskedImage],
-    encode: Encode,
-    *,
-    size: int,
-    batch_size: int,
-    levels: int,
-    edges: bool,
-    decoder: bool,
+    pairs: Sequence[MaskedImage], encode: Encode, *, size: int, batch_size: int, levels: int, edges: bool, decoder: bool
 ) -> Callable[[torch.Generator], Batch]:
     """Batches of images from files, augmented as published and encoded on the way.
 
