@@ -134,7 +134,8 @@ MIRRORED = "mirrored/"  # before the path of an image whose mirror image is mean
 
 def save_features(file: Path, features: Sequence[FeatureMaps], dtype: Kept, content: str) -> None:
     """Write all features of one image, one batch of one per backbone, as one safetensors file."""
-    tensors, notes = {}, []
+    tensors: dict[str, Tensor] = {}
+    notes = []
     for number, maps in enumerate(features):
         tensors |= {f"{number}/{tap}": values.to(getattr(torch, dtype)) for tap, values in maps.maps.items()}
         grids = {tap: asdict(grid) for tap, grid in maps.grids.items()}

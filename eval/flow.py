@@ -29,29 +29,22 @@ from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.matching import MatchConfig, match_dense
 from diffrep.recipes import Correspondence
-from diffrep.similarity import Metric, nearest
+from diffrep.similarity import nearest
 
 ALPHAS = (0.01, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35)
 HEADLINE = 0.05  # the alpha that papers report
 FlowSearch = Literal["recipe", "sd-dino"]
 
 
-def nearest_flow(
-    source: Descriptors,
-    target: Descriptors,
-    size: tuple[int, int],
-    *,
-    metric: Metric = "euclidean",
-    rounding: Literal["floor", "official"] = "floor",
-) -> Tensor:
-    """Flow from each pixel of the target to its nearest place in the source.
+def nearest_flow(source: Descriptors, target: Descriptors, size: tuple[int, int]) -> Tensor:
+    """Flow from each pixel of the target to its nearest place in the source, as sd-dino's released code has it.
+
+    It keeps a slip of that code, which divides the flat index without rounding down and so adds column / cells to every
+    vertical displacement: published TSS numbers have it.
 
     Args:
         source, target: descriptors on the cells of a square on which the padded images lie centred.
         size: (H, W) of both images after padding to a common size.
-        rounding: ``official`` keeps a slip of the released code, which divides the flat index without
-            rounding down and so adds column / cells to every vertical displacement; published TSS numbers
-            have it.
 
     Returns:
         (2, H, W) float32, (x, y) in pixels.
@@ -62,10 +55,9 @@ def nearest_flow(
     rows, columns = target.size
     if source.size != target.size or rows != columns:
         raise ValueError(f"the cells must be one square for both images, got {source.size} and {target.size}")
-    best = nearest(target.rows(), source.rows(), metric).indices.view(rows, columns)
+    best = nearest(target.rows(), source.rows(), "euclidean").indices.view(rows, columns)
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    found_row = best / columns if rounding == "official" else (best // columns).float()
-    flow = torch.stack([(best % columns).float() - column, found_row - row])
+    flow = torch.stack([(best % columns).float() - column, best / columns - row])
     long = max(size)
     dense = F.interpolate(flow[None], size=(long, long), mode="bilinear", align_corners=False)[0] * (long / columns)
     top, left = ((long - side) // 2 for side in size)
@@ -223,7 +215,7 @@ def evaluate_flow(
     def measure(item: FlowItem) -> dict[str, object]:
         source, target = fuse([features.get(item.category, path) for path in (item.source, item.target)], recipe.fusion)
         if search == "sd-dino":
-            flow = nearest_flow(source, target, item.padded_size, rounding="official")
+            flow = nearest_flow(source, target, item.padded_size)
         else:
             flow = dense_flow(source, target, recipe.matching)
         return asdict(count_flow(item, flow, item.flow(flows.root), item.mask(flows.root)))

@@ -9,6 +9,7 @@ cells of the descriptors: half a stride is what a map of that size can hardly av
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -127,8 +128,8 @@ def see_through(image: np.ndarray, matrix: Tensor) -> np.ndarray:
 class Errors:
     """Distances between matches and truth, in pixels of the view."""
 
-    pixels: Mapping[str, tuple[float, ...]]  # photograph -> distance of each point
-    strides: Mapping[str, float]  # photograph -> pixels between cells of its descriptors; empty for what has none
+    pixels: dict[str, list[float]]  # photograph -> distance of each point
+    strides: dict[str, float]  # photograph -> pixels between cells of its descriptors; empty for what has none
 
     def numbers(self, photograph: str | None = None) -> dict[str, float]:
         """Quantiles over the points of one photograph, or of all."""
@@ -136,14 +137,12 @@ class Errors:
         pixels = np.concatenate([self.pixels[name] for name in names])
         median, upper, tail = (float(q) for q in np.quantile(pixels, [0.5, 0.75, 0.9]))
         numbers = {"points": len(pixels), "median": median, "q75": upper, "q90": tail}
-        if not self.strides:
-            return numbers
-        strides = np.concatenate([np.asarray(self.pixels[name]) / self.strides[name] for name in names])
-        return numbers | {
-            "stride": max(self.strides[name] for name in names),
-            "median_in_strides": float(np.median(strides)),
-            "within_one_stride": float((strides < 1).mean()),
-        }
+        if self.strides:
+            strides = np.concatenate([np.asarray(self.pixels[name]) / self.strides[name] for name in names])
+            numbers["stride"] = max(self.strides[name] for name in names)
+            numbers["median_in_strides"] = float(np.median(strides))
+            numbers["within_one_stride"] = float((strides < 1).mean())
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -156,33 +155,25 @@ class HomographyReport(Report):
 
     def document(self) -> Mapping[str, object]:
         rows = {
-            matcher: {"all": errors.numbers(), "photographs": {n: errors.numbers(n) for n in errors.pixels}}
+            matcher: {"all": errors.numbers(), "photographs": {name: errors.numbers(name) for name in errors.pixels}}
             for matcher, errors in self.rows.items()
         }
-        return {
-            "benchmark": "homography",
-            "settings": self.settings,
-            "extractors": self.extractors,
-            "rows": rows,
-        }
+        return {"benchmark": "homography", "settings": self.settings, "extractors": self.extractors, "rows": rows}
 
     def sections(self) -> Iterator[Section]:
-        first = next(iter(self.rows.values()))
-        names, points = list(first.pixels), first.numbers()["points"]
+        numbers = {matcher: errors.numbers() for matcher, errors in self.rows.items()}
+        names = list(next(iter(self.rows.values())).pixels)
         rows = []
-        for matcher, errors in self.rows.items():
-            n = errors.numbers()
+        for matcher, n in numbers.items():
             cells = [f"{n[key]:.1f}" for key in ("median", "q75", "q90", "stride") if key in n]
-            if errors.strides:
+            if "stride" in n:
                 cells += [f"{n['median_in_strides']:.2f} strides", f"{100 * n['within_one_stride']:.1f} %"]
             rows.append((matcher, *cells))
+        points = next(iter(numbers.values()))["points"]
         views = f"{self.settings.views} views of each of {len(names)} photographs, {points} points"
         columns = ("median", "75 %", "90 %", "stride", "median", "within one")
         yield Section(f"Distance of matches from the truth, pixels ({views})", columns, rows)
-        medians = [
-            (matcher, *(f"{errors.numbers(name)['median']:.1f}" for name in names))
-            for matcher, errors in self.rows.items()
-        ]
+        medians = [(m, *(f"{e.numbers(name)['median']:.1f}" for name in names)) for m, e in self.rows.items()]
         yield Section("Median by photograph, pixels", names, medians)
 
 
@@ -204,8 +195,7 @@ def evaluate_homographies(
         ImageError: a photograph cannot be read.
     """
     settings = settings or HomographySettings()
-    errors: dict[str, dict[str, list[float]]] = {name: {} for name in matchers}
-    strides: dict[str, dict[str, float]] = {name: {} for name in matchers}
+    rows = {name: Errors(defaultdict(list), {}) for name in matchers}
     described: dict[str, Mapping[str, object]] = {}
     for name, path in tqdm((images or photographs()).items(), desc="photographs", disable=not progress):
         image = np.array(load_image(path))
@@ -217,14 +207,9 @@ def evaluate_homographies(
             points, truth = queries(view.size, matrix, settings.points)
             for matcher, match in matchers.items():
                 matched = match(photograph, view, points)
-                distances = torch.linalg.vector_norm(matched.double() - truth, dim=-1)
-                errors[matcher].setdefault(name, []).extend(distances.tolist())
+                rows[matcher].pixels[name].extend(torch.linalg.vector_norm(matched.double() - truth, dim=-1).tolist())
                 if isinstance(match, FeatureMatcher):
-                    strides[matcher][name] = match.stride(view)
-    rows = {
-        matcher: Errors({name: tuple(values) for name, values in by_name.items()}, strides[matcher])
-        for matcher, by_name in errors.items()
-    }
+                    rows[matcher].strides[name] = match.stride(view)
     return HomographyReport(settings, rows, described)
 
 

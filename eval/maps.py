@@ -197,28 +197,25 @@ class MapReport(Report):
         }
 
     def sections(self) -> Iterator[Section]:
-        about, cells, columns, ours, notes = self._depth() if self.layout.kind == "depth" else self._normals()
+        if self.layout.kind == "depth":
+            percent = ("abs_rel", "delta1", "delta2", "delta3")
+            about, columns = f"{self.protocol['space']} space", ("AbsRel %", "delta1 %")
+            cells = [f"{name} {100 * self.metrics[name]:.2f}%" for name in percent]
+            cells += [f"{name} {value:.4g}" for name, value in self.metrics.items() if name not in percent]
+            ours = [100 * self.metrics[name] for name in ("abs_rel", "delta1")]
+            notes = ["  (numbers from different alignment spaces are not comparable)"]
+        else:
+            over = "all pixels together" if self.protocol["average"] == "pixels" else "images"
+            about, columns, notes = f"mean over {over}", ("mean deg", "< 11.25 %"), []
+            cells = [f"{name} {value:.2f}{'%' * name.startswith('under')}" for name, value in self.metrics.items()]
+            ours = [self.metrics.get(name, math.nan) for name in ("mean", "under 11.25")]
         expected = f"{len(self.images)} images (published: {self.layout.images})"
         yield Section(f"{self.layout.title}: {expected}, {about}", notes=[f"  {self.method}: {', '.join(cells)}"])
-        if papers := self.papers():
-            table = [
-                (row.method, *(f"{value:.1f}" for value in row.values[self.layout.name]), row.source) for row in papers
-            ]
-            yield Section("", columns, [(self.method, *(f"{value:.1f}" for value in ours), "here"), *table], notes)
-
-    def _depth(self) -> tuple[str, list[str], tuple[str, ...], list[float], list[str]]:
-        shares = [name for name in DEPTH_METRICS if name == "abs_rel" or name.startswith("delta")]
-        cells = [f"{name} {100 * self.metrics[name]:.2f}%" for name in shares]
-        cells += [f"{name} {value:.4g}" for name, value in self.metrics.items() if name not in shares]
-        ours = [100 * self.metrics["abs_rel"], 100 * self.metrics["delta1"]]
-        notes = ["  (numbers from different alignment spaces are not comparable)"]
-        return f"{self.protocol['space']} space", cells, ("AbsRel %", "delta1 %"), ours, notes
-
-    def _normals(self) -> tuple[str, list[str], tuple[str, ...], list[float], list[str]]:
-        over = "all pixels together" if self.protocol["average"] == "pixels" else "images"
-        cells = [f"{k} {v:.2f}{'%' * k.startswith('under')}" for k, v in self.metrics.items()]
-        ours = [self.metrics.get("mean", math.nan), self.metrics.get("under 11.25", math.nan)]
-        return f"mean over {over}", cells, ("mean deg", "< 11.25 %"), ours, []
+        rows = [(self.method, ours, "here")]
+        rows += [(row.method, list(row.values[self.layout.name]), row.source) for row in self.papers()]
+        if len(rows) > 1:
+            table = [(method, *(f"{value:.1f}" for value in values), source) for method, values, source in rows]
+            yield Section("", columns, table, notes)
 
 
 def evaluate_maps(

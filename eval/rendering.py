@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -71,14 +72,12 @@ class RenderedScenes:
         """
         if not jobs:
             return
-        if self.workers == 0:
-            samples = map(render, jobs)
-            while batch := list(islice(samples, self.batch_size)):
-                yield batch
-            return
-        # spawn: a forked child would inherit the threads' locks of the libraries that are loaded here
-        with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
-            samples = pool.map(render, jobs, chunksize=4)
+        with ExitStack() as stack:
+            samples: Iterator[Rendered] = map(render, jobs)
+            if self.workers:
+                # spawn: a forked child would inherit the threads' locks of the libraries that are loaded here
+                pool = stack.enter_context(ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")))
+                samples = pool.map(render, jobs, chunksize=4)
             while batch := list(islice(samples, self.batch_size)):
                 yield batch
 
@@ -176,9 +175,9 @@ def annotated_scenes(
     rendering = SceneMapSettings(workers=workers if workers > 1 and len(missing) > 16 else 0)
     scenes = chain.from_iterable(rendering.batches(render_job, [jobs[place] for place in missing]))
     bar = tqdm(scenes, total=len(missing), desc="rendering", unit="scene", disable=not progress or not missing)
-    for place, scene in zip(missing, bar, strict=True):
+    for (part, name), scene in zip(missing, bar, strict=True):
         for kind, values in _maps(scene).items():
-            path = file(kind, *place)
+            path = file(kind, part, name)
             write_whole(path, _encoded(values, path.suffix))
     sets = []
     for part in ("train", "test"):

@@ -37,15 +37,14 @@ def cells(rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, 12, generator=torch.Generator().manual_seed(seed))
 
 
-def test_a_shift_by_whole_cells_is_found_with_both_roundings() -> None:
+def test_a_shift_by_whole_cells_is_found_but_for_the_slip_of_the_released_code() -> None:
     whole = cells(6, 6)
     source, target = Descriptors.from_vectors(whole), Descriptors.from_vectors(whole.roll((-1, -2), (0, 1)))
     flow = nearest_flow(source, target, (12, 12))  # two pixels per cell
     assert flow.shape == (2, 12, 12)
     inside = flow[:, 1:9, 1:7]  # cells that were not rolled over the edge
     torch.testing.assert_close(inside[0], torch.full_like(inside[0], 4.0))
-    torch.testing.assert_close(inside[1], torch.full_like(inside[1], 2.0))
-    slip = nearest_flow(source, target, (12, 12), rounding="official")[1] - flow[1]
+    slip = inside[1] - 2.0
     assert float(slip.min()) >= 0
     assert 0 < float(slip.max()) <= 2 * 5 / 6  # at most the last column over the number of columns, in pixels
 
@@ -54,7 +53,7 @@ def test_flow_is_cropped_out_of_the_square() -> None:
     whole = cells(6, 6)
     flow = nearest_flow(Descriptors.from_vectors(whole), Descriptors.from_vectors(whole), (12, 8))
     assert flow.shape == (2, 12, 8)
-    assert float(flow.abs().max()) == 0
+    assert float(flow[0].abs().max()) == 0
     with pytest.raises(ValueError, match="must be one square"):
         nearest_flow(Descriptors.from_vectors(cells(6, 5)), Descriptors.from_vectors(cells(6, 5)), (12, 8))
 

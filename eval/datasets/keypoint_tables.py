@@ -11,7 +11,7 @@ lie in ``eval/data/keypoints.toml``; others come from a file in the same form::
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,34 +37,6 @@ class KeypointTable:
     groups: tuple[frozenset[int], ...] = ()
     names: Mapping[int, str] = field(default_factory=dict)
     order: tuple[int, ...] = ()
-
-    def as_released(self, used: Iterable[int]) -> KeypointTable:
-        """The table as GeoAware-SC's released code has it for the ids that occur in a category's pairs.
-
-        The code keeps the entries of its tables that occur and numbers them one after the other, so that where the
-        order of a table is not that of the ids, or skips ids, other keypoints than meant change places or make a group.
-        Its published numbers have this slip.
-        """
-        used = sorted(used)
-        order = self.order or tuple(self.names)
-        place = {i: number for number, i in enumerate(order)}
-        compact = {i: number for number, i in enumerate(self.names)}  # its mirror tables skip ids that have no name
-        pairs = {tuple(sorted((i, self.mirror.get(i, i)), key=place.__getitem__)) for i in order}
-        entries = [dict.fromkeys(pair) for pair in sorted(pairs, key=lambda pair: place[pair[0]])]
-        mirror: dict[int, int] = {}
-        for ids in _renumbered([[compact[i] for i in entry] for entry in entries], used):
-            mirror |= dict(zip(ids, reversed(ids), strict=True))
-        grouped = {i for group in self.groups for i in group}
-        alone = [[i] for i in self.names if i not in grouped]
-        groups = _renumbered(sorted([*map(sorted, self.groups), *alone]), used)
-        return KeypointTable(mirror, tuple(frozenset(ids) for ids in groups if len(ids) > 1), self.names)
-
-
-def _renumbered(entries: Sequence[Sequence[int]], used: Sequence[int]) -> list[tuple[int, ...]]:
-    """The entries whose ids occur, their ids replaced one after the other by those that do."""
-    occurring = [[i for i in entry if i in used] for entry in entries]
-    numbers = iter(used)
-    return [tuple(number for _, number in zip(ids, numbers, strict=False)) for ids in occurring if ids]
 
 
 def table_of(benchmark: str, category: str, tables: Mapping[str, KeypointTable] | None = None) -> KeypointTable:

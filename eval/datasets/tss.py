@@ -99,7 +99,7 @@ def read_tss(root: str | Path, *, subsets: Sequence[str] | None = None) -> FlowS
     if not present:
         raise DatasetError(f"{root}: none of the folders {', '.join(wanted)} is there")
     problems = [Problem(subset, "the subset's folder is missing") for subset in wanted if subset not in present]
-    items = []
+    items: list[FlowItem] = []
     for subset in present:
         for folder in sorted(path for path in (root / subset).iterdir() if path.is_dir()):
             needed = [f"{kind}{k}.{end}" for k in (1, 2) for kind, end in _FILES]
