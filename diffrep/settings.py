@@ -46,9 +46,9 @@ def check(settings: Any, /, **ranges: str) -> None:
         ValueError: the message names the field, what it takes and what it has.
     """
     kind: Any = type(settings)  # mypy takes no class for a hashable
-    for name, choices in _choices(kind).items():
+    for name, (choices, several) in _choices(kind).items():
         value = getattr(settings, name)
-        if any(item is not None and item not in choices for item in _items(value)):
+        if any(item is not None and item not in choices for item in (_items(value) if several else (value,))):
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     for name, kinds in _kinds(kind).items():
         value = getattr(settings, name, None)
@@ -113,14 +113,14 @@ def _items(value: Any) -> tuple[Any, ...]:
 
 
 @cache
-def _choices(kind: type) -> dict[str, tuple[Any, ...]]:
-    """field -> the values that it, or every item of it, may have, of the fields of a dataclass that are a choice."""
+def _choices(kind: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
+    """field -> the values that it may have, and whether it has several; of the fields that are a choice."""
     choices = {}
     for name, hint in get_type_hints(kind).items():
         parts = get_args(hint) if get_origin(hint) in (*_UNIONS, tuple) else (hint,)
         literal = [part for part in parts if get_origin(part) is Literal]
         if len(literal) == 1 and set(parts) <= {literal[0], NoneType, Ellipsis}:
-            choices[name] = get_args(literal[0])
+            choices[name] = get_args(literal[0]), get_origin(hint) is tuple
     return choices
 
 

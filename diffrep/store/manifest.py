@@ -25,6 +25,7 @@ from diffrep.backbones import Backbone
 from diffrep.features import ExtractConfig
 from diffrep.files import read_document, write_whole
 from diffrep.images import Sizing
+from diffrep.settings import check
 
 FORMAT, VERSION = "diffrep-store", 1
 MANIFEST = "manifest.json"
@@ -51,10 +52,7 @@ class Keep:
     points: str = "grid:8"  # grid:N (N x N places), random:N (seeded by the image's name), or a .json file of places
 
     def __post_init__(self) -> None:
-        if self.kind not in ("maps", "pooled", "points"):
-            raise ValueError(f"kind must be 'maps', 'pooled' or 'points', got {self.kind!r}")
-        if self.dtype not in ("float16", "bfloat16", "float32"):
-            raise ValueError(f"dtype must be 'float16', 'bfloat16' or 'float32', got {self.dtype!r}")
+        check(self)
         if not re.fullmatch(r"(grid|random):[1-9]\d*|.+\.json", self.points):
             raise ValueError(f"points must be grid:N, random:N or a .json file of places, got {self.points!r}")
 

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,28 +18,10 @@ from torch.utils.data import Dataset
 
 from diffrep.features import FeatureMaps
 from diffrep.files import printable
-from diffrep.images import Placement
 from diffrep.store.manifest import Manifest, StoreError, load_manifest
-from diffrep.store.shards import SHARDS, ImageFile, Records, damage, load_records, pooled, tensor_name
+from diffrep.store.shards import SHARDS, ImageFile, Records, StoredImage, damage, load_records, pooled, tensor_name
 
 _OPEN_SHARDS = 64  # memory maps kept open
-
-
-@dataclass(frozen=True)
-class StoredImage:
-    """What a store holds of one image.
-
-    Attributes:
-        file: name, size, time of change and hash of the image.
-        placement: how it lay on the network's canvas; `placement.image_size` is its (H, W).
-        features: tap -> (C, h, w) whole maps, (C,) pooled, or (P, C) at points; views of the memory map.
-        points: (P, 2) as (x, y) in pixels of the image, where points are kept.
-    """
-
-    file: ImageFile
-    placement: Placement
-    features: dict[str, Tensor]
-    points: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +37,13 @@ class Vectors:
     values: Tensor
     images: Tensor
     points: Tensor | None = None
+
+    @classmethod
+    def join(cls, runs: Sequence[Vectors]) -> Vectors:
+        """All vectors of the runs, in order."""
+        points = [run.points for run in runs if run.points is not None]
+        values, images = (torch.cat(column) for column in ([r.values for r in runs], [r.images for r in runs]))
+        return cls(values, images, torch.cat(points) if points else None)
 
 
 class Store:
@@ -98,7 +88,7 @@ class Store:
     @cached_property
     def files(self) -> tuple[ImageFile, ...]:
         """Of every image: its name, size and hash, in order."""
-        return tuple(file for number in self._shard_numbers for file in self.records(number).images)
+        return tuple(file for number in range(len(self.manifest.shards)) for file in self.records(number).images)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -108,17 +98,12 @@ class Store:
     @cached_property
     def quarantined(self) -> tuple[tuple[str, str], ...]:
         """(name, reason) of the images that could not be used."""
-        return tuple(
-            (file.name, reason) for number in self._shard_numbers for file, reason in self.records(number).quarantined
-        )
+        records = [self.records(number) for number in range(len(self.manifest.shards))]
+        return tuple((file.name, reason) for one in records for file, reason in one.quarantined)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names)}
-
-    @property
-    def _shard_numbers(self) -> range:
-        return range(len(self.manifest.shards))
 
     def number(self, image: int | str) -> int:
         """The number of an image by its name or number; -1 is the last.
@@ -186,10 +171,10 @@ class Store:
         Raises:
             StoreError: the store keeps vectors.
         """
-        self._check_kind("maps")
+        if self.kind != "maps":
+            raise StoreError(f"{self.folder} keeps {self.kind}, not maps")
         shard, row = self._place(self.number(image))
-        placement = self.records(shard).placements[row]
-        return self._maps(shard, [row], placement)
+        return self._maps(shard, row, 1)
 
     def batches(self, size: int) -> Iterator[tuple[range, dict[str, Tensor]]]:
         """All images in order, in batches whose tensors have one shape.
@@ -198,26 +183,23 @@ class Store:
             The numbers of the images, and tap -> (n, C, h, w) or (n, C); points: (n, P, C), and under "points"
             (n, P, 2). A batch is shorter than `size` where the shape changes or a shard ends.
         """
-        for shard in self._shard_numbers:
+        for shard, offset in enumerate(self._starts[:-1].tolist()):
             records, tensors = self.records(shard), self.tensors(shard)
-            keys = [
+            shapes = [
                 (placement.canvas_size if self.kind == "maps" else None, count)
                 for placement, (_, count) in zip(records.placements, records.rows, strict=True)
             ]
-            first = 0
-            while first < len(keys):
-                last = first + 1
-                while last < len(keys) and last - first < size and keys[last] == keys[first]:
-                    last += 1
-                (canvas, count), start = keys[first], records.rows[first][0]
-                stop = start + (last - first) * count
-                batch = {}
-                for tap in self.taps + (("points",) if self.kind == "points" else ()):
-                    values = tensors[tensor_name(tap, self.kind, canvas) if canvas else tap][start:stop]
-                    batch[tap] = values.unflatten(0, (last - first, count)) if self.kind == "points" else values
-                offset = int(self._starts[shard])
-                yield range(offset + first, offset + last), batch
-                first = last
+            end = 0
+            for (canvas, count), alike in groupby(shapes):
+                begin, end = end, end + len(list(alike))
+                for first in range(begin, end, size):
+                    n, start = min(size, end - first), records.rows[first][0]
+                    batch = {}
+                    for tap in self.taps + (("points",) if self.kind == "points" else ()):
+                        values = tensors[tensor_name(tap, self.kind, canvas) if canvas else tap]
+                        values = values[start : start + n * count]
+                        batch[tap] = values.unflatten(0, (n, count)) if self.kind == "points" else values
+                    yield range(offset + first, offset + first + n), batch
 
     def vectors(
         self, tap: str | None = None, level: Literal["image", "patch"] = "image", *, size: int = 16384
@@ -235,43 +217,30 @@ class Store:
         tap = self._tap(tap)
         if (level, self.kind) in (("image", "points"), ("patch", "pooled")):
             raise StoreError(f"{self.folder} keeps {self.kind}: it has no vectors of level {level!r}")
-        values: list[Tensor] = []
-        images: list[Tensor] = []
-        points: list[Tensor] = []
-
-        def run() -> Vectors:
-            gathered = Vectors(torch.cat(values), torch.cat(images), torch.cat(points) if points else None)
-            for gathering in (values, images, points):
-                gathering.clear()
-            return gathered
-
+        gathered: list[Vectors] = []
         for numbers, batch in self.batches(64 if self.kind == "maps" else size):
-            owners = torch.arange(numbers.start, numbers.stop)
-            if self.kind == "pooled":
-                values.append(batch[tap].float())
-                images.append(owners)
-            elif self.kind == "points":
-                values.append(batch[tap].float().flatten(0, 1))
-                points.append(batch["points"].flatten(0, 1))
-                images.append(owners.repeat_interleave(batch[tap].shape[1]))
-            else:
-                shard, first = self._place(numbers.start)
-                records = self.records(shard)
-                rows = list(range(first, first + len(numbers)))
-                maps = self._maps(shard, rows, *records.placements[first : first + len(numbers)])
-                if level == "image":
-                    values.append(pooled(maps, tap))
-                    images.append(owners)
-                else:
-                    for i, number in enumerate(numbers):
-                        mask = maps.content_mask(tap, i)
-                        values.append(maps.maps[tap][i].permute(1, 2, 0)[mask].float())
-                        points.append(maps.cell_centres(tap, i)[mask])
-                        images.append(torch.full((int(mask.sum()),), number))
-            if sum(map(len, values)) >= size:
-                yield run()
-        if values:
-            yield run()
+            gathered.append(self._vectors(tap, level, numbers, batch))
+            if sum(len(vectors.values) for vectors in gathered) >= size:
+                yield Vectors.join(gathered)
+                gathered = []
+        if gathered:
+            yield Vectors.join(gathered)
+
+    def _vectors(self, tap: str, level: str, numbers: range, batch: dict[str, Tensor]) -> Vectors:
+        owners = torch.arange(numbers.start, numbers.stop)
+        if self.kind == "pooled":
+            return Vectors(batch[tap].float(), owners)
+        if self.kind == "points":
+            owners = owners.repeat_interleave(batch[tap].shape[1])
+            return Vectors(batch[tap].float().flatten(0, 1), owners, batch["points"].flatten(0, 1))
+        maps = self._maps(*self._place(numbers.start), len(numbers))
+        if level == "image":
+            return Vectors(pooled(maps, tap), owners)
+        masks = [maps.content_mask(tap, i) for i in range(len(maps))]
+        cells = [maps.maps[tap][i].permute(1, 2, 0)[mask].float() for i, mask in enumerate(masks)]
+        points = [maps.cell_centres(tap, i)[mask] for i, mask in enumerate(masks)]
+        counts = torch.tensor([len(values) for values in cells])
+        return Vectors(torch.cat(cells), owners.repeat_interleave(counts), torch.cat(points))
 
     def dataset(self, tap: str | None = None, *, target: Callable[[str], Any] | None = None) -> StoreDataset:
         """A map-style torch `Dataset` of one tap: (features, number), or (features, target of the image's name)."""
@@ -292,7 +261,7 @@ class Store:
             import pyarrow as pa
         except ImportError:
             raise ImportError("a store as an Arrow table needs pyarrow: pip install pyarrow") from None
-        shapes, batches = set(), []
+        batches = []
         for numbers, tensors in self.batches(1 << 30):
             values = tensors[tap]
             repeat = values.shape[1] if self.kind == "points" else 1
@@ -307,15 +276,19 @@ class Store:
             }
             if self.kind == "points":
                 values = values.flatten(0, 1)
-                points = tensors["points"].flatten(0, 1).numpy()
-                columns |= {"x": pa.array(points[:, 0]), "y": pa.array(points[:, 1])}
-            shapes.add(tuple(values.shape[1:]))
-            if len(shapes) > 1:
-                raise StoreError(f"{self.folder}: its maps differ in size, read them by image or by batch")
-            columns["features"] = _features(values)
-            batches.append(pa.table(columns))
+                x, y = tensors["points"].flatten(0, 1).numpy().T
+                columns |= {"x": pa.array(x), "y": pa.array(y)}
+            values = values.float() if values.dtype == torch.bfloat16 else values
+            flat = pa.array(values.reshape(-1).numpy())
+            features = pa.FixedSizeListArray.from_arrays(flat, values[0].numel())
+            if values.ndim > 2:
+                kind = pa.fixed_shape_tensor(flat.type, tuple(values.shape[1:]))
+                features = pa.ExtensionArray.from_storage(kind, features)
+            batches.append(pa.table({**columns, "features": features}))
         if not batches:
             raise StoreError(f"{self.folder} holds no images")
+        if len({batch.schema.field("features").type for batch in batches}) > 1:
+            raise StoreError(f"{self.folder}: its maps differ in size, read them by image or by batch")
         return pa.concat_tables(batches)
 
     def verify(self) -> list[str]:
@@ -327,12 +300,12 @@ class Store:
         shard = int(np.searchsorted(self._starts, number, side="right")) - 1
         return shard, number - int(self._starts[shard])
 
-    def _maps(self, shard: int, rows: Sequence[int], *placements: Placement) -> FeatureMaps:
+    def _maps(self, shard: int, row: int, count: int) -> FeatureMaps:
         """Maps of images that follow each other in one shard and share a canvas."""
         records, tensors = self.records(shard), self.tensors(shard)
-        start = records.rows[rows[0]][0]
+        placements, start = records.placements[row : row + count], records.rows[row][0]
         names = {tap: tensor_name(tap, "maps", placements[0].canvas_size) for tap in self.taps}
-        maps = {tap: tensors[name][start : start + len(rows)] for tap, name in names.items()}
+        maps = {tap: tensors[name][start : start + count] for tap, name in names.items()}
         grids = {tap: records.grids[name] for tap, name in names.items()}
         return FeatureMaps(maps, placements, grids, self.manifest.features)
 
@@ -343,10 +316,6 @@ class Store:
             asked = "say which tap" if tap is None else f"there is no tap {tap!r}"
             raise StoreError(f"{self.folder}: {asked}; it has {', '.join(self.taps)}")
         return tap
-
-    def _check_kind(self, kind: str) -> None:
-        if self.kind != kind:
-            raise StoreError(f"{self.folder} keeps {self.kind}, not {kind}")
 
 
 class StoreDataset(Dataset[tuple[Tensor, Any]]):
@@ -379,15 +348,3 @@ def open_store(folder: str | Path, *, root: str | Path | None = None) -> Store:
 def _text(name: str) -> str:
     """A name as Arrow can hold it: one whose bytes are no UTF-8 is escaped."""
     return name if name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name) else printable(name)
-
-
-def _features(values: Tensor) -> Any:
-    import pyarrow as pa
-
-    values = values.float() if values.dtype == torch.bfloat16 else values
-    flat, size = pa.array(values.reshape(-1).numpy()), values[0].numel()
-    lists = pa.FixedSizeListArray.from_arrays(flat, size)
-    if values.ndim == 2:
-        return lists
-    kind = pa.fixed_shape_tensor(flat.type, tuple(values.shape[1:]))
-    return pa.ExtensionArray.from_storage(kind, lists)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -27,6 +27,10 @@ from diffrep.store.manifest import Keep, Kind, ShardEntry, StoreError
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors writes them
 SHARDS = "shards"
+
+
+class PlacesError(ValueError):
+    """Places that an image does not have."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,20 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The part of one image's features that a store holds.
+class StoredImage:
+    """What a store holds of one image.
 
     Attributes:
-        features: tap -> (C, h, w) for whole maps, (C,) pooled, (P, C) at points; on the CPU, in the store's dtype.
-        placement: how the image lay on the network's canvas.
-        grids: tap -> where the cells of the map lie on the canvas.
+        file: name, size, time of change and hash of the image.
+        placement: how it lay on the network's canvas; `placement.image_size` is its (H, W).
+        features: tap -> (C, h, w) whole maps, (C,) pooled, or (P, C) at points, on the CPU and in the store's
+            precision; where they are read, views of the memory map.
         points: (P, 2) float32 as (x, y) in pixels of the image, where points are kept.
     """
 
-    features: Mapping[str, Tensor]
+    file: ImageFile
     placement: Placement
-    grids: Mapping[str, Grid]
+    features: Mapping[str, Tensor]
     points: Tensor | None = None
 
 
@@ -89,12 +94,12 @@ class Records:
     def to_json(self) -> bytes:
         """Columns as JSON."""
         columns = {
-            "images": _columns(self.images),
-            "placements": {key: [getattr(p, key) for p in self.placements] for key in _PLACEMENT},
+            "images": _columns(self.images, _IMAGE),
+            "placements": _columns(self.placements, _PLACEMENT),
             "rows": {"start": [start for start, _ in self.rows], "count": [count for _, count in self.rows]},
             "grids": {name: asdict(grid) for name, grid in self.grids.items()},
             "quarantined": {
-                **_columns([image for image, _ in self.quarantined]),
+                **_columns([image for image, _ in self.quarantined], _IMAGE),
                 "reason": [reason for _, reason in self.quarantined],
             },
         }
@@ -104,18 +109,18 @@ class Records:
     def from_json(cls, content: bytes) -> Records:
         """Read what `to_json` wrote."""
         columns = json.loads(content)
-        placements, bad = columns["placements"], columns["quarantined"]
+        grids, bad = columns["grids"], columns["quarantined"]
         records = cls(
-            images=_image_files(columns["images"]),
-            placements=tuple(
-                Placement(*map(tuple, values)) for values in zip(*(placements[k] for k in _PLACEMENT), strict=True)
-            ),
-            rows=tuple(zip(columns["rows"]["start"], columns["rows"]["count"], strict=True)),
-            grids={name: Grid(tuple(grid["origin"]), tuple(grid["stride"])) for name, grid in columns["grids"].items()},
-            quarantined=tuple(zip(_image_files(bad), bad["reason"], strict=True)),
+            images=tuple(ImageFile(*values) for values in _rows(columns["images"], _IMAGE)),
+            placements=tuple(Placement(*map(tuple, values)) for values in _rows(columns["placements"], _PLACEMENT)),
+            rows=tuple(_rows(columns["rows"], ("start", "count"))),
+            grids={name: Grid(tuple(grid["origin"]), tuple(grid["stride"])) for name, grid in grids.items()},
+            quarantined=tuple((ImageFile(*file), reason) for *file, reason in _rows(bad, (*_IMAGE, "reason"))),
         )
         if not len(records.images) == len(records.placements) == len(records.rows):
             raise ValueError("its columns differ in length")
+        if not all(isinstance(name, str) for name in records.names):
+            raise TypeError("the name of an image is no text")
         return records
 
 
@@ -123,15 +128,12 @@ _PLACEMENT = ("image_size", "canvas_size", "content_box")
 _IMAGE = ("name", "bytes", "modified", "sha256")
 
 
-def _columns(images: Sequence[ImageFile]) -> dict[str, list[Any]]:
-    return {key: [getattr(image, key) for image in images] for key in _IMAGE}
+def _columns(items: Sequence[object], keys: Sequence[str]) -> dict[str, list[Any]]:
+    return {key: [getattr(item, key) for item in items] for key in keys}
 
 
-def _image_files(columns: Mapping[str, list[Any]]) -> tuple[ImageFile, ...]:
-    files = tuple(ImageFile(*values) for values in zip(*(columns[key] for key in _IMAGE), strict=True))
-    if not all(isinstance(file.name, str) for file in files):
-        raise TypeError("the name of an image is no text")
-    return files
+def _rows(columns: Mapping[str, list[Any]], keys: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(columns[key] for key in keys), strict=True)
 
 
 def tensor_name(tap: str, kind: Kind, canvas_size: Sequence[int]) -> str:
@@ -152,20 +154,24 @@ class ShardBuilder:
 
     def __init__(self, keep: Keep) -> None:
         self.keep = keep
-        self._selected: dict[int, tuple[ImageFile, Selection]] = {}
+        self._images: dict[int, tuple[StoredImage, Mapping[str, Grid]]] = {}
         self._quarantined: dict[int, tuple[ImageFile, str]] = {}
 
     def __len__(self) -> int:
-        return len(self._selected) + len(self._quarantined)
+        return len(self._images) + len(self._quarantined)
 
-    def add(self, position: int, image: ImageFile, selection: Selection) -> None:
-        """Add image number `position` of the shard; one whose features are not finite is quarantined."""
-        for tap, values in selection.features.items():
+    def add(self, position: int, image: StoredImage, grids: Mapping[str, Grid]) -> None:
+        """Add image number `position` of the shard; one whose features are not finite is quarantined.
+
+        Args:
+            grids: tap -> where the cells of its map lie on the canvas.
+        """
+        for tap, values in image.features.items():
             if not bool(torch.isfinite(values).all()):
                 hint = " (bfloat16 has the range of float32)" if self.keep.dtype == "float16" else ""
-                self.quarantine(position, image, f"features of {tap} are not finite in {self.keep.dtype}{hint}")
+                self.quarantine(position, image.file, f"features of {tap} are not finite in {self.keep.dtype}{hint}")
                 return
-        self._selected[position] = (image, selection)
+        self._images[position] = (image, grids)
 
     def quarantine(self, position: int, image: ImageFile, reason: str) -> None:
         """Note that image number `position` cannot be used."""
@@ -177,25 +183,26 @@ class ShardBuilder:
         Raises:
             OSError: the disk is full or cannot be written to; nothing is left behind.
         """
+        kind = self.keep.kind
         tensors: dict[str, list[Tensor]] = {}
         rows: list[tuple[int, int]] = []
         grids: dict[str, Grid] = {}
         filled: Counter[str] = Counter()  # tensor -> its rows so far
-        ordered = [self._selected[position] for position in sorted(self._selected)]
-        for _, selection in ordered:
-            canvas, count = selection.placement.canvas_size, 1 if selection.points is None else len(selection.points)
-            for tap, values in selection.features.items():
-                name = tensor_name(tap, self.keep.kind, canvas)
-                tensors.setdefault(name, []).append(values if self.keep.kind == "points" else values[None])
-                if self.keep.kind == "maps":
-                    grids[name] = selection.grids[tap]
-            if selection.points is not None:
-                tensors.setdefault("points", []).append(selection.points)
+        ordered = [self._images[position] for position in sorted(self._images)]
+        for image, image_grids in ordered:
+            count = 1 if image.points is None else len(image.points)
+            for tap, values in image.features.items():
+                name = tensor_name(tap, kind, image.placement.canvas_size)
+                tensors.setdefault(name, []).append(values if kind == "points" else values[None])
+                if kind == "maps":
+                    grids[name] = image_grids[tap]
+            if image.points is not None:
+                tensors.setdefault("points", []).append(image.points)
             rows.append((filled[name], count))
-            filled.update({tensor_name(tap, self.keep.kind, canvas): count for tap in selection.features})
+            filled.update({tensor_name(tap, kind, image.placement.canvas_size): count for tap in image.features})
         records = Records(
-            images=tuple(image for image, _ in ordered),
-            placements=tuple(selection.placement for _, selection in ordered),
+            images=tuple(image.file for image, _ in ordered),
+            placements=tuple(image.placement for image, _ in ordered),
             rows=tuple(rows),
             grids=grids,
             quarantined=tuple(self._quarantined[position] for position in sorted(self._quarantined)),
@@ -237,12 +244,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Sequence[Tensor]]) -> str:
     names = sorted(tensors, key=lambda name: (-tensors[name][0].element_size(), name))
     offset = 0
     for name in names:
-        first = tensors[name][0]
-        rows = sum(len(piece) for piece in tensors[name])
-        shape = [rows, *first.shape[1:]]
-        size = sum(piece.numel() for piece in tensors[name]) * first.element_size()
-        header[name] = {"dtype": _NAMES[first.dtype], "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
+        pieces, first = tensors[name], tensors[name][0]
+        shape, end = [sum(map(len, pieces)), *first.shape[1:]], offset + sum(piece.nbytes for piece in pieces)
+        header[name] = {"dtype": _NAMES[first.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -274,10 +279,8 @@ def load_records(folder: Path, shard: ShardEntry) -> Records:
         raise StoreError(f"{file}: is missing, the manifest lists it; {_REPAIR}") from None
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
         raise StoreError(f"{file}: is damaged ({one_line(error)}); {_REPAIR}") from None
-    if len(records.images) != shard.images:
-        raise StoreError(
-            f"{file}: lists {len(records.images)} images where the manifest says {shard.images}; {_REPAIR}"
-        )
+    if (count := len(records.images)) != shard.images:
+        raise StoreError(f"{file}: lists {count} images where the manifest says {shard.images}; {_REPAIR}")
     return records
 
 
@@ -309,34 +312,32 @@ def _digest(file: Path) -> str:
     return digest.hexdigest()
 
 
-class PlacesError(ValueError):
-    """Places that an image does not have."""
-
-
-def select(maps: FeatureMaps, keep: Keep, names: Sequence[str]) -> list[Selection]:
+def select(maps: FeatureMaps, keep: Keep, files: Sequence[ImageFile]) -> list[StoredImage | PlacesError]:
     """What is kept of each image of a batch, on the CPU and in the precision of the store.
 
     Args:
-        names: of the images; places are looked up, or drawn, by them.
+        files: the images; places are looked up, or drawn, by their names.
 
-    Raises:
-        PlacesError: the places of an image are missing or lie outside of it.
+    Returns:
+        Of each image what is stored, or why its places are none.
     """
     dtype = getattr(torch, keep.dtype)
+    chosen: list[StoredImage | PlacesError] = []
     if keep.kind == "points":
-        selections = []
-        for i, name in enumerate(names):
-            one = maps[i]
-            points = places_of(keep.points, name, one.placements[0].image_size)
+        for file, one in zip(files, maps, strict=True):
+            try:
+                points = places_of(keep.points, file.name, one.placements[0].image_size)
+            except PlacesError as error:
+                chosen.append(error)
+                continue
             features = {tap: one.at(tap, points[None])[0].to(dtype).cpu() for tap in maps.taps}
-            selections.append(Selection(features, one.placements[0], one.grids, points))
-        return selections
+            chosen.append(StoredImage(file, one.placements[0], features, points))
+        return chosen
     whole = {tap: pooled(maps, tap) for tap in maps.taps} if keep.kind == "pooled" else maps.maps
-    chosen = {tap: values.to(dtype).cpu() for tap, values in whole.items()}
-    return [
-        Selection({tap: values[i] for tap, values in chosen.items()}, placement, maps.grids)
-        for i, placement in enumerate(maps.placements)
-    ]
+    narrow = {tap: values.to(dtype).cpu() for tap, values in whole.items()}
+    for i, (file, placement) in enumerate(zip(files, maps.placements, strict=True)):
+        chosen.append(StoredImage(file, placement, {tap: values[i] for tap, values in narrow.items()}))
+    return chosen
 
 
 def pooled(maps: FeatureMaps, tap: str) -> Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -77,17 +78,17 @@ def find_sources(
     files = [_absolute(path) for path in find_images(inputs)]  # archives and tables too, where they are named
     if not files:
         raise ImageError("no images were given")
-    base = _absolute(Path(root)) if root is not None else _common_root(inputs, files)
+    if root is not None:
+        base = _absolute(Path(root))
+    elif len(inputs) == 1 and Path(inputs[0]).is_dir():
+        base = _absolute(Path(inputs[0]))
+    else:
+        base = Path(os.path.commonpath([file.parent for file in files]))
     sources: dict[str, ImageSource] = {}
     for file in files:
         ending = file.suffix.lower()
-        if ending == ".tar":
-            members: Iterable[ImageSource] = _archive(file, base)
-        elif ending == ".parquet":
-            members = [_image_file(path, base) for path in _paths_in(file)]
-        else:
-            members = [_image_file(file, base)]
-        for source in members:
+        paths = _paths_in(file) if ending == ".parquet" else [file]
+        for source in _archive(file, base) if ending == ".tar" else [_image_file(path, base) for path in paths]:
             sources.setdefault(source.name, source)
     return base, list(sources.values())
 
@@ -102,12 +103,6 @@ def locate(root: Path, name: str) -> ImageSource:
     return _image_file(root / name, root)
 
 
-def _common_root(inputs: Sequence[str | os.PathLike[str]], files: Sequence[Path]) -> Path:
-    if len(inputs) == 1 and Path(inputs[0]).is_dir():
-        return _absolute(Path(inputs[0]))
-    return Path(os.path.commonpath([file.parent for file in files]))
-
-
 def _name(path: Path, root: Path) -> str:
     return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
@@ -115,9 +110,10 @@ def _name(path: Path, root: Path) -> str:
 def _image_file(path: Path, root: Path) -> ImageSource:
     try:
         status = path.stat()
+        size, modified = status.st_size, status.st_mtime_ns
     except OSError:  # named in a table, but not there: it will be quarantined
-        return ImageSource(_name(path, root), str(path), -1, 0)
-    return ImageSource(_name(path, root), str(path), status.st_size, status.st_mtime_ns)
+        size, modified = -1, 0
+    return ImageSource(_name(path, root), str(path), size, modified)
 
 
 def _archive(file: Path, root: Path) -> list[ImageSource]:
@@ -181,54 +177,31 @@ class Job:
     sources: tuple[ImageSource, ...]
 
 
-@dataclass(frozen=True)
-class Canvases:
-    """Images of one size of canvas.
+class Fitted(NamedTuple):
+    """An image on the network's canvas: its position in its job, the file, and how it lies."""
 
-    Attributes:
-        pixels: (n, 3, H, W) uint8.
-        positions: of each, in its job.
-        files: of each.
-        placements: of each.
-    """
-
-    pixels: Tensor
-    positions: tuple[int, ...]
-    files: tuple[ImageFile, ...]
-    placements: tuple[Placement, ...]
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    @classmethod
-    def join(cls, pieces: Sequence[Canvases]) -> Canvases:
-        """All images of the pieces, in order."""
-        if len(pieces) == 1:
-            return pieces[0]
-        columns = zip(*((p.positions, p.files, p.placements) for p in pieces), strict=True)
-        positions, files, placements = (sum(column, ()) for column in columns)
-        return cls(torch.cat([p.pixels for p in pieces]), positions, files, placements)
-
-    def __getitem__(self, part: slice) -> Canvases:
-        return Canvases(self.pixels[part], self.positions[part], self.files[part], self.placements[part])
+    position: int
+    file: ImageFile
+    placement: Placement
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A few images of one job that follow each other, by size of canvas.
+    """A few images of one job that follow each other.
 
     Attributes:
-        canvases: those that could be read.
+        job: its place in the list of jobs.
+        canvases: those that could be read, by size of canvas: pixels (n, 3, H, W) uint8, and n images.
         unusable: (position, file, reason) of the others.
     """
 
     job: int
-    canvases: tuple[Canvases, ...]
+    canvases: tuple[tuple[Tensor, tuple[Fitted, ...]], ...]
     unusable: tuple[tuple[int, ImageFile, str], ...]
 
 
 class _Portions(Dataset[Decoded]):
-    """Jobs, cut into portions of a few images; reading one decodes it."""
+    """Jobs, cut into portions of a few images; reading one decodes it, and sets apart what cannot be read."""
 
     def __init__(self, jobs: Sequence[Job], sizing: Sizing, portion: int) -> None:
         self.jobs, self.sizing, self.portion = jobs, sizing, portion
@@ -238,29 +211,22 @@ class _Portions(Dataset[Decoded]):
         return len(self.places)
 
     def __getitem__(self, index: int) -> Decoded:
-        number, start = self.places[index]
-        return decode_portion(number, start, self.jobs[number].sources[start : start + self.portion], self.sizing)
-
-
-def decode_portion(job: int, start: int, sources: Sequence[ImageSource], sizing: Sizing) -> Decoded:
-    """Read images; what cannot be read is set apart with the reason."""
-    by_size: dict[tuple[int, int], list[tuple[Tensor, int, ImageFile, Placement]]] = {}
-    unusable = []
-    for position, source in enumerate(sources, start):
-        file = ImageFile(source.name, source.size, source.modified)
-        try:
-            content = source.read()
-            file = ImageFile(source.name, len(content), source.modified, hashlib.sha256(content).hexdigest())
-            canvas, placement = fit_image(decode_image(content, source.name), sizing)
-        except ImageError as error:
-            unusable.append((position, file, str(error).removeprefix(f"{printable(source.name)}: ")))
-            continue
-        by_size.setdefault(placement.canvas_size, []).append((canvas, position, file, placement))
-    canvases = []
-    for items in by_size.values():
-        pixels, positions, files, placements = zip(*items, strict=True)
-        canvases.append(Canvases(torch.stack(pixels), positions, files, placements))
-    return Decoded(job, tuple(canvases), tuple(unusable))
+        job, start = self.places[index]
+        by_size: dict[tuple[int, int], list[tuple[Tensor, Fitted]]] = {}
+        unusable = []
+        for position, source in enumerate(self.jobs[job].sources[start : start + self.portion], start):
+            file = ImageFile(source.name, source.size, source.modified)
+            try:
+                content = source.read()
+                file = ImageFile(source.name, len(content), source.modified, hashlib.sha256(content).hexdigest())
+                canvas, placement = fit_image(decode_image(content, source.name), self.sizing)
+            except ImageError as error:
+                unusable.append((position, file, str(error).removeprefix(f"{printable(source.name)}: ")))
+                continue
+            by_size.setdefault(placement.canvas_size, []).append((canvas, Fitted(position, file, placement)))
+        columns = [zip(*items, strict=True) for items in by_size.values()]
+        canvases = tuple((torch.stack(pixels), images) for pixels, images in columns)
+        return Decoded(job, canvases, tuple(unusable))
 
 
 def decode(jobs: Sequence[Job], sizing: Sizing, *, portion: int, workers: int) -> Iterator[Decoded]:
@@ -269,10 +235,5 @@ def decode(jobs: Sequence[Job], sizing: Sizing, *, portion: int, workers: int) -
     Args:
         portion: images that a worker decodes at a time.
     """
-    loader = DataLoader(
-        _Portions(jobs, sizing, portion),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
-    return iter(loader)
+    portions = _Portions(jobs, sizing, portion)
+    return iter(DataLoader(portions, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ from diffrep.store.manifest import (
     save_manifest,
     shard_number,
 )
-from diffrep.store.shards import SHARDS, ImageFile, ShardBuilder, load_records, select
+from diffrep.store.shards import SHARDS, ImageFile, PlacesError, ShardBuilder, load_records, select
 
 LOCK = ".lock"
 
@@ -67,16 +67,14 @@ class StoreWriter:
             raise StoreError(f"{self.folder}: is a file, a store is a folder")
         for path in (self.folder / name for name in (MANIFEST, LOCK, SHARDS)):
             if path.is_symlink() or (path.exists() and path.is_dir() != (path.name == SHARDS)):
-                raise StoreError(
-                    f"{path}: must be a {'folder' if path.name == SHARDS else 'file'} of the store, no link"
-                )
+                kind = "folder" if path.name == SHARDS else "file"
+                raise StoreError(f"{path}: must be a {kind} of the store, no link")
         is_store = (self.folder / MANIFEST).is_file()
         if not is_store and self.folder.is_dir() and any(p.name != LOCK for p in self.folder.iterdir()):
             raise StoreError(f"{self.folder}: is neither empty nor a store (it has no {MANIFEST}); name another folder")
         self._root_matters = root is not None
-        wanted = Manifest(
-            keep=keep, features=features, root=str(Path(root or ".").absolute()), shard_images=shard_images
-        )
+        place = str(Path(root or ".").absolute())
+        wanted = Manifest(keep=keep, features=features, root=place, shard_images=shard_images)
         if is_store:
             self._check_same(load_manifest(self.folder), wanted)  # before anything is written
         self._created = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
@@ -102,20 +100,7 @@ class StoreWriter:
     ) -> None:
         if kind is not None and self._new and not self.manifest.shards:
             self._undo()
-        self.close()
-
-    def close(self) -> None:
-        """Let others write."""
         self._lock.release()
-
-    def builder(self) -> ShardBuilder:
-        """For the next shard."""
-        return ShardBuilder(self.manifest.keep)
-
-    @property
-    def next_number(self) -> int:
-        """Of the shard that would be appended."""
-        return shard_number(self.manifest.shards[-1].name) + 1 if self.manifest.shards else 0
 
     def save(self, builder: ShardBuilder, number: int) -> ShardEntry:
         """Write the files of a shard, which do not count before they are committed.
@@ -143,8 +128,7 @@ class StoreWriter:
 
     def drop(self, shard: ShardEntry) -> None:
         """Take a shard out of the store."""
-        shards = tuple(s for s in self.manifest.shards if s != shard)
-        manifest = replace(self.manifest, shards=shards)
+        manifest = replace(self.manifest, shards=tuple(s for s in self.manifest.shards if s != shard))
         save_manifest(self.folder, manifest)
         self.manifest = manifest
         self._remove(shard.name)
@@ -167,9 +151,7 @@ class StoreWriter:
             if differing is None and (self._root_matters or key != "root"):
                 differing = difference({key: getattr(manifest, key)}, {key: getattr(wanted, key)})
         if differing is not None:
-            raise StoreError(
-                f"{self.folder} was made otherwise ({differing}): use the same settings, or another folder"
-            )
+            raise StoreError(f"{self.folder} was made otherwise ({differing}): use the same settings or another folder")
 
     def _clean(self) -> None:
         """Remove shards that a killed run could not list any more. Files of other names are not the store's."""
@@ -199,13 +181,13 @@ class StoreWriter:
             (self.folder / SHARDS / f"{name}.{ending}").unlink(missing_ok=True)
 
     def _explained(self, error: OSError) -> OSError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            what = "the disk is full" if error.errno == errno.ENOSPC else os.strerror(error.errno)
-            return OSError(
-                f"{self.folder}: {what}; the {self.manifest.images:,} images that are in the store are safe, make room"
-                " and run the same command again"
-            )
-        return OSError(f"{self.folder}: cannot be written to ({error.strerror})")
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return OSError(f"{self.folder}: cannot be written to ({error.strerror})")
+        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        return OSError(
+            f"{self.folder}: {what}; the {self.manifest.images:,} images that are in the store are safe, make room"
+            " and run the same command again"
+        )
 
 
 def write_store(
@@ -227,24 +209,25 @@ def write_store(
         ValueError: no image is given, or a name is in the store already.
     """
     keep = keep or Keep()
-    writer: StoreWriter | None = None
-    known: set[str] = set()
-    with contextlib.ExitStack() as opened:
+    images = iter(images)
+    if (first := next(images, None)) is None:
+        raise ValueError("write_store needs at least one image")
+    features = json.loads(json.dumps({"taps": first[1].taps, **first[1].settings}, default=str))
+    with StoreWriter(folder, features, keep, root=root, shard_images=shard_images) as writer:
+        known = {name for shard in writer.manifest.shards for name in load_records(writer.folder, shard).names}
+        number = shard_number(writer.manifest.shards[-1].name) + 1 if writer.manifest.shards else 0
         builder = ShardBuilder(keep)
-        for name, maps in images:
-            if writer is None:
-                features = json.loads(json.dumps({"taps": maps.taps, **maps.settings}, default=str))
-                writer = opened.enter_context(StoreWriter(folder, features, keep, root=root, shard_images=shard_images))
-                known = {name for shard in writer.manifest.shards for name in load_records(writer.folder, shard).names}
+        for name, maps in chain([first], images):
             if name in known:
                 raise ValueError(f"{name} is in the store {folder} already")
             known.add(name)
-            builder.add(len(builder), ImageFile(name, 0, 0), select(maps, keep, [name])[0])
+            (stored,) = select(maps, keep, [ImageFile(name, 0, 0)])
+            if isinstance(stored, PlacesError):
+                raise stored
+            builder.add(len(builder), stored, maps.grids)
             if len(builder) == shard_images:
-                writer.commit(writer.save(builder, writer.next_number), {})
-                builder = ShardBuilder(keep)
-        if writer is None:
-            raise ValueError("write_store needs at least one image")
+                writer.commit(writer.save(builder, number), {})
+                builder, number = ShardBuilder(keep), number + 1
         if len(builder):
-            writer.commit(writer.save(builder, writer.next_number), {})
+            writer.commit(writer.save(builder, number), {})
     return Path(folder)
