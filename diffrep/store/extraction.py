@@ -31,7 +31,7 @@ from diffrep.images import ImageError
 from diffrep.settings import check
 from diffrep.store.manifest import Keep, ShardEntry, StoreError, environment, provenance, shard_number, weights_sha256
 from diffrep.store.shards import ImageFile, PlacesError, ShardBuilder, damage, load_records, places_in, select
-from diffrep.store.sources import Fitted, ImageSource, Job, decode, find_sources, locate
+from diffrep.store.sources import CanvasImage, ImageSource, Job, decode, find_sources, locate
 from diffrep.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ class ShardMaker:
             # while the network works on a batch, the one before it is copied and sorted in
             draining: Future[None] = thread.submit(lambda: None)
 
-            def work(batch: Sequence[tuple[Tensor, Fitted]], into: ShardBuilder) -> None:
+            def work(batch: Sequence[tuple[Tensor, CanvasImage]], into: ShardBuilder) -> None:
                 nonlocal draining
                 images = [image for _, image in batch]
                 maps = self._features(torch.stack([canvas for canvas, _ in batch]), images)
@@ -272,7 +272,7 @@ class ShardMaker:
             portions = decode(jobs, self.config.sizing, portion=_PORTION, workers=workers)
             for number, of_job in groupby(portions, key=lambda portion: portion.job):
                 builder = ShardBuilder(self.keep)
-                waiting: dict[tuple[int, int], list[tuple[Tensor, Fitted]]] = {}
+                waiting: dict[tuple[int, int], list[tuple[Tensor, CanvasImage]]] = {}
                 for portion in of_job:
                     for position, file, reason in portion.unusable:
                         builder.quarantine(position, file, reason)
@@ -288,7 +288,7 @@ class ShardMaker:
                 draining.result()
                 yield jobs[number], builder
 
-    def _features(self, canvases: Tensor, images: Sequence[Fitted]) -> FeatureMaps:
+    def _features(self, canvases: Tensor, images: Sequence[CanvasImage]) -> FeatureMaps:
         """Features of a batch; where memory runs out, in smaller and smaller parts."""
         pixels = canvases.to(self.backbone.device, non_blocking=True)
         while True:
@@ -306,7 +306,7 @@ class ShardMaker:
             logger.warning("out of memory: going on with batches of %d", self._limit)
 
     @torch.inference_mode()
-    def _sort_in(self, maps: FeatureMaps, images: Sequence[Fitted], into: ShardBuilder, progress: Count) -> None:
+    def _sort_in(self, maps: FeatureMaps, images: Sequence[CanvasImage], into: ShardBuilder, progress: Count) -> None:
         selected = select(maps, self.keep, [image.file for image in images])
         for image, stored in zip(images, selected, strict=True):
             if isinstance(stored, PlacesError):

@@ -177,7 +177,7 @@ class Job:
     sources: tuple[ImageSource, ...]
 
 
-class Fitted(NamedTuple):
+class CanvasImage(NamedTuple):
     """An image on the network's canvas: its position in its job, the file, and how it lies."""
 
     position: int
@@ -196,7 +196,7 @@ class Decoded:
     """
 
     job: int
-    canvases: tuple[tuple[Tensor, tuple[Fitted, ...]], ...]
+    canvases: tuple[tuple[Tensor, tuple[CanvasImage, ...]], ...]
     unusable: tuple[tuple[int, ImageFile, str], ...]
 
 
@@ -212,7 +212,7 @@ class _Portions(Dataset[Decoded]):
 
     def __getitem__(self, index: int) -> Decoded:
         job, start = self.places[index]
-        by_size: dict[tuple[int, int], list[tuple[Tensor, Fitted]]] = {}
+        by_size: dict[tuple[int, int], list[tuple[Tensor, CanvasImage]]] = {}
         unusable = []
         for position, source in enumerate(self.jobs[job].sources[start : start + self.portion], start):
             file = ImageFile(source.name, source.size, source.modified)
@@ -223,7 +223,7 @@ class _Portions(Dataset[Decoded]):
             except ImageError as error:
                 unusable.append((position, file, str(error).removeprefix(f"{printable(source.name)}: ")))
                 continue
-            by_size.setdefault(placement.canvas_size, []).append((canvas, Fitted(position, file, placement)))
+            by_size.setdefault(placement.canvas_size, []).append((canvas, CanvasImage(position, file, placement)))
         columns = [zip(*items, strict=True) for items in by_size.values()]
         canvases = tuple((torch.stack(pixels), images) for pixels, images in columns)
         return Decoded(job, canvases, tuple(unusable))
