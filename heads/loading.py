@@ -334,6 +334,13 @@ NO_DIFFDIS = (
 )
 
 
+def head_in(name: str) -> str | None:
+    """The family of a head in a local folder whose configurations are those of a plain backbone; None: no head."""
+    if not Path(os.path.expanduser(name)).is_dir():
+        return None
+    return DIFFDIS if _holds_diffdis(_find(name, None)) else None
+
+
 def _why_no_diffdis(source: _Source) -> str:
     if source.head.get("family"):
         return f"is a head for {source.head.get('task')} ({source.head['family']}), not for segmentation"

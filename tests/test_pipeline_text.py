@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,27 @@ def test_sd3_gets_both_clips_padded_before_t5(tmp_path: Path) -> None:
     assert embedding.context[0, TOKENS:, 2 * CLIP_WIDTH :].any()
     assert embedding.pooled is not None
     assert embedding.pooled.shape == (1, 2 * CLIP_WIDTH)
+
+
+def test_sd3_works_without_its_t5(tmp_path: Path) -> None:
+    text = save_pipeline(tmp_path, "StableDiffusion3Pipeline")
+    (whole,) = text.encode(["a cat"]).values()
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(tmp_path / part)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({"joint_attention_dim": T5_WIDTH}))
+    text = PipelineText(str(tmp_path), "StableDiffusion3Pipeline", device=CPU, dtype=torch.float32)
+    adapted: list[str] = []
+    text.adapters.append(lambda part, encoder: adapted.append(part))
+    (embedding,) = text.encode(["a cat"]).values()
+    assert adapted == ["text_encoder", "text_encoder_2"]  # a LoRA reaches those that are left
+    assert torch.equal(embedding.context[:, :TOKENS], whole.context[:, :TOKENS])
+    assert not embedding.context[:, TOKENS:].any()
+    assert embedding.context.shape == whole.context.shape
+    assert torch.equal(embedding.pooled, whole.pooled)  # type: ignore[arg-type]  # both are there
+    shutil.rmtree(tmp_path / "text_encoder_2")
+    with pytest.raises(BackboneError, match="text_encoder_2/ is missing"):
+        PipelineText(str(tmp_path), "StableDiffusion3Pipeline", device=CPU, dtype=torch.float32).encode(["a cat"])
 
 
 def test_pixart_gets_a_mask_of_the_tokens_that_count(tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_diffdis(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
     for command in ("depth", "normals"):
         assert "segment" in refused(command, image, "--model", folder, "-o", tmp_path / command)
     refuse_as_backbone(folder, photos, tmp_path, refused)
+    assert json.loads(run("info", folder, "--json"))["head"]["family"] == "diffdis"
+    assert f"diffrep segment --model {folder}" in run("info", folder)
 
 
 def test_cleandift(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:

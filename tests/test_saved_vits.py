@@ -22,6 +22,7 @@ SAVED = {
     "dinov3": ("DINOv3ViTConfig", {"image_size": 32, "patch_size": 16, "num_register_tokens": 2}, 3),
     "vit": ("ViTConfig", {"image_size": 28, "patch_size": 14, "intermediate_size": 48}, 1),
     "clip": ("CLIPVisionConfig", {"image_size": 28, "patch_size": 14, "intermediate_size": 48}, 1),
+    "radio": ("RadioConfig", {"image_size": 28, "patch_size": 14, "max_img_size": 56, "num_registers": 2}, 5),
     "siglip": ("SiglipVisionConfig", {"image_size": 28, "patch_size": 14, "intermediate_size": 48}, 0),
 }
 
@@ -41,8 +42,10 @@ def test_a_folder_of_transformers_gives_transformers_features(kind: str, tmp_pat
     assert backbone.prefix == prefix
     patch = sizes["patch_size"]
     pixels = torch.rand(2, 3, 3 * patch, 4 * patch)
+    if kind == "radio":  # it normalises inside
+        mean, std = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
     normalised = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    options = {} if kind.startswith(("dino", "reg")) else {"interpolate_pos_encoding": True}
+    options = {} if kind.startswith(("dino", "reg", "radio")) else {"interpolate_pos_encoding": True}
     with torch.no_grad():
         states = model(normalised, output_hidden_states=True, **options).hidden_states
     for layer in (0, 1):

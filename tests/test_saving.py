@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,29 @@ def test_a_saved_backbone_loads_again_with_equal_features(kind: str, tmp_path: P
     taps, conditions = backbone.recommended.taps, Conditions(timestep=200, prompt="a cat")
     for tap, value in backbone.maps(PIXELS, taps, conditions).items():
         assert torch.equal(again.maps(PIXELS, taps, conditions)[tap], value)
+
+
+def test_push_to_hub_uploads_the_folder_that_loads_again(
+    sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FakeApi:
+        def __init__(self, token: str | None = None) -> None:
+            assert token == "secret"
+
+        def create_repo(self, *, repo_id: str, private: bool | None, exist_ok: bool) -> SimpleNamespace:
+            assert private
+            return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **options: object) -> str:
+            shutil.copytree(folder_path, tmp_path / "hub")
+            return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", FakeApi)
+    backbone = load_backbone(sd_folder)
+    assert backbone.push_to_hub("mine", private=True, token="secret") == "https://huggingface.co/me/mine"
+    again, weights = load_backbone(tmp_path / "hub").state_dict(), backbone.state_dict()
+    assert all(torch.equal(again[key], value) for key, value in weights.items())
+    assert str(sd_folder) not in "".join(file.read_text() for file in (tmp_path / "hub").rglob("*.json"))
 
 
 def test_a_lora_is_saved_with_the_weights(sd_folder: Path, tmp_path: Path) -> None:

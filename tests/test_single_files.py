@@ -103,6 +103,35 @@ def test_a_lora_is_added_to_the_weights(sd_folder: Path, scale: float, tmp_path:
     assert [tap.name for tap in backbone.taps()] == [tap.name for tap in plain.taps()]
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_the_part_of_a_lora_for_the_text_encoder_changes_prompts(sd_folder: Path, scale: float, tmp_path: Path) -> None:
+    from transformers import CLIPTextModel
+
+    plain = load_backbone(sd_folder)
+    assert isinstance(plain, LatentDiffusion)
+    weights, _ = kohya(plain.network, 4.0)
+    down, up = torch.ones(4, 16), torch.linspace(-1, 1, 64).reshape(16, 4)
+    for part in ("q", "k", "v", "out"):
+        name = f"lora_te_text_model_encoder_layers_0_self_attn_{part}_proj"
+        weights |= {f"{name}.lora_down.weight": down.clone(), f"{name}.lora_up.weight": up.clone()}
+        weights[f"{name}.alpha"] = torch.tensor(4.0)
+    save_file(weights, tmp_path / "style.safetensors")
+    backbone = load_backbone(sd_folder, lora=f"{tmp_path / 'style.safetensors'}:{scale}")
+    assert isinstance(backbone, LatentDiffusion)
+    encoder: Any = CLIPTextModel.from_pretrained(sd_folder / "text_encoder")
+    with torch.no_grad():
+        for path, module in encoder.named_modules():
+            if ".layers.0.self_attn." in f".{path}":
+                module.weight += scale * (up @ down)
+        tokens = backbone.text.load("text_encoder")[0]("a cat", padding="max_length", return_tensors="pt").input_ids
+        expected = encoder(tokens)[0]
+    context = backbone.embed("a cat").context
+    torch.testing.assert_close(context, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(context, plain.embed("a cat").context, atol=1e-3)
+    with pytest.raises(BackboneError, match="its LoRA changes the text encoders too"):
+        backbone.save_pretrained(tmp_path / "saved")
+
+
 def test_a_lora_of_another_model_is_refused(sd_folder: Path, vit_folder: Path, tmp_path: Path) -> None:
     weights, _ = kohya(load_backbone(sd_folder).network, 1.0)
     file = tmp_path / "style.safetensors"

@@ -22,7 +22,7 @@ from diffrep.backbones.repositories import LoadOptions, Repository, repository
 from diffrep.backbones.text import PipelineText, PromptEncoder, TextEncoders, quiet_libraries
 from diffrep.backbones.transformers import FLOW, FORMER, DiffusionTransformer
 from diffrep.devices import resolve_device
-from diffrep.files import one_line, write_document
+from diffrep.files import forget_origin, one_line, write_document
 from diffrep.images import Sizing
 
 ENCODER_ONLY = ("decoder.", "post_quant_conv.")  # parts of a VAE that extraction does not use
@@ -291,8 +291,10 @@ def save_backbone(backbone: Any, folder: Path) -> None:
         part: ["diffusers", type(network).__name__],
     }
     network.save_pretrained(folder / part)
+    forget_origin(folder / part)
     if backbone.denoises == "latents":
         backbone.vae.save_pretrained(folder / "vae")
+        forget_origin(folder / "vae")
         index["vae"] = ["diffusers", type(backbone.vae).__name__]
     if scheduler:
         write_document(folder / "scheduler" / "scheduler_config.json", scheduler)

@@ -39,8 +39,11 @@ class Info(BackboneOptions):
             facts: Any = read()
         else:
             from diffrep.backbones import load_backbone
+            from diffrep.heads.loading import head_in
 
             facts = describe(load_backbone(self.named(self.backbone), weights=False))
+            if (family := head_in(self.backbone)) is not None:
+                facts["head"] = {"family": family, "use": f"diffrep segment --model {self.backbone}"}
             text = _all_taps_text if self.all else _facts_text
         print(json.dumps(facts, indent=2) if self.json else text(facts))
 
@@ -143,6 +146,8 @@ def _facts_text(
     lines.append(f"  used by default: taps {', '.join(recommended['taps'])}; {_pairs(recommended['sizing'])}")
     if facts["denoises"]:
         lines.append(f"  conditions: {_pairs(recommended['conditions'])}")
+    if head := facts.get("head"):
+        lines.append(f"  its U-Net's weights are those of a head, {head['family']}: use `{head['use']}`")
     taps = [tap for tap in facts["taps"] if not any(part in tap["name"] for part in fine)]
     rows = [(tap["name"], f"{tap['channels']:>8}", f"{tap['stride']:>6}", tap["module"]) for tap in taps]
     table = _table(("tap", "channels", "stride", "module"), rows)
