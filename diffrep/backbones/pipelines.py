@@ -291,10 +291,8 @@ def save_backbone(backbone: Any, folder: Path) -> None:
         part: ["diffusers", type(network).__name__],
     }
     network.save_pretrained(folder / part)
-    forget_origin(folder / part)
     if backbone.denoises == "latents":
         backbone.vae.save_pretrained(folder / "vae")
-        forget_origin(folder / "vae")
         index["vae"] = ["diffusers", type(backbone.vae).__name__]
     if scheduler:
         write_document(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -314,6 +312,7 @@ def save_backbone(backbone: Any, folder: Path) -> None:
         parts = {key: value for key, value in saved.items() if key.startswith(("text_encoder", "tokenizer"))}
         index |= parts or {"text_encoder": ["transformers", "CLIPTextModel"]}
         index["_class_name"] = saved.get("_class_name", index["_class_name"])
+    forget_origin(folder)
     write_document(folder / "model_index.json", index)
     recommended = json.loads(json.dumps(dataclasses.asdict(backbone.recommended)))
     write_document(folder / "diffrep.json", recommended)
