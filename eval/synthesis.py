@@ -7,16 +7,48 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.augmentation import Augmentation, AugmentationSettings, augmentation_experiment, paint_variations
-from diffrep.eval.frechet import frechet_distance, load_features
-from diffrep.eval.large_images import consistency, seam_ratio
+from diffrep.eval.painted import consistency, frechet_distance, load_features, seam_ratio
 from diffrep.eval.report import Report, Section, plain
 from diffrep.scenes import SEEN, render_scene, scene_seed
-from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, synthesize
-from diffrep.synthesis.conditions import ImageEncoder
+from diffrep.scenes.sets import Split
+from diffrep.settings import check
+from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, sample_patches, synthesize
+from diffrep.synthesis.grids import ImageEncoder, vary_grid
+
+
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """Do generated variations help a classifier?
+
+    After the augmentation experiments of Graikos, Yellapragada et al. (CVPR 2024): every labelled image is painted
+    again under its own, slightly turned, embedding and keeps its label; a classifier is trained with and without them.
+    """
+
+    per_class: int = 4  # labelled scenes of each category
+    variations: int = 2  # painted for each of them
+    degrees: float = 10.0  # by which their embeddings are turned
+    test_per_class: int = 12
+    repeats: int = 3  # draws of the labelled scenes
+    categories: tuple[str, ...] = SEEN
+
+    def __post_init__(self) -> None:
+        check(self, per_class="1..", variations="1..", test_per_class="1..", repeats="1..")
+        if len(self.categories) < 2:
+            raise ValueError("there must be two categories or more")
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Test accuracies, one for each draw of the labelled scenes."""
+
+    real: tuple[float, ...]  # with the labelled scenes alone
+    augmented: tuple[float, ...]  # with their painted variations beside them
+    more_real: tuple[float, ...]  # with as many rendered scenes in their place: the most that can be hoped for
+    painted: tuple[float, ...]  # with the variations alone
 
 
 @dataclass(frozen=True)
@@ -33,11 +65,9 @@ class SynthesisEvaluation:
     seed: int = 0  # of the choice of scenes
 
     def __post_init__(self) -> None:
-        if self.patches < 2 or self.images < 1 or min(self.rows, self.columns) < 1 or self.rows * self.columns < 2:
-            raise ValueError(
-                "patches must be at least 2, images 1, and an image needs 2 cells, got"
-                f" {self.patches}, {self.images} and {self.rows} x {self.columns}"
-            )
+        check(self, patches="2..", images="1..", rows="1..", columns="1..")
+        if self.rows * self.columns < 2:
+            raise ValueError("an image needs 2 cells, rows and columns are 1")
 
 
 @dataclass(frozen=True)
@@ -119,16 +149,15 @@ class SynthesisReport(Report):
             yield Section(title, ("",), rows)
 
 
-def held_out_images(count: int, size: int, *, first: int) -> Iterator[np.ndarray]:
-    """Test scenes first, first + 1, ... of the seen categories in turn, (size, size, 3) uint8."""
-    for i in range(count):
-        yield render_scene(scene_seed("test", first + i), category=SEEN[i % len(SEEN)], size=size).image
+def scene_image(split: Split, number: int, category: str, size: int) -> Tensor:
+    """A rendered scene, (3, size, size) in [0, 1]."""
+    scene = render_scene(scene_seed(split, number), category=category, size=size)
+    return torch.from_numpy(scene.image.copy()).permute(2, 0, 1).float() / 255
 
 
-def held_out_patches(count: int, size: int, *, first: int) -> Tensor:
-    """`held_out_images` as a batch, (count, 3, size, size) in [0, 1]."""
-    images = held_out_images(count, size, first=first)
-    return torch.stack([torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images])
+def held_out_images(count: int, size: int, *, first: int) -> Tensor:
+    """Test scenes first, first + 1, ... of the seen categories in turn, (count, 3, size, size) in [0, 1]."""
+    return torch.stack([scene_image("test", first + i, SEEN[i % len(SEEN)], size) for i in range(count)])
 
 
 def random_crops(image: np.ndarray, count: int, size: int, *, seed: int) -> Tensor:
@@ -162,17 +191,18 @@ def evaluate_synthesis(
     cells = settings.rows * settings.columns
     extractors = {name: load_features(name) for name in settings.features}
     first = settings.seed * 2**20
-    shown = held_out_patches(settings.patches, size, first=first)
-    others = held_out_patches(settings.patches, size, first=first + 2**18)
+    shown = held_out_images(settings.patches, size, first=first)
+    others = held_out_images(settings.patches, size, first=first + 2**18)
     conditions = encoder(shown)
     painted = paint_variations(model, conditions, 1, 0.0, sampling)
-    alone = torch.nn.functional.normalize(encoder(painted), dim=1) @ torch.nn.functional.normalize(conditions, dim=1).T
+    alone = F.normalize(encoder(painted), dim=1) @ F.normalize(conditions, dim=1).T
     right_patches = float((alone.argmax(1) == torch.arange(len(alone))).float().mean())
 
-    embeddings = encoder(held_out_patches(settings.images * cells, size, first=first + 2**19))
+    embeddings = encoder(held_out_images(settings.images * cells, size, first=first + 2**19))
     mosaics = [EmbeddingGrid(part.unflatten(0, shape), encoder.name) for part in embeddings.split(cells)]
     scenes = held_out_images(settings.images, size * max(shape), first=first + 2**19 + 2**18)
-    wholes = [encoder.grid(scene[: size * settings.rows, : size * settings.columns], shape) for scene in scenes]
+    cut = (scenes[:, :, : size * settings.rows, : size * settings.columns] * 255).round().byte()
+    wholes = [encoder.grid(scene.permute(1, 2, 0).numpy(), shape) for scene in cut]
     bar = tqdm(total=2 * settings.images, desc="images", unit="image", disable=not progress)
     unrelated, images = _large_pictures(model, mosaics, sampling, encoder, bar)
     whole, _ = _large_pictures(model, wholes, sampling, encoder, bar)
@@ -189,9 +219,7 @@ def evaluate_synthesis(
     }
     augmentation = None
     if settings.augment:
-        augmentation = augmentation_experiment(
-            model, encoder, encoder, settings.augmentation, sampling, progress=progress
-        )
+        augmentation = augmentation_experiment(model, encoder, settings.augmentation, sampling, progress=progress)
     return SynthesisReport(
         model=model.name,
         sampling=sampling,
@@ -239,3 +267,77 @@ def _large_pictures(
         right=float(np.mean([m.right for m in measured])),
     )
     return pictures, images
+
+
+# -- augmentation -------------------------------------------------------------------------------------------
+
+
+def labelled_scenes(split: Split, per_class: int, categories: Sequence[str], *, first: int, size: int) -> Tensor:
+    """Scenes first, first + 1, ..., category by category: (len(categories) * per_class, 3, size, size) in [0, 1]."""
+    kinds = [category for category in categories for _ in range(per_class)]
+    return torch.stack([scene_image(split, first + k, kind, size) for k, kind in enumerate(kinds)])
+
+
+def paint_variations(
+    model: SynthesisModel, embeddings: Tensor, variations: int, degrees: float, settings: SynthesisSettings
+) -> Tensor:
+    """Patches painted under turned embeddings, (B * variations, 3, S, S) in [0, 1]; those of an image adjoin.
+
+    Args:
+        embeddings: (B, D), raw.
+    """
+    repeated = EmbeddingGrid(embeddings.repeat_interleave(variations, 0)[None])
+    turned = vary_grid(repeated, degrees, seed=settings.seed).embeddings[0]
+    latents = sample_patches(model, turned, settings)
+    return torch.cat([model.decode(part).float().cpu() for part in latents.split(16)]).clamp(0, 1)
+
+
+def accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
+    """Of logistic regression on standardised features, (N, D) each."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+    probe.fit(train.numpy(), labels.numpy())
+    return float(probe.score(test.numpy(), test_labels.numpy()))
+
+
+def augmentation_experiment(
+    model: SynthesisModel,
+    encoder: ImageEncoder,
+    settings: AugmentationSettings,
+    sampling: SynthesisSettings,
+    *,
+    progress: bool = True,
+) -> Augmentation:
+    """Train a linear probe with and without painted variations and count its accuracy on test scenes.
+
+    The labelled scenes come from the validation split, which neither the model nor the test has seen.
+
+    Args:
+        encoder: makes the conditions, and the features that the probe reads.
+    """
+    size, kinds = model.window * model.factor, torch.arange(len(settings.categories))
+    test = encoder(labelled_scenes("test", settings.test_per_class, settings.categories, first=2**20, size=size))
+    truth = kinds.repeat_interleave(settings.test_per_class)
+    labels = kinds.repeat_interleave(settings.per_class)
+    more_labels = labels.repeat_interleave(settings.variations)
+    accuracies: dict[str, list[float]] = {}
+    for repeat in tqdm(range(settings.repeats), desc="augmentation", unit="draw", disable=not progress):
+        first, counts = 2**20 + repeat * 2**12, (settings.per_class, settings.per_class * settings.variations)
+        images, extra = (
+            labelled_scenes("val", count, settings.categories, first=place, size=size)
+            for count, place in zip(counts, (first, first + 2**11), strict=True)
+        )
+        painted = encoder(paint_variations(model, encoder(images), settings.variations, settings.degrees, sampling))
+        real, more, both = encoder(images), encoder(extra), torch.cat([labels, more_labels])
+        trained_on = {
+            "real": (real, labels),
+            "augmented": (torch.cat([real, painted]), both),
+            "more_real": (torch.cat([real, more]), both),
+            "painted": (painted, more_labels),
+        }
+        for name, (features, kinds_of) in trained_on.items():
+            accuracies.setdefault(name, []).append(accuracy(features, kinds_of, test, truth))
+    return Augmentation(**{name: tuple(np.round(values, 6).tolist()) for name, values in accuracies.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ class Painter:
     Decoding repeats each latent pixel `factor` times.
     """
 
-    def __init__(self, *, window: int = 8, channels: int = 3, factor: int = 4, calls_left: int = 10**9) -> None:
+    def __init__(
+        self, *, window: int = 8, channels: int = 3, factor: int = 4, dim: int = 6, calls_left: int = 10**9
+    ) -> None:
         self.window, self.channels, self.factor = window, channels, factor
         self.scheduler: dict[str, Any] = {
             "num_train_timesteps": 1000,
@@ -26,6 +29,7 @@ class Painter:
             "prediction_type": "epsilon",
         }
         self.about = About(guidance=1.0)
+        self.embedder = SimpleNamespace(dims=(dim,))
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.calls_left = calls_left
         self.name = "painter"

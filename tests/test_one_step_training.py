@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffrep.cli import main
-from diffrep.commands.train_heads import TrainDepth, TrainNormals, open_set
+from diffrep.commands.train import TrainDepth, TrainNormals, open_set
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, task_vector
 from diffrep.heads.loading import load_head
 from diffrep.heads.point_cloud import Intrinsics, unproject
@@ -380,15 +380,15 @@ def test_options_mean_the_embedded_recipe_or_the_papers() -> None:
         ("depth", ["--base", "nonsense"], "nonsense"),
         ("normals", ["--base", "nonsense"], "nonsense"),
         ("segmentation", ["--base", "nonsense"], "nonsense"),
-        ("depth", ["--learning-rate", "nan"], "learning_rate must be more than 0, got nan"),
-        ("segmentation", ["--learning-rate", "-1"], "learning_rate must be more than 0"),
-        ("depth", ["--minutes", "nan"], "minutes must be more than 0"),
+        ("depth", ["--learning-rate", "nan"], "learning_rate must be finite and above 0, got nan"),
+        ("segmentation", ["--learning-rate", "-1"], "learning_rate must be finite and above 0"),
+        ("depth", ["--minutes", "nan"], "minutes must be finite and above 0"),
         ("depth", ["--shares", "0.5", "0.5"], "--shares needs a number above 0 for each of scenes"),
         ("depth", ["--data", "scenes", "hypersim=nowhere"], "nowhere"),
         ("normals", ["--scenes", "0"], "--scenes must be at least 1, got 0"),
         ("segmentation", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         ("depth", ["--preserve", "nan"], "preserve must be in [0, 1], got nan"),
-        ("depth", ["--seed", "-1"], "--seed must lie in"),
+        ("depth", ["--seed", "-1"], "--seed must be in"),
         ("segmentation", ["--sharpen", "nan"], "sharpen must be finite"),
     ],
 )
@@ -399,7 +399,7 @@ def test_what_cannot_be_trained_is_refused_before_a_scene_is_rendered(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("scenes were rendered")
 
-    monkeypatch.setattr("diffrep.commands.train_heads.render_set", refuse)
+    monkeypatch.setattr("diffrep.commands.train.render_set", refuse)
     monkeypatch.chdir(tmp_path)
     assert main(["train", command, "--work", "w", *options]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]

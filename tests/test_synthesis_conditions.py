@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import Tensor
 from diffrep.backbones import BackboneError, load_backbone
 from diffrep.scenes import CATEGORIES
 from diffrep.synthesis import EmbeddingGrid, GridError
-from diffrep.synthesis.conditions import ImageEncoder, interpolate_grids, load_grid, vary_grid
+from diffrep.synthesis.grids import ImageEncoder, interpolate_grids, load_grid, vary_grid
 from diffrep.synthesis.prior import EmbeddingPrior, PriorConfig, cell_positions, embed_texts, load_prior
 from diffrep.training.loop import FitSettings, fit
-from diffrep.training.prior import PriorObjective, PriorTraining, prior_batches, prior_loss
+from diffrep.training.prior import PriorObjective, prior_loss
+from diffrep.training.synthesis import conditional_batch
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -149,7 +151,7 @@ def test_a_prior_learns_what_labels_mean(tmp_path: Path) -> None:
     torch.manual_seed(0)
     prior = EmbeddingPrior(PriorConfig(dim=6, condition_dim=2, labels=("left", "right"), width=32, layers=2))
     settings = FitSettings(steps=100, learning_rate=4e-3, warmup=5, ema_decay=0.9, bf16=False)
-    batches = prior_batches(data, PriorTraining(batch_size=32))
+    batches = partial(conditional_batch, data["grids"], data["conditions"], 1000, 32, 0.1)
     trained = fit(PriorObjective(prior), batches, prior_loss, settings, tmp_path, progress=False).prior.eval()
     drawn = trained.sample(["left", "right", "left"], shape=(1, 3), steps=10, seed=3)
     for grid, kind in zip(drawn, (0, 1, 0), strict=True):

@@ -12,13 +12,19 @@ import torch.nn.functional as F
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from diffrep.eval.augmentation import AugmentationSettings, accuracy, labelled_scenes, paint_variations
-from diffrep.eval.frechet import EncoderFeatures, frechet_distance, load_features
-from diffrep.eval.large_images import consistency, seam_ratio
-from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis, random_crops
+from diffrep.eval.painted import consistency, frechet_distance, load_features, seam_ratio
+from diffrep.eval.synthesis import (
+    AugmentationSettings,
+    SynthesisEvaluation,
+    accuracy,
+    evaluate_synthesis,
+    labelled_scenes,
+    paint_variations,
+    random_crops,
+)
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings
-from diffrep.synthesis.conditions import ImageEncoder
-from diffrep.training.synthesis_fit import SynthesisTraining, build_model
+from diffrep.synthesis.grids import ImageEncoder
+from diffrep.training.synthesis import SynthesisTraining, build_model
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -72,7 +78,6 @@ def test_the_distance_is_that_of_the_two_gaussians() -> None:
 
 def test_feature_spaces_are_found_by_name(tmp_path: Path) -> None:
     features = load_features("tiny-dino@mean")
-    assert isinstance(features, EncoderFeatures)
     assert features(torch.rand(2, 3, 64, 64)).shape == (2, features.num_features)
     with pytest.raises(ValueError, match="nothing is downloaded"):
         load_features("inception")

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffrep.backbones import BackboneError
+from diffrep.backbones.weight_files import read_weights
 from diffrep.cli import main
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis, sample_patches
-from diffrep.synthesis.checkpoints import convert_official, read_checkpoint
+from diffrep.synthesis.checkpoints import convert_official
 from diffrep.synthesis.sampler import SynthesisSettings
 
 OFFICIAL = {
@@ -262,7 +263,7 @@ def write_lightning(path: Path, weights: dict[str, Tensor]) -> None:
 
 def test_lightning_checkpoints_are_read_without_lightning(tmp_path: Path) -> None:
     write_lightning(tmp_path / "last.ckpt", {"a.weight": torch.arange(6.0).reshape(2, 3)})
-    weights = read_checkpoint(tmp_path / "last.ckpt")
+    weights = read_weights(tmp_path / "last.ckpt")
     assert torch.equal(weights["a.weight"], torch.arange(6.0).reshape(2, 3))
 
 
@@ -274,11 +275,11 @@ def test_nothing_that_a_checkpoint_names_is_run(tmp_path: Path) -> None:
             return (exec, (f"open({str(marker)!r}, 'w')",))
 
     torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Evil()}, tmp_path / "evil.ckpt")
-    assert list(read_checkpoint(tmp_path / "evil.ckpt")) == ["a"]
+    assert list(read_weights(tmp_path / "evil.ckpt")) == ["a"]
     assert not marker.exists()
     (tmp_path / "torn.ckpt").write_bytes((tmp_path / "evil.ckpt").read_bytes()[:300])
     with pytest.raises(BackboneError, match=r"torn\.ckpt: is no checkpoint that can be read safely"):
-        read_checkpoint(tmp_path / "torn.ckpt")
+        read_weights(tmp_path / "torn.ckpt")
 
 
 @pytest.mark.parametrize("ema", [False, True])

@@ -29,10 +29,8 @@ from diffrep.synthesis import (
     synthesize_file,
 )
 from diffrep.synthesis.canvas import Lines, Run
-from diffrep.synthesis.decoding import decode_lines
-from diffrep.synthesis.large import grid_shape, paint
-from diffrep.synthesis.noise import GivenNoise, KeyedNoise
-from diffrep.synthesis.sampler import predict
+from diffrep.synthesis.large import decode_lines, grid_shape, paint
+from diffrep.synthesis.sampler import GivenNoise, KeyedNoise, predict
 from diffrep.synthesis.schedulers import SCHEDULERS, build_scheduler
 from diffrep.synthesis.windows import ALIKE, BETWEEN, RowSweep, Weighting, WindowPlan, window_shares, window_weights
 
@@ -129,7 +127,7 @@ def test_guidance_is_as_strong_as_windows_are_told(guidance: float) -> None:
     time, told = torch.tensor(500), torch.tensor([1.0, 0.0, 0.25, 1 / 3])
     null, conditional = model(latents, time, model.null_context(4)), model(latents, time, model.context(embeddings))
     scale = guidance * told[:, None, None, None]
-    found = predict(model, latents, time, [embeddings], settings, told=told)
+    found = predict(model, latents, time, [embeddings], settings, shares=told)
     torch.testing.assert_close(found, null + scale * (conditional - null))
     everything = predict(model, latents, time, [embeddings], settings)
     torch.testing.assert_close(everything, null + guidance * (conditional - null))
@@ -146,7 +144,7 @@ def test_a_prediction_that_cancels_is_not_made() -> None:
     for guidance, told, expected in ((3.0, [1, 0, 0.5, 1 / 3], 3 + 3), (1.0, [1, 1, 1, 1], 4), (0.0, [1, 1, 1, 1], 4)):
         settings = SynthesisSettings(guidance=guidance)
         predict(Counting(), torch.randn(4, 3, 8, 8), torch.tensor(5), [torch.randn(4, 6)], settings,
-                told=torch.tensor(told))  # fmt: skip
+                shares=torch.tensor(told))  # fmt: skip
         assert sizes.pop() == expected
 
 
@@ -209,15 +207,15 @@ def test_an_image_of_any_size(tmp_path: Path) -> None:
 def test_strips_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     grid, size = grid_of(2, 5), (40, 150)
     expected = synthesize(Painter(), grid, size, FEW)
-    monkeypatch.setattr("diffrep.synthesis.decoding.STRIP", 0)
-    monkeypatch.setattr("diffrep.synthesis.decoding.WINDOWS", 1)
+    monkeypatch.setattr("diffrep.synthesis.large.STRIP", 0)
+    monkeypatch.setattr("diffrep.synthesis.large.WINDOWS", 1)
     assert np.array_equal(synthesize(Painter(), grid, size, FEW), expected)
 
 
 def test_an_interrupted_run_ends_as_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut after any number of calls, again and again."""
-    monkeypatch.setattr("diffrep.synthesis.decoding.STRIP", 0)
-    monkeypatch.setattr("diffrep.synthesis.decoding.WINDOWS", 1)
+    monkeypatch.setattr("diffrep.synthesis.large.STRIP", 0)
+    monkeypatch.setattr("diffrep.synthesis.large.WINDOWS", 1)
     grid, size = grid_of(2, 3), (60, 85)
     for scheduler in ("dpmpp_2m_sde", "pndm"):
         settings = replace(FEW, scheduler=scheduler, batch_size=4)
@@ -284,7 +282,7 @@ def test_a_folder_is_taken_up_for_the_same_run_only(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         synthesize_file(Painter(calls_left=3), grid, path, settings=FEW)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unfinished run with another grid, settings"):
-        synthesize_file(Painter(), grid_of(2, 2, 7), path, settings=replace(FEW, steps=5))  # type: ignore[arg-type]
+        synthesize_file(Painter(dim=7), grid_of(2, 2, 7), path, settings=replace(FEW, steps=5))  # type: ignore[arg-type]
     synthesize_file(Painter(), grid, path, settings=FEW)  # type: ignore[arg-type]
     assert np.array_equal(np.asarray(Image.open(path)), synthesize(Painter(), grid, settings=FEW))
 
@@ -327,7 +325,7 @@ def test_bad_arguments_are_refused() -> None:
         synthesize(model, grid_of(2, 2), (64, 64), replace(FEW, stride=9))
     with pytest.raises(ValueError, match="eta belongs to the ddim scheduler"):
         synthesize(model, grid_of(2, 2), (64, 64), replace(FEW, eta=1.0))
-    with pytest.raises(ValueError, match="no scheduler 'magic'; known are dpmpp_2m"):
+    with pytest.raises(ValueError, match="scheduler must be one of dpmpp_2m"):
         synthesize(model, grid_of(2, 2), (64, 64), replace(FEW, scheduler="magic"))
     for bad in ({"steps": 0}, {"batch_size": 0}, {"eta": 2.0}, {"guidance": float("nan")}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
@@ -397,7 +395,7 @@ def test_the_width_of_the_decoding_weights_is_that_of_the_settings() -> None:
     np.testing.assert_allclose(decoded, sums / totals, atol=1e-5)
     assert np.abs(image(decode_sigma=0.3) - image()).max() > 1e-3
     for value in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="decode_sigma must be more than 0"):
+        with pytest.raises(ValueError, match="decode_sigma must be finite and above 0"):
             image(decode_sigma=value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ from torch import Tensor
 
 from diffrep.cli import main
 from diffrep.commands.parsing import read_command
-from diffrep.commands.train_synthesis import TrainSynthesis
+from diffrep.commands.train import TrainSynthesis
 from diffrep.scenes import SceneSet, render_set
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
-from diffrep.synthesis.conditions import ImageEncoder
+from diffrep.synthesis.grids import ImageEncoder
 from diffrep.training.decoder import paint_latents, relative_steps, smooth_decoder
 from diffrep.training.loop import FitSettings, fit
-from diffrep.training.synthesis import Objective, draw_perturbation, synthesis_loss
-from diffrep.training.synthesis_data import EncodedPatches, ImagePatches, ScenePatches, encode_patches, patch_batches
-from diffrep.training.synthesis_fit import (
+from diffrep.training.patches import ImagePatches, ScenePatches, encode_patches
+from diffrep.training.synthesis import (
     PUBLISHED,
+    Objective,
     SynthesisTraining,
     build_model,
     condition_check,
+    conditional_batch,
+    draw_perturbation,
+    synthesis_loss,
     train_synthesis,
     unrelated_cosine,
     whiten_tokens,
@@ -111,15 +115,12 @@ def test_tokens_start_white() -> None:
 def test_the_network_learns_to_listen_to_its_condition(tmp_path: Path) -> None:
     embeddings = torch.nn.functional.normalize(draw(256, 4), dim=1)
     latents = (embeddings @ draw(4, 2, seed=1))[:, :, None, None].expand(-1, -1, 8, 8) + 0.1 * draw(256, 2, 8, 8)
-    encoded = EncodedPatches(latents.half(), embeddings.half())
-    learnt, held_out = encoded.split(64)
-    assert (len(learnt), len(held_out)) == (192, 64)
     objective = Objective(small_model())
-    whiten_tokens(objective.model.embedder, learnt.embeddings.float())
-    batches = patch_batches(learnt, 1000, batch_size=16, dropout=0.1, perturb=lambda n, g: None)
+    whiten_tokens(objective.model.embedder, embeddings[:192])
+    batches = partial(conditional_batch, latents[:192].half(), embeddings[:192].half(), 1000, 16, 0.1)
     settings = FitSettings(steps=60, learning_rate=5e-3, warmup=5, ema_decay=0.9, bf16=False)
     trained = fit(objective, batches, synthesis_loss, settings, tmp_path, progress=False)
-    found = condition_check(held_out)(trained, 0)
+    found = condition_check(latents[192:], embeddings[192:], synthesis_loss)(trained, 0)
     assert found["own"] < 0.8 * found["other"]
     assert found["own"] < found["null"]
 
@@ -169,7 +170,7 @@ def test_the_decoder_alone_learns_to_draw_no_grid(scenes: SceneSet, tmp_path: Pa
 
 
 def test_a_smoothed_decoder_is_kept_with_the_model(scenes: SceneSet, tmp_path: Path) -> None:
-    from diffrep.commands.train_synthesis import write_model
+    from diffrep.commands.train import write_model
 
     training, patches = SynthesisTraining(fit=SHORT, batch_size=2, held_out=4, smooth=0.01), ScenePatches(scenes)
     model = train_synthesis(training, patches, tmp_path / "run", progress=False)
@@ -178,7 +179,7 @@ def test_a_smoothed_decoder_is_kept_with_the_model(scenes: SceneSet, tmp_path: P
     loaded, latents = load_synthesis(tmp_path / "model"), draw(1, 8, 16, 16)
     torch.testing.assert_close(loaded.decode(latents), model.decode(latents), atol=2e-2, rtol=0)
     assert not torch.equal(load_synthesis().decode(latents), loaded.decode(latents))
-    with pytest.raises(ValueError, match="smooth must be 0 minutes or more"):
+    with pytest.raises(ValueError, match="smooth must be finite and at least 0"):
         SynthesisTraining(smooth=-1)
 
 
@@ -190,19 +191,19 @@ def test_patches_are_encoded_once_and_others_refused(scenes: SceneSet, tmp_path:
     model = build_model(SynthesisTraining(), encoder)
     patches, file = ScenePatches(scenes, count=5), tmp_path / "patches.safetensors"
     first = encode_patches(patches, model, encoder, file, copies=2, seed=1, progress=False)
-    assert first.latents.shape == (10, 8, 16, 16)
-    assert first.embeddings.shape == (10, encoder.dim)
+    assert first[0].shape == (10, 8, 16, 16)
+    assert first[1].shape == (10, encoder.dim)
     written = file.stat().st_mtime_ns
     again = encode_patches(patches, model, encoder, file, copies=2, seed=1, progress=False)
     assert file.stat().st_mtime_ns == written
-    assert torch.equal(again.latents, first.latents)
+    assert torch.equal(again[0], first[0])
     with pytest.raises(ValueError, match="seed 1, not 2"):
         encode_patches(patches, model, encoder, file, copies=2, seed=2, progress=False)
     flipped = encode_patches(
         patches, model, encoder, tmp_path / "flipped", copies=2, flips="both", seed=1, progress=False
     )
-    assert not torch.equal(flipped.latents, first.latents)
-    assert torch.equal(flipped.embeddings[:5], first.embeddings[:5])  # of the unmirrored patches
+    assert not torch.equal(flipped[0], first[0])
+    assert torch.equal(flipped[1][:5], first[1][:5])  # of the unmirrored patches
 
 
 def test_patches_of_files_keep_their_scale_unless_told(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_training_starts_from_the_base_where_shapes_agree() -> None:
 
 
 def test_a_run_is_written_and_trained_on(scenes: SceneSet, tmp_path: Path) -> None:
-    from diffrep.commands.train_synthesis import write_model
+    from diffrep.commands.train import write_model
 
     training = SynthesisTraining(fit=SHORT, batch_size=4, held_out=4, cep="normal")
     patches = ScenePatches(scenes)
@@ -260,7 +261,7 @@ def test_a_run_is_written_and_trained_on(scenes: SceneSet, tmp_path: Path) -> No
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\)"):
         SynthesisTraining(dropout=1.0)
-    with pytest.raises(ValueError, match="batch_size and copies"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
         SynthesisTraining(batch_size=0)
 
 
@@ -277,8 +278,8 @@ def test_options_that_were_typed_win_over_the_published_ones() -> None:
     [
         (["synthesis", "--base", "nonsense"], "nonsense: no such folder"),
         (["synthesis", "--encoder", "nonsense"], "nonsense: no such folder"),
-        (["synthesis", "--learning-rate", "nan"], "learning_rate must be more than 0, got nan"),
-        (["synthesis", "--learning-rate", "-1"], "learning_rate must be more than 0, got -1"),
+        (["synthesis", "--learning-rate", "nan"], "learning_rate must be finite and above 0, got nan"),
+        (["synthesis", "--learning-rate", "-1"], "learning_rate must be finite and above 0, got -1"),
         (["prior", "--encoder", "nonsense"], "nonsense: no such folder"),
         (["tiny", "--scenes", "0"], "--scenes must be at least 1, got 0"),
     ],

@@ -103,9 +103,9 @@ def test_what_cannot_be_painted_is_refused_at_once(
     for options, message in {
         ("--size", "100000000"): "too many for this kind of file",
         ("--cells", "1000000x1000000"): "cannot be divided into 1000000 x 1000000 cells",
-        ("--seed", str(2**70)): "seed must be in 0..2^63 - 1",
-        ("--guidance", "nan"): "guidance must be 0 or more",
-        ("--decode-sigma", "0"): "decode_sigma must be more than 0",
+        ("--seed", str(2**70)): "seed must be in [0, 2^63)",
+        ("--guidance", "nan"): "guidance must be finite and at least 0",
+        ("--decode-sigma", "0"): "decode_sigma must be finite and above 0",
     }.items():
         assert paint(model_folder, tmp_path / "a.png", "--reference", reference, *options) == 2
         assert message in capsys.readouterr().err

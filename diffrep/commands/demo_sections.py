@@ -35,7 +35,7 @@ from diffrep.pages import Page
 from diffrep.scenes import UNSEEN, Scene, render_scene, scene_pairs, scene_seed
 from diffrep.store import BulkConfig, Keep, extract_store, open_store
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, slerp, synthesize
-from diffrep.synthesis.conditions import ImageEncoder
+from diffrep.synthesis.grids import ImageEncoder
 
 # category, number in the test split; giraffes were never trained on
 MAP_SCENES = (("dog", 0), ("chair", 2), ("giraffe", 5))

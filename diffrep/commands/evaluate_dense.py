@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import PrecisionOptions, ReportOptions
-from diffrep.commands.train_heads import open_set
+from diffrep.commands.train import open_set
 from diffrep.eval.datasets.dense_images import open_benchmark
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_maps
 from diffrep.eval.one_step_ablation import AblationSettings, run_ablation

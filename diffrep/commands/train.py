@@ -1,16 +1,64 @@
-"""``diffrep train``: make the embedded models again, train heads."""
+"""``diffrep train``: the embedded models again, painters of your own, a diffusion model as a one-step head."""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
+from diffrep.backbones.pipelines import PipelineParts, load_parts
+from diffrep.commands.image_runs import check_folder
 from diffrep.commands.options import Command
-from diffrep.training.tiny.pipeline import TinyTraining, train_tiny
+from diffrep.eval.scene_validation import MaskValidation, SceneValidation
+from diffrep.files import replace_folder
+from diffrep.heads.families import FAMILIES, Task
+from diffrep.heads.training.datasets import Hypersim, VirtualKitti
+from diffrep.heads.training.dense_data import SampleSet, SceneSamples
+from diffrep.heads.training.fit import (
+    EMBEDDED_MASK_FIT,
+    EMBEDDED_SCENES,
+    PUBLISHED_BATCH,
+    PUBLISHED_EPOCHS,
+    PUBLISHED_MASK_BATCH,
+    OneStepTraining,
+    SegmentationTraining,
+    build_model,
+    build_segmentation_model,
+    embedded,
+    head_of,
+    published_fit,
+    published_mask_fit,
+    train_one_step,
+    train_segmentation,
+    write_dense_head,
+    write_segmentation_head,
+)
+from diffrep.heads.training.masks import MaskedImage, read_dis
+from diffrep.images import find_images
+from diffrep.scenes import SceneSet, render_set
+from diffrep.settings import check_options
+from diffrep.synthesis import SynthesisModel
+from diffrep.training.loop import FitSettings
+from diffrep.training.patches import ImagePatches, Patches, ScenePatches
+from diffrep.training.prior import PriorTraining, train_prior
+from diffrep.training.synthesis import PUBLISHED, SynthesisTraining, train_synthesis
+from diffrep.training.tiny.pipeline import (
+    TinyTraining,
+    card_head,
+    count_parameters,
+    half,
+    log_rows,
+    steps_of,
+    train_tiny,
+    write_card,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,16 +77,312 @@ class TrainTiny(Command):
     smoke: bool = False  # all stages in under a minute; the models are useless
 
     def run(self) -> None:
-        for name in ("workers", "threads", "scenes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, got {value}")
+        check_options(self, workers="1..", threads="1..", scenes="1..")
         output = self.output or self.work / "models"
         if self.smoke:
             config = TinyTraining.smoke(self.work, output)
         else:
             config = TinyTraining(work=self.work, output=output, workers=self.workers, threads=self.threads)
-        if self.scenes is not None:
-            config = dataclasses.replace(config, scenes=self.scenes)
-        train_tiny(config)
+        train_tiny(config if self.scenes is None else replace(config, scenes=self.scenes))
         print(f"wrote {output / 'tiny'} and {output / 'tiny-dino'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSynthesis(Command):
+    """Train a diffusion model to paint patches from the embeddings of a self-supervised encoder.
+
+    The embedded `tiny-synthesis` was made so, in the stages that its card names. Your own patches: --images FOLDER.
+    Called again with the same work folder it goes on where it was.
+    """
+
+    images: tuple[str, ...] = ()  # files, folders or patterns to cut patches from; none: rendered scenes
+    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
+    count: int = 16000  # scenes that patches are cut from
+    sides: tuple[float, float] | None = None  # of a patch, shares of the image; scenes: 0.2 1.0, files: not scaled
+    published: bool = False  # options of training that are left out are the authors', not those of tiny-synthesis
+    work: Path = Path("runs/synthesis")  # encoded patches, checkpoints and log
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    training: Annotated[SynthesisTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisTraining)
+
+    def defaults(self) -> TrainSynthesis:
+        return replace(self, training=PUBLISHED) if self.published else self
+
+    def run(self) -> None:
+        patches, output = cache(self._patches), self.output or self.work / "model"
+        model = train_synthesis(self.training, patches, self.work / "run")
+        write_model(output, model, self.training, patches(), self.work / "run")
+        print(f"wrote {output}")
+
+    def _patches(self) -> Patches:
+        if self.images:
+            if self.scenes is not None:
+                raise ValueError("--images and --scenes are two sources of patches: give one")
+            return ImagePatches(tuple(find_images(self.images)), self.sides)
+        scenes = SceneSet(self.scenes) if self.scenes else render_set(self.work / "scenes", "train", self.count)
+        return ScenePatches(scenes, self.sides or ScenePatches.sides, self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPrior(Command):
+    """Train a small model to draw grids of embeddings from texts or labels, on rendered scenes.
+
+    The defaults made the embedded `tiny-prior`. Called again with the same work folder it goes on where it was.
+    """
+
+    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
+    work: Path = Path("runs/prior")  # embedded scenes, checkpoints and log
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    training: Annotated[PriorTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=PriorTraining)
+
+    def run(self) -> None:
+        output = self.output or self.work / "model"
+        prior = train_prior(self.training, self._scenes, self.work / "run")
+        replace_folder(output, half(prior.to("cpu")).save)
+        print(f"wrote {output}")
+
+    def _scenes(self) -> SceneSet:
+        if self.scenes is not None:
+            return SceneSet(self.scenes)
+        return render_set(self.work / "scenes", "train", self.training.count)
+
+
+def write_model(output: Path, model: SynthesisModel, training: SynthesisTraining, patches: Patches, run: Path) -> None:
+    """Write the folder in half precision, with a card of data, settings and losses, all of it or nothing.
+
+    Args:
+        run: the folder that `train_synthesis` worked in.
+    """
+    rows = log_rows(run)
+    checked: dict[str, Any] = next((row for row in reversed(rows) if "own" in row), {})
+    card = card_head("SSL-conditioned latent diffusion (Graikos, Yellapragada et al., CVPR 2024)", "synthesis") | {
+        "device": str(model.device),
+        "torch": torch.__version__,
+        "patches": patches.name,
+        **steps_of(rows),
+        "parameters": {"unet": count_parameters(model.unet), "embedder": count_parameters(model.embedder)},
+        "loss on held-out patches, by condition": {k: checked[k] for k in ("own", "other", "null") if k in checked},
+        "settings": json.loads(json.dumps(asdict(training), default=str)),
+    }
+
+    def write(folder: Path) -> None:
+        half(model.to("cpu")).save(folder)
+        write_card(folder, card)
+
+    replace_folder(output, write)
+
+
+# -- heads --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTraining(Command):
+    """What the trainings of all heads share."""
+
+    base: str = "tiny"  # embedded model, diffusers folder or hub id whose U-Net is trained
+    work: Path | None = None  # checkpoints, logs, validation pictures; runs/TASK
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the head's folder; WORK/head
+    steps: int | None = None  # optimiser steps; by the recipe where left out
+    minutes: float | None = None  # or this long, whichever ends first
+    batch_size: int | None = None  # images of a batch and device
+    learning_rate: float | None = None
+    seed: int | None = None
+    scenes: int = 24000  # rendered for training where --data scenes names no folder
+    latents: Path | None = None  # encoded scenes, which heads of one base can share; in WORK
+    validate_every: int = 500  # steps between measurements and pictures of held-out scenes
+    validation_scenes: int = 48
+
+    def checked(self, name: str) -> tuple[Path, Path, PipelineParts]:
+        """The folders of work and output and the parts of the base, before anything is rendered or written.
+
+        Args:
+            name: of the folder of work, where none is named.
+
+        Raises:
+            ValueError: a number that means nothing, a folder that is a file, or a base that cannot be loaded.
+        """
+        check_options(
+            self,
+            scenes="1..", validate_every="1..", validation_scenes="1..", batch_size="1..", steps="1..",
+            seed="[0, 2^63)",
+        )  # fmt: skip
+        work = self.work or Path("runs") / name
+        output = self.output or work / "head"
+        for folder in (work, output):
+            check_folder(folder)
+        return work, output, load_parts(self.base, pad=False)
+
+    def changed(self, fit: FitSettings, *names: str) -> FitSettings:
+        """A training's settings with the options that are named; steps alone decide, unless minutes are named too."""
+        if self.steps is not None:
+            fit = replace(fit, minutes=None)
+        values = {name: getattr(self, name) for name in ("steps", "minutes", "learning_rate", "seed", *names)}
+        return replace(fit, **{name: value for name, value in values.items() if value is not None})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStepOptions(HeadTraining):
+    """Options that depth and normals share. With `--base tiny --data scenes`, the defaults made the embedded heads."""
+
+    data: tuple[str, ...] = ("scenes",)  # scenes, scenes=FOLDER, hypersim=FOLDER, vkitti2=FOLDER
+    shares: tuple[float, ...] | None = None  # how often a batch comes from each; hypersim 0.9, vkitti2 0.1, else equal
+    recipe: Literal["lotus-d", "lotus-g", "e2e-ft", "marigold"] = "lotus-d"
+    accumulate: int | None = None  # batches of an optimiser step
+    preserve: float | None = None  # share of a batch that also reconstructs its image (Lotus' detail preserver)
+    scratch: bool = False  # start from random weights
+    gradient_checkpointing: bool = False  # less memory, more time
+
+    def training(self, task: Task) -> OneStepTraining:
+        """The settings that these options mean.
+
+        Raises:
+            ValueError: options that do not go together.
+        """
+        ours = self.base == "tiny" and all(name.startswith("scenes") for name in self.data)
+        recipe, fit, batch = FAMILIES[self.recipe], published_fit(self.recipe, task), PUBLISHED_BATCH[self.recipe]
+        if ours:
+            tuned, fit = embedded(task)
+            recipe = tuned if self.recipe == "lotus-d" else replace(recipe, posterior="mean")
+            batch = OneStepTraining().batch_size
+        if self.preserve is not None:
+            recipe = replace(recipe, preserve=self.preserve)
+        return OneStepTraining(
+            task=task,
+            base=self.base,
+            recipe=recipe,
+            fit=self.changed(fit, "accumulate"),
+            batch_size=self.batch_size or batch,
+            scratch=self.scratch,
+            cache=ours and recipe.loss == "latent" and len(self.data) == 1,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+    def train(self, task: Task, name: str) -> None:
+        """Train a head and write its folder."""
+        training = self.training(task)
+        work, output, parts = self.checked(name)
+        build_model(training, parts)  # refuses a base that the recipe does not fit
+        vae = parts.vae
+        del parts  # a U-Net of gigabytes
+        opened = [open_set(text, task, work, self.scenes) for text in self.data]
+        kinds = [text.partition("=")[0] for text in self.data]
+        shares = self.shares or tuple({"hypersim": 0.9, "vkitti2": 0.1}.get(kind, 1.0) for kind in kinds)
+        if len(shares) != len(kinds) or not all(0 < share < math.inf for share in shares):
+            raise ValueError(f"--shares needs a number above 0 for each of {', '.join(kinds)}, got {shares}")
+        sets = [make() for make in opened]
+        held_out = render_set(work / "validation", "val", self.validation_scenes, workers=1)
+        steps = 10 if training.recipe.timesteps == "all" else 1
+        model = train_one_step(
+            training, sets, shares, work / "run",
+            latents=self.latents or work,
+            validate=SceneValidation(held_out, vae, task, work / "pictures", steps=steps),
+            validate_every=self.validate_every,
+        )  # fmt: skip
+        side = max(sets[0].sample(0).pixels.shape[1:])  # heads see images at the size they were trained on
+        write_dense_head(output, model, training, self.recipe, side)
+        print(f"wrote {output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDepth(OneStepOptions):
+    """Turn a diffusion model into a one-step depth head (Lotus, E2E-FT) or a Marigold.
+
+    Called again with the same work folder it goes on where it was.
+    """
+
+    space: Literal["disparity", "depth"] = "disparity"  # what is predicted: disparity (1 near) or depth (1 far)
+
+    def run(self) -> None:
+        self.train(self.space, "depth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainNormals(OneStepOptions):
+    """Turn a diffusion model into a one-step head for surface normals (Lotus, E2E-FT) or a Marigold.
+
+    Called again with the same work folder it goes on where it was.
+    """
+
+    def run(self) -> None:
+        self.train("normals", "normals")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSegmentation(HeadTraining):
+    """Turn a diffusion model into a one-step segmentation head (DiffDIS).
+
+    With `--base tiny --data scenes` the defaults are those of the embedded head; another base gets the authors' recipe.
+    Called again with the same work folder it goes on where it was.
+    """
+
+    data: str = "scenes"  # scenes, scenes=FOLDER, or dis=FOLDER: a split of DIS5K with im/ and gt/, for example DIS-TR
+    scenes: int = EMBEDDED_SCENES  # to train on; rendered where --data scenes names no folder
+    edges: bool = True  # train the edges along; --no-edges for a comparison
+    decoder: bool | None = None  # a decoder of its own for the maps; yes with base tiny, else the VAE's, as published
+    size: int | None = None  # pixels a side of the square that the network sees; 128 with base tiny, else 1024
+    epochs: int | None = None  # of the authors' recipe
+    bf16: bool | None = None  # autocast to bfloat16
+    sharpen: float | None = None  # minutes in which the decoder then learns on alone; 4 with base tiny, unless --steps
+
+    def run(self) -> None:
+        kind, _, folder = self.data.partition("=")
+        if kind not in ("scenes", "dis") or (kind == "dis" and not folder):
+            raise ValueError(f"no data {self.data!r} to train on; there are scenes, scenes=FOLDER and dis=FOLDER")
+        data: SceneSet | list[MaskedImage] | None = None
+        if folder:
+            data = read_dis(Path(folder)) if kind == "dis" else SceneSet(folder)
+        training = self.training(self.scenes if data is None else len(data))
+        work, output, parts = self.checked("segmentation")
+        build_segmentation_model(training, parts)  # refuses a base that it does not fit
+        vae = parts.vae.eval()
+        del parts  # a U-Net of gigabytes
+        data = render_set(work / "scenes", "train", self.scenes) if data is None else data
+        held_out = render_set(work / "validation", "val", self.validation_scenes, workers=1)
+        model = train_segmentation(
+            training, data, work / "run",
+            latents=self.latents or work / "latents.safetensors",
+            validate=MaskValidation(held_out, lambda model: head_of(model, vae, training), work / "pictures"),
+            validate_every=self.validate_every,
+        )  # fmt: skip
+        replace_folder(output, lambda where: write_segmentation_head(where, model, training, seed=training.fit.seed))
+        print(f"wrote {output}")
+
+    def training(self, images: int) -> SegmentationTraining:
+        """The settings that these options mean, for that many training images."""
+        ours = self.base == "tiny"
+        batch_size = self.batch_size or (SegmentationTraining().batch_size if ours else PUBLISHED_MASK_BATCH)
+        fit = EMBEDDED_MASK_FIT
+        if not ours or self.epochs is not None:
+            epochs = PUBLISHED_EPOCHS if self.epochs is None else self.epochs
+            fit = published_mask_fit(images, batch_size=batch_size, epochs=epochs)
+        return SegmentationTraining(
+            base=self.base,
+            edges=self.edges,
+            decoder=ours if self.decoder is None else self.decoder,
+            fit=self.changed(fit, "bf16"),
+            batch_size=batch_size,
+            size=(128 if ours else 1024) if self.size is None else self.size,
+            scenes=self.scenes,
+            sharpen=(4.0 if ours and self.steps is None else 0.0) if self.sharpen is None else self.sharpen,
+        )
+
+
+def open_set(text: str, task: Task, work: Path, scenes: int) -> Callable[[], SampleSet]:
+    """What opens the data set that a word of --data names; scenes are rendered only when it is called.
+
+    Raises:
+        ValueError: no such data set, or its folder is not named or holds none.
+    """
+    name, _, folder = text.partition("=")
+    readers: dict[str, Callable[[str], SampleSet]] = {
+        "scenes": lambda folder: SceneSamples(SceneSet(folder), task),
+        "hypersim": lambda folder: Hypersim(folder, task),
+        "vkitti2": lambda folder: VirtualKitti(folder, task),
+    }
+    if name not in readers:
+        raise ValueError(f"no data set {name!r} to train on; there are scenes, hypersim=FOLDER and vkitti2=FOLDER")
+    if folder:
+        samples = readers[name](folder)
+        return lambda: samples
+    if name != "scenes":
+        raise ValueError(f"--data {name} needs its folder: {name}=FOLDER")
+    return lambda: SceneSamples(render_set(work / "scenes", "train", scenes), task)

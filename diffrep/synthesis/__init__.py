@@ -1,9 +1,8 @@
 """Large images from self-supervised embeddings."""
 
-from diffrep.synthesis.embedder import ConditionEmbedder
 from diffrep.synthesis.grids import EmbeddingGrid, GridError, slerp
 from diffrep.synthesis.large import synthesize, synthesize_file
-from diffrep.synthesis.model import About, SynthesisModel, load_synthesis
+from diffrep.synthesis.model import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.sampler import OFFICIAL, SynthesisSettings, denoise_canvas, sample_patches
 from diffrep.synthesis.schedulers import OfficialScheduler, build_scheduler
 

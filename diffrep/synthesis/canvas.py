@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.files import read_document, sweep_partials, write_document, write_whole
+from diffrep.files import one_line, read_document, sweep_partials, write_document, write_whole
+from diffrep.synthesis.windows import RowSweep
 
 STAGES = ("denoise", "decode", "done")
 
@@ -114,7 +115,8 @@ class Run:
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], *, seconds: float = 20.0) -> None:
         self.folder, self.seconds = folder, seconds
-        self.position, self.carry = Position(), None
+        self.position = Position()
+        self.carry: np.ndarray | None = None  # sums of the lines that are not final yet, as of `position`
         self._open: dict[str, Lines] = {}
         self._saved, self._number = time.monotonic(), 0
         if folder is None:
@@ -148,8 +150,12 @@ class Run:
             raise ValueError(f"{path}: is a link, a run has plain files only")
         return path
 
-    carry: np.ndarray | None
-    """Sums of the lines that are not final yet, as of `position`."""
+    def take_up(self, sweep: RowSweep, row: int) -> int:
+        """Give an interrupted sweep its sums back, once; returns the row of windows that it goes on with."""
+        if self.carry is not None:
+            sweep.resume(row, self.carry)
+            self.carry = None
+        return row
 
     def checkpoint(self, position: Position, carry: np.ndarray | None, *, force: bool = False) -> None:
         """Note how far the run is, if the last note is old enough."""
@@ -159,9 +165,8 @@ class Run:
         for lines in self._open.values():
             lines.flush()
         self._number += 1
-        name = None
-        if carry is not None:
-            name = f"carry-{self._number}.npy"
+        name = None if carry is None else f"carry-{self._number}.npy"
+        if name is not None:
             write_whole(self.folder / name, lambda partial: np.save(partial, carry), sync=True)
         note = {"stage": position.stage, "step": position.step, "row": position.row, "carry": name}
         write_document(self.folder / "progress.json", note, sync=True)
@@ -186,7 +191,7 @@ class Run:
                 self.carry = np.load(self._inside(carry), allow_pickle=False)
                 self._number = int(number[1])
         except (KeyError, TypeError, ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{file}: is damaged ({error}): delete the folder to begin again") from None
+            raise ValueError(f"{file}: is damaged ({one_line(error)}): delete the folder to begin again") from None
 
     def close(self, *, delete: bool = False) -> None:
         """Close the files; `delete` removes the folder with everything in it that a run makes."""

@@ -16,12 +16,9 @@ from torch import Tensor
 
 from diffrep.backbones import BackboneError
 from diffrep.backbones.adm import RES_BLOCK
-from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line
-from diffrep.synthesis.embedder import OFFICIAL_TOKENS, ConditionEmbedder, official_tokens
-from diffrep.synthesis.model import About, SynthesisModel
+from diffrep.synthesis.model import OFFICIAL_TOKENS, About, ConditionEmbedder, SynthesisModel, official_tokens
 
-read_checkpoint = read_weights  # the name that this module had for it
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 AVERAGE = "model_ema.diffusion_model"  # + a U-Net key without its dots
 
@@ -267,5 +264,4 @@ def _fill(module: Any, weights: Mapping[str, Tensor], what: str) -> None:
     try:
         module.load_state_dict({k: v.float() for k, v in weights.items()})
     except RuntimeError as error:
-        text = " ".join(str(error).split())[:300]
-        raise BackboneError(f"the checkpoint's {what} does not fit its configuration: {text}") from None
+        raise BackboneError(f"the checkpoint's {what} does not fit its configuration: {one_line(error)}") from None

@@ -5,25 +5,29 @@ from __future__ import annotations
 import errno
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 import diffrep
 from diffrep.synthesis.canvas import Lines, Position, Run
-from diffrep.synthesis.decoding import decode_lines, to_uint8
 from diffrep.synthesis.grids import EmbeddingGrid
 from diffrep.synthesis.model import SynthesisModel
 from diffrep.synthesis.outputs import FileSettings, check_output, scratch_bytes, write_pixels
-from diffrep.synthesis.sampler import PatchDenoiser, SynthesisSettings, check_grid, denoise_canvas
-from diffrep.synthesis.windows import WindowPlan
+from diffrep.synthesis.sampler import SynthesisSettings, check_grid, denoise_canvas
+from diffrep.synthesis.windows import RowSweep, WindowPlan, decode_weights, window_weights
 
+STRIP, WINDOWS = 2048, 8  # pixels, or windows: width of what is decoded from top to bottom before the next
+DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more memory than the denoiser
 MOST_KEPT = 4  # tensors that the hungriest scheduler keeps
 
 
 def synthesize(
-    model: PatchDenoiser,
+    model: SynthesisModel,
     grid: EmbeddingGrid,
     size: tuple[int, int] | None = None,
     settings: SynthesisSettings | None = None,
@@ -96,21 +100,18 @@ def synthesize_file(
         pixels = paint(model, grid, size, settings, run, progress=progress)
         about = {**identity, "name": model.name, "encoder": grid.encoder or model.about.encoder}
         write_pixels(path, pixels, file, about=about, scratch=lambda name, shape: run.lines(name, shape, "uint8"))
-    except OSError as error:
+    except BaseException as error:
         run.close()
-        if error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise OSError(
                 f"{path}: the disk is full; nothing is lost: make room and call it again, it goes on from {work}"
             ) from None
-        raise
-    except BaseException:
-        run.close()
         raise
     run.close(delete=True)
 
 
 def paint(
-    model: PatchDenoiser,
+    model: SynthesisModel,
     grid: EmbeddingGrid,
     size: tuple[int, int],
     settings: SynthesisSettings,
@@ -125,31 +126,98 @@ def paint(
         return pixels
     latents = denoise_canvas(model, grid, latent_size(model, size), settings, run=run, progress=progress)
     for start, left, lines in decode_lines(model, latents, settings, run=run, progress=progress):
-        kept = lines[: max(0, size[0] - start), :, : max(0, size[1] - left)]  # whole latents may cover more
-        if kept.size:
-            pixels.write_at(start, left, to_uint8(kept))
+        inside = lines[: max(0, size[0] - start), :, : max(0, size[1] - left)]  # whole latents may cover more
+        if inside.size:
+            pixels.write_at(start, left, to_uint8(inside))
     run.checkpoint(Position("done"), None, force=True)
     return pixels
 
 
-def latent_size(model: PatchDenoiser, size: tuple[int, int]) -> tuple[int, int]:
+@torch.inference_mode()
+def decode_lines(
+    model: SynthesisModel,
+    latents: Lines,
+    settings: SynthesisSettings,
+    *,
+    run: Run | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Decode a canvas with overlapping windows, in strips from top to bottom.
+
+    Windows that lie across two strips are decoded for both.
+
+    A decoder sees the whole of its input, so windows never agree exactly: they are blended. The official Gaussian is
+    still a fifth of its height at a window's border, where it leaves a step; a raised cosine leaves none.
+
+    Args:
+        latents: (H, c, W) lines of scaled latents.
+        run: where an interrupted run goes on; from the top where left out.
+
+    Yields:
+        (first line, first column, (lines, 3, columns) float32, about [0, 1], not clamped), in pixels.
+    """
+    height, _, width = latents.shape
+    stride = settings.decode_stride or max(model.window // 2, 1)
+    plan = WindowPlan((height, width), model.window, stride)
+    factor = model.factor
+    pixels = WindowPlan((height * factor, width * factor), model.window * factor, stride * factor)
+    official = settings.decode_weights == "official"
+    weights = (
+        decode_weights(pixels.window, settings.decode_sigma) if official else window_weights("hann", pixels.window)
+    )
+    width, side = pixels.size[1], max(STRIP, WINDOWS * pixels.window)
+    sweeps = {
+        left: RowSweep(pixels, weights, 3, strip=(left, min(left + side, width))) for left in range(0, width, side)
+    }
+    run = run or Run(None, {})
+    first = run.position
+    total = sum(len(sweep.columns) for sweep in sweeps.values()) * len(plan.rows)
+    bar = tqdm(total=total, desc="decode", unit="window", disable=not progress)
+    for number, (left, sweep) in enumerate(sweeps.items()):
+        start_row = len(plan.rows)
+        if number >= first.step:
+            start_row = run.take_up(sweep, first.row if number == first.step else 0)
+        bar.update(start_row * len(sweep.columns))
+        for row in range(start_row, len(plan.rows)):
+            lines = latents.tensor(plan.rows[row], plan.rows[row] + plan.window).movedim(1, 0)
+            for start in range(0, len(sweep.columns), DECODE_BATCH):
+                part = sweep.columns[start : start + DECODE_BATCH]
+                windows = torch.stack([lines[:, :, plan.columns[k] :][:, :, : plan.window] for k in part])
+                decoded = model.decode(windows, quantize=settings.quantize).float().cpu().numpy()
+                for column, value in zip(part, decoded, strict=True):
+                    sweep.add(row, column, value)
+                bar.update(len(part))
+            for top, values in sweep.end_row():
+                yield top, left, values
+            run.checkpoint(Position("decode", number, row + 1), sweep.carry)
+    bar.close()
+
+
+def to_uint8(lines: np.ndarray) -> np.ndarray:
+    """(n, 3, W) values in [0, 1] -> (n, W, 3) uint8."""
+    return np.round(np.clip(lines, 0, 1) * 255).astype(np.uint8).transpose(0, 2, 1)
+
+
+def latent_size(model: SynthesisModel, size: tuple[int, int]) -> tuple[int, int]:
     """Latent pixels (H, W) that cover an image of (H, W) pixels."""
     return math.ceil(size[0] / model.factor), math.ceil(size[1] / model.factor)
 
 
-def grid_size(model: PatchDenoiser, grid: EmbeddingGrid) -> tuple[int, int]:
+def grid_size(model: SynthesisModel, grid: EmbeddingGrid) -> tuple[int, int]:
     """(H, W) pixels of an image with one whole window a cell."""
     cell = model.window * model.factor
     return grid.shape[0] * cell, grid.shape[1] * cell
 
 
-def grid_shape(model: PatchDenoiser, size: tuple[int, int]) -> tuple[int, int]:
+def grid_shape(model: SynthesisModel, size: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of the grid that an image of (H, W) pixels needs."""
     height, width = latent_size(model, size)
     return math.ceil(height / model.window), math.ceil(width / model.window)
 
 
-def check_canvas(model: PatchDenoiser, grid: EmbeddingGrid, size: tuple[int, int], settings: SynthesisSettings) -> None:
+def check_canvas(
+    model: SynthesisModel, grid: EmbeddingGrid, size: tuple[int, int], settings: SynthesisSettings
+) -> None:
     """Refuse what cannot be painted before any work is done.
 
     Raises:

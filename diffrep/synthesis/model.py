@@ -9,7 +9,6 @@ the model whose autoencoder it uses.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights
 from diffrep.backbones.pipelines import load_component
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
-from diffrep.files import forget_origin, read_document, write_document
-from diffrep.synthesis.embedder import ConditionEmbedder
+from diffrep.files import forget_origin, one_line, read_document, read_weights, save_weights, write_document
 
 EMBEDDED = ("tiny-synthesis",)
-AUTOENCODERS = ("vae", "vqvae")  # where a diffusers folder may keep it
+OFFICIAL_TOKENS = ("patch_fc", "region_fc")  # the authors' names of the projections, in the order of the tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +55,104 @@ class About:
             raise ValueError(f"unrelated must be a cosine under 1, got {self.unrelated}")
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> About:
-        known = set(cls.__dataclass_fields__)
+    def read(cls, folder: Path) -> About:
+        """The record in a model's folder; where it has none, nothing is known.
+
+        Raises:
+            BackboneError: it is damaged.
+        """
+        file, known = folder / "synthesis.json", set(cls.__dataclass_fields__)
+        if not file.is_file():
+            return cls()
+        values = read_document(file, error=BackboneError)
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        return cls(**values)
+            raise BackboneError(f"{file}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        try:
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise BackboneError(f"{file}: {one_line(error)}") from None
+
+
+class ConditionEmbedder(nn.Module):
+    """Token k of the context = Linear_k(e_k / ||e_k||), trained together with the U-Net.
+
+    The null condition is the embedding of all zeros, so that its token is the bias (official code).
+
+    Args:
+        dims: width of the embedding of each token: (384,) for one patch embedding, (384, 768) where a second token
+            tells of a larger region.
+        width: of the tokens, the U-Net's ``cross_attention_dim``.
+        normalize: divide embeddings by their length first.
+    """
+
+    def __init__(self, dims: Sequence[int], width: int, *, normalize: bool = True) -> None:
+        super().__init__()
+        self.dims, self.width, self.normalize = tuple(int(d) for d in dims), int(width), normalize
+        self.tokens = nn.ModuleList(nn.Linear(dim, self.width) for dim in self.dims)
+
+    def forward(self, *embeddings: Tensor) -> Tensor:
+        """Embeddings, (B, dim) for each token -> context (B, tokens, width).
+
+        Trailing tokens that are left out get their null, as the large-image code of the authors does with the
+        embedding of the region.
+
+        Raises:
+            ValueError: an embedding has another width, or there are more than tokens.
+        """
+        if not 1 <= len(embeddings) <= len(self.dims):
+            raise ValueError(f"this model takes 1 to {len(self.dims)} embeddings an image, got {len(embeddings)}")
+        rest = [embeddings[0].new_zeros(len(embeddings[0]), dim) for dim in self.dims[len(embeddings) :]]
+        tokens = []
+        for number, (embedding, dim, project) in enumerate(
+            zip([*embeddings, *rest], self.dims, self.tokens, strict=True)
+        ):
+            if embedding.ndim != 2 or embedding.shape[1] != dim:
+                shape = tuple(embedding.shape)
+                raise ValueError(f"embedding {number} of this model is {dim} wide: give (B, {dim}), got {shape}")
+            tokens.append(project(F.normalize(embedding, dim=1) if self.normalize else embedding))
+        return torch.stack(tokens, dim=1)
+
+    def null(self, batch: int = 1) -> Tensor:
+        """Context (batch, tokens, width) of the null condition."""
+        biases: list[Any] = [linear.bias for linear in self.tokens]
+        return torch.stack(biases).expand(batch, -1, -1)
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        config = {"dims": list(self.dims), "width": self.width, "normalize": self.normalize}
+        write_document(folder / "config.json", config)
+        save_weights(folder / "model.safetensors", self.state_dict())
+
+    @classmethod
+    def load(cls, folder: Path) -> ConditionEmbedder:
+        """Read what `save` wrote, or a record of the authors' classes (patch_embed_dim, ..., target_dim).
+
+        Raises:
+            BackboneError: a file is missing or does not fit.
+        """
+        config = read_document(folder / "config.json", error=BackboneError)
+        weights, _ = read_weights(folder / "model.safetensors", error=BackboneError)
+        names = ("patch_embed_dim", "region_embed_dim")
+        try:
+            if "target_dim" in config:
+                dims, width = [config[name] for name in names if config.get(name)], config["target_dim"]
+                normalize, weights = config.get("normalize_ssl", True), official_tokens(weights)
+            else:
+                dims, width, normalize = config["dims"], config["width"], config.get("normalize", True)
+            embedder = cls(dims, width, normalize=normalize)
+            embedder.load_state_dict({k: v.float() for k, v in weights.items()})
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError) as error:
+            raise BackboneError(f"{folder / 'config.json'}: does not fit the weights ({one_line(error)})") from None
+        return embedder
+
+
+def official_tokens(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the authors' projections: patch_fc -> tokens.0, region_fc -> tokens.1."""
+    renamed = {}
+    for key, value in weights.items():
+        name, _, kind = key.partition(".")
+        renamed[f"tokens.{OFFICIAL_TOKENS.index(name)}.{kind}" if name in OFFICIAL_TOKENS else key] = value
+    return renamed
 
 
 class SynthesisModel(nn.Module):
@@ -134,13 +226,11 @@ class SynthesisModel(nn.Module):
             timesteps: () or (B,), 0..999; may be fractional.
             context: (B, tokens, width), from `context` or `null_context`.
         """
-        predicted: Tensor = self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
-        return predicted
+        return self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
 
     def context(self, *embeddings: Tensor) -> Tensor:
         """Context of raw embeddings, (B, dim) for each token; see `ConditionEmbedder.forward`."""
-        tokens: Tensor = self.embedder(*embeddings)
-        return tokens
+        return self.embedder(*embeddings)
 
     def null_context(self, batch: int = 1) -> Tensor:
         """Context of the null condition: all embeddings zero."""
@@ -152,8 +242,7 @@ class SynthesisModel(nn.Module):
         from diffusers import DDIMScheduler
 
         schedule: Any = DDIMScheduler.from_config(self.scheduler)
-        values: Tensor = schedule.alphas_cumprod
-        return values
+        return schedule.alphas_cumprod
 
     # -- latents --------------------------------------------------------------------------------------------
 
@@ -185,16 +274,14 @@ class SynthesisModel(nn.Module):
     def unscaled(self, latents: Tensor) -> Tensor:
         """Scaled latents as the autoencoder itself has them."""
         shift = getattr(self.autoencoder.config, "shift_factor", None) or 0.0
-        found: Tensor = latents / self.autoencoder.config.scaling_factor + shift
-        return found
+        return latents / self.autoencoder.config.scaling_factor + shift
 
     @torch.no_grad()
     def code_indices(self, latents: Tensor) -> Tensor:
         """Scaled latents -> (B, h, w) int64: the nearest entry of a VQ autoencoder's codebook."""
         latents = self.unscaled(latents.to(self.device, self.dtype))
         _, _, (_, _, indices) = self.autoencoder.quantize(latents)
-        codes: Tensor = indices.reshape(len(latents), *latents.shape[-2:])
-        return codes
+        return indices.reshape(len(latents), *latents.shape[-2:])
 
     # -- files ----------------------------------------------------------------------------------------------
 
@@ -208,8 +295,7 @@ class SynthesisModel(nn.Module):
         self.unet.save_pretrained(folder / "unet")
         self.embedder.save(folder / "embedder")
         scheduler = {"_class_name": "DDIMScheduler", **self.scheduler}
-        (folder / "scheduler").mkdir(exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2) + "\n")
+        write_document(folder / "scheduler" / "scheduler_config.json", scheduler)
         if self.about.autoencoder is None if autoencoder is None else autoencoder:
             part = "vqvae" if hasattr(self.autoencoder, "quantize") else "vae"
             self.autoencoder.save_pretrained(folder / part)
@@ -254,20 +340,23 @@ def load_synthesis(
     parts = ("unet/config.json", "scheduler/scheduler_config.json")
     if missing := [part for part in parts if not (folder / part).is_file()]:
         raise BackboneError(f"{folder}: is no synthesis model: {', '.join(missing)} missing")
-    about = _about(folder)
-    home, part = _find_autoencoder(folder, about)
-    kind = VQModel if _class_name(home / part) == "VQModel" else AutoencoderKL
+    about = About.read(folder)
     embedder = ConditionEmbedder.load(_first(folder, ("embedder", "cond_stage")))
+    autoencoder = _first(_autoencoder_home(folder, about), ("vae", "vqvae"))
+    kind = read_document(autoencoder / "config.json", error=BackboneError).get("_class_name")
     scheduler = read_document(folder / "scheduler" / "scheduler_config.json", error=BackboneError)
     try:
         model = SynthesisModel(
             load_component(UNet2DConditionModel, str(folder), "unet", torch.float32),
             embedder,
-            load_component(kind, str(home), part, torch.float32),
+            load_component(
+                VQModel if kind == "VQModel" else AutoencoderKL,
+                str(autoencoder.parent), autoencoder.name, torch.float32,
+            ),
             {k: v for k, v in scheduler.items() if not k.startswith("_")},
             about=about,
             name=name,
-        )
+        )  # fmt: skip
     except ValueError as error:
         raise BackboneError(str(error)) from None
     for module in (model.unet, model.embedder, model.autoencoder):
@@ -275,33 +364,19 @@ def load_synthesis(
     return model.eval().requires_grad_(False).to(place, dtype)
 
 
-def _about(folder: Path) -> About:
-    file = folder / "synthesis.json"
-    if not file.is_file():
-        return About()
-    try:
-        return About.from_dict(read_document(file, error=BackboneError))
-    except (ValueError, TypeError) as error:
-        raise BackboneError(f"{file}: {error}") from None
-
-
 def _first(folder: Path, names: Sequence[str]) -> Path:
-    found = next((folder / name for name in names if (folder / name).is_dir()), None)
-    if found is None:
+    part = next((folder / name for name in names if (folder / name).is_dir()), None)
+    if part is None:
         raise BackboneError(f"{folder}: has none of {', '.join(names)}")
-    return found
+    return part
 
 
-def _find_autoencoder(folder: Path, about: About) -> tuple[Path, str]:
-    """The folder that holds the autoencoder, and its part there."""
-    home = folder
-    if about.autoencoder is not None:
-        embedded = MODELS / about.autoencoder
-        home = embedded if embedded.is_dir() else folder / about.autoencoder
+def _autoencoder_home(folder: Path, about: About) -> Path:
+    """The folder of the model that has the autoencoder."""
+    if about.autoencoder is None:
+        return folder
+    embedded = MODELS / about.autoencoder
+    home = embedded if embedded.is_dir() else folder / about.autoencoder
     if not home.is_dir():
         raise BackboneError(f"{folder}: its autoencoder is that of {about.autoencoder}, which is no folder")
-    return home, _first(home, AUTOENCODERS).name
-
-
-def _class_name(folder: Path) -> str:
-    return str(read_document(folder / "config.json", error=BackboneError).get("_class_name", ""))
+    return home

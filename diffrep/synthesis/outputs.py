@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffrep.files import replace_folder, write_whole
 from diffrep.images import MAX_PIXELS
+from diffrep.settings import POSITIVE, check
 from diffrep.synthesis.canvas import Lines
 from diffrep.synthesis.windows import LINES
 
@@ -37,12 +38,9 @@ class FileSettings:
     pixel_size: float | None = None  # micrometres a pixel; the model's where left out, if it is known
 
     def __post_init__(self) -> None:
-        if self.tile < 16 or self.tile % 16:
+        check(self, tile="16..", quality="1..100", pixel_size=POSITIVE)
+        if self.tile % 16:
             raise ValueError(f"tile must be a multiple of 16 pixels, got {self.tile}")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must be in 1..100, got {self.quality}")
-        if self.pixel_size is not None and not self.pixel_size > 0:
-            raise ValueError(f"pixel_size must be more than 0, got {self.pixel_size}")
 
 
 def check_output(path: Path, size: tuple[int, int]) -> None:
@@ -144,8 +142,10 @@ def _write_tiff(path: Path, levels: list[Lines], settings: FileSettings, note: s
             metadata |= {"PhysicalSizeX": size, "PhysicalSizeY": size}
     with tifffile.TiffWriter(path, bigtiff=4 * height * width > 2**32 - 2**25, ome=ome) as file:
         for number, level in enumerate(levels):
-            scale = {} if size is None else _resolution(size * width / level.shape[1])
-            first = number == 0
+            first, scale = number == 0, {}
+            if size is not None:
+                density = 1e4 / (size * width / level.shape[1])  # pixels a centimetre
+                scale = {"resolution": (density, density), "resolutionunit": "CENTIMETER"}
             file.write(
                 _tiles(level, settings.tile),
                 shape=level.shape,
@@ -159,12 +159,6 @@ def _write_tiff(path: Path, levels: list[Lines], settings: FileSettings, note: s
             )
 
 
-def _resolution(pixel_size: float) -> dict[str, Any]:
-    """Pixels a centimetre, as TIFF has it."""
-    value = 1e4 / pixel_size
-    return {"resolution": (value, value), "resolutionunit": "CENTIMETER"}
-
-
 def _write_zarr(path: Path, levels: list[Lines], settings: FileSettings, note: str) -> None:
     import zarr
 
@@ -174,12 +168,9 @@ def _write_zarr(path: Path, levels: list[Lines], settings: FileSettings, note: s
     for number, level in enumerate(levels):
         height, width, _ = level.shape
         array = zarr.open_array(
-            str(path / str(number)),
-            mode="w",
-            shape=(3, height, width),
-            chunks=(3, settings.tile, settings.tile),
+            str(path / str(number)), mode="w", shape=(3, height, width), chunks=(3, settings.tile, settings.tile),
             dtype="uint8",
-        )
+        )  # fmt: skip
         for top in range(0, height, settings.tile):
             lines = level.read(top, min(top + settings.tile, height))
             array[:, top : top + len(lines)] = lines.transpose(2, 0, 1)

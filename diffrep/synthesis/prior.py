@@ -1,4 +1,4 @@
-"""Grids of embeddings without a reference image: a small diffusion model over the grid, told a label or a text.
+"""Grids of embeddings without a reference image: a small diffusion model over the grid, under a label or a text.
 
 The second half of unCLIP's idea (Ramesh et al., 2022) for grids: a transformer over the cells predicts the clean,
 standardised embeddings; `SynthesisModel` paints what it draws.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from diffrep.backbones import BackboneError, check_weights, draw_noise
 from diffrep.backbones.repositories import MODELS
 from diffrep.backbones.text import TextEncoders
-from diffrep.files import read_document, read_weights, save_weights, write_document
+from diffrep.files import one_line, read_document, read_weights, save_weights, write_document
 from diffrep.synthesis.grids import EmbeddingGrid
 
 TIMESTEPS = 1000
@@ -28,7 +28,7 @@ OPEN_CLIP = "open_clip:"
 
 @dataclass(frozen=True, kw_only=True)
 class PriorConfig:
-    """What a prior is told and draws; ``config.json`` of its folder."""
+    """The conditions and the grids of a prior; ``config.json`` of its folder."""
 
     dim: int  # of the embeddings
     condition_dim: int  # of a text's embedding; number of labels
@@ -42,7 +42,7 @@ class PriorConfig:
 
     def __post_init__(self) -> None:
         if bool(self.text) == bool(self.labels):
-            raise ValueError("a prior is told texts or labels: give `text` or `labels`")
+            raise ValueError("a prior has texts or labels as conditions: give `text` or `labels`")
         if self.labels and len(self.labels) != self.condition_dim:
             raise ValueError(f"condition_dim must be the number of labels {len(self.labels)}, got {self.condition_dim}")
         if self.width % 4 or self.width % self.heads:
@@ -85,22 +85,22 @@ class EmbeddingPrior(nn.Module):
             noisy: (B, R, C, D), standardised.
             timesteps: (B,), 0..999.
             conditions: (B, condition_dim), from `conditions`.
-            dropped: (B,) bool: samples that are told nothing.
+            dropped: (B,) bool: samples without condition.
 
         Returns:
             (B, R, C, D).
         """
         rows, columns = noisy.shape[1:3]
         width = self.config.width
-        told = torch.where(dropped[:, None], self.null.to(conditions.dtype), self.tell(conditions))
+        condition = torch.where(dropped[:, None], self.null.to(conditions.dtype), self.tell(conditions))
         time = self.time(sinusoids(timesteps.float(), width).to(noisy.dtype))
         cells = self.read(noisy.flatten(1, 2)) + cell_positions(rows, columns, width).to(noisy)
-        tokens = torch.cat([told[:, None], time[:, None], cells + time[:, None]], dim=1)
-        found: Tensor = self.write(self.norm(self.blocks(tokens)[:, 2:]))
-        return found.unflatten(1, (rows, columns))
+        tokens = torch.cat([condition[:, None], time[:, None], cells + time[:, None]], dim=1)
+        clean: Tensor = self.write(self.norm(self.blocks(tokens)[:, 2:]))
+        return clean.unflatten(1, (rows, columns))
 
     def conditions(self, names: Sequence[str]) -> Tensor:
-        """Labels, or texts, as the network is told them: (B, condition_dim).
+        """Labels, or texts, as vectors for the network: (B, condition_dim).
 
         Raises:
             ValueError: a label that it does not know.
@@ -148,12 +148,12 @@ class EmbeddingPrior(nn.Module):
         scheduler.set_timesteps(steps)
         noise = [draw_noise((rows, columns, self.config.dim), seed, k) for k in range(len(names))]
         grids = torch.cat(noise).to(self.mean)
-        told, untold = (torch.full((len(grids),), value, device=grids.device) for value in (False, True))
+        keep, drop = (torch.full((len(grids),), value, device=grids.device) for value in (False, True))
         for timestep in scheduler.timesteps:
             time = torch.full((len(grids),), int(timestep), device=grids.device)
-            clean = self(grids, time, conditions, told)
+            clean = self(grids, time, conditions, keep)
             if guidance != 1:
-                null = self(grids, time, conditions, untold)
+                null = self(grids, time, conditions, drop)
                 clean = null + guidance * (clean - null)
             grids = scheduler.step(clean, timestep, grids).prev_sample
         embeddings = (grids * self.std + self.mean).float().cpu()
@@ -161,10 +161,8 @@ class EmbeddingPrior(nn.Module):
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_document(folder / "config.json", asdict(self.config))
-        save_weights(folder / "model.safetensors", self.state_dict())
+        write_document(Path(folder) / "config.json", asdict(self.config))
+        save_weights(Path(folder) / "model.safetensors", self.state_dict())
 
 
 def load_prior(name: str | os.PathLike[str] = "tiny-prior") -> EmbeddingPrior:
@@ -179,7 +177,7 @@ def load_prior(name: str | os.PathLike[str] = "tiny-prior") -> EmbeddingPrior:
         raise BackboneError(f"{name}: is no folder of a prior (it has no config.json)")
     values = read_document(folder / "config.json", error=BackboneError)
     weights, _ = read_weights(folder / "model.safetensors", error=BackboneError)
-    known = {f.name for f in fields(PriorConfig)}
+    known = PriorConfig.__dataclass_fields__.keys()
     if unknown := sorted(set(values) - known):
         raise BackboneError(f"{folder}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:
@@ -187,7 +185,7 @@ def load_prior(name: str | os.PathLike[str] = "tiny-prior") -> EmbeddingPrior:
         prior = EmbeddingPrior(PriorConfig(**{**values, **pairs}))
         prior.load_state_dict({k: v.float() for k, v in weights.items()})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BackboneError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
+        raise BackboneError(f"{folder}: {one_line(error)}") from None
     check_weights(prior, name)
     return prior.eval().requires_grad_(False)
 
@@ -211,7 +209,7 @@ def embed_texts(name: str, texts: Sequence[str], *, batch_size: int = 256) -> Te
         try:
             model: Any = open_clip.create_model(model_name, pretrained=pretrained or None).eval()
         except RuntimeError as error:
-            raise BackboneError(f"{name}: {' '.join(str(error).split())[:200]}") from None
+            raise BackboneError(f"{name}: {one_line(error)}") from None
         tokenizer = open_clip.get_tokenizer(model_name)
         found = torch.cat([model.encode_text(tokenizer(part)) for part in parts])
     else:

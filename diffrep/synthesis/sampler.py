@@ -8,21 +8,22 @@ than a band of it is in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.backbones.diffusion import keyed_generator
+from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.synthesis.canvas import Lines, Position, Run
 from diffrep.synthesis.grids import EmbeddingGrid, GridError
-from diffrep.synthesis.model import About
-from diffrep.synthesis.noise import KeyedNoise, Noise
+from diffrep.synthesis.model import SynthesisModel
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
 from diffrep.synthesis.windows import (
+    Block,
     DecodeWeighting,
     RowSweep,
     Weighting,
@@ -37,30 +38,6 @@ SchedulerName = Literal[
 ]  # fmt: skip
 
 
-class PatchDenoiser(Protocol):
-    """What the sampler needs of a `SynthesisModel`."""
-
-    window: int
-    channels: int
-    factor: int
-    scheduler: dict[str, Any]
-    about: About
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def context(self, *embeddings: Tensor) -> Tensor: ...
-
-    def null_context(self, batch: int = 1) -> Tensor: ...
-
-    def __call__(self, latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor: ...
-
-    def decode(self, latents: Tensor, *, quantize: bool = True) -> Tensor: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class SynthesisSettings:
     """How an image is sampled. The result depends on all of these but batch_size and band, and on those by rounding."""
@@ -71,30 +48,23 @@ class SynthesisSettings:
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
     # of a window's predictions where windows overlap: uniform is the published average; hann lets cells flow into each
-    # other; with cells they only do where they are alike: windows between others count little and are told none
+    # other; with cells they only do where they are alike: windows between others count little and have no condition
     weights: Weighting = "cells"
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
     decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
     decode_sigma: float = 0.8  # width of that Gaussian, in halves of a window's side
     quantize: bool = True  # VQ autoencoders: decode entries of the codebook
-    timestep_shift: float = 0.0  # added to the timestep that the network is told; the published sampler has 1
+    timestep_shift: float = 0.0  # added to the timestep that the network gets; the published sampler has 1
     seed: int = 0
     batch_size: int = 16  # windows that go through the network together, each twice with guidance
     band: int | None = None  # rows of windows in memory; as many as fill a batch where left out
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "band", "stride", "decode_stride"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in 0..2^63 - 1, got {self.seed}")
-        if not (math.isfinite(self.decode_sigma) and self.decode_sigma > 0):
-            raise ValueError(f"decode_sigma must be more than 0, got {self.decode_sigma}")
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be in 0..1, got {self.eta}")
-        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise ValueError(f"guidance must be 0 or more, got {self.guidance}")
+        check(
+            self,
+            steps="1..", batch_size="1..", band="1..", stride="1..", decode_stride="1..", seed="[0, 2^63)",
+            decode_sigma=POSITIVE, eta="[0, 1]", guidance=NOT_NEGATIVE,
+        )  # fmt: skip
 
 
 OFFICIAL = SynthesisSettings(
@@ -104,44 +74,91 @@ OFFICIAL = SynthesisSettings(
 """The authors' large-image code, for windows of 64 latent pixels; they write guidance - 1, which is 3."""
 
 
+class KeyedNoise:
+    """Noise of a canvas, or of a batch of patches, from a generator for every line of every step, on the CPU."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def start(self, lines: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """(lines, *shape) standard normal noise to start from; a line is (c, h, w) of any shape."""
+        return torch.stack([torch.randn(*shape, generator=keyed_generator(self.seed, line)) for line in lines])
+
+    def arguments(self, step: int, lines: Sequence[int]) -> Mapping[str, Any]:
+        """Arguments of a scheduler's `step` about noise, for lines as a batch."""
+        return {"generator": [keyed_generator(self.seed, line, stream=step + 1) for line in lines]}
+
+
+class GivenNoise:
+    """Noise that was drawn elsewhere.
+
+    Args:
+        first: (lines, c, h, w) to start from, already scaled to the scheduler's first level.
+        steps: (steps, lines, c, h, w), one for each step that uses one; None for samplers without noise.
+    """
+
+    def __init__(self, first: Tensor, steps: Tensor | None = None) -> None:
+        self.first, self.steps = first, steps
+
+    @classmethod
+    def of_canvas(cls, first: Tensor, steps: Tensor | None = None) -> GivenNoise:
+        """From fields (c, H, W) and (steps, c, H, W): their rows are the lines."""
+        rows = first.movedim(1, 0)[:, :, None]
+        return cls(rows, None if steps is None else steps.movedim(2, 1)[:, :, :, None])
+
+    def start(self, lines: Sequence[int], shape: Sequence[int]) -> Tensor:
+        noise = self.first[list(lines)]
+        if tuple(noise.shape[1:]) != tuple(shape):
+            raise ValueError(f"the noise has lines of {tuple(noise.shape[1:])}, the canvas has {tuple(shape)}")
+        return noise
+
+    def arguments(self, step: int, lines: Sequence[int]) -> Mapping[str, Any]:
+        if self.steps is None or step >= len(self.steps):
+            return {}
+        return {"variance_noise": self.steps[step][list(lines)]}
+
+
+Noise: TypeAlias = KeyedNoise | GivenNoise
+
+
 @torch.inference_mode()
 def predict(
-    model: PatchDenoiser,
+    model: SynthesisModel,
     latents: Tensor,
     timestep: Tensor,
     embeddings: Sequence[Tensor],
     settings: SynthesisSettings,
     *,
-    told: Tensor | None = None,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """The guided prediction for a batch of windows.
 
     Args:
         latents: (B, c, h, w), as the scheduler scales them.
         embeddings: (B, dim) for each token, raw.
-        told: (B,) in 0..1, how strongly each window is told its embedding: factor of the guidance. Where that leaves
-            a scale of 0 or 1, the window passes the network once instead of twice. All 1 where left out.
+        shares: (B,) in 0..1, factors of the guidance. Where that leaves a scale of 0 or 1, the window passes the
+            network once instead of twice. All 1 where left out.
 
     Returns:
         (B, c, h, w) float32 on the CPU.
     """
     guidance = model.about.guidance if settings.guidance is None else settings.guidance
-    scale = guidance * (torch.ones(len(latents)) if told is None else told)
+    scale = guidance * (torch.ones(len(latents)) if shares is None else shares)
     conditional, null = scale != 0, scale != 1  # which of the two predictions are needed
     context = model.context(*(e[conditional].to(model.device, model.dtype) for e in embeddings))
     contexts = torch.cat([context, model.null_context(int(null.sum()))])
     both = torch.cat([latents[conditional], latents[null]]).to(model.device, model.dtype)
     time = (timestep.float() + settings.timestep_shift).to(model.device)
-    found = model(both, time, contexts).float().cpu()
+    outputs = model(both, time, contexts).float().cpu()
     predicted = torch.zeros(latents.shape)
-    predicted[null] = found[len(context) :] * (1 - scale[null])[:, None, None, None]
-    predicted[conditional] += found[: len(context)] * scale[conditional][:, None, None, None]
+    predicted[null] = outputs[len(context) :] * (1 - scale[null])[:, None, None, None]
+    predicted[conditional] += outputs[: len(context)] * scale[conditional][:, None, None, None]
     return predicted
 
 
 @torch.inference_mode()
 def sample_patches(
-    model: PatchDenoiser,
+    model: SynthesisModel,
     embeddings: Tensor | Sequence[Tensor],
     settings: SynthesisSettings | None = None,
     *,
@@ -172,20 +189,20 @@ def sample_patches(
     noise = noise or KeyedNoise(settings.seed)
     lines = range(len(tokens[0]))
     latents = noise.start(lines, (model.channels, height, width)) * float(scheduler.init_noise_sigma)
-    stepper, kept = Stepper(scheduler, eta=settings.eta), dict[str, Tensor]()
+    stepper, memory = Stepper(scheduler, eta=settings.eta), dict[str, Tensor]()
     while stepper.position < len(stepper):
-        scaled, found = stepper.scale(latents), []
+        scaled, predicted = stepper.scale(latents), []
         for part in torch.arange(len(latents)).split(settings.batch_size):
-            found.append(predict(model, scaled[part], stepper.timestep, [t[part] for t in tokens], settings))
+            predicted.append(predict(model, scaled[part], stepper.timestep, [t[part] for t in tokens], settings))
         draws = noise.arguments(stepper.position, lines)
-        latents, kept = stepper.step(torch.cat(found), latents, kept, draws)
+        latents, memory = stepper.step(torch.cat(predicted), latents, memory, draws)
         stepper.advance()
     return latents
 
 
 @torch.inference_mode()
 def denoise_canvas(
-    model: PatchDenoiser,
+    model: SynthesisModel,
     grid: EmbeddingGrid,
     size: tuple[int, int],
     settings: SynthesisSettings | None = None,
@@ -222,7 +239,10 @@ def denoise_canvas(
     )
     noise, shape = noise or KeyedNoise(settings.seed), (size[0], model.channels, size[1])
     if run.position == Position():
-        _start(run.lines("0-canvas", shape), noise, float(stepper.scheduler.init_noise_sigma))
+        canvas, sigma = run.lines("0-canvas", shape), float(stepper.scheduler.init_noise_sigma)
+        for line in range(size[0]):
+            start = noise.start([line], (model.channels, 1, size[1])) * sigma
+            canvas.write(line, start[:, :, 0].float().numpy())
     steps = len(stepper) if run.position.stage != "denoise" else run.position.step
     for _ in range(steps):
         stepper.advance()
@@ -230,53 +250,46 @@ def denoise_canvas(
         total=len(stepper) * len(plan), initial=steps * len(plan), desc="denoise", unit="window", disable=not progress
     )
     while stepper.position < len(stepper):
-        _denoise_step(model, grid, plan, settings, run, stepper, noise, shape, bar)
+        _denoise_step(model, grid, plan, settings, run, stepper, noise, bar)
         if after_step is not None:
             after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-canvas", shape))
     bar.close()
     return run.lines(f"{len(stepper) % 2}-canvas", shape)
 
 
-def _start(canvas: Lines, noise: Noise, sigma: float) -> None:
-    _, channels, width = canvas.shape
-    for line in range(canvas.shape[0]):
-        canvas.write(line, (noise.start([line], (channels, 1, width)) * sigma)[:, :, 0].float().numpy())
-
-
 def _denoise_step(
-    model: PatchDenoiser,
+    model: SynthesisModel,
     grid: EmbeddingGrid,
     plan: WindowPlan,
     settings: SynthesisSettings,
     run: Run,
     stepper: Stepper,
     noise: Noise,
-    shape: tuple[int, int, int],
     bar: tqdm,
 ) -> None:
     """One step of the whole canvas, row of windows by row of windows."""
     step, now, after = stepper.position, stepper.position % 2, (stepper.position + 1) % 2
+    shape, names = (plan.size[0], model.channels, plan.size[1]), stepper.kept
     old, new = run.lines(f"{now}-canvas", shape), run.lines(f"{after}-canvas", shape)
-    kept_names = stepper.kept
-    weights = window_weights(settings.weights, plan.window)
-    sweep = RowSweep(plan, weights, model.channels)
-    first_row = run.position.row
-    if run.carry is not None:
-        sweep.resume(first_row, run.carry)
-        run.carry = None
+    sweep = RowSweep(plan, window_weights(settings.weights, plan.window), model.channels)
+    first_row = run.take_up(sweep, run.position.row)
     bar.update(first_row * len(plan.columns))
 
-    def finish(start: int, predicted: np.ndarray) -> None:
-        """The lines from `start` on are predicted: step them."""
-        stop = start + len(predicted)
-        sample, kept = _batch(old.tensor(start, stop)), {}
-        for name in kept_names:
-            kept[name] = _batch(run.lines(f"{now}-kept-{name}", shape).tensor(start, stop))
-        draws = noise.arguments(step, range(start, stop))
-        sample, kept = stepper.step(_batch(torch.from_numpy(predicted)), sample, kept, draws)
-        new.write(start, sample[:, :, 0].float().numpy())
-        for name, value in kept.items():
-            run.lines(f"{after}-kept-{name}", shape).write(start, value[:, :, 0].float().numpy())
+    def batch(lines: Tensor) -> Tensor:  # (n, c, W) lines as a batch (n, c, 1, W)
+        return lines[:, :, None]
+
+    def finish(blocks: Iterable[Block]) -> None:
+        """Lines are predicted: step them."""
+        for start, predicted in blocks:
+            stop = start + len(predicted)
+            memory = {k: batch(run.lines(f"{now}-kept-{k}", shape).tensor(start, stop)) for k in names}
+            sample, memory = stepper.step(
+                batch(torch.from_numpy(predicted)), batch(old.tensor(start, stop)), memory,
+                noise.arguments(step, range(start, stop)),
+            )  # fmt: skip
+            new.write(start, sample[:, :, 0].float().numpy())
+            for name, value in memory.items():
+                run.lines(f"{after}-kept-{name}", shape).write(start, value[:, :, 0].float().numpy())
 
     band = settings.band or max(settings.batch_size // len(plan.columns), 1)
     for first in range(first_row - first_row % band, len(plan.rows), band):
@@ -291,27 +304,21 @@ def _denoise_step(
             corners = [(plan.rows[row], plan.columns[column]) for row, column in part]
             windows = torch.stack([lines[:, i - top : i - top + plan.window, j : j + plan.window] for i, j in corners])
             offsets = torch.tensor(corners)
-            embeddings = grid.at(offsets, model.window)
-            shares, told = window_shares(settings.weights, plan, offsets, grid, unrelated=model.about.unrelated)
-            found = predict(model, stepper.scale(windows), stepper.timestep, [embeddings], settings, told=told)
-            for (row, column), share, value in zip(part, shares.tolist(), found.numpy(), strict=True):
-                for ready in sweep.add(row, column, value, share):
-                    finish(*ready)
+            embeddings = [grid.at(offsets, model.window)]
+            weights, shares = window_shares(settings.weights, plan, offsets, grid, unrelated=model.about.unrelated)
+            scaled = stepper.scale(windows)
+            predicted = predict(model, scaled, stepper.timestep, embeddings, settings, shares=shares).numpy()
+            for (row, column), weight, value in zip(part, weights.tolist(), predicted, strict=True):
+                finish(sweep.add(row, column, value, weight))
             bar.update(len(part))
-        for ready in sweep.end_row():
-            finish(*ready)
+        finish(sweep.end_row())
         run.checkpoint(Position("denoise", step, rows[-1] + 1), sweep.carry)
     stepper.advance()
-    stage = "denoise" if stepper.position < len(stepper) else "decode"
-    run.checkpoint(Position(stage, stepper.position if stage == "denoise" else 0), None, force=True)
+    last = stepper.position == len(stepper)
+    run.checkpoint(Position("decode") if last else Position("denoise", stepper.position), None, force=True)
 
 
-def _batch(lines: Tensor) -> Tensor:
-    """(n, c, W) lines as a batch (n, c, 1, W)."""
-    return lines[:, :, None]
-
-
-def check_grid(grid: EmbeddingGrid, size: tuple[int, int], model: PatchDenoiser) -> None:
+def check_grid(grid: EmbeddingGrid, size: tuple[int, int], model: SynthesisModel) -> None:
     """Refuse a grid before any work is done for it.
 
     Raises:
@@ -325,6 +332,6 @@ def check_grid(grid: EmbeddingGrid, size: tuple[int, int], model: PatchDenoiser)
             f" embeddings, one for each {cell} pixels, the grid has {grid.shape[0]} x {grid.shape[1]}"
             f" (`EmbeddingGrid.resized` stretches it)"
         )
-    dims = getattr(getattr(model, "embedder", None), "dims", (grid.dim,))
+    dims = model.embedder.dims
     if grid.dim != dims[0]:
         raise GridError(f"this model takes embeddings of width {dims[0]}, the grid has {grid.dim}")

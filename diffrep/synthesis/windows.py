@@ -90,17 +90,17 @@ def window_weights(weighting: Weighting, window: int) -> Tensor:
 def window_shares(
     weighting: Weighting, plan: WindowPlan, corners: Tensor, grid: EmbeddingGrid, *, unrelated: float
 ) -> tuple[Tensor, Tensor]:
-    """How much windows count where they overlap with others, and how strongly they are told their embedding.
+    """How much windows count where they overlap with others, and how strongly they are guided by their embedding.
 
-    All count and are told fully but with ``cells``. There a window between cells does so only as far as its cells are
+    All count and are guided fully but with ``cells``. There a window between cells is so only as far as its cells are
     alike (`EmbeddingGrid.agreement`). What lies between the embeddings of unrelated cells describes nothing that
-    belongs there: guidance to it strews small objects along the borders, and at half overlap a cell's own window makes
-    only a quarter of the cell. Between unrelated cells the windows are therefore told nothing and only close the
-    borders, with a weight of `BETWEEN` for each axis. Between alike cells, as of one continuous picture, it is the
-    other way round: a window that is told nothing paints whatever it likes, and is told what lies on both sides.
+    belongs there: guidance to it strews small objects along the borders, and at half overlap a cell's window makes
+    only a quarter of the cell. Between unrelated cells the windows are therefore without condition and only close the
+    borders, with a weight of `BETWEEN` for each axis. Between alike cells, as of one continuous picture, a window
+    without condition would paint anything, so it has what lies on both sides.
 
     Where a canvas ends within a cell, the last windows, which are flush with its end, are all that the cell has, and
-    are told.
+    have its condition.
 
     Args:
         corners: (N, 2) of windows of the plan, row and column.
@@ -110,17 +110,13 @@ def window_shares(
     Returns:
         (N,) factors of the weights, and (N,) of guidance, each in 0..1.
     """
-    if not _by_cells(weighting, plan):
+    if weighting != "cells" or plan.window % plan.stride:  # otherwise few cells have a window of their own
         return torch.ones(len(corners)), torch.ones(len(corners))
     alike = ((grid.agreement(corners, plan.window) - unrelated) / (ALIKE * (1 - unrelated))).clamp(0, 1)
     between = corners % plan.window != 0
     weight = torch.where(between, BETWEEN + (1 - BETWEEN) * alike[:, None], 1.0).prod(1)
     last = corners + plan.window == torch.tensor(plan.size)
     return weight, torch.where((between & ~last).any(1), alike, 1.0)
-
-
-def _by_cells(weighting: Weighting, plan: WindowPlan) -> bool:
-    return weighting == "cells" and plan.window % plan.stride == 0  # otherwise few cells have a window of their own
 
 
 def decode_weights(window: int, sigma: float = 0.8) -> Tensor:
@@ -143,12 +139,7 @@ class RowSweep:
     """
 
     def __init__(
-        self,
-        plan: WindowPlan,
-        weights: Tensor,
-        channels: int,
-        *,
-        strip: tuple[int, int] | None = None,
+        self, plan: WindowPlan, weights: Tensor, channels: int, *, strip: tuple[int, int] | None = None
     ) -> None:
         self.plan, self.weights = plan, weights.numpy()
         left, right = strip or (0, plan.size[1])
@@ -195,8 +186,8 @@ class RowSweep:
             place = top % self.plan.window
             stop = min(after, top + LINES, top - place + self.plan.window)
             sums = self.sums[:, place : place + stop - top]
-            found = sums[:-1, :, self._wanted] / sums[-1:, :, self._wanted]
+            means = sums[:-1, :, self._wanted] / sums[-1:, :, self._wanted]
             sums[:] = 0
-            yield top, np.ascontiguousarray(found.swapaxes(0, 1))
+            yield top, np.ascontiguousarray(means.swapaxes(0, 1))
             top = stop
         self.row += 1

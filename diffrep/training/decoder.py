@@ -8,7 +8,7 @@ of latents that the model has painted, on which the steps are largest and for wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffrep.files import read_weights, save_weights
 from diffrep.images import LUMINANCE
 from diffrep.synthesis import SynthesisModel, SynthesisSettings, sample_patches
 from diffrep.training.loop import Batch, FitSettings, fit
-from diffrep.training.synthesis_data import Patches
+from diffrep.training.patches import Patches
 from diffrep.training.tiny.vae import reconstruction
 
 SMOOTHING = FitSettings(
@@ -42,12 +42,8 @@ def relative_steps(images: Tensor, period: int) -> Tensor:
         divided by the mean over the places; the last is the step from one period to the next.
     """
     luminance = images.movedim(1, -1) @ torch.tensor(LUMINANCE, dtype=images.dtype, device=images.device)
-    found = []
-    for lines in (luminance, luminance.mT):
-        steps = lines.diff(dim=-1).abs().mean((0, 1))
-        places = [steps[place::period].mean() for place in range(period)]
-        found.append(torch.stack(places))
-    values = torch.stack(found)
+    steps = [lines.diff(dim=-1).abs().mean((0, 1)) for lines in (luminance, luminance.mT)]
+    values = torch.stack([torch.stack([step[place::period].mean() for place in range(period)]) for step in steps])
     return values / values.mean(1, keepdim=True).clamp_min(1e-12)
 
 
@@ -73,16 +69,15 @@ class Decoding(nn.Module):
                 latents = encoded.latent_dist.mean + NOISE / self.autoencoder.config.scaling_factor * noise
             else:
                 latents = encoded.latents  # goes through the codebook, as painted ones do
-        found: Tensor = self.autoencoder.decode(latents).sample
-        return found
+        return self.autoencoder.decode(latents).sample
 
 
 def decoding_losses(module: Decoding, ema: Decoding, batch: Batch) -> Mapping[str, Tensor]:
     """L1, L1 of differences between neighbouring pixels, and uneven `relative_steps`; see `fit`."""
     images = batch["images"]
-    found = module(images, batch["noise"]).float()
-    l1, gradient, psnr = reconstruction(found, images)
-    balance = (relative_steps(found, ema.period) - relative_steps(images, ema.period)).abs().mean()
+    decoded = module(images, batch["noise"]).float()
+    l1, gradient, psnr = reconstruction(decoded, images)
+    balance = (relative_steps(decoded, ema.period) - relative_steps(images, ema.period)).abs().mean()
     painted = module.autoencoder.decode(batch["painted"]).sample.float()
     even = (relative_steps(painted, ema.period) - 1).abs().mean()
     return {
@@ -119,17 +114,6 @@ def smooth_decoder(
         painted: see `paint_latents`.
     """
     decoding = Decoding(model)
-    batches = decoding_batches(model, patches, painted, batch_size)
-    trained = fit(decoding, batches, decoding_losses, settings, folder, progress=progress)
-    weights = (trained if settings.ema_decay > 0 else decoding).autoencoder.state_dict()
-    model.autoencoder.load_state_dict(weights)
-    model.autoencoder.to(model.device).eval().requires_grad_(False)
-
-
-def decoding_batches(
-    model: SynthesisModel, patches: Patches, painted: Tensor, batch_size: int
-) -> Callable[[torch.Generator], Batch]:
-    """Batches for `decoding_losses`: patches of a window's size, and as many painted ones."""
 
     def batches(generator: torch.Generator) -> Batch:
         rows = torch.randint(len(patches), (batch_size,), generator=generator).tolist()
@@ -138,4 +122,7 @@ def decoding_batches(
         chosen = torch.randint(len(painted), (batch_size,), generator=generator)
         return {"images": images * 2 - 1, "noise": noise, "painted": painted[chosen]}
 
-    return batches
+    trained = fit(decoding, batches, decoding_losses, settings, folder, progress=progress)
+    weights = (trained if settings.ema_decay > 0 else decoding).autoencoder.state_dict()
+    model.autoencoder.load_state_dict(weights)
+    model.autoencoder.to(model.device).eval().requires_grad_(False)

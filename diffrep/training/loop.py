@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffrep.files import read_weights, save_weights
+from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 
 Batch = Mapping[str, Tensor]
 
@@ -51,26 +52,12 @@ class FitSettings:
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.accumulate < 1 or self.epochs < 1 or self.warmup < 0:
-            raise ValueError(
-                "steps, accumulate and epochs must be at least 1 and warmup 0, got"
-                f" {self.steps}, {self.accumulate}, {self.epochs} and {self.warmup}"
-            )
-        for name in ("learning_rate", "clip", "epsilon"):
-            if not getattr(self, name) > 0:  # NaN is no rate either
-                raise ValueError(f"{name} must be more than 0, got {getattr(self, name)}")
-        if not math.isfinite(self.learning_rate):
-            raise ValueError(f"learning_rate must be finite, got {self.learning_rate}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ValueError(f"minutes must be more than 0, got {self.minutes}")
-        shares = {"ema_decay": self.ema_decay, "betas[0]": self.betas[0], "betas[1]": self.betas[1]}
-        for name, share in shares.items():
-            if not 0 <= share < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {share}")
-        if not (0 <= self.final_rate <= 1 and 0 <= self.weight_decay < math.inf):
-            raise ValueError(
-                f"final_rate must be in [0, 1] and weight_decay 0 or more, got {self.final_rate}, {self.weight_decay}"
-            )
+        check(
+            self,
+            steps="1..", accumulate="1..", epochs="1..", warmup="0..", minutes=POSITIVE, learning_rate=POSITIVE,
+            epsilon=POSITIVE, clip="(0, inf]", ema_decay="[0, 1)", betas="[0, 1)", final_rate="[0, 1]",
+            weight_decay=NOT_NEGATIVE,
+        )  # fmt: skip
 
     def rate(self, progress: float, step: int) -> float:
         """Learning rate at a share `progress` of the run: linear warm-up, then as `schedule` says."""

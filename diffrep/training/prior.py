@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,11 @@ from tqdm import tqdm
 
 from diffrep.files import read_weights, save_weights
 from diffrep.scenes import CATEGORIES, SceneSet
-from diffrep.synthesis.conditions import ImageEncoder, Pooling
+from diffrep.settings import check
+from diffrep.synthesis.grids import ImageEncoder, Pooling
 from diffrep.synthesis.prior import TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
-from diffrep.training.loop import Batch, FitSettings, fit, step_generator
+from diffrep.training.loop import Batch, FitSettings, fit
+from diffrep.training.synthesis import condition_check, conditional_batch
 from diffrep.training.tiny.crops import gather
 from diffrep.training.tiny.unet import build_scheduler
 
@@ -33,7 +36,7 @@ class PriorTraining:
     count: int = 2000  # scenes
     width: int = 96
     layers: int = 3
-    dropout: float = 0.1  # share of samples that are told nothing
+    dropout: float = 0.1  # share of samples that lose their condition
     held_out: int = 256
     batch_size: int = 128
     fit: FitSettings = field(
@@ -41,17 +44,15 @@ class PriorTraining:
     )
 
     def __post_init__(self) -> None:
-        if min(self.shape) < 1 or self.count <= self.held_out or self.held_out < 2:
-            raise ValueError(
-                "shape must be at least 1 x 1 and held_out in 2..count, got"
-                f" {self.shape}, {self.held_out} of {self.count}"
-            )
+        check(self, shape="1..", held_out="2..", batch_size="1..", dropout="[0, 1)")
+        if self.count <= self.held_out:
+            raise ValueError(f"count must be more than held_out, got {self.count} and {self.held_out}")
 
 
 def embed_scenes(
     scenes: SceneSet, training: PriorTraining, encoder: ImageEncoder, *, progress: bool = True
 ) -> Mapping[str, Tensor]:
-    """Grids of scenes with what a prior is told of them: "grids" (N, R, C, D) float16, "conditions" (N, E)."""
+    """Grids of scenes, "grids" (N, R, C, D) float16, and their captions or categories as "conditions" (N, E)."""
     chosen = torch.arange(min(training.count, len(scenes))) * len(scenes) // min(training.count, len(scenes))
     rows, columns = training.shape
     grids = []
@@ -59,30 +60,12 @@ def embed_scenes(
         images = gather(scenes, "image", part).permute(0, 3, 1, 2).float() / 255
         height, width = images.shape[-2] // rows, images.shape[-1] // columns
         cells = images.unfold(2, height, height).unfold(3, width, width).permute(0, 2, 3, 1, 4, 5)
-        found = encoder(cells.flatten(0, 2))
-        grids.append(found.unflatten(0, (len(part), rows, columns)).half())
+        grids.append(encoder(cells.flatten(0, 2)).unflatten(0, (len(part), rows, columns)).half())
     if training.condition == "text":
         conditions = embed_texts(training.text, [scenes.captions[i] for i in chosen.tolist()])
     else:
         conditions = F.one_hot(torch.as_tensor(scenes.category[chosen.numpy()]).long(), len(CATEGORIES)).float()
     return {"grids": torch.cat(grids), "conditions": conditions}
-
-
-def prior_batches(data: Mapping[str, Tensor], training: PriorTraining) -> Callable[[torch.Generator], Batch]:
-    """Batches for `prior_loss`; `data` has standardised grids."""
-
-    def batches(generator: torch.Generator) -> Batch:
-        rows = torch.randint(len(data["grids"]), (training.batch_size,), generator=generator)
-        grids = data["grids"][rows].float()
-        return {
-            "grids": grids,
-            "conditions": data["conditions"][rows],
-            "noise": torch.randn(grids.shape, generator=generator),
-            "timesteps": torch.randint(TIMESTEPS, (len(rows),), generator=generator),
-            "dropped": torch.rand(len(rows), generator=generator) < training.dropout,
-        }
-
-    return batches
 
 
 class PriorObjective(nn.Module):
@@ -97,13 +80,13 @@ class PriorObjective(nn.Module):
     def forward(self, grids: Tensor, noise: Tensor, timesteps: Tensor, conditions: Tensor, dropped: Tensor) -> Tensor:
         """Mean squared error of the clean grid, ()."""
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        found = self.prior(alpha.sqrt() * grids + (1 - alpha).sqrt() * noise, timesteps, conditions, dropped)
-        return (found.float() - grids).square().mean()
+        predicted = self.prior(alpha.sqrt() * grids + (1 - alpha).sqrt() * noise, timesteps, conditions, dropped)
+        return (predicted.float() - grids).square().mean()
 
 
 def prior_loss(module: PriorObjective, ema: PriorObjective, batch: Batch) -> Mapping[str, Tensor]:
     """Loss of a `PriorObjective`; see `fit`."""
-    return {"loss": module(*(batch[k] for k in ("grids", "noise", "timesteps", "conditions", "dropped")))}
+    return {"loss": module(*(batch[k] for k in ("clean", "noise", "timesteps", "conditions", "dropped")))}
 
 
 def train_prior(
@@ -121,7 +104,6 @@ def train_prior(
     scenes = scenes() if callable(scenes) else scenes
     cache = folder / "grids.safetensors"
     if not cache.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         save_weights(cache, embed_scenes(scenes, training, encoder, progress=progress))
     data, _ = read_weights(cache)
     config = PriorConfig(
@@ -140,27 +122,12 @@ def train_prior(
     learnt = data["grids"][: -training.held_out].float().flatten(0, 2)
     prior.mean.copy_(learnt.mean(0))
     prior.std.copy_(learnt.std(0).clamp(min=1e-6))
-    data["grids"] = (data["grids"].float() - prior.mean) / prior.std
-    train = {name: values[: -training.held_out] for name, values in data.items()}
-    held_out = {name: values[-training.held_out :] for name, values in data.items()}
+    grids, conditions, cut = (data["grids"].float() - prior.mean) / prior.std, data["conditions"], -training.held_out
+    batches = partial(
+        conditional_batch, grids[:cut], conditions[:cut], TIMESTEPS, training.batch_size, training.dropout
+    )
     average = fit(
-        PriorObjective(prior), prior_batches(train, training), prior_loss, training.fit, folder,
-        validate=_check(held_out), validate_every=500, progress=progress,
+        PriorObjective(prior), batches, prior_loss, training.fit, folder,
+        validate=condition_check(grids[cut:], conditions[cut:], prior_loss), validate_every=500, progress=progress,
     )  # fmt: skip
     return average.prior.eval().requires_grad_(False)
-
-
-def _check(held_out: Mapping[str, Tensor]) -> Callable[[PriorObjective, int], Mapping[str, float]]:
-    @torch.no_grad()
-    def check(objective: PriorObjective, step: int) -> Mapping[str, float]:
-        generator, grids, told = step_generator(1, 0), held_out["grids"], held_out["conditions"]
-        noise = torch.randn(grids.shape, generator=generator)
-        timesteps = torch.randint(TIMESTEPS, (len(grids),), generator=generator)
-        kinds = {"own": (told, False), "other": (told.roll(1, 0), False), "null": (told, True)}
-        found = {}
-        for name, (condition, drop) in kinds.items():
-            given = (grids, noise, timesteps, condition, torch.full((len(grids),), drop))
-            found[name] = float(objective(*(t.to(objective.alphas_cumprod.device) for t in given)))
-        return found
-
-    return check

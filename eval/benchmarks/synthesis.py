@@ -6,18 +6,18 @@ large as the canvas. Ours goes through the same windows in batches, line by line
 
 from __future__ import annotations
 
-import json
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffrep.eval.benchmarks.timing import Row, interleave, table
+from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark, Row
 from diffrep.synthesis import (
     OFFICIAL,
     ConditionEmbedder,
@@ -28,44 +28,51 @@ from diffrep.synthesis import (
     build_scheduler,
     denoise_canvas,
 )
-from diffrep.synthesis.noise import GivenNoise
+from diffrep.synthesis.sampler import GivenNoise
 from diffrep.synthesis.windows import WindowPlan
 
 DIM = 384  # of the embeddings
 
 
 @dataclass(frozen=True)
-class SynthesisBenchmark:
+class SynthesisBenchmark(PairedBenchmark):
     """Time the official loop and ours on equal windows, then measure ours on growing canvases."""
 
+    repeats: int = 3
     size: Literal["small", "published"] = "small"  # published: 401 M parameters, windows of 64 latent pixels
     side: int = 3  # cells a side of the canvas on which both are timed
     sides: tuple[int, ...] = (2, 4, 8)  # cells a side of the canvases that ours alone paints
     steps: int = 2
     batch_size: int = 32
-    repeats: int = 3
-    device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     memory: bool = True  # measure peak memory too, each side in a process of its own
 
     def run(self) -> list[Row]:
         """Print both tables; returns the rows of the first."""
-        torch.set_num_threads(1)
-        model = random_model(self.size, self.device, getattr(torch, self.dtype))
-        row = self._compare(model)
-        print(table([row]))
+        rows, model = super().run(), self.model()
         print(f"\n{'latent':>12}  {'windows':>8}  {'windows/s':>10}  {'peak MiB':>9}  side")
         for side in self.sides:
-            self._grow(model, side)
-        return [row]
+            pixels, start = side * model.window, time.perf_counter()
+            windows = len(WindowPlan((pixels, pixels), model.window, self.settings(model).stride or 1))
+            denoise_canvas(model, random_grid(side), (pixels, pixels), self.settings(model))
+            rate = f"{windows * self.steps / (time.perf_counter() - start):.1f}"
+            for name in ("ours", "official") if self.memory else ("ours",):
+                peak = f"{self._peak_elsewhere(side, name):.0f}" if self.memory else "-"
+                speed = rate if name == "ours" else "-"
+                print(f"{pixels:>5} x {pixels:<4}  {windows:>8}  {speed:>10}  {peak:>9}  {name}", flush=True)
+        return rows
+
+    def model(self) -> SynthesisModel:
+        """The model that both sides call."""
+        return random_model(self.size, self.device, getattr(torch, self.dtype))
 
     def settings(self, model: SynthesisModel) -> SynthesisSettings:
         """The published sampler, for windows of this size: a quarter of a window apart."""
         return replace(OFFICIAL, stride=max(model.window // 4, 1), steps=self.steps, batch_size=self.batch_size)
 
-    def _compare(self, model: SynthesisModel) -> Row:
+    def claims(self) -> Iterator[Claim]:
+        model = self.model()
         grid, settings, side = random_grid(self.side), self.settings(model), self.side * model.window
-        scheduler = build_scheduler("official", model.scheduler, self.steps)
         generator = torch.Generator().manual_seed(1)
         start = torch.randn(model.channels, side, side, generator=generator)
         steps = torch.randn(self.steps, *start.shape, generator=generator)
@@ -77,66 +84,46 @@ class SynthesisBenchmark:
             return lines.tensor(0, side).movedim(0, 1)
 
         def plain() -> Tensor:
+            scheduler = build_scheduler("official", model.scheduler, self.steps)
             return official_loop(model, grid, start, steps, scheduler, settings)
 
-        times = interleave({"plain": plain, "ours": ours}, repeats=self.repeats, warmups=1, device=self.device)
-        expected, got = plain(), ours()
-        difference = float((got - expected).abs().max() / expected.abs().max())
         windows = len(WindowPlan((side, side), model.window, settings.stride or 1))
-        return Row(
-            f"{windows} windows, {self.steps} steps, guided, {self.size} U-Net, {self.dtype} on {self.device}",
-            times["plain"],
-            times["ours"],
-            f"largest difference {difference:.1e} of the maximum",
-            f"windows/s {windows * self.steps / times['plain'].median:.1f} against"
-            f" {windows * self.steps / times['ours'].median:.1f}",
-        )
+        about = f"{self.steps} steps, guided, {self.size} U-Net, {self.dtype} on {self.device}"
+        yield Claim(f"{windows} windows, {about}", plain, ours)
 
-    def _grow(self, model: SynthesisModel, side: int) -> None:
-        """Rows of the second table: how fast a canvas is painted, and how much memory either side needs for it."""
-        pixels = side * model.window
-        plan = WindowPlan((pixels, pixels), model.window, max(model.window // 4, 1))
-        start = time.perf_counter()
-        settings = self.settings(model)
-        denoise_canvas(model, random_grid(side), (pixels, pixels), settings)
-        rate = len(plan) * self.steps / (time.perf_counter() - start)
-        for name in ("ours", "official") if self.memory else ("ours",):
-            peak = f"{self._peak(side, name):.0f}" if self.memory else "-"
-            speed = f"{rate:.1f}" if name == "ours" else "-"
-            print(f"{pixels:>5} x {pixels:<4}  {len(plan):>8}  {speed:>10}  {peak:>9}  {name}", flush=True)
-
-    def _peak(self, side: int, name: str) -> float:
-        """MiB that painting adds to a process that holds the model."""
+    def _peak_elsewhere(self, side: int, name: str) -> float:
+        """`peak` in a process of its own."""
+        settings = {"size": self.size, "device": self.device, "dtype": self.dtype, "batch_size": self.batch_size}
         code = (
-            "from diffrep.eval.benchmarks.synthesis import peak_of;"
-            f"print(peak_of({self.size!r}, {self.device!r}, {self.dtype!r}, {side}, {self.batch_size}, {name!r}))"
+            "from diffrep.eval.benchmarks.synthesis import SynthesisBenchmark;"
+            f"print(SynthesisBenchmark(steps=1, **{settings!r}).peak({side}, {name!r}))"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return float(json.loads(result.stdout.splitlines()[-1]))
+        return float(result.stdout.splitlines()[-1])
 
+    def peak(self, side: int, name: str) -> float:
+        """MiB that a canvas of side x side cells takes at its peak beside the model, in this process."""
+        torch.set_num_threads(1)
+        model = self.model()
+        pixels, grid, settings = side * model.window, random_grid(side), self.settings(model)
 
-def peak_of(size: Any, device: str, dtype: str, side: int, batch_size: int, name: str) -> float:
-    """MiB that one step on a canvas of side x side cells takes at its peak beside the model, in this process."""
-    torch.set_num_threads(1)
-    model = random_model(size, device, getattr(torch, dtype))
-    benchmark = SynthesisBenchmark(size=size, steps=1, batch_size=batch_size, device=device)
-    settings, pixels = benchmark.settings(model), side * model.window
-    scheduler = build_scheduler("official", model.scheduler, 1)
+        def peak() -> float:
+            if self.device != "cpu":
+                return torch.cuda.max_memory_allocated() / 2**20
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
-    def peak() -> float:
-        if device != "cpu":
-            return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-    model(torch.zeros(1, model.channels, model.window, model.window).to(model.device, model.dtype), torch.tensor(1.0),
-          model.null_context())  # fmt: skip  # what a first call allocates once belongs to neither side
-    before = peak()
-    if name == "ours":
-        denoise_canvas(model, random_grid(side), (pixels, pixels), settings)
-    else:
-        start = torch.zeros(model.channels, pixels, pixels)
-        official_loop(model, random_grid(side), start, start[None], scheduler, settings)
-    return peak() - before
+        # what a first call allocates once belongs to neither side
+        denoise_canvas(model, random_grid(1), (model.window, model.window), replace(settings, batch_size=1))
+        before = peak()
+        if name == "ours":
+            denoise_canvas(model, grid, (pixels, pixels), settings)
+        else:
+            start, scheduler = (
+                torch.zeros(model.channels, pixels, pixels),
+                build_scheduler("official", model.scheduler, 1),
+            )
+            official_loop(model, grid, start, start[None], scheduler, settings)
+        return peak() - before
 
 
 @torch.inference_mode()

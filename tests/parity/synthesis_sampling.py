@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from diffrep.synthesis import EmbeddingGrid, OfficialScheduler, SynthesisSettings, denoise_canvas, sample_patches, slerp
 from diffrep.synthesis.canvas import Lines
-from diffrep.synthesis.decoding import decode_lines, to_uint8
 from diffrep.synthesis.grids import NEARLY_PARALLEL
-from diffrep.synthesis.noise import GivenNoise
+from diffrep.synthesis.large import decode_lines, to_uint8
+from diffrep.synthesis.sampler import GivenNoise
 from diffrep.synthesis.schedulers import build_scheduler
 from diffrep.synthesis.windows import WindowPlan, decode_weights
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from diffrep.synthesis.embedder import OFFICIAL_TOKENS
+from diffrep.synthesis.model import OFFICIAL_TOKENS
 from diffrep.training.synthesis import Objective
 
 from .cases import assert_within, number_in

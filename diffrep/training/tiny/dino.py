@@ -97,8 +97,7 @@ def patch_tokens(network: Any, images: Tensor) -> Tensor:
     x = network._pos_embed(network.patch_embed((images - mean) / std))
     for block in network.blocks:
         x = block(x)
-    tokens: Tensor = x[:, network.num_prefix_tokens :]
-    return tokens
+    return x[:, network.num_prefix_tokens :]
 
 
 class Student(nn.Module):

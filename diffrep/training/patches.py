@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,24 +18,11 @@ from diffrep.files import read_weights, save_weights
 from diffrep.images import load_image
 from diffrep.scenes import SceneSet
 from diffrep.synthesis import SynthesisModel
-from diffrep.synthesis.conditions import ImageEncoder
-from diffrep.training.loop import Batch, step_generator
+from diffrep.synthesis.grids import ImageEncoder
+from diffrep.training.loop import step_generator
 from diffrep.training.tiny.crops import Crops, gather
 
 Flips = Literal["none", "horizontal", "both"]
-
-
-class Patches(Protocol):
-    """Images that patches are cut from."""
-
-    @property
-    def name(self) -> str:
-        """What tells these patches from others."""
-
-    def __len__(self) -> int: ...
-
-    def draw(self, indices: Sequence[int], size: int, generator: torch.Generator) -> Tensor:
-        """One random patch of each image: (n, 3, size, size) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +35,14 @@ class ScenePatches:
 
     @property
     def name(self) -> str:
+        """What tells these patches from others."""
         return f"{len(self)} scenes of renderer {self.scenes.settings.renderer}, sides {self.sides}"
 
     def __len__(self) -> int:
         return min(self.count or len(self.scenes), len(self.scenes))
 
     def draw(self, indices: Sequence[int], size: int, generator: torch.Generator) -> Tensor:
+        """One random patch of each image: (n, 3, size, size) in [0, 1]."""
         rows = torch.tensor(indices) * len(self.scenes) // len(self)
         crops = Crops.draw(len(rows), self.scenes.image.shape[1], size, generator, sides=self.sides)
         return crops.images(gather(self.scenes, "image", rows))
@@ -97,28 +86,7 @@ class ImagePatches:
         return patch[0]
 
 
-@dataclass(frozen=True)
-class EncodedPatches:
-    """M patches as the network is trained on them.
-
-    Attributes:
-        latents: (M, c, h, w) float16, scaled.
-        embeddings: (M, D) float16, raw.
-    """
-
-    latents: Tensor
-    embeddings: Tensor
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def split(self, last: int) -> tuple[EncodedPatches, EncodedPatches]:
-        """All but the last patches, and these."""
-        cut = len(self) - last
-        return (
-            EncodedPatches(self.latents[:cut], self.embeddings[:cut]),
-            EncodedPatches(self.latents[cut:], self.embeddings[cut:]),
-        )
+Patches: TypeAlias = ScenePatches | ImagePatches
 
 
 def encode_patches(
@@ -131,13 +99,16 @@ def encode_patches(
     flips: Flips = "none",
     seed: int = 0,
     progress: bool = True,
-) -> EncodedPatches:
+) -> tuple[Tensor, Tensor]:
     """Encode patches once and keep them in `file`; what is there already is read.
 
     Args:
         copies: patches drawn of each image.
         flips: mirror half of the patches left to right, or also upside down, with the embedding of the unmirrored
             patch, as the authors train: the model does not learn to tell the orientation.
+
+    Returns:
+        Scaled latents (M, c, h, w) and raw embeddings (M, D), both float16.
 
     Raises:
         ValueError: the file holds other patches, or those of another autoencoder or encoder.
@@ -152,23 +123,21 @@ def encode_patches(
     }
     if file.exists():
         tensors, metadata = read_weights(file)
-        _check_same(file, json.loads(metadata.get("made_with", "{}")), made_with)
-        return EncodedPatches(**tensors)
-    size = model.window * model.factor
-    latents, embeddings = [], []
-    starts = range(0, len(patches), 64)
-    for start in tqdm(starts, desc="encoding", unit="batch", disable=not progress):
-        indices = range(start, min(start + 64, len(patches)))
+        recorded = json.loads(metadata.get("made_with", "{}"))
+        if changed := [f"{k} {recorded.get(k)!r}, not {v!r}" for k, v in made_with.items() if recorded.get(k) != v]:
+            raise ValueError(f"{file}: was made with {'; '.join(changed)}; choose another folder or delete it")
+        return tensors["latents"], tensors["embeddings"]
+    size, latents, embeddings = model.window * model.factor, [], []
+    for start in tqdm(range(0, len(patches), 64), desc="encoding", unit="batch", disable=not progress):
         generator = step_generator(seed, start)
         for _ in range(copies):
-            images = patches.draw(indices, size, generator)
+            images = patches.draw(range(start, min(start + 64, len(patches))), size, generator)
             with torch.autocast(model.device.type, dtype=torch.bfloat16):
                 embeddings.append(encoder(images).half())
                 latents.append(model.encode(_flipped(images, flips, generator)).float().cpu().half())
-    encoded = EncodedPatches(torch.cat(latents), torch.cat(embeddings))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_weights(file, vars(encoded), made_with=json.dumps(made_with))
-    return encoded
+    encoded = {"latents": torch.cat(latents), "embeddings": torch.cat(embeddings)}
+    save_weights(file, encoded, made_with=json.dumps(made_with))
+    return encoded["latents"], encoded["embeddings"]
 
 
 def _flipped(images: Tensor, flips: Flips, generator: torch.Generator) -> Tensor:
@@ -178,47 +147,7 @@ def _flipped(images: Tensor, flips: Flips, generator: torch.Generator) -> Tensor
     return images
 
 
-def _check_same(file: Path, recorded: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
-    if changed := [f"{k} {recorded.get(k)!r}, not {v!r}" for k, v in made_with.items() if recorded.get(k) != v]:
-        raise ValueError(f"{file}: was made with {'; '.join(changed)}; choose another folder or delete it")
-
-
 def fingerprint(module: Any) -> str:
     """Eight digits that tell networks apart: their weights' sums, in the order of their names."""
-    total = 0.0
-    for number, value in enumerate(module.state_dict().values()):
-        if value.is_floating_point():
-            total += (number + 1) * float(value.double().abs().sum())
-    return f"{total:.8g}"
-
-
-def patch_batches(
-    encoded: EncodedPatches,
-    alphas: int,
-    *,
-    batch_size: int,
-    dropout: float,
-    perturb: Callable[[int, torch.Generator], Tensor | None],
-) -> Callable[[torch.Generator], Batch]:
-    """Batches for `synthesis_loss`.
-
-    Args:
-        alphas: number of timesteps.
-        dropout: share of samples that lose their condition.
-        perturb: (batch size, generator) -> CEP noise or None.
-    """
-
-    def batches(generator: torch.Generator) -> Batch:
-        rows = torch.randint(len(encoded), (batch_size,), generator=generator)
-        latents = encoded.latents[rows].float()
-        batch = {
-            "latents": latents,
-            "noise": torch.randn(latents.shape, generator=generator),
-            "timesteps": torch.randint(alphas, (batch_size,), generator=generator),
-            "embeddings": encoded.embeddings[rows].float(),
-            "dropped": torch.rand(batch_size, generator=generator) < dropout,
-        }
-        noise = perturb(batch_size, generator)
-        return batch if noise is None else batch | {"perturbation": noise}
-
-    return batches
+    values = enumerate(module.state_dict().values(), 1)
+    return f"{sum(n * float(v.double().abs().sum()) for n, v in values if v.is_floating_point()):.8g}"
