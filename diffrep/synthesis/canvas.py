@@ -165,9 +165,10 @@ class Run:
         for lines in self._open.values():
             lines.flush()
         self._number += 1
-        name = None if carry is None else f"carry-{self._number}.npy"
-        if name is not None:
-            write_whole(self.folder / name, lambda partial: np.save(partial, carry), sync=True)
+        name = None
+        if carry is not None:
+            name, sums = f"carry-{self._number}.npy", carry
+            write_whole(self.folder / name, lambda partial: np.save(partial, sums), sync=True)
         note = {"stage": position.stage, "step": position.step, "row": position.row, "carry": name}
         write_document(self.folder / "progress.json", note, sync=True)
         for old in self.folder.glob("carry-*.npy"):

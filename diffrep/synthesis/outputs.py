@@ -142,10 +142,10 @@ def _write_tiff(path: Path, levels: list[Lines], settings: FileSettings, note: s
             metadata |= {"PhysicalSizeX": size, "PhysicalSizeY": size}
     with tifffile.TiffWriter(path, bigtiff=4 * height * width > 2**32 - 2**25, ome=ome) as file:
         for number, level in enumerate(levels):
-            first, scale = number == 0, {}
+            first = number == 0
             if size is not None:
                 density = 1e4 / (size * width / level.shape[1])  # pixels a centimetre
-                scale = {"resolution": (density, density), "resolutionunit": "CENTIMETER"}
+                options |= {"resolution": (density, density), "resolutionunit": "CENTIMETER"}
             file.write(
                 _tiles(level, settings.tile),
                 shape=level.shape,
@@ -154,7 +154,6 @@ def _write_tiff(path: Path, levels: list[Lines], settings: FileSettings, note: s
                 metadata=metadata if first else None,
                 description=note if first and not ome else None,
                 software="diffrep",
-                **scale,
                 **options,
             )
 
