@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffrep.backbones.loading import MODELS
+from diffrep.backbones.repositories import MODELS
 from diffrep.files import read_weights, save_weights
 from diffrep.scenes import SceneSet
 from diffrep.training.loop import Batch, FitSettings, step_generator
