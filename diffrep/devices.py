@@ -8,8 +8,6 @@ import torch
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
-_ANSWERS = "auto, cpu, cuda, cuda:N or mps"
-
 
 class DeviceError(ValueError):
     """A device or a precision that cannot be used here; the message names the option, what was given, what is there."""
@@ -28,24 +26,26 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     >>> resolve_device("cpu")
     device(type='cpu')
     """
-    name = str(device)
+    name, known = str(device), _available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        return torch.device("cuda" if "cuda:0" in known else "mps" if "mps:0" in known else "cpu")
     try:
         wanted = torch.device(name)
     except (RuntimeError, ValueError):
-        raise DeviceError(f"--device must be {_ANSWERS}, got {name!r}") from None
+        wanted = torch.device("meta")
     if wanted.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"--device must be {_ANSWERS}, got {name!r}")
-    if wanted.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"--device {name}: PyTorch finds no CUDA device here; there is {_available()}")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"--device {name}: there is {_available()}")
-    if wanted.type == "mps" and not _has_mps():
-        raise DeviceError(f"--device {name}: PyTorch finds no MPS device here; there is {_available()}")
-    if wanted.type != "cuda" and wanted.index:
-        raise DeviceError(f"--device {name}: there is {_available()}")
+        raise DeviceError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+    if f"{wanted.type}:{wanted.index or 0}" not in known:
+        shown = ", ".join(each if each.startswith("cuda") else each.removesuffix(":0") for each in known)
+        lacking = f"PyTorch finds no {wanted.type.upper()} device here; " if wanted.index in (None, 0) else ""
+        raise DeviceError(f"--device {name}: {lacking}there is {shown}")
     return wanted
+
+
+def _available() -> list[str]:
+    """The devices of this machine, each with its number."""
+    cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu:0", *cuda, *(["mps:0"] if torch.backends.mps.is_available() else [])]
 
 
 def resolve_dtype(
@@ -69,12 +69,3 @@ def resolve_dtype(
     dtype: Any = getattr(torch, str(precision))
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _has_mps() -> bool:
-    return bool(torch.backends.mps.is_available())
-
-
-def _available() -> str:
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *(["mps"] if _has_mps() else [])]
-    return ", ".join(names)

@@ -20,11 +20,12 @@ recipe. A recipe of one's own is a `Recipe`, or a TOML or YAML file with the sam
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
+from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -36,6 +37,7 @@ from diffrep.features import Descriptors, ExtractConfig, FeatureMaps, extract_ea
 from diffrep.fusion import SD_TAPS, Fusion, Part, aggregated, fuse
 from diffrep.images import ImageLike, Sizing, load_image
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
+from diffrep.settings import check
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +55,9 @@ class Reading:
     backbone: str  # what `load_backbone` takes
     extract: ExtractConfig = field(default_factory=ExtractConfig)
 
+    def __post_init__(self) -> None:
+        check(self)
+
     @property
     def role(self) -> str:
         """ "vit" where it reads layers of a vision transformer, else "diffusion"."""
@@ -69,14 +74,11 @@ class Recipe:
     matching: MatchConfig = field(default_factory=MatchConfig)
     source: str = ""  # paper and code that it follows
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def __str__(self) -> str:
         return f"{self.name}: {' + '.join(reading.backbone for reading in self.readings)}. {self.source}"
-
-
-def _published() -> dict[str, Recipe]:
-    tables = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
-    entries = [_typed(Recipe, {"name": name, **table}, name) for name, table in tables.items()]
-    return {entry.name: entry for entry in entries}
 
 
 def recipe(name: str) -> Recipe:
@@ -113,9 +115,8 @@ def _geoaware_trained(weights: str) -> Recipe:
 
 
 def _hyperfeatures_trained(weights: str) -> Recipe:
-    untrained = RECIPES["hyperfeatures"]
-    readings = tuple(replace(reading, backbone=f"hyperfeatures:{weights}") for reading in untrained.readings)
-    return replace(untrained, name=f"hyperfeatures:{weights}", readings=readings)
+    untrained, name = RECIPES["hyperfeatures"], f"hyperfeatures:{weights}"
+    return replace(untrained, name=name, readings=tuple(replace(r, backbone=name) for r in untrained.readings))
 
 
 TRAINED: dict[str, Callable[[str], Recipe]] = {  # name -> its recipe with the weights of a file
@@ -134,48 +135,39 @@ def load_recipe(path: Path) -> Recipe:
 
     try:
         text = path.read_text(encoding="utf-8")
-        table = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
-        loaded = _typed(Recipe, table, "")
+        loaded: Recipe = _built(Recipe, tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text), "")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # TOML's own errors are ValueErrors
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
-    assert isinstance(loaded, Recipe)
     return loaded
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
-    """Tables and lists of TOML or YAML as the type of a field; `where` names the field in messages."""
-    if get_origin(kind) in (Union, UnionType):
-        if isinstance(value, list | dict):  # the tuple or dataclass among the types, which differ in nothing else
-            kind = next((k for k in get_args(kind) if is_dataclass(k) or get_origin(k) is tuple), kind)
-            return value if get_origin(kind) in (Union, UnionType) else _typed(kind, value, where)
-        kinds = [k for k in get_args(kind) if k not in (NoneType,)]
-        return _typed(kinds[0], value, where) if len(kinds) == 1 else value
-    if is_dataclass(kind) and isinstance(kind, type):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where or 'the file'} must be a table of the settings of {kind.__name__}, got {value!r}")
-        known = {f.name: f for f in fields(kind)}
-        if unknown := sorted(set(value) - set(known)):
-            raise ValueError(f"{where or kind.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}")
-        hints = get_type_hints(kind)
-        return kind(**{key: _typed(hints[key], v, f"{where}.{key}".lstrip(".")) for key, v in value.items()})
-    if get_origin(kind) is tuple:
-        if not isinstance(value, list):
-            raise ValueError(f"{where} must be a list, got {value!r}")
-        kinds = list(get_args(kind))
-        inner = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else kinds
-        if len(inner) != len(value):
-            raise ValueError(f"{where} must have {len(inner)} entries, got {value!r}")
-        return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(kind, type) and type(value) is not kind:
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")
-    choices = get_args(kind)
-    if choices and value not in choices:
-        raise ValueError(f"{where} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
+def _built(kind: Any, value: Any, where: str) -> Any:
+    """Tables and lists of TOML or YAML as the dataclasses and tuples of a field's type, which check themselves.
+
+    `where` names the field in messages.
+    """
+    if get_origin(kind) in (Union, UnionType):  # of the types at most one is a dataclass and one a tuple
+        parts: list[Any] = list(get_args(kind))
+        fitting = [p for p in parts if (is_dataclass(p) if isinstance(value, dict) else get_origin(p) is tuple)]
+        return _built(fitting[0], value, where) if fitting else value
+    if get_origin(kind) is tuple and isinstance(value, list):
+        return tuple(_built(get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if not is_dataclass(kind):
+        return float(value) if kind is float and type(value) is int else value
+    name = getattr(kind, "__name__", "")
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or 'the file'} must be a table of the settings of {name}, got {value!r}")
+    known = [f.name for f in fields(kind)]
+    if unknown := sorted(set(value) - set(known)):
+        raise ValueError(f"{where or name} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    hints = get_type_hints(kind)
+    values = {key: _built(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
+    try:
+        return kind(**values)  # type: ignore[operator]  # a class
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}".lstrip(".")) from None
 
 
 def with_backbones(
@@ -202,23 +194,22 @@ def with_backbones(
         BackboneError: a model cannot be loaded.
     """
     readings, loaded, taken = list(whole.readings), {}, set()
+    names = [(reading.role, reading.backbone) for reading in readings]  # of the roles
+    known = ", ".join(dict.fromkeys(name for pair in names for name in pair))
     for text in models:
-        roles = {name for reading in whole.readings for name in (reading.backbone, reading.role)}
         role, _, model = text.partition("=")
-        if not model or role not in roles:
+        if not model or not any(role in pair for pair in names):
             if model and role.isidentifier() and not Path(text).exists():
-                raise ValueError(f"{text}: the recipe {whole.name} has no role {role!r}; it has {_roles(whole)}")
+                raise ValueError(f"{text}: the recipe {whole.name} has no role {role!r}; it has {known}")
             role, model = "", text
         backbone = load_backbone(model, device=device, dtype=dtype)
-        fits = {i: _misfit(reading, backbone) for i, reading in enumerate(whole.readings)}
-        if role:
-            fits = {i: why for i, why in fits.items() if role in (whole.readings[i].backbone, whole.readings[i].role)}
+        fits = {i: _misfit(whole.readings[i], backbone) for i, pair in enumerate(names) if not role or role in pair}
         possible = [i for i, why in fits.items() if not why]
         if not possible:
             reasons = "; ".join(f"as {whole.readings[i].backbone}: {why}" for i, why in fits.items())
             raise ValueError(f"{model}: does not go with the recipe {whole.name} ({reasons})")
         if len(possible) > 1:
-            raise ValueError(f"{model}: say which backbone it replaces, ROLE={model}; roles are {_roles(whole)}")
+            raise ValueError(f"{model}: say which backbone it replaces, ROLE={model}; roles are {known}")
         (place,) = possible
         if place in taken:
             raise ValueError(f"{model}: another model was given for {whole.readings[place].backbone} already")
@@ -226,10 +217,6 @@ def with_backbones(
         readings[place] = replace(readings[place], backbone=model)
         loaded[model] = backbone
     return replace(whole, readings=tuple(readings)), loaded
-
-
-def _roles(whole: Recipe) -> str:
-    return ", ".join(dict.fromkeys(name for r in whole.readings for name in (r.role, r.backbone)))
 
 
 def _misfit(reading: Reading, backbone: Backbone) -> str:
@@ -278,10 +265,17 @@ def with_extraction(whole: Recipe, settings: Mapping[str, Any], size: int | None
 class Correspondence:
     """A recipe with its backbones loaded.
 
+        Correspondence("sd2.1-dinov2", diffusion="my-sd", vit="my-dino").match("cat.jpg", "dog.jpg", [(212, 130)])
+
     Args:
         recipe: a recipe or its name.
         device, dtype: of the backbones; as `load_backbone` has them.
         backbones: loaded ones to use, by the name that the recipe gives them.
+        models: names, folders or hub ids in the place of the recipe's backbones, by role: ``diffusion``, ``vit``.
+
+    Raises:
+        ValueError: the recipe has no such role, or the model cannot be read as the recipe reads its backbone.
+        BackboneError: a model cannot be loaded.
     """
 
     def __init__(
@@ -291,9 +285,12 @@ class Correspondence:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         backbones: Mapping[str, Backbone] | None = None,
+        **models: str | os.PathLike[str],
     ) -> None:
-        self.recipe = recipe(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
-        loaded = dict(backbones or {})
+        whole = recipe(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
+        texts = [f"{role}={os.fspath(model)}" for role, model in models.items()]
+        self.recipe, loaded = with_backbones(whole, texts, device=device, dtype=dtype)
+        loaded |= backbones or {}
         for reading in self.recipe.readings:
             if reading.backbone not in loaded:
                 loaded[reading.backbone] = load_backbone(reading.backbone, device=device, dtype=dtype)
@@ -301,10 +298,11 @@ class Correspondence:
 
     def features(self, images: Sequence[ImageLike], *, progress: bool = False) -> Iterator[tuple[FeatureMaps, ...]]:
         """All features of each image, one entry per backbone; every image is read once."""
-        streams = [
-            extract_each(backbone, images, _without_category(reading.extract), progress=progress)
-            for backbone, reading in zip(self.backbones, self.recipe.readings, strict=True)
-        ]
+        streams = []
+        for backbone, reading in zip(self.backbones, self.recipe.readings, strict=True):
+            prompt = "" if CATEGORY in reading.extract.prompt else reading.extract.prompt
+            config = replace(reading.extract, prompt=prompt)
+            streams.append(extract_each(backbone, images, config, progress=progress))
         return zip(*streams, strict=True)
 
     def describe(self, *images: ImageLike) -> tuple[Descriptors, ...]:
@@ -312,7 +310,10 @@ class Correspondence:
         return fuse(list(self.features(images)), self.recipe.fusion)
 
     def match(
-        self, source: ImageLike, target: ImageLike, points: Tensor | np.ndarray | Sequence[Sequence[float]]
+        self,
+        source: ImageLike,
+        target: ImageLike | None = None,
+        points: Tensor | np.ndarray | Sequence[Sequence[float]] | None = None,
     ) -> Matches:
         """Where points of one image lie in the other.
 
@@ -321,8 +322,12 @@ class Correspondence:
 
         Raises:
             ImageError: an image cannot be read.
-            ValueError: a point lies outside of the source.
+            ValueError: the second image or the points are missing, or a point lies outside of the source.
         """
+        if target is None:
+            raise ValueError("correspondence takes two images and points of the first: match(source, target, points)")
+        if points is None:
+            raise ValueError("say which points of the source are matched, (N, 2) as (x, y); match_dense matches all")
         images = (load_image(source), load_image(target))
         a, b = self.describe(*images)
         return replace(match_points(a, b, points, self.recipe.matching), images=images)
@@ -337,10 +342,6 @@ class Correspondence:
 
     def __repr__(self) -> str:
         return f"Correspondence({self.recipe.name!r}, {' + '.join(backbone.name for backbone in self.backbones)})"
-
-
-def _without_category(extract: ExtractConfig) -> ExtractConfig:
-    return replace(extract, prompt="") if CATEGORY in extract.prompt else extract
 
 
 def reading_of(backbone: Backbone, extract: ExtractConfig, matching: MatchConfig) -> Recipe:
@@ -358,4 +359,7 @@ def alone(whole: Recipe, number: int, name: str) -> Recipe:
     return replace(whole, name=name, readings=(reading,), fusion=replace(whole.fusion, parts=parts, reference=None))
 
 
-RECIPES: dict[str, Recipe] = _published()
+_TABLES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
+RECIPES: dict[str, Recipe] = {  # a table may give a name of its own, which TOML's bare keys do not allow
+    entry.name: entry for entry in (_built(Recipe, {"name": key, **table}, key) for key, table in _TABLES.items())
+}

@@ -1,17 +1,21 @@
-"""`pipeline("depth")`: a task by its name, with the embedded model or a published one, ready to be called."""
+"""Tasks by name: `pipeline("depth")` is one that is ready to be called, with the embedded model or a published one.
+
+The embedded models have seen nothing but rendered scenes: they show how things work, and answer about photographs only
+roughly. `MODELS` lists published ones to take in their place. Torch is not needed before a pipeline is made.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from diffrep.devices import resolve_device
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ def pipeline(
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=2) or list(TASKS)
         raise ValueError(f"there is no task {task!r}; near names: {', '.join(near)}")
+    from diffrep.devices import resolve_device
+
     embedded, load = TASKS[task]
     name = embedded if model is None else os.fspath(model)
     loaded, run = load(name, task, device=resolve_device(device), dtype=dtype)
@@ -98,3 +104,73 @@ TASKS: dict[str, tuple[str, Callable[..., tuple[Any, Callable[..., Any]]]]] = { 
     "features": ("tiny", _features),
     "correspondence": ("tiny", _correspondence),
 }
+
+
+# -- published models ---------------------------------------------------------------------------------------
+
+Job = Literal["features", "matching", "search", "probes", "depth", "normals", "segmentation"]
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A model that its authors publish.
+
+    Attributes:
+        option: what to write on the command line.
+        gigabytes: of its weights in half precision, about; what it needs of memory is a little more.
+        about: one line.
+        licence: of the weights; empty where it is not certain.
+    """
+
+    job: Job
+    option: str
+    gigabytes: float
+    about: str
+    licence: str = ""
+
+
+MODELS = (  # of each job the first is recommended
+    PublishedModel("depth", "--model jingheya/lotus-depth-d-v1-1", 2.6, "Lotus-D: one pass, depth, no noise"),
+    PublishedModel("depth", "--model prs-eth/marigold-depth-v1-1", 2.6, "Marigold: one step or several, ensembles"),
+    PublishedModel("depth", "--model GonzaloMG/marigold-e2e-ft-depth", 2.6, "E2E-FT: Marigold tuned to one step"),
+    PublishedModel("normals", "--model jingheya/lotus-normal-d-v1-1", 2.6, "Lotus-D: one pass, no noise"),
+    PublishedModel("normals", "--model prs-eth/marigold-normals-v1-1", 2.6, "Marigold: one step or several"),
+    PublishedModel(
+        "segmentation",
+        "--model qianyu1217/diffdis",
+        2.7,
+        "DiffDIS: masks and edges at 1024 pixels",
+        "of SD-Turbo, from which it derives",
+    ),
+    PublishedModel("matching", "--recipe sd2.1-dinov2", 3.2, "Stable Diffusion 2.1 fused with DINOv2"),
+    PublishedModel("matching", "--recipe dift", 2.6, "DIFT: Stable Diffusion 2.1 alone"),
+    PublishedModel("features", "--backbone sd2.1", 2.6, "Stable Diffusion 2.1", "CreativeML Open RAIL++-M"),
+    PublishedModel("features", "--backbone dinov2-base", 0.2, "a vision transformer, fast", "Apache-2.0"),
+    PublishedModel("search", "--backbone dinov2-base", 0.2, "a vision transformer, fast", "Apache-2.0"),
+    PublishedModel("probes", "--backbone dinov2-base", 0.2, "a vision transformer, fast", "Apache-2.0"),
+    PublishedModel("probes", "--backbone sd2.1", 2.6, "Stable Diffusion 2.1", "CreativeML Open RAIL++-M"),
+)
+
+
+def recommended(job: Job) -> PublishedModel:
+    """The published model to take for a job.
+
+    >>> recommended("normals").option
+    '--model jingheya/lotus-normal-d-v1-1'
+    """
+    return next(model for model in MODELS if model.job == job)
+
+
+def note_embedded(name: str, job: Job) -> None:
+    """Say on stderr, once for each job, that an embedded model answers; nothing where `name` is none."""
+    if name == "tiny" or name.startswith("tiny-"):
+        _say(name, job)
+
+
+@cache
+def _say(name: str, job: Job) -> None:
+    print(
+        f"note: {name} is a small model that has seen rendered scenes alone; for photographs take a published one:"
+        f" {recommended(job).option}",
+        file=sys.stderr,
+    )

@@ -34,7 +34,6 @@ FLOORS = {
     "diffrep.tasks": 4,
     "diffrep.masks": 0,
     "diffrep.devices": 0,
-    "diffrep.published": 0,
     "diffrep.video": 0,
     "diffrep.pages": 0,
     "diffrep.settings": 0,

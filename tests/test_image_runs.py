@@ -18,7 +18,7 @@ from diffrep.heads.dense import DenseHead
 from diffrep.heads.loading import HeadError, load_head
 from diffrep.heads.maps import DepthMap, KnownDepthError, NormalMap, known_files, read_known_depths, unit_length
 from diffrep.heads.segmentation import SegmentationHead
-from diffrep.published import _say
+from diffrep.tasks import _say
 from diffrep.video import frame_rate, read_frames, write_video
 
 from .one_step_heads import random_head

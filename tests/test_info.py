@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from diffrep.backbones import BackboneError, load_backbone
 from diffrep.backbones.repositories import split_options, with_options
 from diffrep.cli import main
-from diffrep.published import MODELS
 from diffrep.recipes import RECIPES
 from diffrep.store import open_store
+from diffrep.tasks import MODELS
 
 
 def test_published_models_and_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,6 +98,18 @@ def test_a_task_is_one_line(picture: Path) -> None:
         assert pipeline(task, device="cpu")(picture) is not None
     with pytest.raises(ValueError, match="no task 'deep'; near names: depth"):
         pipeline("deep")
+    for inputs, message in (((picture,), "takes two images and points"), ((picture, picture), "say which points")):
+        with pytest.raises(ValueError, match=message):
+            pipeline("correspondence", device="cpu")(*inputs)
+
+
+def test_models_of_ones_own_come_by_keyword(picture: Path) -> None:
+    embedded = Path(diffrep.__file__).parent / "models"
+    correspondence = Correspondence("tiny", diffusion=embedded / "tiny", vit="tiny-dino")
+    assert [backbone.source for backbone in correspondence.backbones][0] == str(embedded / "tiny")
+    assert correspondence.match(picture, picture, [(10, 12)]).points.shape == (1, 2)
+    with pytest.raises(ValueError, match="no role 'painter'; it has diffusion, tiny, vit, tiny-dino"):
+        Correspondence("tiny", painter="tiny")
 
 
 def test_public_names_exist_and_cost_nothing_before_they_are_used() -> None:

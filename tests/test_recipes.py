@@ -111,10 +111,10 @@ def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (("timestep", "timestop"), "extract has no timestop; it has taps"),
-        (("100", '"100"'), "extract.timestep must be of type int"),
-        (('"soft"', '"hard"'), "matching.mode must be one of 'cell'"),
-        (("timestep = 100", "timestep = 4000"), "own.toml: timestep must be in -1..999"),
-        (('["up.1", "mid"]', '"up.1"'), "taps must be"),
+        (("100", '"100"'), "extract.timestep must be a whole number, got '100'"),
+        (('"soft"', '"hard"'), "matching.mode must be one of cell"),
+        (("timestep = 100", "timestep = 4000"), r"own.toml: readings\[0\].extract.timestep must be in -1..999"),
+        (('["up.1", "mid"]', "3"), "taps must be a tuple, got 3"),
         (("[matching]", "[matching"), "own.toml"),
     ],
 )

@@ -15,8 +15,8 @@ from diffrep.commands.options import BackboneOptions, PrecisionOptions
 from diffrep.features import ExtractConfig
 from diffrep.files import printable
 from diffrep.images import Sizing
-from diffrep.published import note_embedded
 from diffrep.store import BulkConfig, Keep, extract_store
+from diffrep.tasks import note_embedded
 
 _BATCH = 32  # images or noise draws that go through the network together; halved where memory runs out
 

@@ -64,7 +64,7 @@ def known_backbones() -> dict[str, dict[str, str]]:
 
 def published_models() -> list[dict[str, Any]]:
     """Published models to use where the embedded ones are too small; of each task the first is recommended."""
-    from diffrep.published import MODELS
+    from diffrep.tasks import MODELS
 
     return [asdict(model) for model in MODELS]
 

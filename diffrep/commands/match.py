@@ -13,8 +13,8 @@ import tyro
 
 from diffrep.commands.options import BackboneOptions, PrecisionOptions
 from diffrep.commands.output import check_writable, write_image
-from diffrep.published import note_embedded
 from diffrep.settings import ExtractConfig, MatchConfig, Sizing
+from diffrep.tasks import note_embedded
 
 if TYPE_CHECKING:
     import torch

@@ -35,7 +35,7 @@ from diffrep.heads.loading import load_head
 from diffrep.heads.maps import AXES, DepthMap, NormalMap, known_files, read_known_depths
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
 from diffrep.heads.segmentation import ObjectMask, SegmentConfig
-from diffrep.published import Job, note_embedded
+from diffrep.tasks import Job, note_embedded
 from diffrep.video import SUFFIXES, is_video
 
 SUMMARY = "summary.json"

@@ -40,8 +40,8 @@ from diffrep.heads.probes.layouts import Kind
 from diffrep.heads.probes.probe import SavedKind, SavedProbe
 from diffrep.heads.probes.sweeps import check_prune
 from diffrep.images import Sizing
-from diffrep.published import note_embedded
 from diffrep.settings import check
+from diffrep.tasks import note_embedded
 
 SWEPT = (10, 50, 100, 200, 350, 500)  # timesteps of a sweep
 

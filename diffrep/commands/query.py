@@ -14,7 +14,7 @@ import tyro
 from diffrep.commands.options import BackboneOptions, DeviceOptions
 from diffrep.commands.output import check_writable, write_image
 from diffrep.files import printable
-from diffrep.published import note_embedded
+from diffrep.tasks import note_embedded
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,8 +12,8 @@ import tyro
 from diffrep.commands.match import chosen_recipe
 from diffrep.commands.options import BackboneOptions, PrecisionOptions
 from diffrep.commands.output import check_writable, write_image
-from diffrep.published import note_embedded
 from diffrep.settings import RefineConfig, SwapConfig
+from diffrep.tasks import note_embedded
 
 if TYPE_CHECKING:
     from PIL import Image
