@@ -106,7 +106,7 @@ def test_a_task_is_one_line(picture: Path) -> None:
 def test_models_of_ones_own_come_by_keyword(picture: Path) -> None:
     embedded = Path(diffrep.__file__).parent / "models"
     correspondence = Correspondence("tiny", diffusion=embedded / "tiny", vit="tiny-dino")
-    assert [backbone.source for backbone in correspondence.backbones][0] == str(embedded / "tiny")
+    assert correspondence.backbones[0].source == str(embedded / "tiny")
     assert correspondence.match(picture, picture, [(10, 12)]).points.shape == (1, 2)
     with pytest.raises(ValueError, match="no role 'painter'; it has diffusion, tiny, vit, tiny-dino"):
         Correspondence("tiny", painter="tiny")
