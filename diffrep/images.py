@@ -5,7 +5,7 @@ Inside diffrep an image is RGB, float in [0, 1], (3, H, W). Files, PIL images an
 points of the original image to the canvas and back.
 
 Points are (x, y) in pixels; (0, 0) is the centre of the first pixel, (W - 1, H - 1) that of the last.
-Sizes are (H, W).
+Sizes are (H, W). Videos come in and go out frame by frame, through PyAV (the extra ``video``).
 """
 
 from __future__ import annotations
@@ -13,22 +13,28 @@ from __future__ import annotations
 import glob
 import importlib.util
 import io
+import logging
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
-from typing import TypeAlias
+from random import Random
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffrep.files import printable
+from diffrep.files import printable, write_whole
 from diffrep.settings import MAX_CANVAS, Sizing
+
+logger = logging.getLogger(__name__)
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 
@@ -56,22 +62,10 @@ SUFFIXES = frozenset(
     for ending in endings
 )
 
-_RESAMPLE = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {  # its value -> what brings the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"})
+
+_ORIENTATION = 0x0112  # the EXIF tag; its values from 2 on -> what brings the image upright
+_TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 
 
 class ImageError(ValueError):
@@ -197,10 +191,10 @@ def upright(image: Image.Image) -> Image.Image:
     Pillow's `exif_transpose` rewrites all tags, and one that is damaged stops it.
     """
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+        turn = dict(enumerate(_TURNS, 2)).get(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if turn is None else image.transpose(Image.Transpose[turn])
 
 
 def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -273,15 +267,17 @@ class Placement:
 
     def to_canvas(self, points: Tensor) -> Tensor:
         """Map (..., 2) points in image pixels to canvas pixels, float32 or wider."""
-        points = points.to(torch.promote_types(points.dtype, torch.float32))
-        scale, offset = points.new_tensor(self.scale), points.new_tensor(self.content_box[:2])
+        points, scale, offset = self._wide(points)
         return (points + 0.5) * scale + offset - 0.5
 
     def to_image(self, points: Tensor) -> Tensor:
         """Map (..., 2) points in canvas pixels to image pixels; what lies on the padding falls outside."""
-        points = points.to(torch.promote_types(points.dtype, torch.float32))
-        scale, offset = points.new_tensor(self.scale), points.new_tensor(self.content_box[:2])
+        points, scale, offset = self._wide(points)
         return (points + 0.5 - offset) / scale - 0.5
+
+    def _wide(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        points = points.to(torch.promote_types(points.dtype, torch.float32))
+        return points, points.new_tensor(self.scale), points.new_tensor(self.content_box[:2])
 
 
 def fit_image(image: Image.Image, sizing: Sizing) -> tuple[Tensor, Placement]:
@@ -291,18 +287,23 @@ def fit_image(image: Image.Image, sizing: Sizing) -> tuple[Tensor, Placement]:
         uint8 (3, H, W) canvas, and where the image lies on it.
     """
     width, height = image.size
-    resized_height, resized_width = _resized_size(height, width, sizing)
+    side: Any = sizing.size  # an int but for squash, checked by Sizing
+    if sizing.mode == "native":
+        resized_height, resized_width = height, width
+    elif sizing.mode == "squash":
+        resized_height, resized_width = side if isinstance(side, tuple) else (side, side)
+    else:  # Python's round goes half to even, as the published loaders' numpy does
+        resized_height, resized_width = (max(1, round(side * n / max(image.size))) for n in (height, width))
     if resized_height * resized_width > MAX_CANVAS:
         raise ImageError(f"an image of {width} x {height} pixels makes a canvas of more than {MAX_CANVAS:,} pixels")
     if (resized_width, resized_height) != image.size:
-        image = image.resize((resized_width, resized_height), _RESAMPLE[sizing.resample])
+        image = image.resize((resized_width, resized_height), Image.Resampling[sizing.resample.upper()])
     pixels = np.array(image)
     top = left = bottom = right = 0
     if sizing.mode == "pad":
-        side = int(sizing.size)  # type: ignore[arg-type]  # pad has an int size, checked by Sizing
         top, left = (side - resized_height) // 2, (side - resized_width) // 2
         bottom, right = side - resized_height - top, side - resized_width - left
-    elif sizing.mode in ("fit", "native"):
+    elif sizing.mode != "squash":
         bottom, right = -resized_height % sizing.multiple, -resized_width % sizing.multiple
     if top or left or bottom or right:
         edge = sizing.mode != "pad" or sizing.fill == "edge"
@@ -310,17 +311,6 @@ def fit_image(image: Image.Image, sizing: Sizing) -> tuple[Tensor, Placement]:
     box = (float(left), float(top), float(left + resized_width), float(top + resized_height))
     placement = Placement((height, width), pixels.shape[:2], box)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), placement
-
-
-def _resized_size(height: int, width: int, sizing: Sizing) -> tuple[int, int]:
-    if sizing.mode == "native":
-        return height, width
-    if sizing.mode == "squash":
-        return sizing.size if isinstance(sizing.size, tuple) else (int(sizing.size), int(sizing.size))  # type: ignore[arg-type]
-    side = int(sizing.size)  # type: ignore[arg-type]
-    long = max(height, width)
-    # Python's round goes half to even, as the published loaders' numpy does
-    return max(1, round(side * height / long)), max(1, round(side * width / long))
 
 
 def stack_pixels(canvases: Sequence[Tensor]) -> Tensor:
@@ -336,3 +326,131 @@ def shrink(pixels: Tensor, levels: int) -> list[Tensor]:
         for k in range(1, levels + 1)
     ]
     return [pixels, *smaller]
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of an image whose short side has been brought to `size` pixels, as guided-diffusion's loader.
+
+    Large images are halved with a box filter before one bicubic resize.
+    """
+    image = _halved(image, size)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, random: Random, *, least: float = 0.8) -> Image.Image:
+    """A random square of an image whose short side has been brought to a random length, as guided-diffusion's loader.
+
+    Args:
+        random: gives the short side, drawn from [size, ceil(size / least)], then the top, then the left edge.
+        least: the smallest share of the short side that the crop shows.
+    """
+    image = _halved(image, random.randrange(size, math.ceil(size / least) + 1))
+    top = random.randrange(image.height - size + 1)
+    left = random.randrange(image.width - size + 1)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _halved(image: Image.Image, short: int) -> Image.Image:
+    while min(image.size) >= 2 * short:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+# -- videos -------------------------------------------------------------------------------------------------
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Whether a path ends as videos do.
+
+    >>> is_video("clip.MP4"), is_video("photo.png")
+    (True, False)
+    """
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+def read_frames(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """The frames of a video, RGB, in order.
+
+    Raises:
+        ImageError: it cannot be decoded, or has no picture in it.
+        ImportError: PyAV is not installed.
+    """
+    with _opened(path) as container:
+        if not container.streams.video:
+            raise ImageError(f"{path}: has no pictures in it")
+        try:
+            for frame in container.decode(container.streams.video[0]):
+                yield frame.to_image()
+        except _av().error.FFmpegError as error:
+            raise ImageError(f"{path}: cannot be decoded ({error})") from None
+
+
+def frame_rate(path: str | os.PathLike[str]) -> Fraction:
+    """Frames per second; 25 where the file does not say.
+
+    Raises:
+        ImageError: it cannot be opened.
+        ImportError: PyAV is not installed.
+    """
+    with _opened(path) as container:
+        rates = [stream.average_rate for stream in container.streams.video]
+        return Fraction(rates[0] or 25) if rates else Fraction(25)
+
+
+def write_video(path: str | os.PathLike[str], frames: Iterable[Image.Image], rate: Fraction | int = 25) -> int:
+    """Write a video, whole or not at all: H.264 (``.webm``: VP9).
+
+    Args:
+        frames: RGB. What has another size than the first is scaled and gets black bars, which a warning says; an odd
+            side loses its last row or column, as the codecs want it.
+
+    Returns:
+        How many frames it has.
+
+    Raises:
+        ValueError: there is no frame.
+        ImportError: PyAV is not installed.
+    """
+    count, mixed = 0, False
+
+    def encode(partial: Path) -> None:
+        nonlocal count, mixed
+        with _av().open(os.fspath(partial), "w") as container:
+            stream = container.add_stream("libvpx-vp9" if partial.suffix == ".webm" else "libx264", rate=rate)
+            stream.pix_fmt = "yuv420p"
+            size = None
+            for image in frames:
+                if size is None:
+                    size = image.size
+                    stream.width, stream.height = max(2, size[0] // 2 * 2), max(2, size[1] // 2 * 2)
+                if image.size != size:
+                    if not mixed:
+                        logger.warning("%s: frames of other sizes than the first's %d x %d get bars", path, *size)
+                    mixed, image = True, ImageOps.pad(image.convert("RGB"), size)
+                even = image.convert("RGB").crop((0, 0, stream.width, stream.height))
+                container.mux(stream.encode(_av().VideoFrame.from_image(even)))
+                count += 1
+            if not count:
+                raise ValueError(f"{path}: there is no frame to write")
+            container.mux(stream.encode())
+
+    write_whole(path, encode)
+    return count
+
+
+def _opened(path: str | os.PathLike[str]) -> Any:
+    av = _av()
+    try:
+        return av.open(os.fspath(path))
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise ImageError(f"{path}: is not a video that can be read ({error})") from None
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ImportError('videos need PyAV: pip install "diffrep[video]"') from None
+    return av

@@ -18,8 +18,8 @@ from diffrep.heads.dense import DenseHead
 from diffrep.heads.loading import HeadError, load_head
 from diffrep.heads.maps import DepthMap, KnownDepthError, NormalMap, known_files, read_known_depths, unit_length
 from diffrep.heads.segmentation import SegmentationHead
+from diffrep.images import frame_rate, read_frames, write_video
 from diffrep.tasks import _say
-from diffrep.video import frame_rate, read_frames, write_video
 
 from .one_step_heads import random_head
 
@@ -165,11 +165,23 @@ def test_videos_are_refused_in_one_line(head: str, tmp_path: Path, capsys: pytes
     for arguments, message in [
         ([str(tmp_path / "broken.mp4"), "-o", str(tmp_path / "o")], "broken.mp4: is not a video that can be read"),
         ([str(a), "-o", str(tmp_path / "o.mp4"), "--formats", "npy"], "go with a folder, not with the video"),
-        ([str(a), str(picture(tmp_path / "b.png", size=(64, 32))), "-o", str(tmp_path / "o.mp4")], "frame 1 is"),
     ]:
         assert main(["depth", *arguments, "--model", head]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "o.mp4").exists()
+
+
+def test_pictures_of_several_sizes_become_one_video(
+    head: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("av")
+    files = [str(picture(tmp_path / f"{n}.png", size=(64, side))) for n, side in enumerate((48, 32, 32))]
+    assert main(["depth", *files, "-o", str(tmp_path / "o.mp4"), "--model", head]) == 0
+    first, second, _ = (np.asarray(frame) for frame in read_frames(tmp_path / "o.mp4"))
+    assert first.shape == second.shape == (48, 64, 3)
+    assert second[:6].max() < 40  # bars above and below
+    (record,) = caplog.records
+    assert "frames of other sizes than the first's 64 x 48 get bars" in record.getMessage()
 
 
 # -- known depths -------------------------------------------------------------------------------------------

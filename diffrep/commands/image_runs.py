@@ -21,8 +21,7 @@ from tqdm import tqdm
 from diffrep.commands.output import write_image
 from diffrep.files import MARK, sweep_partials, write_document
 from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
-from diffrep.images import ImageError, find_images, load_image
-from diffrep.video import frame_rate, is_video, read_frames, write_video
+from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
 
 ResultT = TypeVar("ResultT")
 ResultT_co = TypeVar("ResultT_co", covariant=True)

@@ -35,8 +35,8 @@ from diffrep.heads.loading import load_head
 from diffrep.heads.maps import AXES, DepthMap, NormalMap, known_files, read_known_depths
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
 from diffrep.heads.segmentation import ObjectMask, SegmentConfig
+from diffrep.images import VIDEO_SUFFIXES, is_video
 from diffrep.tasks import Job, note_embedded
-from diffrep.video import SUFFIXES, is_video
 
 SUMMARY = "summary.json"
 _PLY = {"intrinsics", "field_of_view", "normals_model", "nearest", "farthest", "frame"}  # options of point clouds
@@ -69,7 +69,7 @@ class ImageCommand(PrecisionOptions):
                 option, other = (text.replace("_", "-") for text in (name, needed))
                 raise ValueError(f"--{option} says how --{other} works, which is not asked for")
         if self.to_video:
-            check_writable(self.output, tuple(sorted(SUFFIXES)))
+            check_writable(self.output, tuple(sorted(VIDEO_SUFFIXES)))
             if self.skip_existing or self.json:
                 raise ValueError(f"--skip-existing and --json go with a folder, not with the video {self.output}")
         else:

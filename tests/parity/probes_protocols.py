@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffrep.backbones import Conditions
-from diffrep.cropping import center_crop, random_crop
 from diffrep.heads.probes import (
     DepthProbe,
     NearestNeighbours,
@@ -27,6 +26,7 @@ from diffrep.heads.probes import (
     train_recipe,
 )
 from diffrep.heads.probes.pixels import Resizing
+from diffrep.images import center_crop, random_crop
 
 from .cases import assert_near, assert_within, number_in
 from .probes_heads import assert_all, heads_of, the_backbone, tolerance, under
