@@ -11,17 +11,14 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import wraps
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeAlias
+from typing import Any, Concatenate, ParamSpec, TypeAlias, cast
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
+from diffrep.eval.rendering import SceneJob, encoded, rendered_into
 from diffrep.files import write_whole
 from diffrep.heads.probes.labelled import (
     PARTS,
@@ -34,10 +31,9 @@ from diffrep.heads.probes.labelled import (
     read_labelled,
 )
 from diffrep.images import SUFFIXES
-from diffrep.scenes import SEEN, render_scene, scene_seed
+from diffrep.scenes import SEEN, scene_seed
 
 ATTRIBUTES = ("category", "colour", "second colour", "pattern", "view", "floor", "back")
-DIGITS, SCENES = "digits", "scenes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +50,13 @@ class SceneImages:
     size: int = 128  # pixels
     categories: tuple[str, ...] = SEEN
 
-    def jobs(self) -> list[tuple[Part, int, str]]:
-        """(part, index in the split "test", category) of each image."""
-        jobs: list[tuple[Part, int, str]] = []
-        for place, (part, count) in enumerate(zip(PARTS, (self.train, self.val, self.test), strict=True)):
-            start = (place + 1) * 2**30  # the other benchmarks draw theirs at random from 2**40
-            jobs += [(part, start + i, self.categories[i % len(self.categories)]) for i in range(count)]
+    def jobs(self) -> dict[tuple[Part, int], SceneJob]:
+        """(part, index in the split "test") -> seed, category and size of each scene."""
+        jobs: dict[tuple[Part, int], SceneJob] = {}
+        for place, (part, count) in enumerate(zip(PARTS, (self.train, self.val, self.test), strict=True), 1):
+            for i in range(count):
+                index = place * 2**30 + i  # the other benchmarks draw theirs at random from 2**40
+                jobs[part, index] = scene_seed("test", index), self.categories[i % len(self.categories)], self.size
         return jobs
 
 
@@ -82,46 +79,18 @@ def scene_images(
     """
     if label not in ATTRIBUTES:
         raise ValueError(f"scenes have no label {label!r}; there are {', '.join(ATTRIBUTES)}")
-    settings, folder = settings or SceneImages(), Path(folder)
-    about = json.dumps(asdict(settings))
-    if (folder / "scenes.json").is_file() and (folder / "scenes.json").read_text() != about:
-        raise ValueError(f"{folder}: holds scenes of other settings; name another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "scenes.json", about.encode())
-    jobs = [(str(folder), part, index, category, settings.size) for part, index, category in settings.jobs()]
-    missing = [job for job in jobs if not _words(job).is_file()]
-    with tqdm(total=len(missing), desc="rendering", unit="scene", disable=not progress or not missing) as bar:
-        if workers > 1 and len(missing) > 16:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                for _ in pool.map(_render, missing, chunksize=8):
-                    bar.update()
-        else:
-            for job in missing:
-                _render(job)
-                bar.update()
-    rows = []
-    for job in jobs:
-        words = json.loads(_words(job).read_text())
+    settings, folder, rows = settings or SceneImages(), Path(folder), []
+    jobs = {folder / part / f"{index:012d}.json": job for (part, index), job in settings.jobs().items()}
+    missing = {file: job for file, job in jobs.items() if not file.is_file()}
+    for file, scene in rendered_into(folder, settings, missing, workers=workers, progress=progress):
+        write_whole(file.with_suffix(".png"), encoded(scene.image, ".png"))
+        words = {"category": scene.category, **scene.attributes}
+        write_whole(file, json.dumps(words))  # last: it says that all is there
+    for file in jobs:
+        words = json.loads(file.read_text())
         if label in words:
-            rows.append((_words(job).with_suffix(".png"), words[label], job[1]))
+            rows.append((file.with_suffix(".png"), words[label], file.parent.name))
     return _from_table(folder / f"{label.replace(' ', '-')}.csv", rows)
-
-
-_Job = tuple[str, Part, int, str, int]
-
-
-def _words(job: _Job) -> Path:
-    folder, part, index, _, _ = job
-    return Path(folder) / part / f"{index:012d}.json"
-
-
-def _render(job: _Job) -> None:
-    _, _, index, category, size = job
-    scene = render_scene(scene_seed("test", index), category=category, size=size)
-    file = _words(job)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file.with_suffix(".png"), _png(scene.image))
-    write_whole(file, json.dumps({"category": category, **scene.attributes}).encode())  # last: it says all is there
 
 
 def digit_images(folder: str | Path) -> LabelledImages:
@@ -129,46 +98,34 @@ def digit_images(folder: str | Path) -> LabelledImages:
     from sklearn.datasets import load_digits
 
     folder, digits, rows = Path(folder), load_digits(), []
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (image, digit) in enumerate(zip(digits.images, digits.target, strict=True)):
         file = folder / f"{number:04d}.png"
         if not file.is_file():
-            write_whole(file, _png(np.rint(255 - image * 255 / 16).astype(np.uint8)))  # ink is dark
-        rows.append((file, str(digit), None))
+            write_whole(file, encoded(np.rint(255 - image * 255 / 16).astype(np.uint8), ".png"))  # ink is dark
+        rows.append((file, str(digit), ""))
     return _from_table(folder / "digits.csv", rows)
 
 
-def _png(image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, format="png")
-    return out.getvalue()
-
-
-def _from_table(file: Path, rows: Sequence[tuple[Path, str, Part | None]]) -> LabelledImages:
+def _from_table(file: Path, rows: Sequence[tuple[Path, str, str]]) -> LabelledImages:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["path", "label", "split"])
-    for path, label, part in rows:
-        writer.writerow([os.path.relpath(path, file.parent), label, part or ""])
-    write_whole(file, out.getvalue().encode())
+    writer.writerows([os.path.relpath(path, file.parent), label, part] for path, label, part in rows)
+    write_whole(file, out.getvalue())
     return read_labelled(file)
 
 
-def named_images(source: str, work: str | Path, *, workers: int = 1, image: str | None = None, label: str = "label",
-                 group: str | None = None, scenes: SceneImages | None = None) -> LabelledImages:  # fmt: skip
-    """What the command line calls DATA: ``scenes``, ``scenes:ATTRIBUTE``, ``digits``, or a source of `read_labelled`.
+def named_images(source: str, work: str | Path, *, workers: int = 1) -> LabelledImages:
+    """What the command line calls ``scenes``, ``scenes:ATTRIBUTE`` or ``digits``.
 
     Args:
         work: folder below which scenes and digits are written.
     """
-    if source == DIGITS:
-        return digit_images(Path(work) / DIGITS)
-    if source == SCENES or source.startswith(f"{SCENES}:"):
-        attribute = source.partition(":")[2] or "category"
-        chosen = scenes or SceneImages()
-        place = f"{SCENES}-{chosen.size}-{chosen.train}-{chosen.val}-{chosen.test}"
-        return scene_images(Path(work) / place, attribute, chosen, workers=workers)
-    return read_labelled(source, image=image, label=label, group=group)
+    if source == "digits":
+        return digit_images(Path(work) / source)
+    settings, attribute = SceneImages(), source.partition(":")[2] or "category"
+    place = f"scenes-{settings.size}-{settings.train}-{settings.val}-{settings.test}"
+    return scene_images(Path(work) / place, attribute, settings, workers=workers)
 
 
 # -- released layouts ---------------------------------------------------------------------------------------
@@ -189,7 +146,7 @@ def _layout(
         images = [LabelledImage(image_file(file, folder), label, None, part) for file, label, part in rows]
         return assemble(str(folder), images)
 
-    return labelled
+    return cast("Callable[Concatenate[Path, Arguments], LabelledImages]", labelled)
 
 
 def _present(file: Path) -> Path:

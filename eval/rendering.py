@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 LARGEST = 4096  # side of a rendered image, pixels
 Job = TypeVar("Job")
 Rendered = TypeVar("Rendered")
+Place = TypeVar("Place")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +159,6 @@ def annotated_scenes(
     from diffrep.heads.probes.annotated import AnnotatedFiles  # who measures matches needs no probes
 
     settings, folder = settings or SceneFiles(), Path(folder)
-    about = folder / "scenes.json"
-    if about.is_file() and about.read_text(encoding="utf-8") != json.dumps(asdict(settings)):
-        raise ValueError(f"{folder}: holds scenes of other settings; name another folder or delete it")
-    write_whole(about, json.dumps(asdict(settings)))
     jobs: dict[tuple[str, str], SceneJob] = {}  # part, name -> scene
     for place, (part, count) in enumerate((("train", settings.scenes), ("test", settings.test_scenes))):
         for number in range(count):
@@ -171,20 +168,35 @@ def annotated_scenes(
     def file(kind: str, part: str, name: str) -> Path:
         return folder / part / kind / f"{name}{'.npy' if kind in ('depth', 'normals') else '.png'}"
 
-    missing = [place for place in jobs if not file("images", *place).is_file()]
-    rendering = SceneMapSettings(workers=workers if workers > 1 and len(missing) > 16 else 0)
-    scenes = chain.from_iterable(rendering.batches(render_job, [jobs[place] for place in missing]))
-    bar = tqdm(scenes, total=len(missing), desc="rendering", unit="scene", disable=not progress or not missing)
-    for (part, name), scene in zip(missing, bar, strict=True):
+    missing = {place: job for place, job in jobs.items() if not file("images", *place).is_file()}
+    for (part, name), scene in rendered_into(folder, settings, missing, workers=workers, progress=progress):
         for kind, values in _maps(scene).items():
             path = file(kind, part, name)
-            write_whole(path, _encoded(values, path.suffix))
+            write_whole(path, encoded(values, path.suffix))
     sets = []
     for part in ("train", "test"):
         places = [place for place in jobs if place[0] == part]
         images, annotations = (tuple(file(kind, *place) for place in places) for kind in ("images", what))
         sets.append(AnnotatedFiles(str(folder / part), images, annotations))
     return sets[0], sets[1]
+
+
+def rendered_into(
+    folder: Path, settings: Any, missing: Mapping[Place, SceneJob], *, workers: int, progress: bool
+) -> Iterator[tuple[Place, Scene]]:
+    """Render the scenes that a folder of files lacks; the folder says of which settings its scenes are.
+
+    Raises:
+        ValueError: the folder holds scenes of other settings.
+    """
+    about = folder / "scenes.json"
+    if about.is_file() and about.read_text(encoding="utf-8") != json.dumps(asdict(settings)):
+        raise ValueError(f"{folder}: holds scenes of other settings; name another folder or delete it")
+    write_whole(about, json.dumps(asdict(settings)))
+    rendering = SceneMapSettings(workers=workers if workers > 1 and len(missing) > 16 else 0)
+    scenes = chain.from_iterable(rendering.batches(render_job, list(missing.values())))
+    bar = tqdm(scenes, total=len(missing), desc="rendering", unit="scene", disable=not progress or not missing)
+    yield from zip(missing, bar, strict=True)
 
 
 def _maps(scene: Scene) -> dict[str, np.ndarray]:
@@ -197,7 +209,8 @@ def _maps(scene: Scene) -> dict[str, np.ndarray]:
     }
 
 
-def _encoded(values: np.ndarray, suffix: str) -> bytes:
+def encoded(values: np.ndarray, suffix: str) -> bytes:
+    """The bytes of a ``.npy`` or ``.png`` file."""
     out = io.BytesIO()
     if suffix == ".npy":
         np.save(out, values, allow_pickle=False)

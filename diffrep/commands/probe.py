@@ -16,6 +16,7 @@ from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions,
 from diffrep.commands.output import check_writable, write_image
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes import (
+    Cell,
     FeedbackSettings,
     HeadShape,
     LabelledImages,
@@ -138,6 +139,14 @@ class Classifier(Command):
     fit: ProbeFit = field(default_factory=ProbeFit)
     shape: HeadShape = field(default_factory=HeadShape)
 
+    def read(self, data: LabelledImages, texts: Sequence[str]) -> tuple[ProbeData, list[Cell]]:
+        """Load the backbones of cells that are written as text, and read what is not kept yet."""
+        names = [text.split(",")[0] for text in texts]
+        backbones = self.extraction.load(names)
+        named = [self.extraction.named(n) + text.removeprefix(n) for n, text in zip(names, texts, strict=True)]
+        cells = parse_cells(named, backbones)
+        return self.images.read(data, backbones, readings_of(cells, self.extraction.config())), cells
+
     def training(self) -> dict[str, Any]:
         """The head and its training, as arguments of `sweep` and `compare_probes`."""
         grid = replace(self.fit.grid, seed=self.seed, balanced=self.balanced or self.fit.grid.balanced)
@@ -196,19 +205,14 @@ class Train(NewProbe, Classifier):
     For example: diffrep probe train photos/ --cells tiny,up.2.resnet.0,50 tiny-dino -o probe
     """
 
-    data: Annotated[
-        str, tyro.conf.Positional
-    ]  # folder of classes, .csv, .tar, data set; or scenes, scenes:colour, digits
+    # folder of classes, .csv, .tar, data set; or scenes, scenes:colour, digits
+    data: Annotated[str, tyro.conf.Positional]
     cells: tuple[str, ...] = ("tiny",)  # where features are read: BACKBONE[,TAP[,TIMESTEP[,POOL]]]; several are fused
 
     def run(self) -> None:
         self.check_new("classification")
         data = self.images.find(self.data)
-        names = [text.split(",")[0] for text in self.cells]
-        backbones = self.extraction.load(names)
-        named = [self.extraction.named(n) + text.removeprefix(n) for n, text in zip(names, self.cells, strict=True)]
-        cells = parse_cells(named, backbones)
-        prepared = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
+        prepared, cells = self.read(data, self.cells)
         layout = prepared.layout(self.head, cells, shape=self.shape)
         result = train_probe(prepared, layout, self.training()["fit"], seed=self.images.split_seed)
         chosen = ", ".join(f"{name} {value:g}" for name, value in result.choice.items())
@@ -299,9 +303,7 @@ class EvalProbes(ReportOptions, Classifier):
 
         self.check_output()
         data = self._data()
-        backbones = self.extraction.load([text.split(",")[0] for text in self.cells])
-        cells = parse_cells(self.cells, backbones)
-        prepared = self.images.read(data, backbones, readings_of(cells, self.extraction.config()))
+        prepared, cells = self.read(data, self.cells)
         benchmark = self.benchmark if self.classes is None else ""
         report = compare_probes(prepared, rows_of(cells), benchmark=benchmark, **self.training())
         if not self.json:

@@ -18,6 +18,7 @@ from diffrep.backbones import Backbone
 from diffrep.commands.image_runs import Item, check_folder, find_inputs, run_images, write_beside, write_map
 from diffrep.commands.output import check_writable
 from diffrep.files import write_whole
+from diffrep.heads.probes.dense import DenseProbe
 from diffrep.heads.probes.pixels import PixelLabelling, PixelProbe
 from diffrep.heads.probes.probe import MapProbe, Prediction, load_named, load_probe, load_recorded, saved_features
 from diffrep.images import find_images
@@ -49,7 +50,7 @@ class Predict:
         if not self.paths:
             raise ValueError("say which images: diffrep probe predict MODEL IMAGES")
         backbones = self._backbones()
-        probe = load_probe(self.model, backbone=next(iter(backbones.values())))
+        probe = load_probe(self.model, backbone=next(iter(backbones.values()), None))
         if isinstance(probe, MapProbe):
             self._maps(probe, *backbones.values())
             return
@@ -59,22 +60,18 @@ class Predict:
         self._show(files, probe.predict(files, backbones=backbones, batch_size=self.batch_size))
 
     def _backbones(self) -> dict[str, Backbone]:
-        """The probe's backbones by their recorded names, or the one that is named in their place."""
+        """The probe's backbones by their recorded names, or those that are named in their place."""
         recorded, places = saved_features(self.model), dict[str, str]()
         for text in self.backbone:
-            name = next((name for name in recorded if text == name or text.startswith(f"{name}=")), None)
-            if name is None and len(recorded) > 1:
+            name = next((name for name in recorded if text == name or text.startswith(f"{name}=")), "")
+            if not name and len(recorded) > 1:
                 raise ValueError(f"--backbone {text}: write NAME=MODEL, this probe reads {', '.join(recorded)}")
-            name, place = (next(iter(recorded)), text) if name is None else (name, text.removeprefix(f"{name}="))
+            place, name = text.removeprefix(f"{name}="), name or next(iter(recorded), "")
             if name in places:
                 raise ValueError(f"--backbone names {name} twice")
             places[name] = place
-        return {
-            name: load_named(places[name], values, self.device)
-            if name in places
-            else load_recorded(name, values, self.device)
-            for name, values in recorded.items()
-        }
+        loaders = {name: load_named if name in places else load_recorded for name in recorded}
+        return {name: load(places.get(name, name), recorded[name], self.device) for name, load in loaders.items()}
 
     def _show(self, files: Sequence[Path], prediction: Prediction) -> None:
         rows = list(zip(files, prediction.top(self.top), strict=True))
@@ -126,7 +123,7 @@ class _Mapper:
 
     @property
     def task(self) -> str:
-        return self.probe.says
+        return self.probe.task if isinstance(self.probe, DenseProbe) else "labels"
 
     def check(self, config: Predict) -> None:
         self.probe.check(self.backbone)

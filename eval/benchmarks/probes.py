@@ -10,7 +10,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,25 +20,16 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones import load_backbone
-from diffrep.backbones.diffusion import LatentBackbone
-from diffrep.eval.benchmarks.timing import Row, Timing, table
+from diffrep.backbones.diffusion import DiffusionBackbone
+from diffrep.eval.benchmarks.timing import Row, interleave, table
 from diffrep.eval.probe_data import digit_images
-from diffrep.heads.probes import (
-    Cell,
-    GridSettings,
-    PooledHead,
-    ProbeData,
-    ProbeFit,
-    ProbeRecipe,
-    ReadPlan,
-    block_taps,
-    fit_grid,
-    train_probe,
-    train_recipe,
-)
-from diffrep.heads.probes.cells import noisy_input
-from diffrep.heads.probes.grid import FeatureRows
+from diffrep.features import ExtractConfig
+from diffrep.heads.probes.cells import Cell, block_taps, noisy_input, readings_of
+from diffrep.heads.probes.experiment import ProbeData, train_probe
+from diffrep.heads.probes.grid import FeatureRows, GridSettings, fit_grid
 from diffrep.heads.probes.labelled import LabelledImages
+from diffrep.heads.probes.layouts import PooledHead, seeded
+from diffrep.heads.probes.training import ProbeFit, ProbeRecipe, shuffled, train_recipe
 from diffrep.images import decode_image, fit_image, stack_pixels
 
 
@@ -69,80 +60,61 @@ class ProbesBenchmark:
     # -- against the released loop -----------------------------------------------------------------------------
 
     def _loop(self) -> str:
-        backbone = load_backbone("tiny")
-        assert isinstance(backbone, LatentBackbone)
-        rates = (1.0, 3.0, 10.0)
+        backbone, rates = load_backbone("tiny"), (1.0, 3.0, 10.0)
+        assert isinstance(backbone, DiffusionBackbone)
+        cell = Cell("tiny", 50, backbone.recommended.taps[0], 2)
+        grid = GridSettings(learning_rates=rates, weight_decays=(0.0,), epochs=self.epochs, batch_size=32)
+        results: dict[str, tuple[float, ProbeData]] = {}
         with tempfile.TemporaryDirectory() as folder:
-            whole = digit_images(Path(folder) / "digits")
-            chosen = [i for i, label in enumerate(whole.labels) if label < 4][: self.images]
-            data = LabelledImages(
-                "digits",
-                tuple(whole.images[i] for i in chosen),
-                tuple(whole.labels[i] for i in chosen),
-                ("0", "1", "2", "3"),
-            )
-            tap = backbone.recommended.taps[0]
-            cell = Cell("tiny", 50, tap, 2)
-            start = time.process_time()
-            prepared = ProbeData.read(
-                data,
-                {"tiny": backbone},
-                [ReadPlan("tiny", (tap,), (50,), (2,))],
-                folder,
-                progress=False,
-                dtype="float32",
-            )
-            fit = ProbeFit(
-                grid=GridSettings(learning_rates=rates, weight_decays=(0.0,), epochs=self.epochs, batch_size=32)
-            )
-            ours = train_probe(prepared, prepared.layout("linear", [cell]), fit)
-            seconds = time.process_time() - start
-            start = time.process_time()
-            plain = self._released(prepared, backbone, tap, rates)
-            plain_seconds = time.process_time() - start
-        row = Row(
-            f"{len(rates)} learning rates, {self.epochs} epochs, {len(data)} images, one cell",
-            Timing(plain_seconds, plain_seconds, plain_seconds),
-            Timing(seconds, seconds, seconds),
-            f"best accuracy on val: plain {100 * plain:.1f} %, ours {100 * ours.val.top1:.1f} % ({ours.val.n} images)",
-        )
-        return table([row])
+            digits = digit_images(Path(folder) / "digits")
+            rows = [i for i, label in enumerate(digits.labels) if label < 4][: self.images]
+            images, labels = tuple(digits.images[i] for i in rows), tuple(digits.labels[i] for i in rows)
+            data = LabelledImages("digits", images, labels, ("0", "1", "2", "3"))
 
-    def _released(self, prepared: ProbeData, backbone: LatentBackbone, tap: str, rates: tuple[float, ...]) -> float:
+            def ours() -> None:
+                plan = readings_of([cell], ExtractConfig())
+                prepared = ProbeData.read(data, {"tiny": backbone}, plan, folder, progress=False, dtype="float32")
+                fitted = train_probe(prepared, prepared.layout("linear", [cell]), ProbeFit(grid=grid))
+                results["ours"] = fitted.val.top1, prepared
+
+            def plain() -> None:
+                prepared = results["ours"][1]  # its split and settings
+                results["plain"] = self._released(prepared, backbone, cell.tap, rates), prepared
+
+            times = interleave({"ours": ours, "plain": plain}, repeats=1, warmups=0)
+        scores = ", ".join(f"{side} {100 * results[side][0]:.1f} %" for side in ("plain", "ours"))
+        equality = f"best accuracy on val: {scores} ({len(results['ours'][1].split.val)} images)"
+        claim = f"{len(rates)} learning rates, {self.epochs} epochs, {len(data)} images, one cell"
+        return table([Row(claim, times["plain"], times["ours"], equality)])
+
+    def _released(self, prepared: ProbeData, backbone: DiffusionBackbone, tap: str, rates: Sequence[float]) -> float:
         """Every epoch through the VAE and the whole U-Net; one run per learning rate; best accuracy on val."""
-        reading = prepared.features["tiny"].reading
-        sizing, conditions = reading.extract.sizing, reading.extract.conditions()
-        assert sizing is not None  # resolved
-        last = block_taps(backbone)[-1]
-        labels = prepared.labels
+        extract, labels, last = prepared.features["tiny"].reading.extract, prepared.labels, block_taps(backbone)[-1]
 
-        def maps(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
+        @torch.no_grad()
+        def maps(rows: Sequence[int]) -> Tensor:
             images = [decode_image(prepared.data.images[row].read(), "image") for row in rows]
-            pixels = stack_pixels([fit_image(image, sizing)[0] for image in images])
-            noisy = noisy_input(backbone, *backbone.encode(pixels), conditions)
-            with torch.no_grad():
-                return backbone.network_maps(noisy, [tap, last, "out"], conditions)[tap]
+            assert extract.sizing is not None  # resolved
+            pixels = stack_pixels([fit_image(image, extract.sizing)[0] for image in images])
+            noisy = noisy_input(backbone, *backbone.encode(pixels), extract.conditions())
+            return backbone.network_maps(noisy, [tap, last, "out"], extract.conditions())[tap]
 
-        train, val = np.array(prepared.split.train), np.array(prepared.split.val)
+        train, val = prepared.split.train, prepared.split.val
         first = maps(train[:32])
-        mean, std = first.mean((0, 2, 3), keepdim=True), first.std((0, 2, 3), keepdim=True) * 4 * first.shape[1] ** 0.5
+        mean, std = first.mean((0, 2, 3), keepdim=True), first.std((0, 2, 3), keepdim=True) * first.shape[1] ** 0.5
+
+        def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+            for rows in shuffled(train, 32, 0, epoch):
+                yield (maps(rows) - mean) / std, labels[rows]
+
         best = 0.0
         for rate in rates:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                head = PooledHead(first.shape[1], len(prepared.data.classes), pool=2)
-
-            def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-                order = np.random.default_rng(epoch).permutation(train)
-                for begin in range(0, len(order), 32):
-                    some = order[begin : begin + 32]
-                    yield (maps(some) - mean) / std * 4, labels[torch.from_numpy(some)]
-
+            head = seeded(0, lambda: PooledHead(first.shape[1], len(prepared.data.classes), pool=2))
             recipe = ProbeRecipe(learning_rate=rate, epochs=self.epochs, step=max(1, self.epochs // 4), momentum=0.9)
             train_recipe(head, batches, recipe)
             with torch.no_grad():
-                right = (head((maps(val) - mean) / std * 4).argmax(1) == labels[torch.from_numpy(val)]).float().mean()
-            best = max(best, float(right))
+                right = head((maps(val) - mean) / std).argmax(1) == labels[list(val)]
+            best = max(best, float(right.float().mean()))
         return best
 
     # -- memory ------------------------------------------------------------------------------------------------

@@ -29,16 +29,19 @@ from diffrep.heads.probes.dense import DenseProbe, DenseSettings, DepthProbe, No
 from diffrep.heads.probes.experiment import (
     ProbeData,
     ProbeResult,
+    RowSplit,
     Scores,
+    balance,
     paired_gain,
     score,
+    split_rows,
     top_accuracy,
     train_probe,
     wilson,
 )
 from diffrep.heads.probes.feedback import DifFeed, FeedbackProbe, FeedbackSettings, feedback_layer, train_feedback
 from diffrep.heads.probes.grid import FeatureRows, GridSettings, LinearGrid, Standardiser, fit_grid
-from diffrep.heads.probes.labelled import DataError, LabelledImages, RowSplit, balance, read_labelled, split_rows
+from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labelled
 from diffrep.heads.probes.layouts import (
     KINDS,
     CnnHead,

@@ -15,7 +15,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -95,9 +96,8 @@ class ReadPlan:
         extract = replace(self.extract, taps=tuple(taps), timestep=timesteps[0]).resolve(backbone)
         if extract.window is not None or extract.freeu is not None:
             raise ValueError("probes read whole images: window and freeu are not for them")
-        return replace(
-            self, taps=tuple(dict.fromkeys(taps)), timesteps=tuple(dict.fromkeys(timesteps)), extract=extract
-        )
+        taps, timesteps = tuple(dict.fromkeys(taps)), tuple(dict.fromkeys(timesteps))
+        return replace(self, taps=taps, timesteps=timesteps, extract=extract)
 
     @classmethod
     def covering(cls, backbone: str, cells: Sequence[Cell], extract: ExtractConfig) -> ReadPlan:
@@ -108,12 +108,8 @@ class ReadPlan:
 
     def cells(self) -> list[Cell]:
         """All cells in order of taps, timesteps, pools; call `resolve` first."""
-        return [
-            Cell(self.backbone, timestep, tap, pool)
-            for tap in self.taps or ()
-            for timestep in self.timesteps or ()
-            for pool in self.pools
-        ]
+        places = product(self.taps or (), self.timesteps or (), self.pools)
+        return [Cell(self.backbone, timestep, tap, pool) for tap, timestep, pool in places]
 
 
 def block_taps(backbone: Backbone) -> tuple[str, ...]:
@@ -130,9 +126,8 @@ def numbered_taps(backbone: Backbone) -> dict[int, TapInfo]:
     The input blocks, the middle block, the output blocks, each behind its attention and its resampling, whatever
     library the U-Net is from.
     """
-    by_path = {
-        tap.module: tap for tap in backbone.taps() if tap.name != "in"
-    }  # a numbered name comes after a plain one
+    # a numbered name, where there is one, comes after the plain one
+    by_path = {tap.module: tap for tap in backbone.taps() if tap.name != "in"}
     return {number: by_path[path] for number, path in enumerate(numbered_blocks(backbone.network), 1)}
 
 
@@ -179,63 +174,44 @@ def group_canvases(images: Iterable[tuple[int, Image.Image]], sizing: Sizing) ->
     ]
 
 
-def read_groups(
-    backbone: Backbone, groups: Sequence[Group], count: int, plan: ReadPlan, timesteps: Sequence[int]
-) -> Iterator[tuple[int, dict[Cell, Tensor]]]:
-    """Read images on canvases of several sizes.
-
-    Args:
-        count: of rows.
-        plan: resolved.
-
-    Yields:
-        Timestep, and cell -> (count, C * pool * pool) float32; rows that no group has are NaN.
-    """
-    passes = [read_cells(backbone, canvases, placements, plan, timesteps) for canvases, placements, _ in groups]
-    for timestep in timesteps:
-        cells = [cell for cell in plan.cells() if cell.timestep == timestep]
-        widths = [backbone.tap(cell.tap).channels * cell.pool**2 for cell in cells]
-        values = {cell: torch.full((count, width), torch.nan) for cell, width in zip(cells, widths, strict=True)}
-        for reader, (_, _, rows) in zip(passes, groups, strict=True):
-            for cell, vectors in next(reader).items():
-                values[cell][rows] = vectors
-        yield timestep, values
-
-
 @torch.no_grad()
 def read_cells(
-    backbone: Backbone, canvases: Tensor, placements: Sequence[Placement], plan: ReadPlan, timesteps: Sequence[int]
-) -> Iterator[dict[Cell, Tensor]]:
-    """Read images that lie on one size of canvas.
+    backbone: Backbone, groups: Sequence[Group], count: int, plan: ReadPlan, timesteps: Sequence[int]
+) -> Iterator[tuple[int, dict[Cell, Tensor]]]:
+    """Read images on canvases.
 
     Args:
-        canvases: (B, 3, H, W) uint8.
+        groups: of `group_canvases`.
+        count: of rows.
         plan: resolved.
         timesteps: of these.
 
     Yields:
-        For each timestep cell -> (B, C * pool * pool) float32, in the order (C, row, column). What lies on padding
-        is left out.
+        Timestep, and cell -> (count, C * pool * pool) float32, in the order (C, row, column); what lies on padding is
+        left out. Rows that no group has are NaN.
     """
-    pixels, taps, batch_size = stack_pixels(canvases.unbind()), plan.taps or (), plan.extract.batch_size
-    diffusion = backbone if isinstance(backbone, DiffusionBackbone) else None
-    if diffusion is not None:
-        diffusion.check_canvas(pixels.shape)
-        mean, std = diffusion.encode(pixels, batch_size=batch_size)
+    diffusion, batch_size = backbone if isinstance(backbone, DiffusionBackbone) else None, plan.extract.batch_size
+    encoded, taps = [], plan.taps or ()
+    for canvases, _, _ in groups:
+        pixels = stack_pixels(canvases.unbind())
+        if diffusion is not None:
+            diffusion.check_canvas(pixels.shape)
+        encoded.append((pixels, None) if diffusion is None else diffusion.encode(pixels, batch_size=batch_size))
     for timestep in timesteps:
         conditions = replace(plan.extract, timestep=timestep).conditions()
-        maps = (
-            backbone.maps(pixels, taps, conditions, batch_size=batch_size)
-            if diffusion is None
-            else _noised_maps(diffusion, mean, std, taps, conditions, batch_size)
-        )
-        grids = {tap: backbone.grid(tap, placements[0].canvas_size, m.shape[-2:]) for tap, m in maps.items()}
-        whole = FeatureMaps({tap: m.float().cpu() for tap, m in maps.items()}, tuple(placements), grids)
-        yield {
-            Cell(plan.backbone, timestep, tap, pool): pool_content(whole, tap, pool)
-            for tap in taps
-            for pool in plan.pools
-        }
+        cells = [cell for cell in plan.cells() if cell.timestep == timestep]
+        widths = [backbone.tap(cell.tap).channels * cell.pool**2 for cell in cells]
+        values = {cell: torch.full((count, width), torch.nan) for cell, width in zip(cells, widths, strict=True)}
+        for (_, placements, rows), (mean, std) in zip(groups, encoded, strict=True):
+            if diffusion is None:
+                maps = backbone.maps(mean, taps, conditions, batch_size=batch_size)
+            else:
+                maps = _noised_maps(diffusion, mean, std, taps, conditions, batch_size)
+            grids = {tap: backbone.grid(tap, placements[0].canvas_size, m.shape[-2:]) for tap, m in maps.items()}
+            whole = FeatureMaps({tap: m.float().cpu() for tap, m in maps.items()}, tuple(placements), grids)
+            for cell in cells:
+                values[cell][rows] = pool_content(whole, cell.tap, cell.pool)
+        yield timestep, values
 
 
 def _noised_maps(
@@ -453,11 +429,11 @@ def _read_shards(
                 with (cached.folder / "unreadable.txt").open("a", encoding="utf-8", errors="replace") as log:
                     log.writelines(f"{reason}\n" for reason in reasons)
             count, read = len(cached.shards[number]), [row for _, _, rows in groups for row in rows]
-            for timestep, values in read_groups(backbone, groups, count, cached.reading, jobs[number]):
+            for timestep, values in read_cells(backbone, groups, count, cached.reading, jobs[number]):
                 rounded = {cell: vectors.to(kind) for cell, vectors in values.items()}
                 for cell, vectors in rounded.items():
                     if not bool(torch.isfinite(vectors[read]).all()):
                         raise ValueError(f"features of {cell.tap} do not fit into {cached.dtype}: choose float32")
                 columns = {_tensor(cell): [vectors] for cell, vectors in rounded.items()}
-                write_whole(cached.file(timestep, number), lambda file, c=columns: write_tensors(file, c))
+                write_whole(cached.file(timestep, number), partial(write_tensors, tensors=columns))
                 bar.update(count)

@@ -126,9 +126,10 @@ class DptReader(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Four maps (B, C_i, h, w) -> (B, out, 16h, 16w)."""
         read = [_grow(getattr(self, f"conv_{number}")(m), 2) for number, m in enumerate(maps)]
-        x = self.ref_3(read[3])
+        fuse = [getattr(self, f"ref_{number}") for number in range(4)]
+        x = fuse[3](read[3])
         for number in (2, 1, 0):
-            x = getattr(self, f"ref_{number}")(x, read[number])
+            x = fuse[number](x, read[number])
         out: Tensor = _grow(self.out_conv(_grow(x, 4)), 2)
         return out
 
@@ -327,11 +328,6 @@ class DenseProbe(MapProbe):
     task: DenseTask
     channels: tuple[int, ...]
     settings: DenseSettings
-
-    @property
-    def says(self) -> str:
-        """Its task."""
-        return self.task
 
     def untrained(self, backbone: Backbone | None = None) -> nn.Module:
         """A head of the settings."""

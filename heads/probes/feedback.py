@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,17 +27,15 @@ from diffrep.backbones.diffusion import DiffusionBackbone
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input, numbered_taps
-from diffrep.heads.probes.experiment import Scores, score
+from diffrep.heads.probes.experiment import RowSplit, Scores, score
 from diffrep.heads.probes.grid import SEED
-from diffrep.heads.probes.labelled import LabelledImages, RowSplit
+from diffrep.heads.probes.labelled import LabelledImages
 from diffrep.heads.probes.layouts import seeded
-from diffrep.heads.probes.probe import ClassProbe, SavedKind, check_weights, load_recorded
+from diffrep.heads.probes.probe import ClassProbe, SavedKind, load_recorded
 from diffrep.heads.probes.training import ProbeRecipe, shuffled, train_recipe
 from diffrep.images import decode_image, fit_image, stack_pixels
 from diffrep.settings import POSITIVE, check
 from diffrep.store.manifest import extract_config, provenance
-
-FEEDBACK_BLOCKS = (21, 24, 27, 30, 33, 36)  # of the 37 of the 256-pixel ADM network
 
 
 def feedback_layer(channels: int, out: int, arch: str = "C_B_R") -> nn.Sequential:
@@ -72,7 +71,7 @@ class DifFeed(nn.Module):
         backbone: a diffusion U-Net, whose blocks' channels the layers are made for; it is not kept.
         head: reads taps of the second pass, by the backbone's names.
         blocks: numbers of the decoder blocks that feed back, ascending, see `numbered_taps`; None: every third from
-            the second behind the middle, which are the paper's `FEEDBACK_BLOCKS` where there are 37.
+            the second behind the middle, which are the paper's 21, 24, ..., 36 where there are 37.
     """
 
     def __init__(
@@ -125,23 +124,18 @@ class DifFeed(nn.Module):
 @contextmanager
 def adding(network: nn.Module, maps: Mapping[str, Tensor]) -> Iterator[None]:
     """While the body runs, add a map to the output of each named module, resized to it bilinearly."""
-
-    def hook(added: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
-        def add(module: nn.Module, inputs: Any, output: Any) -> Any:
-            out, resized = output if isinstance(output, Tensor) else output[0], added
-            if added.shape[-2:] != out.shape[-2:]:
-                resized = F.interpolate(added, size=out.shape[-2:], mode="bilinear", align_corners=False)
-            changed = out + resized.to(out.dtype)
-            return changed if isinstance(output, Tensor) else (changed, *output[1:])
-
-        return add
-
-    handles = [network.get_submodule(path).register_forward_hook(hook(added)) for path, added in maps.items()]
-    try:
+    with ExitStack() as hooks:
+        for path, added in maps.items():
+            hooks.enter_context(network.get_submodule(path).register_forward_hook(partial(_add, added)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _add(added: Tensor, module: nn.Module, inputs: Any, output: Any) -> Any:
+    out = output if isinstance(output, Tensor) else output[0]
+    if added.shape[-2:] != out.shape[-2:]:
+        added = F.interpolate(added, size=out.shape[-2:], mode="bilinear", align_corners=False)
+    changed = out + added.to(out.dtype)
+    return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
 
 # -- as a probe ---------------------------------------------------------------------------------------------
@@ -191,7 +185,7 @@ class FeedbackProbe(ClassProbe):
         """A DifFeed on the backbone, which is loaded where none is handed in: for its channels."""
         with torch.device("cpu"):
             backbone = backbone or load_recorded(self.backbone, self.features[self.backbone])
-        check_weights(self.backbone, self.features[self.backbone], backbone)  # its channels may differ
+        self.check(backbone)  # another one's channels may differ
         return _model(backbone, self.settings, len(self.classes), self.map_size)
 
     def probabilities(self, images: Sequence[Image.Image], backbones: Mapping[str, Backbone]) -> Tensor:

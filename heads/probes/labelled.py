@@ -1,4 +1,4 @@
-"""Labelled images: folders by class, tables, webdataset shards, Hugging Face data sets; split without leakage.
+"""Labelled images: folders by class, tables, webdataset shards, Hugging Face data sets.
 
 Each reader yields rows of `LabelledImage`; `assemble` checks them and numbers their classes.
 """
@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
-
-import numpy as np
 
 from diffrep.files import one_line, read_document
 from diffrep.images import SUFFIXES, images_below
@@ -171,28 +169,31 @@ def read_labelled(
         return from_data_set(source, image=image or "image", label=label, group=group)
     path = Path(source)
     if path.suffix.lower() == ".csv":
-        rows = _from_csv(path, image or "path", label, group)
+        records = _from_csv(path, image or "path", label, group)
     elif path.suffix.lower() == ".parquet" or any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
         return _from_tables(path, _arrow_tables(path), image or "image", label, group)
     elif shards := _shards(path):
-        rows = (row for shard in shards for row in _from_shard(shard, label, group))
+        records = (record for shard in shards for record in _from_shard(shard, label))
     elif path.is_dir():
-        rows = _from_folder(path)
+        records, label, group = _from_folder(path), "class", None
     elif path.exists():
         raise DataError(f"{source}: is neither a folder of classes nor a .csv, .tar or .parquet file")
     else:
         raise DataError(f"{source}: no such folder of classes, .csv, .tar or .parquet")
-    return assemble(str(source), list(rows))
+    return assemble(str(source), _labelled(records, label, group))
 
 
-def _labelled(
-    where: str, image: Readable, values: Mapping[str, Any], label: str, group: str | None, part: Part | None
-) -> LabelledImage:
-    """A row from the values beside an image."""
-    for name in (label, *([group] if group else [])):
-        if values.get(name) in (None, "") or isinstance(values[name], (list, dict)):
-            raise DataError(f"{where} has no {name}")
-    return LabelledImage(image, str(values[label]), str(values[group]) if group else None, part)
+_Record: TypeAlias = tuple[str, Readable, Mapping[str, Any], Part | None]  # place, image, what stands beside it, part
+
+
+def _labelled(records: Iterable[_Record], label: str, group: str | None) -> list[LabelledImage]:
+    rows = []
+    for where, image, values, part in records:
+        for name in (label, group or label):
+            if values.get(name) in (None, "") or isinstance(values[name], (list, dict)):
+                raise DataError(f"{where} has no {name}")
+        rows.append(LabelledImage(image, str(values[label]), str(values[group]) if group else None, part))
+    return rows
 
 
 def _part(text: str, where: str) -> Part:
@@ -220,18 +221,17 @@ def _folders(folder: Path) -> list[Path]:
     return [d for d in sorted(folder.iterdir()) if d.is_dir() and not d.name.startswith(".")]
 
 
-def _from_folder(root: Path) -> Iterator[LabelledImage]:
-    parts: dict[Path, Part | None] = {
-        d: _SPELLINGS[d.name.lower()] for d in _folders(root) if d.name.lower() in _SPELLINGS
-    }
+def _from_folder(root: Path) -> Iterator[_Record]:
+    parts = [(d, _SPELLINGS[d.name.lower()]) for d in _folders(root) if d.name.lower() in _SPELLINGS]
     if not _folders(root):
         raise DataError(f"{root}: has no folders; each class is a folder of images")
     classes: dict[str, set[str]] = {}
-    for folder, part in parts.items() or [(root, None)]:
+    places: list[tuple[Path, Part | None]] = [*parts] or [(root, None)]
+    for folder, part in places:
         images = [(file, place.name) for place in _folders(folder) for file in images_below(place)]
         if part and not images:
             raise DataError(f"{folder}: the split is empty")
-        yield from (LabelledImage(image_file(file, root), label, part=part) for file, label in images)
+        yield from (("", image_file(file, root), {"class": label}, part) for file, label in images)
         classes[folder.name] = {label for _, label in images}
     first, *others = classes
     for other in others:
@@ -241,7 +241,7 @@ def _from_folder(root: Path) -> Iterator[LabelledImage]:
             )
 
 
-def _from_csv(file: Path, image: str, label: str, group: str | None) -> Iterator[LabelledImage]:
+def _from_csv(file: Path, image: str, label: str, group: str | None) -> Iterator[_Record]:
     try:
         with file.open(newline="", encoding="utf-8-sig") as opened:
             table = csv.DictReader(opened)
@@ -250,11 +250,11 @@ def _from_csv(file: Path, image: str, label: str, group: str | None) -> Iterator
         raise DataError(f"{file}: cannot be read as a table in UTF-8 ({one_line(error)})") from None
     _check_columns(file, columns, image, label, group)
     for number, line in lines:
-        where = f"{file}, line {number}:"
+        where = f"{file}, line {number}"
         if not line[image]:
-            raise DataError(f"{where} has no {image}")
-        part = _part(line["split"], where[:-1]) if line.get("split") else None
-        yield _labelled(where, image_file(file.parent / line[image], file.parent), line, label, group, part)
+            raise DataError(f"{where}: has no {image}")
+        part = _part(line["split"], where) if line.get("split") else None
+        yield f"{where}:", image_file(file.parent / line[image], file.parent), line, part
 
 
 # -- webdataset ---------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def _shards(path: Path) -> list[Path]:
     return sorted(path.glob("*.tar")) if path.is_dir() else []
 
 
-def _from_shard(shard: Path, label: str, group: str | None) -> Iterator[LabelledImage]:
+def _from_shard(shard: Path, label: str) -> Iterator[_Record]:
     samples: dict[str, dict[str, Any]] = defaultdict(dict)
     try:
         modified = shard.stat().st_mtime_ns
@@ -295,7 +295,7 @@ def _from_shard(shard: Path, label: str, group: str | None) -> Iterator[Labelled
                     values[label] = sample["cls"].decode().strip()
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{shard}: the label of {key} cannot be read ({one_line(error)})") from None
-            yield _labelled(f"{shard}: {key}", sample["image"], values, label, group, None)
+            yield f"{shard}: {key}", sample["image"], values, None
 
 
 # -- Hugging Face data sets ---------------------------------------------------------------------------------
@@ -338,35 +338,34 @@ def from_data_set(
     """
     if not isinstance(data_set, Mapping) and not hasattr(data_set, "with_format"):
         raise DataError(f"labelled images come from a path or a datasets.Dataset, got {type(data_set).__name__}")
-    parts = data_set.items() if isinstance(data_set, Mapping) else [("", data_set)]
-    tables: list[_Table] = [
-        (name or "data", one.with_format("arrow")[:], _part(name, "the data set") if name else None)
-        for name, one in parts
-    ]
+    parts = (
+        {name: _part(name, "the data set") for name in data_set} if isinstance(data_set, Mapping) else {"data": None}
+    )
+    sets = data_set if isinstance(data_set, Mapping) else {"data": data_set}
+    tables = [(name, sets[name].with_format("arrow")[:], part) for name, part in parts.items()]
     return _from_tables(Path("data set"), tables, image, label, group)
 
 
 def _from_tables(path: Path, tables: Sequence[_Table], image: str, label: str, group: str | None) -> LabelledImages:
-    rows, classes = [], None
+    records: list[_Record] = []
+    classes: tuple[str, ...] | None = None
     for name, table, part in tables:
         _check_columns(path, table.column_names, image, label, group)
         classes = _class_names(path, table, label) or classes
-        for number, record in enumerate(table.select([image, label, *([group] if group else [])]).to_pylist()):
-            where, picture, value = f"{path}, {name}, row {number}:", record[image], record[label]
-            content = picture if isinstance(picture, Mapping) else {}
-            if not (content.get("bytes") or content.get("path")):
+        for number, values in enumerate(table.select([image, label, *([group] if group else [])]).to_pylist()):
+            where, content = f"{path}, {name}, row {number}:", values[image] if isinstance(values[image], dict) else {}
+            if classes is not None and isinstance(values[label], int):
+                if not 0 <= values[label] < len(classes):
+                    raise DataError(f"{path}: has the label {values[label]}, but only {len(classes)} classes")
+                values[label] = classes[values[label]]
+            if content.get("bytes"):
+                source: Readable = StoredBytes(f"{name}/{number:08d}", content["bytes"])
+            elif content.get("path"):
+                source = image_file(Path(content["path"]), path)
+            else:
                 raise DataError(f"{where} has no {image}")
-            if classes is not None and isinstance(value, int):
-                if not 0 <= value < len(classes):
-                    raise DataError(f"{path}: has the label {value}, but only {len(classes)} classes")
-                record[label] = classes[value]
-            source: Readable = (
-                StoredBytes(f"{name}/{number:08d}", content["bytes"])
-                if content.get("bytes")
-                else image_file(Path(content["path"]), path)
-            )
-            rows.append(_labelled(where, source, record, label, group, part))
-    return assemble(str(path), rows, classes)
+            records.append((where, source, values, part))
+    return assemble(str(path), _labelled(records, label, group), classes)
 
 
 def _class_names(path: Path, table: Any, label: str) -> tuple[str, ...] | None:
@@ -377,124 +376,3 @@ def _class_names(path: Path, table: Any, label: str) -> tuple[str, ...] | None:
         return None if names is None else tuple(map(str, names))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: its description of the column {label} cannot be read ({one_line(error)})") from None
-
-
-# -- splits -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class RowSplit:
-    """Rows of each part. No row, and no group, lies in two of them."""
-
-    train: tuple[int, ...]
-    val: tuple[int, ...]
-    test: tuple[int, ...]
-
-    def part(self, name: Part) -> tuple[int, ...]:
-        """The rows of one part."""
-        return {"train": self.train, "val": self.val, "test": self.test}[name]
-
-    def counts(self) -> dict[str, int]:
-        """Part -> images."""
-        return {part: len(self.part(part)) for part in PARTS}
-
-
-def split_rows(
-    data: LabelledImages, *, shares: tuple[float, float, float] = (0.6, 0.2, 0.2), seed: int = 0
-) -> RowSplit:
-    """Split stratified by class; a part that the source names stays as it is.
-
-    A source with train and test gives up a part of its train for val; one with train and val is split the other
-    way: its val is the test, since it is what published numbers are reported on, and val is taken from train. What
-    a class's images are split into depends on the seed and their names only.
-
-    Args:
-        shares: of train, val and test in each class.
-
-    Raises:
-        DataError: a part would be empty or lack a class; a class that has too few images is named.
-    """
-    if min(shares) < 0 or not 0.999 < sum(shares) < 1.001 or shares[0] == 0:
-        raise ValueError(f"shares of train, val and test must add up to 1, got {shares}")
-    named = data.parts or ("train",) * len(data)
-    rows = {part: [row for row, name in enumerate(named) if name == part] for part in PARTS}
-    divided, total = PARTS, 1.0
-    if data.parts is not None:
-        if not rows["train"]:
-            raise DataError(f"{data.name}: names no training images")
-        if not rows["test"]:
-            rows["test"], rows["val"] = rows["val"], []
-        divided, total = () if rows["val"] else ("train", "val"), shares[0] + shares[1]
-    if divided:
-        among, rows["train"] = rows["train"], []
-        wanted = {part: share / total for part, share in zip(PARTS, shares, strict=True) if part in divided and share}
-        _divide(data, among, wanted, rows, seed)
-    split = RowSplit(tuple(sorted(rows["train"])), tuple(sorted(rows["val"])), tuple(sorted(rows["test"])))
-    _check(data, split)
-    return split
-
-
-def _divide(
-    data: LabelledImages, among: Sequence[int], shares: Mapping[Part, float], rows: dict[Part, list[int]], seed: int
-) -> None:
-    """Deal the groups of each class out to the parts, biggest first, to the part that lacks most."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row in among:
-        groups[data.groups[row] if data.groups is not None else data.images[row].name].append(row)
-    by_class: dict[int, list[list[int]]] = defaultdict(list)
-    for name in sorted(groups):
-        members = groups[name]
-        majority = int(np.bincount([data.labels[row] for row in members]).argmax())
-        by_class[majority].append(members)
-    what = "groups" if data.groups is not None else "images"
-    for label, lots in sorted(by_class.items()):
-        if len(lots) < len(shares):
-            count = f"{len(lots)} {what if len(lots) > 1 else what[:-1]}"
-            raise DataError(
-                f"{data.name}: class {data.classes[label]!r} has {count}; {' and '.join(shares)} need one each"
-            )
-        order = np.random.default_rng([seed, label]).permutation(len(lots))
-        total = sum(map(len, lots))
-        filled = dict.fromkeys(shares, 0)
-        queue = sorted((lots[i] for i in order), key=len, reverse=True)
-        for number, members in enumerate(queue):
-            left, empty = len(queue) - number, [part for part in shares if not filled[part]]
-            choice = empty if left <= len(empty) else list(shares)  # every part gets one
-            part = max(choice, key=lambda p: shares[p] * total - filled[p])
-            filled[part] += len(members)
-            rows[part] += members
-
-
-def _check(data: LabelledImages, split: RowSplit) -> None:
-    for part in PARTS:
-        if not split.part(part):
-            raise DataError(f"{data.name}: the {part} split is empty")
-    trained = {data.labels[row] for row in split.train}
-    for part in ("val", "test"):
-        if untrained := sorted({data.labels[row] for row in split.part(part)} - trained):
-            names = ", ".join(repr(data.classes[label]) for label in untrained[:5])
-            raise DataError(f"{data.name}: {part} has the class {names}, which train lacks")
-    if data.groups is not None and data.parts is not None:
-        owner: dict[str, Part] = {}
-        for part in PARTS:
-            for row in split.part(part):
-                if owner.setdefault(data.groups[row], part) != part:
-                    group, first = data.groups[row], owner[data.groups[row]]
-                    raise DataError(f"{data.name}: group {group!r} lies in {first} and in {part}")
-
-
-def balance(data: LabelledImages, split: RowSplit) -> str:
-    """A table of images per class and part, with a warning line where a class is rare."""
-    counts = {part: data.counts(split.part(part)) for part in PARTS}
-    width = max(map(len, [*data.classes, "class"]))
-    shown = list(data.classes) if len(data.classes) <= 30 else []
-    lines = [f"{'class':<{width}}" + "".join(f"{part:>8}" for part in PARTS)]
-    lines += [f"{name:<{width}}" + "".join(f"{counts[part][name]:>8}" for part in PARTS) for name in shown]
-    lines.append(f"{'all':<{width}}" + "".join(f"{len(split.part(part)):>8}" for part in PARTS))
-    train = counts["train"]
-    low, high = min(train, key=train.__getitem__), max(train, key=train.__getitem__)
-    lines.append(
-        f"{len(data.classes)} classes; smallest in train {low!r} ({train[low]}), largest {high!r} ({train[high]})"
-        + (": unbalanced, see mean per-class accuracy and --balanced" if train[high] > 3 * train[low] else "")
-    )
-    return "\n".join(lines)

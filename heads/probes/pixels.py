@@ -63,15 +63,10 @@ class PixelClassifier(nn.Module):
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         first, second = (128, 32) if classes < FEW_CLASSES else (256, 128)
-        self.layers = nn.Sequential(
-            nn.Linear(channels, first),
-            nn.ReLU(),
-            nn.BatchNorm1d(first),
-            nn.Linear(first, second),
-            nn.ReLU(),
-            nn.BatchNorm1d(second),
-            nn.Linear(second, classes),
-        )
+        layers: list[nn.Module] = []
+        for before, after in ((channels, first), (first, second)):
+            layers += [nn.Linear(before, after), nn.ReLU(), nn.BatchNorm1d(after)]
+        self.layers = nn.Sequential(*layers, nn.Linear(second, classes))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, D) -> logits (N, K)."""
@@ -170,12 +165,13 @@ def fit_pixels(pixels: Tensor, labels: Tensor, classes: int, settings: PixelSett
         raise ValueError(f"labels must lie in 0..{classes - 1}, got {int(labels.min())}..{int(labels.max())}")
     ensemble = PixelEnsemble.untrained(pixels.shape[1], classes, members=settings.members)
     for number, member in enumerate(ensemble):
-        _fit_member(member, pixels, labels, settings, number)
+        _fit_member(member, pixels, labels, settings, step_generator(settings.seed, number))
     return ensemble.eval()
 
 
-def _fit_member(member: nn.Module, pixels: Tensor, labels: Tensor, settings: PixelSettings, number: int) -> None:
-    generator = step_generator(settings.seed, number)
+def _fit_member(
+    member: nn.Module, pixels: Tensor, labels: Tensor, settings: PixelSettings, generator: torch.Generator
+) -> None:
     with torch.no_grad():
         for name, parameter in member.named_parameters():
             if parameter.ndim == 2:
@@ -219,11 +215,6 @@ class PixelProbe(MapProbe):
     resizing: Resizing = field(default_factory=Resizing)
 
     @property
-    def says(self) -> str:
-        """Labels."""
-        return "labels"
-
-    @property
     def noise_levels(self) -> tuple[int, ...]:
         """The same as `timesteps`."""
         return self.timesteps
@@ -238,8 +229,8 @@ class PixelProbe(MapProbe):
 
     def answer(self, maps: Sequence[FeatureMaps]) -> PixelLabelling:
         """The labels of one image."""
-        labelling: PixelLabelling = self.network.segment(_features(maps, self.resizing))
-        return labelling
+        assert isinstance(self.network, PixelEnsemble)
+        return self.network.segment(_features(maps, self.resizing))
 
     def segment(self, image: ImageLike, *, backbone: Backbone | None = None, device: str = "auto") -> PixelLabelling:
         """Label every pixel of an image of any size; see `predict_each`."""

@@ -26,7 +26,7 @@ from diffrep.backbones.repositories import without_fetching
 from diffrep.devices import resolve_device
 from diffrep.features import FeatureMaps, extract_each, listed
 from diffrep.files import one_line, read_document, read_weights, save_weights, write_whole
-from diffrep.heads.probes.cells import Cell, ReadPlan, group_canvases, read_groups
+from diffrep.heads.probes.cells import Cell, ReadPlan, group_canvases, read_cells
 from diffrep.heads.probes.layouts import FeatureHead, Layout
 from diffrep.images import ImageLike, Placement, load_image
 from diffrep.results import Result
@@ -110,21 +110,19 @@ class SavedProbe(ABC):
         Raises:
             ValueError: the folder holds none, one of another kind, or one that is damaged or of a newer version.
         """
-        kind = saved_kind(folder)
-        if kind != cls.KIND:
+        document = _document(folder) or {}
+        if (kind := document.get("kind")) != cls.KIND:
             other = f", one of {kind!r}" if kind else ""
             raise ValueError(f"{folder}: holds no probe of the kind {cls.KIND!r}{other}")
-        file = _about(folder)
-        document, weights = _read(file), file.with_suffix(".safetensors")
         try:
             probe = from_json(cls, {f.name: document[f.name] for f in fields(cls) if f.name in document})
             with torch.device("meta"):  # the weights come from the file: nothing is allocated on a document's word
                 network = probe.untrained(backbone)
             for recorded in probe.features.values():
                 extract_config(recorded)
-            state, _ = read_weights(weights)
-            if other := sorted(key for key, value in state.items() if value.dtype not in (torch.float32, torch.int64)):
-                raise ValueError(f"{weights.name} holds {other[0]} as {state[other[0]].dtype}")
+            state, _ = read_weights(document["file"].with_suffix(".safetensors"))
+            if odd := sorted(key for key, value in state.items() if value.dtype not in (torch.float32, torch.int64)):
+                raise ValueError(f"its weights hold {odd[0]} as {state[odd[0]].dtype}")
             counters = {key: torch.tensor(0) for key in _counters(network.state_dict())}
             network.load_state_dict({**counters, **state}, assign=True)
         except Exception as error:  # whatever a damaged file makes torch or Python raise
@@ -170,7 +168,8 @@ class SavedProbe(ABC):
         """
         name = name or self.backbone
         recorded = self.features[name]
-        check_weights(name, recorded, backbone)
+        if weights_sha256(backbone) != recorded["weights_sha256"]:
+            raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
         current = provenance(backbone, extract_config(recorded))
         if differs := difference(recorded, current, ignore=_NOT_COMPARED):
             raise ValueError(f"the probe was trained on {name}, this backbone is another ({differs})")
@@ -199,7 +198,9 @@ def load_probe(folder: str | Path, backbone: Backbone | None = None) -> Any:
     Raises:
         ValueError: the folder holds no probe, or one that is damaged or was made by a newer version.
     """
-    kind: SavedKind = _existing(folder)["kind"]
+    kind = saved_kind(folder)
+    if kind is None:
+        raise ValueError(f"{folder}: holds no probe (no {ABOUT}); `diffrep probe train` makes one")
     module, _, name = _CLASSES[kind].partition(":")
     return getattr(importlib.import_module(module), name).load(folder, backbone=backbone)
 
@@ -210,17 +211,16 @@ def saved_kind(folder: str | Path) -> SavedKind | None:
     Raises:
         ValueError: its description cannot be read.
     """
-    file = _about(folder)
-    return _read(file)["kind"] if file.is_file() else None
+    return (_document(folder) or {}).get("kind")
 
 
 def saved_features(folder: str | Path) -> dict[str, dict[str, Any]]:
-    """Backbone -> provenance of its features, of the probe in a folder.
+    """Backbone -> provenance of its features, of the probe in a folder; none where it holds no probe.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: its description cannot be read.
     """
-    return dict(_existing(folder)["features"])
+    return (_document(folder) or {}).get("features", {})
 
 
 def load_recorded(name: str, features: Mapping[str, Any], device: str = "auto") -> Backbone:
@@ -246,33 +246,11 @@ def load_named(name: str, features: Mapping[str, Any], device: str = "auto") -> 
     return load_backbone(name, device=resolve_device(device), dtype=getattr(torch, features["dtype"]))
 
 
-def check_weights(name: str, features: Mapping[str, Any], backbone: Backbone) -> None:
-    """Refuse a backbone with other weights than those of the features' provenance.
-
-    Args:
-        name: of the backbone that is recorded.
-
-    Raises:
-        ValueError: its weights differ.
-    """
-    if weights_sha256(backbone) != features["weights_sha256"]:
-        raise ValueError(f"the probe was trained on the features of {name}; {backbone.name} has other weights")
-
-
-def _about(folder: str | Path) -> Path:
-    """The JSON file of a probe; where there is none, where it would be."""
-    files = [Path(folder) / name for name, _ in _FORMS.values()]
-    return next((file for file in files if file.is_file()), files[0])
-
-
-def _existing(folder: str | Path) -> dict[str, Any]:
-    if saved_kind(folder) is None:
-        raise ValueError(f"{folder}: holds no probe (no {ABOUT}); `diffrep probe train` makes one")
-    return _read(_about(folder))
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """A probe's document in the form of this version."""
+def _document(folder: str | Path) -> dict[str, Any] | None:
+    """A probe's document in the form of this version, and its "file"; None: there is none."""
+    file = next((file for name, _ in _FORMS.values() if (file := Path(folder) / name).is_file()), None)
+    if file is None:
+        return None
     document = read_document(file)
     form, version, features = (document.get(key) for key in ("format", "version", "features"))
     if not isinstance(form, str) or form not in _FORMS or version not in ((1, VERSION) if form == FORMAT else (1,)):
@@ -285,7 +263,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: the probe cannot be read (it has no known kind, or no features)")
     if not all(_is_provenance(name, values) for name, values in features.items()):
         raise ValueError(f"{file}: the probe cannot be read (it does not say of which backbones its features are)")
-    return document
+    return {**document, "file": file}
 
 
 def _is_provenance(name: object, values: object) -> bool:
@@ -418,7 +396,7 @@ class Probe(ClassProbe):
             plan = ReadPlan.covering(name, self.cells, extract_config(self.features[name])).resolve(backbone)
             assert plan.extract.sizing is not None  # resolved
             groups = group_canvases(enumerate(images), plan.extract.sizing)
-            for _, values in read_groups(backbone, groups, len(images), plan, plan.timesteps or ()):
+            for _, values in read_cells(backbone, groups, len(images), plan, plan.timesteps or ()):
                 by_cell |= values
         scores = self.network(torch.cat([by_cell[cell] for cell in self.cells], dim=1))
         return F.normalize(scores, p=1, dim=1) if self.layout.kind == "knn" else scores.softmax(1)
@@ -430,11 +408,6 @@ class Probe(ClassProbe):
 @dataclass(frozen=True, repr=False, kw_only=True)
 class MapProbe(SavedProbe):
     """Base of probes that say something of every pixel, from the maps of one backbone."""
-
-    @property
-    @abstractmethod
-    def says(self) -> str:
-        """What: depth, normals or labels."""
 
     @property
     def noise_levels(self) -> tuple[int, ...]:

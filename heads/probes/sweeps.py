@@ -13,11 +13,12 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -107,7 +108,8 @@ def sweep(
     fit, shape, folder = fit or ProbeFit(), shape or HeadShape(), Path(folder)
     check_prune(prune)
     cells = [cell for features in prepared.features.values() for cell in features.reading.cells()]
-    lines, split = _log(folder, _identity(prepared, kind, fit, shape, prune, seed)), prepared.split
+    settings = {"kind": kind, "fit": asdict(fit), "shape": asdict(shape), "prune": prune, "seed": seed}
+    lines, split = _log(prepared, folder, settings), prepared.split
     scored = _cell_scores(lines)
     scores = {score.cell: score for score in scored}
 
@@ -173,31 +175,22 @@ def _score(
     return CellScore(cell, right / len(truth), low, high, fitted.choice, pruned=len(train) < len(prepared.split.train))
 
 
-def _identity(
-    prepared: ProbeData, kind: Kind, fit: ProbeFit, shape: HeadShape, prune: float, seed: int
-) -> dict[str, Any]:
-    rows = json.dumps([prepared.split.train, prepared.split.val, prepared.split.test, prepared.data.labels])
+def _log(prepared: ProbeData, folder: Path, settings: Mapping[str, Any]) -> JsonLines:
+    """Results of cells, one JSON object a line, behind a line with everything that they depend on."""
+    split = prepared.split
+    rows = json.dumps([split.train, split.val, split.test, prepared.data.labels])
+    features = {}
+    for name, one in prepared.features.items():
+        settled = {k: v for k, v in one.features.items() if k not in ("source", "batch_size")}
+        features[name] = settled | {"cells": list(map(str, one.reading.cells())), "kept_as": one.dtype}
     document = {
         "data": prepared.data.name,
-        "images_sha256": {name: features.images_sha256 for name, features in prepared.features.items()},
+        "images_sha256": {name: one.images_sha256 for name, one in prepared.features.items()},
         "split_sha256": hashlib.sha256(rows.encode()).hexdigest(),
-        "features": {
-            name: {k: v for k, v in features.features.items() if k not in ("source", "batch_size")}
-            | {"cells": [str(cell) for cell in features.reading.cells()], "kept_as": features.dtype}
-            for name, features in prepared.features.items()
-        },
-        "kind": kind,
-        "fit": asdict(fit),
-        "shape": asdict(shape),
-        "prune": prune,
-        "seed": seed,
+        "features": features,
+        **settings,
     }
-    return dict(json.loads(json.dumps(document)))
-
-
-def _log(folder: Path, identity: dict[str, Any]) -> JsonLines:
-    """Results of cells, one JSON object a line, behind a line with the settings."""
-    lines = JsonLines(folder / CELLS)
+    lines, identity = JsonLines(folder / CELLS), json.loads(json.dumps(document))
     if not lines.rows:
         lines.add(identity)
     if differ := [key for key in identity if lines.rows[0].get(key) != identity[key]]:
@@ -252,36 +245,35 @@ def draw_heat_map(scores: Sequence[CellScore], *, title: str = "", bottleneck: s
 
     if not scores:
         raise ValueError("a heat map needs at least one cell")
-    panels = sorted({(s.cell.backbone, s.cell.pool) for s in scores})
+    panels: dict[tuple[str, int], list[CellScore]] = {}
+    for s in scores:
+        panels.setdefault((s.cell.backbone, s.cell.pool), []).append(s)
+    axes_of = {
+        panel: (list(dict.fromkeys(s.cell.tap for s in shown)), sorted({s.cell.timestep for s in shown}))
+        for panel, shown in sorted(panels.items())
+    }
     low, high = min(s.val for s in scores), max(s.val for s in scores)
     best = max((s for s in scores if not s.pruned), key=lambda s: s.val).cell
-    shapes = []
-    for backbone, pool in panels:
-        shown = [s for s in scores if (s.cell.backbone, s.cell.pool) == (backbone, pool)]
-        taps = list(dict.fromkeys(s.cell.tap for s in shown))
-        shapes.append((shown, taps, sorted({s.cell.timestep for s in shown})))
-    width = max(4.0, 0.62 * max(len(taps) for _, taps, _ in shapes) + 2.2)
-    heights = [0.42 * len(timesteps) + 1.5 for _, _, timesteps in shapes]
+    width = max(4.0, 0.62 * max(len(taps) for taps, _ in axes_of.values()) + 2.2)
+    heights = [0.42 * len(timesteps) + 1.5 for _, timesteps in axes_of.values()]
     figure = Figure(figsize=(width, sum(heights) + (0.4 if title else 0)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     image = None
-    for axis, (backbone, pool), (shown, taps, timesteps) in zip(axes, panels, shapes, strict=True):
-        grid = [[float("nan")] * len(taps) for _ in timesteps]
-        for s in shown:
-            grid[timesteps.index(s.cell.timestep)][taps.index(s.cell.tap)] = 100 * s.val
-        image = axis.imshow(
-            grid, cmap="viridis", vmin=100 * low, vmax=100 * max(high, low + 1e-6), aspect="auto", origin="lower"
-        )
-        for s in shown:
+    for axis, ((backbone, pool), (taps, timesteps)) in zip(axes, axes_of.items(), strict=True):
+        grid = np.full((len(timesteps), len(taps)), np.nan)
+        for s in panels[backbone, pool]:
             x, y = taps.index(s.cell.tap), timesteps.index(s.cell.timestep)
-            dark = s.val < low + 0.6 * (high - low)
-            text = f"{100 * s.val:.0f}" + ("*" if s.pruned else "")
-            axis.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
+            grid[y, x] = 100 * s.val
+            colour = "white" if s.val < low + 0.6 * (high - low) else "black"
+            text = f"{grid[y, x]:.0f}" + ("*" if s.pruned else "")
+            axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
             if s.cell == best:
                 axis.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor="#e4572e", linewidth=2.5))
+        limits = {"vmin": 100 * low, "vmax": 100 * max(high, low + 1e-6)}
+        image = axis.imshow(grid, cmap="viridis", aspect="auto", origin="lower", **limits)
         axis.set_xticks(range(len(taps)), taps, rotation=40, ha="right", fontsize=8)
-        axis.set_yticks(range(len(timesteps)), [str(t) for t in timesteps], fontsize=8)
+        axis.set_yticks(range(len(timesteps)), list(map(str, timesteps)), fontsize=8)
         axis.set_ylabel("timestep", fontsize=8)
         axis.set_title(f"{backbone}, pool {pool} x {pool}", fontsize=9)
         if bottleneck in taps:

@@ -211,9 +211,9 @@ def train_head(
 ) -> FeatureHead:
     """Train one head with chosen hyperparameters, on any rows."""
     if layout.kind == "linear":
-        one = {f"{name}s": (value,) for name, value in choice.items()}
-        grid = fit_grid(features, labels, rows, layout.classes, dataclasses.replace(fit.grid, **one))
-        return _linear(layout, *grid.linear(0))
+        rate, decay = choice["learning_rate"], choice["weight_decay"]
+        one = dataclasses.replace(fit.grid, learning_rates=(rate,), weight_decays=(decay,))
+        return _linear(layout, *fit_grid(features, labels, rows, layout.classes, one).linear(0))
     if layout.kind == "logistic":
         return _logistic(layout, features, labels, rows, choice["C"], fit.grid)
     if layout.kind == "knn":
