@@ -20,10 +20,8 @@ from tqdm import tqdm
 
 from diffrep.draw import draw_matches
 from diffrep.eval.cache import MIRRORED, ImageFeatures, Kept, fingerprint, made_from
-from diffrep.eval.datasets.keypoint_tables import KeypointTable, table_of
-from diffrep.eval.datasets.pairs import AnnotatedPair, PairSet
-from diffrep.eval.pck import AGGREGATES, Aggregate, Pck
-from diffrep.eval.protocols import Protocol
+from diffrep.eval.datasets.pairs import AnnotatedPair, KeypointTable, PairSet, table_of
+from diffrep.eval.protocols import AGGREGATES, Aggregate, Pck, Protocol
 from diffrep.eval.published import Published, published
 from diffrep.eval.report import Problem, Report, Section
 from diffrep.features import Descriptors, FeatureMaps

@@ -6,9 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-from diffrep.eval.pck import Aggregate
+from typing import Any, Literal, TypeVar
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -16,6 +14,7 @@ else:
     import tomli as tomllib
 
 Row = TypeVar("Row")
+Aggregate = Literal["per image", "per point", "category mean", "pair-weighted category"]  # of PCK: see `protocols`
 DATA = Path(__file__).parent / "data"
 
 

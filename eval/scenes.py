@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval.matchers import FUSED, Extractor, Matcher, View, describe
-from diffrep.eval.pck import PairCount, Pck, chance_within, difference_interval, within
+from diffrep.eval.protocols import PairCount, Pck, chance_within, difference_interval, within
 from diffrep.eval.rendering import RenderedScenes
 from diffrep.eval.report import Report, Section, with_interval
 from diffrep.scenes import SEEN, UNSEEN, mirror, render_scene, scene_pairs, shared_keypoints

@@ -16,8 +16,8 @@ from diffrep.backbones import Backbone, Conditions, load_backbone
 from diffrep.commands.evaluate import EvalCorrespondence
 from diffrep.eval.cache import load_features, save_features
 from diffrep.eval.correspondence import CorrespondenceReport, evaluate_pairs
-from diffrep.eval.datasets.keypoint_tables import KeypointTable
 from diffrep.eval.datasets.pair_sets import read_spair
+from diffrep.eval.datasets.pairs import KeypointTable
 from diffrep.eval.protocols import PROTOCOLS, CellSearch, Protocol
 from diffrep.features import ExtractConfig, extract
 from diffrep.fusion import Fusion, Part

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
-from diffrep.eval.datasets.keypoint_tables import KeypointTable, read_keypoint_tables, table_of
 from diffrep.eval.datasets.pair_sets import (
     SPAIR_CATEGORIES,
     read_ap10k,
@@ -21,7 +20,14 @@ from diffrep.eval.datasets.pair_sets import (
     read_spair,
     read_spair_u,
 )
-from diffrep.eval.datasets.pairs import AnnotatedPair, DatasetError, PairSet
+from diffrep.eval.datasets.pairs import (
+    AnnotatedPair,
+    DatasetError,
+    KeypointTable,
+    PairSet,
+    read_keypoint_tables,
+    table_of,
+)
 from diffrep.eval.datasets.tss import read_flo, read_tss, tss_category
 
 from .benchmark_folders import (

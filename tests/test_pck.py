@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffrep.eval.pck import AGGREGATES, PairCount, Pck, chance_within, difference_interval, within
+from diffrep.eval.protocols import AGGREGATES, PairCount, Pck, chance_within, difference_interval, within
 
 COUNTS = st.lists(
     st.builds(

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from diffrep.eval.correspondence import mirrored_is_nearer, predict_posed
-from diffrep.eval.datasets.keypoint_tables import table_of
-from diffrep.eval.datasets.pairs import AnnotatedImage, AnnotatedPair
+from diffrep.eval.datasets.pairs import AnnotatedImage, AnnotatedPair, table_of
 from diffrep.eval.protocols import PROTOCOLS, CellSearch
 from diffrep.features import Descriptors
 
