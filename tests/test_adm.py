@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffrep.backbones import AdmArchitecture, BackboneError, Conditions, PixelDiffusion, TapError, load_backbone
-from diffrep.backbones.adm import adm_backbone, convert
+from diffrep.backbones.pixel_diffusion import adm_backbone, convert
 
 MODEL = Path(__file__).parent / "parity" / "data" / "features" / "dift-adm" / "model"
 FLAGS = {"num_head_channels": 4, "norm_groups": 4, "image_size": 32}

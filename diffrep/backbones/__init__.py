@@ -1,6 +1,5 @@
 """Networks that give features: latent diffusion, pixel diffusion, diffusion transformers, vision transformers."""
 
-from diffrep.backbones.adm import AdmArchitecture, load_adm
 from diffrep.backbones.base import (
     Backbone,
     BackboneError,
@@ -15,7 +14,7 @@ from diffrep.backbones.diffusion import draw_noise
 from diffrep.backbones.hyperfeatures import AggregationNetwork, Hyperfeatures, Trajectory
 from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.loading import load_backbone, load_cleandift
-from diffrep.backbones.pixel_diffusion import PixelDiffusion
+from diffrep.backbones.pixel_diffusion import AdmArchitecture, PixelDiffusion, load_adm
 from diffrep.backbones.text import PromptEmbedding
 from diffrep.backbones.transformers import DiffusionTransformer
 from diffrep.backbones.unet import gdf_tap

@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 
-from diffrep.backbones.adm import adm_backbone
 from diffrep.backbones.base import Backbone, BackboneError, Conditions, check_weights
 from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.backbones.hyperfeatures import AggregationNetwork, Hyperfeatures
 from diffrep.backbones.latent_diffusion import LatentDiffusion
-from diffrep.backbones.lora import add_lora
 from diffrep.backbones.pipelines import PIPELINES, load_pipeline
-from diffrep.backbones.pixel_diffusion import PixelDiffusion
+from diffrep.backbones.pixel_diffusion import PixelDiffusion, adm_backbone
 from diffrep.backbones.repositories import (
     EMBEDDED,
     MODELS,
@@ -35,7 +33,7 @@ from diffrep.backbones.repositories import (
     split_options,
     with_options,
 )
-from diffrep.backbones.single_files import load_single_file
+from diffrep.backbones.single_files import add_lora, load_single_file
 from diffrep.backbones.vit import VisionTransformer
 from diffrep.backbones.vit_loading import (
     TIMM,

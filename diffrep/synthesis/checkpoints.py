@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from diffrep.backbones import BackboneError
-from diffrep.backbones.adm import RES_BLOCK
+from diffrep.backbones.pixel_diffusion import RES_BLOCK
 from diffrep.files import one_line
 from diffrep.synthesis.model import OFFICIAL_TOKENS, About, ConditionEmbedder, SynthesisModel, official_tokens
 

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from diffrep.backbones.adm import AdmArchitecture, adm_backbone, convert
-from diffrep.backbones.pixel_diffusion import numbered_blocks
+from diffrep.backbones.pixel_diffusion import AdmArchitecture, adm_backbone, convert, numbered_blocks
 
 from .cases import assert_near, number_in
 

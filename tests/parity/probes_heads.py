@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffrep.backbones import Conditions, PixelDiffusion
-from diffrep.backbones.adm import adm_backbone
+from diffrep.backbones.pixel_diffusion import adm_backbone
 from diffrep.heads.probes import AttentionFusion, DifFeed, PooledHead, TokenReadout, numbered_taps
 
 from .cases import assert_near, number_in
