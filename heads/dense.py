@@ -81,10 +81,9 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
     # -- what is decoded ------------------------------------------------------------------------------------
 
     def read(self, decoded: Tensor, *, unit: bool = True) -> Tensor:
-        """What the VAE decoded, as a map.
+        """What the VAE decoded, (B, 3, h, w), as a map.
 
         Args:
-            decoded: (B, 3, h, w).
             unit: bring normals to unit length where the family's released code does not; where there is no surface,
                 towards the camera.
 
@@ -142,17 +141,17 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         back = self.family if config.official else dataclasses.replace(self.family, resize_back="antialias")
         size = (images[0].height, images[0].width)
         maps, uncertainty = self.maps(torch.stack(pixels), config, **drawn)
-        for i in range(len(images)):
-            values = to_image_size(maps[i : i + 1], size, back, config.resample)[0].cpu()
-            spread = None
-            if uncertainty is not None:
-                spread = to_image_size(uncertainty[i : i + 1], size, back, config.resample)[0, 0].cpu()
-            if self.task != "normals":
-                yield self.wrap(values[0].clamp(0, 1), config, spread)
-            elif config.official and not self.family.renormalize:  # interpolation between pixels can leave the range
-                yield self.wrap(values.clamp(-1, 1), config, spread)
-            else:
-                yield self.wrap(unit_length(values, self.family.frame), config, spread)
+        values, spreads = to_image_size(maps, size, back, config.resample).cpu(), None
+        if uncertainty is not None:
+            spreads = to_image_size(uncertainty, size, back, config.resample)[:, 0].cpu()
+        if self.task != "normals":
+            values = values[:, 0].clamp(0, 1)
+        elif config.official and not self.family.renormalize:  # interpolation between pixels can leave the range
+            values = values.clamp(-1, 1)
+        else:
+            values = unit_length(values, self.family.frame)
+        for number, one in enumerate(values):
+            yield self.wrap(one, config, None if spreads is None else spreads[number])
 
     @torch.no_grad()
     def maps(

@@ -32,59 +32,40 @@ FRAME_SIGNS: dict[Frame, tuple[int, int, int]] = {"lub": (1, 1, 1), "rub": (-1, 
 class Family:
     """How one family of checkpoints treats an image, a latent and what the VAE decodes, and how it is trained.
 
-    Attributes:
-        resized: what is resized: float colours, or 8-bit ones (the result is rounded to 8 bits again).
-        size_rule: "truncate" cuts side * min(R / W, R / H) to an integer in floating point, "integer" divides integers.
-            They differ by a pixel for some sizes.
-        pad: repeat the right and bottom edges up to a multiple of the VAE's stride and cut them off behind the
-            decoder. Without, the VAE drops what does not fill a cell.
-        posterior: which latent of the VAE's posterior the image becomes.
-        first_latent: what the U-Net gets beside the image.
-        task_vector: class vector of the annotation, or None.
-        result: which latent is decoded: the network's output itself, DDIM's last sample, or its estimate of the clean
-            latent.
-        depth: the order of clamping to [-1, 1] and averaging the three channels.
-        stretch: depth is stretched to [0, 1] by its minimum and maximum before it is resized.
-        normals: "raw": clamped channels; "unit": of unit length where longer than 1e-6; "twice": divided by
-            (length + 1e-5) two times.
-        renormalize: normals get unit length again behind the resize.
-        resize_back: "nearest", "antialias" (with the method that resized the image) or "interpolate".
-        frame: camera axes of its normals.
-        working_size: long side in pixels that the network sees by default.
-        predicts: what training makes of the output: the clean latent, the noise, or v. (In use a folder's scheduler
-            says what its output is.)
-        timesteps: of training: one alone, `timestep`, or all.
-        preserve: share of a training batch that is also trained to reconstruct its image (detail preserver).
-        loss: of training: in latent space, or behind the VAE's decoder.
-        padded_context: train with the empty prompt padded to the tokenizer's length, not with its two tokens.
-        scale_bias: halve the bias too of a first convolution that is widened for training.
-
     Raises:
         ValueError: settings of training that do not go together.
     """
 
     name: str
-    resized: Literal["float", "uint8"] = "float"
+    resized: Literal["float", "uint8"] = "float"  # colours as they are resized; behind uint8 they are rounded again
+    # "truncate" cuts side * min(R / W, R / H) to an integer in floating point, "integer" divides integers; they differ
+    # by a pixel for some sizes
     size_rule: Literal["truncate", "integer"] = "truncate"
+    # repeat the right and bottom edges up to a multiple of the VAE's stride and cut them off behind the decoder;
+    # without, the VAE drops what does not fill a cell
     pad: bool = False
-    posterior: Literal["sample", "mean"] = "sample"
-    first_latent: Literal["none", "noise", "zeros"] = "noise"
-    task_vector: tuple[float, ...] | None = None
+    posterior: Literal["sample", "mean"] = "sample"  # which latent of the VAE's posterior the image becomes
+    first_latent: Literal["none", "noise", "zeros"] = "noise"  # what the U-Net gets beside the image
+    task_vector: tuple[float, ...] | None = None  # class vector of the annotation
+    # which latent is decoded: the network's output, DDIM's last sample, or its estimate of the clean latent
     result: Literal["output", "sample", "clean"] = "output"
-    depth: Literal["clamp, mean", "mean, clamp"] = "clamp, mean"
-    stretch: bool = False
+    depth: Literal["clamp, mean", "mean, clamp"] = "clamp, mean"  # to [-1, 1], and over the three channels, in order
+    stretch: bool = False  # depth to [0, 1] by its minimum and maximum before it is resized
+    # clamped channels; of unit length where longer than 1e-6; or divided by (length + 1e-5) two times
     normals: Literal["raw", "unit", "twice"] = "raw"
-    renormalize: bool = False
+    renormalize: bool = False  # normals get unit length again behind the resize
+    # "antialias" with the method that resized the image
     resize_back: Literal["nearest", "antialias", "interpolate"] = "nearest"
-    frame: Frame = "lub"
-    working_size: int = 768
+    frame: Frame = "lub"  # camera axes of its normals
+    working_size: int = 768  # long side in pixels that the network sees by default
+    # of training: what the output is, where in use a folder's scheduler says it; on which timesteps
     predicts: Predicts = "sample"
     timesteps: Literal["one", "all"] = "one"
-    timestep: int = 999
-    preserve: float = 0.0
-    loss: Literal["latent", "decoded"] = "latent"
-    padded_context: bool = False
-    scale_bias: bool = False
+    timestep: int = 999  # the one
+    preserve: float = 0.0  # share of a batch that is also trained to reconstruct its image (detail preserver)
+    loss: Literal["latent", "decoded"] = "latent"  # in latent space, or behind the VAE's decoder
+    padded_context: bool = False  # the empty prompt padded to the tokenizer's length, not with its two tokens
+    scale_bias: bool = False  # halve the bias too of a first convolution that is widened
 
     def __post_init__(self) -> None:
         check(self, preserve="[0, 1]", timestep="0..999", working_size="1..")

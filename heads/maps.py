@@ -173,6 +173,8 @@ class NormalMap(_Map):
         settings: what made the map, JSON-ready.
     """
 
+    kind = "normals"  # what is measured
+
     values: Tensor
     frame: Frame
     uncertainty: Tensor | None = None
@@ -180,11 +182,6 @@ class NormalMap(_Map):
 
     def metadata(self) -> dict[str, object]:
         return {"kind": self.kind, "frame": self.frame, "axes": AXES[self.frame], "settings": dict(self.settings)}
-
-    @property
-    def kind(self) -> str:
-        """What is measured."""
-        return "normals"
 
     def picture(self) -> Image.Image:
         """The normals as colours, (n + 1) / 2, with x right and y up whatever the frame."""

@@ -79,13 +79,7 @@ class DiffDis(LatentCodec):
         return self.context
 
     def encode_scales(self, pixels: Tensor) -> list[Tensor]:
-        """Latents of images and of the same images at 1/2, 1/4, ... of their size, for SWCI.
-
-        Args:
-            pixels: (B, 3, H, W), RGB in [0, 1]; H and W are multiples of `multiple`.
-
-        Returns:
-            (B, c, H / stride / 2^k, W / stride / 2^k) for k = 0, 1, ...
+        """Latents (B, c, H / stride / 2^k, W / stride / 2^k) of images (B, 3, H, W) in [0, 1] at 1/2^k of their size.
 
         Raises:
             ValueError: the sides are no multiples of `multiple`.
@@ -112,28 +106,20 @@ class DiffDis(LatentCodec):
         return self.schedule.clean(output.float(), noise.float(), TIMESTEP)
 
     def decode_maps(self, latents: Tensor, pixels: Tensor) -> Tensor:
-        """Draw masks or edges; one after the other, to save memory.
+        """Masks or edges (B, 1, H, W), about [-1, 1], of latents (B, c, h, w) and their images (B, 3, H, W).
 
-        Args:
-            latents: (B, c, h, w) of `predict_latents`.
-            pixels: (B, 3, H, W) the images they belong to, for a decoder that looks at them.
-
-        Returns:
-            (B, 1, H, W) raw maps, about [-1, 1].
+        The VAE draws one after the other, to save memory.
         """
         if self.decoder is None:
             return self.decode(latents, batch_size=1).mean(1, keepdim=True)
         return self.decoder(latents.to(self.dtype), pixels.to(self.device, self.dtype)).float().sigmoid() * 2 - 1
 
     def forward(self, pixels: Tensor, noise: Tensor, *, edges: bool = False) -> tuple[Tensor, Tensor | None]:
-        """Raw maps of images: the arithmetic alone.
+        """Raw mask and edge (None where it is not asked for), each (B, 1, H, W), about [-1, 1].
 
         Args:
             pixels: (B, 3, H, W), RGB in [0, 1]; H and W are multiples of `multiple`.
             noise: (B or 1, c, h, w) standard normal, h = H / stride.
-
-        Returns:
-            Mask and edge, each (B, 1, H, W), about [-1, 1]; the edge is None where it is not asked for.
         """
         latents = self.predict_latents(self.encode_scales(pixels), noise, edges=edges)
         mask, *edge = (self.decode_maps(rows, pixels) for rows in latents.split(len(pixels)))
@@ -200,17 +186,6 @@ def ensemble_sizes(size: tuple[int, int], multiple: int) -> list[tuple[int, int]
 
 def _rounded(height: float, width: float, multiple: int) -> tuple[int, int]:
     return max(1, round(height / multiple)) * multiple, max(1, round(width / multiple)) * multiple
-
-
-def published_grey(maps: Tensor, size: tuple[int, int]) -> Image.Image:
-    """A map as the authors' script writes it: 255 * x cut to 8 bits, then enlarged bilinearly by Pillow.
-
-    Args:
-        maps: (H, W) in [0, 1].
-        size: (height, width) of the original image.
-    """
-    grey = Image.fromarray((maps.float() * 255).to(torch.uint8).cpu().numpy())
-    return grey.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
 # -- images of any size -------------------------------------------------------------------------------------
@@ -311,14 +286,7 @@ class SegmentationHead(Head[SegmentConfig, ObjectMask]):
 
     @torch.inference_mode()
     def maps(self, pixels: Tensor, config: SegmentConfig) -> tuple[Tensor, Tensor | None]:
-        """Masks and edges at the size that the network sees.
-
-        Args:
-            pixels: (B, 3, H, W) in [0, 1], sides multiples of `DiffDis.multiple`.
-
-        Returns:
-            Mask, and edge where it is asked for, each (B, 1, H, W) in [0, 1].
-        """
+        """Mask, and edge where it is asked for, each (B, 1, H, W) in [0, 1]; pixels as of `DiffDis.forward`."""
         model, size = self.model, (int(pixels.shape[-2]), int(pixels.shape[-1]))
         stretch = model.decoder is None if config.stretch is None else config.stretch
         if config.ensemble:

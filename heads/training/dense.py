@@ -232,12 +232,7 @@ def latent_mask(valid: Tensor, stride: int = 8) -> Tensor:
 
 
 def latent_loss(predicted: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean squared error in float32 over the latent cells that count.
-
-    Args:
-        predicted, target: (B, c, h, w).
-        mask: (B, 1, h, w) bool; None counts all. Zero where it counts none.
-    """
+    """Mean squared error in float32 of (B, c, h, w) over the cells of a mask (B, 1, h, w), or all; 0 if it has none."""
     squares = (predicted.float() - target.float()).square()
     if mask is None:
         return squares.mean()
@@ -256,12 +251,9 @@ def decoded_normals(decoded: Tensor) -> Tensor:
 
 
 def affine_invariant_loss(estimate: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """E2E-FT's depth loss: mean over all masked pixels of the batch of |s p + t - d|.
+    """E2E-FT's depth loss: mean over all masked pixels of the batch of |s p + t - d|, all (B, 1, H, W).
 
     Scale and shift are fitted per image by least squares, and gradients flow through the fit.
-
-    Args:
-        estimate, reference: (B, 1, H, W); mask: (B, 1, H, W) bool.
     """
     scale, shift = fit_scale_shift(estimate, reference, mask, undetermined="zero")
     aligned = scale.view(-1, 1, 1, 1) * estimate + shift.view(-1, 1, 1, 1)

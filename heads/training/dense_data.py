@@ -112,11 +112,9 @@ def scene_depth(depth: Tensor, task: Task) -> Tensor:
 
 
 def distance_to_depth(distance: Tensor, focal: float = HYPERSIM_FOCAL) -> Tensor:
-    """Distance from the camera's centre -> depth along its axis, for a principal point at the image's centre.
+    """Distance from the camera's centre (H, W) -> depth along its axis.
 
-    Args:
-        distance: (H, W) metres.
-        focal: pixels of this image.
+    The principal point is the image's centre, the focal length counts pixels of this image.
     """
     height, width = distance.shape
     y = torch.arange(height, dtype=distance.dtype) - (height - 1) / 2
@@ -137,12 +135,9 @@ def mirror_normals(normals: Tensor) -> Tensor:
 
 
 def face_camera(normals: Tensor, points: Tensor) -> Tensor:
-    """Turn the normals that look away from the camera (Lotus v1-1's `align_cam_normal`).
+    """Turn the normals (3, H, W) in LUB that look away from the camera (Lotus v1-1's `align_cam_normal`).
 
-    Along a pixel's ray in RDF is facing the camera in LUB: the two frames are each other's negative.
-
-    Args:
-        normals: (3, H, W) in LUB; points: (3, H, W) in RDF.
+    Along the ray of a point (3, H, W) in RDF is facing the camera in LUB: the frames are each other's negative.
     """
     return torch.where((normals * points).sum(0, keepdim=True) < 0, -normals, normals)
 

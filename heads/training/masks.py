@@ -35,13 +35,10 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def edge_map(masks: Tensor) -> Tensor:
-    """Edge ground truth: where the mask dilated by 5 x 5 pixels and the eroded one differ, within the image.
+    """Edge ground truth of masks (..., H, W) in 0..255, as uint8 of the same shape.
 
-    Args:
-        masks: (..., H, W), grey levels in 0..255, any dtype.
-
-    Returns:
-        (..., H, W) uint8, 255 where the difference is `EDGE_THRESHOLD` or more, else 0.
+    255 where the mask dilated by 5 x 5 pixels and the eroded one differ by `EDGE_THRESHOLD` or more, else 0; what lies
+    outside of the image does not count.
     """
     maps = masks.reshape(-1, 1, *masks.shape[-2:]).float()
     spread = F.max_pool2d(maps, 5, 1, 2) + F.max_pool2d(-maps, 5, 1, 2)
@@ -83,11 +80,7 @@ def pyramid_noise(
 
 
 def cut_mix(values: Tensor, boxes: Tensor) -> Tensor:
-    """Inside its own box each sample shows its partner: samples 0 and 1, 2 and 3, ... are partners.
-
-    Args:
-        values: (B, C, H, W), B even.
-        boxes: (B, H, W) bool.
+    """(B, C, H, W) with the partner of each sample inside its box (B, H, W); 0 and 1, 2 and 3, ... are partners.
 
     Raises:
         ValueError: B is odd.
@@ -99,13 +92,8 @@ def cut_mix(values: Tensor, boxes: Tensor) -> Tensor:
 
 
 def encode_step(encode: Encode, images: Tensor, masks: Tensor, edges: Tensor, *, levels: int) -> dict[str, Tensor]:
-    """Latents of one training batch.
-
-    Args:
-        images: (B, 3, H, W); masks, edges: (B, 1, H, W); all in [0, 1].
-
-    Returns:
-        "image 0", "image 1", ... of the image and its smaller versions; "mask", "edge".
+    """Latents of images (B, 3, H, W), masks and edges (B, 1, H, W) in [0, 1]: "image 0", "image 1", ... of the image
+    and its smaller versions; "mask", "edge".
     """
     latents = {f"image {k}": encode(view) for k, view in enumerate(shrink(images, levels))}
     return latents | {name: encode(maps.expand(-1, 3, -1, -1)) for name, maps in (("mask", masks), ("edge", edges))}

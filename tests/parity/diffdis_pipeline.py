@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from diffrep.heads.segmentation import DiffDis, ensemble, ensemble_sizes, finish, image_pixels, published_grey
+from diffrep.heads.segmentation import DiffDis, ensemble, ensemble_sizes, finish, image_pixels
 
 from .cases import each
 from .diffdis_unet import assert_equal, load_unet, tensors_of
@@ -49,6 +49,17 @@ def check_pipeline(folder: Path, case: dict[str, Any]) -> None:
         assert none is None
         assert_equal(finish(alone)[0, 0], expected[f"{name}/mask"], tolerance["mask"], f"{name}/mask alone")
         torch.testing.assert_close(finish(alone), finish(raw["mask"]), atol=1e-4, rtol=0)
+
+
+def published_grey(maps: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A map as the authors' script writes it: 255 * x cut to 8 bits, then enlarged bilinearly by Pillow.
+
+    Args:
+        maps: (H, W) in [0, 1].
+        size: (height, width) of the original image.
+    """
+    grey = Image.fromarray((maps.float() * 255).to(torch.uint8).cpu().numpy())
+    return grey.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
 @torch.no_grad()
