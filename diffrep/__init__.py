@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from diffrep.masks import load_mask
     from diffrep.matching import MatchConfig, match_dense, match_points
     from diffrep.recipes import Correspondence, Recipe, recipe
+    from diffrep.sampling.models import sample
     from diffrep.store import Store, open_store
     from diffrep.swap import refine, swap_appearance
     from diffrep.synthesis import load_synthesis, synthesize
@@ -50,6 +51,7 @@ _NAMES = {  # module -> the public names that it defines
     "heads.probes": "load_probe",
     "manifold": "HeatGeodesicEmbedding",
     "synthesis": "load_synthesis synthesize",
+    "sampling.models": "sample",
     "store": "open_store Store",
 }
 _HOME = {name: f"diffrep.{module}" for module, names in _NAMES.items() for name in names.split()}
@@ -88,6 +90,7 @@ __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "HeatGeodesicEmbedding",
     "load_synthesis",
     "synthesize",
+    "sample",
     "open_store",
     "Store",
 ]

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ from diffrep.synthesis import (
 )
 from diffrep.synthesis.canvas import Lines, Run
 from diffrep.synthesis.large import decode_lines, grid_shape, paint
-from diffrep.synthesis.sampler import GivenNoise, KeyedNoise, predict
-from diffrep.synthesis.schedulers import SCHEDULERS, build_scheduler
+from diffrep.synthesis.sampler import GivenNoise, KeyedNoise, SchedulerName, predict
+from diffrep.synthesis.schedulers import build_scheduler
 from diffrep.synthesis.windows import ALIKE, BETWEEN, RowSweep, Weighting, WindowPlan, window_shares, window_weights
 
 from .synthetic_painter import Painter
@@ -155,7 +156,7 @@ def test_every_visible_cell_is_painted_by_its_embedding() -> None:
     assert painted[2:-2, :, 2:-2].mean() > 0.05  # the painter's clean value is 0.1 tanh(3); 0 without a condition
 
 
-@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("scheduler", get_args(SchedulerName))
 def test_lines_are_stepped_as_the_whole_canvas_would_be(scheduler: str) -> None:
     """Against the scheduler itself, which is given all rows of the canvas as one batch."""
     model, grid, steps = Painter(window=16), grid_of(2, 1), 6
@@ -176,7 +177,7 @@ def test_lines_are_stepped_as_the_whole_canvas_would_be(scheduler: str) -> None:
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("scheduler", ["dpmpp_2m", "dpmpp_2m_sde", "heun"])
+@pytest.mark.parametrize("scheduler", ["dpmpp_2m", "dpmpp_2m_sde", "heun", "ghvb", "unipc-hb"])
 def test_neither_batch_size_nor_band_matters(scheduler: str) -> None:
     model, grid, size = Painter(), grid_of(4, 5), (27, 39)
     settings = replace(FEW, scheduler=scheduler)
@@ -217,7 +218,7 @@ def test_an_interrupted_run_ends_as_it_would_have(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("diffrep.synthesis.large.STRIP", 0)
     monkeypatch.setattr("diffrep.synthesis.large.WINDOWS", 1)
     grid, size = grid_of(2, 3), (60, 85)
-    for scheduler in ("dpmpp_2m_sde", "pndm"):
+    for scheduler in ("dpmpp_2m_sde", "pndm", "rho-rk", "unipc-hb"):
         settings = replace(FEW, scheduler=scheduler, batch_size=4)
         expected = whole(paint(Painter(), grid, size, settings, Run(None, {})))
         for cut in (1, 3, 17):

@@ -21,6 +21,7 @@ from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.matchers import baselines, matchers_of
 from diffrep.eval.protocols import PROTOCOLS, Protocol
 from diffrep.eval.report import Report
+from diffrep.eval.samplers import SamplersEvaluation, evaluate_samplers
 from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
 from diffrep.files import write_whole
@@ -79,6 +80,36 @@ class Synthesis(ReportOptions, PrecisionOptions):
         device, dtype = self.resolved()
         model = load_synthesis(self.model, device=device, dtype=dtype)
         self.show(evaluate_synthesis(model, self.settings, self.sampling))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samplers(ReportOptions, PrecisionOptions):
+    """Compare samplers on one model at equal numbers of network calls: distance to a fine solution, with and without
+    guidance.
+    """
+
+    model: str = "tiny-synthesis"  # or the folder of a synthesis model, a Stable Diffusion or an ADM
+    prompt: tuple[str, ...] = ("a photograph",)  # of a Stable Diffusion: what is painted
+    count: int = 4  # of a synthesis model: embeddings of held-out scenes that are painted
+    label: int | None = None  # of a class-conditional ADM
+    guidance: float | None = None  # the second table's, the first has none; the model's own where left out
+    settings: Annotated[SamplersEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplersEvaluation)
+
+    def run(self) -> None:
+        from diffrep.eval.samplers import guided_models
+
+        self.check_output()
+        device, dtype = self.resolved()
+        models = guided_models(
+            self.model,
+            self.guidance,
+            prompts=self.prompt,
+            label=self.label,
+            count=self.count,
+            device=device,
+            dtype=dtype,
+        )
+        self.show(evaluate_samplers(models, self.settings))
 
 
 Benchmark = Literal["scenes", "spair", "spair-u", "pf-pascal", "pf-willow", "ap-10k", "tss"]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class DiffusionModel:
         prediction: what it predicts, see `to_forms`.
         schedule: of its noise.
         decode: from the final states to images (B, 3, H, W) in [0, 1].
+        encode: from images to states.
         channels: of a state.
         factor: image pixels a pixel of the state.
         side: of the images it was trained on, in pixels.
@@ -72,6 +74,7 @@ class DiffusionModel:
     prediction: str
     schedule: NoiseSchedule
     decode: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
     channels: int
     factor: int
     side: int
@@ -140,7 +143,9 @@ def _stable_diffusion(
             " for inpainting or prediction, which needs an image beside the noise"
         )
     if parts.unet.config.addition_embed_type is not None:
-        raise SamplingError(f"{name}: Stable Diffusion XL cannot be sampled here yet; use diffusers with TableScheduler")
+        raise SamplingError(
+            f"{name}: Stable Diffusion XL cannot be sampled here yet; use diffusers with TableScheduler"
+        )
     scale = 7.5 if guidance is None else guidance
     embeddings = parts.text.encode([*dict.fromkeys([*prompts, negative])])
     contexts = torch.cat([embeddings[prompt].context for prompt in prompts]).to(device, dtype)
@@ -151,12 +156,16 @@ def _stable_diffusion(
 
     def decode(latents: Tensor) -> Tensor:
         vae, shift = parts.vae, getattr(parts.vae.config, "shift_factor", None) or 0.0
-        return vae.decode((latents.to(device, dtype) / vae.config.scaling_factor + shift)).sample / 2 + 0.5
+        return vae.decode(latents.to(device, dtype) / vae.config.scaling_factor + shift).sample / 2 + 0.5
+
+    def encode(images: Tensor) -> Tensor:
+        vae, shift = parts.vae, getattr(parts.vae.config, "shift_factor", None) or 0.0
+        return (vae.encode(images.to(device, dtype) * 2 - 1).latent_dist.mean - shift) * vae.config.scaling_factor
 
     factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
     return _guided(
         name, parts.unet, network, contexts, null.expand(len(contexts), -1, -1), scale, parts.scheduler,
-        decode=decode, channels=parts.vae.config.latent_channels, factor=factor,
+        decode=decode, encode=encode, channels=parts.vae.config.latent_channels, factor=factor,
         side=factor * int(parts.unet.config.sample_size or 64), device=device,
     )  # fmt: skip
 
@@ -172,8 +181,8 @@ def _synthesis(model: Any, condition: Any, guidance: float | None) -> DiffusionM
     return _guided(
         model.name, model.unet, network, contexts, model.null_context(len(contexts)),
         model.about.guidance if guidance is None else guidance, model.scheduler,
-        decode=model.decode, channels=model.channels, factor=model.factor, side=model.factor * model.window,
-        device=model.device,
+        decode=model.decode, encode=model.encode, channels=model.channels, factor=model.factor,
+        side=model.factor * model.window, device=model.device,
     )  # fmt: skip
 
 
@@ -192,8 +201,8 @@ def _pixels(model: Any, condition: Any, guidance: float | None) -> DiffusionMode
     config: Mapping[str, Any] = model.scheduler or {}
     about = _guided(
         model.name, model.network, network, labels, labels, 1.0, config,
-        decode=lambda x: x / 2 + 0.5, channels=3, factor=1, side=int(model.network.config.sample_size or 256),
-        device=model.device,
+        decode=lambda x: x / 2 + 0.5, encode=lambda x: x * 2 - 1, channels=3, factor=1,
+        side=int(model.network.config.sample_size or 256), device=model.device,
     )  # fmt: skip
     about.schedule = TableVP(model.alphas_cumprod.double().cpu().numpy())
     return about
@@ -282,26 +291,31 @@ def sample(
             cache = None
             if inherit > 1:
                 cache = stack.enter_context(InheritedFeatures(model.network, interval=inherit, branch=branch))
-            place = [0]
 
-            def network(
-                x: Tensor, t: float, rows: slice = rows, cache: InheritedFeatures | None = cache, place: list[int] = place
-            ) -> Tensor:
-                if cache is not None:
-                    cache.at(place[0])
-                place[0] += 1
-                return model.predict(x, t, rows)
-
-            x = _noise(seed, numbers, shape, 0).to(model.device)
+            network = _Counted(model, rows, cache)
+            x = _step_noise(seed, numbers, shape, model.device, -1)
             if table is None:
                 parts.append(_evodiff(model, network, x, steps, spacing, timesteps))
             else:
-                draws: Callable[[int], Tensor] = lambda i, n=numbers: _noise(seed, n, shape, i + 1).to(model.device)  # noqa: E731
+                draws = partial(_step_noise, seed, numbers, shape, model.device)
                 parts.append(run(table, network, x, prediction=model.prediction, noise=draws))
-            calls = place[0]
+            calls = network.calls
     latents = torch.cat(parts)
     images = torch.cat([model.decode(part).float() for part in latents.split(batch_size)]).clamp(0, 1).cpu()
     return Samples(images, latents.cpu(), calls)
+
+
+class _Counted:
+    """A model on some rows of its conditions; counts the steps of an image, which inherited features need."""
+
+    def __init__(self, model: DiffusionModel, rows: slice, cache: InheritedFeatures | None) -> None:
+        self.model, self.rows, self.cache, self.calls = model, rows, cache, 0
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        if self.cache is not None:
+            self.cache.at(self.calls)
+        self.calls += 1
+        return self.model.predict(x, t, self.rows)
 
 
 def _evodiff(
@@ -320,6 +334,7 @@ def _evodiff(
     return evodiff(clean, x, grid, denoise=True)
 
 
-def _noise(seed: int, numbers: Sequence[int], shape: Sequence[int], stream: int) -> Tensor:
-    """Each sample's noise of a step, which depends on the seed, its number and the step alone."""
-    return torch.stack([torch.randn(*shape, generator=keyed_generator(seed, n, stream=stream)) for n in numbers])
+def _step_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], device: torch.device, step: int) -> Tensor:
+    """Each sample's noise of a step, -1 for the first state: it depends on the seed, its number and the step alone."""
+    draws = [torch.randn(*shape, generator=keyed_generator(seed, n, stream=step + 1)) for n in numbers]
+    return torch.stack(draws).to(device)

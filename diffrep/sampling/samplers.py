@@ -74,7 +74,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm++": Sampler(_plain(dpm_solver), "DPM-Solver++, multistep", {"order": 2, "exact": False}),
     "dpm++-sde": Sampler(_plain(dpm_solver), "the same with the SDE's noise", {"order": 2, "noisy": True}),
     "unipc": Sampler(_plain(unipc), "DPM-Solver++ with a free corrector", {"order": 2, "variant": "bh2"}),
-    "deis": Sampler(deis, "Adams-Bashforth in t, rho or log-snr", {"order": 2, "variable": "t"}, flow=False),
+    "deis-tab": Sampler(deis, "Adams-Bashforth in t, rho or log-snr", {"order": 2, "variable": "t"}, flow=False),
     "ipndm": Sampler(_plain(ipndm), "Adams-Bashforth for even steps", {"order": 4}, flow=False),
     "rho-rk": Sampler(rho_runge_kutta, "Runge-Kutta, several calls a step", {"method": "2heun"}, flow=False, calls=2),
     "ghvb": Sampler(_plain(momentum), "generalised heavy ball: few steps, much guidance", {"order": 1.8}, flow=False),

@@ -243,7 +243,7 @@ def probability_flow(sde: ScoreSDE, score: Score) -> Callable[[Tensor, Tensor], 
     return field
 
 
-def _solve(
+def solve_rk45(
     function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
     x: Tensor,
     start: float,
@@ -277,7 +277,7 @@ def sample_flow(
         denoise: take one noise-free step of reverse diffusion at the end.
     """
     field, end = probability_flow(sde, score), sde.last if last is None else last
-    x, _, _ = _solve(lambda y, t: (field(y, t), None), x, 1.0, end, tolerance)
+    x, _, _ = solve_rk45(lambda y, t: (field(y, t), None), x, 1.0, end, tolerance)
     if denoise:
         times = torch.full((len(x),), end, device=x.device)
         x = predict(sde, score, x, times, torch.zeros_like(x), "reverse_diffusion")[1]
@@ -305,7 +305,7 @@ def likelihood(
         (B,) bits per dimension, and the states at t = 1.
     """
     field = probability_flow(sde, score)
-    z, change, _ = _solve(lambda y, t: _traced(field, y, t, probe), x, first, 1.0, tolerance)
+    z, change, _ = solve_rk45(lambda y, t: _traced(field, y, t, probe), x, first, 1.0, tolerance)
     log_density = sde.prior_log_density(z).double().cpu() + change
     return (-log_density / (x[0].numel() * math.log(2)) + offset).to(x.dtype), z
 

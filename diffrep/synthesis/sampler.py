@@ -34,7 +34,7 @@ from diffrep.synthesis.windows import (
 
 SchedulerName = Literal[
     "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
-    "official",
+    "official", "dpm", "dpm++-hb", "dpm++-sde", "unipc-hb", "deis-tab", "ipndm", "rho-rk", "ghvb", "hb", "nesterov",
 ]  # fmt: skip
 
 

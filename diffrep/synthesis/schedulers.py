@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffrep.sampling.samplers import SAMPLERS, TableScheduler
+
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> diffusers class, its options
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
@@ -38,21 +40,26 @@ def build_scheduler(name: str, config: Mapping[str, Any], steps: int, **options:
 
     Args:
         config: of the model: noise schedule and kind of prediction are taken from it.
-        options: of the diffusers class, in place of trailing spacing and the options in `SCHEDULERS`.
+        options: of the diffusers class, in place of trailing spacing and the options in `SCHEDULERS`; or of a sampler
+            of `diffrep.sampling`, where diffusers has none of that name.
 
     Raises:
         ValueError: no such scheduler, or more steps than the schedule has.
     """
     import diffusers
 
-    if name not in SCHEDULERS:
-        raise ValueError(f"there is no scheduler {name!r}; known are {', '.join(SCHEDULERS)}")
+    if name not in SCHEDULERS and name not in SAMPLERS:
+        raise ValueError(f"there is no scheduler {name!r}; known are {', '.join({**SCHEDULERS, **SAMPLERS})}")
     schedule = {k: config[k] for k in NOISE_SCHEDULE if config.get(k) is not None}
     trained = int(schedule.get("num_train_timesteps", 1000))
     if not 1 <= steps <= trained:
         raise ValueError(f"steps must be in 1..{trained}, got {steps}")
     if name == "official":
         return OfficialScheduler(schedule, time_stride=trained // steps, **options)
+    if name not in SCHEDULERS:
+        table = TableScheduler.from_config(schedule, sampler=name, **options)
+        table.set_timesteps(steps)
+        return table
     kind, own = SCHEDULERS[name]
     scheduler: Any = getattr(diffusers, kind)(**{**schedule, "timestep_spacing": "trailing", **own, **options})
     scheduler.set_timesteps(steps)

@@ -1,0 +1,118 @@
+"""``diffrep search-schedule`` and ``diffrep likelihood``: a model's best timesteps, and how likely it finds images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from diffrep.commands.options import PrecisionOptions
+from diffrep.commands.output import check_writable
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSchedule(PrecisionOptions):
+    """Find the timesteps at which a sampler comes nearest to a fine solution, by an evolutionary search.
+
+    For example: diffrep search-schedule --model tiny-synthesis --steps 5 -o steps.json
+
+    `--timesteps FILE` of other commands, and `read_candidate` in Python, take the result. An interrupted search goes on
+    when the same command is run again.
+    """
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("steps.json")  # the result, and what was evaluated
+    model: str = "tiny-synthesis"  # or the folder of a synthesis model, a Stable Diffusion or an ADM
+    sampler: str = "unipc"  # whose steps they are
+    steps: int = 5  # timesteps to find
+    prompt: tuple[str, ...] = ("a photograph",)  # of a Stable Diffusion
+    label: int | None = None  # of a class-conditional ADM
+    count: int = 4  # of a synthesis model: embeddings of held-out scenes that are painted
+    guidance: float | None = None  # the model's own where left out; 1: none
+    reference: int = 50  # steps of UniPC that stand for the fine solution
+    population: int = 20  # candidates of a generation
+    epochs: int = 5  # generations
+    seed: int = 0  # of the search and of the noise
+
+    def run(self) -> None:
+        from diffrep.eval.samplers import distance_to_fine, guided_models
+        from diffrep.sampling.samplers import SAMPLERS
+        from diffrep.sampling.schedules import TableVP
+        from diffrep.sampling.search import SearchSettings, search_steps
+
+        check_writable(self.output, (".json",))
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"there is no sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
+        if self.steps < 1 or self.reference <= self.steps:
+            raise ValueError(
+                f"steps must be at least 1 and fewer than the reference's {self.reference}, got {self.steps}"
+            )
+        settings = SearchSettings(
+            population=self.population, parents=max(self.population // 5, 1), mutations=self.population // 2,
+            crossovers=self.population // 4, epochs=self.epochs, seed=self.seed,
+        )  # fmt: skip
+        device, dtype = self.resolved()
+        models = guided_models(
+            self.model, self.guidance, prompts=self.prompt, label=self.label, count=self.count, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+        model = models["1"] if self.guidance == 1 else list(models.values())[-1]
+        if not isinstance(model.schedule, TableVP):
+            raise ValueError(f"{self.model}: the search is for models with a table of timesteps")
+        fitness = distance_to_fine(model, self.sampler, self.reference, seed=self.seed)
+        best = search_steps(
+            fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output,
+            progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
+        )  # fmt: skip
+        even = fitness(None)
+        timesteps = ", ".join(map(str, best[0][1].timesteps))
+        print(f"{self.steps} steps of {self.sampler}: {best[0][0]:.4f} at {timesteps}; {even:.4f} at even steps")
+        print(f"wrote {self.output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood(PrecisionOptions):
+    """How likely a diffusion model finds images, in bits per dimension: high ones are unusual to it, or damaged.
+
+    For example: diffrep likelihood photos/ --backbone tiny -o bits.csv
+
+    By the probability-flow ODE with Hutchinson's estimate of the divergence. Of latent models it is the density of the
+    latents, which compares images with each other and is no code length.
+    """
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]  # images, or folders of them
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("likelihood.csv")  # a table of file and bits
+    backbone: str = "tiny"  # a Stable Diffusion 1 or 2, or an ADM: name, folder or file
+    size: int | None = None  # side of the square canvas in pixels; that of the model's training where left out
+    prompt: str = ""  # of a Stable Diffusion
+    label: int | None = None  # of a class-conditional ADM
+    tolerance: float = 1e-3  # of the ODE solver, relative and absolute
+    probes: int = 1  # random probes of the divergence; their mean is taken
+    seed: int = 0  # of the probes
+
+    def run(self) -> None:
+        import csv
+        import io
+
+        from diffrep.files import printable, write_whole
+        from diffrep.images import find_images
+        from diffrep.sampling.density import image_likelihood
+
+        check_writable(self.output, (".csv",))
+        if not 0 < self.tolerance < 1 or self.probes < 1 or (self.size is not None and self.size < 1):
+            raise ValueError("tolerance must be between 0 and 1, probes and size at least 1")
+        files = find_images(self.images)
+        device, dtype = self.resolved()
+        bits = image_likelihood(
+            files, self.backbone, prompt=self.prompt, label=self.label, size=self.size, tolerance=self.tolerance,
+            probes=self.probes, seed=self.seed, device=device, dtype=dtype,
+        )  # fmt: skip
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["image", "bits_per_dimension"])
+        for file, value in zip(files, bits, strict=True):
+            table.writerow([printable(file), f"{value:.5f}"])
+            print(f"{value:9.4f}  {printable(file)}")
+        write_whole(self.output, text.getvalue())
+        print(f"wrote {self.output}")

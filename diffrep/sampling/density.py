@@ -1,0 +1,107 @@
+"""How likely a diffusion model finds images: the probability flow of a model of the project (Song et al. 2021)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrep.backbones.diffusion import keyed_generator
+from diffrep.images import Sizing, fit_image, load_image
+from diffrep.sampling.core import to_forms
+from diffrep.sampling.interpolants import divergence
+from diffrep.sampling.models import DiffusionModel, diffusion_model
+from diffrep.sampling.schedules import SamplingError, TableVP
+from diffrep.sampling.score_sde import solve_rk45
+
+
+def model_likelihood(
+    model: DiffusionModel, x: Tensor, probe: Tensor, *, tolerance: float = 1e-3, offset: float = 0.0
+) -> Tensor:
+    """(B,) bits per dimension of states under a model with a table of noise.
+
+    In the half log-SNR l the flow of the rho-scaled state y = x / alpha is `dy / d rho = eps`, with rho = e^-l; its
+    divergence is estimated with one probe. Fractional timesteps are asked between those of the table.
+
+    Args:
+        x: (B, ...) clean states, as the network knows them.
+        probe: like x, of -1 and 1.
+        tolerance: of the adaptive solver, relative and absolute.
+        offset: bits that the scaling of the data adds, see `score_sde.likelihood`.
+
+    Raises:
+        SamplingError: the model is a flow.
+    """
+    if not isinstance(model.schedule, TableVP):
+        raise SamplingError(f"{model.name}: the likelihood is for models with a table of noise")
+    schedule, dims = model.schedule, x[0].numel()
+    lowest, highest = (-schedule.log_snr([0.0, schedule.first])).tolist()
+    highest = min(highest, math.log(300.0))  # beyond, what is left of the data is below rounding
+
+    def field(y: Tensor, log_rho: Tensor) -> Tensor:
+        value = float(log_rho[0])
+        t = float(schedule.time_of(-np.array(value))[0])
+        alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
+        state = alpha * y
+        output = model.predict(state, t, slice(0, len(y)))
+        return math.exp(value) * to_forms(model.prediction, output, state, alpha, sigma)["noise"]
+
+    def traced(y: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
+        return divergence(field, y, log_rho, probe)
+
+    y = x / float(schedule.alpha(0.0))
+    end, change, _ = solve_rk45(traced, y, lowest, highest, tolerance)
+    rho = math.exp(highest)
+    # at the noisy end y is normal about the data's mean, with a deviation of rho and a little of the data's own
+    prior = -dims / 2 * math.log(2 * math.pi * (rho**2 + 1)) - end.square().flatten(1).sum(1) / (2 * (rho**2 + 1))
+    log_density = prior.double().cpu() + change - dims * math.log(float(schedule.alpha(0.0)))
+    return -log_density / (dims * math.log(2)) + offset
+
+
+def image_likelihood(
+    files: Sequence[str | os.PathLike[str]],
+    backbone: str = "tiny",
+    *,
+    prompt: str = "",
+    label: int | None = None,
+    size: int | None = None,
+    tolerance: float = 1e-3,
+    probes: int = 1,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> list[float]:
+    """Bits per dimension of images under a diffusion model.
+
+    Args:
+        backbone: a Stable Diffusion 1 or 2, or an ADM, by name, folder or file.
+        size: side of the square that images are squashed to; that of the model's training where left out.
+        probes: draws of the probe, whose mean is taken; they depend on the seed and on the image's number alone.
+
+    Raises:
+        SamplingError: the model cannot be sampled, or the size does not fit it.
+        ImageError: a file is no image.
+    """
+    model = diffusion_model(backbone, prompt if label is None else label, guidance=1.0, device=device, dtype=dtype) if (
+        label is not None or not Path(backbone).is_file()
+    ) else diffusion_model(backbone, None, guidance=1.0, device=device, dtype=dtype)  # fmt: skip
+    side = size or model.side
+    if side % model.factor:
+        raise SamplingError(f"{model.name}: the size must be a multiple of {model.factor}, got {side}")
+    values = []
+    for number, file in enumerate(files):
+        pixels, _ = fit_image(load_image(file), Sizing("squash", side))
+        state = model.encode(pixels[None].to(model.device))
+        offset = 7.0 if model.factor == 1 else 0.0
+        drawn = []
+        for draw in range(probes):
+            generator = keyed_generator(seed, number, stream=draw)
+            probe = (2 * torch.randint(0, 2, tuple(state.shape), generator=generator) - 1).to(state)
+            drawn.append(float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset)[0]))
+        values.append(sum(drawn) / probes)
+    return values

@@ -1,0 +1,239 @@
+"""``diffrep eval samplers``: solvers on one model at equal numbers of network calls."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrep.eval.published import read_tables
+from diffrep.eval.report import Report, Section
+from diffrep.sampling.models import DiffusionModel, diffusion_model, sample
+from diffrep.sampling.samplers import SAMPLERS
+from diffrep.sampling.schedules import Flow, SamplingError
+from diffrep.sampling.search import Candidate
+from diffrep.synthesis.conditions import ImageEncoder
+from diffrep.synthesis.model import EMBEDDED
+
+DETERMINISTIC = {
+    "lml": {"kappa": 0.3},
+    "evodiff": {},
+}  # beside those of `SAMPLERS`; LML's published kappa 0 does nothing
+
+
+@dataclass(frozen=True)
+class SamplersEvaluation:
+    """What is compared.
+
+    Attributes:
+        calls: network calls of a sample, each a column.
+        samplers: names; none: all deterministic ones that work with the model.
+        spacing: where the timesteps lie.
+        reference: steps of UniPC that stand for the fine solution.
+    """
+
+    calls: tuple[int, ...] = (3, 5, 8, 12, 20)
+    samplers: tuple[str, ...] = ()
+    spacing: str = "trailing"
+    reference: int = 125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.calls or min(self.calls) < 1 or self.reference <= max(self.calls):
+            raise ValueError(
+                f"calls must be at least 1 and fewer than the reference's, got {self.calls} and {self.reference}"
+            )
+        known = {**SAMPLERS, **DETERMINISTIC}
+        if unknown := [name for name in self.samplers if name not in known]:
+            raise ValueError(f"there is no sampler {', '.join(unknown)}; known are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class PublishedSampler:
+    """FID of a sampler on a model, at the calls `PUBLISHED_CALLS`."""
+
+    model: str
+    sampler: str
+    fid: tuple[float, ...]
+
+
+PUBLISHED_CALLS = (3, 5, 7, 10)
+
+
+@dataclass(frozen=True)
+class SamplersReport(Report):
+    """Root mean square distances to the fine solution, by (guidance, sampler) and calls; and why some have none."""
+
+    model: str
+    settings: SamplersEvaluation
+    distances: Mapping[str, Mapping[str, Mapping[int, float]]]  # guidance -> sampler -> calls -> distance
+    seconds: Mapping[str, float]  # of the machine alone at the most calls, without the network
+    refused: Mapping[str, str]
+    spread: float  # standard deviation of the fine solution's latents, which the distances are to be seen against
+
+    def sections(self) -> Iterable[Section]:
+        fine = f"UniPC with {self.settings.reference} steps (deviation {self.spread:.2f})"
+        for guidance, rows in self.distances.items():
+            ranked = sorted(rows, key=lambda name: rows[name].get(self.settings.calls[-1], float("inf")))
+            yield Section(
+                f"{self.model}, guidance {guidance}: distance of the latents to {fine}, by network calls",
+                [*(str(n) for n in self.settings.calls), "ms/step"],
+                [(name, *self._cells(rows[name]), f"{1000 * self.seconds[name]:.2f}") for name in ranked],
+            )
+        yield Section("", notes=[f"  {name}: {why}" for name, why in self.refused.items()])
+        yield Section(
+            "published FID, other models, by network calls (README of USF)",
+            [str(n) for n in PUBLISHED_CALLS],
+            [
+                (f"{row.model}, {row.sampler}", *(f"{value:g}" for value in row.fid))
+                for row in read_tables("samplers", PublishedSampler)
+            ],
+        )
+
+    def _cells(self, row: Mapping[int, float]) -> list[str]:
+        return [f"{row[n]:.3f}" if n in row else "-" for n in self.settings.calls]
+
+    def document(self) -> Mapping[str, object]:
+        return {
+            "model": self.model,
+            "settings": vars(self.settings),
+            "distances": self.distances,
+            "seconds_per_step": self.seconds,
+            "refused": self.refused,
+            "spread": self.spread,
+        }
+
+
+def evaluate_samplers(
+    models: Mapping[str, DiffusionModel], settings: SamplersEvaluation | None = None
+) -> SamplersReport:
+    """Compare samplers on a model.
+
+    Args:
+        models: by the guidance's name, the model under its conditions; all paint the same noise.
+    """
+    settings = settings or SamplersEvaluation()
+    distances: dict[str, dict[str, dict[int, float]]] = {}
+    refused: dict[str, str] = {}
+    seconds: dict[str, float] = {}
+    spread = 0.0
+    for guidance, model in models.items():
+        fine = _paint(model, "unipc", settings.reference, settings)
+        spread = float(fine.std())
+        distances[guidance] = {}
+        for name in settings.samplers or _usual(model):
+            rows: dict[int, float] = {}
+            for calls in settings.calls:
+                try:
+                    got = _paint(model, name, calls, settings)
+                except SamplingError as error:
+                    refused[name] = str(error)
+                    continue
+                rows[calls] = float((got - fine).square().mean().sqrt())
+            if rows:
+                distances[guidance][name] = rows
+                seconds[name] = _overhead(model, name, max(rows), settings)
+    return SamplersReport(next(iter(models.values())).name, settings, distances, seconds, refused, spread)
+
+
+def distance_to_fine(
+    model: DiffusionModel, sampler: str, reference: int, *, seed: int = 0
+) -> Callable[[Candidate | None], float]:
+    """A fitness of timesteps for `search_steps`: the distance of what a sampler paints to a fine solution.
+
+    Args:
+        reference: steps of UniPC that stand for it.
+
+    Returns:
+        A function of a candidate; of None: of as many even steps as the last candidate had.
+    """
+    fine = sample(model, sampler="unipc", steps=reference, seed=seed).latents
+    last = [1]
+
+    def fitness(candidate: Candidate | None) -> float:
+        timesteps = None if candidate is None else candidate.timesteps
+        last[0] = last[0] if timesteps is None else len(timesteps)
+        try:
+            got = sample(model, sampler=sampler, steps=last[0], timesteps=timesteps, seed=seed).latents
+        except SamplingError:  # it diverges, or begins where no signal is left
+            return math.inf
+        return float((got - fine).square().mean().sqrt())
+
+    return fitness
+
+
+def _usual(model: DiffusionModel) -> Sequence[str]:
+    flow = isinstance(model.schedule, Flow)
+    names = [name for name, s in SAMPLERS.items() if (s.flow or not flow) and not _adds_noise(name)]
+    return [*names, *([] if flow else ["evodiff"])]
+
+
+def _adds_noise(name: str) -> bool:
+    options = SAMPLERS[name].options
+    return bool(options.get("eta") or options.get("noisy"))
+
+
+def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Tensor:
+    """The latents after as many network calls."""
+    if name == "evodiff":
+        steps = calls - 1  # it ends with one more call
+    else:
+        steps = (calls - 1) // SAMPLERS[name].calls + 1  # the last step is one call whatever the solver
+    options: dict[str, Any] = dict(DETERMINISTIC.get(name, {}))
+    painted = sample(model, sampler=name, steps=max(steps, 1), seed=settings.seed, spacing=settings.spacing, **options)
+    return painted.latents
+
+
+def _overhead(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> float:
+    """Seconds of a step beside the network."""
+    idle = replace(model, predict=lambda x, t, rows: 0.1 * x, decode=lambda x: x[:, :3])
+    start = time.perf_counter()
+    _paint(idle, name, calls, settings)
+    return (time.perf_counter() - start) / calls
+
+
+def guided_models(
+    name: str,
+    guidance: float | None,
+    *,
+    prompts: Sequence[str] = (),
+    label: int | None = None,
+    count: int = 4,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, DiffusionModel]:
+    """A model without and with guidance, by its words; pixel models have none.
+
+    Args:
+        prompts: of a Stable Diffusion; label: of a class-conditional ADM; count: of a synthesis model, how many
+            embeddings of held-out scenes.
+    """
+    from diffrep.backbones import PixelDiffusion, load_backbone
+    from diffrep.eval.synthesis import held_out_patches
+    from diffrep.synthesis import load_synthesis
+
+    condition: Any = list(prompts)
+    model: Any = name
+    if _is_synthesis(name):
+        model = load_synthesis(name, device=device, dtype=dtype)
+        condition = ImageEncoder.of_model(model)(held_out_patches(count, model.window * model.factor, first=0))
+        guidance = model.about.guidance if guidance is None else guidance
+    elif Path(name).is_file() or (Path(name).is_dir() and not (Path(name) / "vae").is_dir()):
+        model = load_backbone(name, device=device, dtype=dtype)
+        condition = label
+    where = {"device": device, "dtype": dtype}
+    models = {"1": diffusion_model(model, condition, guidance=1.0, **where)}
+    if not isinstance(model, PixelDiffusion):
+        scale = 7.5 if guidance is None else guidance
+        models[f"{scale:g}"] = diffusion_model(model, condition, guidance=scale, **where)
+    return models
+
+
+def _is_synthesis(name: str) -> bool:
+    return name in EMBEDDED or any((Path(name) / part).is_dir() for part in ("embedder", "cond_stage"))
