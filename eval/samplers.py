@@ -124,7 +124,7 @@ def evaluate_samplers(
     seconds: dict[str, float] = {}
     spread = 0.0
     for guidance, model in models.items():
-        fine = _paint(model, "unipc", settings.reference, settings)
+        fine = sample(model, sampler="unipc", steps=settings.reference, seed=settings.seed).latents
         spread = float(fine.std())
         distances[guidance] = {}
         for name in settings.samplers or _usual(model):
@@ -143,24 +143,20 @@ def evaluate_samplers(
 
 
 def distance_to_fine(
-    model: DiffusionModel, sampler: str, reference: int, *, seed: int = 0
+    model: DiffusionModel, sampler: str, steps: int, reference: int, *, seed: int = 0
 ) -> Callable[[Candidate | None], float]:
     """A fitness of timesteps for `search_steps`: the distance of what a sampler paints to a fine solution.
 
     Args:
-        reference: steps of UniPC that stand for it.
-
-    Returns:
-        A function of a candidate; of None: of as many even steps as the last candidate had.
+        steps: how many even steps stand for None.
+        reference: steps of UniPC that stand for the fine solution.
     """
     fine = sample(model, sampler="unipc", steps=reference, seed=seed).latents
-    last = [1]
 
     def fitness(candidate: Candidate | None) -> float:
         timesteps = None if candidate is None else candidate.timesteps
-        last[0] = last[0] if timesteps is None else len(timesteps)
         try:
-            got = sample(model, sampler=sampler, steps=last[0], timesteps=timesteps, seed=seed).latents
+            got = sample(model, sampler=sampler, steps=steps, timesteps=timesteps, seed=seed).latents
         except SamplingError:  # it diverges, or begins where no signal is left
             return math.inf
         return float((got - fine).square().mean().sqrt())

@@ -18,8 +18,8 @@ class SearchSchedule(PrecisionOptions):
 
     For example: diffrep search-schedule --model tiny-synthesis --steps 5 -o steps.json
 
-    `--timesteps FILE` of other commands, and `read_candidate` in Python, take the result. An interrupted search goes on
-    when the same command is run again.
+    In Python `sample(..., timesteps=read_candidate("steps.json").timesteps)` takes the result. An interrupted search
+    goes on when the same command is run again.
     """
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("steps.json")  # the result, and what was evaluated
@@ -60,7 +60,7 @@ class SearchSchedule(PrecisionOptions):
         model = models["1"] if self.guidance == 1 else list(models.values())[-1]
         if not isinstance(model.schedule, TableVP):
             raise ValueError(f"{self.model}: the search is for models with a table of timesteps")
-        fitness = distance_to_fine(model, self.sampler, self.reference, seed=self.seed)
+        fitness = distance_to_fine(model, self.sampler, self.steps, self.reference, seed=self.seed)
         best = search_steps(
             fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output,
             progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),

@@ -57,7 +57,7 @@ def model_likelihood(
     y = x / float(schedule.alpha(0.0))
     end, change, _ = solve_rk45(traced, y, lowest, highest, tolerance)
     rho = math.exp(highest)
-    # at the noisy end y is normal about the data's mean, with a deviation of rho and a little of the data's own
+    # at the noisy end y is normal with a deviation of rho and a little of the data's own; their mean is neglected
     prior = -dims / 2 * math.log(2 * math.pi * (rho**2 + 1)) - end.square().flatten(1).sum(1) / (2 * (rho**2 + 1))
     log_density = prior.double().cpu() + change - dims * math.log(float(schedule.alpha(0.0)))
     return -log_density / (dims * math.log(2)) + offset
