@@ -223,7 +223,7 @@ def guided_models(
     elif Path(name).is_file() or (Path(name).is_dir() and not (Path(name) / "vae").is_dir()):
         model = load_backbone(name, device=device, dtype=dtype)
         condition = label
-    where = {"device": device, "dtype": dtype}
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
     models = {"1": diffusion_model(model, condition, guidance=1.0, **where)}
     if not isinstance(model, PixelDiffusion):
         scale = 7.5 if guidance is None else guidance
