@@ -18,7 +18,7 @@ from diffrep.sampling.models import DiffusionModel, diffusion_model, sample
 from diffrep.sampling.samplers import SAMPLERS
 from diffrep.sampling.schedules import Flow, SamplingError
 from diffrep.sampling.search import Candidate
-from diffrep.synthesis.conditions import ImageEncoder
+from diffrep.synthesis.grids import ImageEncoder
 from diffrep.synthesis.model import EMBEDDED
 
 DETERMINISTIC = {
