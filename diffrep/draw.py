@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffrep.features import Descriptors
+from diffrep.features import Descriptors, lattice, sample
 from diffrep.matching import DenseMatches, Matches
 from diffrep.pictures import (
     GAP,
@@ -27,18 +26,14 @@ from diffrep.pictures import (
     stacked,
 )
 
-RIGHT, WRONG = (46, 160, 98), (214, 69, 65)
+RIGHT, WRONG, WHITE = (46, 160, 98), (214, 69, 65), (255, 255, 255)
 
 
 def point_colours(count: int) -> list[tuple[int, int, int]]:
     """`count` colours that are easy to tell apart, always the same ones."""
     golden = 0.61803398875  # steps of the golden ratio never come near an earlier hue
-    return [_hsv(0.58 + golden * i, 0.78, 0.95) for i in range(count)]
-
-
-def _hsv(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
-    r, g, b = colorsys.hsv_to_rgb(hue % 1.0, saturation, value)
-    return round(255 * r), round(255 * g), round(255 * b)
+    colours = [colorsys.hsv_to_rgb((0.58 + golden * i) % 1.0, 0.78, 0.95) for i in range(count)]
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours]
 
 
 def draw_matches(
@@ -59,43 +54,35 @@ def draw_matches(
         truth: (N, 2) where they should have gone. A match is then ringed green within `tolerance` pixels and
             red beyond, with a thin line to where it belongs.
     """
-    picture, ((left_a, top_a, scale_a), (left_b, top_b, scale_b)) = side_by_side(
-        [source, target], titles=titles, height=height
-    )
+    picture, places = side_by_side([source, target], titles=titles, height=height)
     scale = 2  # drawn twice as large and reduced: PIL's lines have no antialiasing of their own
+    large = [(left * scale, top * scale, zoom * scale) for left, top, zoom in places]
     layer = Image.new("RGBA", (picture.width * scale, picture.height * scale), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
-
-    def on_source(p: Sequence[float]) -> tuple[float, float]:
-        return (left_a + scale_a * (p[0] + 0.5)) * scale, (top_a + scale_a * (p[1] + 0.5)) * scale
-
-    def on_target(p: Sequence[float]) -> tuple[float, float]:
-        return (left_b + scale_b * (p[0] + 0.5)) * scale, (top_b + scale_b * (p[1] + 0.5)) * scale
-
+    starts = [_at(large[0], point) for point in points.tolist()]
+    ends = [_at(large[1], point) for point in matches.points.tolist()]
     colours = point_colours(len(points))
-    for point, match, colour in zip(points.tolist(), matches.points.tolist(), colours, strict=True):
-        pen.line([on_source(point), on_target(match)], fill=(*colour, 130), width=2 * scale)
-    for i, (point, match) in enumerate(zip(points.tolist(), matches.points.tolist(), strict=True)):
-        ring = (255, 255, 255)
+    for start, end, colour in zip(starts, ends, colours, strict=True):
+        pen.line([start, end], fill=(*colour, 130), width=2 * scale)
+    for i, (start, end, colour) in enumerate(zip(starts, ends, colours, strict=True)):
+        ring = WHITE
         if truth is not None:
             goal = truth[i].tolist()
-            good = tolerance is not None and math.dist(match, goal) <= tolerance
+            good = tolerance is not None and math.dist(matches.points[i].tolist(), goal) <= tolerance
             ring = RIGHT if good else WRONG
             if not good:
-                pen.line([on_target(match), on_target(goal)], fill=(*WRONG, 230), width=2 * scale)
-                _dot(pen, on_target(goal), 3 * scale, WRONG, (255, 255, 255), scale)
-        _dot(pen, on_source(point), 8 * scale, colours[i], (255, 255, 255), 2 * scale, str(i + 1))
-        _dot(
-            pen,
-            on_target(match),
-            8 * scale,
-            colours[i],
-            ring,
-            (3 if truth is not None else 2) * scale,
-            str(i + 1),
-        )
+                pen.line([end, _at(large[1], goal)], fill=(*WRONG, 230), width=2 * scale)
+                _dot(pen, _at(large[1], goal), 3 * scale, WRONG, WHITE, scale)
+        _dot(pen, start, 8 * scale, colour, WHITE, 2 * scale, str(i + 1))
+        _dot(pen, end, 8 * scale, colour, ring, (2 if truth is None else 3) * scale, str(i + 1))
     reduced = layer.resize(picture.size, Image.Resampling.LANCZOS)
     return Image.alpha_composite(picture.convert("RGBA"), reduced).convert("RGB")
+
+
+def _at(place: tuple[float, float, float], point: Sequence[float]) -> tuple[float, float]:
+    """Where a point of an image lies in the picture; (left, top, scale) as `side_by_side` has them."""
+    left, top, scale = place
+    return left + scale * (point[0] + 0.5), top + scale * (point[1] + 0.5)
 
 
 def _dot(
@@ -108,11 +95,9 @@ def _dot(
     label: str = "",
 ) -> None:
     x, y = centre
-    outer = radius + width
-    pen.ellipse([x - outer, y - outer, x + outer, y + outer], fill=(*ring, 255))
-    inner = radius + width // 3  # a white line keeps the ring's colour apart from the dot's
-    pen.ellipse([x - inner, y - inner, x + inner, y + inner], fill=(255, 255, 255, 255))
-    pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=(*colour, 255))
+    # a white line keeps the ring's colour apart from the dot's
+    for size, fill in ((radius + width, ring), (radius + width // 3, WHITE), (radius, colour)):
+        pen.ellipse([x - size, y - size, x + size, y + size], fill=(*fill, 255))
     if label:
         pen.text((x, y), label, fill=(20, 20, 20, 255), font=sized_font(round(radius * 1.25)), anchor="mm")
 
@@ -143,16 +128,13 @@ def draw_field(
     Args:
         mask: (H, W) bool over the target: the wheel is laid over this region only.
     """
-    width, tall = target.size
-    rows, columns = np.mgrid[:tall, :width]
-    places = torch.from_numpy(np.stack([columns, rows], axis=-1).astype(np.float32))
-    inside = np.ones((tall, width), bool) if mask is None else mask.cpu().numpy().astype(bool)
+    places = lattice((target.height, target.width)).float()
+    inside = np.ones(places.shape[:2], bool) if mask is None else mask.cpu().numpy().astype(bool)
     if not inside.any():
         raise ValueError("the mask of a dense picture is empty")
-    box = (*places[inside].amin(0).tolist(), *places[inside].amax(0).tolist())
-    wheel = colour_wheel(places, (box[0], box[1], box[2], box[3]))
-    on_target = _tint(target, wheel, inside)
-    field = colour_wheel(dense.points.cpu(), (box[0], box[1], box[2], box[3]))
+    (x0, y0), (x1, y1) = places[inside].amin(0).tolist(), places[inside].amax(0).tolist()
+    on_target = _tint(target, colour_wheel(places, (x0, y0, x1, y1)), inside)
+    field = colour_wheel(dense.points.cpu(), (x0, y0, x1, y1))
     valid = dense.valid.cpu().numpy()
     layers = np.concatenate([np.where(valid[..., None], field, 255), 255 * valid[..., None]], axis=-1)
     spread = spread_over(layers, dense.sources.cpu(), source.size)
@@ -167,14 +149,9 @@ def spread_over(values: np.ndarray, places: Tensor, size: tuple[int, int]) -> np
     Args:
         size: (width, height) of the image; the grid may reach beyond it (padding) or end inside.
     """
-    rows, columns = np.mgrid[: size[1], : size[0]]
-    pixels = torch.from_numpy(np.stack([columns, rows], axis=-1).astype(np.float32))
     step = (places[-1, -1] - places[0, 0]) / torch.tensor([places.shape[1] - 1, places.shape[0] - 1]).clamp(min=1)
-    cells = (pixels - places[0, 0]) / step.clamp(min=1e-6)
-    grid = (cells + 0.5) * (2 / torch.tensor([values.shape[1], values.shape[0]])) - 1
-    layers = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)[None]
-    spread = F.grid_sample(layers, grid[None], padding_mode="border", align_corners=False)
-    return spread[0].permute(1, 2, 0).numpy()
+    cells = (lattice((size[1], size[0])) - places[0, 0]) / step.clamp(min=1e-6)
+    return sample(torch.from_numpy(values), cells).numpy()
 
 
 def _tint(image: Image.Image, colours: np.ndarray, where: np.ndarray) -> Image.Image:
@@ -228,10 +205,10 @@ def draw_heat(
     spread = spread_over(layers.cpu().numpy(), places.cpu(), image.size)
     weight = spread[..., 1]
     heat = heat_colours(spread[..., 0] / np.maximum(weight, 1e-6))
-    picture, ((left, top, scale),) = side_by_side([_tint(image, heat, weight > 0.5)], height=height)
+    picture, (place,) = side_by_side([_tint(image, heat, weight > 0.5)], height=height)
     pen = ImageDraw.Draw(picture)
-    for x, y in [] if points is None else points.tolist():
-        _ring(pen, (left + scale * (x + 0.5), top + scale * (y + 0.5)))
+    for point in [] if points is None else points.tolist():
+        _ring(pen, _at(place, point))
     return _with_scale(picture, low, high)
 
 
@@ -250,7 +227,7 @@ _HEAT = ((12, 8, 38), (66, 10, 104), (128, 31, 108), (188, 55, 84), (237, 105, 3
 
 def _ring(pen: ImageDraw.ImageDraw, centre: tuple[float, float]) -> None:
     x, y = centre
-    for radius, colour, width in ((9, INK, 5), (8, (255, 255, 255), 3)):
+    for radius, colour, width in ((9, INK, 5), (8, WHITE, 3)):
         pen.ellipse([x - radius, y - radius, x + radius, y + radius], outline=colour, width=width)
 
 
@@ -278,7 +255,7 @@ def draw_contact_sheet(
     columns: int = 5,
     side: int = 180,
 ) -> Image.Image:
-    """An image on the left, and beside it the images that were found for it, in rows, best first.
+    """An image on the left, and beside it the images that answer it, in rows, best first.
 
     Args:
         results: (image, caption, place) each; an image that is gone is None, the place is (x, y) or None.
@@ -288,26 +265,26 @@ def draw_contact_sheet(
     """
     columns = max(1, min(columns, len(results)))
     rows, line = max(2, -(-len(results) // columns)), 26
-    cell = (side + GAP, side + line + GAP)
+    width, height = side + GAP, side + line + GAP  # of a result with its caption
     large = 2 * side + line
-    sheet = Image.new("RGB", (large + 2 * GAP + columns * cell[0] + GAP, rows * cell[1] + GAP), PAPER)
+    sheet = Image.new("RGB", (large + 2 * GAP + columns * width + GAP, rows * height + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
-    left, top, scale = paste_inside(sheet, image, (GAP, GAP), large)
+    place = paste_inside(sheet, image, (GAP, GAP), large)
     if point is not None:
-        _ring(pen, (left + scale * (point[0] + 0.5), top + scale * (point[1] + 0.5)))
+        _ring(pen, _at(place, point))
     if box is not None:
-        x0, y0, x1, y1 = ((o + scale * (v + 0.5)) for o, v in zip((left, top, left, top), box, strict=True))
+        (x0, y0), (x1, y1) = _at(place, box[:2]), _at(place, box[2:])
         for inset, colour in ((-1, INK), (0, PAPER), (1, INK)):
             pen.rectangle((x0 + inset, y0 + inset, x1 - inset, y1 - inset), outline=colour)
     font = sized_font(13)
-    for number, (picture, caption, place) in enumerate(results):
-        corner = (large + 3 * GAP + number % columns * cell[0], GAP + number // columns * cell[1])
+    for number, (picture, caption, marked) in enumerate(results):
+        left, top = large + 3 * GAP + number % columns * width, GAP + number // columns * height
         if picture is None:
-            pen.rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline=(200, 200, 196))
-            pen.text((corner[0] + 8, corner[1] + side / 2), "the image is gone", fill=INK, font=font)
+            pen.rectangle((left, top, left + side - 1, top + side - 1), outline=(200, 200, 196))
+            pen.text((left + 8, top + side / 2), "the image is gone", fill=INK, font=font)
         else:
-            left, top, scale = paste_inside(sheet, picture, corner, side)
-            if place is not None:
-                _ring(pen, (left + scale * (place[0] + 0.5), top + scale * (place[1] + 0.5)))
-        pen.text((corner[0], corner[1] + side + 4), shortened(caption, side, font), fill=INK, font=font)
+            place = paste_inside(sheet, picture, (left, top), side)
+            if marked is not None:
+                _ring(pen, _at(place, marked))
+        pen.text((left, top + side + 4), shortened(caption, side, font), fill=INK, font=font)
     return sheet
