@@ -10,11 +10,13 @@ The public names are imported when first used, so that ``import diffrep`` stays 
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
-
-from diffrep import _checkout
-
-_checkout.install()
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, TapInfo, load_backbone
@@ -104,3 +106,27 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+class _CheckoutFinder:
+    """Let a checkout import ``diffrep.heads`` and ``diffrep.eval`` from the folders beside ``diffrep/``.
+
+    A wheel or an editable install maps them to sub-packages. The finder knows these two names only, and comes last, so
+    an installed package is asked first.
+    """
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        folder = _PACKAGE.parent / name.removeprefix("diffrep.")
+        if name not in ("diffrep.heads", "diffrep.eval") or not (folder / "__init__.py").is_file():
+            return None
+        return importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+_PACKAGE = Path(__file__).resolve().parent
+if (_PACKAGE.parent / "pyproject.toml").is_file() and not (_PACKAGE / "heads").exists():
+    sys.meta_path.append(_CheckoutFinder)  # type: ignore[arg-type]  # a class with find_spec is a finder

@@ -26,7 +26,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports go down only: a module may import its own floor and those below. Longest prefix counts.
 FLOORS = {
     "diffrep": 9,  # the package itself only re-exports
-    "diffrep._checkout": 0,
     "diffrep.images": 0,
     "diffrep.files": 0,
     "diffrep.results": 0,
@@ -34,7 +33,6 @@ FLOORS = {
     "diffrep.tasks": 4,
     "diffrep.masks": 0,
     "diffrep.devices": 0,
-    "diffrep.pages": 0,
     "diffrep.settings": 0,
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,

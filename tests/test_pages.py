@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffrep.cli import main
 from diffrep.manifold.files import hover_page
-from diffrep.pages import Page, render
+from diffrep.pictures import Page, render
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "document.title = 31337"
@@ -155,7 +155,7 @@ def test_no_script_of_a_name_runs_in_a_browser(tmp_path: Path) -> None:
 
 def test_pages_are_made_by_the_engine_alone() -> None:
     """Markup in Python code is where escaping is forgotten; results.py shows tables in notebooks."""
-    allowed = {"diffrep/pages.py", "diffrep/results.py"}
+    allowed = {"diffrep/pictures.py", "diffrep/results.py"}
     found = []
     for folder in ("diffrep", "heads", "eval"):
         for file in (ROOT / folder).rglob("*.py"):

@@ -21,7 +21,7 @@ from diffrep.features import Descriptors, FeatureMaps
 from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.matching import match_dense, match_points
-from diffrep.pages import Page
+from diffrep.pictures import Page
 from diffrep.recipes import Correspondence, Recipe, alone
 from diffrep.scenes import UNSEEN, held_out_pair, shared_keypoints
 

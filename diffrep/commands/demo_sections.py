@@ -31,7 +31,7 @@ from diffrep.heads.segmentation import ObjectMask, SegmentConfig
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding
-from diffrep.pages import Page
+from diffrep.pictures import Page
 from diffrep.scenes import UNSEEN, Scene, render_scene, scene_pairs, scene_seed
 from diffrep.store import BulkConfig, Keep, extract_store, open_store
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, slerp, synthesize

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from diffrep.files import check_writable
 from diffrep.manifold.embedding import PRESETS, HeatGeodesicEmbedding
 from diffrep.manifold.tables import Table, read_table, read_values, store_table
-from diffrep.pages import data_uri, render
+from diffrep.pictures import data_uri, render
 from diffrep.results import Result
 
 if TYPE_CHECKING:
