@@ -1,19 +1,39 @@
-"""How well an embedding keeps geodesics, clusters and trajectories, as Huguet et al. (NeurIPS 2023) count."""
+"""How well an embedding keeps geodesics, clusters and trajectories, as Huguet et al. (NeurIPS 2023) count.
+
+The scores, the single-cell protocol, and the benchmark on toy data: swiss rolls and trees, noise levels, dimensions,
+many methods.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.distance import cdist
+from scipy.spatial.distance import cdist, pdist, squareform
+from scipy.special import logsumexp
 from scipy.stats import rankdata
+from tqdm import tqdm
 
 from diffrep.eval.report import Report, Section
+from diffrep.eval.toy_manifolds import ToyManifold, random_tree, swiss_roll
+from diffrep.manifold import PRESETS, HeatGeodesicEmbedding
+from diffrep.settings import check
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = NDArray[Any]
+Embedder = Callable[[Array, int], tuple[Array | None, Array]]  # points, seed -> distances if any, embedding
+Scores: TypeAlias = "Mapping[str, tuple[float, float]]"  # score -> mean and standard deviation over seeds
+
+SCORES = ("spearman_mean_rows", "pearson_mean_rows", "P@10", "fro_scaled")
 
 
 def row_spearman(distances: Array, truth: Array) -> float:
@@ -31,22 +51,19 @@ def row_pearson(distances: Array, truth: Array) -> float:
 
 def precision_at(distances: Array, truth: Array, k: int) -> float:
     """Share of each point's `k` true nearest points that are also its `k` nearest by `distances`."""
-    overlap = []
-    for i, (row, true_row) in enumerate(zip(distances, truth, strict=True)):
-        order, true_order = np.argsort(row, kind="stable"), np.argsort(true_row, kind="stable")
-        near, true_near = order[order != i][:k], true_order[true_order != i][:k]
-        overlap.append(len(np.intersect1d(near, true_near)) / k)
-    return float(np.mean(overlap))
+    own = np.arange(len(truth))[:, None]
+    orders = (np.argsort(matrix, axis=1, kind="stable") for matrix in (distances, truth))
+    near, true_near = (order[order != own].reshape(len(truth), -1)[:, :k] for order in orders)
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(near, true_near, strict=True)]))
 
 
 def geodesic_scores(distances: Array, truth: Array, ks: Sequence[int] = (5, 10, 20)) -> dict[str, float]:
     """The official scores of an (n, n) distance matrix against the true one.
 
     Returns:
-        spearman_mean_rows, pearson_mean_rows, P@k, fro_rel and inf_rel (norm of the difference over the
-        norm of the
-        truth: Frobenius, and largest row sum), the same differences over n^2, and fro_scaled, which is
-        fro_rel after the best scaling of `distances`.
+        spearman_mean_rows, pearson_mean_rows, P@k, fro_rel and inf_rel (norm of the difference over the norm of the
+        truth: Frobenius, and largest row sum), the same differences over n^2, and fro_scaled, which is fro_rel after
+        the best scaling of `distances`.
     """
     n, difference = len(truth), distances - truth
     best = (distances * truth).sum() / max(float((distances**2).sum()), np.finfo(np.float64).tiny)
@@ -71,17 +88,18 @@ def cluster_scores(embedding: Array, labels: Array, *, seed: int = 42) -> dict[s
     """
     from sklearn import metrics
     from sklearn.cluster import KMeans
+    from sklearn.preprocessing import scale
 
-    standard = standardized(embedding)
-    clusters = KMeans(len(np.unique(labels)), n_init=10, random_state=seed).fit_predict(standard)
-    return {
-        "homogeneity": float(metrics.homogeneity_score(labels, clusters)),
-        "completeness": float(metrics.completeness_score(labels, clusters)),
-        "v_measure": float(metrics.v_measure_score(labels, clusters)),
-        "ari": float(metrics.adjusted_rand_score(labels, clusters)),
-        "ami": float(metrics.adjusted_mutual_info_score(labels, clusters)),
-        "silhouette": float(metrics.silhouette_score(embedding, clusters)),
+    clusters = KMeans(len(np.unique(labels)), n_init=10, random_state=seed).fit_predict(scale(embedding))
+    scores = {
+        "homogeneity": metrics.homogeneity_score,
+        "completeness": metrics.completeness_score,
+        "v_measure": metrics.v_measure_score,
+        "ari": metrics.adjusted_rand_score,
+        "ami": metrics.adjusted_mutual_info_score,
     }
+    against_labels = {name: float(score(labels, clusters)) for name, score in scores.items()}
+    return {**against_labels, "silhouette": float(metrics.silhouette_score(embedding, clusters))}
 
 
 def neighbor_accuracy(embedding: Array, labels: Array, *, k: int = 10, seed: int = 42) -> float:
@@ -93,26 +111,17 @@ def neighbor_accuracy(embedding: Array, labels: Array, *, k: int = 10, seed: int
     return float(KNeighborsClassifier(min(k, len(train))).fit(train, train_labels).score(test, test_labels))
 
 
-def standardized(points: Array) -> Array:
-    """Zero mean and unit variance per column; constant columns become zero."""
-    spread = points.std(axis=0)
-    return (points - points.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
-
-
 def transport_cost(cost: Array) -> float:
     """Cost of the optimal transport between two clouds of equally weighted points, (n, m) costs, exactly."""
+    import scipy.sparse as sp
+    from scipy.optimize import linear_sum_assignment, linprog
+
     n, m = cost.shape
     if n == m:
-        from scipy.optimize import linear_sum_assignment
-
         return float(cost[linear_sum_assignment(cost)].mean())
-    import scipy.sparse as sp
-    from scipy.optimize import linprog
-
-    rows = sp.kron(sp.identity(n), np.ones((1, m)))
-    columns = sp.kron(np.ones((1, n)), sp.identity(m))
-    marginals = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
-    solved = linprog(cost.ravel(), A_eq=sp.vstack([rows, columns]).tocsr(), b_eq=marginals, method="highs")
+    margins = [sp.kron(sp.identity(n), np.ones((1, m))), sp.kron(np.ones((1, n)), sp.identity(m))]
+    shares = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    solved = linprog(cost.ravel(), A_eq=sp.vstack(margins).tocsr(), b_eq=shares, method="highs")
     if not solved.success:
         raise RuntimeError(f"the transport problem between {n} and {m} points was not solved: {solved.message}")
     return float(solved.fun)
@@ -125,16 +134,11 @@ def entropic_plan(cost: Array, *, regularization: float = 0.1, iterations: int =
     u, v = np.zeros(n), np.zeros(m)
     for _ in range(iterations):
         u_before = u
-        u = -np.log(n) - _logsumexp(log_kernel + v)
-        v = -np.log(m) - _logsumexp((log_kernel + u[:, None]).T)
+        u = -np.log(n) - logsumexp(log_kernel + v, axis=1)
+        v = -np.log(m) - logsumexp(log_kernel + u[:, None], axis=0)
         if np.abs(u - u_before).max() < 1e-9:
             break
     return np.exp(log_kernel + u[:, None] + v)
-
-
-def _logsumexp(values: Array) -> Array:
-    top = values.max(axis=1)
-    return top + np.log(np.exp(values - top[:, None]).sum(axis=1))
 
 
 def interpolation_scores(predicted: Array, truth: Array) -> dict[str, float]:
@@ -203,11 +207,13 @@ def interpolate_times(
     Raises:
         ValueError: there are fewer than three different times.
     """
+    from sklearn.preprocessing import scale
+
     order = np.unique(times)
     if len(order) < 3:
         raise ValueError(f"interpolation needs at least three time points, got {len(order)}: {order.tolist()}")
     rng = np.random.default_rng(seed)
-    points = standardized(np.asarray(embedding, dtype=np.float64))
+    points = scale(np.asarray(embedding, dtype=np.float64))
     per_time = {}
     for before, now, after in zip(order[:-2], order[1:-1], order[2:], strict=True):
         start, held_out, end = (points[times == when] for when in (before, now, after))
@@ -222,3 +228,163 @@ def interpolate_times(
             )
         per_time[now.item() if hasattr(now, "item") else now] = interpolation_scores(predicted, held_out)
     return TimeInterpolation(per_time, {"regularization": regularization, "max_points": max_points, "seed": seed})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifoldSettings:
+    """Which data and methods the table has."""
+
+    points: int = 500  # per data set; published: 2,000 of a roll and 5 x 500 of a tree
+    seeds: tuple[int, ...] = (47, 48, 49, 50, 51)  # the published test seeds
+    roll_noise: tuple[float, ...] = (0.1, 0.5, 1.0)  # standard deviations of the swiss rolls
+    roll_dims: tuple[int, ...] = (3, 10, 50)  # their dimensions after rotation
+    tree_noise: tuple[float, ...] = (0.05, 0.1, 0.2)  # standard deviations of the trees
+    tree_dims: tuple[int, ...] = (10, 30)  # their dimensions
+    methods: tuple[str, ...] = ()  # empty: all that are installed
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.methods) - set(methods())):
+            raise ValueError(f"there is no method {', '.join(unknown)}, only {', '.join(methods())}")
+        check(self, points="50..")
+        if not self.seeds or min(self.seeds) < 0:
+            raise ValueError(f"--seeds must be one or more whole numbers from 0, got {self.seeds or 'none'}")
+        if not (self.roll_noise and self.roll_dims) and not (self.tree_noise and self.tree_dims):
+            raise ValueError("--roll-noise with --roll-dims, or --tree-noise with --tree-dims, must name a data set")
+
+    def data_sets(self, seed: int) -> dict[str, ToyManifold]:
+        """Every data set of the table, for one seed."""
+        sets = {}
+        for dim in self.roll_dims:
+            for noise in self.roll_noise:
+                sets[f"roll {dim}-D, noise {noise:g}"] = swiss_roll(self.points, noise=noise, dim=dim, seed=seed)
+        for dim in self.tree_dims:
+            for noise in self.tree_noise:
+                tree = random_tree(self.points // 5, noise=noise, dim=dim, seed=seed)
+                sets[f"tree {dim}-D, noise {noise:g}"] = tree
+        return sets
+
+
+@dataclass(frozen=True)
+class ManifoldReport(Report):
+    """Mean and standard deviation over seeds of the scores of every method on every data set.
+
+    Attributes:
+        scores: data set -> method -> "distance" or "embedding" -> score -> (mean, standard deviation). Distances
+            are those that the method itself works with, where it has any; the diagonal counts as zero.
+        seconds: method -> mean processor seconds of one data set.
+        shown: the scores that the tables show, one each.
+    """
+
+    settings: ManifoldSettings
+    scores: Mapping[str, Mapping[str, Mapping[str, Scores]]]
+    seconds: Mapping[str, float]
+    shown: Sequence[str] = ("spearman_mean_rows",)
+
+    def sections(self) -> Iterator[Section]:
+        """A table for each score: rows are data sets, columns methods, cells ``distance/embedding``."""
+        for score in self.shown:
+            rows = [(data, *(_cell(of[name], score) for name in self.seconds)) for data, of in self.scores.items()]
+            rows.append(("processor seconds", *(f"{seconds:.1f}" for seconds in self.seconds.values())))
+            size = f"{self.settings.points} points, {len(self.settings.seeds)} seeds"
+            yield Section(f"{score}, distance/embedding, {size}", list(self.seconds), rows)
+
+    def document(self) -> Mapping[str, object]:
+        return {"settings": self.settings, "scores": self.scores, "seconds": self.seconds}
+
+    def plot(self, score: str = "spearman_mean_rows") -> Figure:
+        """The embedding's score of every method on every data set, one group of bars per data set."""
+        from matplotlib.figure import Figure
+
+        names = list(self.seconds)
+        figure = Figure(figsize=(1.2 * len(self.scores) + 3, 4.5), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        width = 0.85 / len(names)
+        for k, name in enumerate(names):
+            bars = [by_method[name]["embedding"][score] for by_method in self.scores.values()]
+            x = np.arange(len(bars)) + (k - (len(names) - 1) / 2) * width
+            mean, spread = zip(*bars, strict=True)
+            axes.bar(x, mean, width, yerr=spread, label=name, error_kw={"linewidth": 0.8})
+        axes.set_xticks(np.arange(len(self.scores)), list(self.scores), rotation=30, ha="right")
+        axes.set_ylabel(f"{score} of the embedding")
+        axes.legend(ncols=2, fontsize="small", loc="lower left")
+        return figure
+
+
+def methods() -> dict[str, Embedder]:
+    """What can be compared here: our presets, scikit-learn's methods, PHATE and UMAP where they are installed."""
+    ours: dict[str, Embedder] = {name: partial(_preset, name) for name in PRESETS}
+    others: dict[str, Embedder] = {"isomap": _isomap, "t-sne": _tsne, "pca": _pca}
+    installed: dict[str, Embedder] = {"PHATE": _phate, "UMAP": _umap}
+    return ours | others | {name: run for name, run in installed.items() if importlib.util.find_spec(name.lower())}
+
+
+def evaluate_manifolds(settings: ManifoldSettings | None = None, *, progress: bool = False) -> ManifoldReport:
+    """Embed every data set with every method and score distances and embeddings against the true geodesics."""
+    settings = settings or ManifoldSettings()
+    chosen = {name: run for name, run in methods().items() if not settings.methods or name in settings.methods}
+    rows: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in chosen}
+    tasks = [(seed, data) for seed in settings.seeds for data in settings.data_sets(seed).items()]
+    for seed, (data, toy) in tqdm(tasks, disable=not progress, desc="embed"):
+        truth = toy.geodesic()
+        for name, run in chosen.items():
+            start = time.process_time()
+            with warnings.catch_warnings():  # noisy data do fall apart; the table shows what then comes out
+                warnings.simplefilter("ignore")
+                distances, embedding = run(toy.points, seed)
+            seconds[name].append(time.process_time() - start)
+            parts = rows.setdefault(data, {}).setdefault(name, {})
+            if distances is not None:
+                np.fill_diagonal(distances, 0.0)
+                parts.setdefault("distance", []).append(geodesic_scores(distances, truth, (10,)))
+            apart = squareform(pdist(embedding))
+            parts.setdefault("embedding", []).append(geodesic_scores(apart, truth, (10,)))
+    scores = {
+        data: {name: {part: _summary(rows) for part, rows in parts.items()} for name, parts in by_method.items()}
+        for data, by_method in rows.items()
+    }
+    return ManifoldReport(settings, scores, {name: float(np.mean(s)) for name, s in seconds.items()})
+
+
+def _cell(parts: Mapping[str, Scores], score: str) -> str:
+    return "/".join(f"{parts[part][score][0]:.3f}" for part in ("distance", "embedding") if part in parts)
+
+
+def _summary(rows: list[dict[str, float]]) -> Scores:
+    return {s: (float(np.mean([r[s] for r in rows])), float(np.std([r[s] for r in rows]))) for s in SCORES}
+
+
+def _preset(name: str, points: Array, seed: int) -> tuple[Array | None, Array]:
+    fitted = HeatGeodesicEmbedding.preset(name, random_state=seed).fit(points)
+    return fitted.heat_distances() if fitted.path_ == "exact" else None, fitted.embedding_
+
+
+def _isomap(points: Array, seed: int) -> tuple[Array | None, Array]:
+    from sklearn.manifold import Isomap
+
+    fitted = Isomap(n_neighbors=10).fit(points)
+    return fitted.dist_matrix_, fitted.embedding_
+
+
+def _tsne(points: Array, seed: int) -> tuple[Array | None, Array]:
+    from sklearn.manifold import TSNE
+
+    return None, TSNE(random_state=seed).fit_transform(points)
+
+
+def _pca(points: Array, seed: int) -> tuple[Array | None, Array]:
+    from sklearn.decomposition import PCA
+
+    return squareform(pdist(points)), PCA(2).fit_transform(points)
+
+
+def _phate(points: Array, seed: int) -> tuple[Array | None, Array]:
+    import phate
+
+    return None, phate.PHATE(random_state=seed, verbose=0).fit_transform(points)
+
+
+def _umap(points: Array, seed: int) -> tuple[Array | None, Array]:
+    import umap
+
+    return None, umap.UMAP(random_state=seed).fit_transform(points)

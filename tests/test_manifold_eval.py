@@ -12,8 +12,10 @@ from scipy.stats import pearsonr, spearmanr
 
 from diffrep.eval.benchmarks.manifold import ManifoldBenchmark, Measured, growth, table
 from diffrep.eval.manifold import (
+    ManifoldSettings,
     cluster_scores,
     entropic_plan,
+    evaluate_manifolds,
     geodesic_scores,
     interpolate_times,
     interpolation_scores,
@@ -22,7 +24,6 @@ from diffrep.eval.manifold import (
     row_spearman,
     transport_cost,
 )
-from diffrep.eval.manifold_table import ManifoldSettings, evaluate_manifolds
 from diffrep.eval.toy_manifolds import random_tree, swiss_roll
 
 

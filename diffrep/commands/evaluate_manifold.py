@@ -11,8 +11,7 @@ import tyro
 
 from diffrep.commands.options import ReportOptions
 from diffrep.commands.output import check_writable
-from diffrep.eval.manifold import interpolate_times
-from diffrep.eval.manifold_table import SCORES, ManifoldSettings, evaluate_manifolds
+from diffrep.eval.manifold import SCORES, ManifoldSettings, evaluate_manifolds, interpolate_times
 from diffrep.files import write_whole
 from diffrep.manifold.files import EmbedConfig, embed_file
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import load_backbone
-from diffrep.eval.benchmarks.timing import Row, interleave, table
+from diffrep.eval.benchmarks.timing import PairedBenchmark, Row, interleave
 from diffrep.features import ExtractConfig, extract_canvases
 from diffrep.images import Sizing, fit_image, load_image
 from diffrep.index import IndexConfig, IndexKind, StoredIndex
@@ -31,7 +31,7 @@ _RUN = 16_384
 
 
 @dataclass(frozen=True)
-class BulkBenchmark:
+class BulkBenchmark(PairedBenchmark):
     """Images per second of the whole pipeline, and build time, query time, recall and memory of indexes."""
 
     images: int = 512  # for the pipeline; 0 leaves it out
@@ -44,25 +44,19 @@ class BulkBenchmark:
     kind: IndexKind | None = None  # of index; None: as the size says
     repeats: int = 3
 
-    def run(self) -> list[Row]:
-        """Measure, print and return the row of the pipeline; indexes print a line each."""
-        torch.set_num_threads(1)
+    def rows(self) -> Iterator[Row]:
+        """The pipeline, and each index."""
         try:
             import faiss
 
             faiss.omp_set_num_threads(1)
         except ImportError:
             pass
-        rows = []
         with tempfile.TemporaryDirectory() as folder:
             if self.images:
-                rows = [self.pipeline(Path(folder))]
-                print(table(rows))
-            if self.n:
-                print(IndexLine.HEADER)
+                yield self.pipeline(Path(folder))
             for count in self.n:
-                print(measure_index(Path(folder) / str(count), count, self.channels, self.queries, self.kind))
-        return rows
+                yield measure_index(Path(folder) / str(count), count, self.channels, self.queries, self.kind)
 
     def pipeline(self, folder: Path) -> Row:
         """A cheap network (tiny-dino) alone, against the pipeline around it: wall time and the process's CPU time."""
@@ -71,11 +65,11 @@ class BulkBenchmark:
             noise = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
             size = (self.image_side, self.image_side * 3 // 4)
             Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(folder / f"images/{number:05d}.jpg")
-        backbone = load_backbone("tiny-dino")
+        backbone = load_backbone("tiny-dino", device=self.device)
         config = ExtractConfig(sizing=Sizing("squash", self.side), batch_size=32).resolve(backbone)
         assert config.sizing is not None
         fitted = [fit_image(load_image(file), config.sizing) for file in sorted((folder / "images").iterdir())[:32]]
-        canvases, placements = torch.stack([c for c, _ in fitted]), [p for _, p in fitted]
+        canvases, placements = torch.stack([c for c, _ in fitted]).to(self.device), [p for _, p in fitted]
         wall: dict[str, list[float]] = {"network": [], "pipeline": []}
         stores: list[Path] = []
 
@@ -93,10 +87,12 @@ class BulkBenchmark:
             extract_store([folder / "images"], stores[-1], backbone, config, Keep(), bulk)
             wall["pipeline"].append(time.perf_counter() - begun)
 
-        times = interleave({"network": network, "pipeline": pipeline}, repeats=self.repeats, warmups=1)
+        times = interleave(
+            {"network": network, "pipeline": pipeline}, repeats=self.repeats, warmups=1, device=self.device
+        )
         best = {name: min(seconds) for name, seconds in wall.items()}
         stored, tap = open_store(stores[-1]), config.taps[0] if config.taps else ""
-        maps = extract_canvases(backbone, canvases, placements, config).maps[tap].float().mean((-2, -1))
+        maps = extract_canvases(backbone, canvases, placements, config).maps[tap].float().mean((-2, -1)).cpu()
         got = torch.stack([stored[number].features[tap].float() for number in range(len(fitted))])
         return Row(
             f"{self.images} JPEGs of {self.image_side} px to {self.side} px, tiny-dino, {self.workers} workers;"
@@ -124,35 +120,24 @@ def clustered(count: int, channels: int, seed: int) -> Iterator[Tensor]:
         yield F.normalize(inside @ directions.T + noise, dim=1)
 
 
-@dataclass(frozen=True)
-class IndexLine:
-    """One index: what it costs and what it finds."""
+@dataclass(frozen=True, kw_only=True)
+class IndexRow(Row):
+    """A claim about an index.
 
-    HEADER = (
-        "    vectors  kind     build CPU s  bytes/vector  ms/query  one by one"
-        "  recall@1  @1 in 10  codes only: recall@1  @1 in 10"
-    )
+    Attributes:
+        bytes: per vector, of all that is held in memory or mapped but for the originals, which are read for the
+            candidates alone.
+        recall: of the nearest, found first and among ten, re-scored; the same of the codes alone.
+    """
 
-    count: int
-    kind: str
-    build: float
     bytes: float
-    milliseconds: tuple[float, float]  # per query, re-scored: all asked together, and one by one
-    recall: tuple[float, float, float, float]  # first found and among ten, re-scored; the same of the codes
-
-    def __str__(self) -> str:
-        first, ten, code_first, code_ten = self.recall
-        return (
-            f"{self.count:>11,}  {self.kind:<7}  {self.build:>11.1f}  {self.bytes:>12.0f}  {self.milliseconds[0]:>8.3f}"
-            f"  {self.milliseconds[1]:>10.3f}  {first:>8.4f}  {ten:>8.4f}  {code_first:>20.4f}  {code_ten:>8.4f}"
-        )
+    recall: tuple[float, ...]
 
 
-def measure_index(folder: Path, count: int, channels: int, queries: int, kind: IndexKind | None) -> IndexLine:
+def measure_index(folder: Path, count: int, channels: int, queries: int, kind: IndexKind | None) -> IndexRow:
     """Build an index of clustered vectors and compare it with the exact product, on one core.
 
-    The time to make the vectors up is left out. Bytes per vector are those of all that is held in memory or
-    mapped but for the originals, which are read for the candidates alone.
+    The time to make the vectors up is left out.
     """
     spent = 0.0
 
@@ -169,25 +154,34 @@ def measure_index(folder: Path, count: int, channels: int, queries: int, kind: I
             first += len(values)
 
     names = [f"{number:07d}.jpg" for number in range(count)]
-    description = {
-        "tap": "made up",
-        "level": "image",
-        "features": {},
-        "collections": [{"root": "/", "images": count}],
-    }
+    collections = [{"root": "/", "images": count}]
+    description = {"tap": "made up", "level": "image", "features": {}, "collections": collections}
     begun = time.process_time()
     index = index_vectors(runs(), folder, IndexConfig(kind=kind), description=description, names=names)
     build = time.process_time() - begun - spent
     asked = torch.cat(list(clustered(queries, channels, seed=2)))
-    true = exact_nearest(index, asked)
-    rescored, codes = index.search(asked, 10), index.search(asked, 10, rescore=False)
-    milliseconds = (_per_query(index, asked, len(asked)), _per_query(index, asked[:200], 1))
-    hits = [found.indices == true[:, None] for found in (rescored, codes)]
-    recalls = tuple(float(hit[:, :k].any(1).float().mean()) for hit in hits for k in (1, 10))
+    nearest: list[Tensor] = []
+    index.search(asked[:1], 10)
+    sides = {
+        "product": lambda: nearest.append(exact_nearest(index, asked)),
+        "index": lambda: index.search(asked, 10),
+        "one by one": lambda: [index.search(one[None], 10) for one in asked[:200]],
+    }
+    times = interleave(sides, repeats=1, warmups=0)
+    hits = [index.search(asked, 10, rescore=rescore).indices == nearest[0][:, None] for rescore in (True, False)]
+    recall = tuple(float(hit[:, :k].any(1).float().mean()) for hit in hits for k in (1, 10))
     held = sum(file.stat().st_size for file in folder.iterdir() if file.name != "vectors.safetensors")
-    if index.design.kind == "flat":
-        held += 4 * count * channels
-    return IndexLine(count, index.design.kind, build, held / count, milliseconds, recalls)  # type: ignore[arg-type]
+    held += 4 * count * channels if index.design.kind == "flat" else 0
+    together, alone = 1000 * times["index"].median / queries, 1000 * times["one by one"].median / len(asked[:200])
+    return IndexRow(
+        f"{queries} queries of an index ({index.design.kind}) of {count:,} x {channels} against the exact product",
+        times["product"],
+        times["index"],
+        f"recall@1 {recall[0]:.4f}, @1 in 10 {recall[1]:.4f}; of the codes alone {recall[2]:.4f}, {recall[3]:.4f}",
+        f"{together:.3f} ms a query, {alone:.3f} one by one; {build:.1f} CPU s to build, {held / count:.0f} bytes/vector",
+        bytes=held / count,
+        recall=recall,
+    )
 
 
 def exact_nearest(index: StoredIndex, queries: Tensor) -> Tensor:
@@ -201,12 +195,3 @@ def exact_nearest(index: StoredIndex, queries: Tensor) -> Tensor:
         best, where = torch.where(better, scores, best), torch.where(better, rows + first, where)
         first += len(chunk)
     return where
-
-
-def _per_query(index: StoredIndex, queries: Tensor, together: int) -> float:
-    """Milliseconds of CPU time per query, with so many asked in one call."""
-    index.search(queries[:together], 10)
-    begun = time.process_time()
-    for asked in queries.split(together):
-        index.search(asked, 10)
-    return 1000 * (time.process_time() - begun) / len(queries)

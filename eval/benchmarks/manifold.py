@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-LIMITS = {"ours": 10**9, "ours, all pairs": 4_000, "PHATE": 10**9, "UMAP": 10**9, "Isomap": 8_000}  # most points
+LIMITS = {"ours, all pairs": 4_000, "Isomap": 8_000}  # the most points that they can take
 _MODULES = {"ours": "sklearn", "ours, all pairs": "sklearn", "PHATE": "phate", "UMAP": "umap", "Isomap": "sklearn"}
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -73,33 +74,29 @@ class ManifoldBenchmark:
         chosen = list(self.methods) or available()
         if missing := sorted(set(chosen) - set(available())):
             raise ValueError(f"{', '.join(missing)}: not installed or unknown, there is {', '.join(available())}")
-        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
-        environment = {**os.environ, **{name: str(self.threads) for name in variables}}
-        rows, too_slow = [], set()
+        rows: list[Measured] = []
+        too_slow: set[str] = set()
         for n in self.sizes:
             for method in chosen:
-                if n > LIMITS[method] or method in too_slow:
+                if n > LIMITS.get(method, n) or method in too_slow:
                     continue
-                task = json.dumps(
-                    {"method": method, "points": n, "dim": self.dim, "noise": self.noise, "threads": self.threads}
-                )
-                command = [sys.executable, "-W", "ignore", "-m", "diffrep.eval.benchmarks.manifold", task]
-                tries = []
-                for _ in range(self.repeats):
-                    try:
-                        done = subprocess.run(
-                            command, capture_output=True, text=True, env=environment, timeout=self.timeout
-                        )
-                    except subprocess.TimeoutExpired:
-                        too_slow.add(method)
-                        break
-                    if done.returncode:
-                        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                        raise RuntimeError(f"{method} at {n} points failed: {last}")
-                    tries.append(Measured(**json.loads(done.stdout.strip().splitlines()[-1])))
-                if tries:
+                try:
+                    tries = [self._measured(method, n) for _ in range(self.repeats)]
+                except subprocess.TimeoutExpired:
+                    too_slow.add(method)
+                else:
                     rows.append(sorted(tries, key=lambda row: row.processor)[len(tries) // 2])
         return rows
+
+    def _measured(self, method: str, n: int) -> Measured:
+        task = {"method": method, "points": n, "dim": self.dim, "noise": self.noise, "threads": self.threads}
+        command = [sys.executable, "-W", "ignore", "-m", "diffrep.eval.benchmarks.manifold", json.dumps(task)]
+        environment = {**os.environ, **dict.fromkeys(_THREADS, str(self.threads))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=self.timeout)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"{method} at {n} points failed: {last}")
+        return Measured(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
 def growth(rows: Sequence[Measured], of: str = "processor", above: int = 2_000) -> dict[str, float]:
@@ -107,8 +104,7 @@ def growth(rows: Sequence[Measured], of: str = "processor", above: int = 2_000) 
     exponents = {}
     for method in dict.fromkeys(row.method for row in rows):
         curve = [(row.points, max(getattr(row, of), 1e-3)) for row in rows if row.method == method]
-        curve = [(n, value) for n, value in curve if n >= above]
-        if len(curve) >= 2:
+        if len(curve := [point for point in curve if point[0] >= above]) >= 2:
             n, value = np.log(np.array(curve, dtype=np.float64)).T
             exponents[method] = float(np.polyfit(n, value, 1)[0])
     return exponents
@@ -118,14 +114,10 @@ def table(rows: Sequence[Measured]) -> str:
     """Processor seconds, memory and quality, one line per method and size, and the growth exponents."""
     lines = [f"{'method':16} {'points':>9} {'seconds':>8} {'cpu s':>8} {'MB':>7} {'spearman':>9}"]
     for row in rows:
-        lines.append(
-            f"{row.method:16} {row.points:9,} {row.seconds:8.1f} {row.processor:8.1f} {row.megabytes:7.0f}"
-            f" {row.spearman:9.3f}"
-        )
+        cost = f"{row.seconds:8.1f} {row.processor:8.1f} {row.megabytes:7.0f}"
+        lines.append(f"{row.method:16} {row.points:9,} {cost} {row.spearman:9.3f}")
     times, memory = growth(rows), growth(rows, "megabytes")
-    lines += [
-        f"{method:16} grows as n^{times[method]:.2f} in time, n^{memory[method]:.2f} in memory" for method in times
-    ]
+    lines += [f"{name:16} grows as n^{times[name]:.2f} in time, n^{memory[name]:.2f} in memory" for name in times]
     return "\n".join(lines)
 
 
