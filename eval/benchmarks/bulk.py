@@ -178,7 +178,7 @@ def measure_index(folder: Path, count: int, channels: int, queries: int, kind: I
         times["product"],
         times["index"],
         f"recall@1 {recall[0]:.4f}, @1 in 10 {recall[1]:.4f}; of the codes alone {recall[2]:.4f}, {recall[3]:.4f}",
-        f"{together:.3f} ms a query, {alone:.3f} one by one; {build:.1f} CPU s to build, {held / count:.0f} bytes/vector",
+        f"{together:.3f} ms a query, {alone:.3f} one by one; built in {build:.1f} s, {held / count:.0f} bytes/vector",
         bytes=held / count,
         recall=recall,
     )
