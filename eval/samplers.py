@@ -211,14 +211,14 @@ def guided_models(
             embeddings of held-out scenes.
     """
     from diffrep.backbones import PixelDiffusion, load_backbone
-    from diffrep.eval.synthesis import held_out_patches
+    from diffrep.eval.synthesis import held_out_images
     from diffrep.synthesis import load_synthesis
 
     condition: Any = list(prompts)
     model: Any = name
     if _is_synthesis(name):
         model = load_synthesis(name, device=device, dtype=dtype)
-        condition = ImageEncoder.of_model(model)(held_out_patches(count, model.window * model.factor, first=0))
+        condition = ImageEncoder.of_model(model)(held_out_images(count, model.window * model.factor, first=0))
         guidance = model.about.guidance if guidance is None else guidance
     elif Path(name).is_file() or (Path(name).is_dir() and not (Path(name) / "vae").is_dir()):
         model = load_backbone(name, device=device, dtype=dtype)
