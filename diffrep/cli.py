@@ -21,7 +21,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "demo": ("demo:Demo", "run everything on bundled images and write one page with pictures"),
     "match": ("match:Match", "point at places in one image, get the same places in another"),
     "extract": ("extract:Extract", "extract a collection of images into a store of features"),
-    "swap": ("swap:Swap", "give the object in one image the looks of another"),
+    "swap": ("match:Swap", "give the object in one image the looks of another"),
     "index": ("index:Index", "make the features of stores searchable"),
     "query": ("query:Query", "find images, or places in them, that look like yours"),
     "search": ("query:Search", "find images in a folder, or places in them, that look like yours, in one step"),
@@ -60,7 +60,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "train segmentation": ("train:TrainSegmentation", "a one-step head of masks and edges"),
     "train synthesis": ("train:TrainSynthesis", "a painter of patches from embeddings"),
     "train prior": ("train:TrainPrior", "a model that draws embeddings from texts or labels"),
-    "export": ("export:Export", "write a backbone up to a tap, or a head, as ONNX or torch.export"),
+    "export": ("convert:Export", "write a backbone up to a tap, or a head, as ONNX or torch.export"),
     "info": ("info:Info", "list backbones, or the taps of one"),
 }
 

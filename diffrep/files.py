@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 SETTINGS = "settings.json"
@@ -73,6 +74,24 @@ def write_whole(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_image(path: Path, image: Image.Image) -> None:
+    """Write a picture as `write_whole` does. A PNG says that diffrep wrote it, see `MARK`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    note = PngInfo()
+    note.add_text("Software", MARK)
+    write_whole(path, (lambda partial: image.save(partial, pnginfo=note)) if path.suffix == ".png" else image.save)
+
+
+def is_written_by_diffrep(path: Path) -> bool:
+    """Whether a picture carries `MARK`: PNG and TIFF files do near their beginning."""
+    try:
+        with path.open("rb") as file:
+            return MARK.encode() in file.read(4096)
+    except OSError:
+        return False
 
 
 def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".webp")) -> None:

@@ -16,6 +16,7 @@ import io
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffrep.files import printable, write_whole
+from diffrep.files import is_written_by_diffrep, printable, write_whole
 from diffrep.settings import MAX_CANVAS, Sizing
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,10 @@ SUFFIXES = frozenset(
 )
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"})
+
+_MAP = re.compile(  # names of maps and masks that diffrep writes
+    r"_(disparity|depth|normals|uncertainty|labels|mask|binary|edge|cutout|composite|\w+_preview)\.(png|tiff)$"
+)
 
 _ORIENTATION = 0x0112  # the EXIF tag; its values from 2 on -> what brings the image upright
 _TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
@@ -104,7 +109,9 @@ def load_image(
     path = Path(source)
     name = printable(path)
     if not path.is_file():
-        raise ImageError(f"{name}: no such image file" if not path.exists() else f"{name}: is not a file")
+        folder = "is not a file but a folder; `diffrep.images.find_images` lists the images in it"
+        why = folder if path.is_dir() else "is not a file" if path.exists() else "no such image file"
+        raise ImageError(f"{name}: {why}")
     if path.stat().st_size == 0:
         raise ImageError(f"{name}: the file is empty")
     return _decoded(path, name, background, max_pixels)
@@ -201,8 +208,8 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Image files named by paths, folders and glob patterns, each once, in sorted order of each source.
 
     A folder is searched with those in it for the endings of images that can be read here. Hidden files and folders
-    (editors' copies, the sidecars of other systems) are left out unless they are named. A file that several
-    spellings lead to (``..``, links to folders) is taken under the first.
+    (editors' copies, the sidecars of other systems) and maps and masks that diffrep wrote into a folder are left out
+    unless they are named. A file that several spellings lead to (``..``, links to folders) is taken under the first.
 
     Raises:
         ImageError: a path does not exist, or a folder or pattern has no image.
@@ -237,7 +244,8 @@ def images_below(folder: Path) -> list[Path]:
     matches = []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        matches += [Path(parent, name) for name in files if not name.startswith(".") and is_image(name)]
+        paths = (Path(parent, name) for name in files if not name.startswith(".") and is_image(name))
+        matches += [path for path in paths if not (_MAP.search(path.name) and is_written_by_diffrep(path))]
     return sorted(path for path in matches if path.is_file())
 
 

@@ -68,7 +68,7 @@ def test_options_without_a_value_are_named(command: str, capsys: pytest.CaptureF
 
 
 def test_names_of_outputs_are_imported_from_their_former_place() -> None:
-    from diffrep.commands.dense import output_names
+    from diffrep.commands.image_runs import output_names
 
     assert output_names([Path("a/x.png"), Path("a/y.png")]) == {Path("a/x.png"): "x", Path("a/y.png"): "y"}
 

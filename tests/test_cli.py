@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from PIL import Image
 
 from diffrep.cli import COMMANDS, command_kind, main
 from diffrep.commands.options import DeviceOptions
-from diffrep.commands.parsing import FEW, UsageError, options_of, read_command
+from diffrep.commands.parsing import UsageError, options_of, read_command
 
 
 @pytest.fixture
@@ -72,6 +73,27 @@ def test_help_shows_ten_options_and_the_rest_when_asked(capsys: pytest.CaptureFi
     assert f"{hidden} more options: diffrep match --help-all" in short
     assert "--matching.temperature" in everything
     assert "--matching.temperature" not in short
+
+
+HEAVY = {  # commands whose settings lie beside what needs torch, still
+    *("extract", "index", "synthesize", "depth", "normals", "segment"),
+    *(f"probe {name}" for name in ("train", "feedback", "pixels", "dense", "predict", "sweep")),
+    *(f"eval {name}" for name in ("scenes", "homography", "correspondence", "depth", "normals", "segmentation")),
+    *("eval depth-ablation", "eval synthesis", "eval probes"),
+    *(f"train {name}" for name in ("depth", "normals", "segmentation", "synthesis", "prior")),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, (home, _) in COMMANDS.items() if home])
+def test_help_loads_no_torch(name: str) -> None:
+    code = (
+        "import sys; from diffrep.cli import main; main(sys.argv[1:])\n"
+        "print(*({'torch', 'diffusers', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, *name.split(), "--help-all"]
+    heavy = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split()
+    assert bool(heavy) == (name in HEAVY), heavy
 
 
 @pytest.mark.parametrize("name", ["match"])
@@ -129,10 +151,9 @@ def test_a_comment_belongs_to_one_option() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, (home, _) in COMMANDS.items() if home])
-def test_what_help_shows_has_a_text_of_its_own(name: str) -> None:
+def test_every_option_has_a_help_text(name: str) -> None:
     options = options_of(command_kind(name))
-    shown = [option for option in options if option.positional] + [o for o in options if not o.positional][:FEW]
-    assert not [option.field for option in shown if not option.help]
+    assert not [option.field for option in options if not option.help]
 
 
 def test_what_was_typed_wins_over_defaults_that_depend_on_it() -> None:
@@ -215,6 +236,19 @@ def test_a_terminated_command_cleans_up(tmp_path: Path) -> None:
     assert done.returncode == 143
     assert done.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_that_is_terminated_while_it_is_read_says_nothing_of_its_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminate(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(tyro, "cli", terminate)
+    with pytest.raises(SystemExit) as stop:
+        main(["info"])
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == ""
 
 
 def test_unknown_commands_name_their_neighbours(capsys: pytest.CaptureFixture[str]) -> None:

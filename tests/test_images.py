@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from diffrep.files import printable
+from diffrep.files import printable, write_image
 from diffrep.images import ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 
 
@@ -268,3 +268,18 @@ def test_native_repeats_the_edge_and_keeps_the_pixels() -> None:
 def test_impossible_sizings_are_refused(arguments: tuple) -> None:
     with pytest.raises(ValueError, match=r"size|multiple"):
         Sizing(*arguments)
+
+
+def test_maps_that_diffrep_wrote_are_no_photographs(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (16, 12), (200, 30, 90))
+    picture.save(tmp_path / "cat.png")
+    picture.save(tmp_path / "bear_mask.png")  # somebody's own
+    for name in ("cat_depth.png", "cat_depth_preview.png", "cat_mask.png", "swapped.png"):
+        write_image(tmp_path / name, picture)
+    assert [path.name for path in find_images([tmp_path])] == ["bear_mask.png", "cat.png", "swapped.png"]
+    assert find_images([tmp_path / "cat_mask.png"]) == [tmp_path / "cat_mask.png"]
+
+
+def test_a_folder_in_the_place_of_an_image_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"is not a file but a folder; `diffrep.images.find_images` lists"):
+        load_image(tmp_path)

@@ -7,6 +7,7 @@ are left to .ci/run, which runs them.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from diffrep.cli import main
+from diffrep.images import load_image, write_video
 from diffrep.scenes import CATEGORIES, render_scene, scene_seed
 from tests.benchmark_folders import write_spair
 
@@ -32,6 +34,7 @@ SMALL = {
     "probe sweep images/": "probe sweep images/ --timesteps 100 --pool 1",
     "probe dense depth photos/ depths/": "probe dense depth photos/ depths/ --size 64 --fit.epochs 1",
 }
+VIDEO = "diffrep depth clip.mp4 -o depth.mp4"  # needs PyAV, an extra
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -75,6 +78,7 @@ def draw_inputs() -> None:
 def test_all_replacements_are_of_lines_that_are_there() -> None:
     text = README.read_text(encoding="utf-8")
     assert all(old in text for old in (EMBEDDED | SMALL))
+    assert VIDEO in lines()
 
 
 def test_the_two_commands_of_a_newcomer_stay_two() -> None:
@@ -104,6 +108,10 @@ def test_every_line_works_in_order_as_pasted(
             if words[:2] == ["python", "-m"]:  # benchmarks take minutes: tests/test_benchmarks.py
                 assert words[2] == "diffrep.eval.benchmarks"
                 continue
+            if " ".join(words) == VIDEO:
+                if importlib.util.find_spec("av") is None:
+                    continue
+                write_video(Path("clip.mp4"), [load_image("a.jpg").resize((64, 64))] * 3, 10)
             assert words[0] == "diffrep"
             assert main(words[1:]) == 0, f"{line}: {capsys.readouterr().err}"
             ran += 1

@@ -1,18 +1,18 @@
-"""``diffrep convert``: a published latent diffusion checkpoint becomes a diffusers folder."""
+"""``diffrep convert`` and ``diffrep export``: models in other forms.
+
+A published checkpoint becomes a diffusers folder; a backbone up to a tap, or a head, a file that runs without diffrep.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from diffrep.backbones import BackboneError
-from diffrep.backbones.weight_files import read_weights
-from diffrep.files import one_line, replace_folder
-from diffrep.synthesis import About, load_synthesis
-from diffrep.synthesis.checkpoints import convert_official, find_official, read_config
+from diffrep.commands.options import BackboneOptions
+from diffrep.files import check_writable, one_line, replace_folder
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Convert:
     pixel_size: float | None = None  # micrometres a pixel, to be remembered
 
     def run(self) -> None:
+        from diffrep.backbones import BackboneError
+        from diffrep.backbones.weight_files import read_weights
+        from diffrep.synthesis import About, load_synthesis
+        from diffrep.synthesis.checkpoints import convert_official, find_official, read_config
+
         if self.output.exists():
             raise ValueError(f"{self.output}: is already there; give another folder")
         if self.source.is_dir():
@@ -63,3 +68,57 @@ class Convert:
         replace_folder(self.output, write)
         million = sum(p.numel() for p in model.unet.parameters()) / 1e6
         print(f"wrote {self.output}: U-Net of {million:.1f} M parameters, embeddings of {model.embedder.dims}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(BackboneOptions):
+    """Write a backbone up to a tap, or a one-step head, as an ONNX or torch.export file, and check what it computes.
+
+    For example: diffrep export tiny --taps up.1 -o tiny.onnx
+    """
+
+    model: Annotated[str, tyro.conf.Positional]  # a backbone, or with --head a head: a name, a folder or a hub id
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]  # file to write, .onnx or .pt2 (torch.export)
+    head: bool = False  # the model is a one-step head for depth, disparity or normals
+    taps: tuple[str, ...] | None = None  # activations to give; the recommended ones without
+    size: int | None = None  # pixels of a side of the square images; as the model recommends without
+    batch_size: int = 1  # images that go through together
+    timestep: int | None = None  # noise level, which becomes part of the file
+    prompt: str | None = None  # text, which becomes part of the file
+    seed: int | None = None  # of the noise, which becomes part of the file
+    tolerance: float = 1e-3  # largest difference to torch, relative to the largest value
+
+    def run(self) -> None:
+        from diffrep.backbones import load_backbone
+        from diffrep.backbones.export import export_backbone
+
+        check_writable(self.output, (".onnx", ".pt2"))
+        if self.batch_size < 1 or (self.size is not None and not 1 <= self.size <= 8192):
+            raise ValueError("--batch-size must be at least 1, --size in 1..8192")
+        settings = {"timestep": self.timestep, "prompt": self.prompt, "seed": self.seed}
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        if self.head:
+            from diffrep.heads.dense import export_head
+            from diffrep.heads.loading import load_head
+
+            if self.taps is not None or chosen or self.named(""):
+                raise ValueError(
+                    "--head goes without --taps, --timestep, --prompt, --seed, --lora, --variant and --revision"
+                )
+            difference = export_head(load_head(self.model), self.output, size=self.size, batch_size=self.batch_size)
+        else:
+            backbone = load_backbone(self.named(self.model))
+            if chosen and backbone.denoises is None:
+                raise ValueError(f"--{next(iter(chosen))} does not go with {self.model}, which takes no noise")
+            difference = export_backbone(
+                backbone,
+                self.output,
+                taps=self.taps,
+                conditions=replace(backbone.recommended.conditions, **chosen),  # type: ignore[arg-type]
+                size=self.size,
+                batch_size=self.batch_size,
+            )
+        megabytes = self.output.stat().st_size / 1e6
+        print(f"wrote {self.output}: {megabytes:.1f} MB, within {difference:.1e} of torch")
+        if not difference <= self.tolerance:
+            raise ValueError(f"{self.output}: differs from torch by {difference:.1e}, more than {self.tolerance:g}")

@@ -1,88 +1,192 @@
-"""The sections of the demo page after matching: depth, masks, search, probes, large pictures, maps."""
+"""The page of ``diffrep demo``, section by section; `templates/demo.toml` has its words and says what is shown."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm import tqdm
 
+import diffrep
 from diffrep.backbones import load_backbone
-from diffrep.commands.output import write_image
-from diffrep.draw import side_by_side
-from diffrep.eval.homography import photographs
+from diffrep.draw import draw_components, draw_field, draw_matches, side_by_side
+from diffrep.eval.homography import HomographySettings, carry, photographs, see_through, view_homography
 from diffrep.eval.manifold import geodesic_scores
 from diffrep.eval.probe_data import SceneImages, scene_images
+from diffrep.eval.published import read_toml
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image
 from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
 from diffrep.features import ExtractConfig
+from diffrep.files import write_image
+from diffrep.fusion import fuse
 from diffrep.heads.cutouts import composite, cut_out, grey_image
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.point_cloud import Intrinsics, unproject
-from diffrep.heads.probes import ProbeData, Reading, draw_heat_map, load_probe, sweep
+from diffrep.heads.probes import ProbeData, ReadPlan, draw_heat_map, load_probe, sweep
 from diffrep.heads.segmentation import ObjectMask, SegmentConfig
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding
+from diffrep.matching import match_dense, match_points
 from diffrep.pictures import Page
-from diffrep.scenes import UNSEEN, Scene, render_scene, scene_pairs, scene_seed
+from diffrep.recipes import Correspondence, Recipe, alone
+from diffrep.scenes import UNSEEN, Scene, held_out_pair, render_scene, scene_pairs, scene_seed, shared_keypoints
 from diffrep.store import BulkConfig, Keep, extract_store, open_store
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, slerp, synthesize
 from diffrep.synthesis.grids import ImageEncoder
 
-# category, number in the test split; giraffes were never trained on
-MAP_SCENES = (("dog", 0), ("chair", 2), ("giraffe", 5))
+WORDS = read_toml(Path(diffrep.__file__).parent / "templates" / "demo.toml")
+Figure = tuple[Image.Image, str]  # picture, caption
+Group = tuple[Sequence[Figure], Literal["", "wide", "small"]]  # figures, layout as `Page.figures` has it
+
+
+def build_page(correspondence: Correspondence) -> Page:
+    """Run everything that the page shows."""
+    page = Page(WORDS["page"]["title"], WORDS["page"]["text"])
+    with tqdm(total=len(SECTIONS) + 3, desc="demo", unit="part") as bar:
+        for matching in (different_objects, dense_matches, photographs_again):
+            matching(page, correspondence)
+            bar.update()
+        for section in SECTIONS:
+            section(page)
+            bar.update()
+    page.section(WORDS["yourself"]["title"])
+    page.code(WORDS["yourself"]["code"])
+    return page
+
+
+def _section(page: Page, name: str, *groups: Group, **values: object) -> None:
+    """A section with its words, in which the values are filled in, its figures, and what to type for it."""
+    words = WORDS[name]
+    page.section(words["title"], words["text"].format(**values))
+    for figures, layout in groups:
+        page.figures(figures, layout=layout)
+    if "code" in words:
+        page.code(words["code"])
+
+
+def _note(category: str) -> str:
+    return ", a category it never saw" if category in UNSEEN else ""
+
+
+# -- matching -----------------------------------------------------------------------------------------------
+
+ALPHA = 0.1  # a match is right within this share of the longer side of the object's box
+
+
+def methods_of(whole: Recipe) -> dict[str, Recipe]:
+    """Name for a reader -> recipe: each backbone alone, then all of them."""
+    names = ["diffusion", "DINO"] if len(whole.readings) == 2 else [r.backbone for r in whole.readings]
+    single = {name: alone(whole, i, name) for i, name in enumerate(names)} if len(names) > 1 else {}
+    return single | {"fused" if single else names[0]: whole}
+
+
+def different_objects(page: Page, correspondence: Correspondence) -> None:
+    """Match keypoints of held-out pairs with each backbone alone and with all, and count what is right."""
+    words, whole = WORDS["pairs"], correspondence.recipe
+    methods = methods_of(whole)
+    hits: dict[str, list[int]] = {name: [] for name in methods}
+    figures = []
+    for category, number in words["shown"]:
+        a, b = held_out_pair(category, number)
+        points, truth = map(torch.from_numpy, shared_keypoints(a, b))
+        tolerance = ALPHA * max(b.box[2] - b.box[0], b.box[3] - b.box[1])
+        images = [Image.fromarray(a.image), Image.fromarray(b.image)]
+        features = list(correspondence.features(images))
+        for name, recipe in methods.items():
+            wanted = {reading.backbone for reading in recipe.readings}
+            used = [i for i, reading in enumerate(whole.readings) if reading.backbone in wanted]
+            source, target = fuse([tuple(entry[i] for i in used) for entry in features], recipe.fusion)
+            matches = match_points(source, target, points, recipe.matching)
+            right = (torch.linalg.vector_norm(matches.points - truth, dim=1) <= tolerance).int().tolist()
+            hits[name] += right
+            values = {"category": category, "note": _note(category), "right": sum(right), "count": len(right)}
+            picture = draw_matches(images[0], images[1], points, matches, truth=truth, tolerance=tolerance)
+            figures.append((picture, words["caption"].format(name=name, **values)))
+    _section(page, "pairs", (figures, ""), alpha=ALPHA)
+    shares = {name: sum(right) / max(len(right), 1) for name, right in hits.items()}
+    page.text(words["counted"].format(pairs=len(words["shown"]), count=len(next(iter(hits.values())))))
+    best = list(shares).index(max(shares, key=lambda name: shares[name]))
+    page.table(["features", "right"], [[n, f"{100 * s:.0f} %"] for n, s in shares.items()], best=best)
+
+
+def dense_matches(page: Page, correspondence: Correspondence) -> None:
+    """Joint components and dense matches of a few of the pairs."""
+    figures = []
+    for category, number in WORDS["pairs"]["shown"][:3]:
+        a, b = held_out_pair(category, number)
+        images = [Image.fromarray(a.image), Image.fromarray(b.image)]
+        source, target = correspondence.describe(*images)
+        masks = torch.from_numpy(a.mask), torch.from_numpy(b.mask)
+        dense = match_dense(source, target, correspondence.recipe.matching, source_mask=masks[0], mask=masks[1])
+        figures.append((draw_components(images, [source, target]), f"{category}: joint components"))
+        figures.append((draw_field(images[0], images[1], dense, mask=masks[1]), f"{category}: dense match"))
+    _section(page, "dense", (figures, ""))
+
+
+def photographs_again(page: Page, correspondence: Correspondence) -> None:
+    """Match real photographs with views of them through a known perspective."""
+    views = Correspondence("tiny-views") if correspondence.recipe.name == "tiny" else correspondence
+    figures = []
+    for name, path in photographs().items():
+        image = load_image(path)
+        size = (image.height, image.width)
+        matrix = view_homography(size, HomographySettings(rotation=15, zoom=(0.7, 0.85)), seed=1)
+        view = Image.fromarray(see_through(np.array(image), matrix))
+        x, y = torch.meshgrid(torch.linspace(0.2, 0.8, 4), torch.linspace(0.2, 0.8, 3), indexing="xy")
+        truth = torch.stack([x.flatten() * size[1], y.flatten() * size[0]], dim=1)
+        points = carry(torch.linalg.inv(matrix), truth).float()
+        source, target = views.describe(image, view)
+        matches = match_points(source, target, points, views.recipe.matching)
+        cells = target.points(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        stride = float((cells[1] - cells[0]).max())
+        median = float(torch.linalg.vector_norm(matches.points - truth, dim=1).median())
+        picture = draw_matches(image, view, points, matches, truth=truth, tolerance=stride)
+        caption = WORDS["photographs"]["caption"].format(name=name, median=median, strides=median / stride)
+        figures.append((picture, caption))
+    _section(page, "photographs", (figures, ""))
+
+
+# -- depth, normals, masks ----------------------------------------------------------------------------------
+
+
+def _row(words: dict[str, Any], pictures: Sequence[Image.Image], kind: str, height: int, **values: object) -> Figure:
+    """Pictures side by side under their titles; kind: "" of a scene, "_photograph" of a photograph."""
+    picture = side_by_side(pictures, titles=words[f"titles{kind}"], height=height)[0]
+    return picture, words[f"caption{kind}"].format(**values)
 
 
 def depth_and_normals(page: Page) -> None:
     """Predict depth and normals of held-out scenes and of photographs."""
-    depth, normals = load_head("tiny-depth"), load_head("tiny-normals")
+    words, depth, normals = WORDS["maps"], load_head("tiny-depth"), load_head("tiny-normals")
     figures = []
-    for category, number in MAP_SCENES:
+    for category, number in words["shown"]:
         scene = render_scene(scene_seed("test", number), category=category, size=256)
         image = Image.fromarray(scene.image)
         disparity = depth.predict(image)
         assert isinstance(disparity, DepthMap)
         metric = disparity.align(torch.from_numpy(scene.depth), method="least squares")
         known = np.isfinite(scene.depth)
-        error = float(np.mean(np.abs(metric.values.numpy() - scene.depth)[known] / scene.depth[known]))
-        turned = normals.predict(image)
-        assert isinstance(turned, NormalMap)
-        pictures = [
-            image,
-            disparity.picture(),
-            true_disparity(scene).picture(),
-            turned.picture(),
-            true_normals(scene).picture(),
-        ]
-        titles = ["image", "disparity", "as rendered", "normals", "as rendered"]
-        note = ", a category it never saw" if category in UNSEEN else ""
-        caption = f"{category}{note}: depth is off by {100 * error:.0f} % on average once scale and shift are known"
-        figures.append((side_by_side(pictures, titles=titles, height=220)[0], caption))
-    for name, path in ((Path(file).stem, path) for file, path in photographs().items()):
+        error = 100 * float(np.mean(np.abs(metric.values.numpy() - scene.depth)[known] / scene.depth[known]))
+        true_normals = NormalMap(torch.from_numpy(scene.normals).permute(2, 0, 1), "rdf")
+        maps = (disparity, true_disparity(scene), normals.predict(image), true_normals)
+        pictures = [image, *(one.picture() for one in maps)]
+        figures.append(_row(words, pictures, "", 220, category=category, note=_note(category), error=error))
+    for file, path in photographs().items():
         image = load_image(path)
         disparity = depth.predict(image)
         assert isinstance(disparity, DepthMap)
         pictures = [image, disparity.picture(), normals.predict(image).picture(), seen_from_the_side(image, disparity)]
-        titles = ["photograph", "disparity", "normals", "as points, from the side"]
-        caption = (
-            f"{name}: the heads have seen nothing but renderings; scale, shift and camera are assumed for the points"
-        )
-        figures.append((side_by_side(pictures, titles=titles, height=220)[0], caption))
-    page.section(
-        "Depth and normals in one step",
-        "One pass of a diffusion U-Net that became a depth or normal head: red is near, blue is far; normals are"
-        " coloured by x right, y up and z towards the camera. These scenes are held out.",
-    )
-    page.figures(figures, layout="wide")
-    page.code("diffrep depth photo.jpg -o maps\ndiffrep normals photo.jpg -o maps")
+        figures.append(_row(words, pictures, "_photograph", 220, name=Path(file).stem))
+    _section(page, "maps", (figures, "wide"))
 
 
 def true_disparity(scene: Scene) -> DepthMap:
@@ -91,11 +195,6 @@ def true_disparity(scene: Scene) -> DepthMap:
     low, high = np.quantile(inverse, [0.02, 0.98])
     share = ((inverse - low) / max(high - low, 1e-5)).clip(0, 1)
     return DepthMap(torch.from_numpy(share.astype(np.float32)), "disparity")
-
-
-def true_normals(scene: Scene) -> NormalMap:
-    """A scene's normals, towards the camera."""
-    return NormalMap(torch.from_numpy(scene.normals).permute(2, 0, 1), "rdf")
 
 
 def seen_from_the_side(image: Image.Image, disparity: DepthMap, degrees: float = 28.0, size: int = 300) -> Image.Image:
@@ -120,106 +219,70 @@ def seen_from_the_side(image: Image.Image, disparity: DepthMap, degrees: float =
     return Image.fromarray(canvas[: image.height, : image.width])
 
 
-MASK_SCENES = (("dog", 0), ("plane", 5), ("motorbike", 7), ("chair", 2), ("giraffe", 5))  # numbers in the test split
-_BACKGROUND = "#2f7d5b"
-
-
 def masks(page: Page) -> None:
     """Cut objects out of held-out scenes and photographs."""
-    head, config = load_head("tiny-segmentation"), SegmentConfig(edges=True)
+    words, head, config = WORDS["masks"], load_head("tiny-segmentation"), SegmentConfig(edges=True)
     figures = []
-    for category, number in MASK_SCENES:
+    for category, number in words["shown"]:
         scene = render_scene(scene_seed("test", number), category=category, size=256)
         image = Image.fromarray(scene.image)
-        found = head.predict(image, config)
+        predicted = head.predict(image, config)
         truth = scene.mask.astype(np.uint8) * 255
-        scores = score_image(grey(found.mask), truth).values
-        pictures = [*_pictures(image, found), Image.fromarray(truth)]
-        titles = ["image", "soft mask", "edge", "cut out", "on a colour", "true mask"]
-        note = ", a category it never saw" if category in UNSEEN else ""
-        caption = f"{category}{note}: max F {scores['maxf']:.2f}, mean absolute error {scores['mae']:.3f}"
-        figures.append((side_by_side(pictures, titles=titles, height=190)[0], caption))
+        scores = score_image(grey(predicted.mask), truth).values
+        values = {"note": _note(category), "maxf": scores["maxf"], "mae": scores["mae"]}
+        pictures = [*_mask_pictures(image, predicted), Image.fromarray(truth)]
+        figures.append(_row(words, pictures, "", 190, category=category, **values))
     for file, path in photographs().items():
-        name = Path(file).stem
         image = load_image(path)
-        pictures = _pictures(image, head.predict(image, config))
-        titles = ["photograph", "soft mask", "edge", "cut out", "on a colour"]
-        caption = f"{name}: the head has seen nothing but renderings of single objects"
-        figures.append((side_by_side(pictures, titles=titles, height=190)[0], caption))
-    page.section(
-        "Masks in one step",
-        "One pass of a diffusion U-Net that predicts an object's mask and its edges side by side (DiffDIS). The mask"
-        " alone costs a third less and is the same. These scenes are held out; they were picked to show thin parts and"
-        " a category that was never trained on.",
-    )
-    page.figures(figures, layout="wide")
-    page.code("diffrep segment photo.jpg -o out --outputs mask edge cutout")
+        pictures = _mask_pictures(image, head.predict(image, config))
+        figures.append(_row(words, pictures, "_photograph", 190, name=Path(file).stem))
+    _section(page, "masks", (figures, "wide"))
 
 
-def _pictures(image: Image.Image, found: ObjectMask) -> list[Image.Image]:
-    assert found.edge is not None
-    cut = cut_out(image, found.mask)
+def _mask_pictures(image: Image.Image, predicted: ObjectMask) -> list[Image.Image]:
+    assert predicted.edge is not None
+    y, x = np.mgrid[: image.height, : image.width] // 12  # a checkerboard stands for transparency
+    shade = np.where((x + y) % 2, 205, 240).astype(np.uint8)
+    board = Image.fromarray(np.dstack([shade, shade, shade, np.full_like(shade, 255)]), "RGBA")
     return [
         image,
-        grey_image(found.mask),
-        grey_image(found.edge),
-        Image.alpha_composite(checkerboard(image.size), cut),
-        composite(image, found.mask, _BACKGROUND),
+        grey_image(predicted.mask),
+        grey_image(predicted.edge),
+        Image.alpha_composite(board, cut_out(image, predicted.mask)),
+        composite(image, predicted.mask, WORDS["masks"]["background"]),
     ]
 
 
-def checkerboard(size: tuple[int, int], side: int = 12) -> Image.Image:
-    """What stands for transparency in pictures: (width, height) pixels, RGBA."""
-    y, x = np.mgrid[: size[1], : size[0]] // side
-    shade = np.where((x + y) % 2, 205, 240).astype(np.uint8)
-    return Image.fromarray(np.dstack([shade, shade, shade, np.full_like(shade, 255)]), "RGBA")
+# -- search, probes -----------------------------------------------------------------------------------------
 
-
-COLLECTION = ("dog", "car", "plane", "bird", "chair", "person", "fish", "mug")
 PER_CATEGORY = 4  # scenes of each in the collection
-QUESTIONS = (("dog", "top of the head"), ("car", "front left wheel"), ("plane", "nose"))
 _COLLECTION_SIZE = 128  # of the scenes, pixels
 _FIRST_QUESTION = PER_CATEGORY // 2  # pairs before it are the collection's
 
 
 def search(page: Page) -> None:
     """Extract a small collection, index its places, ask for parts; one contact sheet each."""
-    backbone = load_backbone("tiny")
+    words, backbone = WORDS["search"], load_backbone("tiny")
     figures = []
     with tempfile.TemporaryDirectory() as work:
-        images = Path(work) / "collection"
-        for category in COLLECTION:
-            (images / category).mkdir(parents=True)
+        images, store = Path(work) / "collection", Path(work) / "store"
+        for category in words["collection"]:
             pairs = scene_pairs("test", _FIRST_QUESTION, categories=(category,))
             for number, seed in enumerate(seed for pair in pairs for seed in pair[:2]):
-                write_image(images / category / f"{number}.png", _scene(category, seed))
-        store, index = Path(work) / "store", Path(work) / "index"
-        done = extract_store(
-            [images], store, backbone, keep=Keep(kind="maps"), bulk=BulkConfig(workers=0, shard_images=64)
-        )
-        places = index_store([open_store(store)], index)
-        for category, part in QUESTIONS:
+                scene = render_scene(seed, category=category, size=_COLLECTION_SIZE)
+                write_image(images / category / f"{number}.png", Image.fromarray(scene.image))
+        bulk = BulkConfig(workers=0, shard_images=64)
+        done = extract_store([images], store, backbone, keep=Keep(kind="maps"), bulk=bulk)
+        places = index_store([open_store(store)], Path(work) / "index")
+        for category, part in words["questions"]:
             picture, point = _question(category, part)
             hits = query_image(places, picture, point=point, k=10, backbone=backbone)
             same = sum(hit.place.image.startswith(f"{category}/") for hit in hits[:PER_CATEGORY])
-            caption = f"{part} of a {category}: {same} of the first {PER_CATEGORY} are a {category}"
+            caption = words["caption"].format(part=part, category=category, same=same, each=PER_CATEGORY)
             figures.append((contact_sheet(picture, hits, point=point), caption))
-        text = (
-            f"{done.images} rendered scenes, {PER_CATEGORY} of each of {len(COLLECTION)} categories, were extracted"
-            f" into a store, and the {len(places):,} places in them indexed ({places.design.kind}:"
-            f" {places.design.reason}). The large image is not among them; its ring marks the part that is looked for,"
-            " small rings where it was found, best first, one per image."
-        )
-    page.section("Where in the collection is this part?", text)
-    page.figures(figures, layout="wide")
-    page.code(
-        "diffrep extract photos/ -o photos.store --keep.kind maps\ndiffrep index photos.store -o photos.index\n"
-        "diffrep query photos.index cat.jpg --point 120,80"
-    )
-
-
-def _scene(category: str, seed: int) -> Image.Image:
-    return Image.fromarray(render_scene(seed, category=category, size=_COLLECTION_SIZE).image)
+        values = {"places": len(places), "kind": places.design.kind, "reason": places.design.reason}
+    counts = {"images": done.images, "each": PER_CATEGORY, "categories": len(words["collection"])}
+    _section(page, "search", (figures, "wide"), **values, **counts)
 
 
 def _question(category: str, part: str) -> tuple[Image.Image, tuple[float, float]]:
@@ -234,7 +297,6 @@ def _question(category: str, part: str) -> tuple[Image.Image, tuple[float, float
 
 
 PROBED = SceneImages(train=110, val=55, test=55, size=64)
-TIMESTEPS = (10, 100, 400)
 SHOWN_ANSWERS = 6  # test images whose answers are shown
 
 
@@ -243,10 +305,10 @@ def probed_blocks(page: Page) -> None:
     backbone = load_backbone("tiny")
     with tempfile.TemporaryDirectory() as work:
         data = scene_images(Path(work) / "scenes", settings=PROBED, progress=False)
-        reading = Reading("tiny", None, TIMESTEPS, (1,), ExtractConfig(batch_size=32))
-        found = ProbeData.read(data, {"tiny": backbone}, [reading], Path(work) / "features", progress=False)
-        done = sweep(found, Path(work) / "sweep", progress=False)
-        rows = list(found.split.test[:SHOWN_ANSWERS])
+        plan = ReadPlan("tiny", None, (10, 100, 400), (1,), ExtractConfig(batch_size=32))
+        read = ProbeData.read(data, {"tiny": backbone}, [plan], Path(work) / "features", progress=False)
+        done = sweep(read, Path(work) / "sweep", progress=False)
+        rows = list(read.split.test[:SHOWN_ANSWERS])
         pictures = [load_image(Path(work) / "scenes" / data.images[row].name) for row in rows]
         answers = load_probe(Path(work) / "sweep" / "probe").predict(pictures, backbones={"tiny": backbone}).top(1)
     shown = []
@@ -254,22 +316,16 @@ def probed_blocks(page: Page) -> None:
         truth = data.classes[data.labels[row]]
         verdict = "right" if top[0] == truth else f"it is a {truth}"
         shown.append((picture.resize((256, 256)), f"{top[0]}, {100 * top[1]:.0f} %: {verdict}"))
-    test = done.result["test"]
-    page.section(
-        "Which block knows what it is?",
-        f"{PROBED.train} small renderings of {len(data.classes)} categories train a linear classifier on the features"
-        " of each block, at three noise levels; the noise level and the block are chosen on val. The best,"
-        f" {done.best.tap} at t = {done.best.timestep}, names {100 * test['top1']:.0f} % of {test['n']} unseen test"
-        f" images ({100 * test['low']:.0f}..{100 * test['high']:.0f} at 95 %; chance {100 / len(data.classes):.0f} %)."
-        " The U-Net was trained on other scenes of these categories, among others to name their parts.",
-    )
-    heat_map = draw_heat_map(done.cells, title="what is it?")
-    page.figures([(heat_map, "accuracy on val of one linear probe per block and timestep, %")], layout="wide")
-    page.figures(shown, layout="small")
-    page.code("diffrep probe sweep scenes\ndiffrep probe predict sweep/probe photo.jpg")
+    heat_map, classes = draw_heat_map(done.cells, title="what is it?"), len(data.classes)
+    shares = {name: 100 * done.result["test"][name] for name in ("top1", "low", "high")}
+    values = {"tap": done.best.tap, "timestep": done.best.timestep, "n": done.result["test"]["n"]}
+    values |= {"train": PROBED.train, "classes": classes, "chance": 100 / classes}
+    groups: list[Group] = [([(heat_map, WORDS["blocks"]["caption"])], "wide"), (shown, "small")]
+    _section(page, "blocks", *groups, **values, **shares)
 
 
-CELLS = ("boat", "fish", "car", "chair", "mug", "lamp", "plane", "dog", "bird")  # a reference of 3 x 3 held-out scenes
+# -- large pictures, maps -----------------------------------------------------------------------------------
+
 WHOLE = ("bird", 4)  # category of one more reference, and cells a side into which it is cut
 BETWEEN = ("boat", "car")  # the strip leads from the look of one to that of the other
 STRIP = (192, 960)  # pixels
@@ -278,40 +334,23 @@ PAINTING = SynthesisSettings()
 
 def large_pictures(page: Page) -> None:
     """Paint three large pictures with the embedded model."""
-    model = load_synthesis("tiny-synthesis")
+    words, model = WORDS["pictures"], load_synthesis("tiny-synthesis")
     encoder = ImageEncoder.load(model.about.encoder or "tiny-dino", model.about.pooling)
-    reference = mosaic(CELLS, columns=3)
-    grid = encoder.grid(reference, (3, 3))
-    painted = Image.fromarray(synthesize(model, grid, settings=PAINTING))
+    reference = mosaic(words["cells"], columns=3)
+    painted = synthesize(model, encoder.grid(reference, (3, 3)), settings=PAINTING)
     category, side = WHOLE
     scene = mosaic([category], columns=1, size=side * model.window * model.factor)
-    whole = Image.fromarray(synthesize(model, encoder.grid(scene, (side, side)), settings=PAINTING))
-    strip = Image.fromarray(paint_strip(model, encoder, STRIP))
-    figures = [
-        (reference, "The reference: nine rendered scenes that no model has seen."),
-        (painted, "Painted from the nine embeddings, one denoising for the whole picture."),
-        (scene, f"Another reference: one scene, cut into {side} x {side} cells."),
-        (whole, "Painted from its embeddings: alike neighbours flow into each other."),
-        (strip, f"{STRIP[1]} x {STRIP[0]} pixels between the looks of a {BETWEEN[0]} and a {BETWEEN[1]}."),
-    ]
-    page.section(
-        "Large pictures from embeddings",
-        "A small latent diffusion model that is told nothing but the DINO embedding of a patch paints pictures of any"
-        " size: every window is denoised under the embedding at its place, the predictions are averaged, and one step"
-        " is taken for the whole canvas. A window is 128 pixels; larger pictures take more time but no more memory."
-        " This model was trained for minutes on a CPU: it gets colours and places right, objects roughly.",
-    )
-    page.figures(figures[:4])
-    page.figures(figures[4:], layout="wide")
-    page.code("diffrep synthesize --reference photo.jpg --size 4096x4096 -o painted.ome.tiff")
+    whole = synthesize(model, encoder.grid(scene, (side, side)), settings=PAINTING)
+    strip = paint_strip(model, encoder, STRIP)
+    pictures = [reference, Image.fromarray(painted), scene, Image.fromarray(whole), Image.fromarray(strip)]
+    figures = list(zip(pictures, words["captions"], strict=True))
+    _section(page, "pictures", (figures[:4], ""), (figures[4:], "wide"))
 
 
 def mosaic(categories: Sequence[str], *, columns: int, size: int = 128) -> Image.Image:
     """Held-out scenes of the given categories side by side."""
-    tiles = [
-        render_scene(scene_seed("test", number), category=name, size=size).image
-        for number, name in enumerate(categories)
-    ]
+    seeds = [scene_seed("test", number) for number in range(len(categories))]
+    tiles = [render_scene(seed, category=name, size=size).image for seed, name in zip(seeds, categories, strict=True)]
     rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
     return Image.fromarray(np.concatenate(rows))
 
@@ -321,8 +360,7 @@ def paint_strip(model: SynthesisModel, encoder: ImageEncoder, size: tuple[int, i
     first, last = (encoder.grid(mosaic([name], columns=1), (1, 1)).embeddings[0, 0] for name in BETWEEN)
     cell = model.window * model.factor
     rows, columns = -(-size[0] // cell), -(-size[1] // cell)
-    shares = torch.linspace(0, 1, columns)
-    row = slerp(shares, first.expand(columns, -1), last.expand(columns, -1))
+    row = slerp(torch.linspace(0, 1, columns), first.expand(columns, -1), last.expand(columns, -1))
     return synthesize(model, EmbeddingGrid(row.expand(rows, -1, -1), encoder.name), size, PAINTING)
 
 
@@ -331,6 +369,7 @@ POINTS = 800
 
 def map_of_a_sheet(page: Page) -> None:
     """Map a noisy swiss roll, with principal components beside."""
+    from scipy.spatial.distance import pdist, squareform
     from sklearn.decomposition import PCA
 
     roll = swiss_roll(POINTS, noise=0.3, dim=10)
@@ -338,34 +377,19 @@ def map_of_a_sheet(page: Page) -> None:
         "principal components": PCA(2).fit_transform(roll.points),
         "heat-geodesic map": HeatGeodesicEmbedding(random_state=0).fit_transform(roll.points),
     }
-    scores = {name: spearman(roll, points) for name, points in maps.items()}
-    page.section(
-        "Maps of high-dimensional data",
-        f"{POINTS} noisy points of a rolled-up sheet in ten dimensions. Distances on the sheet are estimated from how"
-        " heat spreads on the graph of neighbours, and the map keeps them. Rank correlation with the true distances: "
-        + ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
-        + ".",
-    )
-    caption = (
-        "The roll, colour along the sheet; its principal components, which leave it rolled up; its heat-geodesic map."
-    )
-    page.figures([(draw_sheet(roll, maps), caption)], layout="wide")
-    page.code("diffrep embed table.csv -o map.png --color label\ndiffrep eval manifold")
-
-
-def spearman(roll: ToyManifold, points: NDArray[Any]) -> float:
-    """Rank correlation of the distances of a map with the true ones."""
-    from scipy.spatial.distance import pdist, squareform
-
-    return geodesic_scores(squareform(pdist(points)), roll.geodesic(), (10,))["spearman_mean_rows"]
+    truth, distances = roll.geodesic(), {name: squareform(pdist(points)) for name, points in maps.items()}
+    scores = {name: geodesic_scores(d, truth, (10,))["spearman_mean_rows"] for name, d in distances.items()}
+    shown = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    figures = [(draw_sheet(roll, maps), WORDS["sheet"]["caption"])]
+    _section(page, "sheet", (figures, "wide"), points=POINTS, scores=shown)
 
 
 def draw_sheet(roll: ToyManifold, maps: dict[str, NDArray[Any]]) -> Image.Image:
     """The clean sheet in three dimensions and the maps beside it, coloured along the sheet."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure as Canvas
 
-    figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
+    figure = Canvas(figsize=(12, 4), dpi=110, layout="constrained")
     along = roll.position
     sheet: Any = figure.add_subplot(1, 1 + len(maps), 1, projection="3d")
     clean = roll.clean @ np.linalg.svd(roll.clean - roll.clean.mean(0), full_matrices=False)[2][:3].T

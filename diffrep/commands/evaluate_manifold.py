@@ -10,9 +10,8 @@ import numpy as np
 import tyro
 
 from diffrep.commands.options import ReportOptions
-from diffrep.commands.output import check_writable
 from diffrep.eval.manifold import SCORES, ManifoldSettings, evaluate_manifolds, interpolate_times
-from diffrep.files import write_whole
+from diffrep.files import check_writable, write_whole
 from diffrep.manifold.files import EmbedConfig, embed_file
 
 

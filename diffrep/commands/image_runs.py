@@ -13,36 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.commands.output import write_image
-from diffrep.files import MARK, sweep_partials, write_document
+from diffrep.files import is_written_by_diffrep, sweep_partials, write_document, write_image
 from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
 from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
 
 ResultT = TypeVar("ResultT")
-ResultT_co = TypeVar("ResultT_co", covariant=True)
-
-
-class BatchSettings(Protocol):
-    """How a network looks at an image."""
-
-    @property
-    def batch_size(self) -> int: ...
-
-
-class ImagePredictor(Protocol[ResultT_co]):
-    """What turns images into results: heads and probes."""
-
-    @property
-    def task(self) -> str: ...
-
-    def check(self, config: Any) -> None: ...
-
-    def predict_each(self, images: list[Image.Image], config: Any) -> Iterator[ResultT_co]: ...
 
 
 # -- inputs -------------------------------------------------------------------------------------------------
@@ -79,26 +59,16 @@ def find_inputs(sources: Sequence[str], output: Path) -> list[Input]:
     unique: dict[str, Path] = {}
     for path in find_images(sources):
         real = os.path.realpath(path)
-        if real in named or not (real.startswith(place) and _is_written_by_diffrep(path)):
+        if real in named or not (real.startswith(place) and is_written_by_diffrep(path)):
             unique.setdefault(real, path)
     if not unique:
         raise ImageError(f"{', '.join(map(str, sources))}: no image found beside those that diffrep wrote")
-    paths = list(unique.values())
-    below = {}
-    for path in paths:
+    inputs = []
+    for path, name in output_names(list(unique.values())).items():
         whole = Path(os.path.abspath(path))
         root = next((folder for folder in folders if whole.is_relative_to(folder)), whole.parent)
-        below[path] = whole.relative_to(root).with_suffix("")
-    return [Input(path, name, below[path]) for path, name in output_names(paths).items()]
-
-
-def _is_written_by_diffrep(path: Path) -> bool:
-    """PNG and TIFF files carry the mark near their beginning."""
-    try:
-        with path.open("rb") as file:
-            return MARK.encode() in file.read(4096)
-    except OSError:
-        return False
+        inputs.append(Input(path, name, whole.relative_to(root).with_suffix("")))
+    return inputs
 
 
 def output_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -220,10 +190,10 @@ class Item:
 
 
 def run_images(
-    head: ImagePredictor[ResultT],
+    head: Any,
     inputs: Sequence[Input],
     output: Path,
-    config: BatchSettings,
+    config: Any,
     write: Callable[[Item, Image.Image, ResultT], list[Path]],
     *,
     existing: Sequence[str] = (),
@@ -231,6 +201,8 @@ def run_images(
     """Predict and write the maps of many images and videos; what fails is named on stderr, skipped and counted.
 
     Args:
+        head: a head or a probe: `task`, `check(config)`, and `predict_each(images, config)` with one result each.
+        config: as the head takes it; it has a `batch_size`.
         write: takes an image, which one it is and its map; returns the files it wrote.
         existing: endings of files; an image that has them all is left out.
 
@@ -252,7 +224,7 @@ def run_images(
                 run.fail(item.label, error)
                 continue
             done.append({"image": item.label, "files": [str(file) for file in files]})
-            run.advance(item.source)
+            run.bar.update(not is_video(item.source.path))
     if run.skipped:
         print(f"skipped {run.skipped} images whose files exist", file=sys.stderr)
     run.check()
@@ -260,10 +232,10 @@ def run_images(
 
 
 def write_predicted_video(
-    head: ImagePredictor[ResultT],
+    head: Any,
     inputs: Sequence[Input],
     output: Path,
-    config: BatchSettings,
+    config: Any,
     picture: Callable[[Image.Image, ResultT], Image.Image],
 ) -> int:
     """Predict the frames of a video, or images in order, and write their pictures as one video.
@@ -281,7 +253,7 @@ def write_predicted_video(
     def pictures() -> Iterator[Image.Image]:
         for item, image, result in _predictions(head, inputs, output.parent, config, run, ()):
             yield picture(image, result)
-            run.advance(item.source)
+            run.bar.update(not is_video(item.source.path))
         run.check()
 
     with run.bar:
@@ -289,10 +261,10 @@ def write_predicted_video(
 
 
 def _predictions(
-    head: ImagePredictor[ResultT],
+    head: Any,
     inputs: Sequence[Input],
     output: Path,
-    config: BatchSettings,
+    config: Any,
     run: _Run,
     existing: Sequence[str],
 ) -> Iterator[tuple[Item, Image.Image, ResultT]]:
@@ -317,12 +289,12 @@ def _images(
             if is_video(source.path):
                 for number, frame in enumerate(read_frames(source.path)):
                     place = OutputPlace(output, f"{source.name}/{number:06d}", protected)
-                    if not _is_done(place, existing, run):
+                    if not run.skips(place, existing):
                         yield Item(source, f"{source.path}, frame {number}", place), frame
                 run.bar.update()
                 continue
             place = OutputPlace(output, source.name, protected)
-            if _is_done(place, existing, run):
+            if run.skips(place, existing):
                 run.bar.update()
                 continue
             image = load_image(source.path)
@@ -330,12 +302,6 @@ def _images(
             run.fail(str(source.path), error)
             continue
         yield Item(source, str(source.path), place), image
-
-
-def _is_done(place: OutputPlace, existing: Sequence[str], run: _Run) -> bool:
-    done = bool(existing) and all((place.folder / f"{place.name}_{ending}").is_file() for ending in existing)
-    run.skipped += done
-    return done
 
 
 def _batches(images: Iterable[tuple[Item, Image.Image]], size: int) -> Iterator[list[tuple[Item, Image.Image]]]:
@@ -358,9 +324,11 @@ class _Run:
         self.failed: list[str] = []
         self.bar = tqdm(total=count, desc=task, unit="image", disable=count < 2)
 
-    def advance(self, source: Input) -> None:
-        if not is_video(source.path):
-            self.bar.update()
+    def skips(self, place: OutputPlace, existing: Sequence[str]) -> bool:
+        """Whether files of these endings are all there; counts it."""
+        done = bool(existing) and all((place.folder / f"{place.name}_{ending}").is_file() for ending in existing)
+        self.skipped += done
+        return done
 
     def fail(self, label: str, error: Exception) -> None:
         reason = " ".join(str(error).split()).removeprefix(f"{label}: ")

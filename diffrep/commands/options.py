@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import tyro
 
-from diffrep.commands.output import check_writable
 from diffrep.commands.parsing import Command
-from diffrep.files import write_whole
+from diffrep.files import check_writable, write_whole
 
 if TYPE_CHECKING:
     import torch

@@ -34,18 +34,29 @@ WORDS = {  # what a field of this name means wherever no comment says more
     "categories": "of the rendered objects that take part",
     "checkpoint_seconds": "between checkpoints",
     "depth": "layers",
+    "dtype": "number format in which features are kept",
     "epochs": "times that every sample is seen",
+    "gamma": "factor by which the schedule lowers the learning rate at each step",
     "head": "what is measured: an embedded head, a folder or a hub id",
     "heads": "of the attention",
+    "held_out": "samples that are set aside for validation",
+    "kind": "what is kept: one pooled vector per image, whole maps, or points of them",
     "layers": "how many",
     "learning_rate": "step size of the optimiser, its highest",
+    "members": "networks that vote",
     "metric": "how two vectors are compared",
     "momentum": "of the optimiser",
+    "patience_from": "epoch after which training may stop early",
+    "pool": "side of the grid to which maps are pooled",
+    "reader": "network that reads the maps",
     "recipe": "which published system",
+    "schedule": "how the learning rate falls",
     "scheduler": "of the denoising steps",
     "seed": "of all random draws",
     "steps": "of denoising",
     "task": "what is predicted",
+    "test_per_class": "samples of each class to test on",
+    "validation_scenes": "held-out scenes that are measured",
     "weight_decay": "of the optimiser",
     "width": "channels",
 }
@@ -248,7 +259,9 @@ def _parse(
             if default is None:
                 return tyro.cli(kind, args=arguments, prog=program, add_help=False)
             return tyro.cli(kind, args=arguments, prog=program, default=default, add_help=False)
-    except SystemExit:
+    except SystemExit as stop:
+        if stop.code != 2:  # not tyro's: the command was terminated while it was read
+            raise
         problem = _problem(options, arguments) or _flat(said.getvalue())
         raise UsageError(f"{problem}; `{program} --help` explains the options") from None
 

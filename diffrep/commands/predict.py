@@ -16,7 +16,6 @@ from PIL import Image
 from diffrep.commands.image_runs import (
     Input,
     Item,
-    OutputPlace,
     check_folder,
     find_inputs,
     map_endings,
@@ -26,8 +25,7 @@ from diffrep.commands.image_runs import (
     write_predicted_video,
 )
 from diffrep.commands.options import PrecisionOptions
-from diffrep.commands.output import check_writable, write_image
-from diffrep.files import read_document, write_document, write_whole
+from diffrep.files import check_writable, read_document, write_document, write_image, write_whole
 from diffrep.heads.cutouts import backdrop, composite, cut_out, grey_image
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
@@ -145,7 +143,7 @@ class Depth(ImageCommand):
         if self.normals_model is not None:
             device, dtype = self.resolved()
             normals = load_head(self.normals_model, device=device, dtype=dtype)
-            if not isinstance(normals, DenseHead) or normals.task != "normals":
+            if normals.task != "normals":
                 raise ValueError(f"{self.normals_model}: predicts {normals.task}, not normals")
 
         def write(item: Item, image: Image.Image, result: DepthMap) -> list[Path]:
@@ -300,7 +298,10 @@ class Segment(ImageCommand):
 
         def write(item: Item, image: Image.Image, result: ObjectMask) -> list[Path]:
             about[item.label] = result.metadata(self.threshold)
-            return [self._write(item.place, kind, image, result) for kind in outputs]
+            files = {kind: item.place.file(f"{kind}.png") for kind in outputs}
+            for kind, file in files.items():
+                write_image(file, self._picture(kind, image, result))
+            return list(files.values())
 
         summary: dict[str, Any] = {"model": self.model, "found": head.found, "images": []}
         existing = [f"{kind}.png" for kind in outputs] if self.skip_existing else []
@@ -357,11 +358,6 @@ class Segment(ImageCommand):
         values = {"mask": result.mask, "binary": result.binary(self.threshold).float(), "edge": result.edge}[kind]
         assert values is not None
         return grey_image(values)
-
-    def _write(self, place: OutputPlace, kind: str, image: Image.Image, result: ObjectMask) -> Path:
-        file = place.file(f"{kind}.png")
-        write_image(file, self._picture(kind, image, result))
-        return file
 
 
 def _command_of(task: str) -> str:

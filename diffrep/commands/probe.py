@@ -13,8 +13,8 @@ import tyro
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
-from diffrep.commands.output import check_writable, write_image
 from diffrep.features import ExtractConfig
+from diffrep.files import check_writable, write_image
 from diffrep.heads.probes import (
     Cell,
     FeedbackSettings,

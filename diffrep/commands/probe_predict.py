@@ -16,8 +16,7 @@ from PIL import Image
 
 from diffrep.backbones import Backbone
 from diffrep.commands.image_runs import Item, check_folder, find_inputs, run_images, write_beside, write_map
-from diffrep.commands.output import check_writable
-from diffrep.files import write_whole
+from diffrep.files import check_writable, write_whole
 from diffrep.heads.probes.dense import DenseProbe
 from diffrep.heads.probes.pixels import PixelLabelling, PixelProbe
 from diffrep.heads.probes.probe import MapProbe, Prediction, load_named, load_probe, load_recorded, saved_features

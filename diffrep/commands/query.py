@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from diffrep.commands.options import BackboneOptions, DeviceOptions
-from diffrep.commands.output import check_writable, write_image
-from diffrep.files import printable
+from diffrep.files import check_writable, printable, write_image
 from diffrep.tasks import note_embedded
 
 if TYPE_CHECKING:

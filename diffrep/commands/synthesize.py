@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from diffrep.commands.options import PrecisionOptions
-from diffrep.commands.output import check_writable
+from diffrep.files import check_writable
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, synthesize_file
 from diffrep.synthesis.grids import ImageEncoder, interpolate_grids, load_grid, vary_grid
 from diffrep.synthesis.large import check_canvas, check_room, grid_shape
