@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from diffrep.commands.options import PrecisionOptions
-from diffrep.commands.output import check_writable
+from diffrep.files import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
