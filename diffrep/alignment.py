@@ -32,9 +32,7 @@ def fit_scale_shift(
     Raises:
         ValueError: the shapes differ.
     """
-    if not prediction.shape == reference.shape == mask.shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (prediction, reference, mask))
-        raise ValueError(f"prediction, reference and mask must have one shape, got {shapes}")
+    _check_shapes(prediction, reference, mask)
     keep = mask.flatten(1)
     p = torch.where(keep, prediction.flatten(1).double(), 0.0)
     r = torch.where(keep, reference.flatten(1).double(), 0.0)
@@ -48,6 +46,12 @@ def fit_scale_shift(
     if undetermined == "zero":
         shift = torch.where(determined, shift, 0.0)
     return scale.to(prediction.dtype), shift.to(prediction.dtype)
+
+
+def _check_shapes(*maps: Tensor) -> None:
+    if len({x.shape for x in maps}) > 1:
+        shapes = ", ".join(str(tuple(x.shape)) for x in maps)
+        raise ValueError(f"prediction, reference and mask must have one shape, got {shapes}")
 
 
 def fit_robust(
@@ -72,9 +76,7 @@ def fit_robust(
     Raises:
         ValueError: the shapes differ.
     """
-    if not prediction.shape == reference.shape == mask.shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (prediction, reference, mask))
-        raise ValueError(f"prediction, reference and mask must have one shape, got {shapes}")
+    _check_shapes(prediction, reference, mask)
     lines = [
         _robust_line(p[m].double(), r[m].double(), trials, rounds, seed)
         for p, r, m in zip(prediction, reference, mask, strict=True)
@@ -97,9 +99,8 @@ def _robust_line(p: Tensor, r: Tensor, trials: int, rounds: int, seed: int) -> t
         i, j = p.argmin()[None], p.argmax()[None]
     scales = (r[i] - r[j]) / (p[i] - p[j])
     shifts = r[i] - scales * p[i]
-    judges: Tensor | slice = slice(None)
-    if len(p) > 4096:
-        judges = torch.randint(len(p), (4096,), generator=generator).to(p.device)
+    many = len(p) > 4096
+    judges = torch.randint(len(p), (4096,), generator=generator).to(p.device) if many else slice(None)
     residuals = (scales[:, None] * p[judges] + shifts[:, None] - r[judges]).abs().median(1).values
     best = residuals.argmin()
     scale, shift = scales[best], shifts[best]

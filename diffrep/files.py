@@ -277,14 +277,10 @@ def forget_origin(folder: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    if process == os.getpid():
-        return True
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:  # of another user, or of none
+        return not isinstance(error, ProcessLookupError)
     return True
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-TABLES = (".csv", ".parquet")
 _ROWS = 8  # of a table in a notebook
 
 
@@ -121,26 +120,19 @@ class Result:
     def _writers(self) -> dict[str, Callable[[Path], object]]:
         """ending -> what writes that form."""
         forms: dict[str, Callable[[Path], object]] = {}
-        if (picture := self.picture()) is not None:
+        picture, columns, arrays = self.picture(), self.columns(), self.arrays()
+        if picture is not None:
             forms |= dict.fromkeys(PICTURES, picture.save)
-        if (columns := self.columns()) is not None:
-            forms |= {".csv": lambda path: _write_csv(path, columns), ".parquet": self._write_parquet}
-        arrays = self.arrays()
+        if columns is not None:
+            forms[".csv"] = lambda path: _write_csv(path, columns)
+            forms[".parquet"] = lambda path: self.to_pandas().to_parquet(path)
         if arrays:
             forms[".npz"] = lambda path: np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy's stubs
         if self.MAIN in arrays or len(arrays) == 1:
             forms[".npy"] = lambda path: np.save(path, arrays[self.MAIN or next(iter(arrays))])
         if arrays:
-            forms[".safetensors"] = self._write_safetensors
+            forms[".safetensors"] = lambda path: _write_safetensors(path, arrays)
         return forms
-
-    def _write_parquet(self, path: Path) -> None:
-        self.to_pandas().to_parquet(path)
-
-    def _write_safetensors(self, path: Path) -> None:
-        from safetensors.numpy import save_file
-
-        save_file({name: np.ascontiguousarray(array) for name, array in self.arrays().items()}, path)
 
     def _values(self) -> Iterator[tuple[str, Any]]:
         """(name, value) of every field; the entries of a mapping or of a tuple of tensors count as fields."""
@@ -170,15 +162,13 @@ class Result:
         columns = self.columns()
         if columns is None or self.picture() is not None:  # a notebook would take the table before the picture
             return None
-        rows = list(zip(*(to_numpy(values)[:_ROWS].tolist() for values in columns.values()), strict=True))
-        cells = [[_cell(value) for value in row] for row in rows]
+        cells = [
+            [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
+            for row in zip(*(to_numpy(values)[:_ROWS].tolist() for values in columns.values()), strict=True)
+        ]
         head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
         body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
         return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>"
-
-
-def _cell(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _write_csv(path: Path, columns: Mapping[str, Any]) -> None:
@@ -186,3 +176,9 @@ def _write_csv(path: Path, columns: Mapping[str, Any]) -> None:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*(to_numpy(values).tolist() for values in columns.values()), strict=True))
+
+
+def _write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)

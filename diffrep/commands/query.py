@@ -108,7 +108,8 @@ class Search(BackboneOptions, QuestionOptions):
     For example: diffrep search photos/ cat.jpg --point 120,80 -o found.png
 
     Extracts features, indexes them and asks. What it keeps makes the next question quick; new and changed images are
-    extracted then.
+    extracted then. A place is the centre of a cell of the backbone's grid, which is coarse: `diffrep info BACKBONE`
+    prints its stride, `diffrep match` answers to the pixel.
     """
 
     folder: Annotated[Path, tyro.conf.Positional]  # where to look
