@@ -21,7 +21,6 @@ from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.repositories import LoadOptions, Repository, repository
 from diffrep.backbones.text import PipelineText, PromptEncoder, TextEncoders, quiet_libraries
 from diffrep.backbones.transformers import FLOW, FORMER, DiffusionTransformer
-from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, write_document
 from diffrep.images import Sizing
 
@@ -152,7 +151,6 @@ def load_component(
     source: str | os.PathLike[str] | Repository,
     part: str,
     dtype: torch.dtype,
-    variant: str | None = None,
     *,
     optional: tuple[str, ...] = (),
     weights: bool = True,
@@ -167,7 +165,7 @@ def load_component(
     Raises:
         BackboneError: the weights are missing, no safetensors, or do not fit the part's config.
     """
-    source = repository(source, variant=variant)
+    source = repository(source)
     config = source.json(f"{part}/config.json")
     if not weights:
         with torch.device("meta"):
@@ -238,15 +236,8 @@ class PipelineParts:
     source: str
 
 
-def load_parts(
-    name: str | os.PathLike[str],
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    variant: str | None = None,
-    pad: bool = True,
-) -> PipelineParts:
-    """Load U-Net, VAE and schedule of an embedded model, a folder or a hub id; text encoders come when asked.
+def load_parts(name: str | os.PathLike[str], *, pad: bool = True) -> PipelineParts:
+    """Load U-Net, VAE and schedule of an embedded model, a folder or a hub id, in float32 on the CPU, for training.
 
     Args:
         pad: see `TextEncoders`.
@@ -256,16 +247,15 @@ def load_parts(
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    source, device = repository(name, variant=variant), resolve_device(device)
+    source, dtype, encoders = repository(name), torch.float32, {"text_encoder": "CLIPTextModel"}
     scheduler = source.json("scheduler/scheduler_config.json")
-    parts = {"text_encoder": "CLIPTextModel"}
-    text = TextEncoders(source, parts, device=device, dtype=dtype, pad=pad) if source.has("text_encoder") else None
+    text = TextEncoders(source, encoders, device=torch.device("cpu"), dtype=dtype, pad=pad)
     return PipelineParts(
-        unet=load_component(UNet2DConditionModel, source, "unet", dtype).to(device),
-        vae=load_component(AutoencoderKL, source, "vae", dtype).to(device).requires_grad_(False),
-        alphas_cumprod=alphas_cumprod(scheduler).float().to(device),
+        unet=load_component(UNet2DConditionModel, source, "unet", dtype),
+        vae=load_component(AutoencoderKL, source, "vae", dtype).requires_grad_(False),
+        alphas_cumprod=alphas_cumprod(scheduler).float(),
         scheduler=scheduler,
-        text=text,
+        text=text if source.has("text_encoder") else None,
         source=source.label,
     )
 

@@ -76,18 +76,13 @@ def _stable_diffusion(path: Path, weights: dict[str, Tensor], options: LoadOptio
     refuse_channels(str(path), shapes[f"{UNET}input_blocks.0.0.weight"][1], int(config["vae"]["latent_channels"]))
     if family == "sd2" and "512" in path.name:  # the base model, of which the weights say nothing
         config["unet"]["sample_size"], config["scheduler"]["prediction_type"] = 64, "epsilon"
-    config["unet"] |= unet_sizes(shapes, config["unet"])
-    config["vae"] |= vae_sizes(shapes)
+    config["unet"] |= _unet_sizes(shapes, config["unet"])
+    config["vae"] |= _vae_sizes(shapes)
     texts = {part: values for part, values in config.items() if part.startswith("text_encoder")}
-    with TemporaryDirectory() as folder:
-        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-            values = config[part] | {"_class_name": kind.__name__}
-            (Path(folder) / part).mkdir()
-            (Path(folder) / part / "config.json").write_text(json.dumps(values))
-        unet = _from_file(UNet2DConditionModel, weights, folder, "unet", path)
-        vae = without_decoder(_from_file(AutoencoderKL, weights, folder, "vae", path))
     parts = {key: value for key, value in weights.items() if key.startswith(("cond_stage_model.", "conditioner."))}
     text = SingleFileText(path, parts, texts, device=options.device, dtype=options.dtype)
+    unet = _from_file(UNet2DConditionModel, "unet", weights, config["unet"], path)
+    vae = without_decoder(_from_file(AutoencoderKL, "vae", weights, config["vae"], path))
     backbone = LatentDiffusion(
         unet,
         vae,
@@ -101,11 +96,15 @@ def _stable_diffusion(path: Path, weights: dict[str, Tensor], options: LoadOptio
     return backbone
 
 
-def _from_file(kind: Any, weights: Mapping[str, Tensor], folder: str, part: str, path: Path) -> Any:
-    try:
-        module = kind.from_single_file(dict(weights), config=folder, subfolder=part, local_files_only=True)
-    except Exception as error:  # tensors that are missing or of another shape: several kinds
-        raise BackboneError(f"{path}: its {part} does not fit a Stable Diffusion ({one_line(error)})") from None
+def _from_file(kind: Any, part: str, weights: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> Any:
+    """A network with a configuration and weights of the original names; diffusers reads the one from a folder only."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / part).mkdir()
+        (Path(folder) / part / "config.json").write_text(json.dumps({**config, "_class_name": kind.__name__}))
+        try:
+            module = kind.from_single_file(dict(weights), config=folder, subfolder=part, local_files_only=True)
+        except Exception as error:  # tensors that are missing or of another shape: several kinds
+            raise BackboneError(f"{path}: its {part} does not fit a Stable Diffusion ({one_line(error)})") from None
     for name, parameter in module.named_parameters():
         if parameter.device.type == "meta" and not name.startswith(ENCODER_ONLY):
             raise BackboneError(f"{path}: its {part} lacks {name}")
@@ -114,9 +113,7 @@ def _from_file(kind: Any, weights: Mapping[str, Tensor], folder: str, part: str,
 
 def _family(path: Path, shapes: Shapes) -> str:
     """Which of the public models a checkpoint is built as: by what its U-Net attends to."""
-    width = next(
-        (s[1] for key, s in shapes.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight")), None
-    )
+    width = _context_width(shapes)
     if width is None:
         raise BackboneError(f"{path}: its U-Net has no cross-attention, it is no Stable Diffusion")
     if any(key.startswith(f"{UNET}label_emb.") for key in shapes):
@@ -125,30 +122,31 @@ def _family(path: Path, shapes: Shapes) -> str:
     return "sd2" if any(key.startswith("cond_stage_model.model.") for key in shapes) or width == 1024 else "sd1"
 
 
-def unet_sizes(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
+def _context_width(shapes: Shapes) -> int | None:
+    """Channels of what the U-Net attends to; None: it has no cross-attention."""
+    keys = (key for key in shapes if key.startswith(UNET) and key.endswith("attn2.to_k.weight"))
+    return next((int(shapes[key][1]) for key in keys), None)
+
+
+def _unet_sizes(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
     """Widths and depths of a U-Net in the original layout, as arguments of `UNet2DConditionModel`."""
-    per_level = int(config["layers_per_block"]) + 1
-    levels = range(len(config["block_out_channels"]))
+    per_level, levels = int(config["layers_per_block"]) + 1, range(len(config["block_out_channels"]))
     blocks = [f"{UNET}input_blocks.{1 + level * per_level}." for level in levels]
     widths = [int(shapes[f"{block}0.out_layers.3.weight"][0]) for block in blocks]
-    context = next(s[1] for key, s in shapes.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight"))
-    sizes: dict[str, Any] = {"block_out_channels": widths, "cross_attention_dim": int(context)}
+    sizes: dict[str, Any] = {"block_out_channels": widths, "cross_attention_dim": _context_width(shapes)}
     if isinstance(config["attention_head_dim"], list):  # diffusers means the number of heads
         sizes["attention_head_dim"] = [max(width // HEAD_WIDTH, 1) for width in widths]
     if label := shapes.get(f"{UNET}label_emb.0.0.weight"):
         sizes["projection_class_embeddings_input_dim"] = int(label[1])
     depths = [_count(shapes, rf"{re.escape(block)}1\.transformer_blocks\.(\d+)\.") for block in blocks]
     middle = _count(shapes, rf"{re.escape(UNET)}middle_block\.1\.transformer_blocks\.(\d+)\.")
-    sizes["transformer_layers_per_block"] = [depth or middle for depth in depths]
-    return sizes
+    return sizes | {"transformer_layers_per_block": [depth or middle for depth in depths]}
 
 
-def vae_sizes(shapes: Shapes) -> dict[str, Any]:
+def _vae_sizes(shapes: Shapes) -> dict[str, Any]:
     """Widths of a VAE in the original layout, as arguments of `AutoencoderKL`."""
     levels = range(_count(shapes, rf"{re.escape(VAE)}encoder\.down\.(\d+)\."))
-    return {
-        "block_out_channels": [int(shapes[f"{VAE}encoder.down.{i}.block.0.conv2.weight"][0]) for i in levels],
-    }
+    return {"block_out_channels": [int(shapes[f"{VAE}encoder.down.{i}.block.0.conv2.weight"][0]) for i in levels]}
 
 
 def _count(shapes: Shapes, pattern: str) -> int:

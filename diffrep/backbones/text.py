@@ -141,11 +141,10 @@ class TextEncoders(ClipEncoders):
         *,
         device: torch.device,
         dtype: torch.dtype,
-        variant: str | None = None,
         pad: bool = True,
     ) -> None:
         super().__init__(parts, device=device, dtype=dtype, pad=pad)
-        self.source = repository(source, variant=variant)
+        self.source = repository(source)
 
     def load(self, part: str) -> tuple[Any, Any]:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

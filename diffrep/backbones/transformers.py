@@ -110,7 +110,7 @@ class DiffusionTransformer(LatentBackbone):
         plain = list(dict.fromkeys(part for parts in ingredients.values() for part in parts))
         maps = super().maps(pixels, plain, conditions, batch_size=batch_size, **draws)
         return {
-            tap: maps[tap] if parts == (tap,) else modulated(*(maps[part] for part in parts), conditions.discard)
+            tap: maps[tap] if len(parts) == 1 else modulated(maps[parts[0]], maps[parts[1]], conditions.discard)
             for tap, parts in ingredients.items()
         }
 
