@@ -42,6 +42,12 @@ class DiffusionBackbone(Backbone, ABC):
     scheduler: Mapping[str, Any] | None = None
     _taps: Mapping[str, TapInfo]
 
+    def __init__(self, network: Any, alphas_cumprod: Tensor, *, name: str, source: str) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.alphas_cumprod = alphas_cumprod.float()
+        self.name, self.source = name, source
+
     def taps(self) -> tuple[TapInfo, ...]:
         return tuple(self._taps.values())
 
@@ -147,9 +153,14 @@ class LatentBackbone(DiffusionBackbone):
     """
 
     denoises = "latents"
-    vae: Any
-    text: PromptEncoder | None
-    _prompts: dict[str, PromptEmbedding]
+
+    def __init__(
+        self, network: Any, vae: Any, alphas_cumprod: Tensor, text: PromptEncoder | None, *, name: str, source: str
+    ) -> None:
+        super().__init__(network, alphas_cumprod, name=name, source=source)
+        self.vae, self.text = vae.eval().requires_grad_(False), text
+        self.stride = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._prompts: dict[str, PromptEmbedding] = {}
 
     @property
     def parts(self) -> dict[str, nn.Module]:

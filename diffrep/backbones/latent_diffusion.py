@@ -46,15 +46,9 @@ class LatentDiffusion(LatentBackbone):
         source: str = "random",
         recommended: Recommended | None = None,
     ) -> None:
-        super().__init__()
-        self.network = unet.eval().requires_grad_(False)
-        self.vae = vae.eval().requires_grad_(False)
-        self.alphas_cumprod = alphas_cumprod.float()
-        self.text, self.predicts = text, predicts
-        self.name, self.source = name, source
-        self.stride = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
+        super().__init__(unet, vae, alphas_cumprod, text, name=name, source=source)
+        self.predicts = predicts
         self._taps = unet_taps(unet, self.stride)
-        self._prompts: dict[str, PromptEmbedding] = {}
         self._keys_values: dict[str, dict[Any, Tensor]] = {}
         default_tap = "up.1" if "up.1" in self._taps else "mid"
         side = self.stride * int(unet.config.sample_size or 64)

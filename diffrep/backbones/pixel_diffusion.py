@@ -14,7 +14,7 @@ Source: openai/guided-diffusion 22e0df8, guided_diffusion/unet.py and script_uti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffrep.backbones.base import BackboneError, Conditions, Recommended, TapError, TapInfo
+from diffrep.backbones.base import BackboneError, Conditions, Recommended, TapError
 from diffrep.backbones.diffusion import DiffusionBackbone
 from diffrep.backbones.unet import reading_taps, unet_taps
 from diffrep.backbones.weight_files import read_weights
@@ -63,16 +63,18 @@ class PixelDiffusion(DiffusionBackbone):
     def __init__(
         self, unet: Any, alphas_cumprod: Tensor, *, name: str = "pixel diffusion", source: str = "random"
     ) -> None:
-        super().__init__()
-        self.network = unet.eval().requires_grad_(False)
-        self.alphas_cumprod = alphas_cumprod.float()
-        self.name, self.source = name, source
+        super().__init__(unet, alphas_cumprod, name=name, source=source)
         self.classes: int | None = unet.config.num_class_embeds
         self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
         paths = numbered_blocks(unet)
         self._first_output = paths.index("mid_block") + 2
         self._output_blocks = len(paths) - paths.index("mid_block") - 1
-        self._taps = {tap.name: tap for tap in _with_numbers(unet_taps(unet, 1).values(), paths)}
+        self._taps = {}
+        for tap in unet_taps(unet, 1).values():
+            self._taps[tap.name] = tap
+            if tap.module in paths and tap.name != "in":
+                number = f"block.{paths.index(tap.module) + 1}"
+                self._taps[number] = replace(tap, name=number)
         # DIFT: index 4 at twice the training size, t = 101, eight draws
         self.recommended = Recommended(
             taps=(self.dift_tap(min(4, self._output_blocks - 1)),),
@@ -135,13 +137,6 @@ class PixelDiffusion(DiffusionBackbone):
         with reading_taps(self.network, [self.tap(tap) for tap in taps], noisy.shape) as maps:
             self.network(noisy.to(self.device, self.dtype), timestep, **classes)
         return maps
-
-
-def _with_numbers(taps: Iterable[TapInfo], paths: Sequence[str]) -> Iterator[TapInfo]:
-    for tap in taps:
-        yield tap
-        if tap.module in paths and tap.name != "in":
-            yield replace(tap, name=f"block.{paths.index(tap.module) + 1}")
 
 
 # -- guided-diffusion's checkpoints -------------------------------------------------------------------------

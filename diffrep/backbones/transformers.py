@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError, Call, Conditions, Reader, Recommended, TapInfo, reading
 from diffrep.backbones.diffusion import LatentBackbone
-from diffrep.backbones.text import PromptEmbedding, PromptEncoder
+from diffrep.backbones.text import PromptEncoder
 from diffrep.images import Sizing
 
 KINDS = ("FluxTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel", "DiTTransformer2DModel")
@@ -62,20 +62,15 @@ class DiffusionTransformer(LatentBackbone):
         name: str = "diffusion transformer",
         source: str = "random",
     ) -> None:
-        super().__init__()
         self.kind = type(transformer).__name__
         if self.kind not in KINDS:
             raise BackboneError(f"{name}: a {self.kind} cannot be tapped; known are {', '.join(KINDS)}")
         if alphas_cumprod is None and self.kind not in FLOW:
             raise BackboneError(f"{name}: a {self.kind} needs the schedule it was trained with")
-        self.network = transformer.eval().requires_grad_(False)
-        self.vae = vae.eval().requires_grad_(False)
-        self.alphas_cumprod = torch.ones(1000) if alphas_cumprod is None else alphas_cumprod.float()
-        self.text, self.name, self.source = text, name, source
-        self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
+        alphas = torch.ones(1000) if alphas_cumprod is None else alphas_cumprod
+        super().__init__(transformer, vae, alphas, text, name=name, source=source)
         self.patch = 2 if self.kind == "FluxTransformer2DModel" else int(transformer.config.patch_size)
         self.multiple = self.stride * self.patch
-        self._prompts: dict[str, PromptEmbedding] = {}
         double = list(transformer.transformer_blocks)
         single = list(getattr(transformer, "single_transformer_blocks", []))
         self._blocks: list[Any] = [*double, *single]
