@@ -24,6 +24,7 @@ from tqdm import tqdm
 from diffrep.eval.matchers import Extractor, FeatureMatcher, Matcher, View, describe
 from diffrep.eval.report import Report, Section
 from diffrep.images import load_image
+from diffrep.settings import NOT_NEGATIVE, check, check_ranges
 
 _PHOTOGRAPHS = {  # file name -> (package, path inside it)
     "china.jpg": ("sklearn", "datasets/images/china.jpg"),
@@ -56,15 +57,10 @@ class HomographySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        low, high = self.zoom
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"zoom must be a range inside (0, 1], got {self.zoom}")
-        if self.views < 1 or self.points < 2:
-            raise ValueError(f"views must be >= 1 and points >= 2, got {self.views} and {self.points}")
-        if not (math.isfinite(self.rotation) and self.rotation >= 0 and 0 <= self.seed < 2**31):
-            raise ValueError(f"rotation and seed must not be negative, got {self.rotation} and {self.seed}")
-        if not 0 <= self.perspective < 0.25:
-            raise ValueError(f"perspective must be in [0, 0.25), or views fold over, got {self.perspective}")
+        check(self, views="1..", points="2..", zoom="(0, 1]", rotation=NOT_NEGATIVE, seed="[0, 2^31)")
+        check_ranges(self, perspective="[0, 0.25)")  # beyond that, views fold over
+        if self.zoom[0] > self.zoom[1]:
+            raise ValueError(f"zoom must be a range, got {self.zoom}")
 
 
 def view_homography(size: tuple[int, int], settings: HomographySettings, seed: int) -> Tensor:

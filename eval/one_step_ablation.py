@@ -7,7 +7,6 @@ that it has; they are of another model, another data set and far longer training
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from diffrep.heads.training.dense import OneStepModel, predict_maps
 from diffrep.heads.training.dense_data import SampleSet
 from diffrep.heads.training.fit import EMBEDDED_FIT, OneStepTraining, train_one_step
 from diffrep.scenes import Scene
+from diffrep.settings import POSITIVE, check
 from diffrep.training.loop import FitSettings
 
 
@@ -91,11 +91,7 @@ class AblationSettings:
     held_out: int = 160  # scenes that they are measured on
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "ddim_steps", "held_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+        check(self, steps="1..", batch_size="1..", learning_rate=POSITIVE, ddim_steps="1..", held_out="1..")
 
     def fit(self) -> FitSettings:
         """The settings of every variant's training."""

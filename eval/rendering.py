@@ -29,6 +29,7 @@ from diffrep.scenes import (
     render_scene,
     scene_seed,
 )
+from diffrep.settings import check, check_ranges
 
 if TYPE_CHECKING:
     from diffrep.heads.probes.annotated import AnnotatedFiles
@@ -54,16 +55,11 @@ class RenderedScenes:
     workers: int = 2  # processes that render ahead; 0: none beside this one
 
     def __post_init__(self) -> None:
-        if not 16 <= self.size <= LARGEST:
-            raise ValueError(f"size must be 16 to {LARGEST} pixels, got {self.size}")
+        check(self, size=f"16..{LARGEST}", batch_size="1..", workers="0..")
         if not self.categories:
             raise ValueError("categories must name at least one")
         if unknown := sorted(set(self.categories) - set(CATEGORIES)):
             raise ValueError(f"no category {', '.join(unknown)}; there are {', '.join(CATEGORIES)}")
-        for name, value in vars(self).items():
-            least = 0 if name in ("workers", "first", "seed") else 1
-            if isinstance(value, int) and not least <= value < 2**31:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
 
     def batches(self, render: Callable[[Job], Rendered], jobs: Sequence[Job]) -> Iterator[list[Rendered]]:
         """What a function renders of every job, in order.
@@ -95,6 +91,10 @@ class SceneMapSettings(RenderedScenes):
     first: int = 0  # number of the first scene
     batch_size: int = 16
     workers: int = 1  # processes that render ahead; 0: none beside this one
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, count="1..", first="[0, 2^31)")
 
     def jobs(self) -> list[SceneJob]:
         """All scenes, categories in turn."""
@@ -134,8 +134,7 @@ class SceneFiles:
     scene_size: int = 128  # pixels
 
     def __post_init__(self) -> None:
-        if min(self.scenes, self.test_scenes) < 1:
-            raise ValueError(f"scenes and test_scenes must be at least 1, got {self.scenes} and {self.test_scenes}")
+        check(self, scenes="1..", test_scenes="1..")
 
 
 def scene_classes(what: What) -> tuple[str, ...]:

@@ -9,7 +9,6 @@ interval is a bootstrap over pairs.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from diffrep.eval.protocols import PairCount, Pck, chance_within, difference_int
 from diffrep.eval.rendering import RenderedScenes
 from diffrep.eval.report import Report, Section, with_interval
 from diffrep.scenes import SEEN, UNSEEN, mirror, render_scene, scene_pairs, shared_keypoints
+from diffrep.settings import POSITIVE, check_ranges
 
 CHANCE = "chance"
 
@@ -36,8 +36,7 @@ class ScenesSettings(RenderedScenes):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.alphas or not all(0 < alpha < math.inf for alpha in self.alphas):
-            raise ValueError(f"alphas must be shares above 0, got {self.alphas}")
+        check_ranges(self, per_category="1..", seed="[0, 2^31)", alphas=POSITIVE)
 
 
 @dataclass(frozen=True)

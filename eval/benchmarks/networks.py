@@ -250,9 +250,14 @@ def random_parts(size: Size, family: Family, device: str, dtype: torch.dtype) ->
         )
         vae = random_vae(size)
         config = CLIPTextConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=23 if full else 4,
-            num_attention_heads=heads, vocab_size=49408 if full else 512, bos_token_id=0, eos_token_id=1,
-        )  # fmt: skip
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=23 if full else 4,
+            num_attention_heads=heads,
+            vocab_size=49408 if full else 512,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
         text: Any = CLIPTextModel(config)
     for module in (unet, vae, text):
         module.eval().requires_grad_(False)

@@ -76,10 +76,11 @@ def _annotated(
     category_of = {file: pair.rpartition(":")[2] for file, pair in pairs.items()}
     wanted = choose(name, "category", known or sorted(set(category_of.values())), categories)
     files = [(file.name, file) for file in pairs if category_of[file] in wanted]
-    return read_pairs(
-        name, images or root, wanted, files, lambda file: read(pairs[file], category_of[file], read_document(file)),
-        split=split,
-    )  # fmt: skip
+
+    def read_file(file: Path) -> AnnotatedPair:
+        return read(pairs[file], category_of[file], read_document(file))
+
+    return read_pairs(name, images or root, wanted, files, read_file, split=split)
 
 
 def read_spair(

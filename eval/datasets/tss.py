@@ -118,12 +118,10 @@ def _directions(folder: Path, subset: str) -> Iterator[FlowItem]:
     sizes = {k: image_size(folder / f"image{k}.png") for k in (1, 2)}
     inside = f"{subset}/{folder.name}"
     for source, target in ((1, 2), (2, 1)):
-        yield FlowItem(
-            f"{inside}/{source}to{target}", subset, tss_category(folder.name, subset),
-            f"{inside}/image{source}.png", f"{inside}/image{target}.png",
-            f"{inside}/flow{target}.flo", f"{inside}/mask{target}.png",
-            sizes[source], sizes[target],
-        )  # fmt: skip
+        images = (f"{inside}/image{source}.png", f"{inside}/image{target}.png")
+        truth = (f"{inside}/flow{target}.flo", f"{inside}/mask{target}.png")
+        name, category = f"{inside}/{source}to{target}", tss_category(folder.name, subset)
+        yield FlowItem(name, subset, category, *images, *truth, sizes[source], sizes[target])
 
 
 def tss_category(folder: str, subset: str = "") -> str:
