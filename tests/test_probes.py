@@ -202,10 +202,10 @@ def test_large_files_are_known_by_time_and_both_ends(tmp_path: Path) -> None:
 def test_padding_is_not_pooled(unet: Backbone, tmp_path: Path) -> None:
     """A wide image that is padded to a square gives the features of its own part of the map."""
     from diffrep.heads.probes.cells import group_canvases, read_cells
-    from diffrep.images import stack_pixels
+    from diffrep.images import fit_image, stack_pixels
 
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 64, 3), dtype=np.uint8))
-    (group,) = group_canvases([(0, wide)], Sizing("pad", 64))
+    (group,) = group_canvases([(0, *fit_image(wide, Sizing("pad", 64)))])
     reading = ReadPlan(unet.name, ("conv_in",), (10,), (1, 2), replace(SMALL, sizing=Sizing("pad", 64))).resolve(unet)
     ((_, vectors),) = read_cells(unet, [group], 1, reading, (10,))
     maps = unet.maps(stack_pixels(group[0].unbind()), ["conv_in"], reading.extract.conditions())["conv_in"]

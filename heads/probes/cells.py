@@ -23,7 +23,6 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -162,11 +161,10 @@ def readings_of(cells: Sequence[Cell], extract: ExtractConfig) -> list[ReadPlan]
 Group: TypeAlias = tuple[Tensor, list[Placement], list[int]]  # canvases (B, 3, H, W) uint8 of one size, and their rows
 
 
-def group_canvases(images: Iterable[tuple[int, Image.Image]], sizing: Sizing) -> list[Group]:
-    """Images, each with the number of its row, on canvases, those of one size together."""
+def group_canvases(fitted: Iterable[tuple[int, Tensor, Placement]]) -> list[Group]:
+    """Rows with what `fit_image` made of their images, those on canvases of one size together."""
     groups: dict[tuple[int, int], list[tuple[Tensor, Placement, int]]] = {}
-    for row, image in images:
-        canvas, placement = fit_image(image, sizing)
+    for row, canvas, placement in fitted:
         groups.setdefault(placement.canvas_size, []).append((canvas, placement, row))
     return [
         (torch.stack([c for c, _, _ in group]), [p for _, p, _ in group], [r for _, _, r in group])
@@ -399,14 +397,13 @@ class _Shards(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[int, list[Group], list[str]]:
         number, rows = self.shards[index]
-        decoded, reasons = [], []
-        for row in rows:
+        fitted, reasons = [], []
+        for row, image in enumerate(self.images[rows.start : rows.stop]):
             try:
-                image = self.images[row]
-                decoded.append((row - rows.start, decode_image(image.read(), image.name)))
+                fitted.append((row, *fit_image(decode_image(image.read(), image.name), self.sizing)))
             except ImageError as error:
                 reasons.append(str(error))
-        return number, group_canvases(decoded, self.sizing), reasons
+        return number, group_canvases(fitted), reasons
 
 
 def _read_shards(

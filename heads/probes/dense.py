@@ -330,15 +330,12 @@ class DenseProbe(MapProbe):
     settings: DenseSettings
 
     def untrained(self, backbone: Backbone | None = None) -> nn.Module:
-        """A head of the settings."""
         return StandardisedProbe(self.task, self.channels, self.settings)
 
     def summary(self) -> str:
-        """What it predicts, through which reader."""
         return f"{self.task}, {self.settings.reader} reader,"
 
     def answer(self, maps: Sequence[FeatureMaps]) -> DepthMap | NormalMap:
-        """The map of one image."""
         (of_image,), taps = maps, list(self.features[self.backbone]["taps"])
         placement = of_image.placements[0]
         canvas = self.network([of_image.maps[tap].float().cpu() for tap in of_image.taps], placement.canvas_size)

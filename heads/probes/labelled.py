@@ -166,12 +166,12 @@ def read_labelled(
         DataError: nothing is found, or labels disagree; see also `assemble`.
     """
     if not isinstance(source, (str, Path)):
-        return from_data_set(source, image=image or "image", label=label, group=group)
+        return _from_tables(Path("data set"), _tables_of(source), image or "image", label, group)
     path = Path(source)
+    if path.suffix.lower() == ".parquet" or any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
+        return _from_tables(path, _arrow_tables(path), image or "image", label, group)
     if path.suffix.lower() == ".csv":
         records = _from_csv(path, image or "path", label, group)
-    elif path.suffix.lower() == ".parquet" or any((path / f).is_file() for f in ("state.json", "dataset_dict.json")):
-        return _from_tables(path, _arrow_tables(path), image or "image", label, group)
     elif shards := _shards(path):
         records = (record for shard in shards for record in _from_shard(shard, label))
     elif path.is_dir():
@@ -328,22 +328,13 @@ def _arrow_tables(path: Path) -> list[_Table]:
     return tables
 
 
-def from_data_set(
-    data_set: Any, *, image: str = "image", label: str = "label", group: str | None = None
-) -> LabelledImages:
-    """The images of a `datasets.Dataset` with an undecoded or decoded `Image` column, or of a `DatasetDict` of such.
-
-    Raises:
-        DataError: a column is missing, or a name of a part is none of train, validation and test; see `assemble`.
-    """
+def _tables_of(data_set: Any) -> list[_Table]:
+    """Of a `datasets.Dataset` with an undecoded or decoded `Image` column, or of a `DatasetDict` of such."""
     if not isinstance(data_set, Mapping) and not hasattr(data_set, "with_format"):
         raise DataError(f"labelled images come from a path or a datasets.Dataset, got {type(data_set).__name__}")
-    parts = (
-        {name: _part(name, "the data set") for name in data_set} if isinstance(data_set, Mapping) else {"data": None}
-    )
-    sets = data_set if isinstance(data_set, Mapping) else {"data": data_set}
-    tables = [(name, sets[name].with_format("arrow")[:], part) for name, part in parts.items()]
-    return _from_tables(Path("data set"), tables, image, label, group)
+    if not isinstance(data_set, Mapping):
+        return [("data", data_set.with_format("arrow")[:], None)]
+    return [(name, one.with_format("arrow")[:], _part(name, "the data set")) for name, one in data_set.items()]
 
 
 def _from_tables(path: Path, tables: Sequence[_Table], image: str, label: str, group: str | None) -> LabelledImages:

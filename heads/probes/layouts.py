@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import Cell
-from diffrep.heads.probes.grid import Standardiser
 from diffrep.index import Backend, Neighbours, build_index, search
 from diffrep.settings import POSITIVE, check
 
@@ -94,11 +93,6 @@ class FeatureHead(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
         self.head = _inner(layout)
-
-    def standardise_by(self, standardiser: Standardiser) -> None:
-        """Bring every channel to variance 1: layers behind this one are initialised for that."""
-        self.mean.copy_(standardiser.mean)
-        self.scale.copy_(standardiser.scale * len(self.mean) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, K) logits, or votes of k-NN."""

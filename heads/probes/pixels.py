@@ -216,19 +216,15 @@ class PixelProbe(MapProbe):
 
     @property
     def noise_levels(self) -> tuple[int, ...]:
-        """The same as `timesteps`."""
         return self.timesteps
 
     def untrained(self, backbone: Backbone | None = None) -> nn.Module:
-        """An ensemble of these shapes."""
         return PixelEnsemble.untrained(self.channels, len(self.classes), members=self.members)
 
     def summary(self) -> str:
-        """How many classes it tells apart."""
         return f"{len(self.classes)} classes of pixels"
 
     def answer(self, maps: Sequence[FeatureMaps]) -> PixelLabelling:
-        """The labels of one image."""
         assert isinstance(self.network, PixelEnsemble)
         return self.network.segment(_features(maps, self.resizing))
 
@@ -274,7 +270,9 @@ def train_pixel_probe(
         size = (picture.height, picture.width)
         if tuple(labels.shape) != size:
             raise ValueError(f"labels of image {number} must be {size}, as the image is, got {tuple(labels.shape)}")
-        used = _used(labels.flatten()).nonzero()[:, 0]
+        numbers, counts = labels.unique(return_counts=True)
+        enough = numbers[(counts >= LEAST_PIXELS) & (numbers != IGNORED)]
+        used = torch.isin(labels.flatten(), enough).nonzero()[:, 0]
         generator = torch.Generator().manual_seed(settings.seed * 0x9E3779B9 + number)
         used = used[torch.randperm(len(used), generator=generator)[:pixels_per_image]]
         maps = [extract_maps(backbone, [picture], dataclasses.replace(config, timestep=t)) for t in timesteps]
@@ -292,12 +290,6 @@ def train_pixel_probe(
         channels=pixels.shape[1],
         resizing=resizing,
     )
-
-
-def _used(labels: Tensor) -> Tensor:
-    """(N,) bool: the pixels that are labelled, with a class that has enough of them."""
-    numbers, counts = labels.unique(return_counts=True)
-    return torch.isin(labels, numbers[(counts >= LEAST_PIXELS) & (numbers != IGNORED)])
 
 
 def _features(maps: Sequence[FeatureMaps], resizing: Resizing) -> Tensor:

@@ -28,7 +28,7 @@ from diffrep.features import FeatureMaps, extract_each, listed
 from diffrep.files import one_line, read_document, read_weights, save_weights, write_whole
 from diffrep.heads.probes.cells import Cell, ReadPlan, group_canvases, read_cells
 from diffrep.heads.probes.layouts import FeatureHead, Layout
-from diffrep.images import ImageLike, Placement, load_image
+from diffrep.images import ImageLike, Placement, fit_image, load_image
 from diffrep.results import Result
 from diffrep.settings import check
 from diffrep.store.manifest import difference, extract_config, provenance, weights_sha256
@@ -354,7 +354,6 @@ class ClassProbe(SavedProbe):
         return Prediction(torch.cat(shares), self.classes)
 
     def summary(self) -> str:
-        """Classes, and the score of test where it is known."""
         test = self.about.get("test", {}).get("top1")
         return f"{len(self.classes)} classes" + ("" if test is None else f", {100 * test:.1f} % of test,")
 
@@ -377,13 +376,11 @@ class Probe(ClassProbe):
         return self.layout.cells
 
     def untrained(self, backbone: Backbone | None = None) -> nn.Module:
-        """A head of the layout."""
         if len(self.classes) != self.layout.classes or {cell.backbone for cell in self.cells} != set(self.features):
             raise ValueError("its layout, classes and features do not belong together")
         return FeatureHead(self.layout)
 
     def summary(self) -> str:
-        """Kind of head, classes, and the score of test where it is known."""
         return f"{self.layout.kind}, {super().summary()}"
 
     def __repr__(self) -> str:
@@ -395,7 +392,8 @@ class Probe(ClassProbe):
         for name, backbone in backbones.items():
             plan = ReadPlan.covering(name, self.cells, extract_config(self.features[name])).resolve(backbone)
             assert plan.extract.sizing is not None  # resolved
-            groups = group_canvases(enumerate(images), plan.extract.sizing)
+            sizing = plan.extract.sizing
+            groups = group_canvases((row, *fit_image(image, sizing)) for row, image in enumerate(images))
             for _, values in read_cells(backbone, groups, len(images), plan, plan.timesteps or ()):
                 by_cell |= values
         scores = self.network(torch.cat([by_cell[cell] for cell in self.cells], dim=1))

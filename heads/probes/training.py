@@ -221,7 +221,9 @@ def train_head(
         return gallery_head(filled, features.read(rows), labels[list(rows)])
     head = build_head(layout, seed=fit.grid.seed)
     # the published attention heads have their own norms only, which leave a channel's mean over the images in place
-    head.standardise_by(Standardiser.of(features, rows))
+    standardise = Standardiser.of(features, rows)
+    head.mean.copy_(standardise.mean)
+    head.scale.copy_(standardise.scale * features.width**0.5)  # variance 1: the layers are initialised for that
     weights = class_weights(labels[list(rows)], layout.classes) if fit.grid.balanced else None
     recipe = dataclasses.replace(fit.recipe, learning_rate=choice["learning_rate"])
 
