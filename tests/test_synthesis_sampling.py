@@ -29,11 +29,20 @@ from diffrep.synthesis import (
     synthesize,
     synthesize_file,
 )
-from diffrep.synthesis.canvas import Lines, Run
+from diffrep.synthesis.canvas import (
+    ALIKE,
+    BETWEEN,
+    Lines,
+    RowSweep,
+    Run,
+    Weighting,
+    WindowPlan,
+    window_shares,
+    window_weights,
+)
 from diffrep.synthesis.large import decode_lines, grid_shape, paint
 from diffrep.synthesis.sampler import GivenNoise, KeyedNoise, SchedulerName, predict
 from diffrep.synthesis.schedulers import build_scheduler
-from diffrep.synthesis.windows import ALIKE, BETWEEN, RowSweep, Weighting, WindowPlan, window_shares, window_weights
 
 from .synthetic_painter import Painter
 

@@ -18,7 +18,6 @@ from diffrep.commands.train import TrainSynthesis
 from diffrep.scenes import SceneSet, render_set
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.grids import ImageEncoder
-from diffrep.training.decoder import paint_latents, relative_steps, smooth_decoder
 from diffrep.training.loop import FitSettings, fit
 from diffrep.training.patches import ImagePatches, ScenePatches, encode_patches
 from diffrep.training.synthesis import (
@@ -29,6 +28,9 @@ from diffrep.training.synthesis import (
     condition_check,
     conditional_batch,
     draw_perturbation,
+    paint_latents,
+    relative_steps,
+    smooth_decoder,
     synthesis_loss,
     train_synthesis,
     unrelated_cosine,

@@ -14,12 +14,11 @@ import torch
 from tqdm import tqdm
 
 import diffrep
-from diffrep.synthesis.canvas import Lines, Position, Run
+from diffrep.synthesis.canvas import Lines, Position, RowSweep, Run, WindowPlan, decode_weights, window_weights
 from diffrep.synthesis.grids import EmbeddingGrid
 from diffrep.synthesis.model import SynthesisModel
 from diffrep.synthesis.outputs import FileSettings, check_output, scratch_bytes, write_pixels
 from diffrep.synthesis.sampler import SynthesisSettings, check_grid, denoise_canvas
-from diffrep.synthesis.windows import RowSweep, WindowPlan, decode_weights, window_weights
 
 STRIP, WINDOWS = 2048, 8  # pixels, or windows: width of what is decoded from top to bottom before the next
 DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more memory than the denoiser

@@ -18,8 +18,7 @@ from PIL import Image
 from diffrep.files import replace_folder, write_whole
 from diffrep.images import MAX_PIXELS
 from diffrep.settings import POSITIVE, check
-from diffrep.synthesis.canvas import Lines
-from diffrep.synthesis.windows import LINES
+from diffrep.synthesis.canvas import LINES, Lines
 
 PLAIN = (".png", ".jpg", ".jpeg", ".webp")
 TIFF = (".tif", ".tiff")

@@ -18,19 +18,21 @@ from tqdm import tqdm
 
 from diffrep.backbones.diffusion import keyed_generator
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
-from diffrep.synthesis.canvas import Lines, Position, Run
-from diffrep.synthesis.grids import EmbeddingGrid, GridError
-from diffrep.synthesis.model import SynthesisModel
-from diffrep.synthesis.schedulers import Stepper, build_scheduler
-from diffrep.synthesis.windows import (
+from diffrep.synthesis.canvas import (
     Block,
     DecodeWeighting,
+    Lines,
+    Position,
     RowSweep,
+    Run,
     Weighting,
     WindowPlan,
     window_shares,
     window_weights,
 )
+from diffrep.synthesis.grids import EmbeddingGrid, GridError
+from diffrep.synthesis.model import SynthesisModel
+from diffrep.synthesis.schedulers import Stepper, build_scheduler
 
 SchedulerName = Literal[
     "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",

@@ -28,8 +28,8 @@ from diffrep.synthesis import (
     build_scheduler,
     denoise_canvas,
 )
+from diffrep.synthesis.canvas import WindowPlan
 from diffrep.synthesis.sampler import GivenNoise
-from diffrep.synthesis.windows import WindowPlan
 
 DIM = 384  # of the embeddings
 

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from diffrep.synthesis import EmbeddingGrid, OfficialScheduler, SynthesisSettings, denoise_canvas, sample_patches, slerp
-from diffrep.synthesis.canvas import Lines
+from diffrep.synthesis.canvas import Lines, WindowPlan, decode_weights
 from diffrep.synthesis.grids import NEARLY_PARALLEL
 from diffrep.synthesis.large import decode_lines, to_uint8
 from diffrep.synthesis.sampler import GivenNoise
 from diffrep.synthesis.schedulers import build_scheduler
-from diffrep.synthesis.windows import WindowPlan, decode_weights
 
 from .cases import assert_within
 from .synthesis_model import model_of, tolerances_of
