@@ -3,7 +3,7 @@ PYTHON ?= .venv/bin/python
 .PHONY: test fast lint types parity
 
 test:  ## all tests
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 fast:  ## without the slow ones
 	$(PYTHON) -m pytest -m "not slow"

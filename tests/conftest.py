@@ -10,6 +10,8 @@ from pathlib import Path
 # before torch is imported: threads that wait must not spin on a core that another process needs, which made the
 # tests ten times slower wherever they shared their cores; the notebooks' kernels inherit it
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores: a thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach a hub
 os.environ.setdefault("MPLBACKEND", "Agg")
 
