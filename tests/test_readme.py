@@ -85,7 +85,8 @@ def test_the_two_commands_of_a_newcomer_stay_two() -> None:
     made = [line for line in lines() if "-m venv" in line]
     assert made == [
         "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/diffrep demo",
-        'python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && .venv/bin/python -m pytest -n 2 --dist loadfile',
+        'python3 -m venv .venv && .venv/bin/pip install -e ".[test]"'
+        " && .venv/bin/python -m pytest -n 2 --dist loadfile",
     ]
 
 
