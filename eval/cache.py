@@ -36,7 +36,7 @@ from diffrep.images import ImageError, Placement
 from diffrep.recipes import CATEGORY, Correspondence
 from diffrep.store.manifest import weights_sha256
 
-Kept = Literal["float32", "float16"]
+StoredType = Literal["float32", "float16"]
 
 
 def fingerprint(value: object) -> str:
@@ -52,7 +52,7 @@ def digest(*contents: bytes) -> str:
     return whole.hexdigest()[:16]
 
 
-def made_from(file: Path, content: str, make: Callable[[], Mapping[str, object]]) -> dict[str, Any]:
+def resumed(file: Path, content: str, make: Callable[[], Mapping[str, object]]) -> dict[str, Any]:
     """What `make` gave for some content, from a JSON file: made, and written, where it was made from other content.
 
     Read back also what was just written, so that a run in two halves sees the same numbers as a run in one.
@@ -132,7 +132,7 @@ class ImageResults:
 MIRRORED = "mirrored/"  # before the path of an image whose mirror image is meant
 
 
-def save_features(file: Path, features: Sequence[FeatureMaps], dtype: Kept, content: str) -> None:
+def save_features(file: Path, features: Sequence[FeatureMaps], dtype: StoredType, content: str) -> None:
     """Write all features of one image, one batch of one per backbone, as one safetensors file."""
     tensors: dict[str, Tensor] = {}
     notes = []
@@ -189,7 +189,7 @@ class ImageFeatures:
         folder: Path,
         dataset: str,
         *,
-        kept_as: Kept = "float32",
+        kept_as: StoredType = "float32",
         batch_size: int = 8,
     ) -> None:
         self.root, self.load, self.correspondence, self.folder = root, load, correspondence, folder

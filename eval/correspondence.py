@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.draw import draw_matches
-from diffrep.eval.cache import MIRRORED, ImageFeatures, Kept, fingerprint, made_from
+from diffrep.eval.cache import MIRRORED, ImageFeatures, StoredType, fingerprint, resumed
 from diffrep.eval.datasets.pairs import AnnotatedPair, KeypointTable, PairSet, table_of
 from diffrep.eval.protocols import AGGREGATES, Aggregate, Pck, Protocol
 from diffrep.eval.published import Published, published
@@ -188,7 +188,7 @@ def evaluate_pairs(
     search: Search = "auto",
     pose: bool = False,
     tables: Mapping[str, KeypointTable] | None = None,
-    keep: Kept = "float32",
+    keep: StoredType = "float32",
     batch_size: int = 8,
     pairs_per_file: int = 50,
     progress: bool = True,
@@ -246,8 +246,8 @@ def evaluate_pairs(
             for start in range(0, len(usable), pairs_per_file):
                 chunk = usable[start : start + pairs_per_file]
                 seen = [(asdict(i), features.content(i.path)) for pair in chunk for i in (pair.source, pair.target)]
-                document = made_from(
-                    kept / f"{start // pairs_per_file:05d}.json",
+                document = resumed(
+                    work / f"{start // pairs_per_file:05d}.json",
                     fingerprint(seen),
                     lambda chunk=chunk: {"points": [match(pair) for pair in chunk]},  # type: ignore[misc]
                 )
@@ -255,9 +255,9 @@ def evaluate_pairs(
                     yield PairMatches(pair, torch.tensor(values, dtype=torch.float32).reshape(-1, 2))
                 bar.update(len(chunk))
 
-    kept = folder / "matches" / f"{protocol.name} by {used}{' posed' if pose else ''}"
+    work = folder / "matches" / f"{protocol.name} by {used}{' posed' if pose else ''}"
     claim_folder(
-        kept,
+        work,
         {
             "recipe": asdict(recipe),
             "by_protocol": used == "protocol",
@@ -268,7 +268,7 @@ def evaluate_pairs(
             "partners": {category: sorted(mirror.items()) for category, mirror in partners.items()},
         },
     )
-    sweep_partials(kept)
+    sweep_partials(work)
     matches = tuple(matched())
     parts = None
     if protocol.by_part:

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.eval.cache import ImageFeatures, Kept, digest, made_from
+from diffrep.eval.cache import ImageFeatures, StoredType, digest, resumed
 from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
 from diffrep.eval.published import PUBLISHED_FLOW
 from diffrep.eval.report import Problem, Report, Section
@@ -181,7 +181,7 @@ def evaluate_flow(
     folder: str | Path,
     *,
     search: FlowSearch = "recipe",
-    keep: Kept = "float32",
+    keep: StoredType = "float32",
     batch_size: int = 8,
     progress: bool = True,
 ) -> FlowReport:
@@ -228,7 +228,7 @@ def evaluate_flow(
             files = (item.source, item.target, item.flow_file, item.mask_file)
             content = digest(*((flows.root / name).read_bytes() for name in files))
             file = matched / f"{item.name.replace('/', ' ')}.json"
-            count = made_from(file, content, lambda item=item: measure(item))  # type: ignore[misc]
+            count = resumed(file, content, lambda item=item: measure(item))  # type: ignore[misc]
         except (OSError, ValueError) as error:
             problems.append(Problem(item.name, str(error)))
         else:

@@ -37,18 +37,16 @@ from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.images import load_image
 from diffrep.scenes import Scene
 
-Protocol = Literal["soft", "thresholded"]
+MaskProtocol = Literal["soft", "thresholded"]
 Map = NDArray[np.uint8]
 
 SPLITS = ("DIS-VD", "DIS-TE1", "DIS-TE2", "DIS-TE3", "DIS-TE4")
 COLUMNS = {"maxf": "max F", "wfm": "weighted F", "mae": "MAE", "sm": "S", "em_mean": "mean E", "hce": "HCE"}
-SAID = {
+DEFINITIONS = {
     "soft": "soft maps, stretched to [0, 1] per image; truth above 128; definitions of pysodmetrics",
     "thresholded": "maps thresholded at 0.5 before every score; definitions of DiffDIS' test_score.py, but mean E",
 }
-
-
-RULES: Mapping[Protocol, dict[str, Any]] = {
+RULES: Mapping[MaskProtocol, dict[str, Any]] = {
     "soft": {"definition": DIS, "binarize": False},
     "thresholded": {"definition": AUTHORS, "binarize": True},
 }
@@ -78,7 +76,7 @@ class MaskReport(MethodsReport):
     """
 
     benchmark: str
-    protocol: Protocol
+    protocol: MaskProtocol
     settings: Mapping[str, object]
     published: bool = False
 
@@ -93,13 +91,13 @@ class MaskReport(MethodsReport):
         return {name: (scores[name], *interval(images, name)) for name in self.columns()}
 
     def document(self) -> Mapping[str, object]:
-        about = {"benchmark": self.benchmark, "definition": SAID[self.protocol], "settings": self.settings}
+        about = {"benchmark": self.benchmark, "definition": DEFINITIONS[self.protocol], "settings": self.settings}
         papers = [{"method": r.method, "quoted in": r.quoted_in, **r.values} for r in PUBLISHED_DIS]
         published = {"published": papers} if self.published else {}
         return {**about, "rows": self.numbers(), "notes": list(map(str, self.problems)), **published}
 
     def sections(self) -> Iterator[Section]:
-        yield Section(f"{self.benchmark}: {SAID[self.protocol]}; 95 % interval over images")
+        yield Section(f"{self.benchmark}: {DEFINITIONS[self.protocol]}; 95 % interval over images")
         for group, names in self.groups.items():
             rows = [(method, *starmap(_cell, self.values(method, group).items())) for method in self.rows]
             yield Section(f"{group}: {len(names)} images", tuple(self.columns().values()), rows)
@@ -137,7 +135,7 @@ def evaluate_scene_masks(
     methods: Mapping[str, Method],
     settings: SceneMapSettings | None = None,
     *,
-    protocol: Protocol = "soft",
+    protocol: MaskProtocol = "soft",
     hce: bool = False,
     progress: bool = True,
 ) -> MaskReport:
@@ -223,7 +221,7 @@ def evaluate_dis(
     root: Path,
     *,
     splits: Sequence[str] = SPLITS,
-    protocol: Protocol = "soft",
+    protocol: MaskProtocol = "soft",
     hce: bool = True,
     folder: Path | None = None,
     progress: bool = True,

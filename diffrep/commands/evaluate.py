@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from diffrep.commands.options import PrecisionOptions, ReportOptions
-from diffrep.eval.cache import Kept
+from diffrep.eval.cache import StoredType
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.pair_sets import read_ap10k, read_pf_pascal, read_pf_willow, read_spair, read_spair_u
@@ -138,7 +138,7 @@ class EvalCorrespondence(PrecisionOptions):
     search: Search = "auto"  # whose way from keypoints to matches: the protocol's, the recipe's, or what fits
     pose: bool = False  # adaptive pose alignment: match from the source's mirror image where that is nearer
     keypoints: Path | None = None  # TOML or JSON with left-right pairs and parts of the keypoints, by category
-    keep: Kept = "float32"  # in which features are kept on disk
+    keep: StoredType = "float32"  # in which features are kept on disk
     batch_size: int = 8  # images extracted together
     failures: int = 12  # pictures of the worst pairs
     # features, matches, report.json, report.txt and failures/ go here; the same folder again goes on

@@ -23,8 +23,8 @@ from diffrep.eval.report import Report
 from diffrep.eval.scene_maps import Method, SceneMapSettings, evaluate_scene_maps, maps_through_vae, no_look
 from diffrep.eval.segmentation import (
     SPLITS,
+    MaskProtocol,
     MaskReport,
-    Protocol,
     centred_guess,
     evaluate_dis,
     evaluate_scene_masks,
@@ -139,7 +139,7 @@ class EvalSegmentation(ReportOptions, PrecisionOptions):
     data: Path | None = None  # dis: folder with DIS-VD, DIS-TE1, ..., each with im/ and gt/
     splits: tuple[str, ...] = SPLITS  # dis: which of them
     maps: Path | None = None  # dis: keep the maps here, SPLIT/NAME.png; what is there already is scored as it is
-    protocol: Protocol = "soft"  # soft maps (DIS tables), or thresholded at 0.5 (DiffDIS' own script)
+    protocol: MaskProtocol = "soft"  # soft maps (DIS tables), or thresholded at 0.5 (DiffDIS' own script)
     hce: bool | None = None  # count human correction effort; needs pysodmetrics. Yes for dis, no for scenes
     scenes: ScenesOption = field(default_factory=SceneMapSettings)
     predict: SegmentConfig = field(default_factory=SegmentConfig)

@@ -146,8 +146,8 @@ def _read_spair(
         category = str(note["category"])
         if keypoints == "image":
             stems = [Path(str(note[f"{side}_imname"])).stem for side in ("src", "trg")]
-            own = [image_notes(root / inside(f"ImageAnnotation/{category}/{stem}.json")) for stem in stems]
-            return AnnotatedPair.of(pair, category, *(_image_from_own_note(category, one) for one in own))
+            notes = [image_notes(root / inside(f"ImageAnnotation/{category}/{stem}.json")) for stem in stems]
+            return AnnotatedPair.of(pair, category, *(_image_from_note(category, one) for one in notes))
         if not isinstance(note["kps_ids"], list):
             raise ValueError(f"a list was expected, got {note['kps_ids']!r}")
         ids = tuple(int(i) for i in note["kps_ids"])
@@ -167,7 +167,7 @@ def _image_from_pair(category: str, pair: Mapping[str, Any], side: str, ids: Seq
     return AnnotatedImage(path, (height, width), keypoints, _box(pair[f"{side}_bndbox"]))
 
 
-def _image_from_own_note(category: str, note: Mapping[str, Any]) -> AnnotatedImage:
+def _image_from_note(category: str, note: Mapping[str, Any]) -> AnnotatedImage:
     keypoints = {int(i): _point(p) for i, p in sorted(note["kps"].items(), key=lambda kv: int(kv[0])) if p is not None}
     size = (int(note["image_height"]), int(note["image_width"]))
     return AnnotatedImage(f"JPEGImages/{category}/{note['filename']}", size, keypoints, _box(note["bndbox"]))
