@@ -219,15 +219,11 @@ def test_weights_are_read_by_safe_readers_only() -> None:
 # -- size, circles, names -----------------------------------------------------------------------------------
 
 LINES, FILES, LINES_OF_A_FILE = 34_000, 190, 500  # what the product may hold at most
-# class names that two modules have still; a name that is not here must be the only one
-TWICE: set[str] = set()
-LONG: set[str] = set()  # still to be split
-CIRCLES: list[set[str]] = []  # that are still to be cut
 
 
 def test_no_file_is_long() -> None:
     long = {name: count for name, file in sources() if (count := len(file.read_text().splitlines())) > LINES_OF_A_FILE}
-    assert not {name: count for name, count in long.items() if name not in LONG}
+    assert not long
 
 
 def test_the_product_is_small() -> None:
@@ -243,7 +239,7 @@ def test_a_class_name_has_one_meaning() -> None:
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(name)
-    assert not {name: modules for name, modules in homes.items() if len(modules) > 1 and name not in TWICE}
+    assert not {name: modules for name, modules in homes.items() if len(modules) > 1}
 
 
 def imports_at_load(body: list[ast.stmt], modules: Container[str]) -> list[str]:
@@ -271,9 +267,6 @@ def test_no_imports_go_in_a_circle() -> None:
     }
     for targets in graph.values():
         targets.discard("diffrep")
-    for circle in CIRCLES:
-        for name in circle & set(graph):
-            graph[name] -= circle
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
