@@ -56,6 +56,11 @@ def check(settings: Any, /, **ranges: str) -> None:
         if value is not None and (flag or not isinstance(value, kinds)):
             expected = " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one not in (NoneType, list))
             raise ValueError(f"{name} must be {expected}, got {value!r}")
+    check_ranges(settings, **ranges)
+
+
+def check_ranges(settings: Any, /, **ranges: str) -> None:
+    """`check`, of ranges alone."""
     _check_ranges(settings, ranges, str)
 
 
