@@ -29,7 +29,7 @@ from diffrep.eval.scene_maps import (
 from diffrep.heads.families import LOTUS_D, LOTUS_G, Family, Task
 from diffrep.heads.training.dense import OneStepModel, predict_maps
 from diffrep.heads.training.dense_data import SampleSet
-from diffrep.heads.training.fit import EMBEDDED_FIT, OneStepTraining, train_one_step
+from diffrep.heads.training.fit import EMBEDDED_FIT, OneStepTraining, train_head
 from diffrep.scenes import Scene
 from diffrep.settings import POSITIVE, check
 from diffrep.training.loop import FitSettings
@@ -187,8 +187,8 @@ def run_ablation(
             task=task, base=base, recipe=variant.recipe, fit=settings.fit(), batch_size=settings.batch_size,
             scratch=variant.scratch, cache=True,
         )  # fmt: skip
-        model = train_one_step(
-            training, [samples], [1.0], work / _folder_name(variant), latents=latents or work, progress=progress
+        model = train_head(
+            training, ([samples], [1.0]), work / _folder_name(variant), latents=latents or work, progress=progress
         )
         methods[variant.name] = _method(model, vae, task, variant.steps)
         weights[variant.name] = asdict(training)

@@ -262,7 +262,7 @@ def recognise(
     named_so = {key.split("/")[1]: value for key, value in KNOWN.items()}  # a copy of a published one in a folder
     known_family, known_task = KNOWN.get(name) or named_so.get(Path(name).name) or (None, None)
     asked = family or head.get("family") or known_family or MARIGOLD.name
-    by_shape = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
+    by_shape: dict[Any, Family] = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
     detected = by_shape.get((width, inputs / latent))
     if width == 10:
         raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")

@@ -38,7 +38,7 @@ from diffrep.heads.training.dense_data import (
     plane_normals,
     sample_batches,
 )
-from diffrep.heads.training.fit import OneStepTraining, embedded, train_one_step, write_dense_head
+from diffrep.heads.training.fit import OneStepTraining, embedded, train_head
 from diffrep.scenes import SceneSet, render_set
 from diffrep.training.loop import FitSettings
 
@@ -289,7 +289,7 @@ def test_every_recipe_trains_and_predicts(name: str, sd_folder: Path, scenes: Sc
     recipe = FAMILIES[name]
     training = OneStepTraining(task="normals", base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2)
     samples = SceneSamples(scenes, "normals")
-    model = train_one_step(training, [samples], [1.0], tmp_path, progress=False)
+    model = train_head(training, ([samples], [1.0]), tmp_path, progress=False)
     assert model.unet.config.in_channels == (4 if recipe.first_latent == "none" else 8)
     vae = AutoencoderKL.from_pretrained(sd_folder / "vae")
     pixels = torch.zeros(2, 3, 64, 64)
@@ -316,8 +316,8 @@ def test_a_run_cut_in_two_ends_as_one_that_was_not(sd_folder: Path, scenes: Scen
                 raise KeyboardInterrupt
             return {}
 
-        return train_one_step(
-            training, [samples], [1.0], folder, validate=stop, validate_every=1, latents=tmp_path / "latents",
+        return train_head(
+            training, ([samples], [1.0]), folder, validate=stop, validate_every=1, latents=tmp_path / "latents",
             progress=False,
         )  # fmt: skip
 
@@ -329,7 +329,7 @@ def test_a_run_cut_in_two_ends_as_one_that_was_not(sd_folder: Path, scenes: Scen
         assert torch.equal(value, resumed.state_dict()[key]), key
     other = OneStepTraining(base=str(sd_folder), recipe=replace(recipe, preserve=0.0), fit=SHORT, cache=True)
     with pytest.raises(ValueError, match="another folder"):
-        train_one_step(other, [samples], [1.0], tmp_path / "cut", latents=tmp_path / "latents", progress=False)
+        train_head(other, ([samples], [1.0]), tmp_path / "cut", latents=tmp_path / "latents", progress=False)
 
 
 def test_cached_latents_of_another_model_are_refused(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
@@ -348,8 +348,8 @@ def test_a_trained_head_is_read_back_and_predicts_the_same(sd_folder: Path, scen
     recipe = replace(LOTUS_D, posterior="mean")
     training = OneStepTraining(base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2)
     samples = SceneSamples(scenes, "disparity")
-    model = train_one_step(training, [samples], [1.0], tmp_path / "run", progress=False)
-    write_dense_head(tmp_path / "head", model, training, "lotus-d", 64)
+    model = train_head(training, ([samples], [1.0]), tmp_path / "run", progress=False)
+    training.write(tmp_path / "head", model, working_size=64)
     weights = load_file(tmp_path / "head/unet/diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
     head = load_head(tmp_path / "head", dtype=torch.float32)

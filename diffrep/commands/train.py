@@ -29,16 +29,11 @@ from diffrep.heads.training.fit import (
     PUBLISHED_MASK_BATCH,
     OneStepTraining,
     SegmentationTraining,
-    build_model,
-    build_segmentation_model,
     embedded,
     head_of,
     published_fit,
     published_mask_fit,
-    train_one_step,
-    train_segmentation,
-    write_dense_head,
-    write_segmentation_head,
+    train_head,
 )
 from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.images import find_images
@@ -260,7 +255,7 @@ class OneStepOptions(HeadTraining):
         """Train a head and write its folder."""
         training = self.training(task)
         work, output, parts = self.checked(name)
-        build_model(training, parts)  # refuses a base that the recipe does not fit
+        training.build(parts)  # refuses a base that the recipe does not fit
         vae = parts.vae
         del parts  # a U-Net of gigabytes
         opened = [open_set(text, task, work, self.scenes) for text in self.data]
@@ -271,14 +266,14 @@ class OneStepOptions(HeadTraining):
         sets = [make() for make in opened]
         held_out = render_set(work / "validation", "val", self.validation_scenes, workers=1)
         steps = 10 if training.recipe.timesteps == "all" else 1
-        model = train_one_step(
-            training, sets, shares, work / "run",
+        model = train_head(
+            training, (sets, shares), work / "run",
             latents=self.latents or work,
             validate=SceneValidation(held_out, vae, task, work / "pictures", steps=steps),
             validate_every=self.validate_every,
         )  # fmt: skip
         side = max(sets[0].sample(0).pixels.shape[1:])  # heads see images at the size they were trained on
-        write_dense_head(output, model, training, self.recipe, side)
+        training.write(output, model, family=self.recipe, working_size=side)
         print(f"wrote {output}")
 
 
@@ -332,18 +327,18 @@ class TrainSegmentation(HeadTraining):
             data = read_dis(Path(folder)) if kind == "dis" else SceneSet(folder)
         training = self.training(self.scenes if data is None else len(data))
         work, output, parts = self.checked("segmentation")
-        build_segmentation_model(training, parts)  # refuses a base that it does not fit
+        training.build(parts)  # refuses a base that it does not fit
         vae = parts.vae.eval()
         del parts  # a U-Net of gigabytes
         data = render_set(work / "scenes", "train", self.scenes) if data is None else data
         held_out = render_set(work / "validation", "val", self.validation_scenes, workers=1)
-        model = train_segmentation(
+        model = train_head(
             training, data, work / "run",
             latents=self.latents or work / "latents.safetensors",
             validate=MaskValidation(held_out, lambda model: head_of(model, vae, training), work / "pictures"),
             validate_every=self.validate_every,
         )  # fmt: skip
-        replace_folder(output, lambda where: write_segmentation_head(where, model, training, seed=training.fit.seed))
+        training.write(output, model)
         print(f"wrote {output}")
 
     def training(self, images: int) -> SegmentationTraining:

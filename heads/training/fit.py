@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,84 @@ from diffrep.heads.training.masks import (
 from diffrep.scenes import SceneSet
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.training.loop import Batch, FitSettings, Loss, fit, step_generator
+
+ModelT = TypeVar("ModelT", OneStepModel, SegmentationModel)
+DataT = TypeVar("DataT")
+Feed = tuple[Callable[[torch.Generator], Batch], Loss[Any], Callable[[Any], object] | None]
+"""What makes batches, their loss, and what is done with the trained model."""
+
+
+class HeadSettings(ABC, Generic[ModelT, DataT]):
+    """From which base a head is trained, and how: what all kinds of heads share."""
+
+    base: str
+    fit: FitSettings
+    batch_size: int
+    padded_context: ClassVar[bool] = False  # the empty prompt is padded to the tokenizer's length
+
+    @abstractmethod
+    def build(self, parts: PipelineParts) -> ModelT:
+        """The model to train, from the base's U-Net or from random weights.
+
+        Raises:
+            ValueError: the base has no text encoder for the empty prompt, or a U-Net that does not fit.
+        """
+
+    @abstractmethod
+    def feed(
+        self, model: ModelT, parts: PipelineParts, data: DataT, folder: Path, latents: Path | None, progress: bool
+    ) -> Feed:
+        """What the training of a model from some parts on data is made of."""
+
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What a trained head's ``head.json`` says, as `write_head` takes it."""
+
+    def write(self, folder: Path, model: ModelT, **about: Any) -> None:
+        """Write a trained head, all of it or nothing; what was in the folder is replaced.
+
+        Args:
+            about: values of `write_head` that the settings do not know.
+        """
+        values = {"base": self.base, "context": model.context, **self.about(), **about}
+
+        def fill(partial: Path) -> None:
+            write_head(partial, model.unet, **values)
+            if isinstance(decoder := getattr(model, "decoder", None), MaskDecoder):
+                decoder.save(partial)
+
+        replace_folder(folder, fill)
+
+
+def train_head(
+    training: HeadSettings[ModelT, DataT], data: DataT, folder: Path, *, latents: Path | None = None, **options: Any
+) -> ModelT:
+    """Train a head. Called again with the same folder, it goes on where it was.
+
+    Args:
+        data: of `OneStepTraining` data sets and how often a batch comes from each; of `SegmentationTraining` rendered
+            scenes, whose latents are encoded once, or images that are augmented and encoded each time.
+        folder: of checkpoint and log.
+        latents: where cached latents are, which heads of one base can share: of `OneStepTraining` a folder, of
+            `SegmentationTraining` a file; in `folder` where None.
+        options: `validate`, `validate_every` and `progress` of `diffrep.training.loop.fit`.
+
+    Returns:
+        The moving average of the weights (the weights themselves where its decay is 0), in eval mode.
+
+    Raises:
+        ValueError: settings that do not go together, or a folder of another run.
+    """
+    settings: dict[str, Any] = asdict(training)  # type: ignore[call-overload]  # all kinds are dataclasses
+    del settings["fit"]  # `fit` checks its own
+    claim_folder(folder, settings, name="training.json")
+    parts = load_parts(training.base, pad=training.padded_context)
+    model = training.build(parts)
+    batches, loss, finish = training.feed(model, parts, data, folder, latents, options.get("progress", True))
+    trained = fit(model, batches, loss, training.fit, folder, **options)
+    if finish is not None:
+        finish(trained)
+    return trained
 
 
 def _starting_point(parts: PipelineParts, *modules: nn.Module | None) -> Tensor:
@@ -97,7 +177,7 @@ def published_fit(recipe: str, task: Task) -> FitSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneStepTraining:
+class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequence[float]]]):
     """One head: what it predicts, from which base, and how it is trained."""
 
     task: Task = "disparity"
@@ -112,68 +192,43 @@ class OneStepTraining:
     def __post_init__(self) -> None:
         check(self, batch_size="1..")
 
+    @property
+    def padded_context(self) -> bool:  # type: ignore[override]
+        return self.recipe.padded_context
 
-def build_model(training: OneStepTraining, parts: PipelineParts) -> OneStepModel:
-    """The model to train, from the base's U-Net or from random weights.
+    def build(self, parts: PipelineParts) -> OneStepModel:
+        from diffusers import UNet2DConditionModel
 
-    Raises:
-        ValueError: the base has no text encoder for the empty prompt, or channels that do not fit the recipe.
-    """
-    from diffusers import UNet2DConditionModel
+        unet: Any = parts.unet
+        if self.scratch:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.fit.seed)  # diffusers draws initial weights from the global generator
+                unet = UNet2DConditionModel.from_config(unet.config)
+        unet = adapt_unet(unet, self.recipe, seed=self.fit.seed)
+        if self.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+        return OneStepModel(unet, _starting_point(parts, unet), parts.alphas_cumprod, self.recipe)
 
-    unet: Any = parts.unet
-    if training.scratch:
-        with torch.random.fork_rng():
-            torch.manual_seed(training.fit.seed)  # diffusers draws initial weights from the global generator
-            unet = UNet2DConditionModel.from_config(unet.config)
-    unet = adapt_unet(unet, training.recipe, seed=training.fit.seed)
-    if training.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return OneStepModel(unet, _starting_point(parts, unet), parts.alphas_cumprod, training.recipe)
-
-
-def train_one_step(
-    training: OneStepTraining,
-    sets: Sequence[SampleSet],
-    shares: Sequence[float],
-    folder: Path,
-    *,
-    latents: Path | None = None,
-    **options: Any,
-) -> OneStepModel:
-    """Train a head. Called again with the same folder, it goes on where it was.
-
-    Args:
-        sets, shares: data sets, and how often a batch comes from each.
-        folder: of checkpoint and log.
-        latents: folder of cached latents, which heads of one base can share; `folder` where None.
-        options: `validate`, `validate_every` and `progress` of `diffrep.training.loop.fit`.
-
-    Returns:
-        The moving average of the weights (the weights themselves where its decay is 0), in eval mode.
-
-    Raises:
-        ValueError: settings that do not go together, or a folder of another run.
-    """
-    settings = asdict(training)
-    del settings["fit"]  # `fit` checks its own
-    claim_folder(folder, settings, name="training.json")
-    parts = load_parts(training.base, pad=training.recipe.padded_context)
-    model = build_model(training, parts)
-    vae, recipe, codec = parts.vae, training.recipe, LatentCodec(parts.vae)
-    loss: Loss[Any] = latent_losses
-    if training.cache:
+    def feed(
+        self, model: OneStepModel, parts: PipelineParts, data: Any, folder: Path, latents: Path | None, progress: bool
+    ) -> Feed:
+        (sets, shares), codec, size = data, LatentCodec(parts.vae), self.batch_size
+        if not self.cache:
+            channels, stride = codec.channels, codec.stride
+            batches = sample_batches(
+                sets, shares, self.recipe, batch_size=size, latent_channels=channels, stride=stride
+            )
+            return batches, _encoding(parts.vae, self, stride), None
         if len(sets) != 1:
             raise ValueError(f"latents are cached of one data set, not of {len(sets)}")
-        vae.to(memory_format=torch.channels_last)
-        made_with, progress = _made_with(training.base, parts), options.get("progress", True)
-        cached = cache_latents(vae, sets[0], training.task, latents or folder, made_with=made_with, progress=progress)
-        batches = latent_batches(cached, recipe, batch_size=training.batch_size)
-    else:
-        size, channels, stride = training.batch_size, codec.channels, codec.stride
-        batches = sample_batches(sets, shares, recipe, batch_size=size, latent_channels=channels, stride=stride)
-        loss = _encoding(vae, training, stride)
-    return fit(model, batches, loss, training.fit, folder, **options)
+        vae, made_with = parts.vae.to(memory_format=torch.channels_last), _made_with(self.base, parts)
+        cached = cache_latents(vae, sets[0], self.task, latents or folder, made_with=made_with, progress=progress)
+        return latent_batches(cached, self.recipe, batch_size=size), latent_losses, None
+
+    def about(self) -> dict[str, Any]:
+        frame = {"frame": "lub"} if self.task == "normals" else {}  # of all that we train on
+        extra = {**frame, "training": json.loads(json.dumps(asdict(self), default=str))}
+        return {"family": self.recipe.name, "task": self.task, "extra": extra}
 
 
 def _encoding(vae: Any, training: OneStepTraining, stride: int) -> Loss[Any]:
@@ -188,21 +243,6 @@ def _encoding(vae: Any, training: OneStepTraining, stride: int) -> Loss[Any]:
         return latent_losses(module, ema, {**encoded, "mask": latent_mask(batch["valid"], stride)})
 
     return loss
-
-
-def write_dense_head(
-    folder: Path, model: OneStepModel, training: OneStepTraining, family: str, working_size: int
-) -> None:
-    """Write a trained head, all of it or nothing; what was in the folder is replaced.
-
-    Args:
-        family: what `load_head` will treat it as.
-        working_size: long side of the images that it was trained on, pixels.
-    """
-    about: Any = {"base": training.base, "family": family, "task": training.task, "working_size": working_size}
-    frame = {"frame": "lub"} if training.task == "normals" else {}  # of all that we train on
-    about["extra"] = {**frame, "training": json.loads(json.dumps(asdict(training), default=str))}
-    replace_folder(folder, lambda partial: write_head(partial, model.unet, context=model.context, **about))
 
 
 # -- segmentation -------------------------------------------------------------------------------------------
@@ -228,7 +268,7 @@ def published_mask_fit(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentationTraining:
+class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[MaskedImage]]):
     """One segmentation head: from which base, and how it is trained."""
 
     base: str = "tiny"  # embedded model, diffusers folder or hub id
@@ -243,69 +283,46 @@ class SegmentationTraining:
     def __post_init__(self) -> None:
         check(self, batch_size="1..", scenes="1..", size="8..", sharpen=NOT_NEGATIVE)
 
+    def build(self, parts: PipelineParts) -> SegmentationModel:
+        codec, unet = LatentCodec(parts.vae), from_base(parts.unet, seed=self.fit.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
+            decoder = MaskDecoder(codec.channels, stride=codec.stride) if self.decoder else None
+        context = _starting_point(parts, unet, decoder)
+        return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
 
-def build_segmentation_model(training: SegmentationTraining, parts: PipelineParts) -> SegmentationModel:
-    """The model to train, started from the base's U-Net.
+    def feed(
+        self,
+        model: SegmentationModel,
+        parts: PipelineParts,
+        data: Any,
+        folder: Path,
+        latents: Path | None,
+        progress: bool,
+    ) -> Feed:
+        codec = LatentCodec(parts.vae.eval().to(memory_format=torch.channels_last))
+        levels: Any = model.unet.levels  # an int, which torch's modules cannot say
+        shape: dict[str, Any] = {"batch_size": self.batch_size, "edges": self.edges}
+        if not isinstance(data, SceneSet):
+            codec.to("cuda" if torch.cuda.is_available() else "cpu")
+            batches = image_batches(data, codec.encode, size=self.size, levels=levels, decoder=self.decoder, **shape)
+            return batches, segmentation_losses, None
+        count, file = min(self.scenes, len(data)), latents or folder / "latents.safetensors"
+        made_with = _made_with(self.base, parts)
+        cached = cache_scenes(codec.encode, data, count, levels, file, made_with=made_with, progress=progress)
+        batches = scene_batches(data, cached, pixels=self.decoder, **shape)
+        finish = partial(sharpen_decoder, data=data, cached=cached, training=self, folder=folder, progress=progress)
+        return batches, segmentation_losses, finish if self.sharpen else None
 
-    Raises:
-        ValueError: the base has no text encoder for the empty prompt, or a U-Net that takes more than latents.
-    """
-    codec, unet = LatentCodec(parts.vae), from_base(parts.unet, seed=training.fit.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(training.fit.seed)  # torch draws initial weights from the global generator
-        decoder = MaskDecoder(codec.channels, stride=codec.stride) if training.decoder else None
-    context = _starting_point(parts, unet, decoder)
-    return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
+    def about(self) -> dict[str, Any]:
+        extra = {"edges": self.edges, "seed": self.fit.seed}
+        return {"family": "diffdis", "task": "segmentation", "working_size": self.size, "extra": extra}
 
 
 def head_of(model: SegmentationModel, vae: Any, training: SegmentationTraining) -> DiffDis:
     """The head that a trained model is; they share their weights."""
     unet: Any = model.unet
     return DiffDis(unet, vae, model.context, model.schedule, working_size=training.size, decoder=model.decoder)
-
-
-def train_segmentation(
-    training: SegmentationTraining,
-    data: SceneSet | list[MaskedImage],
-    folder: Path,
-    *,
-    latents: Path | None = None,
-    **options: Any,
-) -> SegmentationModel:
-    """Train a head. Called again with the same folder, it goes on where it was.
-
-    Args:
-        data: rendered scenes, whose latents are encoded once, or images that are augmented and encoded each time.
-        folder: of checkpoint and log.
-        latents: file of cached latents, which heads of one base share; in `folder` where None.
-        options: `validate`, `validate_every` and `progress` of `diffrep.training.loop.fit`.
-
-    Returns:
-        The moving average of the weights, in eval mode.
-
-    Raises:
-        ValueError: settings that do not go together, or a folder of another run.
-    """
-    parts = load_parts(training.base, pad=False)
-    model = build_segmentation_model(training, parts)
-    codec = LatentCodec(parts.vae.eval().to(memory_format=torch.channels_last))
-    levels: Any = model.unet.levels  # an int, which torch's modules cannot say
-    shape: dict[str, Any] = {"batch_size": training.batch_size, "edges": training.edges}
-    if isinstance(data, SceneSet):
-        cached = cache_scenes(
-            codec.encode, data, min(training.scenes, len(data)), levels, latents or folder / "latents.safetensors",
-            made_with=_made_with(training.base, parts), progress=options.get("progress", True),
-        )  # fmt: skip
-        batches = scene_batches(data, cached, pixels=training.decoder, **shape)
-    else:
-        codec.to("cuda" if torch.cuda.is_available() else "cpu")
-        batches = image_batches(
-            data, codec.encode, size=training.size, levels=levels, decoder=training.decoder, **shape
-        )
-    trained = fit(model, batches, segmentation_losses, training.fit, folder, **options)
-    if training.sharpen and isinstance(data, SceneSet):
-        sharpen_decoder(trained, data, cached, training, folder, progress=options.get("progress", True))
-    return trained
 
 
 @torch.no_grad()
@@ -357,15 +374,3 @@ def sharpen_decoder(
     sharper = fit(decoder, batches, drawn_losses, settings, folder / "decoder", progress=progress)
     model.decoder.load_state_dict(sharper.state_dict())
     model.eval()
-
-
-def write_segmentation_head(
-    folder: Path, model: SegmentationModel, training: SegmentationTraining, **about: object
-) -> None:
-    """Write a head as a folder that holds only what is new: U-Net, decoder, the prompt's embedding, ``head.json``."""
-    write_head(
-        folder, model.unet, base=training.base, family="diffdis", task="segmentation", context=model.context,
-        working_size=training.size, extra={"edges": training.edges, **about},
-    )  # fmt: skip
-    if isinstance(model.decoder, MaskDecoder):
-        model.decoder.save(folder)
