@@ -161,6 +161,21 @@ def test_a_diverging_run_is_named() -> None:
         run(table, lambda x, t: x * (math.nan if t < 0.8 else 1.0), torch.ones(1, 2))
 
 
+def test_the_solver_that_contributing_shows_is_ddim() -> None:
+    import diffrep.sampling.core as core
+
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    code = text.split("## How to add a sampler")[1].split("```python\n")[1].split("```")[0]
+    names = {"TimeGrid": TimeGrid, "SolverTable": core.SolverTable, "Update": core.Update}
+    exec(compile("from __future__ import annotations\n" + code, "CONTRIBUTING.md", "exec"), names)
+    schedule = LinearVP()
+    grid = TimeGrid.of(schedule, spaced_times(schedule, "quadratic", 5))
+    shown, ours = names["plain"](grid), ddim_table(grid, form="data")  # type: ignore[operator]
+    for one, other in zip(shown.updates, ours.updates, strict=True):
+        assert one.carry == pytest.approx(other.carry)
+        assert one.direction == pytest.approx(other.direction)
+
+
 # -- samplers by name -----------------------------------------------------------------------------------------
 
 
