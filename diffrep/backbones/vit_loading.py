@@ -17,17 +17,6 @@ from diffrep.backbones.vit import PositionRule, SavedVit, VisionTransformer
 from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line
 
-TIMM = {  # short name -> timm architecture with its weights
-    "dino-small": "vit_small_patch8_224.dino",
-    "dino-base": "vit_base_patch8_224.dino",
-    "dinov2-small": "vit_small_patch14_dinov2.lvd142m",
-    "dinov2-base": "vit_base_patch14_dinov2.lvd142m",
-    "dinov2-large": "vit_large_patch14_dinov2.lvd142m",
-    "dinov2-base-reg": "vit_base_patch14_reg4_dinov2.lvd142m",
-    "dinov2-large-reg": "vit_large_patch14_reg4_dinov2.lvd142m",
-    "dinov3-base": "vit_base_patch16_dinov3.lvd1689m",
-    "dinov3-large": "vit_large_patch16_dinov3.lvd1689m",
-}
 DINOV2_KEYS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")  # of the configuration of a checkpoint
 
 Norm = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation

@@ -50,7 +50,7 @@ class Info(BackboneOptions):
 
 def known_backbones() -> dict[str, dict[str, str]]:
     """Group -> name -> what it is."""
-    from diffrep.backbones.loading import CLEANDIFT, EMBEDDED, REPOSITORIES, TIMM
+    from diffrep.backbones.repositories import CLEANDIFT, EMBEDDED, REPOSITORIES, TIMM
 
     return {
         "embedded": EMBEDDED,
