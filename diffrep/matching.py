@@ -114,10 +114,7 @@ def match_points(
     """
     config = config or MatchConfig()
     points = check_points(points, source.placement.image_size).to(source.device)
-    if config.source == "bilinear":
-        queries = source.at(points)
-    else:
-        queries = source.rows()[source.nearest_cells(points)]
+    queries = source.at(points) if config.source == "bilinear" else source.rows()[source.nearest_cells(points)]
     allowed = open_cells(target, mask)
     matched, scores = _find(queries, target, allowed, mask, config)
     if not config.mutual:
@@ -146,11 +143,8 @@ def match_dense(
     config = config or MatchConfig()
     cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
     queries, targets = _take(source, cells), _take(target, allowed)
-    best: Nearest | None = None
-    if config.mode == "cell" or config.mutual:
-        best = _best_cells(queries, targets, config)
-    if config.mode == "cell":
-        assert best is not None
+    best = _best_cells(queries, targets, config) if config.mode == "cell" or config.mutual else None
+    if best is not None and config.mode == "cell":
         matched, scores = _place(target, allowed[best.indices]), best.scores
     else:
         matched, scores = _find(queries, target, allowed, mask, config)
@@ -184,10 +178,8 @@ def mutual_matches(
     assert best.mutual is not None
     pairs = best.mutual.nonzero()[:, 0]
     pairs = pairs[best.scores[pairs].argsort(descending=True, stable=True)]
-    scores = best.scores[pairs]
-    matched = _place(target, allowed[best.indices[pairs]])
-    sources = _place(source, cells[pairs])
-    return sources, Matches(matched, scores, torch.ones_like(scores, dtype=torch.bool), sources)
+    matched, sources = _place(target, allowed[best.indices[pairs]]), _place(source, cells[pairs])
+    return sources, Matches(matched, best.scores[pairs], torch.ones_like(pairs, dtype=torch.bool), sources)
 
 
 def check_points(points: Tensor | np.ndarray | Sequence[Sequence[float]], image_size: tuple[int, int]) -> Tensor:
@@ -203,10 +195,8 @@ def check_points(points: Tensor | np.ndarray | Sequence[Sequence[float]], image_
             raise ValueError(f"points must be (N, 2) numbers as (x, y), got {points!r}") from None
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must be (N, 2) as (x, y), got {tuple(points.shape)}")
-    points = points.float()
-    height, width = image_size
-    last = points.new_tensor([width - 0.5, height - 0.5])
-    inside = (points >= -0.5) & (points <= last)  # false for NaN too
+    points, (height, width) = points.float(), image_size
+    inside = (points >= -0.5) & (points <= points.new_tensor([width - 0.5, height - 0.5]))  # false for NaN too
     if not bool(inside.all()):
         x, y = points[~inside.all(1)][0].tolist()
         raise ValueError(f"point ({x:g}, {y:g}) lies outside the image of {width} x {height} pixels")
