@@ -21,6 +21,7 @@ from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.repositories import LoadOptions, Repository, repository
 from diffrep.backbones.text import PipelineText, PromptEncoder, TextEncoders, quiet_libraries
 from diffrep.backbones.transformers import FLOW, FORMER, DiffusionTransformer
+from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, write_document
 from diffrep.images import Sizing
 
@@ -236,8 +237,14 @@ class PipelineParts:
     source: str
 
 
-def load_parts(name: str | os.PathLike[str], *, pad: bool = True) -> PipelineParts:
-    """Load U-Net, VAE and schedule of an embedded model, a folder or a hub id, in float32 on the CPU, for training.
+def load_parts(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    pad: bool = True,
+) -> PipelineParts:
+    """Load U-Net, VAE and schedule of an embedded model, a folder or a hub id; text encoders come when asked.
 
     Args:
         pad: see `TextEncoders`.
@@ -247,13 +254,13 @@ def load_parts(name: str | os.PathLike[str], *, pad: bool = True) -> PipelinePar
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
-    source, dtype, encoders = repository(name), torch.float32, {"text_encoder": "CLIPTextModel"}
+    source, device, encoders = repository(name), resolve_device(device), {"text_encoder": "CLIPTextModel"}
     scheduler = source.json("scheduler/scheduler_config.json")
-    text = TextEncoders(source, encoders, device=torch.device("cpu"), dtype=dtype, pad=pad)
+    text = TextEncoders(source, encoders, device=device, dtype=dtype, pad=pad)
     return PipelineParts(
-        unet=load_component(UNet2DConditionModel, source, "unet", dtype),
-        vae=load_component(AutoencoderKL, source, "vae", dtype).requires_grad_(False),
-        alphas_cumprod=alphas_cumprod(scheduler).float(),
+        unet=load_component(UNet2DConditionModel, source, "unet", dtype).to(device),
+        vae=load_component(AutoencoderKL, source, "vae", dtype).to(device).requires_grad_(False),
+        alphas_cumprod=alphas_cumprod(scheduler).float().to(device),
         scheduler=scheduler,
         text=text if source.has("text_encoder") else None,
         source=source.label,
