@@ -27,6 +27,7 @@ from diffrep.manifold.heat import (
 )
 from diffrep.manifold.mds import mds_weights, metric_mds, smacof, squared_axes_start
 from diffrep.manifold.neighbors import NeighborSearch
+from diffrep.settings import check
 
 Array = NDArray[Any]
 
@@ -36,14 +37,6 @@ _WEIGHTS: dict[str, Literal["heat", "inverse", "gaussian"]] = {
     "heat_kernel": "heat",
     "inv_dist": "inverse",
     "gaussian_dist": "gaussian",
-}
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "filter_method": ("mar", "pygsp", "euler", "exact", "lowrank"),
-    "lap_type": ("normalized", "combinatorial"),
-    "graph_type": ("alpha", "knn"),
-    "truncation_type": (None, "heat_truncation", "dist_truncation"),
-    "treshold_type": (None, "min", "max"),
-    "mds_weights_type": (None, *_WEIGHTS),
 }
 
 
@@ -61,7 +54,7 @@ class HeatGeoOptions:
     n_pca: int | Literal[False] | None = 40  # False or None: no reduction
     tau: float | Literal["auto"] = 10
     emb_dim: int = 2
-    filter_method: str = "mar"
+    filter_method: Literal["mar", "pygsp", "euler", "exact", "lowrank"] = "mar"
     order: int = 32
     lap_type: Literal["normalized", "combinatorial"] = "normalized"
     tau_min: float = 0.1
@@ -70,20 +63,18 @@ class HeatGeoOptions:
     log_normalize: bool = False
     scale_factor: float = 1.0
     denoising: bool = False
-    graph_type: str = "alpha"
-    truncation_type: str | None = None
+    graph_type: Literal["alpha", "knn"] = "alpha"
+    truncation_type: Literal["heat_truncation", "dist_truncation"] | None = None
     truncation_arg: float | None = None
     treshold_type: Literal["min", "max"] | None = None
     harnack_regul: float = 0
     norm_treshold: bool = True
-    mds_weights_type: str | None = None
+    mds_weights_type: Literal["heat_kernel", "inv_dist", "gaussian_dist"] | None = None
     mds_weights_args: float | None = None
     denoise_regul: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        check(self)
         if self.truncation_type and self.truncation_arg is None:
             raise ValueError(f"truncation_type={self.truncation_type!r} needs truncation_arg")
         if self.truncation_type == "dist_truncation" and self.treshold_type is None:

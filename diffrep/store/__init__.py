@@ -1,10 +1,9 @@
 """Features kept on disk: sharded, memory-mapped, appendable; the layout is described in docs/store.md."""
 
 from diffrep.store.extraction import BulkConfig, Extracted, extract_store
-from diffrep.store.manifest import Keep, Manifest, StoreError, load_manifest, provenance
+from diffrep.store.manifest import Manifest, StoreWriter, load_manifest, provenance, write_store
 from diffrep.store.reader import Store, Vectors, open_store
-from diffrep.store.shards import StoredImage
-from diffrep.store.writer import StoreWriter, write_store
+from diffrep.store.shards import Keep, StoredImage, StoreError
 
 __all__ = [
     "BulkConfig",

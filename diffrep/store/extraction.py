@@ -29,10 +29,21 @@ from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig, FeatureMaps, extract_canvases
 from diffrep.images import ImageError
 from diffrep.settings import check
-from diffrep.store.manifest import Keep, ShardEntry, StoreError, environment, provenance, shard_number, weights_sha256
-from diffrep.store.shards import ImageFile, PlacesError, ShardBuilder, damage, load_records, places_in, select
+from diffrep.store.manifest import StoreWriter, environment, provenance, weights_sha256
+from diffrep.store.shards import (
+    ImageFile,
+    Keep,
+    PlacesError,
+    ShardBuilder,
+    ShardEntry,
+    StoreError,
+    damage,
+    load_records,
+    places_in,
+    select,
+    shard_number,
+)
 from diffrep.store.sources import CanvasImage, ImageSource, Job, decode, find_sources, locate
-from diffrep.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 

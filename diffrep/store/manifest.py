@@ -1,4 +1,4 @@
-"""The manifest of a store: what the features are, how they were made, and which shards hold them.
+"""The manifest of a store: what the features are, how they were made, which shards hold them; and its one writer.
 
 The manifest is the store's only point of truth: what it does not list does not exist, and it is replaced as a
 whole, so that a run that is killed leaves the last complete state. It holds no times and no random names: the same
@@ -8,74 +8,44 @@ of threads changes features by rounding only.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import platform
-import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from types import TracebackType
+from typing import Any
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 
 from diffrep.backbones import Backbone
-from diffrep.features import ExtractConfig
-from diffrep.files import read_document, write_whole
+from diffrep.features import ExtractConfig, FeatureMaps
+from diffrep.files import read_document, sweep_partials, write_whole
 from diffrep.images import Sizing
-from diffrep.settings import check
+from diffrep.store.shards import (
+    SHARD_NAME,
+    SHARDS,
+    ImageFile,
+    Keep,
+    PlacesError,
+    ShardBuilder,
+    ShardEntry,
+    StoreError,
+    load_records,
+    select,
+    shard_number,
+)
 
 FORMAT, VERSION = "diffrep-store", 1
-MANIFEST = "manifest.json"
-SHARD_NAME = re.compile(r"\d{6,}-[0-9a-f]{12}")
-
-Kind: TypeAlias = Literal["maps", "pooled", "points"]
-StoreType: TypeAlias = Literal["float16", "bfloat16", "float32"]
-
-
-class StoreError(ValueError):
-    """A store that cannot be used, or not in this way; the message names the file and what is wrong."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Keep:
-    """What of an image's feature maps is kept, and in which precision.
-
-    ``maps`` keeps them whole, ``pooled`` their mean over the image (padding left out), one vector per tap, and
-    ``points`` the vectors at chosen places, interpolated bilinearly.
-    """
-
-    kind: Kind = "pooled"
-    dtype: StoreType = "float16"
-    points: str = "grid:8"  # grid:N (N x N places), random:N (seeded by the image's name), or a .json file of places
-
-    def __post_init__(self) -> None:
-        check(self)
-        if not re.fullmatch(r"(grid|random):[1-9]\d*|.+\.json", self.points):
-            raise ValueError(f"points must be grid:N, random:N or a .json file of places, got {self.points!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One shard: ``shards/NAME.safetensors`` holds the numbers, ``shards/NAME.json`` says which images they are of."""
-
-    name: str  # number, then the first digits of the hash: a shard is never overwritten
-    images: int  # whose features it holds
-    quarantined: int  # images that could not be used
-    bytes: int  # of the .safetensors file
-    sha256: str  # of the .safetensors file
-    records_bytes: int  # of the .json file
-    records_sha256: str  # of the .json file
-    environment: int = 0  # which of the manifest's environments made it
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not SHARD_NAME.fullmatch(self.name):  # it becomes part of a path
-            raise ValueError(f"{self.name!r} is no name of a shard")
-        for key in ("images", "quarantined", "bytes", "records_bytes", "environment"):
-            if type(value := getattr(self, key)) is not int or value < 0:
-                raise ValueError(f"{key} of shard {self.name} must be a number from 0 on, got {value!r}")
+MANIFEST, LOCK = "manifest.json", ".lock"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +90,6 @@ class Manifest:
         others = [s for s in self.shards if shard_number(s.name) != shard_number(shard.name)]
         shards = tuple(sorted([*others, shard], key=lambda s: s.name))
         return dataclasses.replace(self, environments=environments, shards=shards)
-
-
-def shard_number(name: str) -> int:
-    """
-    >>> shard_number("000012-5f3a9c01d2e4")
-    12
-    """
-    return int(name.partition("-")[0])
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -228,3 +190,202 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any], *, ignore: frozenset[
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+class StoreWriter:
+    """The one process that may change a store, as a context manager.
+
+    Opening makes the store if there is none, takes its lock, and removes what a killed run left behind. The lock
+    is the system's: it goes with the process, however that ends. A new store that got no shard before an error is
+    removed again. Nothing is written or removed through a link, and no file whose name is not of a store's kind.
+
+    Args:
+        folder: the store.
+        features: provenance; see `diffrep.store.manifest`.
+        root: the folder to which image names are relative. None: that of the store that is there.
+
+    Raises:
+        StoreError: the folder holds something else, another writer, or features of another origin.
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        features: Mapping[str, Any],
+        keep: Keep,
+        *,
+        root: str | Path | None = None,
+        shard_images: int = 1024,
+    ) -> None:
+        self.folder = Path(folder)
+        if shard_images < 1:
+            raise ValueError(f"shard_images must be at least 1, got {shard_images}")
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StoreError(f"{self.folder}: is a file, a store is a folder")
+        for path in (self.folder / name for name in (MANIFEST, LOCK, SHARDS)):
+            if path.is_symlink() or (path.exists() and path.is_dir() != (path.name == SHARDS)):
+                kind = "folder" if path.name == SHARDS else "file"
+                raise StoreError(f"{path}: must be a {kind} of the store, no link")
+        is_store = (self.folder / MANIFEST).is_file()
+        if not is_store and self.folder.is_dir() and any(p.name != LOCK for p in self.folder.iterdir()):
+            raise StoreError(f"{self.folder}: is neither empty nor a store (it has no {MANIFEST}); name another folder")
+        self._root_matters = root is not None
+        place = str(Path(root or ".").absolute())
+        wanted = Manifest(keep=keep, features=features, root=place, shard_images=shard_images)
+        if is_store:
+            self._check_same(load_manifest(self.folder), wanted)  # before anything is written
+        self._created = [p for p in (self.folder, *self.folder.parents) if not p.exists()]
+        self._new, self.manifest = not is_store, wanted
+        self._lock = self._take_lock()
+        try:
+            if is_store:
+                self.manifest = load_manifest(self.folder)
+                self._check_same(self.manifest, wanted)
+            else:
+                save_manifest(self.folder, wanted)
+            (self.folder / SHARDS).mkdir(exist_ok=True)
+            self._clean()
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and self._new and not self.manifest.shards:
+            self._undo()
+        self._lock.release()
+
+    def save(self, builder: ShardBuilder, number: int) -> ShardEntry:
+        """Write the files of a shard, which do not count before they are committed.
+
+        Raises:
+            OSError: the disk is full or cannot be written to; the store is as it was.
+        """
+        try:
+            return builder.save(self.folder, number)
+        except OSError as error:
+            raise self._explained(error) from None
+
+    def commit(self, shard: ShardEntry, environment: Mapping[str, Any]) -> None:
+        """List a shard in the manifest: from here on it is there. One of the same number is replaced."""
+        replaced = [s for s in self.manifest.shards if shard_number(s.name) == shard_number(shard.name)]
+        manifest = self.manifest.with_shard(shard, environment)
+        try:
+            save_manifest(self.folder, manifest)
+        except OSError as error:
+            raise self._explained(error) from None
+        self.manifest = manifest
+        for old in replaced:
+            if old.name != shard.name:
+                self._remove(old.name)
+
+    def drop(self, shard: ShardEntry) -> None:
+        """Take a shard out of the store."""
+        manifest = dataclasses.replace(self.manifest, shards=tuple(s for s in self.manifest.shards if s != shard))
+        save_manifest(self.folder, manifest)
+        self.manifest = manifest
+        self._remove(shard.name)
+
+    def _take_lock(self) -> BaseFileLock:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.folder / LOCK, thread_local=False)
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise StoreError(f"{self.folder}: another process is writing into this store; wait for it to end") from None
+        except OSError as error:
+            self._remove_folders()
+            raise OSError(f"{self.folder}: cannot be written to ({error.strerror})") from None
+        return lock
+
+    def _check_same(self, manifest: Manifest, wanted: Manifest) -> None:
+        differing = difference(manifest.features, wanted.features)
+        for key in ("keep", "shard_images", "root"):
+            if differing is None and (self._root_matters or key != "root"):
+                differing = difference({key: getattr(manifest, key)}, {key: getattr(wanted, key)})
+        if differing is not None:
+            raise StoreError(f"{self.folder} was made otherwise ({differing}): use the same settings or another folder")
+
+    def _clean(self) -> None:
+        """Remove shards that a killed run could not list any more. Files of other names are not the store's."""
+        listed = {shard.name for shard in self.manifest.shards}
+        for file in sorted((self.folder / SHARDS).iterdir()):
+            ours = SHARD_NAME.fullmatch(file.stem) and file.suffix in (".safetensors", ".json")
+            if ours and file.stem not in listed and not file.is_dir():
+                file.unlink()
+        sweep_partials(self.folder / SHARDS)
+        sweep_partials(self.folder)
+
+    def _undo(self) -> None:
+        """Remove a store that was begun and came to nothing, with the folders that were made for it."""
+        with contextlib.suppress(OSError):
+            self._clean()
+        for name in (MANIFEST, LOCK):
+            (self.folder / name).unlink(missing_ok=True)
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        for folder in (self.folder / SHARDS, *self._created):
+            with contextlib.suppress(OSError):  # it was not made, or somebody else has put something there
+                folder.rmdir()
+
+    def _remove(self, name: str) -> None:
+        for ending in ("safetensors", "json"):
+            (self.folder / SHARDS / f"{name}.{ending}").unlink(missing_ok=True)
+
+    def _explained(self, error: OSError) -> OSError:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return OSError(f"{self.folder}: cannot be written to ({error.strerror})")
+        what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
+        return OSError(
+            f"{self.folder}: {what}; the {self.manifest.images:,} images that are in the store are safe, make room"
+            " and run the same command again"
+        )
+
+
+def write_store(
+    folder: str | Path,
+    images: Iterable[tuple[str, FeatureMaps]],
+    keep: Keep | None = None,
+    *,
+    root: str | Path | None = None,
+    shard_images: int = 1024,
+) -> Path:
+    """Write features that are in memory already into a new store, or append them to one with the same settings.
+
+    `diffrep.extract_store` is the way for whole collections: it decodes, batches, resumes and hashes the images.
+
+    Args:
+        images: (name, maps) with maps of one image each, from one backbone and configuration.
+
+    Raises:
+        ValueError: no image is given, or a name is in the store already.
+    """
+    keep = keep or Keep()
+    images = iter(images)
+    if (first := next(images, None)) is None:
+        raise ValueError("write_store needs at least one image")
+    features = json.loads(json.dumps({"taps": first[1].taps, **first[1].settings}, default=str))
+    with StoreWriter(folder, features, keep, root=root, shard_images=shard_images) as writer:
+        known = {name for shard in writer.manifest.shards for name in load_records(writer.folder, shard).names}
+        number = shard_number(writer.manifest.shards[-1].name) + 1 if writer.manifest.shards else 0
+        builder = ShardBuilder(keep)
+        for name, maps in chain([first], images):
+            if name in known:
+                raise ValueError(f"{name} is in the store {folder} already")
+            known.add(name)
+            (stored,) = select(maps, keep, [ImageFile(name, 0, 0)])
+            if isinstance(stored, PlacesError):
+                raise stored
+            builder.add(len(builder), stored, maps.grids)
+            if len(builder) == shard_images:
+                writer.commit(writer.save(builder, number), {})
+                builder, number = ShardBuilder(keep), number + 1
+        if len(builder):
+            writer.commit(writer.save(builder, number), {})
+    return Path(folder)

@@ -18,8 +18,18 @@ from torch.utils.data import Dataset
 
 from diffrep.features import FeatureMaps
 from diffrep.files import printable
-from diffrep.store.manifest import Manifest, StoreError, load_manifest
-from diffrep.store.shards import SHARDS, ImageFile, Records, StoredImage, damage, load_records, pooled, tensor_name
+from diffrep.store.manifest import Manifest, load_manifest
+from diffrep.store.shards import (
+    SHARDS,
+    ImageFile,
+    Records,
+    StoredImage,
+    StoreError,
+    damage,
+    load_records,
+    pooled,
+    tensor_name,
+)
 
 _OPEN_SHARDS = 64  # memory maps kept open
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -23,10 +24,66 @@ from diffrep.backbones import Grid
 from diffrep.features import FeatureMaps
 from diffrep.files import one_line, partial_path, printable, read_document, write_whole
 from diffrep.images import Placement
-from diffrep.store.manifest import Keep, Kind, ShardEntry, StoreError
+from diffrep.settings import check
 
+SHARD_NAME = re.compile(r"\d{6,}-[0-9a-f]{12}")
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors writes them
 SHARDS = "shards"
+
+
+Kind: TypeAlias = Literal["maps", "pooled", "points"]
+StoreType: TypeAlias = Literal["float16", "bfloat16", "float32"]
+
+
+class StoreError(ValueError):
+    """A store that cannot be used, or not in this way; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What of an image's feature maps is kept, and in which precision.
+
+    ``maps`` keeps them whole, ``pooled`` their mean over the image (padding left out), one vector per tap, and
+    ``points`` the vectors at chosen places, interpolated bilinearly.
+    """
+
+    kind: Kind = "pooled"
+    dtype: StoreType = "float16"
+    points: str = "grid:8"  # grid:N (N x N places), random:N (seeded by the image's name), or a .json file of places
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not re.fullmatch(r"(grid|random):[1-9]\d*|.+\.json", self.points):
+            raise ValueError(f"points must be grid:N, random:N or a .json file of places, got {self.points!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard: ``shards/NAME.safetensors`` holds the numbers, ``shards/NAME.json`` says which images they are of."""
+
+    name: str  # number, then the first digits of the hash: a shard is never overwritten
+    images: int  # whose features it holds
+    quarantined: int  # images that could not be used
+    bytes: int  # of the .safetensors file
+    sha256: str  # of the .safetensors file
+    records_bytes: int  # of the .json file
+    records_sha256: str  # of the .json file
+    environment: int = 0  # which of the manifest's environments made it
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not SHARD_NAME.fullmatch(self.name):  # it becomes part of a path
+            raise ValueError(f"{self.name!r} is no name of a shard")
+        for key in ("images", "quarantined", "bytes", "records_bytes", "environment"):
+            if type(value := getattr(self, key)) is not int or value < 0:
+                raise ValueError(f"{key} of shard {self.name} must be a number from 0 on, got {value!r}")
+
+
+def shard_number(name: str) -> int:
+    """
+    >>> shard_number("000012-5f3a9c01d2e4")
+    12
+    """
+    return int(name.partition("-")[0])
 
 
 class PlacesError(ValueError):
