@@ -58,8 +58,8 @@ def pair_annotations(images: str | Path, annotations: str | Path) -> AnnotatedFi
     missing: list[Path] = []
     for file in files:
         stem = folder / file.relative_to(base).with_suffix("")
-        candidates = [place for ending in ENDINGS if (place := stem.with_name(stem.name + ending)).is_file()]
-        beside = [place for place in candidates if place.resolve() != file.resolve()]
+        places = [stem.with_name(stem.name + ending) for ending in ENDINGS]
+        beside = [place for place in places if place.is_file() and place.resolve() != file.resolve()]
         matched += beside[:1]
         missing += [] if beside else [file]
     if missing:

@@ -259,9 +259,10 @@ def _document(folder: str | Path) -> dict[str, Any] | None:
         document["kind"] = _FORMS[form][1]
     if isinstance(features, Mapping) and "weights_sha256" in features:  # of one backbone, in version 1
         features = document["features"] = {features.get("backbone"): features}
-    if not isinstance(features, Mapping) or not features or document.get("kind") not in list(_CLASSES):
-        raise ValueError(f"{file}: the probe cannot be read (it has no known kind, or no features)")
-    if not all(_is_provenance(name, values) for name, values in features.items()):
+    if document.get("kind") not in list(_CLASSES):
+        raise ValueError(f"{file}: the probe cannot be read (it has no known kind)")
+    known = isinstance(features, Mapping) and all(_is_provenance(name, values) for name, values in features.items())
+    if not features or not known:
         raise ValueError(f"{file}: the probe cannot be read (it does not say of which backbones its features are)")
     return {**document, "file": file}
 
