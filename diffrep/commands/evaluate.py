@@ -1,31 +1,55 @@
-"""``diffrep eval``: matching and painting. Heads are evaluated in `evaluate_dense`."""
+"""``diffrep eval``: matching, painting, and heads that predict depth, normals or masks, on scenes and benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
+import torch
 import tyro
+from PIL import Image
+from torch import Tensor
 
+from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import PrecisionOptions, ReportOptions
+from diffrep.commands.train import open_set
 from diffrep.eval.cache import StoredType
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
 from diffrep.eval.datasets.ap10k_release import Ap10kSet
+from diffrep.eval.datasets.dense_images import open_benchmark
 from diffrep.eval.datasets.pair_sets import read_ap10k, read_pf_pascal, read_pf_willow, read_spair, read_spair_u
 from diffrep.eval.datasets.pairs import PairSet, read_keypoint_tables
 from diffrep.eval.datasets.tss import read_tss
 from diffrep.eval.flow import evaluate_flow
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
+from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_maps
 from diffrep.eval.matchers import baselines, matchers_of
+from diffrep.eval.one_step_ablation import AblationSettings, run_ablation
 from diffrep.eval.protocols import PROTOCOLS, Protocol
 from diffrep.eval.report import Report
 from diffrep.eval.samplers import SamplersEvaluation, evaluate_samplers
+from diffrep.eval.scene_maps import Method, SceneMapSettings, evaluate_scene_maps, maps_through_vae, no_look
 from diffrep.eval.scenes import ScenesSettings, evaluate_scenes
+from diffrep.eval.segmentation import (
+    SPLITS,
+    MaskProtocol,
+    MaskReport,
+    centred_guess,
+    evaluate_dis,
+    evaluate_scene_masks,
+    masks_through_vae,
+)
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
 from diffrep.files import write_whole
+from diffrep.heads.dense import DenseHead, PredictConfig
+from diffrep.heads.loading import load_head
+from diffrep.heads.maps import NormalMap
+from diffrep.heads.segmentation import SegmentationHead, SegmentConfig
 from diffrep.recipes import Correspondence
+from diffrep.scenes import Scene
 from diffrep.synthesis import SynthesisSettings, load_synthesis
 
 
@@ -119,6 +143,13 @@ _USUAL = {  # benchmark -> protocol where the recipe has none of its own
     "pf-pascal": "pf-pascal-sd-dino",
     "pf-willow": "pf-willow",
     "ap-10k": "ap-10k-geoaware",
+}
+_READERS: dict[str, tuple[Callable[..., PairSet], tuple[str, ...]]] = {  # benchmark -> reader, its splits
+    "spair": (read_spair, ("trn", "val", "test")),
+    "spair-u": (read_spair_u, ("test",)),
+    "pf-pascal": (read_pf_pascal, ("trn", "val", "test")),
+    "pf-willow": (read_pf_willow, ("test",)),
+    "ap-10k": (read_ap10k, get_args(Ap10kSet)),
 }
 # options that only data sets on disk have, and only data sets of pairs of images
 _OF_DATA = frozenset({"data", "categories", "keep", "batch_size"})
@@ -225,20 +256,224 @@ class EvalCorrespondence(PrecisionOptions):
             DatasetError: the folder is not that data set.
             ValueError: the benchmark has no such split or category.
         """
-        special: dict[str, tuple[str, ...]] = {
-            "ap-10k": get_args(Ap10kSet), "pf-willow": ("test",), "spair-u": ("test",)
-        }  # fmt: skip
-        splits = special.get(self.benchmark, ("trn", "val", "test"))
+        read, splits = _READERS[self.benchmark]
         if self.split not in splits:
             raise ValueError(f"{self.benchmark} has no split {self.split!r}; it has {', '.join(splits)}")
-        categories = self.categories or None
-        split: Any = self.split  # checked above
-        if self.benchmark == "spair":
-            return read_spair(data, split=split, categories=categories, keypoints=protocol.keypoints)
-        if self.benchmark == "spair-u":
-            return read_spair_u(data, categories=categories, keypoints=protocol.keypoints)
-        if self.benchmark == "pf-pascal":
-            return read_pf_pascal(data, split=split, categories=categories)
-        if self.benchmark == "pf-willow":
-            return read_pf_willow(data, categories=categories)
-        return read_ap10k(data, split=split, categories=categories)
+        options: dict[str, Any] = {"categories": self.categories or None}
+        if len(splits) > 1:
+            options["split"] = self.split
+        if self.benchmark in ("spair", "spair-u"):
+            options["keypoints"] = protocol.keypoints
+        return read(data, **options)
+
+
+# -- heads ---------------------------------------------------------------------------------------------------
+
+ScenesOption = Annotated[SceneMapSettings, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseEvaluation(ReportOptions, PrecisionOptions):
+    """What depth and normals take."""
+
+    head: str  # embedded head, folder or hub id
+    root: Path | None = None  # the benchmark's folder or tar archive; scenes need none
+    listing: Path | None = None  # file that lists the samples; looked for in the folder and beside it if left out
+    working_size: int | None = None  # long side that the network sees; the protocol's or the head's own if left out
+    work: Path | None = None  # numbers of each image; the same folder again goes on from what is in it
+    scenes: ScenesOption = field(default_factory=SceneMapSettings)
+
+    def _finish(self, report: Report) -> None:
+        self.show(report)
+        if report.problems:
+            raise ValueError(f"{len(report.problems)} images were not counted, the first: {report.problems[0]}")
+
+    def _folder(self) -> Path:
+        if self.root is None:
+            raise ValueError("this benchmark needs its folder or archive: --root PATH")
+        return self.root
+
+    def _scenes(self, head: DenseHead) -> Report:
+        config = PredictConfig(size=self.working_size, batch_size=self.scenes.batch_size)
+        methods: dict[str, Method] = {"no look": no_look(head.task), self.head: head_method(head, config)}
+        methods["truth through the VAE"] = maps_through_vae(head.model.vae, head.task)
+        weights: dict[str, object] = dict.fromkeys(methods)
+        weights[self.head] = [head.found, head_fingerprint(head)]
+        return evaluate_scene_maps(methods, head.task, self.scenes, folder=self.work, weights=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDepth(DenseEvaluation):
+    """Depth or disparity of a head on a benchmark, with the papers' numbers beside it."""
+
+    head: str = "tiny-depth"
+    task: Literal["depth", "disparity"] | None = None  # where the head's files do not say it
+    benchmark: Literal["scenes", "nyuv2", "kitti", "eth3d", "scannet", "diode"] = "scenes"
+    protocol: Literal["lotus", "marigold"] = "lotus"  # whose working sizes are taken
+
+    def run(self) -> None:
+        self.check_output()
+        device, dtype = self.resolved()
+        head = load_head(self.head, task=self.task, device=device, dtype=dtype)
+        if head.task == "normals":
+            raise ValueError(f"{self.head} predicts normals: `diffrep eval normals` measures them")
+        if self.benchmark == "scenes":
+            self._finish(self._scenes(head))
+            return
+        data = open_benchmark("depth", self.benchmark, self._folder(), self.listing)
+        # the harness resizes, the head does not; unless a size is asked for, or the head has its own
+        by_head = self.working_size is not None or head.working_size < 256
+        protocol = DepthProtocol(
+            space="disparity" if head.task == "disparity" else "depth",
+            side=None if by_head else data.layout.sides.get(self.protocol),
+            fit_size=data.layout.fit_size,
+        )
+        config = PredictConfig(size=self.working_size if by_head else 0, official=not by_head)
+        predict, weights = depth_predictor(head, config), [head.found, head_fingerprint(head), self.working_size]
+        self._finish(evaluate_maps(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalNormals(DenseEvaluation):
+    """Surface normals of a head on a benchmark, with the papers' numbers beside it."""
+
+    head: str = "tiny-normals"
+    benchmark: Literal["scenes", "nyuv2", "scannet", "ibims", "sintel", "oasis"] = "scenes"
+    protocol: Literal["lotus", "e2e-ft"] = "lotus"  # padding and stretching of images
+    average: Literal["pixels", "images"] = "pixels"  # over all pixels together (DSINE), or over images (Marigold)
+
+    def run(self) -> None:
+        self.check_output()
+        device, dtype = self.resolved()
+        head = load_head(self.head, task="normals", device=device, dtype=dtype)
+        if self.benchmark == "scenes":
+            self._finish(self._scenes(head))
+            return
+        data = open_benchmark("normals", self.benchmark, self._folder(), self.listing)
+        small = head.working_size if head.working_size < 256 else None
+        side = small if self.working_size is None else self.working_size
+        lotus = self.protocol == "lotus"
+        protocol = NormalProtocol(pad="lotus" if lotus else "none", stretch=not lotus, side=side, average=self.average)
+        predict, weights = normal_predictor(head), [head.found, head_fingerprint(head)]
+        self._finish(evaluate_maps(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSegmentation(ReportOptions, PrecisionOptions):
+    """Masks of a head on held-out rendered scenes or on DIS5K, with the published numbers beside it.
+
+    Scenes also show what the truth becomes when the VAE encodes and decodes it, and a guess without the image.
+    """
+
+    head: str = "tiny-segmentation"  # embedded head, folder or hub id
+    base: str | None = None  # where its VAE and text encoder are, for a U-Net alone
+    compare: tuple[str, ...] = ()  # further heads on the same scenes, for example one trained without edges
+    benchmark: Literal["scenes", "dis"] = "scenes"
+    data: Path | None = None  # dis: folder with DIS-VD, DIS-TE1, ..., each with im/ and gt/
+    splits: tuple[str, ...] = SPLITS  # dis: which of them
+    maps: Path | None = None  # dis: keep the maps here, SPLIT/NAME.png; what is there already is scored as it is
+    protocol: MaskProtocol = "soft"  # soft maps (DIS tables), or thresholded at 0.5 (DiffDIS' own script)
+    hce: bool | None = None  # count human correction effort; needs pysodmetrics. Yes for dis, no for scenes
+    scenes: ScenesOption = field(default_factory=SceneMapSettings)
+    predict: SegmentConfig = field(default_factory=SegmentConfig)
+
+    def run(self) -> None:
+        self.check_output()
+        self.show(self._scenes() if self.benchmark == "scenes" else self._dis())
+
+    def _load(self, name: str) -> SegmentationHead:
+        device, dtype = self.resolved()
+        return load_head(name, task="segmentation", base=self.base, device=device, dtype=dtype)
+
+    def _scenes(self) -> MaskReport:
+        head = self._load(self.head)
+        methods: dict[str, Method] = {"no look": centred_guess, self.head: mask_method(head, self.predict)}
+        methods |= {name: mask_method(self._load(name), self.predict) for name in self.compare}
+        methods["truth through the VAE"] = masks_through_vae(head.model.vae)
+        return evaluate_scene_masks(methods, self.scenes, protocol=self.protocol, hce=bool(self.hce))
+
+    def _dis(self) -> MaskReport:
+        if self.data is None:
+            raise ValueError("this benchmark needs its folder: --data PATH")
+        head = self._load(self.head)
+
+        def predict(images: list[Image.Image]) -> Iterator[Tensor]:
+            return (prediction.mask for prediction in head.predict_each(images, self.predict))
+
+        return evaluate_dis(
+            self.head, predict, self.data,
+            splits=self.splits, protocol=self.protocol, hce=self.hce is not False, folder=self.maps,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalAblation(ReportOptions):
+    """Lotus's ablation in small: noise or clean target, many steps or one, detail preserver, pretrained or not.
+
+    Nine trainings of equal length from one base, each measured on the same held-out scenes.
+    """
+
+    task: Literal["disparity", "depth", "normals"] = "disparity"
+    base: str = "tiny"  # embedded model, diffusers folder or hub id that each training starts from
+    data: str = "scenes"  # scenes to train on: rendered into WORK/scenes, or scenes=FOLDER
+    scenes_to_render: int = 24000  # where --data names no folder
+    work: Path = Path("runs/ablation")  # trainings; the same folder again goes on where it was
+    latents: Path | None = None  # encoded scenes, shared with `diffrep train depth`; WORK
+    settings: Annotated[AblationSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=AblationSettings)
+
+    def run(self) -> None:
+        self.check_output()
+        load_parts(self.base)  # a base that cannot be loaded is refused before scenes are rendered for it
+        samples = open_set(self.data, self.task, self.work, self.scenes_to_render)()
+        self.show(run_ablation(samples, self.task, self.work, self.settings, base=self.base, latents=self.latents))
+
+
+def head_method(head: DenseHead, config: PredictConfig) -> Method:
+    """A head as a method of the scenes benchmark."""
+
+    def method(scenes: Sequence[Scene]) -> Tensor:
+        maps = []
+        for one in head.predict_each([scene.image for scene in scenes], config):
+            maps.append(one.to_frame("lub").values if isinstance(one, NormalMap) else one.values[None])
+        return torch.stack(maps)
+
+    return method
+
+
+def depth_predictor(head: DenseHead, config: PredictConfig) -> Predict:
+    """A head as a predictor of the depth harness."""
+
+    def predict(image: Tensor) -> Tensor:
+        return head.predict(image.permute(1, 2, 0).numpy().astype(np.uint8), config).values
+
+    return predict
+
+
+def normal_predictor(head: DenseHead) -> Predict:
+    """A head as a predictor of the normal harness, which pads images with values that no image has."""
+
+    @torch.inference_mode()
+    def predict(image: Tensor) -> Tensor:
+        model = head.model
+        latents = model.encode((image[None].to(model.device) + 1) / 2)
+        noise = None
+        if head.family.first_latent == "noise":
+            noise = model.draw((int(latents.shape[-2]), int(latents.shape[-1])), 0, 0)
+        normals = head.read(model.decode(model.predict(latents, noise)))
+        return NormalMap(normals[0].cpu(), head.family.frame).to_frame("lub").values
+
+    return predict
+
+
+def head_fingerprint(head: DenseHead) -> float:
+    """A number that changes with the weights."""
+    return round(sum(float(p.detach().double().abs().sum()) for p in head.model.network.parameters()), 4)
+
+
+def mask_method(head: SegmentationHead, config: SegmentConfig) -> Method:
+    """A head of masks as a method of the scenes benchmark."""
+
+    def method(scenes: Sequence[Scene]) -> Tensor:
+        return torch.stack([one.mask for one in head.predict_each([s.image for s in scenes], config)])
+
+    return method

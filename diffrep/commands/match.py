@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, PrecisionOptions
+from diffrep.commands.options import BackboneOptions, PrecisionOptions, numbers
 from diffrep.files import check_writable, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
@@ -62,6 +62,8 @@ class Match(BackboneOptions, PrecisionOptions):
         return dataclasses.replace(self, matching=recipe(self.recipe or DEFAULT_RECIPE).matching)
 
     def run(self) -> None:
+        import torch
+
         from diffrep.draw import draw_field, draw_matches
         from diffrep.images import load_image
         from diffrep.masks import load_mask
@@ -76,7 +78,8 @@ class Match(BackboneOptions, PrecisionOptions):
             check_writable(output)
         device, dtype = self.resolved()
         a, b = load_image(self.a), load_image(self.b)
-        points = check_points(parse_points(self.points), (a.height, a.width))
+        places = torch.tensor([numbers(text, "point") for text in self.points]).reshape(-1, 2)
+        points = check_points(places, (a.height, a.width))
         masks = {
             "source_mask": None if self.mask_a is None else load_mask(self.mask_a),
             "mask": None if self.mask_b is None else load_mask(self.mask_b),
@@ -242,24 +245,6 @@ def check_used(typed: frozenset[str], matching: MatchConfig, *, dense: bool) -> 
             raise ValueError(f"--matching.{name} goes with --matching.mode soft, the mode is {matching.mode}")
     if "matching.backend" in typed and matching.backend == "faiss" and not (dense or matching.mutual):
         raise ValueError("--matching.backend faiss goes with --dense")
-
-
-def parse_points(texts: tuple[str, ...]) -> Tensor:
-    """``x,y`` texts -> (N, 2).
-
-    Raises:
-        ValueError: a text is not two numbers.
-    """
-    import torch
-
-    points = []
-    for text in texts:
-        try:
-            x, y = (float(number) for number in text.split(","))
-        except ValueError:
-            raise ValueError(f"cannot read the point {text!r}: write x,y in pixels, for example 120,80") from None
-        points.append((x, y))
-    return torch.tensor(points).reshape(-1, 2)
 
 
 def document(points: Tensor, matches: Matches, dense: DenseMatches | None) -> dict[str, object]:

@@ -15,7 +15,7 @@ from diffrep.files import check_writable, write_whole
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BackboneOptions", "Command", "DeviceOptions", "PrecisionOptions", "Printable", "ReportOptions"]
+__all__ = ["BackboneOptions", "Command", "DeviceOptions", "PrecisionOptions", "ReportOptions", "numbers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +70,29 @@ class BackboneOptions(Command):
                 " name: 'NAME?lora=FILE'"
             )
         return tuple(map(self.named, backbones))
+
+
+FORMS = {  # what numbers stand for -> how they are written
+    "point": "x,y in pixels, for example 120,80",
+    "box": "x0,y0,x1,y1 in pixels, for example 20,20,90,80",
+    "intrinsics": "fx,fy,cx,cy in pixels",
+}
+
+
+def numbers(text: str, what: str) -> tuple[float, ...]:
+    """The numbers of one of `FORMS`.
+
+    Raises:
+        ValueError: they are not written so.
+    """
+    form = FORMS[what]
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != form.partition(" ")[0].count(",") + 1:
+        raise ValueError(f"cannot read the {what} {text!r}: write {form}")
+    return values
 
 
 class Printable(Protocol):

@@ -24,7 +24,7 @@ from diffrep.commands.image_runs import (
     write_map,
     write_predicted_video,
 )
-from diffrep.commands.options import PrecisionOptions
+from diffrep.commands.options import PrecisionOptions, numbers
 from diffrep.files import check_writable, read_document, write_document, write_image, write_whole
 from diffrep.heads.cutouts import backdrop, composite, cut_out, grey_image
 from diffrep.heads.dense import DenseHead, PredictConfig
@@ -198,11 +198,7 @@ class Depth(ImageCommand):
         if self.intrinsics is None:
             assert self.field_of_view is not None
             return Intrinsics.assumed(height, width, self.field_of_view)
-        try:
-            fx, fy, cx, cy = (float(number) for number in self.intrinsics.split(","))
-        except ValueError:
-            raise ValueError(f"cannot read the intrinsics {self.intrinsics!r}: write fx,fy,cx,cy in pixels") from None
-        return Intrinsics(fx, fy, cx, cy)
+        return Intrinsics(*numbers(self.intrinsics, "intrinsics"))
 
     def _points(self, image: Image.Image, result: DepthMap, head: DenseHead | None) -> bytes:
         camera = self._camera(image.height, image.width)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, DeviceOptions
+from diffrep.commands.options import BackboneOptions, DeviceOptions, numbers
 from diffrep.files import check_writable, printable, write_image
 from diffrep.tasks import note_embedded
 
@@ -48,7 +48,11 @@ class QuestionOptions(DeviceOptions):
             check_writable(sheet)
         if self.k < 1:
             raise ValueError(f"-k must be at least 1, got {self.k}")
-        return {"point": _numbers(self.point, 2, "point"), "box": _numbers(self.box, 4, "box"), "k": self.k}
+        places = {"point": self.point, "box": self.box}
+        question: dict[str, Any] = {
+            what: None if text is None else numbers(text, what) for what, text in places.items()
+        }
+        return question | {"k": self.k}
 
     def answer(
         self, picture: Image.Image, hits: Sequence[Hit], question: dict[str, Any], asked: dict[str, str]
@@ -136,16 +140,3 @@ class Search(BackboneOptions, QuestionOptions):
         self.answer(picture, searched.hits, question, {"folder": str(self.folder), "image": str(self.image)})
         for name, reason in searched.extracted.quarantined:
             print(f"left out {printable(name)}: {reason}", file=sys.stderr)
-
-
-def _numbers(text: str | None, count: int, what: str) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        numbers = ()
-    if len(numbers) != count:
-        form = "x,y in pixels, for example 120,80" if count == 2 else "x0,y0,x1,y1 in pixels, for example 20,20,90,80"
-        raise ValueError(f"cannot read the {what} {text!r}: write {form}")
-    return numbers
