@@ -133,7 +133,9 @@ def _stable_diffusion(
 ) -> DiffusionModel:
     from diffrep.backbones.pipelines import load_parts
 
-    parts = load_parts(name, device=device, dtype=dtype)
+    parts = load_parts(name)
+    parts.unet.eval().requires_grad_(False).to(device, dtype)
+    parts.vae.eval().to(device, dtype)
     prompts = [condition] if isinstance(condition, str) else list(condition or [""])
     if parts.text is None or not all(isinstance(prompt, str) for prompt in prompts):
         raise SamplingError(f"{name}: is painted by prompts, and needs its text_encoder and tokenizer for them")
