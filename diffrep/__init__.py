@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone, TapInfo, load_backbone
@@ -126,6 +126,32 @@ class _CheckoutFinder:
             name, folder / "__init__.py", submodule_search_locations=[str(folder)]
         )
 
+
+class _Moved:
+    """Import a module that has moved, by a name that README, docs or notebooks showed once, as what it is now."""
+
+    NOW: ClassVar = {  # former name -> today's; what it held is there under the same names
+        "diffrep.eval.benchmarks.segmentation": "diffrep.eval.benchmarks.networks",
+        "diffrep.heads.map_files": "diffrep.heads.maps",
+        "diffrep.heads.mask_prediction": "diffrep.heads.segmentation",
+        "diffrep.heads.segmentation_loading": "diffrep.heads.loading",
+        "diffrep.synthesis.conditions": "diffrep.synthesis.grids",
+    }
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, cls()) if name in cls.NOW else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """As Python does."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        sys.modules[module.__name__] = importlib.import_module(self.NOW[module.__name__])
+
+
+sys.meta_path.append(_Moved)  # type: ignore[arg-type]
 
 _PACKAGE = Path(__file__).resolve().parent
 if (_PACKAGE.parent / "pyproject.toml").is_file() and not (_PACKAGE / "heads").exists():

@@ -20,6 +20,7 @@ from scipy.ndimage import binary_opening, label
 from torch import Tensor
 from tqdm import tqdm
 
+from diffrep.eval import segmentation_metrics
 from diffrep.eval.published import PUBLISHED_DIS
 from diffrep.eval.report import Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import (
@@ -31,7 +32,7 @@ from diffrep.eval.scene_maps import (
     scene_groups,
     through_vae,
 )
-from diffrep.eval.segmentation_metrics import AUTHORS, DIS, ImageScores, score_image, together
+from diffrep.eval.segmentation_metrics import AUTHORS, DIS, ImageScores, together
 from diffrep.files import write_whole
 from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.images import load_image
@@ -50,6 +51,11 @@ RULES: Mapping[MaskProtocol, dict[str, Any]] = {
     "soft": {"definition": DIS, "binarize": False},
     "thresholded": {"definition": AUTHORS, "binarize": True},
 }
+
+
+def score_image(predicted: Map, truth: Map, *, protocol: MaskProtocol = "soft", hce: bool = False) -> ImageScores:
+    """Scores of one 8-bit map (H, W) by a protocol of `DEFINITIONS`, see `segmentation_metrics.score_image`."""
+    return segmentation_metrics.score_image(predicted, truth, **RULES[protocol], hce=hce)
 
 
 def interval(images: Sequence[ImageScores], name: str, *, draws: int = 500) -> tuple[float, float]:
@@ -153,7 +159,7 @@ def evaluate_scene_masks(
     first = next(iter(methods))
 
     def count(method: str, name: str, values: Tensor, scene: Scene) -> None:
-        scored = score_image(grey(values), scene.mask.astype(np.uint8) * 255, **RULES[protocol], hce=hce)
+        scored = score_image(grey(values), scene.mask.astype(np.uint8) * 255, protocol=protocol, hce=hce)
         thin = thin_places(scene.mask)
         share = float((values.numpy() >= 0.5)[thin].mean()) if thin.any() else float("nan")
         rows[method][name] = ImageScores({**scored.values, "thin": share}, scored.f, scored.e)
@@ -249,7 +255,7 @@ def evaluate_dis(
                 predicted = _map(pair, predict, None if folder is None else folder / f"{key}.png")
                 if predicted.shape != truth.shape:
                     raise ValueError(f"{key}: the map is {predicted.shape}, the truth {truth.shape} (height, width)")
-                images[key] = score_image(predicted, truth, **RULES[protocol], hce=hce)
+                images[key] = score_image(predicted, truth, protocol=protocol, hce=hce)
                 bar.update()
     if all(split in groups for split in SPLITS[1:]):
         groups["DIS-TE1-4"] = [key for split in SPLITS[1:] for key in groups[split]]

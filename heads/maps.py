@@ -295,6 +295,11 @@ WRITERS: dict[str, tuple[str, Callable[[DepthMap | NormalMap], bytes]]] = {  # f
 }
 
 
+def preview(values: DepthMap | NormalMap) -> Image.Image:
+    """The picture of a map, see `DepthMap.picture`."""
+    return values.picture()
+
+
 def save_map(path: Path, values: DepthMap | NormalMap) -> None:
     """Write a map in the format that the ending names: ``.png``, ``.npy`` or ``.tiff``.
 

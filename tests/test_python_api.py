@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
@@ -117,6 +118,24 @@ def test_public_names_exist_and_cost_nothing_before_they_are_used() -> None:
         assert getattr(diffrep, name) is not None, name
     heavy = "import sys, diffrep; print([m for m in ('torch', 'numpy', 'PIL', 'diffusers') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("diffrep.eval.benchmarks.segmentation", "SegmentationBenchmark"),
+        ("diffrep.heads.map_files", "preview save_map WRITERS array_of"),
+        ("diffrep.heads.mask_prediction", "SegmentConfig ObjectMask SegmentationHead"),
+        ("diffrep.heads.segmentation_loading", "load_segmentation"),
+        ("diffrep.synthesis.conditions", "ImageEncoder load_grid interpolate_grids vary_grid"),
+    ],
+)
+def test_former_modules_that_notebooks_imported_are_what_they_are_now(module: str, names: str) -> None:
+    former = importlib.import_module(module)
+    for name in names.split():
+        now = importlib.import_module(getattr(former, name).__module__) if name != "WRITERS" else former
+        assert getattr(former, name) is getattr(now, name)
+    assert importlib.import_module(module) is sys.modules[former.__name__]
 
 
 @pytest.mark.parametrize(

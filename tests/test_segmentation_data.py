@@ -22,6 +22,7 @@ from diffrep.eval.segmentation import (
     open_dis,
     thin_places,
 )
+from diffrep.eval.segmentation import score_image as evaluated_score
 from diffrep.eval.segmentation_metrics import f_curve, prepare, score_image, scores, simplified_length, together
 from diffrep.heads.loading import load_segmentation
 from diffrep.heads.sizes import stretch
@@ -56,6 +57,8 @@ def test_edges_lie_on_both_sides_of_the_outline() -> None:
     assert 0 < int((mask[edge > 0] > 0).sum()) < int((edge > 0).sum())
     assert not edge_map(torch.full((8, 9), 255)).any()
     assert torch.equal(edge_map(mask.flip(-1)), edge.flip(-1))
+    assert edge_map(mask, window=3).sum() < edge.sum() < edge_map(mask, window=7).sum()
+    assert not edge_map(mask, threshold=256).any()
 
 
 def test_noise_has_unit_deviation_and_repeats() -> None:
@@ -142,6 +145,8 @@ def test_a_perfect_map_and_its_inverse() -> None:
     assert found["maxf"] == pytest.approx(1)
     assert found["wfm"] == pytest.approx(1)
     assert score_image(255 - truth, truth).values["mae"] == 1
+    faint = np.where(truth > 0, 200, 10).astype(np.uint8)
+    assert evaluated_score(faint, truth, protocol="thresholded").values["mae"] == 0
 
 
 @pytest.mark.filterwarnings("ignore:This class will be removed")

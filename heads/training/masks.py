@@ -34,15 +34,15 @@ Encode = Callable[[Tensor], Tensor]
 """(B, 3, H, W) pixels in [0, 1] -> scaled latents."""
 
 
-def edge_map(masks: Tensor) -> Tensor:
+def edge_map(masks: Tensor, *, window: int = 5, threshold: float = EDGE_THRESHOLD) -> Tensor:
     """Edge ground truth of masks (..., H, W) in 0..255, as uint8 of the same shape.
 
-    255 where the mask dilated by 5 x 5 pixels and the eroded one differ by `EDGE_THRESHOLD` or more, else 0; what lies
-    outside of the image does not count.
+    255 where the mask dilated by a square of `window` pixels a side and the eroded one differ by `threshold` or more,
+    else 0; what lies outside of the image does not count.
     """
     maps = masks.reshape(-1, 1, *masks.shape[-2:]).float()
-    spread = F.max_pool2d(maps, 5, 1, 2) + F.max_pool2d(-maps, 5, 1, 2)
-    return ((spread >= EDGE_THRESHOLD).to(torch.uint8) * 255).reshape(masks.shape)
+    spread = F.max_pool2d(maps, window, 1, window // 2) + F.max_pool2d(-maps, window, 1, window // 2)
+    return ((spread >= threshold).to(torch.uint8) * 255).reshape(masks.shape)
 
 
 def pyramid_noise(
