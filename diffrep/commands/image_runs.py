@@ -267,7 +267,7 @@ def _predictions(
     config: Any,
     run: _Run,
     existing: Sequence[str],
-) -> Iterator[tuple[Item, Image.Image, ResultT]]:
+) -> Iterator[tuple[Item, Image.Image, Any]]:
     for group in _batches(_images(inputs, output, run, existing), config.batch_size):
         try:
             results = list(head.predict_each([image for _, image in group], config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffrep.scenes.build import SIDES, Body, turn, xyz
+from diffrep.scenes.build import SIDES, Body, Points, turn, xyz
 from diffrep.scenes.shapes import Array, Ball, Clip, prism
 
 
@@ -31,7 +31,7 @@ def _jointed(start: Array, lengths: tuple[float, float], angles: tuple[float, fl
 
 
 def _trunk(b: Body, height: float, half: Array, back: float) -> None:
-    points = {"back": (0, 1, back)} | {f"{side} flank": (s, 0.15, 0) for s, side in SIDES}
+    points: Points = {"back": (0, 1, back)} | {f"{side} flank": (s, 0.15, 0) for s, side in SIDES}
     b.ball("body", "main", (0, height, 0), half, points=points)
 
 
@@ -80,8 +80,8 @@ def dog(b: Body) -> None:
     _trunk(b, height, xyz(girth, girth * 1.02, length), -0.08)
     b.ball("body", "main", (0, height + girth * 0.08, length * 0.55), (girth * 1.02, girth * 1.12, length * 0.44))
     b.ball("body", "main", (0, height + girth * 0.02, -length * 0.6), (girth * 0.98, girth, length * 0.38))
-    size = height - girth * 0.3, girth * 0.33
-    _legs(b, girth, height, (length * 0.66, -length * 0.7), 26, ((10, -14), (10, 16)), size)
+    leg = height - girth * 0.3, girth * 0.33
+    _legs(b, girth, height, (length * 0.66, -length * 0.7), 26, ((10, -14), (10, 16)), leg)
     lift, yaw = d.angle(16, 52), d.angle(22)
     base = xyz(0, height + girth * 0.45, length * 0.78)
     head = base + neck * xyz(0, np.sin(lift), np.cos(lift)) + xyz(0, 0.05, 0.05)
@@ -123,14 +123,15 @@ def dog(b: Body) -> None:
 def giraffe(b: Body) -> None:
     """A long-necked four-legged animal. Never in training."""
     d = b.draw
+    points: Points
     length, girth = d.between(0.30, 0.38), d.between(0.15, 0.19)
     legs, neck = d.between(0.62, 0.80), d.between(0.62, 0.85)
     height = legs + girth * 0.75
     b.variant = d.choice(("short horns", "long horns"))
     _trunk(b, height, xyz(girth, girth * 1.05, length), -0.25)
     b.ball("body", "main", (0, height + girth * 0.2, length * 0.5), (girth * 0.96, girth * 1.2, length * 0.46))
-    size = height - girth * 0.25, girth * 0.26
-    _legs(b, girth, height, (length * 0.62, -length * 0.66), 20, ((6, -7), (6, 9)), size)
+    leg = height - girth * 0.25, girth * 0.26
+    _legs(b, girth, height, (length * 0.62, -length * 0.66), 20, ((6, -7), (6, 9)), leg)
     lift, yaw = d.angle(11, 64), d.angle(20)
     base = xyz(0, height + girth * 0.5, length * 0.78)
     head = base + neck * xyz(0, np.sin(lift), np.cos(lift))
@@ -164,6 +165,7 @@ def giraffe(b: Body) -> None:
 def bird(b: Body) -> None:
     """A bird, standing or flying."""
     d = b.draw
+    points: Points
     flying = d.choice((False, True))
     b.variant = "flying" if flying else "standing"
     b.places = ("sky",) if flying else ("ground",)
@@ -227,6 +229,7 @@ def bird(b: Body) -> None:
 def fish(b: Body) -> None:
     """A fish in the water."""
     d = b.draw
+    points: Points
     length = d.between(0.60, 0.78)
     tall, wide = d.between(0.24, 0.42), d.between(0.13, 0.20)
     fin = d.choice(("forked", "round"))
@@ -271,6 +274,7 @@ def fish(b: Body) -> None:
 def person(b: Body) -> None:
     """A standing or walking person."""
     d = b.draw
+    points: Points
     leg, torso = d.between(0.66, 0.82), d.between(0.46, 0.58)
     shoulder, hip = d.between(0.19, 0.255), d.between(0.13, 0.17)
     thick = d.between(0.052, 0.072)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from diffrep.scenes.build import SIDES, Body, Primitive, turn, xyz
+from diffrep.scenes.build import SIDES, Body, Points, Primitive, turn, xyz
 from diffrep.scenes.shapes import Array, Clip, Tube, block
 
 _AROUND = {"front": (0, 1), "rear": (0, -1), "left": (1, 0), "right": (-1, 0)}  # x, z
@@ -16,6 +16,7 @@ _UPRIGHT = np.stack([[0, 0, 1.0], [1.0, 0, 0], [0, 1.0, 0]], axis=1)  # a ring's
 def chair(b: Body) -> None:
     """A chair with a panel, slats or bars as its back, with or without arm rests."""
     d = b.draw
+    points: Points
     half, depth, height = d.between(0.25, 0.34), d.between(0.25, 0.33), d.between(0.42, 0.54)
     back, lean = d.between(0.46, 0.68), d.angle(6, 8)
     kind = d.choice(("panel", "slats", "bars"))
@@ -68,6 +69,7 @@ def chair(b: Body) -> None:
 def lamp(b: Body) -> None:
     """A desk lamp: base, two arms, a shade that looks forwards and down."""
     d = b.draw
+    points: Points
     base, lower, upper = d.between(0.20, 0.28), d.between(0.42, 0.58), d.between(0.40, 0.54)
     b.variant = d.choice(("round base", "square base"))
     thick = d.between(0.016, 0.026)
@@ -115,6 +117,7 @@ def _points_around(b: Body, vessel: Primitive, heights: Mapping[str, float]) -> 
 def mug(b: Body) -> None:
     """A mug; its handle is at the rear."""
     d = b.draw
+    points: Points
     radius, tall = d.between(0.34, 0.44), d.between(0.36, 0.52)
     taper = d.between(0.80, 1.0)
     b.variant = d.choice(("round handle", "square handle"))
@@ -150,6 +153,7 @@ def mug(b: Body) -> None:
 def teapot(b: Body) -> None:
     """A teapot: spout in front, handle at the rear. Never in training."""
     d = b.draw
+    points: Points
     radius, tall = d.between(0.42, 0.52), d.between(0.32, 0.44)
     b.variant = d.choice(("low lid", "high lid"))
     middle = tall * 0.95

@@ -236,7 +236,7 @@ def _shade(stage: Stage, x: Array, y: Array, depth: Array, surface: Array) -> di
         placed[pixel] = values[..., central].T
         return placed.reshape(height, width, *values.shape[:-1])
 
-    labels = {"normals": normal, "part": part, "canonical": canonical}
+    labels: dict[str, Array] = {"normals": normal, "part": part, "canonical": canonical}
     return {
         "image": image.T.reshape(height, width, 3),  # 1 is white but not the most
         "depth": depth[-1],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffrep.scenes.build import SIDES, Body, Vector, turn, xyz
+from diffrep.scenes.build import SIDES, Body, Points, Vector, turn, xyz
 from diffrep.scenes.shapes import Array, Clip, Hull, Tube, block, prism
 
 _ROOF = block((0.97, 0.97))
@@ -31,13 +31,14 @@ def _lights(b: Body, front: float, back: float, x: float, y: float, size: float)
 
 def _roof(b: Body, centre: Vector, half: Vector) -> None:
     corners = ((f"{end} {side}", s, z) for s, side in SIDES for end, z in (("front", 0.97), ("rear", -0.97)))
-    points = {f"{name} roof corner": (s * 0.97, 1, z) for name, s, z in corners}
+    points: Points = {f"{name} roof corner": (s * 0.97, 1, z) for name, s, z in corners}
     b.add(_ROOF, "roof", "main", centre, half, points=points)
 
 
 def car(b: Body) -> None:
     """A car with a cabin of one of four forms."""
     d = b.draw
+    points: Points
     long, half = d.between(0.82, 1.0), d.between(0.34, 0.42)
     deck, low = d.between(0.40, 0.48), d.between(0.13, 0.18)
     wheel = d.between(0.155, 0.200)
@@ -47,7 +48,7 @@ def car(b: Body) -> None:
     lower = prism(profile, axis="x", taper=(0.9, 1.0))
     b.add(lower, "body", "main", (0, (deck + low) / 2, 0), (half, (deck - low) / 2, long))
     for end, s in (("front", 1.0), ("rear", -1.0)):
-        at, points = (0, low + 0.03, s * long * 0.98), {f"{end} bumper": (0, 0, s)}
+        at, points = xyz(0, low + 0.03, s * long * 0.98), {f"{end} bumper": (0, 0, s)}
         b.box("bumper", "dark", at, (half * 0.94, 0.045, 0.045), points=points)
     tall = d.between(0.23, 0.30)
     top = deck + tall
@@ -66,7 +67,7 @@ def car(b: Body) -> None:
     post = (front - slope * 0.5 - 0.34) * long
     for s, side in SIDES:
         b.tube("windows", "main", (s * half * 0.87, deck - 0.02, post), (s * half * 0.74, top, post), 0.02)
-        at, points = (s * half * 1.06, deck + 0.05, (front - 0.06) * long), {f"{side} mirror": (s, 0, 0.2)}
+        at, points = xyz(s * half * 1.06, deck + 0.05, (front - 0.06) * long), {f"{side} mirror": (s, 0, 0.2)}
         b.ball(f"{side} mirror", "main", at, (0.055, 0.04, 0.035), points=points)
     _lights(b, long * 0.965, -long * 0.975, half * 0.66, (deck + low) / 2 + 0.05, 0.06)
     if form == "pickup":
@@ -92,6 +93,7 @@ def car(b: Body) -> None:
 def truck(b: Body) -> None:
     """A truck: a tall cab before a long load. Never in training."""
     d = b.draw
+    points: Points
     long, half = d.between(0.92, 1.08), d.between(0.32, 0.38)
     wheel = d.between(0.150, 0.185)
     floor = wheel * 1.5
@@ -139,6 +141,7 @@ def _flat(*corners: tuple[float, float]) -> Hull:
 def plane(b: Body) -> None:
     """An aeroplane with jets or a propeller."""
     d = b.draw
+    points: Points
     long, girth = d.between(0.85, 1.0), d.between(0.105, 0.145)
     engine = d.choice(("jet", "propeller"))
     b.variant = engine
@@ -190,6 +193,7 @@ def plane(b: Body) -> None:
 def boat(b: Body) -> None:
     """A boat on the water with a cabin, a mast and perhaps sails."""
     d = b.draw
+    points: Points
     long, half = d.between(0.80, 1.0), d.between(0.27, 0.36)
     deep = d.between(0.24, 0.32)
     kind = d.choice(("sailing boat", "motor boat"))
@@ -199,8 +203,8 @@ def boat(b: Body) -> None:
     plan += [(z, -x) for z, x in reversed(plan[1:])]
     flare = 1.28
     low, high = -0.09, deep - 0.09
-    hull, size = prism(plan, axis="y", taper=(flare, flare)), xyz(half, deep / 2, long) / [flare, 1, flare]
-    b.add(hull, "hull", "main", (0, (low + high) / 2, 0), size, points={"bow": (0, 1, flare)})
+    hull, extent = prism(plan, axis="y", taper=(flare, flare)), xyz(half, deep / 2, long) / [flare, 1, flare]
+    b.add(hull, "hull", "main", (0, (low + high) / 2, 0), extent, points={"bow": (0, 1, flare)})
     deck = prism(plan, axis="y")
     points = {f"{side} stern corner": (s * 0.86, 1, -1) for s, side in SIDES}
     points |= {f"{side} widest point": (s * 1.0, 1, -0.2) for s, side in SIDES}
@@ -210,12 +214,12 @@ def boat(b: Body) -> None:
     sails = kind == "sailing boat"
     z = (d.between(-0.13, 0.13) + d.form(-0.23 if sails else -0.07, -0.15)) * long
     cabin = prism([(1.0, -1.0), (0.6, 1.0), (-0.92, 1.0), (-1.0, -1.0)], axis="x", taper=(0.86, 1.0))
-    at, extent = xyz(0, high + 0.03 + tall / 2, z), (half * 0.6, tall / 2, size)
+    at, room = xyz(0, high + 0.03 + tall / 2, z), (half * 0.6, tall / 2, size)
     ends = ((f"{end} {side}", s, length) for s, side in SIDES for end, length in (("front", 0.6), ("rear", -0.92)))
     points = {f"{name} cabin corner": (s * 0.86, 1, length) for name, s, length in ends}
-    b.add(cabin, "cabin", "light", at, extent, points=points)
+    b.add(cabin, "cabin", "light", at, room, points=points)
     pane = prism([(0.93, -0.1), (0.68, 0.7), (-0.86, 0.7), (-0.9, -0.1)], axis="x", taper=(0.9, 1.02))
-    b.add(pane, "windows", "glass", at + xyz(0, 0, 0.012), extent)
+    b.add(pane, "windows", "glass", at + xyz(0, 0, 0.012), room)
     stern = -long * 1.02
     b.tube("rudder", "dark", (0, low, stern), (0, high + 0.05, stern), 0.03, points={"rudder": (0, 1, -1)})
     foot = z + size + 0.09
@@ -226,8 +230,8 @@ def boat(b: Body) -> None:
         sail = prism([(0.0, -1.0), (0.0, 1.0), (-1.0, -1.0)], axis="x")
         reach = (mast - tall - 0.16) / 2
         b.add(sail, "sail", "light", (0, high + tall + 0.12 + reach, foot - 0.02), (0.010, reach, boom), swing)
-        jib, size = prism([(0.0, 1.0), (1.0, -1.0), (0.12, -1.0)], axis="x"), (0.010, reach * 0.85, long * 0.9 - foot)
-        b.add(jib, "jib", "bright", (0, high + 0.06 + reach * 0.85, foot + 0.03), size)
+        jib, cloth = prism([(0.0, 1.0), (1.0, -1.0), (0.12, -1.0)], axis="x"), (0.010, reach * 0.85, long * 0.9 - foot)
+        b.add(jib, "jib", "bright", (0, high + 0.06 + reach * 0.85, foot + 0.03), cloth)
     else:
         b.tube("motor", "dark", (0, high - 0.04, -long * 1.06), (0, high + 0.12, -long * 1.06), 0.07, 0.06)
         b.tube("mast", "wood", (-0.1, high + mast * 0.85, foot), (0.1, high + mast * 0.85, foot), 0.012)
@@ -242,13 +246,14 @@ def _spoked_wheel(b: Body, name: str, hub: Array, turned: Array, radius: float) 
     for angle in (0.0, np.pi / 3, 2 * np.pi / 3):
         arm = turned @ xyz(0, np.cos(angle), np.sin(angle)) * radius * 0.72
         b.tube(name, "metal", hub - arm, hub + arm, 0.018)
-    points = {f"{name} {label} hub": (0, s, 0) for s, label in SIDES}
+    points: Points = {f"{name} {label} hub": (0, s, 0) for s, label in SIDES}
     b.tube(name, "metal", hub - side * 0.075, hub + side * 0.075, 0.055, points=points)
 
 
 def motorbike(b: Body) -> None:
     """A motorbike with spoked wheels."""
     d = b.draw
+    points: Points
     base, wheel = d.between(0.50, 0.60), d.between(0.235, 0.285)
     kind = d.choice(("low bars", "high bars"))
     b.variant = kind
