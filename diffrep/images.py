@@ -106,6 +106,9 @@ def load_image(
         return _from_array(values.permute(1, 2, 0).numpy(), background)
     if isinstance(source, np.ndarray):
         return _from_array(source, background)
+    if not isinstance(source, (str, os.PathLike)):
+        kinds = "a path, a PIL image, an array or a tensor"
+        raise ImageError(f"an image must be {kinds}, got {type(source).__name__}")
     path = Path(source)
     name = printable(path)
     if not path.is_file():
@@ -231,7 +234,8 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
         else:
             raise ImageError(f"{printable(path)}: no such file or folder")
         if not matches:
-            raise ImageError(f"{printable(source)}: no image found (looked for {', '.join(sorted(SUFFIXES))})")
+            maps = "; maps and masks that diffrep wrote are passed over unless they are named" if path.is_dir() else ""
+            raise ImageError(f"{printable(source)}: no image found (looked for {', '.join(sorted(SUFFIXES))}){maps}")
         for match in matches:
             if match.parent not in real:
                 real[match.parent] = os.path.realpath(match.parent)

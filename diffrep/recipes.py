@@ -90,6 +90,8 @@ def recipe(name: str) -> Recipe:
     Raises:
         ValueError: there is no such recipe (the message lists the near names), or the file is none.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"a recipe is named by text, got {type(name).__name__}")
     if name.endswith(FILE_ENDINGS):
         return load_recipe(Path(name))
     known, _, weights = name.partition(":")
@@ -287,7 +289,7 @@ class Correspondence:
         backbones: Mapping[str, Backbone] | None = None,
         **models: str | os.PathLike[str],
     ) -> None:
-        whole = recipe(recipe_or_name) if isinstance(recipe_or_name, str) else recipe_or_name
+        whole = recipe_or_name if isinstance(recipe_or_name, Recipe) else recipe(recipe_or_name)
         texts = [f"{role}={os.fspath(model)}" for role, model in models.items()]
         self.recipe, loaded = with_backbones(whole, texts, device=device, dtype=dtype)
         loaded |= backbones or {}

@@ -64,7 +64,7 @@ def pipeline(
         DeviceError: there is no such device here.
     """
     if task not in TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=2) or list(TASKS)
+        near = difflib.get_close_matches(str(task), TASKS, n=2) or list(TASKS)
         raise ValueError(f"there is no task {task!r}; near names: {', '.join(near)}")
     from diffrep.devices import resolve_device
 

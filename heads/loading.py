@@ -118,6 +118,8 @@ def load_head(
             contradicts the files; or weights are missing, left over, damaged, do not fit or are not finite.
         DeviceError: there is no such device.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise HeadError(f"a head is named by text or a path, got {type(name).__name__}")
     name, place = os.fspath(name), resolve_device(device)
     numbers = resolve_dtype(dtype, place)
     _check_names(task, family)

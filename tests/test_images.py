@@ -217,6 +217,10 @@ def test_find_images(tmp_path: Path) -> None:
         find_images([tmp_path / "nothing"])
     with pytest.raises(ImageError, match="no image found"):
         find_images([str(tmp_path / "*.gif")])
+    (tmp_path / "maps").mkdir()
+    write_image(tmp_path / "maps" / "a_depth.png", Image.new("RGB", (4, 4)))
+    with pytest.raises(ImageError, match="maps and masks that diffrep wrote are passed over"):
+        find_images([tmp_path / "maps"])
 
 
 SIZINGS = st.sampled_from(

@@ -91,11 +91,19 @@ def test_sd3_gets_both_clips_padded_before_t5(tmp_path: Path) -> None:
     assert embedding.pooled.shape == (1, 2 * CLIP_WIDTH)
 
 
-def test_sd3_works_without_its_t5(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index_says", ["T5", "null", "nothing"])
+def test_sd3_works_without_its_t5(index_says: str, tmp_path: Path) -> None:
     text = save_pipeline(tmp_path, "StableDiffusion3Pipeline")
     (whole,) = text.encode(["a cat"]).values()
     for part in ("text_encoder_3", "tokenizer_3"):
         shutil.rmtree(tmp_path / part)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        entries = {
+            "T5": {part: index.pop(part)},
+            "null": {part: [None, None]},
+            "nothing": {},
+        }  # as people's folders say it
+        (tmp_path / "model_index.json").write_text(json.dumps(index | entries[index_says]))
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "config.json").write_text(json.dumps({"joint_attention_dim": T5_WIDTH}))
     text = PipelineText(str(tmp_path), "StableDiffusion3Pipeline", device=CPU, dtype=torch.float32)

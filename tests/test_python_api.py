@@ -154,3 +154,23 @@ def test_settings_of_another_type_are_refused_in_one_line(settings: dict[str, An
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ExtractConfig(**settings)
     assert ExtractConfig(timestep=np.int64(3), taps=("up.1",)).timestep == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: extract("tiny", 3), "an image must be a path, .* got int"),
+        (lambda: extract("tiny", None), "an image must be a path, .* got NoneType"),
+        (lambda: extract("tiny", b"GIF"), "an image must be a path, .* got bytes"),
+        (lambda: diffrep.load_image(3), "an image must be a path, .* got int"),
+        (lambda: load_backbone(3), "a backbone is named by text or a path, got int"),
+        (lambda: load_backbone(None), "a backbone is named by text or a path, got NoneType"),
+        (lambda: diffrep.load_head(3), "a head is named by text or a path, got int"),
+        (lambda: pipeline(3), "there is no task 3; near names: depth"),
+        (lambda: Correspondence(3), "a recipe is named by text, got int"),
+        (lambda: diffrep.recipe(3), "a recipe is named by text, got int"),
+    ],
+)
+def test_what_is_of_no_use_is_named_with_what_would_be(call: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -189,3 +190,16 @@ def test_a_synthesis_model_is_painted_under_embeddings() -> None:
     model = load_synthesis()
     painted = sample(model, torch.zeros(2, model.embedder.dims[0]), steps=2)
     assert painted.images.shape == (2, 3, 128, 128)
+
+
+def test_painting_prints_no_warnings_of_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: warned.append(record.getMessage()))
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        sample("tiny", "a cat", steps=1)
+    finally:
+        logger.removeHandler(handler)
+    assert not warned

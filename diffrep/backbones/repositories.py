@@ -43,6 +43,8 @@ _log = logging.getLogger("diffrep")
 
 def expand(name: str | os.PathLike[str]) -> str:
     """A name or path as text, with a leading ``~`` that the shell left because it was quoted."""
+    if not isinstance(name, (str, os.PathLike)):
+        raise BackboneError(f"a backbone is named by text or a path, got {type(name).__name__}")
     text = os.fspath(name)
     return os.path.expanduser(text) if text.startswith("~") else text
 

@@ -192,11 +192,13 @@ class PipelineText(PromptEncoder):
         source, index = self.source, self.source.json("model_index.json")
         parts = [part for part in index if part.startswith("text_encoder") and (index[part] or [None])[0]]
         absent: dict[str, None] = {"transformer": None, "vae": None}
-        for part in [part for part in parts if not source.has(part)]:
-            if part != "text_encoder_3":  # Stable Diffusion 3 works without its T5
-                raise BackboneError(f"{source.label}: the folder {part}/ is missing, prompts cannot be encoded")
-            absent |= {part: None, "tokenizer_3": None}
-            parts.remove(part)
+        if self.pipeline.startswith("StableDiffusion3") and not (
+            "text_encoder_3" in parts and source.has("text_encoder_3")
+        ):  # it works without its T5, whether the folder lacks it or the index says so
+            absent |= {"text_encoder_3": None, "tokenizer_3": None}
+            parts = [part for part in parts if part != "text_encoder_3"]
+        if missing := [part for part in parts if not source.has(part)]:
+            raise BackboneError(f"{source.label}: the folder {missing[0]}/ is missing, prompts cannot be encoded")
         variants = {part: source.part(part, need=False) for part in parts}
         starts = ("tokenizer", "scheduler", "model_index.json")
         folder = source.fetch(file for file in source.files if file.startswith(starts))

@@ -132,10 +132,12 @@ def _stable_diffusion(
     name: str, condition: Any, guidance: float | None, negative: str, device: torch.device, dtype: torch.dtype
 ) -> DiffusionModel:
     from diffrep.backbones.pipelines import load_parts
+    from diffrep.backbones.text import quiet_libraries
 
     parts = load_parts(name)
-    parts.unet.eval().requires_grad_(False).to(device, dtype)
-    parts.vae.eval().to(device, dtype)
+    with quiet_libraries():
+        parts.unet.eval().requires_grad_(False).to(device, dtype)
+        parts.vae.eval().to(device, dtype)
     prompts = [condition] if isinstance(condition, str) else list(condition or [""])
     if parts.text is None or not all(isinstance(prompt, str) for prompt in prompts):
         raise SamplingError(f"{name}: is painted by prompts, and needs its text_encoder and tokenizer for them")
