@@ -364,3 +364,15 @@ class TestBadFolders:
     def test_broken_json(self, broken: Path) -> None:
         (broken / "model_index.json").write_text("{")
         self.fails(broken, "cannot be read as JSON")
+
+
+def test_what_is_no_backbone_is_named_with_what_takes_it(tmp_path: Path) -> None:
+    with pytest.raises(BackboneError, match=r"tiny-depth: is no backbone but an embedded head, .*export with --head"):
+        load_backbone("tiny-depth")
+    with pytest.raises(BackboneError, match="tiny-synthesis: is no backbone but an embedded model of `diffrep synthes"):
+        load_backbone("tiny-synthesis")
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["RADIOModel"], "auto_map": {"AutoModel": "hf_model.RADIO"}}'
+    )
+    with pytest.raises(BackboneError, match=r"auto_map\), which diffrep does not run; .*radio, dinov2"):
+        load_backbone(str(tmp_path))

@@ -171,6 +171,10 @@ def _open(options: LoadOptions) -> Backbone:
         return load_open_clip(model, pretrained or None, options)
     if name in REPOSITORIES or is_hub_id(name):
         return _open_repository(repository(name, revision=options.revision, variant=options.variant), options)
+    if (MODELS / name).is_dir():
+        head = (MODELS / name / "head.json").is_file()
+        takes = "head, which load_head takes, and export with --head" if head else "model of `diffrep synthesize`"
+        raise BackboneError(f"{name}: is no backbone but an embedded {takes}")
     known = [*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM]
     near = difflib.get_close_matches(name, known, n=3) or known
     raise BackboneError(
@@ -240,6 +244,12 @@ def _open_repository(source: Repository, options: LoadOptions) -> Backbone:
     for key, load in _CONFIGS.items():
         if key in config:
             return load(source, options)
+    if "auto_map" in config:
+        raise BackboneError(
+            f"{source.label}: runs with Python code of its own repository (auto_map), which diffrep does not run; give"
+            " the model in transformers' own form (of a model_type that it knows: radio, dinov2, clip, siglip), or as"
+            " timm:NAME"
+        )
     raise BackboneError(f"{source.label}: its config.json is of no known backbone; known are {', '.join(_CONFIGS)}")
 
 
