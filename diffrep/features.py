@@ -300,7 +300,7 @@ def listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim < 4:
         return [images]
     if isinstance(images, bytes) or not (hasattr(images, "__iter__") or hasattr(images, "__getitem__")):
-        return [load_image(images)]  # says what an image may be
+        return [load_image(images)]  # type: ignore[arg-type]  # says what an image may be
     return images
 
 
