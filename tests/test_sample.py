@@ -101,6 +101,7 @@ def test_what_does_not_fit_is_one_line(tiny: DiffusionModel) -> None:
     for match, call in (
         ("sides must be multiples of 8", lambda: sample(tiny, size=(100, 128))),
         ("evodiff has no options", lambda: sample(tiny, sampler="evodiff", order=3)),
+        ("whole numbers from 1, got 'x'", lambda: sample(tiny, steps="x")),  # type: ignore[arg-type]
         ("no sampler 'golden'", lambda: sample(tiny, sampler="golden")),
         ("is painted under embeddings", lambda: sample("tiny-synthesis", "a cat")),
         ("cannot be sampled", lambda: sample("tiny-dino")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffrep.sampling.caching import InheritedFeatures
-from diffrep.sampling.core import TableStepper, run, to_forms
+from diffrep.sampling.core import SolverTable, TableStepper, Update, run, to_forms
 from diffrep.sampling.evodiff import evodiff
 from diffrep.sampling.interpolants import Transport, interpolant
 from diffrep.sampling.mean_reverting import MeanReverting
@@ -31,6 +32,7 @@ from diffrep.sampling.solvers import (
     exponential,
     phi,
     rho_runge_kutta,
+    unified,
     unipc,
 )
 
@@ -152,6 +154,30 @@ def test_a_flow_is_the_same_ode_in_its_own_words() -> None:
     forms = to_forms("flow_prediction", noise - clean, x, alpha, sigma)
     torch.testing.assert_close(forms["noise"], noise)
     torch.testing.assert_close(forms["data"], clean)
+
+
+def test_a_corrector_of_the_last_step_is_what_a_further_step_would_begin_with() -> None:
+    schedule = LinearVP()
+    times = spaced_times(schedule, "log-snr", 5)
+    first, second = [Derivative((-2,))], [Derivative((-3, -1))] * 2
+
+    def table(steps: int) -> SolverTable:
+        return unified(
+            TimeGrid.of(schedule, times[: steps + 1]),
+            orders=[1] + [2] * (steps - 1),
+            forms=["data"] * steps,
+            derivatives=[[]] + [first] * (steps - 1),
+            correctors=[[Derivative((-1,))]] + [second] * (steps - 1),
+        )
+
+    x, seen = torch.linspace(-1, 1, 4, dtype=torch.float64)[None], list[Tensor]()
+    got = run(table(4), network_of(schedule), x)
+    longer = table(5)
+    still = Update("data", 1.0, (0.0,))
+    longer = replace(longer, updates=(*longer.updates[:4], still), correctors=(*longer.correctors[:4], None))
+    run(longer, network_of(schedule), x, after_step=lambda step, state: seen.append(state))
+    torch.testing.assert_close(got, seen[-1], atol=1e-12, rtol=1e-12)
+    assert (got - seen[-2]).abs().max() > 1e-6
 
 
 def test_a_diverging_run_is_named() -> None:
@@ -284,7 +310,7 @@ def test_what_cannot_be_is_said_before_the_first_step() -> None:
             "at least two steps",
             lambda: evodiff(lambda x, t: x, torch.ones(1, 1, 2, 2), TimeGrid.of(Exploding(), [80, 1])),
         ),
-        ("more than 20 steps", lambda: sample_pc(ScoreSDE("vp", steps=10), lambda x, t: x, torch.ones(1, 2), iter([]))),
+        ("at least 20 steps", lambda: sample_pc(ScoreSDE("vp", steps=10), lambda x, t: x, torch.ones(1, 2), iter([]))),
         ("infinite at t = 0", lambda: Transport().sample_sde(lambda x, t: x, torch.ones(1, 2), 4, [], form="SBDM")),
         ("needs a gamma", lambda: interpolant("linear")),
         ("cosine, linear or constant", lambda: MeanReverting(schedule="sqrt")),

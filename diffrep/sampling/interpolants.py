@@ -110,8 +110,8 @@ def interpolant(path: str, gamma: str | None = None) -> Path:
     if path in ("trig", "one-sided-trig"):
         quarter = math.pi / 2
         return Path(lambda t: rest(t) * torch.cos(quarter * t), lambda t: rest(t) * torch.sin(quarter * t), squared)
-    if path == "mirror":
-        return Path(torch.zeros_like, torch.ones_like, squared)
+    if path == "mirror" and squared is not None:  # data alone, with x0 as the noise
+        return Path(lambda t: squared(t).sqrt(), torch.ones_like)
     return Path(lambda t: bump(t, False), lambda t: bump(t, True), squared)
 
 

@@ -72,28 +72,28 @@ class MeanReverting(NoiseSchedule):
         """(steps + 1,) fractional indices, falling.
 
         Args:
-            spacing: even in the index ("linspace" from end to end, "leading" and "trailing" without the first or last
-                of one more), in the 7th root of sigma / alpha ("karras-n") or of the index, down to 1 ("karras-t"), or
-                in log-SNR ("linear-lambda").
+            spacing: even in the index ("linspace" from end to end, "leading" in whole indices, "trailing" without the
+                last of one more), in the 7th root of sigma / alpha ("karras-n") or of the index down to 1 ("karras-t"),
+                or in log-SNR ("linear-lambda").
             lowest: half log-SNR below which no time lies.
         """
-        log_snr = np.log(self.alphas / self.sigmas)
+        log_snr, index = np.log(self.alphas / self.sigmas), np.arange(len(self.alphas))
         first = self.first - int((log_snr < lowest).sum())
-        even = np.linspace(first, 0, steps + 2)
-        begin, end = float(self.log_snr(first)), float(log_snr[0])
         if spacing == "linspace":
             return np.linspace(first, 0, steps + 1)
-        if spacing in ("leading", "trailing"):
-            return even[1:] if spacing == "leading" else even[:-1]
+        if spacing == "leading":
+            return np.arange(steps + 1)[::-1] * float(first // (steps + 1))
+        if spacing == "trailing":
+            return np.arange(first, 0, -self.first / (steps + 1))[: steps + 1]
         if spacing == "karras-t":
-            return power_spaced(first, 1.0, steps + 1, 7.0)
+            return power_spaced(self.first, 1.0, steps + 1, 7.0)
         if spacing == "karras-n":
-            wanted = -np.log(power_spaced(math.exp(-begin), math.exp(-end), steps + 1, 7.0))
-        elif spacing == "linear-lambda":
-            wanted = np.linspace(begin, end, steps + 1)
-        else:
-            raise SamplingError(f"no spacing {spacing!r} of mean-reverting diffusion")
-        return np.array([first, *np.interp(wanted[1:-1], log_snr[::-1], np.arange(len(log_snr))[::-1]), 0.0])
+            rho = self.sigmas / self.alphas
+            return np.interp(power_spaced(float(rho[-1]), float(rho[0]), steps + 1, 7.0), rho, index)
+        if spacing == "linear-lambda":
+            wanted = np.linspace(max(float(log_snr[-1]), lowest), float(log_snr[0]), steps + 1)
+            return np.interp(wanted, log_snr[::-1], index[::-1])
+        raise SamplingError(f"no spacing {spacing!r} of mean-reverting diffusion")
 
 
 def mrs_table(grid: TimeGrid, *, order: int = 2, form: Form = "data", noisy: bool = False) -> SolverTable:
@@ -137,7 +137,7 @@ def sample_mean_reverting(
     Returns:
         (B, C, H, W) in 0..1.
     """
-    grid = table.grid
+    grid, form = table.grid, table.updates[0].form
 
     def shifted(y: Tensor, t: float) -> Tensor:
         a, s = float(schedule.alpha(t)), float(schedule.sigma(t))
@@ -145,14 +145,16 @@ def sample_mean_reverting(
         output = network(x, t)
         if target != "velocity":
             return output
-        return a * x - s / schedule.stationary * output + (1 - a) * mean
+        far = schedule.stationary
+        if form == "noise":
+            return (a * output + s / far * (x - mean)) / far
+        return a * x - s / far * output + (1 - a) * mean
 
     if denoise_last:
         last = grid.steps - 1
         clean = exponential(grid.ending(), last, last + 1, "data")
         table = SolverTable(table.name, grid.ending(), (*table.updates[:-1], clean))
+    prediction = "epsilon" if target == "noise" or (target == "velocity" and form == "noise") else "sample"
     first, last_alpha = float(grid.alpha[0]), float(table.grid.alpha[-1])
-    y = run(
-        table, shifted, start - (1 - first) * mean, prediction="epsilon" if target == "noise" else "sample", noise=noise
-    )
+    y = run(table, shifted, start - (1 - first) * mean, prediction=prediction, noise=noise)
     return (y + (1 - last_alpha) * mean).clamp(0, 1)

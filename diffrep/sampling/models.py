@@ -282,6 +282,10 @@ def sample(
         raise SamplingError(f"{model.name}: sides must be multiples of {model.factor}, got {height} x {width}")
     if timesteps is not None:
         steps = len(timesteps)
+    if not isinstance(steps, int) or not isinstance(batch_size, int) or min(steps, batch_size, inherit) < 1:
+        raise SamplingError(
+            f"steps, batch_size and inherit are whole numbers from 1, got {steps!r}, {batch_size!r}, {inherit!r}"
+        )
     table, shape = None, (model.channels, height // model.factor, width // model.factor)
     if sampler != "evodiff":
         table = build_table(sampler, model.schedule, steps, spacing=spacing, timesteps=timesteps, **options)

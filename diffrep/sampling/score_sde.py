@@ -219,8 +219,8 @@ def sample_pc(
     Raises:
         SamplingError: VP with fewer steps than beta_1, whose chain is not defined.
     """
-    if sde.kind == "vp" and sde.steps <= sde.beta_1 and {predictor, corrector} - {"euler_maruyama", "none", "ald"}:
-        raise SamplingError(f"a VP chain needs more than {sde.beta_1:g} steps, got {sde.steps}: its betas would pass 1")
+    if sde.kind == "vp" and sde.steps < sde.beta_1 and {predictor, corrector} - {"euler_maruyama", "none", "ald"}:
+        raise SamplingError(f"a VP chain needs at least {sde.beta_1:g} steps, got {sde.steps}: its betas would pass 1")
     mean = x
     for t in torch.linspace(1, sde.last if last is None else last, sde.steps):
         times = torch.full((len(x),), float(t), device=x.device)
