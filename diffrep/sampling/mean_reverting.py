@@ -82,9 +82,9 @@ class MeanReverting(NoiseSchedule):
         if spacing == "linspace":
             return np.linspace(first, 0, steps + 1)
         if spacing == "leading":
-            return np.arange(steps + 1)[::-1] * float(first // (steps + 1))
+            return np.arange(steps + 1, dtype=np.float64)[::-1] * (first // (steps + 1))
         if spacing == "trailing":
-            return np.arange(first, 0, -self.first / (steps + 1))[: steps + 1]
+            return np.arange(first, 0, -self.first / (steps + 1), dtype=np.float64)[: steps + 1]
         if spacing == "karras-t":
             return power_spaced(self.first, 1.0, steps + 1, 7.0)
         if spacing == "karras-n":
