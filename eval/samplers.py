@@ -14,12 +14,11 @@ from torch import Tensor
 
 from diffrep.eval.published import read_tables
 from diffrep.eval.report import Report, Section
-from diffrep.sampling.models import DiffusionModel, diffusion_model, sample
+from diffrep.sampling.models import DiffusionModel, diffusion_model, is_synthesis, sample
 from diffrep.sampling.samplers import SAMPLERS
 from diffrep.sampling.schedules import Flow, SamplingError
 from diffrep.sampling.search import Candidate
 from diffrep.synthesis.grids import ImageEncoder
-from diffrep.synthesis.model import EMBEDDED
 
 DETERMINISTIC = {
     "lml": {"kappa": 0.3},
@@ -216,7 +215,7 @@ def guided_models(
 
     condition: Any = list(prompts)
     model: Any = name
-    if _is_synthesis(name):
+    if is_synthesis(name):
         model = load_synthesis(name, device=device, dtype=dtype)
         condition = ImageEncoder.of_model(model)(held_out_images(count, model.window * model.factor, first=0))
         guidance = model.about.guidance if guidance is None else guidance
@@ -229,7 +228,3 @@ def guided_models(
         scale = 7.5 if guidance is None else guidance
         models[f"{scale:g}"] = diffusion_model(model, condition, guidance=scale, **where)
     return models
-
-
-def _is_synthesis(name: str) -> bool:
-    return name in EMBEDDED or any((Path(name) / part).is_dir() for part in ("embedder", "cond_stage"))

@@ -107,12 +107,12 @@ def diffusion_model(
     """
     from diffrep.backbones import PixelDiffusion, load_backbone
     from diffrep.backbones.loading import MODELS
-    from diffrep.synthesis.model import EMBEDDED, SynthesisModel, load_synthesis
+    from diffrep.synthesis.model import SynthesisModel, load_synthesis
 
     if isinstance(model, (str, os.PathLike)):
         name = os.fspath(model)
         folder = MODELS / name if (MODELS / name).is_dir() else Path(name)
-        if name in EMBEDDED or any((folder / part).is_dir() for part in ("embedder", "cond_stage")):
+        if is_synthesis(name):
             model = load_synthesis(name, device=device, dtype=dtype)
         elif (folder / "vae").is_dir() or not folder.exists():
             return _stable_diffusion(name, condition, guidance, negative, resolve_device(device), dtype)
@@ -126,6 +126,13 @@ def diffusion_model(
         f"{getattr(model, 'name', model)}: cannot be sampled; give a Stable Diffusion folder by its name, a synthesis"
         " model or a pixel diffusion"
     )
+
+
+def is_synthesis(name: str) -> bool:
+    """Whether a name is that of a synthesis model: an embedded one, or a folder with an embedder."""
+    from diffrep.synthesis.model import EMBEDDED
+
+    return name in EMBEDDED or any((Path(name) / part).is_dir() for part in ("embedder", "cond_stage"))
 
 
 def _stable_diffusion(

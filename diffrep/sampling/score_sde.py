@@ -305,10 +305,6 @@ def likelihood(
         (B,) bits per dimension, and the states at t = 1.
     """
     field = probability_flow(sde, score)
-    z, change, _ = solve_rk45(lambda y, t: _traced(field, y, t, probe), x, first, 1.0, tolerance)
+    z, change, _ = solve_rk45(lambda y, t: divergence(field, y, t, probe), x, first, 1.0, tolerance)
     log_density = sde.prior_log_density(z).double().cpu() + change
     return (-log_density / (x[0].numel() * math.log(2)) + offset).to(x.dtype), z
-
-
-def _traced(field: Score, x: Tensor, t: Tensor, probe: Tensor) -> tuple[Tensor, Tensor]:
-    return divergence(field, x, t, probe)
