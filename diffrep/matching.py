@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffrep.backbones import Grid
 from diffrep.features import Descriptors, Rows, lattice
+from diffrep.images import Placement
 from diffrep.masks import read_mask
 from diffrep.results import Result
 from diffrep.settings import MatchConfig
@@ -150,13 +153,16 @@ def match_dense(
         matched, scores = _find(queries, target, allowed, mask, config)
 
     def spread(values: Tensor, empty: float | bool) -> Tensor:
+        if len(cells) == source.size[0] * source.size[1]:
+            return values.unflatten(0, source.size)
         full = values.new_full((source.size[0] * source.size[1], *values.shape[1:]), empty)
         full[cells] = values
         return full.unflatten(0, source.size)
 
     valid = spread(torch.ones_like(cells, dtype=torch.bool), False)
     mutual = None if best is None or best.mutual is None else spread(best.mutual, False)
-    return DenseMatches(source.cell_centres(), spread(matched, torch.nan), spread(scores, torch.nan), valid, mutual)
+    centres = _layout(source)[1].clone()
+    return DenseMatches(centres, spread(matched, torch.nan), spread(scores, torch.nan), valid, mutual)
 
 
 @torch.no_grad()
@@ -208,12 +214,27 @@ def open_cells(descriptors: Descriptors, mask: Tensor | None) -> Tensor:
 
     A cell is in the mask if the mask is set at its centre, or at the image's edge next to it.
     """
-    allowed = descriptors.on_image()
-    if mask is not None:
-        allowed = allowed & read_mask(mask, descriptors.cell_centres(), descriptors.placement.image_size)
+    if mask is None:
+        return _layout(descriptors)[0]
+    allowed = descriptors.on_image() & read_mask(mask, descriptors.cell_centres(), descriptors.placement.image_size)
     if not bool(allowed.any()):
         raise ValueError("the mask leaves no cell of the image: it is empty, or thinner than the cells")
     return allowed.flatten().nonzero()[:, 0]
+
+
+def _layout(descriptors: Descriptors) -> tuple[Tensor, Tensor]:
+    """The numbers (M,) of the cells that lie on the image, and the centres (h, w, 2) of all.
+
+    Worked out on the host, once for all pairs of a size: on a GPU these few numbers would cost more than the products.
+    """
+    return _layout_of(descriptors.size, descriptors.placement, descriptors.grid, str(descriptors.device))
+
+
+@lru_cache(maxsize=64)
+def _layout_of(size: tuple[int, int], placement: Placement, grid: Grid, device: str) -> tuple[Tensor, Tensor]:
+    bare = Descriptors((torch.empty(*size, 0),), (1.0,), placement, grid)
+    with torch.inference_mode(False):
+        return bare.on_image().flatten().nonzero()[:, 0].to(device), bare.cell_centres().to(device)
 
 
 def _take(descriptors: Descriptors, cells: Tensor) -> Rows:
@@ -239,11 +260,12 @@ def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:
 
 def _place(descriptors: Descriptors, cells: Tensor) -> Tensor:
     """(N, 2) image points of cells, by number or as (N, 2); those half on padding are drawn to the image's edge."""
-    if cells.ndim == 1:
-        cells = torch.stack([cells % descriptors.size[1], cells // descriptors.size[1]], dim=-1)
     height, width = descriptors.placement.image_size
-    points = descriptors.points(cells)
-    return torch.minimum(points.clamp(min=0), points.new_tensor([width - 1, height - 1]))
+    if cells.ndim == 1:
+        x, y = _layout(descriptors)[1].flatten(0, 1)[cells].unbind(-1)
+    else:
+        x, y = descriptors.points(cells).unbind(-1)
+    return torch.stack([x.clamp(0, width - 1), y.clamp(0, height - 1)], dim=-1)
 
 
 def _find(

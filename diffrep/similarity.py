@@ -35,6 +35,28 @@ def full_precision(device: torch.device) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def _tensor_cores(device: torch.device) -> Iterator[None]:
+    """Products of float32 may round their factors to TF32, 10 bits behind the point: exact for `_halves`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _has_tensor_cores(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as the sum of its leading 11 bits and the rest, both exact in TF32 but for the last 2 of 24 bits."""
+    leading = (values.view(torch.int32) & -8192).view(torch.float32)
+    return leading, values - leading
+
+
 class Scorer:
     """Scores sources against a fixed set of targets.
 
@@ -55,6 +77,12 @@ class Scorer:
         self.weights = targets.weights
         self.squares = targets.squared_norms()
         self.device = self.squares.device
+        self._split = _has_tensor_cores(self.device) and metric != "manhattan"
+        # a float32 product of three on tensor cores takes half the time of one beside them: a b = a1 b1 + a1 b2 + a2 b1
+        self._columns = [part.T for part in self.parts]
+        if self._split:
+            halves = (_halves(part.contiguous()) for part in self.parts)
+            self._columns = [torch.cat([one, two, one], dim=1).T for one, two in halves]
 
     def check(self, sources: Rows) -> None:
         """Refuse sources of other parts than the targets.
@@ -73,14 +101,16 @@ class Scorer:
         """
         squares = sources.squared_norms()
         scale = 1 / squares.sqrt().clamp(min=1e-12) if self.metric == "cosine" else torch.full_like(squares, 2.0)
-        pairs = [
-            (part.float() * (a * b * scale[:, None]), targets.T)
-            for part, targets, a, b in zip(sources.parts, self.parts, sources.weights, self.weights, strict=True)
+        rows = [
+            part.float() * (a * b * scale[:, None])
+            for part, a, b in zip(sources.parts, sources.weights, self.weights, strict=True)
         ]
-        with full_precision(self.device):
-            total = torch.mm(*pairs[0], out=out)
-            for part, targets in pairs[1:]:
-                total.addmm_(part, targets)
+        if self._split:
+            rows = [torch.cat([one, one, two], dim=1) for one, two in map(_halves, rows)]
+        with (_tensor_cores if self._split else full_precision)(self.device):
+            total = torch.mm(rows[0], self._columns[0], out=out)
+            for part, columns in zip(rows[1:], self._columns[1:], strict=True):
+                total.addmm_(part, columns)
         return total, squares
 
     def scores(self, products: Tensor, squares: Tensor, target_squares: Tensor) -> Tensor:

@@ -27,13 +27,16 @@ else:
     from diffusers import UNet2DConditionModel
 
 DECODER, DECODER_CONFIG = "decoder.safetensors", "decoder.json"
-LABELS = ((0.0, 1.0), (1.0, 0.0))  # of a mask and of an edge
 
 
-def branch_vectors(images: int) -> Tensor:
-    """What BDE tells of each row of a batch: (2B, 4), [sin(label), cos(label)], B masks and then B edges."""
-    labels = torch.tensor(LABELS)
-    return torch.cat([labels.sin(), labels.cos()], dim=1).repeat_interleave(images, 0)
+def branch_vectors(images: int, device: torch.device | str = "cpu") -> Tensor:
+    """What BDE tells of each row of a batch: (2B, 4), [sin(label), cos(label)], B masks and then B edges.
+
+    The label of a mask is (0, 1), of an edge (1, 0); made on the device, so that a call can be recorded.
+    """
+    edges = (torch.arange(2 * images, device=device) >= images).float()
+    labels = torch.stack([edges, 1 - edges], dim=1)
+    return torch.cat([labels.sin(), labels.cos()], dim=1)
 
 
 def embed_rows(time_proj: nn.Module, time: nn.Module, branch: nn.Module, timestep: int, vectors: Tensor) -> Tensor:
@@ -193,7 +196,7 @@ class DiffDisUNet(UNet2DConditionModel):
         images = len(latents[0])
         if len(noise) == images:
             noise = noise.repeat(2, 1, 1, 1)
-        vectors = branch_vectors(images).to(noise)
+        vectors = branch_vectors(images, noise.device).to(noise)
         embedding = embed_rows(self.time_proj, self.time_embedding, self.class_embedding, timestep, vectors)
         rows = context.expand(2 * images, -1, -1)
 

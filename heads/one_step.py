@@ -6,6 +6,7 @@ read what is decoded (`diffrep.heads.dense`); training calls the parts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
+from diffrep.backbones.fused import fused_blocks
 from diffrep.backbones.unet import cross_attentions
+from diffrep.graphs import Graphs
 from diffrep.heads.families import Family
 
 TIMESTEP = 999  # of 1000: where one-step heads are trained and asked
@@ -112,6 +115,13 @@ class PlainUNet(nn.Module):
         super().__init__()
         self.unet, self.padding_channels = unet, padding_channels
         self.register_buffer("context", context, persistent=False)
+        self._labels: dict[object, Tensor] = {}
+
+    def prepare(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> None:
+        """Compute what a call with these settings needs beside the latents."""
+        key = (task, latents.dtype, latents.device)
+        if task is not None and key not in self._labels:
+            self._labels[key] = latents.new_tensor([task])
 
     def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
         """What the network predicts (B, c', h, w) for all that goes into its first convolution (B, c, h, w).
@@ -119,12 +129,20 @@ class PlainUNet(nn.Module):
         Args:
             task: class vector, the same for all rows.
         """
+        self.prepare(latents, timestep, task)
+        labels = None if task is None else self._labels[task, latents.dtype, latents.device]
+        return self._call(latents, timestep, labels)
+
+    def _call(self, latents: Tensor, timestep: int, labels: Tensor | None) -> Tensor:
         if self.padding_channels:
             zeros = latents.new_zeros(latents.shape[0], self.padding_channels, *latents.shape[2:])
             latents = torch.cat([latents, zeros], dim=1)
-        labels = None if task is None else latents.new_tensor([task]).expand(latents.shape[0], -1)
-        context = self.context.expand(latents.shape[0], -1, -1)
-        predicted: Tensor = self.unet(latents, timestep, encoder_hidden_states=context, class_labels=labels).sample
+        rows = latents.shape[0]
+        labels = None if labels is None else labels.expand(rows, -1)
+        # filled on the device: nothing is moved there while a call is recorded
+        steps = torch.full((1,), timestep, device=latents.device)
+        context = self.context.expand(rows, -1, -1)
+        predicted: Tensor = self.unet(latents, steps, encoder_hidden_states=context, class_labels=labels).sample
         return predicted
 
 
@@ -173,21 +191,33 @@ class FoldedUNet(PlainUNet):
             resnet.time_emb_proj = None  # without an embedding the block adds none
 
     @torch.no_grad()
-    def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
-        """One pass; see `PlainUNet.forward`."""
+    def prepare(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> None:
+        """Set the biases that hold a timestep and a task; they are computed in float32 and rounded once."""
         key = (timestep, task, latents.dtype, latents.device)
         if key not in self._biases:
-            embedding = self._time(self.unet.get_time_embed(sample=latents[:1], timestep=timestep))
+            wide = latents.new_zeros(1, dtype=torch.float32)
+            embedding = _in_float32(self._time)(self.unet.get_time_embed(sample=wide, timestep=timestep))
             if task is not None:
-                embedding = embedding + self._class(latents.new_tensor([task]))
+                embedding = embedding + _in_float32(self._class)(wide.new_tensor([task]))
             active = nn.functional.silu(embedding)
             biases = zip(self._plain_biases, self._projections, strict=True)
-            self._biases[key] = [bias.to(latents) + projection(active)[0] for bias, projection in biases]
+            self._biases[key] = [
+                (bias.to(wide) + _in_float32(projection)(active)[0]).to(latents) for bias, projection in biases
+            ]
         if self._set != key:
             for resnet, bias in zip(self._resnets, self._biases[key], strict=True):
                 resnet.conv1.bias.data = bias
             self._set = key
-        return super().forward(latents, timestep)
+
+    @torch.no_grad()
+    def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
+        """One pass; see `PlainUNet.forward`."""
+        self.prepare(latents, timestep, task)
+        return self._call(latents, timestep, None)
+
+
+def _in_float32(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).float()
 
 
 def _not_foldable(unet: Any) -> str:
@@ -228,6 +258,7 @@ class LatentCodec(nn.Module):
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
+        self.vae_graphs = Graphs(vae)
         self.channels = int(vae.config.latent_channels)
         self.stride = 2 ** (len(vae.config.block_out_channels) - 1)
 
@@ -260,20 +291,29 @@ class LatentCodec(nn.Module):
         noise = None if posterior_noise is None else posterior_noise.expand(len(pixels), -1, -1, -1)
         for start in range(0, len(pixels), batch_size):
             chunk = pixels[start : start + batch_size].to(self.vae.device, self.vae.dtype)
-            posterior = self.vae.encode(chunk * 2 - 1).latent_dist
-            latent = posterior.mean
+            latent, std = self.vae_graphs("encode", self._posterior, chunk)
             if noise is not None:
-                latent = latent + posterior.std * noise[start : start + batch_size].to(latent)
+                latent = latent + std * noise[start : start + batch_size].to(latent)
             latents.append(latent)
         shift = self.vae.config.shift_factor or 0.0
         scaled: Tensor = (torch.cat(latents).to(self.dtype) - shift) * self.vae.config.scaling_factor
         return scaled.contiguous()
 
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with fused_blocks(self.vae):
+            posterior = self.vae.encode(pixels * 2 - 1).latent_dist
+        return posterior.mean, posterior.std
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        with fused_blocks(self.vae):
+            images: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return images
+
     def decode(self, latents: Tensor, *, batch_size: int = 2) -> Tensor:
         """(B, c, h, w) scaled latents -> (B, 3, h * stride, w * stride), about [-1, 1], as the VAE decodes them."""
         shift = self.vae.config.shift_factor or 0.0
         unscaled = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + shift
-        return torch.cat([self.vae.decode(chunk, return_dict=False)[0] for chunk in unscaled.split(batch_size)])
+        return torch.cat([self.vae_graphs("decode", self._decoded, chunk) for chunk in unscaled.split(batch_size)])
 
 
 class OneStep(LatentCodec):
@@ -305,6 +345,7 @@ class OneStep(LatentCodec):
             raise ValueError(f"this U-Net has {has}, which is not how a {family.name} is built")
         zeros = self.channels if family.first_latent == "zeros" else 0
         self.network = (FoldedUNet if fold else PlainUNet)(unet, context, padding_channels=zeros)
+        self.graphs = Graphs(self.network)
 
     @property
     def _reference(self) -> Tensor:
@@ -367,7 +408,7 @@ class OneStep(LatentCodec):
             image = latents[start : start + batch_size]
             current = None if noise is None else noise[start : start + batch_size]
             for t in timesteps:
-                output = self.network(self.unet_input(image, current), t, task)
+                output = self._output(self.unet_input(image, current), t, task)
                 noisy = torch.zeros_like(output) if current is None else current.to(output)
                 if self.family.result == "sample":
                     current = self.schedule.step(output, noisy, t, steps)
@@ -376,6 +417,16 @@ class OneStep(LatentCodec):
             assert current is not None
             results.append(current)
         return torch.cat(results)
+
+    def _output(self, inputs: Tensor, timestep: int, task: tuple[float, ...] | None) -> Tensor:
+        def run(inputs: Tensor) -> Tensor:
+            with fused_blocks(self.network):
+                output: Tensor = self.network(inputs, timestep, task)
+            return output
+
+        self.network.prepare(inputs, timestep, task)
+        output: Tensor = self.graphs((timestep, task), run, inputs)
+        return output
 
     def draw(self, size: tuple[int, int], seed: int, member: int, *, stream: int = 0) -> Tensor:
         """The noise (1, c, h, w) of an ensemble member: the same for every image of this size, so for all frames of a

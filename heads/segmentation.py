@@ -20,6 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
+from diffrep.backbones.fused import fused_blocks
+from diffrep.graphs import Graphs
 from diffrep.heads.cutouts import grey_image
 from diffrep.heads.diffdis import DiffDisUNet
 from diffrep.heads.head import Head
@@ -71,6 +73,7 @@ class DiffDis(LatentCodec):
                 " belong together"
             )
         self.unet, self.schedule, self.decoder, self.working_size = unet, schedule, decoder, working_size
+        self.graphs = Graphs(unet)
         self.register_buffer("context", context, persistent=False)
         self.multiple = self.stride * 2**unet.levels
 
@@ -101,17 +104,23 @@ class DiffDis(LatentCodec):
             float32 (B, c, h, w), or (2B, c, h, w) with the edges.
         """
         noise = noise.expand(max(len(noise), len(latents[0])), -1, -1, -1).to(latents[0])
-        output = self.unet(latents, noise, self.context, timestep=TIMESTEP, edges=edges)
+
+        def run(noise: Tensor, *latents: Tensor) -> Tensor:
+            with fused_blocks(self.unet):
+                predicted: Tensor = self.unet(latents, noise, self.context, timestep=TIMESTEP, edges=edges)
+            return predicted
+
+        output = self.graphs(edges, run, noise, *latents)
         noise = noise.repeat(-(-len(output) // len(noise)), 1, 1, 1)[: len(output)]
         return self.schedule.clean(output.float(), noise.float(), TIMESTEP)
 
     def decode_maps(self, latents: Tensor, pixels: Tensor) -> Tensor:
         """Masks or edges (B, 1, H, W), about [-1, 1], of latents (B, c, h, w) and their images (B, 3, H, W).
 
-        The VAE draws one after the other, to save memory.
+        On a CPU the VAE draws one after the other, to save memory.
         """
         if self.decoder is None:
-            return self.decode(latents, batch_size=1).mean(1, keepdim=True)
+            return self.decode(latents, batch_size=4 if latents.is_cuda else 1).mean(1, keepdim=True)
         return self.decoder(latents.to(self.dtype), pixels.to(self.device, self.dtype)).float().sigmoid() * 2 - 1
 
     def forward(self, pixels: Tensor, noise: Tensor, *, edges: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -122,7 +131,8 @@ class DiffDis(LatentCodec):
             noise: (B or 1, c, h, w) standard normal, h = H / stride.
         """
         latents = self.predict_latents(self.encode_scales(pixels), noise, edges=edges)
-        mask, *edge = (self.decode_maps(rows, pixels) for rows in latents.split(len(pixels)))
+        drawn = self.decode_maps(latents, pixels.repeat(len(latents) // len(pixels), 1, 1, 1))
+        mask, *edge = drawn.split(len(pixels))
         return mask, edge[0] if edges else None
 
     def draw(self, size: tuple[int, int], seed: int, number: int = 0) -> Tensor:

@@ -53,7 +53,7 @@ def sd21() -> LatentDiffusion:
 
 def gigaflops(backbone: LatentDiffusion, tap: str, side: int, **conditions: int) -> float:
     """Of extracting one tap of one image: VAE encoder and U-Net."""
-    backbone._keys_values.clear()  # count the prompt's keys and values too, as the table does
+    backbone._forget()  # count the prompt's keys and values too, as the table does
     with FlopCounterMode(display=False) as counter:
         backbone.maps(torch.empty(1, 3, side, side, device="meta"), [tap], Conditions(timestep=261, **conditions))
     return float(counter.get_total_flops()) / 1e9

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
+from diffrep.graphs import Graphs
 from diffrep.settings import Conditions, Sizing
 
 if TYPE_CHECKING:
@@ -96,6 +97,11 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
         instance._hub_mixin_config = None  # the mixin would write the arguments, paths among them, beside the weights
         nn.Module.__init__(instance)  # so that a subclass without super().__init__() can hold modules too
         return instance
+
+    @cached_property
+    def graphs(self) -> Graphs:
+        """The recorded calls of `network` on CUDA."""
+        return Graphs(self.network)
 
     @property
     def parts(self) -> dict[str, nn.Module]:

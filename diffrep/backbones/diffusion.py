@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones.base import Backbone, Conditions, TapInfo
+from diffrep.backbones.fused import fused_blocks
 from diffrep.backbones.text import PromptEmbedding, PromptEncoder
+from diffrep.graphs import Graphs
 
 
 def draw_noise(shape: Sequence[int], seed: int, draw: int = 0, *, stream: int = 0) -> Tensor:
@@ -159,6 +161,7 @@ class LatentBackbone(DiffusionBackbone):
     ) -> None:
         super().__init__(network, alphas_cumprod, name=name, source=source)
         self.vae, self.text = vae.eval().requires_grad_(False), text
+        self.vae_graphs = Graphs(self.vae)
         self.stride = self.multiple = 2 ** (len(vae.config.block_out_channels) - 1)
         self._prompts: dict[str, PromptEmbedding] = {}
 
@@ -182,11 +185,16 @@ class LatentBackbone(DiffusionBackbone):
             self.vae.float()
         means, stds = [], []
         for chunk in pixels.split(batch_size):
-            posterior = self.vae.encode(chunk.to(self.vae.device, self.vae.dtype) * 2 - 1).latent_dist
-            # on CPU a batch can come back channels-last: noise must not follow its memory layout
-            means.append(posterior.mean.contiguous())
-            stds.append(posterior.std.contiguous())
+            mean, std = self.vae_graphs("encode", self._posterior, chunk.to(self.vae.device, self.vae.dtype))
+            means.append(mean)
+            stds.append(std)
         return torch.cat(means).to(self.dtype), torch.cat(stds).to(self.dtype)
+
+    def _posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with fused_blocks(self.vae):
+            posterior = self.vae.encode(pixels * 2 - 1).latent_dist
+        # a batch can come back channels-last: noise must not follow its memory layout
+        return posterior.mean.contiguous(), posterior.std.contiguous()
 
     def scale(self, latents: Tensor) -> Tensor:
         """What the VAE gives -> what the network was trained on."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffrep.backbones.base import BackboneError, Conditions, Recommended
 from diffrep.backbones.diffusion import LatentBackbone
+from diffrep.backbones.fused import fused_blocks
 from diffrep.backbones.text import PromptEmbedding, PromptEncoder
 from diffrep.backbones.unet import cross_attentions, folded_upsampling, reading_taps, unet_taps, with_freeu
 from diffrep.images import Sizing
@@ -49,7 +50,7 @@ class LatentDiffusion(LatentBackbone):
         super().__init__(unet, vae, alphas_cumprod, text, name=name, source=source)
         self.predicts = predicts
         self._taps = unet_taps(unet, self.stride)
-        self._keys_values: dict[str, dict[Any, Tensor]] = {}
+        self._constants: dict[str, tuple[Tensor, dict[Any, Tensor]]] = {}
         default_tap = "up.1" if "up.1" in self._taps else "mid"
         side = self.stride * int(unet.config.sample_size or 64)
         self.recommended = recommended or Recommended(
@@ -59,33 +60,42 @@ class LatentDiffusion(LatentBackbone):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self._keys_values.clear()  # they lie on the device that the weights leave
+        self._forget()  # constants lie on the device that the weights leave
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._keys_values.clear()
+        self._forget()
         super()._load_from_state_dict(*args)
+
+    def _forget(self) -> None:
+        self._constants.clear()
+        self.graphs.clear()
 
     def embed(self, prompt: str, embedding: PromptEmbedding | None = None) -> PromptEmbedding:
         if embedding is not None:
-            self._keys_values.pop(prompt, None)
+            self._forget()
         return super().embed(prompt, embedding)
 
-    @contextmanager
-    def _constant_context(self, prompt: str) -> Iterator[Tensor]:
-        """Run the U-Net with a prompt whose cross-attention keys and values are computed once and kept."""
+    def _context(self, prompt: str) -> tuple[Tensor, dict[Any, Tensor]]:
+        """A prompt on the U-Net's device, (1, tokens, C), and the keys and values that cross-attention makes of it."""
+        if prompt in self._constants:
+            return self._constants[prompt]
         context = self.embed(prompt).context.to(self.device, self.dtype)
         if context.shape[-1] != (width := self.network.config.cross_attention_dim):
             raise BackboneError(
                 f"{self.name}: a prompt's embedding has {context.shape[-1]} channels, the U-Net attends to {width}: a"
                 " text encoder is missing, or belongs to another model"
             )
-        if prompt not in self._keys_values:
-            projections = [p for a in cross_attentions(self.network) for p in (a.to_k, a.to_v)]
-            # not as inference tensors: a trained part inside the U-Net needs its activations' gradients
-            with torch.inference_mode(False), torch.no_grad():
-                self._keys_values[prompt] = {p: p(context.clone()) for p in projections}
-        projected = self._keys_values[prompt]
+        projections = [p for a in cross_attentions(self.network) for p in (a.to_k, a.to_v)]
+        # not as inference tensors: a trained part inside the U-Net needs its activations' gradients
+        with torch.inference_mode(False), torch.no_grad():
+            self._constants[prompt] = context, {p: p(context.clone()) for p in projections}
+        return self._constants[prompt]
+
+    @contextmanager
+    def _constant_context(self, prompt: str) -> Iterator[Tensor]:
+        """Run the U-Net with a prompt whose cross-attention keys and values are computed once and kept."""
+        context, projected = self._context(prompt)
 
         def constant(value: Tensor) -> Any:
             return lambda tokens: value.expand(tokens.shape[0], -1, -1)
@@ -100,11 +110,20 @@ class LatentDiffusion(LatentBackbone):
 
     def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         """Run the U-Net on (B, c, h, w) latents, up to the deepest tap."""
-        batch = len(noisy)
-        with self._constant_context(conditions.prompt) as context, with_freeu(self.network, conditions.freeu):
-            added = self._added_conditions(conditions.prompt, batch, noisy.shape[-2:])
-            with folded_upsampling(self.network):
-                return self._run(noisy, taps, max(conditions.timestep, 0), context.expand(batch, -1, -1), **added)
+        batch, prompt, freeu = len(noisy), conditions.prompt, conditions.freeu
+        self._context(prompt)  # computed before anything is recorded
+        added = self._added_conditions(prompt, batch, noisy.shape[-2:])
+
+        def run(latents: Tensor, timestep: Tensor, *conditioning: Tensor) -> dict[str, Tensor]:
+            named = {"added_cond_kwargs": dict(zip(added, conditioning, strict=True))} if added else {}
+            blocks = folded_upsampling(self.network), fused_blocks(self.network)
+            with self._constant_context(prompt) as context, with_freeu(self.network, freeu), blocks[0], blocks[1]:
+                return self._run(latents, taps, timestep, context.expand(batch, -1, -1), **named)
+
+        timestep = torch.full((1,), max(conditions.timestep, 0), device=self.device)
+        latents = noisy.to(self.device, self.dtype)
+        maps: dict[str, Tensor] = self.graphs((tuple(taps), prompt, freeu), run, latents, timestep, *added.values())
+        return maps
 
     @torch.inference_mode()
     def context_maps(self, latents: Tensor, taps: Sequence[str], timestep: int, context: Tensor) -> dict[str, Tensor]:
@@ -113,10 +132,18 @@ class LatentDiffusion(LatentBackbone):
         Args:
             timestep: embedded as it is, -1 too, as Diffusion Hyperfeatures does.
         """
-        return self._run(latents, taps, timestep, context.to(self.device, self.dtype))
+
+        def run(latents: Tensor, step: Tensor, context: Tensor) -> dict[str, Tensor]:
+            with fused_blocks(self.network):
+                return self._run(latents, taps, step, context)
+
+        step = torch.full((1,), timestep, device=self.device)
+        inputs = latents.to(self.device, self.dtype), step, context.to(self.device, self.dtype)
+        maps: dict[str, Tensor] = self.graphs(("context", *taps), run, *inputs)
+        return maps
 
     def _run(
-        self, latents: Tensor, taps: Sequence[str], timestep: int, context: Tensor, **added: Any
+        self, latents: Tensor, taps: Sequence[str], timestep: int | Tensor, context: Tensor, **added: Any
     ) -> dict[str, Tensor]:
         with reading_taps(self.network, [self.tap(tap) for tap in taps], latents.shape) as maps:
             self.network(latents.to(self.device, self.dtype), timestep, encoder_hidden_states=context, **added)
@@ -156,8 +183,8 @@ class LatentDiffusion(LatentBackbone):
         clean = (latents - noise * (1 - now) ** 0.5) / now**0.5
         return then**0.5 * clean + (1 - then) ** 0.5 * noise, clean
 
-    def _added_conditions(self, prompt: str, batch: int, size: Sequence[int]) -> dict[str, Any]:
-        """SDXL's pooled text and micro-conditioning: original size, crop corner, target size."""
+    def _added_conditions(self, prompt: str, batch: int, size: Sequence[int]) -> dict[str, Tensor]:
+        """SDXL's pooled text and its original size, crop corner and target size, as diffusers names them."""
         pooled, config = self.embed(prompt).pooled, self.network.config
         if config.addition_embed_type != "text_time":
             return {}
@@ -172,4 +199,4 @@ class LatentDiffusion(LatentBackbone):
         ends = [height, width] if numbers == 6 else [AESTHETIC_SCORE]
         ids = torch.tensor([[height, width, 0, 0, *ends]], device=self.device, dtype=self.dtype)
         text = pooled.to(self.device, self.dtype).expand(batch, -1)
-        return {"added_cond_kwargs": {"text_embeds": text, "time_ids": ids.expand(batch, -1)}}
+        return {"text_embeds": text, "time_ids": ids.expand(batch, -1)}

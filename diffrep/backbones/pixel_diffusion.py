@@ -132,10 +132,15 @@ class PixelDiffusion(DiffusionBackbone):
                 got = sorted(set(labels.tolist()))
                 raise ValueError(f"{self.name} has the classes 0..{self.classes - 1}, got {got}")
             classes = {"class_labels": labels.to(self.device)}
-        if isinstance(timestep, Tensor):
-            timestep = timestep.to(self.device)
-        with reading_taps(self.network, [self.tap(tap) for tap in taps], noisy.shape) as maps:
-            self.network(noisy.to(self.device, self.dtype), timestep, **classes)
+        steps = timestep.to(self.device) if isinstance(timestep, Tensor) else torch.full((1,), timestep).to(self.device)
+
+        def run(noisy: Tensor, steps: Tensor, *labels: Tensor) -> dict[str, Tensor]:
+            with reading_taps(self.network, [self.tap(tap) for tap in taps], noisy.shape) as maps:
+                self.network(noisy, steps, **dict(zip(classes, labels, strict=True)))
+            return maps
+
+        inputs = noisy.to(self.device, self.dtype), steps, *classes.values()
+        maps: dict[str, Tensor] = self.graphs(tuple(taps), run, *inputs)
         return maps
 
 

@@ -288,7 +288,8 @@ def _can_fold(module: Any) -> bool:
 def _upsample(module: Any, plain: Any, hidden_states: Tensor, output_size: Any = None, *args: Any, **named: Any) -> Any:
     height, width = hidden_states.shape[-2:]
     doubled = output_size is None or tuple(output_size) == (2 * height, 2 * width)
-    if not doubled or height * width < FOLDED_FROM:
+    # on CUDA the four small products cost more launches and copies than they save
+    if not doubled or height * width < FOLDED_FROM or hidden_states.is_cuda:
         return plain(hidden_states, output_size, *args, **named)
     conv = module.conv if module.name == "conv" else module.Conv2d_0
     return upsample_and_convolve(hidden_states, conv.weight, conv.bias)

@@ -163,13 +163,17 @@ class VisionTransformer(Backbone):
             self.tap(tap)
             _, layer, *facet = tap.split(".")
             readers[tap] = self._reader(self._blocks[int(layer)], facet[0] if facet else None)
+
+        def run(normalised: Tensor) -> dict[str, Tensor]:
+            with reading(readers) as activations:
+                self._forward(normalised)
+            return activations
+
         results: dict[str, list[Tensor]] = {tap: [] for tap in taps}
         mean, std = (v[:, None, None].to(self.device) for v in (self.mean, self.std))
         for chunk in pixels.split(batch_size):
             normalised = ((chunk.to(self.device) - mean) / std).to(self.dtype)
-            with reading(readers) as activations:
-                self._forward(normalised)
-            for tap, value in activations.items():
+            for tap, value in self.graphs(tuple(taps), run, normalised).items():
                 results[tap].append(value)
         return {tap: torch.cat(values) for tap, values in results.items()}
 

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights
+from diffrep.backbones.fused import fused_blocks
 from diffrep.backbones.pipelines import load_component
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, read_document, read_weights, save_weights, write_document
+from diffrep.graphs import Graphs
 
 EMBEDDED = ("tiny-synthesis",)
 OFFICIAL_TOKENS = ("patch_fc", "region_fc")  # the authors' names of the projections, in the order of the tokens
@@ -197,6 +199,7 @@ class SynthesisModel(nn.Module):
         self.__dict__["autoencoder"] = autoencoder.eval().requires_grad_(False)  # beside the module, not in it
         self.scheduler = dict(scheduler)
         self.about, self.name = about or About(), name
+        self.graphs = Graphs(unet)
         self.window = int(unet.config.sample_size)
         self.channels = int(unet.config.in_channels)
         self.factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
@@ -226,7 +229,14 @@ class SynthesisModel(nn.Module):
             timesteps: () or (B,), 0..999; may be fractional.
             context: (B, tokens, width), from `context` or `null_context`.
         """
-        return self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+
+        def run(latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+            with fused_blocks(self.unet):
+                return self.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+
+        if not isinstance(timesteps, Tensor):
+            timesteps = torch.full((1,), timesteps, device=latents.device)
+        return self.graphs("unet", run, latents, timesteps.to(latents.device), context)
 
     def context(self, *embeddings: Tensor) -> Tensor:
         """Context of raw embeddings, (B, dim) for each token; see `ConditionEmbedder.forward`."""

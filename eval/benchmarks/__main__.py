@@ -15,6 +15,7 @@ BENCHMARKS = {  # name -> module, one line
     "manifold": ("manifold", "heat-geodesic embedding against PHATE, UMAP and Isomap over n"),
     "synthesis": ("synthesis", "large images: speed and memory against area, the official loop against ours"),
     "probes": ("probes", "a cached grid of probes against the released loop; a grid on a million features"),
+    "gpu": ("gpu", "all of it at full size on a CUDA device, in bfloat16, and the tests that need one"),
     "depth": ("networks", "one-step heads against the official sequence of calls"),
 }
 

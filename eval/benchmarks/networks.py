@@ -106,6 +106,7 @@ class FeaturesBenchmark(NetworkBenchmark):
 
     def claims(self) -> Iterator[Claim]:
         backbone = random_backbone(self.size, self.device, getattr(torch, self.dtype))
+        published = copy.deepcopy(backbone)  # weights of its own: ours stores convolutions in another order on CUDA
         pixels = self.pixels(self.images)
         one, eight = (Conditions(timestep=261, ensemble=n, posterior="sample") for n in (1, ENSEMBLE))
         pairs = list(itertools.combinations(range(self.images), 2))
@@ -114,19 +115,29 @@ class FeaturesBenchmark(NetworkBenchmark):
             return backbone.maps(batch, [self.tap], conditions)[self.tap]
 
         def plain(batch: Tensor, conditions: Conditions) -> Tensor:
-            return torch.cat([plain_extraction(backbone, image[None], self.tap, conditions) for image in batch])
+            return torch.cat([plain_extraction(published, image[None], self.tap, conditions) for image in batch])
+
+        def exact() -> Tensor:
+            return plain_extraction(copy.deepcopy(backbone).float(), pixels[:1], self.tap, one)
 
         def our_pairs() -> Tensor:
             maps = ours(pixels, one)
             return torch.cat([maps[list(pair)] for pair in pairs])
 
         about = f"tap {self.tap}, {self.about}"
-        for claim, batch, conditions in (
-            ("one image", pixels[:1], one),
-            (f"one image, ensemble of {ENSEMBLE}", pixels[:1], eight),
-            ("a pair", pixels[:2], one),
+        rounded = exact if self.dtype != "float32" else None
+        for claim, batch, conditions, right in (
+            ("one image", pixels[:1], one, rounded),
+            (f"one image, ensemble of {ENSEMBLE}", pixels[:1], eight, None),
+            ("a pair", pixels[:2], one, None),
         ):
-            yield Claim(f"{claim}, {about}", partial(plain, batch, conditions), partial(ours, batch, conditions))
+            sides = partial(plain, batch, conditions), partial(ours, batch, conditions)
+            yield Claim(f"{claim}, {about}", *sides, exact=right)
+        yield Claim(
+            f"one image, ensemble of {ENSEMBLE} copies in one batch, {about}",
+            lambda: plain_extraction(published, pixels[:1], self.tap, eight, together=True),
+            partial(ours, pixels[:1], eight),
+        )
         yield Claim(
             f"{self.images} images in all {len(pairs)} pairs, {about}",
             lambda: torch.cat([plain(pixels[list(pair)], one) for pair in pairs]),
@@ -148,19 +159,29 @@ def random_backbone(size: Size, device: str, dtype: torch.dtype) -> LatentDiffus
 
 
 @torch.inference_mode()
-def plain_extraction(backbone: LatentDiffusion, image: Tensor, tap: str, conditions: Conditions) -> Tensor:
-    """The published structure: every member encodes the image and runs the whole U-Net, a hook keeps the map."""
+def plain_extraction(
+    backbone: LatentDiffusion, image: Tensor, tap: str, conditions: Conditions, *, together: bool = False
+) -> Tensor:
+    """The published structure: every member encodes the image and runs the whole U-Net, a hook keeps the map.
+
+    Args:
+        together: the members are copies of the image in one batch, as DIFT runs them.
+    """
     maps: list[Tensor] = []
     module = backbone.network.get_submodule(backbone.tap(tap).module)
     handle = module.register_forward_hook(lambda m, i, output: maps.append(output))
-    context = backbone.embed(conditions.prompt).context
-    for member in range(conditions.ensemble):
-        posterior = backbone.vae.encode(image.to(backbone.dtype) * 2 - 1).latent_dist
+    context = backbone.embed(conditions.prompt).context.to(backbone.device, backbone.dtype)
+    members = list(range(conditions.ensemble))
+    for batch in [members] if together else [[member] for member in members]:
+        copies = image.expand(len(batch), -1, -1, -1)
+        posterior = backbone.vae.encode(copies.to(backbone.dtype) * 2 - 1).latent_dist
         shape = posterior.mean.shape[1:]
-        spread = posterior.std * draw_noise(shape, conditions.seed, member, stream=1).to(posterior.std)
-        noise = draw_noise(shape, conditions.seed, member)
-        latents = backbone.noisy(posterior.mean, spread, noise, conditions.timestep)
-        backbone.network(latents, conditions.timestep, encoder_hidden_states=context)
+        first, added = (
+            torch.cat([draw_noise(shape, conditions.seed, m, stream=stream) for m in batch]) for stream in (1, 0)
+        )
+        spread = posterior.std * first.to(posterior.std)
+        latents = backbone.noisy(posterior.mean, spread, added, conditions.timestep)
+        backbone.network(latents, conditions.timestep, encoder_hidden_states=context.expand(len(batch), -1, -1))
     handle.remove()
     return torch.cat(maps).float().mean(0, keepdim=True).to(backbone.dtype)
 
@@ -193,7 +214,8 @@ class DepthBenchmark(NetworkBenchmark):
         noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(1))
         noise = noise.to(self.device, parts.dtype)
         first = noise if family.first_latent == "noise" else None
-        ours = OneStep(copy.deepcopy(parts.unet), parts.vae, parts.context(), parts.schedule, family)
+        vae = copy.deepcopy(parts.vae)  # ours stores its convolutions in another order on CUDA
+        ours = OneStep(copy.deepcopy(parts.unet), vae, parts.context(), parts.schedule, family)
         weights = [megabytes(parts.unet, parts.vae, parts.text), megabytes(ours.network, parts.vae)]
 
         def official_side(batch: Tensor) -> Tensor:
@@ -206,15 +228,23 @@ class DepthBenchmark(NetworkBenchmark):
         def said(plain: float, our: float) -> str:
             return f"{said_flops(plain, our)}; weights {weights[0]:.0f} MB against {weights[1]:.0f} MB"
 
+        @torch.inference_mode()
+        def our_latent() -> Tensor:
+            return ours.predict(noise, first)
+
+        def exact() -> Tensor:
+            return official(parts.float32(), family, pixels[:1], noise.float())
+
         yield Claim(
             f"{family.name}, everything but the VAE, {self.about}",
             partial(official_latent, parts, family, noise, noise),
-            partial(ours.predict, noise, first),
+            our_latent,
             said,
         )
-        for what, batch in (("one image", pixels[:1]), (f"{self.images} images", pixels)):
+        rounded = exact if self.dtype != "float32" else None
+        for what, batch, right in (("one image", pixels[:1], rounded), (f"{self.images} images", pixels, None)):
             sides = partial(official_side, batch), partial(our_side, batch)
-            yield Claim(f"{family.name}, {what}, {self.about}", *sides, said)
+            yield Claim(f"{family.name}, {what}, {self.about}", *sides, said, right)
 
 
 @dataclass(frozen=True)
@@ -226,6 +256,11 @@ class RandomParts:
     text: Any
     schedule: Schedule
     dtype: torch.dtype
+
+    def float32(self) -> RandomParts:
+        """Copies with the same weights in float32."""
+        modules = (copy.deepcopy(module).float() for module in (self.unet, self.vae, self.text))
+        return RandomParts(*modules, self.schedule, torch.float32)
 
     @torch.inference_mode()
     def context(self) -> Tensor:
@@ -307,6 +342,7 @@ class SegmentationBenchmark(NetworkBenchmark):
 
     def claims(self) -> Iterator[Claim]:
         head = published_head(self.device, getattr(torch, self.dtype), size=self.size)
+        published = copy.deepcopy(head)  # ours stores convolutions in another order on CUDA
         pixels = self.pixels(1)
         noise = head.draw((self.side, self.side), 0).to(self.device, head.dtype)
         noises = [head.draw(size, 0, n) for n, size in enumerate(ensemble_sizes((self.side,) * 2, head.multiple) * 2)]
@@ -327,8 +363,8 @@ class SegmentationBenchmark(NetworkBenchmark):
 
         passes = count_flops(six_passes) / 1e9
         sides: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
-            "mask and edge": (lambda: official_pass(head, pixels, noise), both),
-            "mask alone": (lambda: official_pass(head, pixels, noise)[:1], mask_alone),
+            "mask and edge": (lambda: official_pass(published, pixels, noise), both),
+            "mask alone": (lambda: official_pass(published, pixels, noise)[:1], mask_alone),
         }
         for what, (official, ours) in sides.items():
             memory = ""
