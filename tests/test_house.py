@@ -33,6 +33,7 @@ FLOORS = {
     "diffrep.tasks": 4,
     "diffrep.masks": 0,
     "diffrep.devices": 0,
+    "diffrep.graphs": 0,
     "diffrep.settings": 0,
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,
