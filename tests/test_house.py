@@ -49,6 +49,7 @@ FLOORS = {
     "diffrep.recipes": 3,
     "diffrep.manifold": 3,
     "diffrep.sampling": 3,
+    "diffrep.guidance": 3,
     "diffrep.synthesis": 3,
     "diffrep.training": 3,
     "diffrep.heads": 4,

@@ -1,0 +1,1 @@
+"""What is done between two steps of a sampler: measurements, inversion, completion, composition."""

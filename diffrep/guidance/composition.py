@@ -1,0 +1,267 @@
+"""Two conditions in one picture: SuperDiff's superposition, and COW's cycles around an unchanged object.
+
+Sources: SuperDiff arXiv 2412.17762, necludov/super-diffusion e3afac2; COW arXiv 2306.08247, wangruoyu02/COW 2943d2f.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.attention
+from torch import Tensor
+
+from diffrep.guidance.core import Network, ancestral, check_finite, levels, move
+from diffrep.guidance.inversion import invert_ddim
+from diffrep.sampling.schedules import SamplingError, TimeGrid
+
+Method = Literal["and", "or", "avg", "and_ode"]
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Over a sample, (B, 1, ...)."""
+    return x.flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass
+class Superposition:
+    """What SuperDiff leaves beside the states.
+
+    Attributes:
+        kappa: for each step (B,) the weight of the first condition.
+        log_density: for each step two (B,) running estimates, of an arbitrary start of 1.
+    """
+
+    kappa: list[Tensor] = field(default_factory=list)
+    log_density: list[Tensor] = field(default_factory=list)
+
+
+def superpose(
+    first: Network,
+    second: Network,
+    null: Network,
+    x: Tensor,
+    sigmas: Sequence[float],
+    labels: Sequence[float],
+    draws: Sequence[Tensor] | Callable[[int], Tensor],
+    *,
+    method: Method = "and",
+    guidance: float = 7.5,
+    lift: float = 0.0,
+    temperature: float = 1.0,
+    bias: float = 0.0,
+    official: bool = False,
+) -> tuple[Tensor, Superposition]:
+    """Sample what two conditions of one model say of the same picture.
+
+    Args:
+        first, second, null: noise of a variance preserving network under either condition and under none.
+        x: (B, ...) the first state `x0 + sigma n`.
+        sigmas: sigma / alpha of the times, falling, one more than `labels`; the last is 0.
+        labels: what the networks are called with.
+        draws: for each step standard normal noise; for "and_ode" signs, -1 and 1.
+        method: "and" holds both densities equal, "or" follows the denser, "avg" takes the mean; "and_ode" is "and"
+            without noise.
+        guidance: scale of classifier-free guidance.
+        lift: "and": how much the first density gains over all steps.
+        temperature, bias: "or": of the softmax of both densities, and added to the first.
+        official: "or" with the wrong sign of the squared term in its densities, as released.
+
+    Returns:
+        The last states, and weights and densities.
+
+    Raises:
+        SamplingError: a step diverges, or no such method.
+    """
+    if method not in ("and", "or", "avg", "and_ode"):
+        raise SamplingError(f"conditions are composed by and, or, avg or and_ode, got {method!r}")
+    one = x.new_ones(len(x), *[1] * (x.ndim - 1))
+    log_a, log_b = one, one
+    record, steps = Superposition([one.flatten() / 2], [torch.stack([one.flatten()] * 2)]), len(labels)
+    for step, label in enumerate(labels):
+        sigma, d = float(sigmas[step]), float(sigmas[step + 1] - sigmas[step])
+        scale, draw = math.sqrt(sigma**2 + 1), draws(step) if callable(draws) else draws[step]
+        divergences: tuple[Tensor, Tensor] | None = None
+        if method == "and_ode":
+            (v_a, div_a), (v_b, div_b) = (_with_divergence(n, x, scale, label, draw) for n in (first, second))
+            divergences = (div_a, div_b)
+        else:
+            with torch.no_grad():
+                v_a, v_b = (network(x / scale, label) for network in (first, second))
+        with torch.no_grad():
+            v_null = null(x / scale, label)
+        between, lower = v_a - v_b, v_null + guidance * (v_b - v_null)
+        apart = (guidance * _sum(between.square())).clamp(min=1e-20)
+        if divergences is not None:
+            kappa = sigma * (divergences[0] - divergences[1]) + _sum(between * (v_a + v_b))
+            kappa = (kappa + lift * sigma / (d * steps) - _sum(between * lower)) / apart
+            moved = lower + guidance * kappa * between
+            x = x + d * moved
+            log_a = log_a + d * (divergences[0] + _sum(v_a * (v_a - moved)) / sigma)
+            log_b = log_b + d * (divergences[1] + _sum(v_b * (v_b - moved)) / sigma)
+        else:
+            shaken = math.sqrt(2 * abs(d) * sigma) * draw
+            if method == "and":
+                plain = 2 * d * lower + shaken
+                kappa = abs(d) * _sum((v_b - v_a) * (v_b + v_a)) - _sum(plain * between) + sigma * lift / steps
+                kappa = kappa / (2 * d * apart)
+            elif method == "or":
+                kappa = torch.sigmoid(temperature * (log_a + bias - log_b))
+            else:
+                kappa = one / 2
+            dx = 2 * d * (lower + guidance * kappa * between) + shaken
+            # Ito's formula; the released code's "or" adds the squared term instead of taking it off
+            sign = 1 if official and method == "or" else -1
+            log_a = log_a + (sign * abs(d) * _sum(v_a.square()) - _sum(dx * v_a)) / sigma
+            log_b = log_b + (sign * abs(d) * _sum(v_b.square()) - _sum(dx * v_b)) / sigma
+            x = x + dx
+        check_finite("SuperDiff", x, step, steps)
+        record.kappa.append(kappa.flatten())
+        record.log_density.append(torch.stack([log_a.flatten(), log_b.flatten()]))
+    return x, record
+
+
+def _with_divergence(network: Network, x: Tensor, scale: float, label: float, probe: Tensor) -> tuple[Tensor, Tensor]:
+    """A network's answer and minus its divergence by one probe (Hutchinson)."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one with forward derivatives
+        value, product = torch.func.jvp(lambda v: network(v / scale, label), (x,), (probe,))
+    return value, -_sum(probe * product)
+
+
+# -- this object, unchanged, in that scene --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Noise under COW's five conditions.
+
+    Attributes:
+        empty, prompt: of classifier-free guidance.
+        negative: bad quality.
+        suppress: what must not appear outside of the object: its kind.
+        diverse: good quality.
+    """
+
+    empty: Network
+    prompt: Network
+    negative: Network
+    suppress: Network
+    diverse: Network
+
+    def guided(self, x: Tensor, t: float, scale: float) -> Tensor:
+        """Plain classifier-free guidance."""
+        away = self.empty(x, t)
+        return away + scale * (self.prompt(x, t) - away)
+
+    def kept_apart(self, x: Tensor, t: float, scale: float, inside: Tensor) -> Tensor:
+        """Guidance away from bad quality, and outside of the object away from its kind too."""
+        away = self.negative(x, t)
+        away = torch.where(inside > 0, away, away + self.suppress(x, t) - self.diverse(x, t))
+        return away + scale * (self.prompt(x, t) - away)
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """What `cycle` leaves on its way: the object's saved states, noisiest first, and the canvas."""
+
+    upper: list[Tensor]
+    lower: list[Tensor]
+    inverted: Tensor
+    after_cycle: list[Tensor]
+    result: Tensor
+
+
+@torch.no_grad()
+def cycle(
+    prompts: Prompts,
+    seed: Tensor,
+    canvas: Tensor,
+    mask: Tensor,
+    corner: tuple[int, int],
+    grid: TimeGrid,
+    noise: Callable[[], Tensor],
+    *,
+    cycles: int = 10,
+    guidance: float = 7.5,
+    low: float = 0.5,
+    high: float = 0.7,
+    last: float = 0.4,
+    eta: float = 0.1,
+) -> Cycles:
+    """COW: noise and denoise the canvas between two levels, and write the object's inverted states into it each time.
+
+    Args:
+        seed: (1, c, h, w) latent of the object.
+        canvas: (1, c, H, W) latent of the canvas with the object pasted in.
+        mask: like seed, 1 where the object is.
+        corner: (row, column) of the object on the canvas.
+        grid: see `diffrep.guidance.inversion.leading_grid`.
+        noise: standard normal draws like canvas, one after the other.
+        cycles: how many.
+        low, high, last: shares of the steps: the lower and the upper level, and where the object is written at last.
+        eta: of the last phase.
+
+    Raises:
+        SamplingError: the object does not fit, levels that are not apart, or a step that diverges.
+    """
+    count = grid.steps
+    bottom, top, final = int(low * count), int(high * count), int(last * count)
+    row, column = corner
+    height, width = seed.shape[-2:]
+    if row < 0 or column < 0 or row + height > canvas.shape[-2] or column + width > canvas.shape[-1]:
+        raise SamplingError(f"an object of {height} x {width} at row {row}, column {column} leaves the canvas")
+    if not 0 <= final < bottom < top < count:
+        raise SamplingError(
+            f"levels must rise, last < low < high < 1, got {last:g}, {low:g}, {high:g} of {count} steps"
+        )
+    at = levels(grid)
+    area = (..., slice(row, row + height), slice(column, column + width))
+    inside = torch.zeros_like(canvas)
+    inside[area] = mask
+
+    def towards(x: Tensor, t: float) -> Tensor:
+        return prompts.guided(x, t, guidance)
+
+    def write(state: Tensor) -> None:
+        nonlocal x
+        x = x.clone()
+        x[area] = torch.where(mask > 0, state, x[area])
+
+    def denoise(index: int, eta: float, predicted: Tensor) -> None:
+        nonlocal x
+        now, then = at[count - 1 - index], at[count - index]
+        fresh, rest = ancestral(now, then, eta)
+        x = move(x, predicted, now, (then[0], rest)) + fresh * noise()
+
+    # the first `bottom` steps up, then those to `top`
+    lower = invert_ddim(towards, seed, _steps(grid, 0, bottom))
+    upper = invert_ddim(towards, lower[-1], _steps(grid, bottom, top))[::-1]
+    x = inverted = invert_ddim(towards, canvas, _steps(grid, 0, bottom))[-1]
+    # one level above those that the states lie at, as released
+    ratio = (at[count - 1 - top][0] / at[count - 1 - bottom][0]) ** 2
+    after = []
+    for number in range(cycles):
+        x = math.sqrt(ratio) * x + math.sqrt(1 - ratio) * noise()
+        write(upper[0])
+        for index in range(top - 1, bottom - 1, -1):
+            t = float(grid.times[count - 1 - index])
+            denoise(index, 1.0, prompts.kept_apart(x, t, guidance, inside))
+            write(upper[top - index])
+        check_finite("COW", x, number, cycles)
+        after.append(x)
+    for index in range(bottom - 1, -1, -1):
+        denoise(index, eta, towards(x, float(grid.times[count - 1 - index])))
+        if index == final:
+            write(lower[::-1][bottom - index])
+    check_finite("COW", x, cycles - 1, cycles)
+    return Cycles(upper, lower[::-1], inverted, after, x)
+
+
+def _steps(grid: TimeGrid, first: int, end: int) -> TimeGrid:
+    """The part of a grid between two numbers of steps, counted from its clean end."""
+    places = slice(grid.steps - end, grid.steps - first + 1)
+    times, labels = grid.times[places], grid.labels[grid.steps - end : grid.steps - first]
+    return TimeGrid(times, grid.alpha[places], grid.sigma[places], labels, grid.log_snr[places])

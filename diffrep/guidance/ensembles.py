@@ -1,0 +1,156 @@
+"""Many states at once: weighted particles with resampling (AFDPS), and stacks of slices (DiffusionMBIR).
+
+Sources: AFDPS arXiv 2506.03979, the formula also in erichou1/AFDPS fb6a503; DiffusionMBIR arXiv 2211.10655,
+HJ-harry/DiffusionMBIR 592ea29.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffrep.guidance.core import check_finite
+from diffrep.guidance.operators import Operator
+from diffrep.sampling.schedules import Exploding, SamplingError, TimeGrid, power_spaced
+from diffrep.sampling.score_sde import ScoreSDE, correct, predict
+
+Denoiser = Callable[[Tensor, float], Tensor]  # (state, sigma) -> clean sample
+Draw = Callable[[int, Tensor], Tensor]  # (number, probabilities (P,)) -> (P,) indices
+
+
+def karras_grid(steps: int, sigma_min: float, sigma_max: float) -> TimeGrid:
+    """`steps` sigmas of Karras et al. (power 7), falling, then 0."""
+    return TimeGrid.of(Exploding(), [*power_spaced(sigma_max, sigma_min, steps, 7.0), 0.0])
+
+
+@torch.no_grad()
+def afdps(
+    denoiser: Denoiser,
+    operator: Operator,
+    y: Tensor,
+    x: Tensor,
+    grid: TimeGrid,
+    noise: Callable[[int], Tensor],
+    *,
+    sigma_y: float,
+    at: Literal["noisy", "denoised"] = "noisy",
+    widening: float = 0.0,
+    resample: Draw | None = None,
+    threshold: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """AFDPS: particles along the reverse SDE of p_t exp(-|A x - y|^2 / 2 sigma_y^2), with Feynman-Kac weights.
+
+    Exact in the limit of many particles and steps; no image estimate stands in for the state.
+
+    Args:
+        x: (P, ...) particles at the first sigma.
+        grid: sigmas with a final 0, `karras_grid`.
+        noise: standard normal draws of each step, like x.
+        sigma_y: standard deviation of the measurement's noise.
+        at: "denoised" measures the clean estimate instead, with the variance sigma_y^2 + (widening sigma)^2; no longer
+            exact, and steps may be longer.
+        resample: draws the particles that go on; None: never, and a few take all weight.
+        threshold: share of effective particles below which they are drawn anew.
+
+    Returns:
+        The particles, and (P,) log-weights with the maximum 0.
+
+    Raises:
+        SamplingError: sigma_y is not above 0, or a step diverges (explicit steps need 2 t h / sigma_y^2 below 2).
+    """
+    if not sigma_y > 0:
+        raise SamplingError(f"particles are weighed by the measurement's noise: sigma_y must be above 0, got {sigma_y}")
+    operator.check(y)
+    energy, log_weights, drawn = operator.trace(), x.new_zeros(len(x)), 0
+    for step in range(grid.steps):
+        t, h = float(grid.times[step]), float(grid.times[step] - grid.times[step + 1])
+        variance = sigma_y**2 + (widening * t) ** 2 if at == "denoised" else sigma_y**2
+        clean = denoiser(x, t)
+        gradient = operator.adjoint(operator(clean if at == "denoised" else x) - y) / variance
+        growth = gradient.square().flatten(1).sum(1) - energy / variance
+        pull = 2 / t * ((x - clean) * gradient).flatten(1).sum(1)
+        log_weights = log_weights + h * (t * growth + pull)
+        log_weights = log_weights - log_weights.max()
+        x = x - 2 * h / t * (x - clean) - 2 * h * t * gradient + math.sqrt(2 * h * t) * noise(step)
+        stiff = 2 * t * h / variance
+        why = f": 2 t h / sigma_y^2 is {stiff:.3g} there, and must be below 2; more steps, or a larger sigma_y"
+        check_finite("AFDPS", x, step, grid.steps, why if stiff >= 2 else "")
+        if resample is not None and step < grid.steps - 1:
+            shares = log_weights.softmax(0)
+            if float(1 / (len(x) * shares.square().sum())) < threshold:
+                x, log_weights, drawn = x[resample(drawn, shares)], torch.zeros_like(log_weights), drawn + 1
+    return x, log_weights
+
+
+# -- stacks of slices -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reconstruct_volume(
+    sde: ScoreSDE,
+    score: Callable[[Tensor, Tensor], Tensor],
+    operator: Operator,
+    y: Tensor,
+    x: Tensor,
+    noise: Iterator[Tensor],
+    *,
+    snr: float = 0.16,
+    rho: float = 10.0,
+    smoothness: float = 0.04,
+    final_consistency: bool = True,
+    chunk: int = 12,
+    batch_mean: bool = True,
+) -> Tensor:
+    """DiffusionMBIR: a prior of slices, and total variation between them by one iteration of ADMM a step.
+
+    Args:
+        sde: variance exploding, of the prior.
+        score: of slices (B, C, H, W) and times (B,).
+        y: (S, ...) measurements of the slices.
+        x: (S, C, H, W) the first state, `sigma_max` times standard normal noise.
+        noise: draws like x: of each step the predictor's, then the corrector's.
+        rho, smoothness: of ADMM, and the weight of total variation.
+        final_consistency: end with a step to the measurement.
+        chunk: slices are worked off in `S // chunk + 1` parts.
+        batch_mean: the corrector's step size is that of a part, as released: a slice depends on its company.
+
+    Raises:
+        SamplingError: a step diverges, or the SDE is another one.
+    """
+    if sde.kind != "ve":
+        raise SamplingError(f"volumes are reconstructed with a variance exploding SDE, got {sde.kind}")
+    operator.check(y)
+    parts = len(x) // chunk + 1
+    back, split, dual = operator.adjoint(y), torch.zeros_like(x), torch.zeros_like(x)
+
+    def across(v: Tensor) -> Tensor:
+        return v.roll(-1, 0) - v
+
+    def across_back(v: Tensor) -> Tensor:
+        return v.roll(1, 0) - v
+
+    def normal(v: Tensor) -> Tensor:
+        return operator.adjoint(operator(v)) + rho * across_back(across(v))
+
+    for step, t in enumerate(torch.linspace(1, 1e-10, sde.steps)):
+        draws = [next(noise).chunk(parts) for _ in range(2)]
+        moved = []
+        for piece, first, second in zip(x.chunk(parts), *draws, strict=True):
+            times = torch.full((len(piece),), float(t))
+            piece = predict(sde, score, piece, times, first, "reverse_diffusion")[0]
+            moved.append(correct(sde, score, piece, times, second, "langevin", snr, batch_mean=batch_mean))
+        x = torch.cat(moved)
+        residual = back + rho * across_back(split - dual) - normal(x)
+        length = residual.square().sum() / (residual * normal(residual)).sum().clamp(min=1e-30)
+        x = x + length * residual
+        jumps = across(x) + dual
+        split = jumps.sign() * (jumps.abs() - smoothness / rho).clamp(min=0)
+        dual = jumps - split
+        check_finite("DiffusionMBIR", x, step, sde.steps)
+    if final_consistency:
+        x = x + operator.adjoint(y - operator(x)) / operator.adjoint(operator(torch.ones_like(x))).clamp(min=1e-12)
+    return x

@@ -1,0 +1,343 @@
+"""Posterior samplers: images that agree with a measurement, as guides between the steps of a diffusion.
+
+`SAMPLERS` names them with their settings; each is what its authors' code computes. y is a measurement, A an operator,
+x0 the clean sample that the network predicts. Images are in -1..1.
+
+Sources: DPS arXiv 2209.14687, PiGDM and RED-diff in NVlabs/RED-diff 66482f2 (arXiv 2305.04391), PSLD arXiv 2307.00619,
+FlowChef arXiv 2412.00100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffrep.guidance.core import Between, Guide, Network, check_finite, guided
+from diffrep.guidance.operators import Operator
+from diffrep.sampling.core import to_forms
+from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid
+
+Decoder = Callable[[Tensor], Tensor]
+
+
+def spaced_grid(schedule: TableVP, steps: int) -> TimeGrid:
+    """Times 0, k, 2k, ... with k = 1000 // steps, falling, and a clean end (RED-diff); may be more than `steps`.
+
+    Raises:
+        SamplingError: no such number of steps.
+    """
+    total = len(schedule.table)
+    if not 1 <= steps <= total:
+        raise SamplingError(f"steps must be in 1..{total}, got {steps}")
+    return TimeGrid.of(schedule, [*range(0, total, total // steps)][::-1] + [-1]).ending()
+
+
+def _squares(difference: Tensor) -> Tensor:
+    """(B,) sums of squares."""
+    return difference.square().flatten(1).sum(1)
+
+
+def _per_sample(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 1))
+
+
+# -- gradients through the network ----------------------------------------------------------------------------
+
+
+def dps(operator: Operator, y: Tensor, *, weight: float = 1.0, eta: float = 1.0, normalised: bool = True) -> Guide:
+    """DPS: against the gradient of |y - A x0|^2, divided by the norm itself.
+
+    Args:
+        weight: of the gradient, .1 (inpainting) to 1 (super-resolution); two times the step of the original DPS.
+        eta: of DDIM's noise.
+        normalised: divide by the norm per sample; without, times the product of both alphas.
+    """
+    operator.check(y)
+
+    def guide(between: Between) -> Tensor:
+        with torch.enable_grad():
+            data = between.forms()["data"]
+            squares = _squares(y - operator(data))
+            (gradient,) = torch.autograd.grad(squares.sum(), between.x, retain_graph=True)
+        norms = squares.detach().sqrt().clamp(min=1e-12)
+        factor = 1 / norms if normalised else torch.full_like(norms, between.now[0] * between.then[0])
+        return between.ahead(eta=eta) - weight * _per_sample(factor, gradient) * gradient
+
+    return guide
+
+
+def pigdm(
+    operator: Operator,
+    y: Tensor,
+    *,
+    weight: float = 1.0,
+    eta: float = 1.0,
+    keep: Tensor | None = None,
+    contrast: float = 0.0,
+) -> Guide:
+    """PiGDM, of a measurement without noise: along the transposed Jacobian of what the pseudo-inverse misses.
+
+    Args:
+        weight: of the gradient.
+        keep: mask of pixels that are seen: they are copied instead of guided (inpainting).
+        contrast: weight of the standard deviation of x0, which the gradient raises; 1500 for HDR.
+    """
+    operator.check(y)
+    start = operator.pinv(y)
+
+    def guide(between: Between) -> Tensor:
+        with torch.enable_grad():
+            data = between.forms()["data"]
+            missed = start - operator.pinv(operator(data.detach()))
+            (gradient,) = torch.autograd.grad(
+                (missed * data).sum() + contrast * data.std(), between.x, retain_graph=True
+            )
+        factor = weight * between.now[0] * between.then[0]
+        if keep is not None:
+            seen = keep.to(data)
+            data, gradient = seen * y + (1 - seen) * data, (1 - seen) * gradient
+        return between.ahead(data=data, eta=eta) + factor * gradient
+
+    return guide
+
+
+def psld(
+    operator: Operator,
+    y: Tensor,
+    decode: Decoder,
+    encode: Decoder,
+    *,
+    glue_weight: float = 0.1,
+    weight: float = 1.0,
+) -> Guide:
+    """PSLD: DPS in latent space, and against the distance of a latent from that of the image glued to the measurement.
+
+    Args:
+        decode, encode: between latents and images in -1..1; differentiable.
+        glue_weight: gamma of the paper; of the second distance.
+        weight: omega; of the first.
+    """
+    operator.check(y)
+
+    def guide(between: Between) -> Tensor:
+        with torch.enable_grad():
+            data = between.forms()["data"]
+            image = decode(data)
+            error = _squares(operator(image) - y).sqrt()
+            glued = operator.adjoint(y) + image - _back(operator, image)
+            distance = _squares(encode(glued) - data).sqrt()
+            loss = (glue_weight * distance + weight * error).sum()
+            (gradient,) = torch.autograd.grad(loss, between.x, retain_graph=True)
+        return between.ahead() - gradient
+
+    return guide
+
+
+def _back(operator: Operator, image: Tensor) -> Tensor:
+    """A^T A x, differentiable in x."""
+    measured = operator(image)
+    if operator.transpose is not None:
+        return operator.transpose(measured)
+    zeros = torch.zeros_like(image, requires_grad=True)
+    return torch.autograd.grad(operator(zeros), zeros, measured, create_graph=True)[0]
+
+
+# -- gradients that skip the network --------------------------------------------------------------------------
+
+
+def flowchef(
+    operator: Operator, y: Tensor, *, scale: float = 100.0, mask: Tensor | None = None, mean: bool = True
+) -> Guide:
+    """FlowChef on pixels: against the gradient of the loss in x0, as if x0 moved as the state does.
+
+    Args:
+        scale: of the gradient of a mean over all of y; 500 in the released scripts for 64 x 64.
+        mask: of y, what counts.
+        mean: without, the measured difference itself times `scale` is taken off, where y is as large as x.
+    """
+    operator.check(y)
+
+    def guide(between: Between) -> Tensor:
+        if between.last:
+            return between.ahead()
+        data = between.forms()["data"].detach()
+        difference = operator(data) - y
+        if not mean:
+            return between.ahead() - scale * difference
+        counted = difference if mask is None else mask * difference
+        return between.ahead() - 2 * scale / y.numel() * operator.adjoint(counted)
+
+    return guide
+
+
+def flowchef_latent(
+    loss: Callable[[Tensor], Tensor], *, lr: float = 0.02, rounds: int = 1, until: int | None = None
+) -> Guide:
+    """FlowChef in latents: each step moves the state by a new Adam, the velocity fixed.
+
+    A new Adam's first step has the length `lr` wherever the gradient is far above 1e-8: it is the sign that counts.
+
+    Args:
+        loss: of a clean latent, differentiable: `latent_inpainting` or `through_decoder`.
+        rounds: of Adam in each step.
+        until: number of the last step that is guided; None: all.
+    """
+
+    def guide(between: Between) -> Tensor:
+        if until is not None and between.step > until:
+            return between.ahead()
+        moved = optimise(lambda x: loss(between.forms(x)["data"]), between.x, lr=lr, rounds=rounds)
+        return between.ahead(moved)
+
+    return guide
+
+
+def optimise(loss: Callable[[Tensor], Tensor], x: Tensor, *, lr: float, rounds: int) -> Tensor:
+    """A state after some steps of a new Adam."""
+    leaf = x.detach().clone().requires_grad_()
+    adam = torch.optim.Adam([leaf], lr=lr)
+    for _ in range(rounds):
+        with torch.enable_grad():
+            (leaf.grad,) = torch.autograd.grad(loss(leaf), leaf)
+        adam.step()
+    return leaf.detach()
+
+
+def latent_inpainting(goal: Tensor, mask: Tensor, factor: float = 0.001) -> Callable[[Tensor], Tensor]:
+    """The loss of FlowChef's inpainting and editing: distance from a latent where the mask is 1.
+
+    Args:
+        factor: matters against Adam's 1e-8.
+    """
+    return lambda data: (factor * (data - goal).square() * mask).mean()
+
+
+def through_decoder(operator: Operator, y: Tensor, decode: Decoder) -> Callable[[Tensor], Tensor]:
+    """The loss of FlowChef's other tasks: the measurement of the decoded latent."""
+    operator.check(y)
+    return lambda data: 1000 * (operator(decode(data)) - y).square().mean()
+
+
+def flowchef_edit(
+    positive: Network,
+    negative: Network,
+    x: Tensor,
+    grid: TimeGrid,
+    source: Tensor,
+    keep: Tensor,
+    *,
+    guidance: float = 2.0,
+    lr: float = 0.5,
+    rounds: int = 5,
+    until: int | None = None,
+    source_steps: int = 20,
+) -> Tensor:
+    """FlowChef's editing without inversion: sampled under a new prompt, guided to the source's latent.
+
+    Args:
+        positive, negative: velocities `eps - x0` under the target's and the source's prompt.
+        x: the first state.
+        source: latent of the source image.
+        keep: 1 where it stays.
+        guidance: scale, outside of `keep`; above 1.
+        until: number of the last step that is guided; None: all.
+        source_steps: first steps that are guided to the source everywhere.
+
+    Raises:
+        SamplingError: guidance of at most 1, which has no negative prompt.
+    """
+    if guidance <= 1:
+        raise SamplingError(f"editing needs a guidance above 1, got {guidance}")
+    seen: dict[str, Tensor] = {}
+
+    def network(state: Tensor, t: float) -> Tensor:
+        towards, seen["away"] = positive(state, t), negative(state, t)
+        return towards + (1 - keep) * (towards - seen["away"]) * guidance
+
+    def guide(between: Between) -> Tensor:
+        if until is not None and between.step > until:
+            return between.ahead()
+        where = torch.ones_like(keep) if between.step < source_steps else keep
+        loss, away = latent_inpainting(source, where, 1e-5), seen["away"]
+
+        def of(state: Tensor) -> Tensor:
+            return loss(to_forms("flow_prediction", away, state, *between.now)["data"])
+
+        return between.ahead(optimise(of, between.x, lr=lr, rounds=rounds))
+
+    return guided(network, x, grid, guide, prediction="flow_prediction", name="FlowChef")
+
+
+# -- the image itself as the unknown --------------------------------------------------------------------------
+
+Weighting = Literal["linear", "sqrt", "square", "log", "trunc", "power2over3", "const"]
+WEIGHTINGS: dict[str, Callable[[float], float]] = {
+    "linear": lambda r: r,
+    "sqrt": lambda r: r**0.5,
+    "square": lambda r: r**2,
+    "log": lambda r: float(torch.log1p(torch.tensor(r))),
+    "trunc": lambda r: min(r, 1.0),
+    "power2over3": lambda r: r ** (2 / 3),
+    "const": lambda r: 1.0,
+}
+
+
+def red_diff(
+    network: Network,
+    operator: Operator,
+    y: Tensor,
+    grid: TimeGrid,
+    noise: Callable[[int], tuple[Tensor, Tensor]],
+    *,
+    lr: float = 0.1,
+    prior: float = 0.25,
+    weighting: Weighting = "linear",
+    data_weight: float = 1.0,
+    spread: float = 0.0,
+    prediction: str = "epsilon",
+) -> tuple[Tensor, Tensor]:
+    """RED-diff: the mean of a narrow posterior by Adam, drawn to what the network makes of it under noise.
+
+    No gradient runs through the network; one call a step.
+
+    Args:
+        grid: times that are visited once each, falling.
+        noise: of each step two draws, of the posterior's spread and of the diffusion.
+        prior: lambda, the weight of the network.
+        weighting: of noise to signal.
+        data_weight: of the measurement. Both terms are means, over different sizes: the balance shifts with A.
+        spread: standard deviation of the posterior.
+
+    Returns:
+        The images of the last step, and after the last update (the released code returns the first).
+
+    Raises:
+        SamplingError: no such weighting, or a step that diverges.
+    """
+    if weighting not in WEIGHTINGS:
+        raise SamplingError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
+    mu = operator.pinv(operator.check(y)).detach().clone().requires_grad_()
+    adam, data = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99)), mu.detach()
+    for step, label in enumerate(grid.labels.tolist()):
+        alpha, sigma = float(grid.alpha[step]), float(grid.sigma[step])
+        around, z = noise(step)
+        with torch.no_grad():
+            state = alpha * (mu + spread * around) + sigma * z
+            seen = to_forms(prediction, network(state, label), state, alpha, sigma)["noise"]
+        with torch.enable_grad():
+            current = mu + spread * around
+            loss = prior * WEIGHTINGS[weighting](sigma / alpha) * ((seen - z) * current).mean()
+            loss = loss + data_weight * (y - operator(current)).square().mean() / 2
+            (mu.grad,) = torch.autograd.grad(loss, mu)
+        data = current.detach()
+        adam.step()
+        check_finite("RED-diff", mu.detach(), step, grid.steps)
+    return data, mu.detach()
+
+
+def measured_start(operator: Operator, y: Tensor, grid: TimeGrid, z: Tensor) -> Tensor:
+    """The first state of RED-diff's PiGDM and DPS: the pseudo-inverse under noise. The original DPS: noise alone."""
+    return float(grid.alpha[0]) * operator.pinv(y) + float(grid.sigma[0]) * z

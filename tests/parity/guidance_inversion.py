@@ -1,0 +1,79 @@
+"""Cases of inversion: null-text, BDIA, EDICT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffrep.guidance.inversion import (
+    invert_bdia,
+    invert_ddim,
+    invert_edict,
+    leading_grid,
+    optimise_null,
+    sample_bdia,
+    sample_ddim,
+    sample_edict,
+)
+
+from .cases import each
+from .guidance_networks import load_unet, run_tensors, stable_diffusion_schedule, under_guidance
+from .sampling_mixture import assert_like, tensors_of
+
+
+def check_null_text(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    unet, schedule = load_unet(folder, case), stable_diffusion_schedule()
+    for k, run in enumerate(each(case["runs"], describing=("max_difference_of_diffusers_DDIMInverseScheduler",))):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        grid = leading_grid(schedule, run["steps"], offset=run["steps_offset"])
+        assert grid.labels.tolist() == run["timesteps"]
+        condition, null = given["cond"], given["uncond"]
+        pivots = invert_ddim(lambda x, t, c=condition: unet(x, t, c), given["latent"], grid)
+        assert_like(torch.cat(pivots), wanted["ddim_latents"], atol=1e-4, rtol=1e-4, what="pivots")
+        reports: list[tuple[int, float]] = []
+        embeddings, final = optimise_null(
+            unet, pivots, grid, condition, null, guidance=run["guidance"], rounds=run["inner_steps"],
+            tolerance=run["early_stop_epsilon"], report=lambda i, n, loss, seen=reports: seen.append((n, loss)),
+        )  # fmt: skip
+        assert_like(torch.cat(embeddings), wanted["null_embeddings"], atol=2e-3, what="embeddings")
+        assert_like(final, wanted["final"], atol=2e-3, what="final")
+        plain = sample_ddim(under_guidance(unet, condition, null, run["guidance"]), pivots[-1], grid)
+        assert_like(plain, wanted["final_without_optimization"], atol=1e-4, rtol=1e-4, what="without")
+        for i, ((used, loss), steps, last) in enumerate(
+            zip(reports, wanted["inner_steps_used"].tolist(), wanted["last_loss"].tolist(), strict=True)
+        ):
+            threshold = run["early_stop_epsilon"] + 2e-5 * i
+            near = abs(last - threshold) < 0.01 * threshold
+            assert abs(used - steps) <= int(near), f"step {i}: {used} rounds instead of {steps:g}"
+            assert near or abs(loss - last) <= 1e-3 + 0.05 * abs(last), f"step {i}: loss {loss} instead of {last}"
+
+
+def check_exact(folder: Path, case: dict[str, Any]) -> None:
+    """BDIA and EDICT, whose cases have one shape."""
+    inputs, expected = tensors_of(folder)
+    unet, schedule = load_unet(folder, case, torch.float64), stable_diffusion_schedule()
+    for k, run in enumerate(each(case["runs"])):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        latent, null = given["latent"].double(), given["uncond"]
+        grid = leading_grid(schedule, run["steps"], strength=run["strength"])
+        source, target = (under_guidance(unet, given[n], null, run["guidance"]) for n in ("source", "target"))
+        got: dict[str, tuple[Tensor, ...]] = {}
+        if case["kind"] == "bdia_inversion":
+            pair = invert_bdia(source, latent, grid, gamma=run["gamma"])
+            got["reconstructed"], got["edited"] = (
+                sample_bdia(network, pair, grid, gamma=run["gamma"]) for network in (source, target)
+            )
+        else:
+            options = {"mix": run["mix_weight"], "leapfrog": run["leapfrog"]}
+            pair = invert_edict(source, (latent, latent), grid, **options)
+            got["reconstructed"], got["edited"] = (
+                sample_edict(network, pair, grid, **options) for network in (source, target)
+            )
+            got["inverted_ddim_baseline"] = (invert_ddim(source, latent, grid)[-1],)
+        got["inverted"] = pair
+        for name, value in wanted.items():
+            assert_like(torch.cat(got[name]), value.double(), atol=1e-6, rtol=1e-6, what=name)

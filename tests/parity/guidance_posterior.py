@@ -1,0 +1,257 @@
+"""Cases of posterior samplers: RED-diff's code base, FlowChef, PSLD, AFDPS, DiffusionMBIR."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffrep.guidance import operators
+from diffrep.guidance.core import guided
+from diffrep.guidance.ensembles import afdps, karras_grid, reconstruct_volume
+from diffrep.guidance.operators import Operator
+from diffrep.guidance.posterior import (
+    dps,
+    flowchef,
+    flowchef_edit,
+    flowchef_latent,
+    latent_inpainting,
+    measured_start,
+    pigdm,
+    psld,
+    red_diff,
+    spaced_grid,
+    through_decoder,
+)
+from diffrep.sampling.schedules import Flow, TableVP, TimeGrid
+from diffrep.sampling.score_sde import ScoreSDE
+
+from . import guidance_released as released
+from .cases import each
+from .guidance_networks import Prior, load_unet, load_vae, run_tensors, stable_diffusion_schedule
+from .guidance_operators import red_operator
+from .sampling_mixture import assert_like, tensors_of
+
+SCALE = 0.18215
+
+
+def check_red_diff(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    prior, table = Prior(inputs), np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    shape = tuple(inputs["gmm.means"].shape[1:])
+    for k, run in enumerate(each(case["runs"])):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        operator, noise = red_operator(run["deg"], shape, given.get("mask")), given["noise"]
+        blank = operator(torch.zeros(len(given["y"]), *shape))
+        y, grid, network = given["y"].view_as(blank), spaced_grid(TableVP(table), run["steps"]), prior.of_table(table)
+        # y has its noise already
+        assert run["sigma_y"] >= 0
+        if run["algo"] == "reddiff":
+            assert run.get("eta", 1.0) == 1.0, "RED-diff has no eta"
+            options = {
+                ours: run[theirs]
+                for ours, theirs in (("spread", "sigma_x0"), ("data_weight", "obs_weight"))
+                if theirs in run
+            }
+            data, mu = red_diff(
+                network, operator, y, grid, lambda i, n=noise: (n[2 * i], n[2 * i + 1]), lr=run["lr"],
+                prior=run["grad_term_weight"], weighting=run["denoise_term_weight"], **options,
+            )  # fmt: skip
+            got = {"result": data, "mu": mu, "x0_last": data}
+            tolerance = {"atol": 2e-3, "rtol": 1e-3}
+        else:
+            states: list[Tensor] = []
+            guide = _pixel_guide(run, operator, y, given.get("mask"))
+            start, clean = measured_start(operator, y, grid, noise[0]), []
+
+            def watched(between: Any, guide: Any = guide, clean: list[Tensor] = clean) -> Tensor:
+                clean.append(between.forms()["data"].detach())
+                return guide(between)
+
+            result = guided(
+                network, start, grid, watched, gradient=True, noise=noise[1:],
+                after_step=lambda i, x, states=states: states.append(x),
+            )  # fmt: skip
+            last = clean[-1]
+            if run["algo"] == "pgdm" and run["deg"] == "in2":
+                last = given["mask"] * y + (1 - given["mask"]) * last
+            got = {"result": result, "x_after_first_step": states[0], "x0_last": last}
+            tolerance = {"atol": 5e-4, "rtol": 1e-3}
+        for name, value in wanted.items():
+            assert_like(got[name], value, **tolerance, what=f"run {k}: {name}")
+
+
+def _pixel_guide(run: Any, operator: Operator, y: Tensor, mask: Tensor | None) -> Any:
+    if run["algo"] == "dps":
+        weight = run["grad_term_weight"] if run["original"] else 1.0  # it is that of `original` alone
+        return dps(operator, y, weight=weight, eta=run["eta"], normalised=run["original"])
+    assert run["algo"] == "pgdm", run["algo"]
+    assert run.get("awd", True), "awd False is not described"
+    keep = mask if run["deg"] == "in2" else None
+    return pigdm(
+        operator, y, weight=run["grad_term_weight"], eta=run["eta"], keep=keep, contrast=1500.0 * (run["deg"] == "hdr")
+    )
+
+
+def check_flowchef_pixel(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    prior = Prior(inputs)
+
+    def network(x: Tensor, t: float) -> Tensor:
+        return (x - prior.data(x, 1 - t, t)) / t
+
+    for k, run in enumerate(each(case["runs"])):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        steps, shape, mask = run["steps"], tuple(given["reference"].shape[1:]), None
+        if run["operator"] == "box":
+            operator = operators.box(shape, run["box_size"])
+            mask = operator(torch.ones(1, *shape))
+        elif run["operator"] == "sr":
+            operator = operators.averaging(shape, run["scale_factor"])
+        else:
+            assert run["operator"] == "gauss", run["operator"]
+            # its gradient is the true one, by differentiation
+            operator = released.flowchef_blur(shape, run["kernel_size"], run["sigma"])
+            operator = Operator(operator.name, operator.shape, operator.forward)
+        assert_like(operator(given["reference"]), given["y"], atol=1e-5, what="measurement")
+        grid = TimeGrid.of(Flow(), [1 - 1e-5, *(np.arange(steps - 1, -1, -1) / steps)])
+        guide = flowchef(operator, given["y"], scale=run["gradient_scale"], mask=mask, mean=not run["no_mean_loss"])
+        states, clean = [], []
+
+        def watched(between: Any, guide: Any = guide, clean: list[Tensor] = clean) -> Tensor:
+            clean.append(between.forms()["data"])
+            return guide(between)
+
+        got = {
+            "result": guided(
+                network, given["start"], grid, watched, prediction="flow_prediction",
+                after_step=lambda i, x, states=states: states.append(x),
+            ),
+            "x0_first": clean[0],
+            "trajectory_1": states[0],
+        }  # fmt: skip
+        for name, value in wanted.items():
+            assert_like(got[name], value, atol=5e-4, rtol=1e-4, what=f"run {k}: {name}")
+
+
+def check_flowchef_latent(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    unet, vae = load_unet(folder, case), load_vae(folder, case)
+    for k, run in enumerate(each(case["runs"])):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        times = 1 - np.arange(run["steps"] + 1) / run["steps"]
+        grid = TimeGrid.of(Flow(), times, labels=1000 * times[:-1])
+
+        def velocity(name: str, given: Any = given) -> Any:
+            return lambda x, t: -unet(x, t, given[name])  # the network points to the data
+
+        positive, negative, w = velocity("positive"), velocity("negative"), run["guidance"]
+        options = {"lr": run["learning_rate"], "rounds": run["optimization_steps"], "until": run["max_steps"]}
+        if run["task"] == "edit":
+            result = flowchef_edit(
+                positive, negative, given["start"], grid, given["source_latent"], given["keep"], guidance=w,
+                source_steps=run["full_source_steps"], **options,
+            )  # fmt: skip
+        else:
+
+            def network(x: Tensor, t: float, w: float = w, towards: Any = positive, away: Any = negative) -> Tensor:
+                if w <= 1:
+                    return towards(x, t)
+                lower = away(x, t)
+                return lower + w * (towards(x, t) - lower)
+
+            if run["task"] == "inpaint":
+                loss = latent_inpainting(given["masked_latents"], given["mask"])
+            else:
+                assert run["task"] == "super", run["task"]
+                image = vae.decode(given["start"] / SCALE).sample
+                operator = operators.averaging(tuple(image.shape[1:]), run["scale_factor"])
+                loss = through_decoder(operator, given["y"], lambda z: vae.decode(z / SCALE).sample)
+            guide = flowchef_latent(loss, **options)
+            result = guided(network, given["start"], grid, guide, prediction="flow_prediction")
+        assert_like(result, wanted["result"], atol=2e-3, rtol=1e-3, what=f"run {k}")
+
+
+def check_psld(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    unet, vae, schedule = load_unet(folder, case), load_vae(folder, case), stable_diffusion_schedule()
+    for k, run in enumerate(each(case["runs"])):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        image = tuple(vae.decode(given["start"] / SCALE).sample.shape[1:])
+        if run["operator"] == "inpaint":  # goes back through the identity
+            mask = given["mask"]
+            operator = Operator("DPS's inpainting", image, lambda x, m=mask: m * x, lambda y: y)
+        elif run["operator"] == "sr":
+            # the case's super-resolution averages; it goes back by nearest upsampling
+            operator = released.flowchef_super_resolution(image, run["factor"])
+        else:
+            assert run["operator"] == "gauss", run["operator"]
+            operator = released.dps_blur(image, run["kernel_size"], run["sigma"])
+        stride = 1000 // run["steps"]
+        grid = TimeGrid.of(schedule, [*(1 + np.arange(0, 1000, stride))[::-1], 0])
+        guide = psld(
+            operator, given["y"], lambda z: vae.decode(z / SCALE).sample,
+            lambda x: SCALE * vae.encode(x).latent_dist.mean, glue_weight=run["gamma"], weight=run["omega"],
+        )  # fmt: skip
+        states, clean = [], []
+
+        def watched(between: Any, guide: Any = guide, clean: list[Tensor] = clean) -> Tensor:
+            clean.append(between.forms()["data"].detach())
+            return guide(between)
+
+        guided(
+            lambda x, t, c=given["cond"]: unet(x, t, c), given["start"], grid, watched, gradient=True,
+            after_step=lambda i, x, states=states: states.append(x),
+        )  # fmt: skip
+        assert_like(torch.cat(states), wanted["latents"], atol=2e-3, rtol=1e-3, what=f"run {k}: latents")
+        assert_like(clean[-1], wanted["x0_last"], atol=2e-3, rtol=1e-3, what=f"run {k}: x0")
+
+
+def check_afdps(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    for k, run in enumerate(each(case["runs"])):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        prior, indices = Prior(given, double=True), given.get("resampled_indices")
+        operator = operators.inpainting(given["mask"][0], channels=given["mask"].shape[1])
+        assert given["start"].shape[0] == run["particles"]
+        assert given["start"].shape[-1] == run["size"]
+        grid, drawn = karras_grid(run["steps"], run["sigma_min"], run["sigma_max"]), []
+
+        def resample(number: int, shares: Tensor, indices: Any = indices, drawn: list[int] = drawn) -> Tensor:
+            drawn.append(number)
+            return indices[number].long()
+
+        particles, log_weights = afdps(
+            lambda x, t, p=prior: p.data(x, 1.0, t), operator, given["y"], given["start"], grid,
+            lambda i, n=given["noise"]: n[i], sigma_y=run["sigma_y"], at=run["likelihood_at"],
+            widening=run["guidance_gamma"], resample=resample if run["resample"] else None, threshold=run["threshold"],
+        )  # fmt: skip
+        assert len(drawn) == (0 if indices is None else len(indices)), f"run {k}: resampled {len(drawn)} times"
+        assert_like(torch.from_numpy(grid.times), wanted["times"], atol=1e-5, rtol=1e-5, what="times")
+        assert_like(particles, wanted["particles"], atol=1e-3, rtol=1e-3, what=f"run {k}: particles")
+        assert_like(log_weights, wanted["log_weights"], atol=1e-2, rtol=1e-3, what=f"run {k}: log-weights")
+
+
+def check_mbir(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    for k, run in enumerate(each(case["runs"])):
+        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        sde = ScoreSDE("ve", sigma_min=run["sigma_min"], sigma_max=run["sigma_max"], steps=run["steps"])
+        prior, side = Prior(given), run["size"]
+        # two views: sums of the rows, then of the columns
+        operator = operators.projections((1, side, side), (-90, 0), scale=side**-0.5)
+        assert given["y"].shape == (run["slices"], 1, 2, side)
+
+        def score(x: Tensor, t: Tensor, sde: ScoreSDE = sde, prior: Prior = prior) -> Tensor:
+            sigma = float(sde.marginal(x, t[:1])[1])
+            return -prior.noise(x, 1.0, sigma) / sigma
+
+        start = given["prior"] * run["sigma_max"]
+        result = reconstruct_volume(
+            sde, score, operator, given["y"], start, iter(given["noise"].flatten(0, 1)), snr=run["snr"],
+            rho=run["rho"], smoothness=run["lambda"], final_consistency=run["final_consistency"],
+        )  # fmt: skip
+        assert_like(result, wanted["result"], atol=2e-3, rtol=1e-3, what=f"run {k}")

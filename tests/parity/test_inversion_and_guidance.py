@@ -1,0 +1,39 @@
+"""System `inversion-and-guidance`: what the published codes compute between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import guidance_composition as composition
+from . import guidance_inversion as inversion
+from . import guidance_operators as measured
+from . import guidance_posterior as posterior
+from .cases import cases_of, check_case
+
+CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
+    "afdps": posterior.check_afdps,
+    "bdia_inversion": inversion.check_exact,
+    "cow": composition.check_cow,
+    "depth_completion": composition.check_completion,
+    "diffusion_mbir": posterior.check_mbir,
+    "edict_inversion": inversion.check_exact,
+    "flowchef_latent": posterior.check_flowchef_latent,
+    "flowchef_pixel": posterior.check_flowchef_pixel,
+    "measurement_operators": measured.check_operators,
+    "null_text_inversion": inversion.check_null_text,
+    "posterior_sampling_pixel": posterior.check_red_diff,
+    "psld": posterior.check_psld,
+    "sara_optimizer": composition.check_sara,
+    "superdiff": composition.check_superdiff,
+}
+# What a case says beside its parameters.
+DESCRIBING = frozenset(("sources",))
+
+
+@pytest.mark.parametrize(("folder", "case"), cases_of("inversion-and-guidance", CHECKS))
+def test_case(folder: Path, case: dict[str, Any]) -> None:
+    check_case(CHECKS, folder, case, describing=DESCRIBING)

@@ -1,0 +1,337 @@
+"""Guidance: operators with true adjoints, exact inversion, samplers that obey a measurement, composition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffrep import load_backbone
+from diffrep.guidance import operators
+from diffrep.guidance.composition import superpose
+from diffrep.guidance.core import Between, guided
+from diffrep.guidance.ensembles import afdps, karras_grid
+from diffrep.guidance.inversion import (
+    invert_bdia,
+    invert_ddim,
+    invert_edict,
+    leading_grid,
+    sample_bdia,
+    sample_ddim,
+    sample_edict,
+)
+from diffrep.guidance.operators import Operator
+from diffrep.guidance.posterior import dps, flowchef, measured_start, pigdm, red_diff, spaced_grid
+from diffrep.sampling.schedules import Flow, SamplingError, TableVP, TimeGrid
+from diffrep.training.sara import SaRA
+
+SHAPE = (3, 12, 12)
+GENERATOR = torch.Generator().manual_seed(3)
+MASK = (torch.rand(12, 12, generator=GENERATOR) > 0.4).float()
+LINEAR: dict[str, Operator] = {
+    "inpainting": operators.inpainting(MASK),
+    "box": operators.box(SHAPE, 5),
+    "averaging": operators.averaging(SHAPE, 3),
+    "bicubic": operators.bicubic(SHAPE, 2),
+    "gaussian": operators.gaussian(SHAPE, 1.2),
+    "motion": operators.motion(SHAPE, 5.0, 30.0),
+    "colours": operators.colours(SHAPE),
+    "points": operators.points(SHAPE, torch.tensor([[0, 0], [11, 3], [4, 11]])),
+    "projections": operators.projections(SHAPE, (0.0, 35.0, 90.0)),
+}
+TABLE = TableVP(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# -- operators ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_adjoint(name: str) -> None:
+    operator = LINEAR[name]
+    x = random(2, *SHAPE)
+    measured = operator(x)
+    y = random(*measured.shape, seed=1)
+    left, right = (measured * y).sum(), (x * operator.adjoint(y)).sum()
+    assert abs(float(left - right)) <= 1e-5 * float(measured.norm() * y.norm())
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_pseudo_inverse(name: str) -> None:
+    operator = LINEAR[name]
+    measured = operator(random(2, *SHAPE))
+    again = operator(operator.pinv(measured, rounds=400))
+    assert float((again - measured).norm() / measured.norm()) < 1e-3
+    # of least norm: nothing that the measurement does not see
+    image = operator.pinv(measured, rounds=400)
+    hidden = random(2, *SHAPE, seed=5)
+    hidden = hidden - operator.pinv(operator(hidden), rounds=400)
+    assert abs(float((image * hidden).sum())) < 1e-2 * float(image.norm() * hidden.norm()) + 1e-9
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_trace(name: str) -> None:
+    operator = LINEAR[name]
+    basis = torch.eye(math.prod(SHAPE)).view(-1, *SHAPE)
+    assert operator.trace() == pytest.approx(float(operator(basis).square().sum()), rel=1e-4)
+
+
+def test_a_blur_is_the_blur() -> None:
+    from scipy.ndimage import gaussian_filter
+
+    image = random(1, 1, 24, 24)
+    ours = operators.gaussian((1, 24, 24), 1.5)(image)[0, 0]
+    theirs = gaussian_filter(image[0, 0].numpy(), 1.5, mode="reflect", truncate=4)
+    assert float((ours - torch.from_numpy(theirs)).abs().max()) < 5e-3
+
+
+def test_projections_of_a_point() -> None:
+    image = torch.zeros(1, 1, 9, 9)
+    image[0, 0, 2, 6] = 1
+    down, across = operators.projections((1, 9, 9), (0, -90))(image)[0, 0]
+    assert int(down.argmax()) == 6
+    assert int(across.argmax()) == 2
+    assert float(down.sum()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: operators.points(SHAPE, torch.tensor([[12, 0]])), "lies outside of an image of 12 x 12"),
+        (lambda: operators.points(SHAPE, torch.tensor([[1, 0], [1, 0]])), "two points lie on one pixel"),
+        (lambda: operators.averaging(SHAPE, 5), "needs sides that it divides"),
+        (lambda: operators.box(SHAPE, 13), "a side of 1..12 pixels, got 13"),
+        (lambda: operators.gaussian(SHAPE, 0), "a sigma above 0"),
+        (lambda: operators.motion(SHAPE, 0.5), "at least 1 pixel long"),
+        (lambda: operators.projections((1, 8, 9), (0,)), "square slices"),
+        (lambda: operators.overexposed(SHAPE).adjoint(torch.zeros(1, *SHAPE)), "is not linear: it has no adjoint"),
+        (lambda: LINEAR["averaging"].check(torch.zeros(1, 3, 5, 4)), r"measures \(B, 3, 4, 4\), got \(1, 3, 5, 4\)"),
+        (lambda: LINEAR["box"].check(torch.full((1, *SHAPE), torch.nan)), "432 values that are not finite"),
+    ],
+)
+def test_refused(make: object, message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        make()  # type: ignore[operator]
+
+
+# -- inversion ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exact_network() -> object:
+    backbone = load_backbone("tiny", device="cpu", dtype=torch.float64)
+    context = backbone.embed("").context.double()
+    return lambda x, t: backbone.predict_noise(x, int(t), context)
+
+
+@pytest.mark.slow
+def test_exact_inversion_returns_the_image(exact_network: object) -> None:
+    backbone = load_backbone("tiny", device="cpu")
+    latent = 0.5 * random(1, backbone.vae.config.latent_channels, 8, 8)
+    grid = leading_grid(TableVP(backbone.alphas_cumprod.numpy()), 50)
+    network = exact_network
+    ways = {
+        "BDIA": sample_bdia(network, invert_bdia(network, latent, grid, gamma=0.96), grid, gamma=0.96)[0],
+        "EDICT": sample_edict(network, invert_edict(network, (latent, latent), grid), grid)[0],
+        "DDIM": sample_ddim(network, invert_ddim(network, latent, grid)[-1], grid),
+    }
+    errors = {name: float((state - latent).abs().max()) for name, state in ways.items()}
+    print(errors)
+    assert max(errors[name] for name in ("BDIA", "EDICT")) < 1e-6
+    assert errors["DDIM"] > 1e-4  # it is not exact
+
+
+def test_inversion_is_what_diffusers_does() -> None:
+    from diffusers import DDIMInverseScheduler
+
+    scheduler = DDIMInverseScheduler(
+        trained_betas=np.linspace(1e-4, 0.02, 1000), set_alpha_to_one=False, clip_sample=False
+    )
+    scheduler.set_timesteps(10)
+    x = latent = random(1, 2, 4, 4)
+    network = lambda v, t: torch.sin(3 * v + t / 500)  # noqa: E731
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, float(t)), t, x, return_dict=False)[0]
+    assert torch.allclose(invert_ddim(network, latent, leading_grid(TABLE, 10))[-1], x, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: leading_grid(TABLE, 0), "leave no step"),
+        (lambda: leading_grid(TABLE, 10, strength=0.05), "leave no step"),
+        (lambda: invert_bdia(lambda x, t: x, random(1, 2), leading_grid(TABLE, 4), gamma=0), "gamma must be in"),
+        (lambda: invert_edict(lambda x, t: x, (random(1), random(1)), leading_grid(TABLE, 4), mix=2), "mix must be"),
+        (lambda: invert_ddim(lambda x, t: x * 1e7, random(1, 2), leading_grid(TABLE, 9)), "diverges: step 3 of 9"),
+    ],
+)
+def test_inversion_refuses(call: object, message: str) -> None:
+    with pytest.raises(SamplingError, match=message):
+        call()  # type: ignore[operator]
+
+
+# -- posterior samplers ---------------------------------------------------------------------------------------
+
+
+class Mixture:
+    """The exact network of a mixture of smooth images."""
+
+    def __init__(self) -> None:
+        ramp = torch.linspace(-1, 1, 12).expand(3, 12, 12)
+        self.means = torch.stack([ramp, -ramp, ramp.mT, -ramp.mT])
+        self.tau = 0.1
+
+    def data(self, x: Tensor, a: float, b: float) -> Tensor:
+        variance = a**2 * self.tau**2 + b**2
+        distance = x[:, None] - a * self.means
+        shares = (-distance.square().flatten(2).sum(-1) / (2 * variance)).softmax(1)[..., None, None, None]
+        return (shares * (self.means + a * self.tau**2 / variance * distance)).sum(1)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        a, b = float(TABLE.alpha(t)), float(TABLE.sigma(t))
+        return (x - a * self.data(x, a, b)) / b
+
+
+@pytest.mark.parametrize("name", ["averaging", "gaussian", "box", "motion"])
+@pytest.mark.parametrize("method", ["dps", "pigdm", "red_diff", "flowchef"])
+def test_samplers_obey_the_measurement(name: str, method: str) -> None:
+    operator, prior = LINEAR[name], Mixture()
+    image = (prior.means[:1] + 0.1 * random(1, *SHAPE, seed=2)).float()
+    y, grid = operator(image), spaced_grid(TABLE, 50)
+    draws = [random(1, *SHAPE, seed=10 + i).float() for i in range(2 * grid.steps + 1)]
+    if method == "red_diff":
+        result = red_diff(prior, operator, y, grid, lambda i: (draws[2 * i], draws[2 * i + 1]), lr=0.05)[1]
+    elif method == "flowchef":
+        flow = TimeGrid.of(Flow(), [1 - 1e-5, *np.arange(49, -1, -1) / 50])
+        result = guided(
+            lambda x, t: (x - prior.data(x, 1 - t, t)) / t, draws[0], flow,
+            flowchef(operator, y, scale=0.1 * y.numel()), prediction="flow_prediction",
+        )  # fmt: skip
+    else:
+        guide = dps(operator, y, weight=0.3) if method == "dps" else pigdm(operator, y)
+        result = guided(prior, measured_start(operator, y, grid, draws[0]), grid, guide, gradient=True, noise=draws)
+    # nearer to the image than any other mean, and to the measurement than the prior's spread
+    errors = (result - prior.means).square().mean((1, 2, 3))
+    assert int(errors.argmin()) == 0
+    assert float((operator(result) - y).square().mean().sqrt()) < 0.15
+
+
+def test_a_guide_that_does_nothing_is_ddim() -> None:
+    prior, grid = Mixture(), leading_grid(TABLE, 10)
+    start = random(1, *SHAPE).float()
+    ours = guided(prior, start, grid, Between.ahead)
+    assert torch.allclose(ours, sample_ddim(prior, start, grid), atol=1e-5)
+
+
+def test_noise_that_is_missing() -> None:
+    with pytest.raises(SamplingError, match="no noise was passed"):
+        guided(Mixture(), random(1, *SHAPE).float(), spaced_grid(TABLE, 5), lambda b: b.ahead(eta=1.0))
+
+
+def test_a_diverging_step_is_named() -> None:
+    with pytest.raises(SamplingError, match="guidance diverges: step 3 of 10 gives values that are not finite"):
+        guided(Mixture(), random(1, *SHAPE).float(), spaced_grid(TABLE, 10), lambda b: b.ahead() / (b.step != 2))
+
+
+# -- particles ------------------------------------------------------------------------------------------------
+
+
+def _particles(sigma_y: float, resample: bool = True, sigma_max: float = 3.0, steps: int = 60) -> tuple[Tensor, Tensor]:
+    """Of a standard normal prior, seen with noise: the posterior is normal with mean y / (1 + sigma_y^2)."""
+    operator = operators.inpainting(torch.ones(1, 2, 2), channels=1)
+    generator = torch.Generator().manual_seed(7)
+    y, start = torch.ones(1, 1, 2, 2), sigma_max * torch.randn(256, 1, 2, 2, generator=generator)
+    return afdps(
+        lambda x, t: x / (1 + t**2), operator, y, start, karras_grid(steps, 0.02, sigma_max),
+        lambda i: torch.randn(256, 1, 2, 2, generator=generator), sigma_y=sigma_y,
+        resample=(lambda n, p: torch.multinomial(p, len(p), True, generator=generator)) if resample else None,
+    )  # fmt: skip
+
+
+def test_particles_are_of_the_posterior() -> None:
+    particles, log_weights = _particles(1.0)
+    shares = log_weights.softmax(0).view(-1, 1, 1, 1)
+    mean = (shares * particles).sum(0)
+    variance = (shares * (particles - mean).square()).sum(0).mean()
+    assert float((mean - 0.5).abs().max()) < 0.2
+    assert float(variance) == pytest.approx(0.5, abs=0.15)
+
+
+def test_particles_that_explode_say_why() -> None:
+    with pytest.raises(SamplingError, match=r"AFDPS diverges: step \d+ of 40 .*must be below 2"):
+        _particles(0.05, sigma_max=8.0, steps=40)
+
+
+# -- composition ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["and", "or", "avg", "and_ode"])
+def test_superposition(method: str) -> None:
+    """Two normal densities, left and right: AND ends between them with equal densities, OR at one of them."""
+    sigmas = [*np.geomspace(10, 0.02, 200), 0.0]
+
+    def around(mean: float, spread: float = 0.5) -> object:
+        def network(x: Tensor, sigma: float) -> Tensor:  # shown x / sqrt(sigma^2 + 1)
+            return sigma * (x * math.sqrt(sigma**2 + 1) - mean) / (spread**2 + sigma**2)
+
+        return network
+
+    start = 10 * random(64, 1, 2, 2)
+    draws = [random(64, 1, 2, 2, seed=i) for i in range(200)]
+    draws = [d.sign() for d in draws] if method == "and_ode" else draws
+    x, record = superpose(
+        around(-1.0), around(1.0), around(0.0, 2.0), start, sigmas, sigmas[:-1], draws, method=method, guidance=1.0
+    )
+    centre = x.mean((1, 2, 3))
+    gap = (record.log_density[-1][0] - record.log_density[-1][1]).abs()
+    if method.startswith("and"):
+        assert float(gap.max()) < 1e-3
+        assert float(centre.abs().mean()) < 0.5
+    if method == "or":
+        assert float((centre.abs() - 1).abs().mean()) < 0.5
+        assert float(gap.median()) > 1
+
+
+# -- SaRA -----------------------------------------------------------------------------------------------------
+
+
+def _train(steps: int = 30, **options: object) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(80, 80)
+    before = layer.weight.detach().clone()
+    optimiser = SaRA(layer.parameters(), 0.05, lr=1e-2, weight_decay=0.0, **options)
+    for i in range(steps):
+        optimiser.zero_grad()
+        (layer(random(16, 80, seed=i).float()) - random(16, 80, seed=100 + i).float()).square().mean().backward()
+        optimiser.step()
+    return before, layer.weight.detach()
+
+
+def test_sara_trains_small_weights_alone() -> None:
+    before, after = _train()
+    small = before.abs() < 0.05
+    assert torch.equal(before[~small], after[~small])
+    assert float((before != after)[small].float().mean()) > 0.9
+
+
+def test_the_nuclear_norm_works_and_the_released_one_does_not() -> None:
+    def norm(**options: object) -> float:
+        before, after = _train(**options)
+        return float(torch.linalg.matrix_norm(after - before, "nuc"))
+
+    assert norm(lambda_rank=0.1) < 0.9 * norm(lambda_rank=0.0)
+    assert norm(lambda_rank=0.1, official=True) == norm(lambda_rank=0.0, official=True)
+
+
+def test_sara_refuses() -> None:
+    layer = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="above 0"):
+        SaRA(layer.parameters(), 0)
+    with pytest.raises(ValueError, match="no weight is below"):
+        SaRA(layer.parameters(), 1e-12)
