@@ -1,6 +1,8 @@
 PYTHON ?= .venv/bin/python
 
-.PHONY: test fast lint types parity
+SITE ?= $(CURDIR)/build/site
+
+.PHONY: test fast lint types docs parity
 
 test:  ## all tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile
@@ -12,13 +14,19 @@ lint:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-# mypy sees the mapped packages through a link tree that looks like an installed package
-types:
+# mypy and mkdocs see the mapped packages through a link tree that looks like an installed package
+.PHONY: links
+links:
 	@rm -rf build/typing && mkdir -p build/typing/diffrep
 	@for item in diffrep/*; do ln -s "$(CURDIR)/$$item" build/typing/diffrep/; done
 	@ln -s "$(CURDIR)/heads" build/typing/diffrep/heads
 	@ln -s "$(CURDIR)/eval" build/typing/diffrep/eval
+
+types: links
 	@cd build/typing && MYPYPATH=. $(abspath $(PYTHON)) -m mypy --config-file ../../pyproject.toml -p diffrep
+
+docs: links  ## the site into build/site; a warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet --site-dir $(SITE)
 
 parity:  ## every case under DIFFREP_PARITY
 	$(PYTHON) -m pytest tests/parity

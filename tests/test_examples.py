@@ -1,0 +1,106 @@
+"""The scripts of examples/ run as their first line says, and what stands beside them for people is whole."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from diffrep.scenes import render_scene, scene_seed
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "photos").mkdir()
+    for number, name in enumerate(("cat.jpg", "dog.jpg", "photo.jpg", "photos/0.jpg", "photos/1.jpg")):
+        image = render_scene(scene_seed("test", number), category="dog", size=256).image
+        Image.fromarray(image).save(folder / name)
+    return folder
+
+
+def cut_outs() -> bool:
+    return [Image.open(f"cutouts/{name}.png").mode for name in "01"] == ["RGBA", "RGBA"]
+
+
+LEAVES: dict[str, Callable[[], bool]] = {  # example -> what it leaves behind is right
+    "match_points": lambda: Image.open("matches.png").width > 256,
+    "metric_depth": lambda: np.load("metric.npy").shape == (256, 256),
+    "cut_out_folder": cut_outs,
+    "search_parts": lambda: Path("photos.search").is_dir(),
+    "own_recipe": lambda: True,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda file: file.stem)
+def test_an_example_runs_as_its_first_line_says(
+    example: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(inputs)
+    command = re.search(r"`python (examples/.+?)`", example.read_text(encoding="utf-8"))
+    assert command
+    words = shlex.split(command[1].replace("60,40,2.0 ...", "60,40,2.0 100,200,3.5 220,120,5.0 30,220,2.5"))
+    assert ROOT / words[0] == example
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(example), run_name="__main__")
+    assert capsys.readouterr().out.strip()
+    assert LEAVES[example.stem]()
+
+
+def test_there_are_five_short_examples() -> None:
+    assert [file.stem for file in EXAMPLES] == sorted(LEAVES)
+    assert all(len(file.read_text().splitlines()) <= 30 for file in EXAMPLES)
+
+
+def test_forms_of_issues_ask_for_the_system() -> None:
+    forms = [file for file in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml") if file.stem != "config"]
+    assert len(forms) == 3
+    for file in forms:
+        form = yaml.safe_load(file.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        assert "diffrep info --system" in file.read_text()
+
+
+def test_the_citation_names_the_version_and_every_paper_of_the_code() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{citation["version"]}"' in project
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    cited = {entry["value"] for paper in citation["references"] for entry in paper["identifiers"]}
+    recipes = set(re.findall(r"arXiv:[\d.]+\d", (ROOT / "diffrep/recipes.toml").read_text()))
+    assert recipes <= cited
+    for paper in citation["references"]:
+        assert paper["notes"]
+        assert paper["authors"]
+
+
+def test_the_changelog_has_the_version() -> None:
+    version = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"]
+    headings = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "Unreleased"
+    assert version in headings
+
+
+def test_hosted_workflows_run_what_is_there() -> None:
+    workflows = {file.stem: yaml.safe_load(file.read_text()) for file in (ROOT / ".github/workflows").glob("*.yml")}
+    matrix = workflows["tests"]["jobs"]["versions"]["strategy"]["matrix"]
+    assert matrix["python"] == ["3.10", "3.11", "3.12", "3.13"]
+    assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos", "windows"}
+    assert workflows["release"]["jobs"]["publish"]["permissions"] == {"id-token": "write"}
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
+    for workflow in workflows.values():
+        for job in workflow["jobs"].values():
+            commands = "\n".join(step.get("run", "") for step in job["steps"])
+            assert set(re.findall(r"^make (\w+)", commands, re.M)) <= targets
