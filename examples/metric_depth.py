@@ -1,4 +1,4 @@
-"""Metres from one image and a few measured places: `python examples/metric_depth.py photo.jpg 60,40,2.0 ...`."""
+"""Metres, with some measured: `python examples/metric_depth.py photo.jpg 60,40,5.1 220,120,5.8 120,220,4.5`."""
 
 import sys
 

@@ -48,6 +48,7 @@ SMALL = {
     "--minutes 30 --work runs/depth": "--scenes 8 --steps 2 --validation-scenes 2 --work runs/depth",
     "train tiny --smoke --work runs/smoke": "info tiny",  # a minute of two processes; tests/test_training.py runs it
     "diffrep train tiny\n": "diffrep info tiny\n",
+    "--calls 4 6": "--calls 4",
     "search-schedule --steps 3": "search-schedule --steps 3 --reference 6 --population 2 --epochs 1 --count 1",
     "--engine ray --actors 2": "",  # tests/test_store.py compares both engines
     "export tiny --taps up.1": "export tiny --taps up.1 --size 64",
@@ -97,7 +98,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(scene.image).save(folder / f"images/{category}/{number}.png")
     table = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
     np.save(folder / "features.npy", table)
-    (folder / "known.csv").write_text("x,y,metres\n60,40,2.0\n100,200,3.5\n220,120,5.0\n30,220,2.5\n")
+    (folder / "known.csv").write_text("x,y,metres\n60,40,5.1\n220,120,5.8\n120,220,4.5\n128,240,4.2\n")
     write_spair(folder)
     if importlib.util.find_spec("av"):
         write_video(folder / VIDEO, [load_image(folder / "a.jpg").resize((64, 64))] * 3, 10)
