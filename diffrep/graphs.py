@@ -85,7 +85,7 @@ class Graphs:
             try:
                 call = self._record(function, inputs)
             except RuntimeError as error:  # the function does what cannot be recorded, or the memory is short
-                _log.info("a call of %s cannot be recorded, it runs kernel by kernel: %s", key, error)
+                _log.warning("a call of %s cannot be recorded, it runs kernel by kernel: %s", key, error)
                 call = function
             self._calls[signature] = call
             recorded = [each for each, value in self._calls.items() if value is not None]

@@ -52,8 +52,8 @@ def _has_tensor_cores(device: torch.device) -> bool:
 
 
 def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as the sum of its leading 11 bits and the rest, both exact in TF32 but for the last 2 of 24 bits."""
-    leading = (values.view(torch.int32) & -8192).view(torch.float32)
+    """float32 as the sum of what TF32 rounds it to and the rest, which loses its last bit or two there."""
+    leading = (values.view(torch.int32) + 4096 & -8192).view(torch.float32)
     return leading, values - leading
 
 

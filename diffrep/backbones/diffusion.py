@@ -137,7 +137,7 @@ class DiffusionBackbone(Backbone, ABC):
             )
             for tap, part in self.network_maps(noisy, taps, conditions).items():
                 parts.setdefault(tap, []).append(part)
-        maps = {tap: torch.cat(chunks) for tap, chunks in parts.items()}
+        maps = {tap: torch.cat(chunks).contiguous() for tap, chunks in parts.items()}
         if average and members > 1:
             maps = {tap: m.unflatten(0, (-1, members)).float().mean(1).to(m.dtype) for tap, m in maps.items()}
         return maps

@@ -50,6 +50,7 @@ def channels_last(network: nn.Module) -> None:
 
 def _fused(network: nn.Module) -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Each module that runs in another way, with that way."""
+    from diffusers.models.activations import GEGLU
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
@@ -59,6 +60,8 @@ def _fused(network: nn.Module) -> Iterator[tuple[Any, Callable[..., Any]]]:
             yield module, partial(_resnet, module)
         elif isinstance(module, Transformer2DModel) and parts.is_input_continuous and _norm(parts.norm):
             yield module, partial(_transformer, module)
+        elif isinstance(module, GEGLU):
+            yield module, partial(_gated, module)
         elif _norm(getattr(module, "conv_norm_out", None)) and isinstance(getattr(module, "conv_act", None), nn.SiLU):
             yield parts.conv_norm_out, partial(_normalised, parts.conv_norm_out, silu=True)
             yield parts.conv_act, _unchanged
@@ -73,7 +76,7 @@ def _plain_resnet(block: Any) -> bool:
     still = block.upsample is None and block.downsample is None
     return bool(
         still
-        and block.time_embedding_norm == "default"
+        and block.time_embedding_norm in ("default", "group")  # "group", of VAE decoders, adds none
         and isinstance(block.nonlinearity, nn.SiLU)
         and _norm(block.norm1)
         and _norm(block.norm2)
@@ -91,13 +94,33 @@ def _unchanged(maps: Tensor) -> Tensor:
 
 
 def _resnet(block: Any, maps: Tensor, temb: Tensor | None = None, *unused: Any, **named: Any) -> Tensor:
-    hidden = block.conv1(_normalised(block.norm1, maps, silu=True))
-    if block.time_emb_proj is not None and temb is not None:
-        temb = block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
-    hidden = block.conv2(_normalised(block.norm2, hidden, added=temb, silu=True))
-    shortcut = maps if block.conv_shortcut is None else block.conv_shortcut(maps)
-    joined: Tensor = shortcut + hidden
+    """As `ResnetBlock2D.forward`; the biases of its convolutions are added where the maps are read next."""
+    from diffrep.backbones.norm_kernels import join
+
+    hidden, added = _without_bias(block.conv1, _normalised(block.norm1, maps, silu=True))
+    if block.time_emb_proj is not None and temb is not None and block.time_embedding_norm == "default":
+        added = added + block.time_emb_proj(temb if block.skip_time_act else block.nonlinearity(temb))
+    hidden, bias = _without_bias(block.conv2, _normalised(block.norm2, hidden, added=added, silu=True))
+    if block.conv_shortcut is not None:
+        maps, more = _without_bias(block.conv_shortcut, maps)
+        bias = bias + more
+    joined = join(maps, hidden, bias)
     return joined if block.output_scale_factor == 1 else joined / block.output_scale_factor
+
+
+def _without_bias(conv: Any, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """A convolution's output before its bias, and the bias (1, C); with a zero bias where somebody reads the output."""
+    plain = type(conv) is nn.Conv2d and conv.bias is not None and conv.padding_mode == "zeros"
+    if not plain or conv._forward_hooks or conv._forward_pre_hooks:
+        output: Tensor = conv(maps)
+        return output, output.new_zeros(1, output.shape[1])
+    return nn.functional.conv2d(maps, conv.weight, None, conv.stride, conv.padding, conv.dilation), conv.bias[None]
+
+
+def _gated(module: Any, tokens: Tensor, *unused: Any, **named: Any) -> Tensor:
+    from diffrep.backbones.norm_kernels import gated_gelu
+
+    return gated_gelu(module.proj(tokens))
 
 
 def _transformer(

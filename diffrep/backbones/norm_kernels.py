@@ -1,4 +1,4 @@
-"""Group normalisation of channels-last maps with SiLU behind it, in three Triton kernels.
+"""Group normalisation of channels-last maps with SiLU behind it, and what else residual blocks do, as Triton kernels.
 
 PyTorch's group norm wants contiguous maps on CUDA and cuDNN's fast convolutions channels-last ones: between the two,
 every residual block of a U-Net or VAE copies its maps four times. Here maps stay channels-last and are read twice and
@@ -20,6 +20,7 @@ from torch import Tensor
 COLUMNS = 64  # channels of a program
 ROWS = 64  # cells of a step of a program
 TILES = 64  # tiles that the finishing kernel reads at once
+BLOCK = 1024  # elements of a program of the kernels that look at one element at a time
 
 
 @triton.jit
@@ -27,25 +28,27 @@ def _moments(x, means, squares, rows, channels, span, tiles, ROWS: tl.constexpr,
     """Mean and sum of squared differences of each channel over each span of cells: (N, tiles, C)."""
     tile, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    mean = tl.zeros([COLUMNS], tl.float32)
-    square = tl.zeros([COLUMNS], tl.float32)
-    seen = 0.0
+    known = columns < channels
     end = tl.minimum((tile + 1) * span, rows)
+    # differences to the first cell: near enough to the mean that nothing cancels
+    pivot = tl.load(x + (image * rows + tile * span) * channels + columns, mask=known, other=0.0).to(tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    powers = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(tile * span, end, ROWS):
         cells = start + tl.arange(0, ROWS)
-        inside = (cells < end)[:, None] & (columns < channels)[None, :]
+        inside = (cells < end)[:, None] & known[None, :]
         at = image * rows * channels + cells[:, None].to(tl.int64) * channels + columns[None, :]
         values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        count = tl.minimum(ROWS, end - start).to(tl.float32)
-        centre = tl.sum(values, 0) / count
-        apart = tl.where(inside, values - centre[None, :], 0.0)
-        delta, total = centre - mean, seen + count
-        square += tl.sum(apart * apart, 0) + delta * delta * (seen * count / total)
-        mean += delta * (count / total)
-        seen = total
+        apart = tl.where(inside, values - pivot[None, :], 0.0)
+        sums += apart
+        powers += apart * apart
+    count = (end - tile * span).to(tl.float32)
+    total = tl.sum(sums, 0)
+    mean = pivot + total / count
+    square = tl.sum(powers, 0) - total * total / count
     at = (image * tiles + tile) * channels + columns
-    tl.store(means + at, mean, mask=columns < channels)
-    tl.store(squares + at, square, mask=columns < channels)
+    tl.store(means + at, mean, mask=known)
+    tl.store(squares + at, square, mask=known)
 
 
 @triton.jit
@@ -55,6 +58,7 @@ def _factors(  # type: ignore[no-untyped-def]
     weight,
     bias,
     added,
+    step,
     scales,
     shifts,
     rows,
@@ -73,7 +77,7 @@ def _factors(  # type: ignore[no-untyped-def]
     known = tl.arange(0, WIDTH) < width
     extra = tl.zeros([WIDTH], tl.float32)
     if ADDED:
-        extra = tl.load(added + image * channels + columns, mask=known, other=0.0).to(tl.float32)
+        extra = tl.load(added + image * step + columns, mask=known, other=0.0).to(tl.float32)
     total = tl.zeros([TILES, WIDTH], tl.float32)
     for first in range(0, tiles, TILES):
         number = first + tl.arange(0, TILES)
@@ -122,13 +126,14 @@ def group_norm(
     Args:
         x: (N, C, H, W), copied to channels-last where it is not; float32, float16 or bfloat16.
         weight, bias: (C,).
-        added: (N, C), what is added to every cell of x first.
+        added: (N or 1, C), what is added to every cell of x first.
 
     Returns:
         (N, C, H, W), channels-last, in the type of x.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = x.shape
+    added = None if added is None else added.expand(images, -1)
     rows, parts = height * width, triton.cdiv(channels, COLUMNS)
     # enough programs to fill a card: each goes over a span of cells, at most 512 of them
     span = ROWS * triton.cdiv(triton.cdiv(rows, ROWS), 512)
@@ -144,7 +149,8 @@ def group_norm(
         moments[1],
         weight,
         bias,
-        weight if added is None else added.contiguous(),
+        weight if added is None else added,
+        0 if added is None else added.stride(0),
         factors[0],
         factors[1],
         rows,
@@ -159,4 +165,43 @@ def group_norm(
     )
     grid = (triton.cdiv(rows, ROWS), parts, images)
     _apply[grid](x, y, factors[0], factors[1], rows, channels, ACTIVE=silu, ROWS=ROWS, COLUMNS=COLUMNS)
+    return y
+
+
+@triton.jit
+def _join(x, y, bias, z, count, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """z = x + y + bias, channels running fastest."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    total = tl.load(x + at, mask=inside).to(tl.float32) + tl.load(y + at, mask=inside).to(tl.float32)
+    total += tl.load(bias + at % channels, mask=inside).to(tl.float32)
+    tl.store(z + at, total.to(z.dtype.element_ty), mask=inside)
+
+
+def join(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """x + y + bias of maps (N, C, H, W), rounded once: the end of a residual block. Channels-last."""
+    x, y = (maps.contiguous(memory_format=torch.channels_last) for maps in (x, y))
+    z = torch.empty_like(x)
+    _join[(triton.cdiv(x.numel(), BLOCK),)](x, y, bias, z, x.numel(), x.shape[1], BLOCK=BLOCK)
+    return z
+
+
+@triton.jit
+def _gated(x, y, count, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """y = first half * GELU(second half) of each row."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    first = at // width * (2 * width) + at % width
+    value = tl.load(x + first, mask=inside).to(tl.float32)
+    gate = tl.load(x + first + width, mask=inside).to(tl.float32)
+    value = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    tl.store(y + at, value.to(y.dtype.element_ty), mask=inside)
+
+
+def gated_gelu(x: Tensor) -> Tensor:
+    """GEGLU behind its projection: (..., 2 C) -> (..., C), the first half times the exact GELU of the second."""
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    y = x.new_empty(*x.shape[:-1], width)
+    _gated[(triton.cdiv(y.numel(), BLOCK),)](x, y, y.numel(), width, BLOCK=BLOCK)
     return y

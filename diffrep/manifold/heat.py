@@ -183,7 +183,7 @@ def _chebyshev_torch(operator: Csr, signals: Array, coefficients: NDArray[np.flo
 
     parts = operator.indptr.astype(np.int64), operator.indices.astype(np.int64), operator.data
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks)", UserWarning)
         matrix = torch.sparse_csr_tensor(*map(torch.from_numpy, parts), operator.shape, check_invariants=False)  # type: ignore[call-arg, arg-type]  # its stub knows no shape after three tensors
         matrix = matrix.to(device)
     before = torch.from_numpy(signals).to(device)
