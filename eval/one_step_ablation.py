@@ -96,7 +96,7 @@ class AblationSettings:
     def fit(self) -> FitSettings:
         """The settings of every variant's training."""
         return replace(
-            EMBEDDED_FIT, steps=self.steps, minutes=None, learning_rate=self.learning_rate, seed=self.seed,
+            EMBEDDED_FIT, steps=self.steps, learning_rate=self.learning_rate, seed=self.seed, warmup=50,
             ema_decay=0.99,
         )  # fmt: skip
 

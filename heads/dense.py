@@ -81,7 +81,7 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
     # -- what is decoded ------------------------------------------------------------------------------------
 
     def read(self, decoded: Tensor, *, unit: bool = True) -> Tensor:
-        """What the VAE decoded, (B, 3, h, w), as a map.
+        """What was decoded, (B, 3, h, w), or of depth (B, 1, h, w), as a map.
 
         Args:
             unit: bring normals to unit length where the family's released code does not; where there is no surface,
@@ -194,7 +194,7 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
             annotation = model.predict(
                 latents, start, steps=config.steps, timestep=config.timestep, batch_size=config.batch_size
             )
-            decoded = model.decode(annotation, batch_size=config.batch_size)
+            decoded = model.draw_maps(annotation, canvas, batch_size=config.batch_size)
             results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])
         if members > 1:
             return self._combined(torch.stack(results, dim=1), config)
@@ -244,7 +244,8 @@ class ExportedHead(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         latents = self.model.encode(pixels)
-        return (self.model.decode(self.model.predict(latents, self.noise)).clone(),)
+        maps = self.model.draw_maps(self.model.predict(latents, self.noise), pixels)
+        return (maps.expand(-1, 3, -1, -1).clone(),)
 
 
 def export_head(

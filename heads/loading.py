@@ -18,8 +18,9 @@ from diffrep.backbones.pipelines import load_component
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import read_document, read_weights
+from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
-from diffrep.heads.diffdis import DiffDisUNet, MaskDecoder, is_diffdis
+from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
 from diffrep.heads.families import FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
 from diffrep.heads.head import HeadError
 from diffrep.heads.head_folders import (
@@ -183,8 +184,11 @@ def _load_dense(
         raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
     recognised = recognise(source.name, source.config, vae_config, source.head, index, task, family)
     unet = load_component(UNet2DConditionModel, source.path, "unet", dtype)
-    model = OneStep(*_parts(source, unet, device, dtype), recognised.family, fold=fold)
+    decoder = _decoder(source, device, dtype)
+    model = OneStep(*_parts(source, unet, device, dtype), recognised.family, fold=fold, decoder=decoder)
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
+    if decoder is not None:
+        about += ", drawn by its own decoder"
     return DenseHead(model, recognised.task, name=source.name, recognised=about, source=source.path)
 
 
@@ -198,14 +202,21 @@ def _load_segmentation(
         )
     config = source.config or json_of(source.base, "unet/config.json")
     unet = diffdis_unet(_read_diffdis(source), config, name=source.name)
-    if (decoder := MaskDecoder.load(path) if path.is_dir() else None) is not None:
-        check_weights(decoder, source.name)
-        decoder.to(device, dtype)
+    decoder = _decoder(source, device, dtype)
     size = _integer(source.name, source.head, "working_size", 0) or 1024
     model = DiffDis(*_parts(source, unet, device, dtype), working_size=size, decoder=decoder)
     drawn = "its own decoder" if decoder is not None else "the VAE"
     about = f"DiffDIS (recognised by its weights), {unet.levels} levels, masks drawn by {drawn}"
     return SegmentationHead(model, name=source.name, recognised=about, source=source.path)
+
+
+def _decoder(source: _Source, device: torch.device, dtype: torch.dtype) -> DetailDecoder | None:
+    """The decoder of its own that a head's folder holds, ready to run."""
+    path = Path(source.path)
+    if (decoder := DetailDecoder.load(path) if path.is_dir() else None) is not None:
+        check_weights(decoder, source.name)
+        decoder.to(device, dtype)
+    return decoder
 
 
 def _parts(source: _Source, unet: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Tensor, Schedule]:

@@ -18,6 +18,7 @@ from diffrep.backbones import draw_noise
 from diffrep.backbones.fused import fused_blocks
 from diffrep.backbones.unet import cross_attentions
 from diffrep.graphs import Graphs
+from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.families import Family
 
 TIMESTEP = 999  # of 1000: where one-step heads are trained and asked
@@ -324,16 +325,25 @@ class OneStep(LatentCodec):
         vae: diffusers `AutoencoderKL`.
         context: (1, tokens, C), the embedding of the empty prompt.
         fold: compute once what depends on prompt, timestep and task alone; for inference only.
+        decoder: draws the annotations in place of the VAE's.
 
     Raises:
         ValueError: the U-Net's input channels or class embedding are not those of the family.
     """
 
     def __init__(
-        self, unet: Any, vae: Any, context: Tensor, schedule: Schedule, family: Family, *, fold: bool = True
+        self,
+        unet: Any,
+        vae: Any,
+        context: Tensor,
+        schedule: Schedule,
+        family: Family,
+        *,
+        fold: bool = True,
+        decoder: DetailDecoder | None = None,
     ) -> None:
         super().__init__(vae)
-        self.schedule, self.family = schedule, family
+        self.schedule, self.family, self.decoder = schedule, family, decoder
         self.family_name, self.working_size = family.name, family.working_size
         wanted = self.channels * (1 if family.first_latent == "none" else 2)
         if unet.config.in_channels != wanted:
@@ -350,6 +360,17 @@ class OneStep(LatentCodec):
     @property
     def _reference(self) -> Tensor:
         return self.network.context
+
+    def draw_maps(self, latents: Tensor, pixels: Tensor, *, batch_size: int = 2) -> Tensor:
+        """Annotations (B, 1 or 3, H, W), about [-1, 1], of latents (B, c, h, w) and images (B, 3, H, W) in [0, 1].
+
+        Where the head has no decoder of its own the VAE's, which does not look at the images.
+        """
+        if self.decoder is None:
+            return self.decode(latents, batch_size=batch_size)
+        looks = pixels.to(self.device, self.dtype).split(batch_size)
+        pairs = zip(latents.to(self.dtype).split(batch_size), looks, strict=True)
+        return torch.cat([self.decoder(rows, look) for rows, look in pairs])
 
     def unet_input(self, latents: Tensor, first: Tensor | None) -> Tensor:
         """Image latents (B, c, h, w), then the noise (B or 1, c, h, w) of families that start from it.

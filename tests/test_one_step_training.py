@@ -15,7 +15,7 @@ from torch import nn
 
 from diffrep.cli import main
 from diffrep.commands.train import TrainDepth, TrainNormals, open_set
-from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, task_vector
+from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Task, task_vector
 from diffrep.heads.loading import load_head
 from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.training.datasets import Hypersim, VirtualKitti
@@ -38,7 +38,15 @@ from diffrep.heads.training.dense_data import (
     plane_normals,
     sample_batches,
 )
-from diffrep.heads.training.fit import OneStepTraining, embedded, train_head
+from diffrep.heads.training.detail import (
+    change_looks,
+    depth_pictures,
+    depth_terms,
+    detail_batches,
+    load_scenes,
+    normal_terms,
+)
+from diffrep.heads.training.fit import EMBEDDED_BATCH, EMBEDDED_FIT, EMBEDDED_RECIPE, OneStepTraining, train_head
 from diffrep.scenes import SceneSet, render_set
 from diffrep.training.loop import FitSettings
 
@@ -281,6 +289,46 @@ def test_batches_depend_on_their_generator_alone(scenes: SceneSet) -> None:
         sample_batches(sets, (1.0,), LOTUS_G, batch_size=2, latent_channels=4, stride=8)
 
 
+# -- scenes with a decoder of its own ---------------------------------------------------------------------------
+
+
+def test_depth_is_drawn_from_the_sky_to_the_nearest_pixel() -> None:
+    depth = torch.tensor([2.0, 4.0, 100.0, torch.inf]).view(1, 1, 2, 2)
+    drawn, weight = (values.flatten() for values in depth_pictures(depth, "disparity"))
+    torch.testing.assert_close(drawn, torch.tensor([1.0, 0.24 / 0.49, 0.0, 0.0]))
+    torch.testing.assert_close(weight, torch.tensor([0.49 / 0.5, 0.49 / 0.25, 0.0, 0.0]))
+    farther = 1 / (1 / 100 + 0.49 * (drawn[1] + 0.01))  # an error of 0.01 is one of 0.01 times the weight of the depth
+    assert abs(4.0 - float(farther)) / float(farther) == pytest.approx(0.01 * float(weight[1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("task", ["disparity", "normals"])
+def test_batches_of_scenes_are_their_step_s_and_their_truth_costs_nothing(task: Task, scenes: SceneSet) -> None:
+    data = load_scenes(scenes, task, torch.device("cpu"))
+    batches = detail_batches(data, task, EMBEDDED_RECIPE, batch_size=8, latent_shape=(4, 8, 8))
+    batch, again, other = (batches(torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(batch["pixels"], other["pixels"])
+    plain, turned = (torch.from_numpy(scenes.image.copy()).permute(0, 3, 1, 2) / 255 for _ in range(2))
+    both = torch.cat([plain, turned.flip(-1)])
+    unchanged = [bool((both == image).flatten(1).all(1).any()) for image in batch["pixels"]]
+    assert 0 < sum(unchanged) < 8  # half of them, mirrored or not, look as they were rendered
+    if task == "normals":
+        assert normal_terms(batch["truth"], batch["truth"], batch["surface"])["angle"] < 0.02
+        assert normal_terms(-batch["truth"], batch["truth"], batch["surface"])["angle"] > 3
+    else:
+        assert all(term == 0 for term in depth_terms(batch["truth"], batch).values())
+
+
+def test_looks_change_but_stay_colours() -> None:
+    images = torch.rand(4, 3, 32, 32)
+    looks = change_looks(images, torch.Generator().manual_seed(0))
+    assert looks.shape == images.shape
+    assert looks.min() >= 0
+    assert looks.max() <= 1
+    assert (looks - images).abs().mean((1, 2, 3)).min() > 0.01
+    torch.testing.assert_close(looks, change_looks(images, torch.Generator().manual_seed(0)), rtol=0, atol=0)
+
+
 # -- training ---------------------------------------------------------------------------------------------------
 
 
@@ -301,14 +349,17 @@ def test_every_recipe_trains_and_predicts(name: str, sd_folder: Path, scenes: Sc
             predict_maps(model, vae, pixels, "normals", steps=2)
 
 
-def test_a_run_cut_in_two_ends_as_one_that_was_not(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
-    recipe = replace(LOTUS_D, posterior="mean", preserve=0.5)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_run_cut_in_two_ends_as_one_that_was_not(
+    decoder: bool, sd_folder: Path, scenes: SceneSet, tmp_path: Path
+) -> None:
+    recipe = replace(LOTUS_D, posterior="mean", preserve=0.0 if decoder else 0.5)
     samples = SceneSamples(scenes, "disparity")
 
     def run(folder: Path, stop_at: int | None = None) -> OneStepModel:
         training = OneStepTraining(
             base=str(sd_folder), recipe=recipe, fit=replace(SHORT, steps=3, checkpoint_seconds=-1.0), batch_size=2,
-            cache=True,
+            cache=not decoder, decoder=decoder,
         )  # fmt: skip
 
         def stop(model: OneStepModel, step: int) -> dict[str, float]:
@@ -327,7 +378,7 @@ def test_a_run_cut_in_two_ends_as_one_that_was_not(sd_folder: Path, scenes: Scen
     resumed = run(tmp_path / "cut")
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-    other = OneStepTraining(base=str(sd_folder), recipe=replace(recipe, preserve=0.0), fit=SHORT, cache=True)
+    other = OneStepTraining(base=str(sd_folder), recipe=replace(recipe, preserve=0.25), fit=SHORT, cache=True)
     with pytest.raises(ValueError, match="another folder"):
         train_head(other, ([samples], [1.0]), tmp_path / "cut", latents=tmp_path / "latents", progress=False)
 
@@ -344,9 +395,12 @@ def test_cached_latents_of_another_model_are_refused(sd_folder: Path, scenes: Sc
         cache_latents(vae, samples, "disparity", tmp_path, made_with="two", progress=False)
 
 
-def test_a_trained_head_is_read_back_and_predicts_the_same(sd_folder: Path, scenes: SceneSet, tmp_path: Path) -> None:
-    recipe = replace(LOTUS_D, posterior="mean")
-    training = OneStepTraining(base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2)
+@pytest.mark.parametrize("decoder", [False, True])
+def test_a_trained_head_is_read_back_and_predicts_the_same(
+    decoder: bool, sd_folder: Path, scenes: SceneSet, tmp_path: Path
+) -> None:
+    recipe = replace(LOTUS_D, posterior="mean", preserve=0.0)
+    training = OneStepTraining(base=str(sd_folder), recipe=recipe, fit=SHORT, batch_size=2, decoder=decoder)
     samples = SceneSamples(scenes, "disparity")
     model = train_head(training, ([samples], [1.0]), tmp_path / "run", progress=False)
     training.write(tmp_path / "head", model, working_size=64)
@@ -357,15 +411,19 @@ def test_a_trained_head_is_read_back_and_predicts_the_same(sd_folder: Path, scen
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
     expected = predict_maps(model, AutoencoderKL.from_pretrained(sd_folder / "vae"), pixels, "disparity")
     torch.testing.assert_close(head.predict(image).values, expected[0, 0], atol=5e-3, rtol=0)  # half precision
+    assert (tmp_path / "head/decoder.safetensors").exists() == decoder == ("its own decoder" in head.recognised)
 
 
 def test_options_mean_the_embedded_recipe_or_the_papers() -> None:
     ours = TrainDepth().training("disparity")
-    assert ours.cache
-    assert ours.recipe == replace(LOTUS_D, posterior="mean")
-    normals = TrainNormals().training("normals")
-    assert (normals.recipe.preserve, normals.fit.minutes) == (0.0, 24)
-    assert embedded("normals") == (normals.recipe, normals.fit)
+    assert (ours.decoder, ours.cache) == (True, False)
+    assert (ours.recipe, ours.fit, ours.batch_size) == (EMBEDDED_RECIPE, EMBEDDED_FIT, EMBEDDED_BATCH)
+    assert TrainNormals().training("normals") == replace(ours, task="normals")
+    for options in ({"decoder": False}, {"preserve": 1.0}):  # the VAE draws, as published
+        plain = TrainDepth(**options).training("disparity")
+        assert (plain.decoder, plain.cache) == (False, True)
+    with pytest.raises(ValueError, match="without the detail preserver"):
+        TrainDepth(decoder=True, preserve=1.0).training("disparity")
     theirs = TrainDepth(base="some/folder", recipe="e2e-ft", data=("hypersim=x",)).training("depth")
     assert theirs.recipe == E2E_FT
     assert (theirs.fit.learning_rate, theirs.fit.accumulate, theirs.batch_size) == (3e-5, 16, 2)

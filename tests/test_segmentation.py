@@ -20,7 +20,8 @@ from diffrep.cli import main
 from diffrep.eval.benchmarks.networks import published_head
 from diffrep.eval.benchmarks.timing import count_flops
 from diffrep.heads.cutouts import composite, cut_out, foreground_colours
-from diffrep.heads.diffdis import DiffDisUNet, MaskDecoder, from_base
+from diffrep.heads.decoder import DetailDecoder
+from diffrep.heads.diffdis import DiffDisUNet, from_base
 from diffrep.heads.loading import WEIGHTS, HeadError, load_segmentation
 from diffrep.heads.segmentation import SegmentationHead, SegmentConfig, finish
 
@@ -194,13 +195,13 @@ def test_folders_that_are_no_heads(tmp_path: Path, folder: Path) -> None:
 
 
 def test_a_decoder_survives_its_file(tmp_path: Path) -> None:
-    decoder = MaskDecoder(4)
+    decoder = DetailDecoder(4)
     decoder.save(tmp_path, torch.float32)
-    again = MaskDecoder.load(tmp_path)
+    again = DetailDecoder.load(tmp_path)
     assert again is not None
     latents, pixels = torch.randn(2, 4, 3, 5), torch.rand(2, 3, 24, 40)
     torch.testing.assert_close(again(latents, pixels), decoder(latents, pixels))
-    assert MaskDecoder.load(tmp_path / "nowhere") is None
+    assert DetailDecoder.load(tmp_path / "nowhere") is None
 
 
 # -- masks ----------------------------------------------------------------------------------------------------------

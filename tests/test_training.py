@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffrep.backbones import load_backbone
 from diffrep.scenes import PART_MIRROR, SEEN, UNSEEN, VOCABULARY, SceneSet, render_scene, render_set, scene_seed
 from diffrep.training import Batch, FitSettings, TinyTraining, fit, train_tiny
-from diffrep.training.loop import step_generator, update_average
+from diffrep.training.loop import Averages, clip_gradients, step_generator
 from diffrep.training.tiny.crops import (
     Crops,
     LabelSettings,
@@ -139,13 +139,24 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
         run(tmp_path, SHORT, broken)
 
 
+@pytest.mark.parametrize("most", [0.5, 100.0, float("inf")])
+def test_gradients_are_clipped_together(most: float) -> None:
+    ours, theirs = small_network(), small_network()
+    for module in (ours, theirs):
+        module(torch.arange(8.0).view(2, 4)).square().sum().backward()
+    clip_gradients(list(ours.parameters()), most)
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), most)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_moving_average() -> None:
     ema, module = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     with torch.no_grad():
         module.weight.fill_(3.0)
         module.running_mean.fill_(5.0)
         module.num_batches_tracked.fill_(7)
-    update_average(ema, module, 0.75)
+    Averages(ema, module).update(0.75)
     assert ema.weight.tolist() == [1.5] * 3
     assert ema.running_mean.tolist() == [1.25] * 3
     assert ema.num_batches_tracked.item() == 7

@@ -455,11 +455,12 @@ def normal_predictor(head: DenseHead) -> Predict:
     @torch.inference_mode()
     def predict(image: Tensor) -> Tensor:
         model = head.model
-        latents = model.encode((image[None].to(model.device) + 1) / 2)
+        pixels = (image[None].to(model.device) + 1) / 2
+        latents = model.encode(pixels)
         noise = None
         if head.family.first_latent == "noise":
             noise = model.draw((int(latents.shape[-2]), int(latents.shape[-1])), 0, 0)
-        normals = head.read(model.decode(model.predict(latents, noise)))
+        normals = head.read(model.draw_maps(model.predict(latents, noise), pixels))
         return NormalMap(normals[0].cpu(), head.family.frame).to_frame("lub").values
 
     return predict
@@ -467,7 +468,8 @@ def normal_predictor(head: DenseHead) -> Predict:
 
 def head_fingerprint(head: DenseHead) -> float:
     """A number that changes with the weights."""
-    return round(sum(float(p.detach().double().abs().sum()) for p in head.model.network.parameters()), 4)
+    parts = [head.model.network, *([head.model.decoder] if head.model.decoder is not None else [])]
+    return round(sum(float(p.detach().double().abs().sum()) for part in parts for p in part.parameters()), 4)
 
 
 def mask_method(head: SegmentationHead, config: SegmentConfig) -> Method:

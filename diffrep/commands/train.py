@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -15,21 +15,25 @@ import tyro
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.commands.image_runs import check_folder
-from diffrep.commands.options import Command
+from diffrep.commands.options import Command, DeviceOptions
+from diffrep.devices import resolve_device
 from diffrep.eval.scene_validation import MaskValidation, SceneValidation
 from diffrep.files import replace_folder
 from diffrep.heads.families import FAMILIES, Task
 from diffrep.heads.training.datasets import Hypersim, VirtualKitti
+from diffrep.heads.training.dense import OneStepModel
 from diffrep.heads.training.dense_data import SampleSet, SceneSamples
 from diffrep.heads.training.fit import (
+    EMBEDDED_BATCH,
+    EMBEDDED_FIT,
     EMBEDDED_MASK_FIT,
+    EMBEDDED_RECIPE,
     EMBEDDED_SCENES,
     PUBLISHED_BATCH,
     PUBLISHED_EPOCHS,
     PUBLISHED_MASK_BATCH,
     OneStepTraining,
     SegmentationTraining,
-    embedded,
     head_of,
     published_fit,
     published_mask_fit,
@@ -170,7 +174,7 @@ def write_model(output: Path, model: SynthesisModel, training: SynthesisTraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadTraining(Command):
+class HeadTraining(DeviceOptions):
     """What the trainings of all heads share."""
 
     base: str = "tiny"  # embedded model, diffusers folder or hub id whose U-Net is trained
@@ -185,6 +189,7 @@ class HeadTraining(Command):
     latents: Path | None = None  # encoded scenes, which heads of one base can share; in WORK
     validate_every: int = 500  # steps between measurements and pictures of held-out scenes
     validation_scenes: int = 48
+    workers: int = 2  # processes that render
 
     def checked(self, name: str) -> tuple[Path, Path, PipelineParts]:
         """The folders of work and output and the parts of the base, before anything is rendered or written.
@@ -198,8 +203,9 @@ class HeadTraining(Command):
         check_options(
             self,
             scenes="1..", validate_every="1..", validation_scenes="1..", batch_size="1..", steps="1..",
-            seed="[0, 2^63)",
+            seed="[0, 2^63)", workers="1..",
         )  # fmt: skip
+        resolve_device(self.device)
         work = self.work or Path("runs") / name
         output = self.output or work / "head"
         for folder in (work, output):
@@ -222,6 +228,7 @@ class OneStepOptions(HeadTraining):
     shares: tuple[float, ...] | None = None  # how often a batch comes from each; hypersim 0.9, vkitti2 0.1, else equal
     recipe: Literal["lotus-d", "lotus-g", "e2e-ft", "marigold"] = "lotus-d"
     accumulate: int | None = None  # batches of an optimiser step
+    decoder: bool | None = None  # a decoder of its own for the maps; yes with the embedded recipe, else the VAE's
     preserve: float | None = None  # share of a batch that also reconstructs its image (Lotus' detail preserver)
     scratch: bool = False  # start from random weights
     gradient_checkpointing: bool = False  # less memory, more time
@@ -235,11 +242,12 @@ class OneStepOptions(HeadTraining):
         ours = self.base == "tiny" and all(name.startswith("scenes") for name in self.data)
         recipe, fit, batch = FAMILIES[self.recipe], published_fit(self.recipe, task), PUBLISHED_BATCH[self.recipe]
         if ours:
-            tuned, fit = embedded(task)
-            recipe = tuned if self.recipe == "lotus-d" else replace(recipe, posterior="mean")
-            batch = OneStepTraining().batch_size
+            recipe = EMBEDDED_RECIPE if self.recipe == "lotus-d" else replace(recipe, posterior="mean")
+            fit, batch = EMBEDDED_FIT, EMBEDDED_BATCH
         if self.preserve is not None:
             recipe = replace(recipe, preserve=self.preserve)
+        latent = ours and recipe.loss == "latent" and len(self.data) == 1
+        decoder = (latent and not recipe.preserve) if self.decoder is None else self.decoder
         return OneStepTraining(
             task=task,
             base=self.base,
@@ -247,7 +255,8 @@ class OneStepOptions(HeadTraining):
             fit=self.changed(fit, "accumulate"),
             batch_size=self.batch_size or batch,
             scratch=self.scratch,
-            cache=ours and recipe.loss == "latent" and len(self.data) == 1,
+            cache=latent and not decoder,
+            decoder=decoder,
             gradient_checkpointing=self.gradient_checkpointing,
         )
 
@@ -258,7 +267,7 @@ class OneStepOptions(HeadTraining):
         training.build(parts)  # refuses a base that the recipe does not fit
         vae = parts.vae
         del parts  # a U-Net of gigabytes
-        opened = [open_set(text, task, work, self.scenes) for text in self.data]
+        opened = [open_set(text, task, work, self.scenes, self.workers) for text in self.data]
         kinds = [text.partition("=")[0] for text in self.data]
         shares = self.shares or tuple({"hypersim": 0.9, "vkitti2": 0.1}.get(kind, 1.0) for kind in kinds)
         if len(shares) != len(kinds) or not all(0 < share < math.inf for share in shares):
@@ -266,14 +275,28 @@ class OneStepOptions(HeadTraining):
         sets = [make() for make in opened]
         held_out = render_set(work / "validation", "val", self.validation_scenes, workers=1)
         steps = 10 if training.recipe.timesteps == "all" else 1
+        side = max(sets[0].sample(0).pixels.shape[1:])  # heads see images at the size they were trained on
+        measured, best = SceneValidation(held_out, vae, task, work / "pictures", steps=steps), math.inf
+
+        def write(model: OneStepModel, **measures: float) -> None:
+            extra = training.about()["extra"] | {"measured": measures}
+            training.write(output, model, family=self.recipe, working_size=side, extra=extra)
+
+        def validate(model: OneStepModel, step: int) -> Mapping[str, float]:
+            """Measure, and write the head whenever it is better than before."""
+            nonlocal best
+            values = measured(model, step)
+            if (error := values["mean" if task == "normals" else "abs_rel"]) < best:
+                best = error
+                write(model, step=step, **values)
+            return values
+
         model = train_head(
             training, (sets, shares), work / "run",
-            latents=self.latents or work,
-            validate=SceneValidation(held_out, vae, task, work / "pictures", steps=steps),
-            validate_every=self.validate_every,
+            latents=self.latents or work, validate=validate, validate_every=self.validate_every, device=self.device,
         )  # fmt: skip
-        side = max(sets[0].sample(0).pixels.shape[1:])  # heads see images at the size they were trained on
-        training.write(output, model, family=self.recipe, working_size=side)
+        if math.isinf(best):  # nothing was left to do, or nothing could be measured
+            write(model)
         print(f"wrote {output}")
 
 
@@ -330,13 +353,14 @@ class TrainSegmentation(HeadTraining):
         training.build(parts)  # refuses a base that it does not fit
         vae = parts.vae.eval()
         del parts  # a U-Net of gigabytes
-        data = render_set(work / "scenes", "train", self.scenes) if data is None else data
+        data = render_set(work / "scenes", "train", self.scenes, workers=self.workers) if data is None else data
         held_out = render_set(work / "validation", "val", self.validation_scenes, workers=1)
         model = train_head(
             training, data, work / "run",
             latents=self.latents or work / "latents.safetensors",
             validate=MaskValidation(held_out, lambda model: head_of(model, vae, training), work / "pictures"),
             validate_every=self.validate_every,
+            device=self.device,
         )  # fmt: skip
         training.write(output, model)
         print(f"wrote {output}")
@@ -361,7 +385,7 @@ class TrainSegmentation(HeadTraining):
         )
 
 
-def open_set(text: str, task: Task, work: Path, scenes: int) -> Callable[[], SampleSet]:
+def open_set(text: str, task: Task, work: Path, scenes: int, workers: int = 2) -> Callable[[], SampleSet]:
     """What opens the data set that a word of --data names; scenes are rendered only when it is called.
 
     Raises:
@@ -380,4 +404,4 @@ def open_set(text: str, task: Task, work: Path, scenes: int) -> Callable[[], Sam
         return lambda: samples
     if name != "scenes":
         raise ValueError(f"--data {name} needs its folder: {name}=FOLDER")
-    return lambda: SceneSamples(render_set(work / "scenes", "train", scenes), task)
+    return lambda: SceneSamples(render_set(work / "scenes", "train", scenes, workers=workers), task)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffrep.devices import resolve_device
 from diffrep.files import read_weights, save_weights
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 
@@ -112,6 +113,7 @@ def fit(
     *,
     validate: Callable[[Module, int], Mapping[str, float]] | None = None,
     validate_every: int = 1000,
+    device: str | torch.device = "auto",
     progress: bool = True,
 ) -> Module:
     """Train a module and return the moving average of its weights, in eval mode.
@@ -126,20 +128,24 @@ def fit(
         folder: of the checkpoint and the log; made where missing.
         validate: given the moving average and the step, every `validate_every` steps and at the end; what it
             returns is logged.
+        device: where, as of `diffrep.devices.resolve_device`; batches may lie there already.
         progress: show a bar on stderr.
 
     Raises:
         ValueError: the folder's checkpoint was made with other settings or for another module.
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss is not finite; on a GPU, which would have to be waited for, it is looked at where
+            the log is written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator()
-    device = accelerator.device
-    ema = deepcopy(module).to(device)
+    accelerator = accelerator_of(device)
+    place = accelerator.device
+    ema = deepcopy(module).to(place)
     ema.eval().requires_grad_(False)
-    trained = module.to(device)
+    trained = module.to(place)
     trained.train()
+    averages = Averages(ema, trained)
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     optimiser = make_optimiser(trained, settings)
     step, spent = _load_checkpoint(folder, trained, ema, optimiser, settings)
     called, optimiser = accelerator.prepare(trained, optimiser)
@@ -155,25 +161,27 @@ def fit(
     while done() < 1:
         for part in range(settings.accumulate):
             generator = step_generator(settings.seed, step * settings.accumulate + part, accelerator.process_index)
-            batch = {name: value.to(device) for name, value in batches(generator).items()}
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+            batch = {name: value.to(place) for name, value in batches(generator).items()}
+            with torch.autocast(place.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 losses = loss(called, ema, batch)
-            if not bool(torch.isfinite(losses["loss"])):
-                raise FloatingPointError(f"{folder.name}: the loss is {losses['loss'].item()} at step {step}")
+            if place.type == "cpu":
+                check_finite(folder.name, losses["loss"].item(), step)
             accelerator.backward(losses["loss"] / settings.accumulate)
             log.add(losses)
-        accelerator.clip_grad_norm_(trained.parameters(), settings.clip)
+        accelerator.unscale_gradients()
+        clip_gradients(parameters, settings.clip)
         for group in optimiser.param_groups:
             group["lr"] = settings.rate(done(), step) * group["factor"]
         optimiser.step()
         optimiser.zero_grad()
         step += 1
-        update_average(ema, trained, min(settings.ema_decay, (1 + step) / (10 + step)))
+        averages.update(min(settings.ema_decay, (1 + step) / (10 + step)))
         now = time.monotonic()
         spent = spent_before + now - started
         bar.update(1)
         if step % 50 == 0 or done() >= 1:
             row = log.write(step, spent)
+            check_finite(folder.name, row["loss"], step)
             bar.set_postfix({k: f"{v:.3f}" for k, v in row.items() if k not in ("step", "seconds")})
         if validate is not None and (step % validate_every == 0 or done() >= 1):
             log.write(step, spent, validate(ema, step))
@@ -207,17 +215,55 @@ def make_optimiser(module: nn.Module, settings: FitSettings) -> torch.optim.Adam
     )
 
 
+def accelerator_of(device: str | torch.device = "auto") -> Accelerator:
+    """What trains on a device; of several processes, on the one that is this process's.
+
+    Raises:
+        DeviceError: this machine has no such device.
+        ValueError: an earlier training of this process ran on another one.
+    """
+    wanted = resolve_device(device)
+    if wanted.type == "cuda" and wanted.index is not None:
+        torch.cuda.set_device(wanted)
+    accelerator = Accelerator(cpu=wanted.type == "cpu")
+    if accelerator.device.type != wanted.type:
+        raise ValueError(f"this process trains on {accelerator.device.type} already, it cannot go on on {wanted.type}")
+    return accelerator
+
+
+def check_finite(name: str, loss: float, step: int) -> None:
+    """Refuse to go on with a loss that is no number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"{name}: the loss is {loss} at step {step}")
+
+
 @torch.no_grad()
-def update_average(ema: nn.Module, module: nn.Module, decay: float) -> None:
-    """ema <- decay * ema + (1 - decay) * module, for every floating-point parameter and buffer."""
-    averages, values = [], []
-    for average, value in zip(ema.state_dict().values(), module.state_dict().values(), strict=True):
-        if average.is_floating_point():
-            averages.append(average)
-            values.append(value)
-        else:
+def clip_gradients(parameters: Sequence[nn.Parameter], most: float) -> None:
+    """Scale all gradients together down to a norm of at most `most`; the device is not waited for."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients and math.isfinite(most):
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+
+
+class Averages:
+    """The moving averages of a module's parameters and buffers, in a copy of it, updated by one call for all.
+
+    Args:
+        ema: the copy; module: what is averaged. Both stay where they are, and so do their tensors.
+    """
+
+    def __init__(self, ema: nn.Module, module: nn.Module) -> None:
+        pairs = list(zip(ema.state_dict().values(), module.state_dict().values(), strict=True))
+        self.averages, self.values = ([p[side] for p in pairs if p[0].is_floating_point()] for side in (0, 1))
+        self.others = [pair for pair in pairs if not pair[0].is_floating_point()]
+
+    @torch.no_grad()
+    def update(self, decay: float) -> None:
+        """ema <- decay * ema + (1 - decay) * module; what is no floating-point number is copied."""
+        torch._foreach_lerp_(self.averages, self.values, 1 - decay)
+        for average, value in self.others:
             average.copy_(value)
-    torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 class _Log:

@@ -223,7 +223,7 @@ class DepthBenchmark(NetworkBenchmark):
 
         @torch.inference_mode()
         def our_side(batch: Tensor) -> Tensor:
-            return ours.decode(ours.predict(ours.encode(batch), first))
+            return ours.draw_maps(ours.predict(ours.encode(batch), first), batch)
 
         def said(plain: float, our: float) -> str:
             return f"{said_flops(plain, our)}; weights {weights[0]:.0f} MB against {weights[1]:.0f} MB"

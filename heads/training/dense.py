@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.alignment import fit_scale_shift
+from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import Family, Task, task_vector
 from diffrep.heads.one_step import OneStep, Schedule
@@ -69,14 +70,17 @@ class OneStepModel(nn.Module):
         unet: adapted by `adapt_unet`.
         context: (1, tokens, C), the encoded empty prompt.
         alphas_cumprod: (T,) of the schedule.
+        decoder: draws the annotations where the VAE's decoder does not.
     """
 
     context: Tensor
     alphas_cumprod: Tensor
 
-    def __init__(self, unet: Any, context: Tensor, alphas_cumprod: Tensor, recipe: Family) -> None:
+    def __init__(
+        self, unet: Any, context: Tensor, alphas_cumprod: Tensor, recipe: Family, decoder: DetailDecoder | None = None
+    ) -> None:
         super().__init__()
-        self.unet, self.recipe = unet, recipe
+        self.unet, self.recipe, self.decoder = unet, recipe, decoder
         self.register_buffer("context", context.detach().clone())
         self.register_buffer("alphas_cumprod", alphas_cumprod.detach().clone())
 
@@ -84,11 +88,20 @@ class OneStepModel(nn.Module):
     def schedule(self) -> Schedule:
         return Schedule(self.alphas_cumprod, self.recipe.predicts)
 
-    def forward(self, inputs: Tensor, timesteps: Tensor, tasks: Tensor | None = None) -> Tensor:
-        """The raw output (B, c, h, w) for `inputs` (B, c or 2c, h, w), timesteps (B,) and task vectors (B, 4)."""
+    def forward(
+        self, inputs: Tensor, timesteps: Tensor, tasks: Tensor | None = None, pixels: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The raw output (B, c, h, w) for `inputs` (B, c or 2c, h, w), timesteps (B,) and task vectors (B, 4).
+
+        With the images' pixels (B, 3, H, W) in [0, 1] also what the decoder draws of what the output means.
+        """
         context = self.context.expand(len(inputs), -1, -1)
         output: Tensor = self.unet(inputs, timesteps, encoder_hidden_states=context, class_labels=tasks).sample
-        return output
+        if pixels is None:
+            return output
+        assert self.decoder is not None
+        noisy = inputs[:, output.shape[1] :] if inputs.shape[1] > output.shape[1] else None
+        return output, self.decoder(self.clean(output, noisy, timesteps), pixels)
 
     def noisy(self, targets: Tensor, noise: Tensor | None, timesteps: Tensor) -> Tensor | None:
         """What stands beside the image: the noised target, zeros, or nothing."""
@@ -114,7 +127,8 @@ class OneStepModel(nn.Module):
 def dense_head_of(model: OneStepModel, vae: Any, task: Task) -> DenseHead:
     """The head that a model in training is; they share their weights."""
     family = replace(model.recipe, result="sample" if model.recipe.timesteps == "all" else "clean")
-    return DenseHead(OneStep(model.unet, vae, model.context, model.schedule, family, fold=False), task)
+    parts = (model.unet, vae, model.context, model.schedule, family)
+    return DenseHead(OneStep(*parts, fold=False, decoder=model.decoder), task)
 
 
 @torch.no_grad()
@@ -142,7 +156,7 @@ def predict_maps(
     noise = machine.draw(size, seed, 0).to(latents) if recipe.first_latent == "noise" else None
     timestep = recipe.timestep if steps == 1 else None
     annotations = machine.predict(latents, noise, steps=steps, timestep=timestep, batch_size=batch_size)
-    return head.read(machine.decode(annotations, batch_size=batch_size), unit=False)
+    return head.read(machine.draw_maps(annotations, pixels / 2 + 0.5, batch_size=batch_size), unit=False)
 
 
 def draw_rows(batch: int, recipe: Family, shape: tuple[int, ...], generator: torch.Generator) -> dict[str, Tensor]:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
+from diffrep.devices import resolve_device
 from diffrep.files import claim_folder, read_weights, replace_folder, save_weights
-from diffrep.heads.diffdis import MaskDecoder, from_base
+from diffrep.heads.decoder import DetailDecoder
+from diffrep.heads.diffdis import from_base
 from diffrep.heads.families import LOTUS_D, Family, Task
 from diffrep.heads.head_folders import write_head
 from diffrep.heads.one_step import LatentCodec, Schedule
@@ -28,7 +30,14 @@ from diffrep.heads.training.dense import (
     latent_losses,
     latent_mask,
 )
-from diffrep.heads.training.dense_data import SampleSet, cache_latents, latent_batches, sample_batches
+from diffrep.heads.training.dense_data import (
+    SampleSet,
+    SceneSamples,
+    cache_latents,
+    latent_batches,
+    sample_batches,
+)
+from diffrep.heads.training.detail import detail_batches, detail_losses, load_scenes
 from diffrep.heads.training.masks import (
     PUBLISHED_FASTER,
     MaskedImage,
@@ -69,7 +78,14 @@ class HeadSettings(ABC, Generic[ModelT, DataT]):
 
     @abstractmethod
     def feed(
-        self, model: ModelT, parts: PipelineParts, data: DataT, folder: Path, latents: Path | None, progress: bool
+        self,
+        model: ModelT,
+        parts: PipelineParts,
+        data: DataT,
+        folder: Path,
+        latents: Path | None,
+        progress: bool,
+        device: torch.device,
     ) -> Feed:
         """What the training of a model from some parts on data is made of."""
 
@@ -87,14 +103,20 @@ class HeadSettings(ABC, Generic[ModelT, DataT]):
 
         def fill(partial: Path) -> None:
             write_head(partial, model.unet, **values)
-            if isinstance(decoder := getattr(model, "decoder", None), MaskDecoder):
-                decoder.save(partial)
+            if isinstance(model.decoder, DetailDecoder):
+                model.decoder.save(partial)
 
         replace_folder(folder, fill)
 
 
 def train_head(
-    training: HeadSettings[ModelT, DataT], data: DataT, folder: Path, *, latents: Path | None = None, **options: Any
+    training: HeadSettings[ModelT, DataT],
+    data: DataT,
+    folder: Path,
+    *,
+    latents: Path | None = None,
+    device: str | torch.device = "auto",
+    **options: Any,
 ) -> ModelT:
     """Train a head. Called again with the same folder, it goes on where it was.
 
@@ -104,6 +126,7 @@ def train_head(
         folder: of checkpoint and log.
         latents: where cached latents are, which heads of one base can share: of `OneStepTraining` a folder, of
             `SegmentationTraining` a file; in `folder` where None.
+        device: where; a head with a decoder of its own for depth or normals keeps its scenes there.
         options: `validate`, `validate_every` and `progress` of `diffrep.training.loop.fit`.
 
     Returns:
@@ -115,10 +138,10 @@ def train_head(
     settings: dict[str, Any] = asdict(training)  # type: ignore[call-overload]  # all kinds are dataclasses
     del settings["fit"]  # `fit` checks its own
     claim_folder(folder, settings, name="training.json")
-    parts = load_parts(training.base, pad=training.padded_context)
+    parts, place = load_parts(training.base, pad=training.padded_context), resolve_device(device)
     model = training.build(parts)
-    batches, loss, finish = training.feed(model, parts, data, folder, latents, options.get("progress", True))
-    trained = fit(model, batches, loss, training.fit, folder, **options)
+    batches, loss, finish = training.feed(model, parts, data, folder, latents, options.get("progress", True), place)
+    trained = fit(model, batches, loss, training.fit, folder, device=place, **options)
     if finish is not None:
         finish(trained)
     return trained
@@ -133,8 +156,8 @@ def _starting_point(parts: PipelineParts, *modules: nn.Module | None) -> Tensor:
 
         unet: Any = modules[0]
         unet.set_attn_processor(AttnProcessor())  # faster on a CPU than its flash attention, and equal
-        for module in filter(None, modules):
-            module.to(memory_format=torch.channels_last)
+    for module in filter(None, modules):
+        module.to(memory_format=torch.channels_last)
     return parts.text.encode([""])[""].context
 
 
@@ -146,19 +169,12 @@ def _made_with(base: str, parts: PipelineParts) -> str:
 
 # -- depth and normals --------------------------------------------------------------------------------------
 
-EMBEDDED_RECIPE = replace(LOTUS_D, posterior="mean")
-EMBEDDED_FIT = FitSettings(
-    steps=20000, minutes=12, learning_rate=1e-3, warmup=50, weight_decay=0.02, ema_decay=0.998, seed=11
-)
+# half of the work would go to the detail preserver, which brings nothing here: `diffrep eval depth-ablation`
+EMBEDDED_RECIPE = replace(LOTUS_D, posterior="mean", preserve=0.0)
+EMBEDDED_FIT = FitSettings(steps=7000, learning_rate=1e-3, warmup=200, weight_decay=0.02, ema_decay=0.998, seed=11)
+EMBEDDED_BATCH = 128
+DETAIL_WIDTHS, DETAIL_BLOCKS = (192, 96, 48), 3  # of the decoder: as long on a CPU as the VAE's
 PUBLISHED_BATCH: Mapping[str, int] = {"lotus-d": 16, "lotus-g": 16, "e2e-ft": 2, "marigold": 2}
-
-
-def embedded(task: Task) -> tuple[Family, FitSettings]:
-    """The settings that made the heads in the package."""
-    if task != "normals":
-        return EMBEDDED_RECIPE, EMBEDDED_FIT
-    # half of the work would go to the detail preserver, which brings nothing here: `diffrep eval depth-ablation`
-    return replace(EMBEDDED_RECIPE, preserve=0.0), replace(EMBEDDED_FIT, minutes=24)
 
 
 def published_fit(recipe: str, task: Task) -> FitSettings:
@@ -187,10 +203,16 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
     batch_size: int = 16  # images of a batch; the detail preserver's rows come on top
     scratch: bool = False  # start from random weights instead of the base's U-Net
     cache: bool = False  # encode every image once and train on the latents' means
+    decoder: bool = False  # train a decoder for the maps on scenes; False draws with the VAE's, as published
     gradient_checkpointing: bool = False  # less memory, more time
 
     def __post_init__(self) -> None:
         check(self, batch_size="1..")
+        if self.decoder and (self.cache or self.recipe.loss != "latent" or self.recipe.preserve):
+            raise ValueError(
+                "a decoder of its own (decoder) is trained without cached latents (cache=False), beside the loss of"
+                " latents, and without the detail preserver (preserve=0)"
+            )
 
     @property
     def padded_context(self) -> bool:  # type: ignore[override]
@@ -207,12 +229,37 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
         unet = adapt_unet(unet, self.recipe, seed=self.fit.seed)
         if self.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        return OneStepModel(unet, _starting_point(parts, unet), parts.alphas_cumprod, self.recipe)
+        decoder = None
+        if self.decoder:
+            codec, outputs = LatentCodec(parts.vae), 3 if self.task == "normals" else 1
+            shape: dict[str, Any] = {"widths": DETAIL_WIDTHS, "blocks": DETAIL_BLOCKS, "outputs": outputs}
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
+                decoder = DetailDecoder(codec.channels, stride=codec.stride, **shape)
+        context = _starting_point(parts, unet, decoder)
+        return OneStepModel(unet, context, parts.alphas_cumprod, self.recipe, decoder)
 
     def feed(
-        self, model: OneStepModel, parts: PipelineParts, data: Any, folder: Path, latents: Path | None, progress: bool
+        self,
+        model: OneStepModel,
+        parts: PipelineParts,
+        data: Any,
+        folder: Path,
+        latents: Path | None,
+        progress: bool,
+        device: torch.device,
     ) -> Feed:
         (sets, shares), codec, size = data, LatentCodec(parts.vae), self.batch_size
+        if self.decoder:
+            if len(sets) != 1 or not isinstance(sets[0], SceneSamples):
+                raise ValueError("a decoder of its own is trained on one set of rendered scenes (--data scenes)")
+            scenes = load_scenes(sets[0].scenes, self.task, device)
+            cells = tuple(side // codec.stride for side in scenes["depth"].shape[1:])
+            batches = detail_batches(
+                scenes, self.task, self.recipe, batch_size=size, latent_shape=(codec.channels, *cells)
+            )
+            vae = parts.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+            return batches, detail_losses(vae, self.task), None
         if not self.cache:
             channels, stride = codec.channels, codec.stride
             batches = sample_batches(
@@ -287,7 +334,7 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
         codec, unet = LatentCodec(parts.vae), from_base(parts.unet, seed=self.fit.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
-            decoder = MaskDecoder(codec.channels, stride=codec.stride) if self.decoder else None
+            decoder = DetailDecoder(codec.channels, stride=codec.stride) if self.decoder else None
         context = _starting_point(parts, unet, decoder)
         return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
 
@@ -299,12 +346,13 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
         folder: Path,
         latents: Path | None,
         progress: bool,
+        device: torch.device,
     ) -> Feed:
         codec = LatentCodec(parts.vae.eval().to(memory_format=torch.channels_last))
         levels: Any = model.unet.levels  # an int, which torch's modules cannot say
         shape: dict[str, Any] = {"batch_size": self.batch_size, "edges": self.edges}
         if not isinstance(data, SceneSet):
-            codec.to("cuda" if torch.cuda.is_available() else "cpu")
+            codec.to(device)
             batches = image_batches(data, codec.encode, size=self.size, levels=levels, decoder=self.decoder, **shape)
             return batches, segmentation_losses, None
         count, file = min(self.scenes, len(data)), latents or folder / "latents.safetensors"
@@ -331,13 +379,14 @@ def predicted_latents(
 ) -> Tensor:
     """What the U-Net predicts for the first `count` scenes, (count or 2 count, c, h, w): masks, then edges."""
     kinds: tuple[list[Tensor], ...] = ([], []) if training.edges else ([],)
+    device = model.context.device
     for start in range(0, count, 32):
-        rows = [part[start : min(start + 32, count)].float() for part in image_latents(cached)]
+        rows = [part[start : min(start + 32, count)].float().to(device) for part in image_latents(cached)]
         shape = (len(rows[0]) * len(kinds), *rows[0].shape[1:])
-        noise = torch.randn(shape, generator=step_generator(SHARPENING.seed, start))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        noise = torch.randn(shape, generator=step_generator(SHARPENING.seed, start)).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             _, clean = model.predict(rows, noise)
-        for kind, part in zip(kinds, clean.split(len(rows[0])), strict=True):
+        for kind, part in zip(kinds, clean.cpu().split(len(rows[0])), strict=True):
             kind.append(part)
     return torch.cat([part for kind in kinds for part in kind])
 
@@ -371,6 +420,7 @@ def sharpen_decoder(
 
     decoder = model.decoder.requires_grad_(True)
     settings = replace(SHARPENING, minutes=training.sharpen)
-    sharper = fit(decoder, batches, drawn_losses, settings, folder / "decoder", progress=progress)
+    device = model.context.device
+    sharper = fit(decoder, batches, drawn_losses, settings, folder / "decoder", device=device, progress=progress)
     model.decoder.load_state_dict(sharper.state_dict())
     model.eval()

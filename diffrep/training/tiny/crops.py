@@ -140,9 +140,9 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
     mix = torch.eye(3) + 0.35 * strength * torch.randn(batch, 3, 3, generator=generator)
     grey = torch.rand(batch, 1, 1, generator=generator) < 0.2 * strength
     mix = torch.where(grey, torch.full((3, 3), 1 / 3), mix)
-    mix = mix / mix.sum(-1, keepdim=True).clamp(min=0.3)  # keeps grey grey
-    contrast = 1 + 0.5 * strength * (2 * torch.rand(batch, 1, 1, 1, generator=generator) - 1)
-    shift = 0.25 * strength * (2 * torch.rand(batch, 3, 1, 1, generator=generator) - 1)
+    mix = (mix / mix.sum(-1, keepdim=True).clamp(min=0.3)).to(images)  # keeps grey grey
+    contrast = 1 + 0.5 * strength * (2 * torch.rand(batch, 1, 1, 1, generator=generator) - 1).to(images)
+    shift = 0.25 * strength * (2 * torch.rand(batch, 3, 1, 1, generator=generator) - 1).to(images)
     mean = images.mean((-3, -2, -1), keepdim=True)
     mixed = torch.einsum("bij,bjhw->bihw", mix, images)
     return ((mixed - mean) * contrast + mean + shift * mean).clamp(0, 1)

@@ -1,0 +1,114 @@
+"""A small decoder for heads whose VAE, which has seen photographs alone, blurs what they draw."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffrep.files import one_line, read_document, read_weights, save_weights, write_document
+
+DECODER, DECODER_CONFIG = "decoder.safetensors", "decoder.json"
+
+
+class DetailDecoder(nn.Module):
+    """Latents and the image they belong to, at which it looks for where exactly an outline runs -> a map.
+
+    Args:
+        latent_channels: of the VAE.
+        stride: image pixels per latent cell, a power of 2 of at least 4.
+        widths: channels at the latent's resolution and at each doubling up to half of the image's.
+        outputs: channels of the map.
+        blocks: convolutions with a residual at each resolution; all but one of them also on the way down.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        *,
+        stride: int = 8,
+        widths: tuple[int, ...] = (64, 32, 16),
+        outputs: int = 1,
+        blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        if 2 ** len(widths) != stride:
+            raise ValueError(f"a stride of {stride} needs {stride.bit_length() - 1} widths, got {widths}")
+        self.settings = {
+            "latent_channels": latent_channels, "stride": stride, "widths": list(widths), "outputs": outputs,
+            "blocks": blocks,
+        }  # fmt: skip
+        self.blocks = blocks
+        looks = [nn.Conv2d(12, widths[-1], 3, padding=1)]  # from the half size, four pixels in each cell
+        for wide, narrow in zip(widths[-2::-1], widths[:0:-1], strict=True):
+            looks.append(nn.Conv2d(narrow, wide, 3, padding=1, stride=2))
+        self.look = nn.ModuleList(looks)
+        self.seek = nn.ModuleList(_same(width) for width in reversed(widths) for _ in range(blocks - 1))
+        self.enter = nn.Conv2d(latent_channels, widths[0], 3, padding=1)
+        self.refine = nn.ModuleList(_same(width) for width in widths for _ in range(blocks))
+        self.narrow = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
+        self.leave = nn.Conv2d(widths[-1], 4 * outputs, 3, padding=1)
+
+    def forward(self, latents: Tensor, pixels: Tensor) -> Tensor:
+        """Draw.
+
+        Args:
+            latents: (B, c, h, w), scaled.
+            pixels: (B, 3, H, W) in [0, 1], H = stride * h.
+
+        Returns:
+            (B, outputs, H, W): of masks the logits, of other maps their values.
+        """
+        seen: list[Tensor] = []
+        hidden = F.pixel_unshuffle(pixels * 2 - 1, 2)
+        for level, look in enumerate(self.look):
+            hidden = F.silu(look(hidden))
+            seen.append(_residuals(hidden, self.seek, level, self.blocks - 1))
+            hidden = seen[-1]
+        hidden = self.enter(latents)
+        for level in range(len(self.look)):
+            if level:
+                hidden = self.narrow[level - 1](F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+            hidden = _residuals(F.silu(hidden + seen[-1 - level]), self.refine, level, self.blocks)
+        if self.training:  # under autocast, whose bfloat16 is too coarse for a map
+            with torch.autocast(hidden.device.type, enabled=False):
+                return F.pixel_shuffle(self.leave(hidden.float()), 2)
+        return F.pixel_shuffle(self.leave(hidden), 2)
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+        """Write weights and settings into a head's folder."""
+        save_weights(
+            folder / DECODER, {name: value.to(dtype) for name, value in self.state_dict().items()}, format="pt"
+        )
+        write_document(folder / DECODER_CONFIG, self.settings)
+
+    @classmethod
+    def load(cls, folder: Path) -> DetailDecoder | None:
+        """Read what `save` wrote; None where the folder has no decoder.
+
+        Raises:
+            ValueError: settings and weights do not belong together.
+        """
+        if not (folder / DECODER).is_file():
+            return None
+        settings, (weights, _) = read_document(folder / DECODER_CONFIG), read_weights(folder / DECODER)
+        try:
+            decoder = cls(**{**settings, "widths": tuple(settings["widths"])})
+            decoder.load_state_dict({name: value.float() for name, value in weights.items()})
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder / DECODER}: does not fit {DECODER_CONFIG} ({one_line(error)})") from None
+        return decoder.eval().requires_grad_(False)
+
+
+def _same(width: int) -> nn.Conv2d:
+    return nn.Conv2d(width, width, 3, padding=1)
+
+
+def _residuals(hidden: Tensor, layers: nn.ModuleList, level: int, count: int) -> Tensor:
+    """The `count` convolutions of a level, each added to what it sees."""
+    for layer in itertools.islice(layers, level * count, (level + 1) * count):
+        hidden = hidden + F.silu(layer(hidden))
+    return hidden

@@ -1,0 +1,155 @@
+"""Training depth and normals with a decoder of their own, on rendered scenes that lie on the device.
+
+The loss of the annotation's latent stays, and what the decoder draws is compared with the truth pixel by pixel: depth
+by its error relative to the depth, its error and that of its steps from pixel to pixel, normals by their angle. Half of
+the images get other colours, light, texture, sharpness and noise on the way, as photographs differ in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffrep.heads.families import Family, Task
+from diffrep.heads.training.dense import OneStepModel, decoded_normals, draw_rows, latent_loss
+from diffrep.heads.training.dense_data import lub_normals, mirror_normals
+from diffrep.scenes import SceneSet
+from diffrep.training.loop import Batch, Loss
+from diffrep.training.tiny.crops import jitter
+
+LATENT_WEIGHT = 0.1  # of the error of latents beside that of drawn maps
+FAR = 80.0  # metres: what is farther does not count in the relative error
+LARGEST_WEIGHT = 30.0  # of a pixel in the relative error
+MARGIN = 1e-4  # by which cosines stay away from 1, where the angle has no gradient
+CHANGED = 0.5  # share of images whose looks are changed
+
+
+def load_scenes(scenes: SceneSet, task: Task, device: torch.device) -> dict[str, Tensor]:
+    """The arrays of N scenes that a task needs, on a device.
+
+    Returns:
+        "image" uint8 (N, H, W, 3) and "depth" float16 (N, H, W), for normals also "normals" int8 (N, H, W, 3).
+    """
+    names = ("image", "depth", *(["normals"] if task == "normals" else []))
+    return {name: torch.from_numpy(np.array(getattr(scenes, name)[: len(scenes)])).to(device) for name in names}
+
+
+def depth_pictures(depth: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """What is drawn of depth (B, 1, H, W), metres, inf in the sky, and how much an error of it counts.
+
+    Unlike `diffrep.heads.training.dense_data.normalize_depth` this cuts nothing off but the sky, so that a decoder
+    which draws every pixel can be right everywhere.
+
+    Returns:
+        Disparity (1 where nearest, 0 in the sky) or depth (1 where farthest), and the factor by which an error of it is
+        one of the depth, relative to the depth; 0 where that is not counted.
+    """
+    known = torch.isfinite(depth)
+    values = 1 / depth if task == "disparity" else depth
+    low = values.masked_fill(~known, torch.inf).amin((1, 2, 3), keepdim=True)
+    high = values.masked_fill(~known, -torch.inf).amax((1, 2, 3), keepdim=True)
+    span = (high - low).clamp(min=1e-5)
+    factor = (span / values.clamp(min=1e-6)).clamp(max=LARGEST_WEIGHT)
+    return ((values - low) / span).clamp(0, 1), torch.where(known & (depth < FAR), factor, 0.0)
+
+
+def change_looks(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Other colours, light, texture, sharpness and noise, drawn for each image.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], on any device.
+        generator: of the CPU; the noise of pixels is drawn where the images are, from a seed that it draws.
+    """
+    count, size, device = len(images), images.shape[-2:], images.device
+    local = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+    def amount(most: float) -> Tensor:
+        return (most * torch.rand(count, 1, 1, 1, generator=generator)).to(device)
+
+    def field(channels: int, cells: int) -> Tensor:
+        drawn = torch.randn(count, channels, cells, cells, generator=local, device=device)
+        return F.interpolate(drawn, size=size, mode="bilinear", align_corners=False)
+
+    looks = jitter(images, 0.5, generator)
+    light = amount(0.3) * field(1, 4) + amount(0.12) * field(3, size[-1] // 4) + amount(0.08) * field(1, size[-1] // 2)
+    looks = looks * light.exp()
+    kernel = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], device=device) / 16
+    kernel = torch.outer(kernel, kernel).expand(3, 1, 5, 5)
+    blurred = F.conv2d(F.pad(looks, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+    looks = torch.lerp(looks, blurred, amount(1.0))
+    looks = looks + amount(0.05) * torch.randn(looks.shape, generator=local, device=device)
+    return looks.clamp(0, 1)
+
+
+def detail_batches(
+    data: Mapping[str, Tensor], task: Task, recipe: Family, *, batch_size: int, latent_shape: tuple[int, ...]
+) -> Callable[[torch.Generator], Batch]:
+    """Batches of scenes, every second one mirrored; they lie where the data does.
+
+    Args:
+        data: of `load_scenes`.
+        latent_shape: (c, h, w).
+    """
+    device = data["image"].device
+
+    def batches(generator: torch.Generator) -> Batch:
+        rows = torch.randint(len(data["image"]), (batch_size,), generator=generator).to(device)
+        mirrored = (torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
+        changed = (torch.rand(batch_size, 1, 1, 1, generator=generator) < CHANGED).to(device)
+        image = data["image"][rows].permute(0, 3, 1, 2).float() / 255
+        image = torch.where(mirrored, image.flip(-1), image)
+        depth = data["depth"][rows][:, None].float()
+        depth = torch.where(mirrored, depth.flip(-1), depth)
+        batch = draw_rows(batch_size, recipe, latent_shape, generator)
+        batch |= {
+            "pixels": torch.where(changed, change_looks(image, generator), image),
+            "surface": torch.isfinite(depth),
+        }
+        if task == "normals":
+            truth = F.normalize(lub_normals(data["normals"][rows], "rdf"), dim=1)
+            return batch | {"truth": torch.where(mirrored, mirror_normals(truth), truth)}
+        picture, weight = depth_pictures(depth, task)
+        return batch | {"truth": picture * 2 - 1, "weight": weight}
+
+    return batches
+
+
+def detail_losses(vae: Any, task: Task) -> Loss[Any]:
+    """The loss of latents plus that of drawn maps, on batches of `detail_batches`; see `fit`."""
+
+    def losses(module: nn.Module, ema: OneStepModel, batch: Batch) -> Mapping[str, Tensor]:
+        pixels, truth, factor = batch["pixels"], batch["truth"], vae.config.scaling_factor
+        with torch.no_grad():
+            images, targets = (
+                factor * vae.encode(maps).latent_dist.mean.float()
+                for maps in (pixels * 2 - 1, truth.expand(-1, 3, -1, -1))
+            )
+        noisy = ema.noisy(targets, batch.get("noise"), batch["timesteps"])
+        output, drawn = module(ema.inputs(images, noisy), batch["timesteps"], batch.get("tasks"), pixels)
+        latent = latent_loss(output, ema.target(targets, batch.get("noise"), batch["timesteps"]))
+        terms = normal_terms(drawn, truth, batch["surface"]) if task == "normals" else depth_terms(drawn, batch)
+        total = LATENT_WEIGHT * latent + torch.stack(list(terms.values())).sum()
+        return {"loss": total, "latent": latent, **terms}
+
+    return losses
+
+
+def normal_terms(drawn: Tensor, truth: Tensor, surface: Tensor) -> dict[str, Tensor]:
+    """Mean angle (radians) on surfaces, and half of the mean difference of the vectors, which are 0 in the sky."""
+    cosine = (decoded_normals(drawn) * truth).sum(1, keepdim=True).clamp(-1 + MARGIN, 1 - MARGIN)
+    angle = (torch.acos(cosine) * surface).sum() / surface.sum().clamp(min=1)
+    return {"angle": angle, "vector": 0.5 * (drawn - truth).abs().mean()}
+
+
+def depth_terms(drawn: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Mean error relative to the depth, mean error, and mean error of the steps to the next pixels."""
+    off = (drawn - batch["truth"]) / 2  # of values in [0, 1]
+    weight = batch["weight"]
+    steps = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
+    relative = (weight * off.abs()).sum() / (weight > 0).sum().clamp(min=1)
+    return {"relative": relative, "error": off.abs().mean(), "steps": steps}
