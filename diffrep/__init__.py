@@ -131,6 +131,7 @@ class _Moved:
     """Import a module that has moved, by a name that README, docs or notebooks showed once, as what it is now."""
 
     NOW: ClassVar = {  # former name -> today's; what it held is there under the same names
+        "diffrep.commands.dense": "diffrep.commands.image_runs",
         "diffrep.eval.benchmarks.segmentation": "diffrep.eval.benchmarks.networks",
         "diffrep.heads.map_files": "diffrep.heads.maps",
         "diffrep.heads.mask_prediction": "diffrep.heads.segmentation",

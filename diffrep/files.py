@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SETTINGS = "settings.json"
-MARK = "diffrep"  # stands near the beginning of pictures that diffrep writes, which so are not taken for photographs
+# stand near the beginning of pictures that diffrep writes, which so are not taken for photographs
+MARK = "diffrep"
+DRAWING = f"{MARK} drawing"  # of pictures about images: matches, contact sheets, heat maps
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 
 
@@ -76,20 +78,20 @@ def write_whole(
         partial.unlink(missing_ok=True)
 
 
-def write_image(path: Path, image: Image.Image) -> None:
-    """Write a picture as `write_whole` does. A PNG says that diffrep wrote it, see `MARK`."""
+def write_image(path: Path, image: Image.Image, *, mark: str = MARK) -> None:
+    """Write a picture as `write_whole` does. A PNG says that diffrep wrote it: `MARK` or `DRAWING`."""
     from PIL.PngImagePlugin import PngInfo
 
     note = PngInfo()
-    note.add_text("Software", MARK)
+    note.add_text("Software", mark)
     write_whole(path, (lambda partial: image.save(partial, pnginfo=note)) if path.suffix == ".png" else image.save)
 
 
-def is_written_by_diffrep(path: Path) -> bool:
-    """Whether a picture carries `MARK`: PNG and TIFF files do near their beginning."""
+def is_written_by_diffrep(path: Path, mark: str = MARK) -> bool:
+    """Whether a picture carries `MARK` (or a narrower one): PNG and TIFF files do near their beginning."""
     try:
         with path.open("rb") as file:
-            return MARK.encode() in file.read(4096)
+            return mark.encode() in file.read(4096)
     except OSError:
         return False
 

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffrep.files import is_written_by_diffrep, printable, write_whole
+from diffrep.files import DRAWING, is_written_by_diffrep, printable, write_whole
 from diffrep.settings import MAX_CANVAS, Sizing
 
 logger = logging.getLogger(__name__)
@@ -198,20 +198,25 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
 def upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF tag says, in its own mode; a tag that cannot be read counts as none.
 
-    Pillow's `exif_transpose` rewrites all tags, and one that is damaged stops it.
+    Pillow's `exif_transpose` rewrites all tags, and one that is damaged stops it. Of the metadata only the transparency
+    goes with a turned image: what is read once more must not be turned once more.
     """
     try:
         turn = dict(enumerate(_TURNS, 2)).get(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         return image
-    return image if turn is None else image.transpose(Image.Transpose[turn])
+    if turn is None:
+        return image
+    turned = image.transpose(Image.Transpose[turn])
+    turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}
+    return turned
 
 
 def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Image files named by paths, folders and glob patterns, each once, in sorted order of each source.
 
     A folder is searched with those in it for the endings of images that can be read here. Hidden files and folders
-    (editors' copies, the sidecars of other systems) and maps and masks that diffrep wrote into a folder are left out
+    (editors' copies, the sidecars of other systems) and maps, masks and drawings that diffrep wrote into a folder are left out
     unless they are named. A file that several spellings lead to (``..``, links to folders) is taken under the first.
 
     Raises:
@@ -234,7 +239,11 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
         else:
             raise ImageError(f"{printable(path)}: no such file or folder")
         if not matches:
-            maps = "; maps and masks that diffrep wrote are passed over unless they are named" if path.is_dir() else ""
+            maps = (
+                "; maps, masks and drawings that diffrep wrote are passed over unless they are named"
+                if path.is_dir()
+                else ""
+            )
             raise ImageError(f"{printable(source)}: no image found (looked for {', '.join(sorted(SUFFIXES))}){maps}")
         for match in matches:
             if match.parent not in real:
@@ -249,8 +258,15 @@ def images_below(folder: Path) -> list[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(parent, name) for name in files if not name.startswith(".") and is_image(name))
-        matches += [path for path in paths if not (_MAP.search(path.name) and is_written_by_diffrep(path))]
+        matches += [path for path in paths if not _is_own(path)]
     return sorted(path for path in matches if path.is_file())
+
+
+def _is_own(path: Path) -> bool:
+    """Whether diffrep made a picture of another image: a map or mask, by its name, or a drawing."""
+    if _MAP.search(path.name):
+        return is_written_by_diffrep(path)
+    return path.suffix == ".png" and is_written_by_diffrep(path, DRAWING)
 
 
 def is_image(name: str) -> bool:

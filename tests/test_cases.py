@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import tarfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diffrep.cli import main
+from diffrep.images import load_image
 
 
 def test_a_newline_in_a_name_goes_through_every_command(
@@ -67,9 +69,9 @@ def test_options_without_a_value_are_named(command: str, capsys: pytest.CaptureF
     assert next(word for word in command.split() if word.startswith("--")) in line
 
 
-def test_names_of_outputs_are_imported_from_their_former_place() -> None:
-    from diffrep.commands.image_runs import output_names
-
+@pytest.mark.parametrize("module", ["dense", "image_runs"])
+def test_names_of_outputs_are_imported_from_their_former_place(module: str) -> None:
+    output_names = importlib.import_module(f"diffrep.commands.{module}").output_names
     assert output_names([Path("a/x.png"), Path("a/y.png")]) == {Path("a/x.png"): "x", Path("a/y.png"): "y"}
 
 
@@ -81,3 +83,44 @@ def test_no_backbone_to_probe_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["probe", "train", str(tmp_path / "data"), "--cells", "--work", str(tmp_path / "w")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "--cells" in line
+
+
+def test_a_turned_photograph_is_turned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
+    picture.save("photos/turned.jpg", exif=exif, quality=95)
+    Image.radial_gradient("L").resize((64, 64)).save("photos/other.png")
+    once = load_image("photos/turned.jpg")
+    assert once.size == (64, 96)
+    assert load_image(once) == once
+    assert load_image(Image.open("photos/turned.jpg")) == once
+    assert main(["segment", "photos", "-o", "out"]) == 0
+    capsys.readouterr()
+    for _ in range(2):  # the sheet lies in the folder the second time, and is no photograph
+        question = ["search", "photos", "photos/turned.jpg", "-o", "photos/found.png", "--backbone", "tiny-dino"]
+        assert main(question) == 0
+        first, *rest = capsys.readouterr().out.splitlines()
+        assert first.split() == ["1", "1.000", "turned.jpg"]
+        assert len(rest) == 2  # the other image, and where the sheet went
+
+
+def test_an_image_thinner_than_a_cell_is_searched_and_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("thin", "both"):
+        Path(folder).mkdir()
+        Image.new("RGB", (3000, 1), (9, 90, 9)).save(f"{folder}/line.png")
+    Image.radial_gradient("L").resize((64, 64)).save("both/round.png")
+    place = ["--point", "5,0", "-o", "q.png", "--backbone", "tiny"]
+    assert main(["search", "both", "both/line.png", *place]) == 0
+    assert "round.png" in capsys.readouterr().out
+    assert main(["search", "thin", "both/line.png", *place]) == 2
+    assert "no image covers a cell" in capsys.readouterr().err
+    assert main(["search", "thin", "both/line.png", "-o", "q.png"]) == 0
+    assert "1.000  line.png" in capsys.readouterr().out

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from diffrep.files import printable, write_image
+from diffrep.files import DRAWING, printable, write_image
 from diffrep.images import ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 
 
@@ -219,8 +219,11 @@ def test_find_images(tmp_path: Path) -> None:
         find_images([str(tmp_path / "*.gif")])
     (tmp_path / "maps").mkdir()
     write_image(tmp_path / "maps" / "a_depth.png", Image.new("RGB", (4, 4)))
-    with pytest.raises(ImageError, match="maps and masks that diffrep wrote are passed over"):
+    write_image(tmp_path / "maps" / "found.png", Image.new("RGB", (4, 4)), mark=DRAWING)
+    with pytest.raises(ImageError, match="maps, masks and drawings that diffrep wrote are passed over"):
         find_images([tmp_path / "maps"])
+    write_image(tmp_path / "maps" / "swapped.png", Image.new("RGB", (4, 4)))
+    assert [p.name for p in find_images([tmp_path / "maps"])] == ["swapped.png"]
 
 
 SIZINGS = st.sampled_from(

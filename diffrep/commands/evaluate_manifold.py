@@ -27,8 +27,8 @@ class Manifold(ReportOptions):
     settings: Annotated[ManifoldSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=ManifoldSettings)
 
     def run(self) -> None:
-        if unknown := [name for name in self.score if name not in SCORES] or not self.score:
-            raise ValueError(f"--score must be of {', '.join(SCORES)}, got {unknown or 'none'}")
+        if (unknown := [name for name in self.score if name not in SCORES]) or not self.score:
+            raise ValueError(f"--score must be of {', '.join(SCORES)}, got {', '.join(unknown) or 'none'}")
         self.check_output()
         if self.plot is not None:
             check_writable(self.plot, (".png", ".pdf", ".svg"))

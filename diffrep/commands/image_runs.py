@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.files import is_written_by_diffrep, sweep_partials, write_document, write_image
+from diffrep.files import is_written_by_diffrep, printable, sweep_partials, write_document, write_image
 from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
 from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
 
@@ -331,6 +331,7 @@ class _Run:
         return done
 
     def fail(self, label: str, error: Exception) -> None:
+        label = printable(label)
         reason = " ".join(str(error).split()).removeprefix(f"{label}: ")
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__}: {reason}"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from diffrep.commands.options import BackboneOptions, PrecisionOptions, numbers
-from diffrep.files import check_writable, write_image
+from diffrep.files import DRAWING, check_writable, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
 
@@ -91,7 +91,7 @@ class Match(BackboneOptions, PrecisionOptions):
         dense = match_dense(source, target, chosen.matching, **masks) if self.dense else None
         if output is not None:
             picture = draw_field(a, b, dense) if dense is not None else draw_matches(a, b, points, matches)
-            write_image(output, picture)
+            write_image(output, picture, mark=DRAWING)
         note_embedded(chosen.name, "matching")
         if self.json:
             result = {"a": str(self.a), "b": str(self.b), "recipe": dataclasses.asdict(chosen)}
@@ -178,7 +178,7 @@ class Swap(BackboneOptions, PrecisionOptions):
             pictures, titles = [*pictures, result], [*titles, "refined"]
         write_image(self.output, result)
         if self.sheet is not None:
-            write_image(self.sheet, side_by_side(pictures, titles=titles)[0])
+            write_image(self.sheet, side_by_side(pictures, titles=titles)[0], mark=DRAWING)
         note_embedded(chosen.name, "matching")
         print(f"wrote {self.output}" + (f" and {self.sheet}" if self.sheet is not None else ""))
 

@@ -25,7 +25,7 @@ from diffrep.commands.image_runs import (
     write_predicted_video,
 )
 from diffrep.commands.options import PrecisionOptions, numbers
-from diffrep.files import check_writable, read_document, write_document, write_image, write_whole
+from diffrep.files import check_writable, printable, read_document, write_document, write_image, write_whole
 from diffrep.heads.cutouts import backdrop, composite, cut_out, grey_image
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
@@ -312,7 +312,7 @@ class Segment(ImageCommand):
             return
         print(f"{self.model}: {head.found}")
         for entry in done:
-            print(f"{entry['image']}: the object covers {about[str(entry['image'])]['object']:.1%}")
+            print(f"{printable(str(entry['image']))}: the object covers {about[str(entry['image'])]['object']:.1%}")
         print(f"wrote {len(done) * len(outputs)} files and {SUMMARY} into {self.output}")
 
     def _earlier(self) -> dict[str, dict[str, object]]:

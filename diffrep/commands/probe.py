@@ -14,7 +14,7 @@ import tyro
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
 from diffrep.features import ExtractConfig
-from diffrep.files import check_writable, write_image
+from diffrep.files import DRAWING, check_writable, write_image
 from diffrep.heads.probes import (
     Cell,
     FeedbackSettings,
@@ -276,7 +276,7 @@ class SweepCells(Classifier):
         prepared = self.images.read(data, backbones, readings)
         done = sweep(prepared, self.output, prune=self.prune, **self.training())
         picture = draw_heat_map(done.cells, title=f"{self.head} probes on {self.data}")
-        write_image(self.output / "heatmap.png", picture)
+        write_image(self.output / "heatmap.png", picture, mark=DRAWING)
         if self.json:
             cells = [{"cell": str(s.cell), "val": s.val, "low": s.low, "high": s.high} for s in done.cells]
             result = {**done.result, "seconds": done.seconds}

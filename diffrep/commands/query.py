@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from diffrep.commands.options import BackboneOptions, DeviceOptions, numbers
-from diffrep.files import check_writable, printable, write_image
+from diffrep.files import DRAWING, check_writable, printable, write_image
 from diffrep.tasks import note_embedded
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class QuestionOptions(DeviceOptions):
 
         part = {"point": question["point"], "box": question["box"]}
         if (sheet := self.sheet) is not None:
-            write_image(sheet, contact_sheet(picture, hits, **part))
+            write_image(sheet, contact_sheet(picture, hits, **part), mark=DRAWING)
         if self.json:
             print(json.dumps({**asked, **part, "hits": [hit.document() for hit in hits]}, indent=2))
             return

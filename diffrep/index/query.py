@@ -244,6 +244,9 @@ def _look_inside(hits: Sequence[Hit], part: Tensor, tap: str, backbone: Backbone
             unread.append(hit)
             continue
         mask = maps.content_mask(tap)
+        if not mask.any():  # thinner than a cell
+            unread.append(hit)
+            continue
         cells = F.normalize(maps.maps[tap][0].float().cpu().permute(1, 2, 0)[mask], dim=1)
         scores = cells @ F.normalize(part, dim=0)
         best = int(scores.argmax())

@@ -396,6 +396,8 @@ def _write_vectors(folder: Path, runs: Iterator[Vectors], names: Sequence[str], 
     ):
         file.write(b" " * (8 + _HEADER))
         for run in runs:
+            if not len(run.values):  # images thinner than a cell
+                continue
             channels = run.values.shape[1]
             file.write(F.normalize(run.values, dim=1).half().numpy().data.cast("B"))
             images.append(run.images.int())
@@ -404,7 +406,7 @@ def _write_vectors(folder: Path, runs: Iterator[Vectors], names: Sequence[str], 
             bar.update(int(run.images[-1]) + 1 - bar.n)
         count = sum(map(len, images))
         if not count:
-            raise StoreError("the stores hold no vectors")
+            raise StoreError("there is nothing to index: no image covers a cell of the backbone's grid")
         entry = {"dtype": "F16", "shape": [count, channels], "data_offsets": [0, 2 * count * channels]}
         file.seek(0)
         file.write(_HEADER.to_bytes(8, "little") + json.dumps({"vectors": entry}).encode())
