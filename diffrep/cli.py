@@ -147,13 +147,14 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(word, _members(group), n=2) or _members(group)
         raise ValueError(f"there is no command {word!r}; near names: {', '.join(near)}")
     from diffrep.commands.parsing import help_text, read_command
+    from diffrep.commands.stand_ins import without_libraries
 
-    kind = command_kind(name)
     upto = rest.index("--") if "--" in rest else len(rest)
     if {"-h", "--help", "--help-all"} & set(rest[:upto]):
-        print(help_text(kind, f"diffrep {name}", everything="--help-all" in rest))
+        with without_libraries():
+            print(help_text(command_kind(name), f"diffrep {name}", everything="--help-all" in rest))
         return 0
-    read_command(kind, rest, f"diffrep {name}").run()
+    read_command(command_kind(name), rest, f"diffrep {name}").run()
     return 0
 
 

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from diffrep.features import Descriptors, lattice, sample
+from diffrep.features import Descriptors, check_descriptors, lattice, numbers_of, sample
+from diffrep.images import ImageLike, load_image
 from diffrep.matching import DenseMatches, Matches
 from diffrep.pictures import (
     GAP,
@@ -37,9 +38,9 @@ def point_colours(count: int) -> list[tuple[int, int, int]]:
 
 
 def draw_matches(
-    source: Image.Image,
-    target: Image.Image,
-    points: Tensor,
+    source: ImageLike,
+    target: ImageLike,
+    points: Tensor | np.ndarray | Sequence[Sequence[float]],
     matches: Matches,
     *,
     truth: Tensor | None = None,
@@ -54,7 +55,11 @@ def draw_matches(
         truth: (N, 2) where they should have gone. A match is then ringed green within `tolerance` pixels and
             red beyond, with a thin line to where it belongs.
     """
-    picture, places = side_by_side([source, target], titles=titles, height=height)
+    picture, places = side_by_side([load_image(source), load_image(target)], titles=titles, height=height)
+    points = numbers_of(points, "(N, 2) as (x, y)")
+    if not isinstance(matches, Matches) or matches.points.shape != points.shape:
+        count = f"{len(matches.points)} matches" if isinstance(matches, Matches) else type(matches).__name__
+        raise ValueError(f"{len(points)} points are drawn with as many Matches, got {count}")
     scale = 2  # drawn twice as large and reduced: PIL's lines have no antialiasing of their own
     large = [(left * scale, top * scale, zoom * scale) for left, top, zoom in places]
     layer = Image.new("RGBA", (picture.width * scale, picture.height * scale), (0, 0, 0, 0))
@@ -115,8 +120,8 @@ def colour_wheel(points: Tensor, box: tuple[float, float, float, float]) -> np.n
 
 
 def draw_field(
-    source: Image.Image,
-    target: Image.Image,
+    source: ImageLike,
+    target: ImageLike,
     dense: DenseMatches,
     *,
     mask: Tensor | None = None,
@@ -128,6 +133,9 @@ def draw_field(
     Args:
         mask: (H, W) bool over the target: the wheel is laid over this region only.
     """
+    if not isinstance(dense, DenseMatches):
+        raise TypeError(f"a field is drawn of DenseMatches, which match_dense gives, got {type(dense).__name__}")
+    source, target = load_image(source), load_image(target)
     places = lattice((target.height, target.width)).float()
     inside = np.ones(places.shape[:2], bool) if mask is None else mask.cpu().numpy().astype(bool)
     if not inside.any():
@@ -163,19 +171,23 @@ def _tint(image: Image.Image, colours: np.ndarray, where: np.ndarray) -> Image.I
 
 
 def draw_components(
-    images: Sequence[Image.Image], descriptors: Sequence[Descriptors], *, height: int = HEIGHT
+    images: Sequence[ImageLike], descriptors: Sequence[Descriptors], *, height: int = HEIGHT
 ) -> Image.Image:
     """Three joint principal components of the images' descriptors as red, green and blue, below the images.
 
     Equal colours mean similar features, across images too.
     """
+    check_descriptors(**{f"descriptors[{number}]": value for number, value in enumerate(descriptors)})
+    pictures = [load_image(image) for image in images]
     colours = component_colours([d.vectors() for d in descriptors])
-    maps = [colour.resize(image.size, Image.Resampling.BICUBIC) for image, colour in zip(images, colours, strict=True)]
-    return stacked([side_by_side(row, height=height)[0] for row in (images, maps)])
+    maps = [
+        colour.resize(image.size, Image.Resampling.BICUBIC) for image, colour in zip(pictures, colours, strict=True)
+    ]
+    return stacked([side_by_side(row, height=height)[0] for row in (pictures, maps)])
 
 
 def draw_heat(
-    image: Image.Image,
+    image: ImageLike,
     values: Tensor,
     places: Tensor,
     *,
@@ -194,6 +206,7 @@ def draw_heat(
     Raises:
         ValueError: no value is finite, or the shapes do not go together.
     """
+    image = load_image(image)
     if values.shape != places.shape[:2]:
         raise ValueError(f"values are {tuple(values.shape)}, their places {tuple(places.shape)}")
     finite = values.isfinite()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, overload
 
@@ -19,7 +19,7 @@ from diffrep.backbones import Backbone, Grid, load_backbone
 from diffrep.images import ImageLike, Placement, fit_image, load_image, stack_pixels
 from diffrep.pictures import component_colours, side_by_side, stacked
 from diffrep.results import Result
-from diffrep.settings import ExtractConfig
+from diffrep.settings import ExtractConfig, changed
 
 
 def lattice(size: tuple[int, int], device: torch.device | None = None) -> Tensor:
@@ -169,6 +169,20 @@ class Descriptors(Result):
         return Rows(tuple(sample(part, cells) for part in self.parts), self.weights)
 
 
+def check_descriptors(**images: object) -> None:
+    """Refuse what are no descriptors of an image.
+
+    Raises:
+        TypeError: the message names the argument.
+    """
+    for name, value in images.items():
+        if not isinstance(value, Descriptors):
+            raise TypeError(
+                f"{name} must be the Descriptors of an image, which `Correspondence.describe`, `fuse` and"
+                f" `FeatureMaps.layer` give, got {type(value).__name__}"
+            )
+
+
 @dataclass(frozen=True, repr=False)
 class FeatureMaps(Result):
     """Feature maps of a batch of B images, one map per tap.
@@ -242,7 +256,7 @@ class FeatureMaps(Result):
 
     def layer(self, tap: str, image: int = 0) -> Descriptors:
         """One image's map of a tap, as descriptors of one part (a view): the way from pixels to cells and back."""
-        vectors = self.maps[tap][image].movedim(0, -1)
+        vectors = self[tap][image].movedim(0, -1)
         return Descriptors((vectors,), (1.0,), self.placements[image], self.grids[tap])
 
     def cells(self, tap: str, points: Tensor, image: int = 0) -> Tensor:
@@ -264,7 +278,7 @@ class FeatureMaps(Result):
         x, y = self.cell_centres(tap, image).unbind(-1)
         return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
-    def at(self, tap: str, points: Tensor) -> Tensor:
+    def at(self, tap: str, points: Tensor | np.ndarray | Sequence[Sequence[Sequence[float]]]) -> Tensor:
         """Features at image points, interpolated bilinearly between cell centres.
 
         Args:
@@ -273,9 +287,33 @@ class FeatureMaps(Result):
 
         Returns:
             (B, N, C), in the dtype of the map. Beyond the outermost centres the border is repeated.
+
+        Raises:
+            KeyError: there is no such tap.
+            ValueError: the points have another shape, or are no numbers.
         """
-        sampled = [self.layer(tap, i).at(p).parts[0] for i, p in enumerate(points)]
+        places = numbers_of(points, f"({len(self)}, N, 2) as (x, y)")
+        if places.ndim != 3 or places.shape[::2] != (len(self), 2):
+            raise ValueError(f"points must be ({len(self)}, N, 2) as (x, y), got {tuple(places.shape)}")
+        sampled = [self.layer(tap, i).at(p).parts[0] for i, p in enumerate(places.float())]
         return torch.stack(sampled).to(self.maps[tap].dtype)
+
+
+def numbers_of(points: Any, form: str) -> Tensor:
+    """Points, however they come, as a tensor.
+
+    Args:
+        form: of them, for the message.
+
+    Raises:
+        ValueError: they are no numbers, or not as many in every row.
+    """
+    if isinstance(points, Tensor):
+        return points
+    try:  # a copy: torch takes no array with negative strides
+        return torch.from_numpy(np.array(points, dtype=np.float64, order="C"))
+    except (TypeError, ValueError):
+        raise ValueError(f"points must be {form}, got {points!r}") from None
 
 
 def configured(config: ExtractConfig | None, settings: Mapping[str, Any]) -> ExtractConfig:
@@ -285,12 +323,7 @@ def configured(config: ExtractConfig | None, settings: Mapping[str, Any]) -> Ext
         TypeError: there is no such setting; the message lists the near names.
         ValueError: a setting has a value that no backbone takes.
     """
-    known = [f.name for f in fields(ExtractConfig)]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise TypeError(f"extraction has no setting {name!r}; near names: {', '.join(near)}")
-    return replace(config or ExtractConfig(), **settings)
+    return changed(config or ExtractConfig(), settings, "extraction")
 
 
 def listed(images: ImageLike | Iterable[ImageLike]) -> Iterable[ImageLike]:

@@ -216,8 +216,9 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Image files named by paths, folders and glob patterns, each once, in sorted order of each source.
 
     A folder is searched with those in it for the endings of images that can be read here. Hidden files and folders
-    (editors' copies, the sidecars of other systems) and maps, masks and drawings that diffrep wrote into a folder are left out
-    unless they are named. A file that several spellings lead to (``..``, links to folders) is taken under the first.
+    (editors' copies, the sidecars of other systems) and maps, masks and drawings that diffrep wrote into a folder are
+    left out unless they are named. A file that several spellings lead to (``..``, links to folders) is taken under the
+    first.
 
     Raises:
         ImageError: a path does not exist, or a folder or pattern has no image.

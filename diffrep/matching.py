@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import Grid
-from diffrep.features import Descriptors, Rows, lattice
+from diffrep.features import Descriptors, Rows, check_descriptors, lattice, numbers_of
 from diffrep.images import Placement
 from diffrep.masks import read_mask
 from diffrep.results import Result
@@ -115,6 +115,7 @@ def match_points(
         ValueError: a point lies outside the source image, a mask is no map or leaves nothing, or the two
             sides were not fused alike.
     """
+    check_descriptors(source=source, target=target)
     config = config or MatchConfig()
     points = check_points(points, source.placement.image_size).to(source.device)
     queries = source.at(points) if config.source == "bilinear" else source.rows()[source.nearest_cells(points)]
@@ -143,7 +144,9 @@ def match_dense(
 
     Args and errors as in `match_points`; locations outside `source_mask` are not matched.
     """
+    check_descriptors(source=source, target=target)
     config = config or MatchConfig()
+    check_descriptors(source=source, target=target)
     cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
     queries, targets = _take(source, cells), _take(target, allowed)
     best = _best_cells(queries, targets, config) if config.mode == "cell" or config.mutual else None
@@ -194,11 +197,7 @@ def check_points(points: Tensor | np.ndarray | Sequence[Sequence[float]], image_
     Raises:
         ValueError: they do not; the message names the first that does not.
     """
-    if not isinstance(points, Tensor):
-        try:  # a copy: torch takes no array with negative strides
-            points = torch.from_numpy(np.array(points, dtype=np.float64, order="C"))
-        except (TypeError, ValueError):
-            raise ValueError(f"points must be (N, 2) numbers as (x, y), got {points!r}") from None
+    points = numbers_of(points, "(N, 2) numbers as (x, y)")
     if points.ndim != 2 or points.shape[1] != 2:
         raise ValueError(f"points must be (N, 2) as (x, y), got {tuple(points.shape)}")
     points, (height, width) = points.float(), image_size

@@ -10,13 +10,16 @@ annotations, ranges are said in a word per field, and only what ties fields toge
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar, Union, get_args, get_origin, get_type_hints
+
+SettingsT = TypeVar("SettingsT")
 
 Metric: TypeAlias = Literal["cosine", "euclidean", "manhattan"]
 
@@ -78,6 +81,24 @@ def _check_ranges(settings: Any, ranges: dict[str, str], label: Callable[[str], 
             if item is not None and not allowed.holds(item):
                 shown = f"{item:g}" if isinstance(item, float) else item
                 raise ValueError(f"{label(name)} must be {allowed.words}, got {shown}")
+
+
+def changed(settings: SettingsT, values: Mapping[str, Any], what: str) -> SettingsT:
+    """Settings with some values changed.
+
+    Args:
+        what: they belong to, for the message.
+
+    Raises:
+        TypeError: there is no such setting; the message lists the near names.
+        ValueError: the settings refuse a value.
+    """
+    known = [f.name for f in dataclasses.fields(settings)]  # type: ignore[arg-type]  # a dataclass
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known
+            raise TypeError(f"{what} has no setting {name!r}; near names: {', '.join(near)}")
+    return dataclasses.replace(settings, **values)  # type: ignore[type-var]
 
 
 class _Range(NamedTuple):

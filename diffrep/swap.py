@@ -21,8 +21,8 @@ from scipy import ndimage
 from torch import Tensor
 
 from diffrep.backbones import BackboneError, LatentDiffusion, draw_noise
-from diffrep.features import Descriptors, lattice, sample
-from diffrep.images import Sizing, fit_image, stack_pixels
+from diffrep.features import Descriptors, check_descriptors, lattice, sample
+from diffrep.images import ImageLike, Sizing, fit_image, load_image, stack_pixels
 from diffrep.masks import read_mask
 from diffrep.matching import open_cells
 from diffrep.settings import Metric, RefineConfig, SwapConfig
@@ -51,8 +51,8 @@ class SwapField:
 
 
 def swap_appearance(
-    image: Image.Image,
-    other: Image.Image,
+    image: ImageLike,
+    other: ImageLike,
     pose: Descriptors,
     appearance: Descriptors,
     config: SwapConfig | None = None,
@@ -63,8 +63,8 @@ def swap_appearance(
     """Give the object in one image the looks of the object in the other.
 
     Args:
-        image: RGB, keeps its pose and everything outside of its mask.
-        other: RGB, lends its looks.
+        image: as `load_image` takes it; keeps its pose and everything outside of its mask.
+        other: likewise; lends its looks.
         pose, appearance: descriptors of the two, fused together.
         pose_mask: (H', W') over the whole of `image`, at any resolution: what is painted; everything where None.
         mask: the same for `other`: where looks may come from.
@@ -75,7 +75,9 @@ def swap_appearance(
     Raises:
         ValueError: a mask leaves nothing, or an image is not the one that was described.
     """
+    check_descriptors(pose=pose, appearance=appearance)
     config = config or SwapConfig()
+    image, other = load_image(image), load_image(other)
     for picture, descriptors in ((image, pose), (other, appearance)):
         height, width = descriptors.placement.image_size
         if picture.size != (width, height):
@@ -333,7 +335,7 @@ def guided_filter(maps: Tensor, guide: Tensor, *, radius: int, regularity: float
 
 @torch.inference_mode()
 def refine(
-    image: Image.Image,
+    image: ImageLike,
     backbone: LatentDiffusion,
     config: RefineConfig | None = None,
     *,
@@ -348,7 +350,7 @@ def refine(
     describes its refinement as DDIM inversion and sampling with injected features, but never released it.
 
     Args:
-        image: RGB.
+        image: as `load_image` takes it.
         backbone: its U-Net and VAE encoder are used; the VAE decoder is read from its folder.
         mask: (H', W') over the whole image, at any resolution: what may change; everything where None.
         feather: softness of the mask's edge, pixels of the image.
@@ -360,7 +362,9 @@ def refine(
         ValueError: the mask is empty.
         BackboneError: the backbone's folder has no VAE with a decoder.
     """
-    config = config or RefineConfig()
+    config, image = config or RefineConfig(), load_image(image)
+    if not isinstance(backbone, LatentDiffusion):
+        raise TypeError(f"refine needs a latent diffusion model with a U-Net, got {type(backbone).__name__}")
     box = (0, 0, *image.size) if mask is None else _square_around(mask, image.size)
     crop = image.crop(box)
     side = backbone.recommended.sizing.size

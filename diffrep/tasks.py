@@ -79,7 +79,7 @@ def _head(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:
 
     known: Any = None if name.startswith("tiny-") else task
     head = load_head(name, task=known, **where)
-    return head, head.predict
+    return head, head
 
 
 def _features(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:

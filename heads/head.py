@@ -15,6 +15,7 @@ from torch import nn
 
 from diffrep.files import replace_folder
 from diffrep.images import ImageLike, load_image
+from diffrep.settings import changed
 
 if TYPE_CHECKING:
     ModelHubMixin: Any = object
@@ -111,9 +112,9 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
             A result, or a list of results.
 
         Raises:
-            TypeError: there is no such setting.
+            TypeError: there is no such setting; the message lists the near names.
         """
-        config = dataclasses.replace(config or self.CONFIG(), **settings)  # type: ignore[type-var]  # a dataclass
+        config = changed(config or self.CONFIG(), settings, self.task)
         if isinstance(images, (list, tuple)):
             return list(self.predict_each(images, config))
         return self.predict(images, config)

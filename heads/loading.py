@@ -56,6 +56,7 @@ KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task,
     for task, names in tasks.items()
     for name in names
 }
+PIPELINE_TASKS: dict[str, Task] = {"MarigoldDepthPipeline": "depth", "MarigoldNormalsPipeline": "normals"}
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,7 @@ def recognise(
 
     tasks = get_args(Task)
     by_index = index.get("prediction_type") if index.get("prediction_type") in tasks else None
+    by_index = by_index or PIPELINE_TASKS.get(str(index.get("_class_name")))
     sayings = ((head.get("task"), HEAD_FILE), (known_task, "a published checkpoint"), (by_index, "model_index.json"))
     said, by = next((saying for saying in sayings if saying[0]), (None, ""))
     if said is not None and said not in tasks:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffrep.backbones.loading import load_cleandift
 from diffrep.cli import main
+from diffrep.heads.loading import KNOWN, PIPELINE_TASKS
 
 from . import layouts
 from .layouts import published
@@ -92,6 +93,11 @@ def refuse_as_backbone(name: object, photos: Path, out: Path, refused: Run) -> l
     ]
 
 
+def test_every_published_head_has_a_layout() -> None:
+    names = {name.split("/")[1] for name in KNOWN}
+    assert names - set(published.HEADS) == {"diffdis", "marigold-lcm-v1-0", "Marigold"}  # its own test; former names
+
+
 @pytest.mark.parametrize("name", published.HEADS)
 def test_one_step_heads(name: str, photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
     head = published.HEADS[name]
@@ -108,8 +114,8 @@ def test_one_step_heads(name: str, photos: Path, tmp_path: Path, run: Run, refus
     for message in [refused("info", folder), *refuse_as_backbone(folder, photos, tmp_path, refused)]:
         assert str(folder) in message
         assert "`diffrep depth --model`" in message
-    renamed = folder.rename(tmp_path / "mine")  # under another name only Marigold's newer index says the task
-    if "prediction_type" in head.index:
+    renamed = folder.rename(tmp_path / "mine")  # under another name only Marigold's newer index or class says the task
+    if "prediction_type" in head.index or head.pipeline in PIPELINE_TASKS:
         run(command, image, "--model", renamed, *output)
     else:
         assert "name the task" in refused(command, image, "--model", renamed, *output)
@@ -126,7 +132,8 @@ def test_diffdis(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:
     run("segment", image, "--model", unet, "--base", folder, "-o", tmp_path / "alone", "--size", 64)
     for command in ("depth", "normals"):
         assert "segment" in refused(command, image, "--model", folder, "-o", tmp_path / command)
-    refuse_as_backbone(folder, photos, tmp_path, refused)
+    for message in [*refuse_as_backbone(folder, photos, tmp_path, refused), refused("info", unet)]:
+        assert "is a segmentation head (DiffDIS); `diffrep segment --model` uses it" in message
     assert json.loads(run("info", folder, "--json"))["head"]["family"] == "diffdis"
     assert f"diffrep segment --model {folder}" in run("info", folder)
 

@@ -174,3 +174,41 @@ def test_settings_of_another_type_are_refused_in_one_line(settings: dict[str, An
 def test_what_is_of_no_use_is_named_with_what_would_be(call: Any, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda maps: diffrep.match_points(1, 2, 3), "source must be the Descriptors of an image, .* got int"),
+        (lambda maps: diffrep.match_dense(maps.layer("layer.4"), 2), "target must be the Descriptors .* got int"),
+        (lambda maps: diffrep.swap_appearance(1, 2, 3, 4), "pose must be the Descriptors of an image, .* got int"),
+        (lambda maps: diffrep.refine(PIXELS, 2), "refine needs a latent diffusion model with a U-Net, got int"),
+        (lambda maps: maps.at("layer.4", 3), r"points must be \(1, N, 2\) as \(x, y\), got \(\)"),
+        (lambda maps: maps.at("layer.4", [["x"]]), r"points must be \(1, N, 2\) as \(x, y\), got"),
+        (lambda maps: maps.at("layer.3", [[(1, 2)]]), "no features of the tap 'layer.3'; near names: layer.4"),
+        (lambda maps: diffrep.draw_matches(1, 2, 3, 4), "an image must be a path, .* got int"),
+        (lambda maps: diffrep.draw_matches(PIXELS, PIXELS, [(1, 2)], 4), "1 points are drawn with as many Matches"),
+        (lambda maps: diffrep.draw_field(PIXELS, PIXELS, 3), "a field is drawn of DenseMatches, .* got int"),
+        (lambda maps: diffrep.draw_components([PIXELS], [3]), r"descriptors\[0\] must be the Descriptors"),
+        (lambda maps: diffrep.HeatGeodesicEmbedding().fit(3), "X: Expected 2D array, got scalar array instead"),
+        (lambda maps: diffrep.HeatGeodesicEmbedding().fit([[1, 2], [3, np.nan]]), r"X: Input X contains NaN\.$"),
+        (lambda maps: diffrep.sample("tiny", "a cat", steps="x"), "steps must be a whole number .* got 'x'"),
+        (lambda maps: diffrep.sample("tiny", "a cat", size="x"), r"size must be \(height, width\) in pixels, got 'x'"),
+        (lambda maps: pipeline("depth")(PIXELS, step=1), "disparity has no setting 'step'; near names: steps"),
+    ],
+)
+def test_arguments_of_another_kind_are_named_in_one_line(vit: Backbone, call: Any, says: str) -> None:
+    with pytest.raises((TypeError, ValueError, KeyError), match=says) as caught:
+        call(extract(vit, PIXELS, taps="layer.4"))
+    assert "\n" not in str(caught.value)
+
+
+def test_points_and_images_come_as_people_write_them(vit: Backbone, picture: Path) -> None:
+    maps = extract(vit, picture, taps="layer.4")
+    points = [(10, 12), (40, 30)]
+    assert torch.equal(maps.at("layer.4", [points]), maps.at("layer.4", torch.tensor([points], dtype=torch.float32)))
+    described = maps.layer("layer.4")
+    matches = diffrep.match_points(described, described, points)
+    assert diffrep.draw_matches(picture, picture, points, matches).width > 100
+    assert diffrep.draw_components([picture], [described]).width > 100
+    assert diffrep.swap_appearance(picture, picture, described, described).size == diffrep.load_image(picture).size

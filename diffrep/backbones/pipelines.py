@@ -21,6 +21,7 @@ from diffrep.backbones.pixel_diffusion import PixelDiffusion
 from diffrep.backbones.repositories import LoadOptions, Repository, repository
 from diffrep.backbones.text import PipelineText, PromptEncoder, TextEncoders, quiet_libraries
 from diffrep.backbones.transformers import FLOW, FORMER, DiffusionTransformer
+from diffrep.backbones.weight_files import describe_weights
 from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, write_document
 from diffrep.images import Sizing
@@ -58,7 +59,13 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     scheduler = source.json("scheduler/scheduler_config.json", required=False)
     if kind == "UNet2DConditionModel":
         _refuse_conditioned(source, config)
-    network = load_component(getattr(diffusers, kind), source, part, options.dtype, weights=options.weights)
+    try:
+        network = load_component(getattr(diffusers, kind), source, part, options.dtype, weights=options.weights)
+    except BackboneError:  # tensors that the configuration does not have may say what it is instead
+        what, instead = describe_weights(source.tensors(part))
+        if what and "alone" not in what:
+            raise BackboneError(f"{source.label}: is {what}; {instead}") from None
+        raise
     names: dict[str, Any] = {"name": options.name, "source": source.label}
     backbone: DiffusionBackbone
     if pixels:

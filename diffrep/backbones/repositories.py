@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -263,6 +264,17 @@ class Repository:
         wanted = [f"{part}/{name}" for name, of in variants.items() if of == variant]
         wanted += [f"{part}/{name}" for name in names if name.endswith((".json", ".txt", ".model"))]
         return self.fetch(wanted), variant
+
+    def tensors(self, part: str) -> set[str]:
+        """The names of a component's tensors, of the safetensors that lie on this machine and can be read."""
+        from safetensors import SafetensorError, safe_open
+
+        names: set[str] = set()
+        root = self._place.root or _in_cache(self.label, self.revision)
+        for file in () if root is None else root.glob(f"{part}/*.safetensors"):
+            with suppress(SafetensorError, OSError), safe_open(file, "pt") as opened:
+                names |= set(opened.keys())
+        return names
 
     def _variant(self, part: str, variants: set[str | None], names: Sequence[str], need: bool) -> str | None:
         if not variants:

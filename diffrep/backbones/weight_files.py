@@ -91,6 +91,11 @@ _SIGNS: tuple[tuple[tuple[tuple[str, ...], ...], str, str], ...] = (
         "give that model as the backbone and this file beside it: --lora FILE, or load_backbone(MODEL, lora=FILE)",
     ),
     ((("control_model.", "controlnet_cond_embedding."),), "a ControlNet", "give the model that it steers"),
+    (
+        (("rgb_proj.0.",), (".attn3.to_q.",)),
+        "a segmentation head (DiffDIS)",
+        "`diffrep segment --model` uses it, and load_head; give the model that it was fine-tuned from",
+    ),
     ((("joint_blocks.0.",),), "Stable Diffusion 3 in one file", "give its diffusers folder, or sd3.5-medium"),
     ((("double_blocks.0.",),), "FLUX in one file", "give its diffusers folder, or flux.1-dev"),
     ((("emb_params", "string_to_param"),), "a textual inversion, one word", "give the model it belongs to"),

@@ -198,7 +198,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
                 "X is an AnnData object: pass its features, X.X or X.obsm['X_pca'], or call"
                 " diffrep.manifold.embed_anndata(X, 'X_pca'), which puts the map into its obsm"
             )
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], ensure_min_samples=2)
+        X = self._validated(X, ensure_min_samples=2)
         rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
         self._space: FeatureSpace | None = None
         self._original = self._copy_of = np.arange(X.shape[0])
@@ -397,11 +397,19 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
             return scaling.smacof(zero_diagonal, start, weights=weights)
         return scaling.metric_mds(zero_diagonal, start, weights=weights, rng=rng, progress=self._progress)
 
+    def _validated(self, X: Any, **how: Any) -> Any:
+        """Numbers (n, features); what scikit-learn says against them, in one line without its advice on estimators."""
+        try:
+            return validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], **how)
+        except ValueError as error:
+            lines = str(error).splitlines()
+            raise ValueError("X: " + (lines[0] if "Input " in lines[0] else " ".join(lines))) from None
+
     def _points_of(self, X: Any) -> tuple[Any, FeatureSpace]:
         """New rows as the graph sees them, and the space in which they lie."""
         if self._space is None:
             raise ValueError(f"transform needs features, but this embedding was fitted with metric={self.metric!r}")
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        X = self._validated(X, reset=False)
         return self._space.points_of(X), self._space
 
     def _transitions(self, points: Any) -> Csr:

@@ -284,15 +284,16 @@ def sample(
     """
     if not isinstance(model, DiffusionModel):
         model = diffusion_model(model, condition, guidance=guidance, negative=negative, device=device, dtype=dtype)
+    if size is not None and not (isinstance(size, Sequence) and [type(side) for side in size] == [int, int]):
+        raise SamplingError(f"size must be (height, width) in pixels, got {size!r}")
     height, width = size or (model.side, model.side)
     if height % model.factor or width % model.factor or min(height, width) < model.factor:
         raise SamplingError(f"{model.name}: sides must be multiples of {model.factor}, got {height} x {width}")
     if timesteps is not None:
         steps = len(timesteps)
-    if not isinstance(steps, int) or not isinstance(batch_size, int) or min(steps, batch_size, inherit) < 1:
-        raise SamplingError(
-            f"steps, batch_size and inherit are whole numbers from 1, got {steps!r}, {batch_size!r}, {inherit!r}"
-        )
+    for name, number in (("steps", steps), ("batch_size", batch_size), ("inherit", inherit)):
+        if not isinstance(number, int) or number < 1:
+            raise SamplingError(f"{name} must be a whole number of at least 1, got {number!r}")
     table, shape = None, (model.channels, height // model.factor, width // model.factor)
     if sampler != "evodiff":
         table = build_table(sampler, model.schedule, steps, spacing=spacing, timesteps=timesteps, **options)

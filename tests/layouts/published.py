@@ -35,16 +35,22 @@ class Head:
 _AFFINE = {"scale_invariant": True, "shift_invariant": True}
 _STEPS = {"default_denoising_steps": 4, "default_processing_resolution": 64}
 _TRAILING = {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+_LEADING = {"timestep_spacing": "leading"}
+_LCM = {"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0}
 _SAMPLE = {"prediction_type": "sample"}
 HEADS = {
     "lotus-depth-g-v1-0": Head("depth", 2, vector=True, pipeline="LotusGPipeline", scheduler=_SAMPLE),
     "lotus-depth-d-v1-0": Head("depth", 1, vector=True, pipeline="LotusDPipeline", scheduler=_SAMPLE),
+    "lotus-depth-g-v2-0-disparity": Head("disparity", 2, vector=True, pipeline="LotusGPipeline", scheduler=_SAMPLE),
+    "lotus-depth-d-v2-0-disparity": Head("disparity", 1, vector=True, pipeline="LotusDPipeline", scheduler=_SAMPLE),
     "lotus-depth-g-v2-1-disparity": Head("disparity", 2, vector=True, pipeline="LotusGPipeline", scheduler=_SAMPLE),
+    "lotus-depth-d-v1-1": Head("depth", 1, vector=True, pipeline="LotusDPipeline", scheduler=_SAMPLE),
+    "lotus-normal-g-v1-0": Head("normals", 2, vector=True, pipeline="LotusGPipeline", scheduler=_SAMPLE),
+    "lotus-normal-d-v1-0": Head("normals", 1, vector=True, pipeline="LotusDPipeline", scheduler=_SAMPLE),
     "lotus-normal-g-v1-1": Head("normals", 2, vector=True, pipeline="LotusGPipeline", scheduler=_SAMPLE),
     "lotus-normal-d-v1-1": Head("normals", 1, vector=True, pipeline="LotusDPipeline", scheduler=_SAMPLE),
-    "marigold-depth-v1-0": Head(
-        "depth", 2, pipeline="MarigoldPipeline", index=_AFFINE, scheduler={"timestep_spacing": "leading"}
-    ),
+    "marigold-depth-v1-0": Head("depth", 2, pipeline="MarigoldPipeline", index=_AFFINE, scheduler=_LEADING),
+    "marigold-v1-0": Head("depth", 2, pipeline="MarigoldPipeline", index=_AFFINE, scheduler=_LEADING),
     "marigold-depth-v1-1": Head(
         "depth",
         2,
@@ -57,7 +63,7 @@ HEADS = {
         2,
         pipeline="MarigoldPipeline",
         index=_AFFINE | {"default_denoising_steps": 1},
-        scheduler={"_class_name": "LCMScheduler", "original_inference_steps": 50, "timestep_scaling": 10.0},
+        scheduler=_LCM,
     ),
     "marigold-normals-v1-1": Head(
         "normals",
@@ -66,7 +72,19 @@ HEADS = {
         index=_STEPS | {"prediction_type": "normals", "use_full_z_range": True},
         scheduler=_TRAILING,
     ),
+    "marigold-normals-v0-1": Head(
+        "normals", 2, pipeline="MarigoldNormalsPipeline", index={"use_full_z_range": True}, scheduler=_LEADING
+    ),
+    "marigold-normals-lcm-v0-1": Head(
+        "normals",
+        2,
+        pipeline="MarigoldNormalsPipeline",
+        index={"use_full_z_range": True, "default_denoising_steps": 1},
+        scheduler=_LCM,
+    ),
     "marigold-e2e-ft-depth": Head("depth", 2, pipeline="MarigoldPipeline", scheduler=_TRAILING),
+    "marigold-e2e-ft-normals": Head("normals", 2, pipeline="MarigoldPipeline", scheduler=_TRAILING),
+    "stable-diffusion-e2e-ft-depth": Head("depth", 2, pipeline="MarigoldPipeline", scheduler=_TRAILING),
     "stable-diffusion-e2e-ft-normals": Head("normals", 2, pipeline="MarigoldPipeline", scheduler=_TRAILING),
 }
 
