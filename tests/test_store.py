@@ -220,7 +220,7 @@ def _extract_in_child(images: str, folder: str, backbone: str, workers: int) -> 
 @pytest.mark.slow
 def test_twenty_kills_lose_and_double_nothing(vit_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    paint(tmp_path / "images", range(64))
+    paint(tmp_path / "images", range(32))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffrep.store", "timm", "tests.test_store"])
     draws, kills, finished, attempt = random.Random(0), 0, 0, 0
@@ -238,13 +238,13 @@ def test_twenty_kills_lose_and_double_nothing(vit_folder: Path, tmp_path: Path) 
     start(tmp_path / "whole", 0).join()
     length = time.monotonic() - begun
     expected = contents(tmp_path / "whole")
-    assert len(open_store(tmp_path / "whole")) == 64
-    while kills < 20 or finished == 0 or not reached - {0, 64}:  # some of them in the middle
+    assert len(open_store(tmp_path / "whole")) == 32
+    while kills < 20 or finished == 0 or not reached - {0, 32}:  # some of them in the middle
         folder = tmp_path / f"killed{finished}"
         attempt += 1
         child = start(folder, workers=attempt % 2)
         # all moments of a run, and enough runs that get further than the one before
-        child.join(None if kills >= 20 and reached - {0, 64} else draws.uniform(0, 1.2 * length))
+        child.join(None if kills >= 20 and reached - {0, 32} else draws.uniform(0, 1.2 * length))
         if child.is_alive():
             child.kill()
             child.join()
