@@ -47,8 +47,10 @@ class Family:
     posterior: Literal["sample", "mean"] = "sample"  # which latent of the VAE's posterior the image becomes
     first_latent: Literal["none", "noise", "zeros"] = "noise"  # what the U-Net gets beside the image
     task_vector: tuple[float, ...] | None = None  # class vector of the annotation
-    # which latent is decoded: the network's output, DDIM's last sample, or its estimate of the clean latent
-    result: Literal["output", "sample", "clean"] = "output"
+    # which latent is decoded: the network's output, DDIM's last sample, its estimate of the clean latent, or the
+    # image's when the output is taken away
+    result: Literal["output", "sample", "clean", "residual"] = "output"
+    image_is_noisy: bool = False  # the rule "clean" takes the image's latent for the noisy one (restoration)
     depth: Literal["clamp, mean", "mean, clamp"] = "clamp, mean"  # to [-1, 1], and over the three channels, in order
     stretch: bool = False  # depth to [0, 1] by its minimum and maximum before it is resized
     # clamped channels; of unit length where longer than 1e-6; or divided by (length + 1e-5) two times
@@ -71,7 +73,8 @@ class Family:
         check(self, preserve="[0, 1]", timestep="0..999", working_size="1..")
         if self.preserve and self.task_vector is None:
             raise ValueError("reconstructing the image (preserve > 0) needs the task vector")
-        if self.first_latent != "noise" and (self.timesteps == "all" or self.predicts == "epsilon"):
+        noiseless = self.predicts == "epsilon" and not self.image_is_noisy
+        if self.first_latent != "noise" and (self.timesteps == "all" or noiseless):
             raise ValueError("predicting noise, or training on all timesteps, needs first_latent='noise'")
         if self.loss == "decoded" and self.preserve:
             raise ValueError("the decoded loss has no detail preserver: set preserve to 0")

@@ -35,6 +35,9 @@ from diffrep.heads.head_folders import (
     write_head,
 )
 from diffrep.heads.one_step import OneStep, Schedule
+from diffrep.heads.restoration.families import RESTORATION_FAMILIES, TINY, RestorationFamily
+from diffrep.heads.restoration.loading import checkpoint_in, load_restorer
+from diffrep.heads.restoration.restorer import RestorationHead, Restorer
 from diffrep.heads.segmentation import DiffDis, SegmentationHead
 
 __all__ = [
@@ -48,8 +51,9 @@ __all__ = [
     "write_head",
 ]
 
-EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation")
-TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation"), (*FAMILIES, DIFFDIS)
+EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation", "tiny-restore")
+RESTORATION = "restoration"
+TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation", RESTORATION), (*FAMILIES, DIFFDIS, *RESTORATION_FAMILIES)
 KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say
     name: (family, task)
     for family, tasks in read_document(Path(__file__).with_name("checkpoints.json")).items()
@@ -96,13 +100,16 @@ def load_head(
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     fold: bool = True,
+    prompt: str | None = None,
+    adjustable: bool = False,
 ) -> Any:
-    """Load a head for depth, disparity, normals or segmentation.
+    """Load a head for depth, disparity, normals, segmentation or restoration.
 
     Args:
         name: an embedded head ("tiny-depth", "tiny-normals", "tiny-segmentation"); a folder that `write_head` made; a
             local diffusers folder or hub id of Lotus, Marigold, E2E-FT or DiffDIS; a folder or safetensors file with
-            the U-Net of a DiffDIS alone, which needs `base`.
+            the U-Net of a DiffDIS alone, which needs `base`; the file of a PiSA-SR, OSEDiff or S3Diff, or the folder
+            that it lies in, which needs `base` too (S3Diff: with ``de_net.pth`` beside it).
         task: what it predicts; needed where the files do not say it.
         family: a name out of `diffrep.heads.families.FAMILIES`, for what the files do not say: an eight-channel U-Net
             without class embedding is "marigold" unless named "e2e-ft"; "marigold-diffusers" treats sizes as
@@ -111,9 +118,11 @@ def load_head(
             short name such as "sd-turbo", or a hub id.
         dtype: float32, on CUDA bfloat16, where None.
         fold: compute once what depends on prompt, timestep and task alone.
+        prompt: of a restorer; its family's where None, which is empty for PiSA-SR and OSEDiff.
+        adjustable: load a PiSA-SR so that its two strengths can be set; takes the memory of a second U-Net.
 
     Returns:
-        A `DenseHead` or a `SegmentationHead`.
+        A `DenseHead`, a `SegmentationHead` or a `RestorationHead`.
 
     Raises:
         HeadError: no such head; the folder is of another kind; the task is neither named nor known; what is named
@@ -125,10 +134,22 @@ def load_head(
     name, place = os.fspath(name), resolve_device(device)
     numbers = resolve_dtype(dtype, place)
     _check_names(task, family)
-    head: DenseHead | SegmentationHead
+    head: DenseHead | SegmentationHead | RestorationHead
     try:
+        if (adapters := checkpoint_in(os.path.expanduser(name))) is not None and _names_adapters(adapters):
+            return _load_adapters(adapters, name, task, family, base, place, numbers, fold, prompt, adjustable)
+        if prompt is not None or adjustable:
+            raise HeadError(f"{name}: prompt and adjustable are of PiSA-SR, OSEDiff and S3Diff, which it is not")
         source = _find(name, None if base is None else os.fspath(base))
-        if _holds_diffdis(source):
+        if source.head.get("family") in RESTORATION_FAMILIES:
+            if (task or RESTORATION) != RESTORATION or family not in (None, source.head["family"]):
+                raise HeadError(f"{name}: is a head for restoration, not {task or family}")
+            head = _load_restorer(source, place, numbers, fold)
+        elif task == RESTORATION or family in RESTORATION_FAMILIES:
+            raise HeadError(
+                f"{name}: is no restorer: neither a folder of `diffrep train restore` nor a file of adapters"
+            )
+        elif _holds_diffdis(source):
             if (task or "segmentation") != "segmentation" or (family or DIFFDIS) != DIFFDIS:
                 raise HeadError(f"{name}: is a DiffDIS, a head for segmentation, not {task or family}")
             head = _load_segmentation(source, place, numbers, needs_base=base is None)
@@ -144,6 +165,45 @@ def load_head(
         raise HeadError(f"{name}: a weight file is damaged ({error})") from None
     except (ValueError, OSError, RuntimeError, KeyError) as error:  # of the parts and the hub, in their own words
         raise HeadError(" ".join(str(error).split())) from None
+
+
+def _names_adapters(file: Path) -> bool:
+    """A file of a restorer's adapters, unless it is the weight file of a DiffDIS."""
+    if file.suffix != ".safetensors":
+        return True
+    with safe_open(file, "pt") as opened:
+        return any(key.startswith("state_dict_unet") for key in opened)
+
+
+def _load_adapters(
+    file: Path, name: str, task: str | None, family: str | None, base: Any, device: torch.device, dtype: torch.dtype,
+    fold: bool, prompt: str | None, adjustable: bool,
+) -> RestorationHead:  # fmt: skip
+    if (task or RESTORATION) != RESTORATION:
+        raise HeadError(f"{name}: is a file of a restorer's adapters, not a head for {task}")
+    if base is None:
+        raise HeadError(
+            f"{name}: holds adapters alone: say which base they adapt (base, a folder or hub id: Stable Diffusion"
+            " 2.1-base for PiSA-SR and OSEDiff, SD-Turbo for S3Diff)"
+        )
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "fold": fold, "prompt": prompt}
+    head = load_restorer(file, named(os.fspath(base)), name=name, adjustable=adjustable, **options)
+    if family not in (None, head.family.name):
+        raise HeadError(f"{name}: is a {head.family.name}, not a {family}")
+    return head
+
+
+def _load_restorer(source: _Source, device: torch.device, dtype: torch.dtype, fold: bool) -> RestorationHead:
+    """A folder that `diffrep train restore` wrote; its VAE is its own where it was trained too."""
+    from diffusers import UNet2DConditionModel
+
+    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype)
+    own = dataclasses.replace(source, base=source.path) if json_of(source.path, "vae/config.json") else source
+    parts = _parts(own, unet, device, dtype, scheduler=source.base)
+    size = _integer(source.name, source.head, "working_size", TINY.working_size)
+    family: RestorationFamily = dataclasses.replace(RESTORATION_FAMILIES[source.head["family"]], working_size=size)
+    about = f"{family.name}, a restorer, said by {HEAD_FILE}"
+    return RestorationHead(Restorer(*parts, family, fold=fold), name=source.name, recognised=about, source=source.path)
 
 
 def load_segmentation(name: str | os.PathLike[str], **options: Any) -> SegmentationHead:
@@ -220,7 +280,9 @@ def _decoder(source: _Source, device: torch.device, dtype: torch.dtype) -> Detai
     return decoder
 
 
-def _parts(source: _Source, unet: Any, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Tensor, Schedule]:
+def _parts(
+    source: _Source, unet: Any, device: torch.device, dtype: torch.dtype, *, scheduler: str | None = None
+) -> tuple[Any, Any, Tensor, Schedule]:
     """What every head has, ready to run: the U-Net, the VAE, the prompt's embedding, the schedule."""
     from diffusers import AutoencoderKL
 
@@ -232,7 +294,7 @@ def _parts(source: _Source, unet: Any, device: torch.device, dtype: torch.dtype)
     if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
         vae.float()
     file = "scheduler/scheduler_config.json"
-    if not (scheduler := json_of(source.path, file) or json_of(source.base, file)):
+    if not (values := json_of(source.path, file) or json_of(scheduler or source.base, file)):
         raise HeadError(f"{source.name}: {file} is missing")
     context = stored_context(source.path, source.base).to(device, dtype)
     if context.shape[-1] != unet.config.cross_attention_dim:
@@ -240,7 +302,7 @@ def _parts(source: _Source, unet: Any, device: torch.device, dtype: torch.dtype)
             f"{source.name}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
             f" {unet.config.cross_attention_dim}: it belongs to another base"
         )
-    return unet, vae, context, Schedule.from_config(scheduler)
+    return unet, vae, context, Schedule.from_config(values)
 
 
 # -- recognising --------------------------------------------------------------------------------------------

@@ -402,7 +402,7 @@ class OneStep(LatentCodec):
         Args:
             latents: (B, c, h, w), of `encode`.
             noise: (B or 1, c, h, w) standard normal, for families that start from it.
-            timestep: of the single pass; the schedule's last where None.
+            timestep: of the single pass; the family's where None.
             switch: class vector instead of the family's, for example Lotus' reconstruction.
 
         Returns:
@@ -416,6 +416,8 @@ class OneStep(LatentCodec):
             raise ValueError(f"a {self.family.name} head predicts in one step, got steps={steps}")
         self.unet_input(latents[:1], None if noise is None else noise[:1])  # refuses before any work
         timesteps, last = self.schedule.timesteps(steps), len(self.schedule.alphas_cumprod) - 1
+        if timestep is None and steps == 1:
+            timestep = min(self.family.timestep, last)
         if timestep is not None:
             if steps > 1 or not 0 <= timestep <= last:
                 raise ValueError(
@@ -431,7 +433,11 @@ class OneStep(LatentCodec):
             for t in timesteps:
                 output = self._output(self.unet_input(image, current), t, task)
                 noisy = torch.zeros_like(output) if current is None else current.to(output)
-                if self.family.result == "sample":
+                if self.family.image_is_noisy:
+                    noisy = image
+                if self.family.result == "residual":
+                    current = image - output
+                elif self.family.result == "sample":
                     current = self.schedule.step(output, noisy, t, steps)
                 else:
                     current = output if self.family.result == "output" else self.schedule.clean(output, noisy, t)

@@ -268,7 +268,7 @@ def _predictions(
     run: _Run,
     existing: Sequence[str],
 ) -> Iterator[tuple[Item, Image.Image, Any]]:
-    for group in _batches(_images(inputs, output, run, existing), config.batch_size):
+    for group in _batches(_images(inputs, output, run, existing, getattr(head, "read", load_image)), config.batch_size):
         try:
             results = list(head.predict_each([image for _, image in group], config))
         except Exception as error:  # the images of a batch have one size: what fails for one fails for all
@@ -280,8 +280,8 @@ def _predictions(
 
 
 def _images(
-    inputs: Sequence[Input], output: Path, run: _Run, existing: Sequence[str]
-) -> Iterator[tuple[Item, Image.Image]]:
+    inputs: Sequence[Input], output: Path, run: _Run, existing: Sequence[str], read: Callable[[Path], Any]
+) -> Iterator[tuple[Item, Any]]:
     """What can be read of the inputs, loaded."""
     protected = frozenset(os.path.realpath(source.path) for source in inputs)
     for source in inputs:
@@ -297,7 +297,7 @@ def _images(
             if run.skips(place, existing):
                 run.bar.update()
                 continue
-            image = load_image(source.path)
+            image = read(source.path)
         except Exception as error:  # whatever a decoder raises: the other images are still to be done
             run.fail(str(source.path), error)
             continue

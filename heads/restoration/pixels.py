@@ -1,0 +1,150 @@
+"""What restoration does to pixels before and behind the network: resizing as published, colours, blended tiles.
+
+Sources: MATLAB's `imresize`; StableSR's colour fix (arXiv 2305.07015), whose wavelet form OSEDiff, PiSA-SR and S3Diff
+use too; OSEDiff's latent tiles (arXiv 2406.08177).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Colours: TypeAlias = Literal["wavelet", "adain", "none"]
+WAVELET_LEVELS = 5
+WAVELET_REACH = 2**WAVELET_LEVELS - 1  # pixels that a value of the low band looks away
+
+
+def imresize(images: Tensor, scale: float, *, antialias: bool = True) -> Tensor:
+    """Bicubic resize as MATLAB's `imresize`: a = -0.5, edges mirrored, sides ceil(side * scale), not clamped.
+
+    Args:
+        images: (..., H, W) float.
+        antialias: widen the kernel where the image shrinks.
+    """
+    for dim in (-2, -1):
+        weights = _cubic_weights(images.shape[dim], scale, antialias).to(images)
+        images = torch.tensordot(images, weights, dims=([dim], [1])).movedim(-1, dim)
+    return images
+
+
+def _cubic_weights(side: int, scale: float, antialias: bool) -> Tensor:
+    """(new side, side) float64: the share of each pixel in each new one."""
+    shrink = scale if antialias and scale < 1 else 1.0
+    places = (torch.arange(math.ceil(side * scale), dtype=torch.float64) + 0.5) / scale - 0.5
+    reach = 2 / shrink
+    taps = torch.arange(math.ceil(2 * reach) + 2)
+    pixels = (places - reach).floor().long()[:, None] + taps
+    far = ((places[:, None] - pixels) * shrink).abs()
+    inner, outer = 1.5 * far**3 - 2.5 * far**2 + 1, -0.5 * far**3 + 2.5 * far**2 - 4 * far + 2
+    shares = torch.where(far <= 1, inner, torch.where(far <= 2, outer, 0.0))
+    mirrored = pixels % (2 * side)
+    mirrored = torch.minimum(mirrored, 2 * side - 1 - mirrored)
+    return torch.zeros(len(places), side, dtype=torch.float64).scatter_add_(
+        1, mirrored, shares / shares.sum(1, keepdim=True)
+    )
+
+
+# -- colours ------------------------------------------------------------------------------------------------
+
+
+def low_band(images: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
+    """What is left of (B, C, H, W) after `levels` blurs, each twice as wide as the one before."""
+    line = images.new_tensor([0.25, 0.5, 0.25])
+    kernel = (line[:, None] * line).expand(images.shape[1], 1, 3, 3)
+    for level in range(levels):
+        wide = F.pad(images, (2**level,) * 4, mode="replicate")
+        images = F.conv2d(wide, kernel, groups=images.shape[1], dilation=2**level)
+    return images
+
+
+def wavelet_colours(restored: Tensor, reference: Tensor) -> Tensor:
+    """The details of one image on the low band of another, (B, 3, H, W) both; not clamped."""
+    return restored - low_band(restored) + low_band(reference)
+
+
+def adain_colours(restored: Tensor, reference: Tensor) -> Tensor:
+    """An image with the mean and spread of another in each channel, (B, 3, H, W) both; not clamped."""
+    (mean, spread), (wanted, breadth) = (channel_statistics(image) for image in (restored, reference))
+    return (restored - mean) / spread * breadth + wanted
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, (B, C, 1, 1); the variance unbiased, plus 1e-5."""
+    variance, mean = torch.var_mean(images, (-2, -1), keepdim=True)
+    return mean, (variance + 1e-5).sqrt()
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """[0, 1] to uint8 as torchvision's `ToPILImage` does it in the released programs: clamped, cut, not rounded."""
+    return (images.clamp(0, 1) * 255).to(torch.uint8)
+
+
+# -- tiles --------------------------------------------------------------------------------------------------
+
+
+def tile_window(rows: int, columns: int, *, published: bool = False) -> Tensor:
+    """Weights (rows, columns) of a tile: a Gaussian of variance 0.01 of its side, about 1e-6 at the corners.
+
+    Args:
+        published: its centre lies half a cell too low, as in OSEDiff, PiSA-SR and S3Diff.
+    """
+
+    def line(count: int, middle: float) -> Tensor:
+        off = (torch.arange(count) - middle) / count
+        return torch.exp(-off.square() / 0.02) / math.sqrt(2 * math.pi * 0.01)
+
+    return line(rows, rows / 2 if published else (rows - 1) / 2)[:, None] * line(columns, (columns - 1) / 2)
+
+
+def windows(side: int, tile: int, overlap: int) -> list[int]:
+    """Where tiles start along a side: every ``tile - overlap``, the last one flush with the border.
+
+    >>> windows(28, 12, 4)
+    [0, 8, 16]
+    >>> windows(30, 12, 4)
+    [0, 8, 16, 18]
+    """
+    if side <= tile:
+        return [0]
+    return [*range(0, side - tile, tile - overlap), side - tile]
+
+
+def blended_rows(
+    run: Callable[[int, int], Tensor], size: tuple[int, int], tile: int, overlap: int, *, step: int = 1,
+    published: bool = False,
+) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
+    """Bands of a large map that is computed tile by tile, blended where tiles overlap, from top to bottom.
+
+    No more than one row of tiles is in memory, in float32.
+
+    Args:
+        run: the map (C, tile * step, tile * step) of the tile whose first cell is (top, left).
+        size: (H, W) in cells; tile, overlap: in cells.
+        step: map pixels per cell.
+
+    Yields:
+        The first row of the band in the map, and the band (C, rows, W * step).
+    """
+    rows, columns = windows(size[0], tile, overlap), windows(size[1], tile, overlap)
+    high, wide = min(tile, size[0]) * step, min(tile, size[1]) * step
+    window = tile_window(high, wide, published=published)
+    pending: Tensor | None = None  # weighted sums, and weights, of rows that later tiles still add to
+    for top, below in zip(rows, [*rows[1:], size[0]], strict=True):
+        for left in columns:
+            values = run(top, left).float().cpu()
+            if pending is None:
+                pending = values.new_zeros(len(values) + 1, 0, size[1] * step)
+            if pending.shape[1] < high:
+                pending = F.pad(pending, (0, 0, 0, high - pending.shape[1]))
+            shown = slice(left * step, left * step + wide)
+            pending[:-1, :, shown] += window * values
+            pending[-1, :, shown] += window
+        assert pending is not None
+        done = (below - top) * step
+        yield top * step, pending[:-1, :done] / pending[-1, :done]
+        pending = pending[:, done:]

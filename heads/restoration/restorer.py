@@ -1,0 +1,276 @@
+"""Restoration in one step: a photograph of any size in, a clean one out, in memory that its size does not change much.
+
+A tile at a time goes through the encoder, the U-Net and the decoder; tiles are blended in the latent space behind the
+first two and in pixels behind the last, so that no border is left to see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from diffrep.backbones import draw_noise
+from diffrep.heads.head import Head
+from diffrep.heads.one_step import OneStep, PlainUNet
+from diffrep.heads.restoration.adapters import DegradationEstimator, Modulation
+from diffrep.heads.restoration.families import RestorationFamily
+from diffrep.heads.restoration.photograph import Photograph
+from diffrep.heads.restoration.pixels import (
+    WAVELET_REACH,
+    Colours,
+    blended_rows,
+    wavelet_colours,
+)
+from diffrep.settings import check
+
+_BAND = 512  # rows whose colours are corrected together
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreConfig:
+    """How a photograph is restored."""
+
+    scale: float = 4.0  # sides of the result over those of the photograph
+    keep_size: bool = False  # enlarge and restore, then bring the result back to the photograph's size
+    colours: Colours | None = (
+        None  # taken from the photograph: low frequencies, mean and spread, nothing; None: family's
+    )
+    tile: int | None = None  # latent cells of a tile's side; 0: the whole at once; None: the family's
+    overlap: int | None = None  # cells that neighbouring tiles have in common; None: the family's
+    posterior: Literal["mean", "sample"] = "mean"  # which latent the image becomes; the authors draw a sample
+    seed: int = 0  # of the sample
+    guidance: float | None = None  # S3Diff: pull away from the negative prompt; 1: one pass instead of two
+    pixel: float = 1.0  # PiSA-SR: strength of its adapter for fidelity
+    semantic: float = 1.0  # PiSA-SR: strength of its adapter for detail
+    batch_size: int = 1  # images of one size that are read together; each goes through the network alone
+
+    def __post_init__(self) -> None:
+        check(
+            self, scale="[1, 16]", tile="0..", overlap="0..", seed="[0, 2^63)", guidance="[0, 20]", pixel="[0, 10]",
+            semantic="[0, 10]", batch_size="1..",
+        )  # fmt: skip
+
+
+class Restorer(OneStep):
+    """The one-step machine with what restorers add to it.
+
+    Args:
+        pixel_unet: the U-Net with PiSA-SR's adapter for fidelity alone, for strengths other than 1.
+        negative: (1, tokens, C), embedding of the negative prompt.
+        modulations: of U-Net and VAE, and `estimator`, what drives them: S3Diff's.
+    """
+
+    family: RestorationFamily
+
+    def __init__(
+        self,
+        *parts: Any,
+        pixel_unet: Any = None,
+        negative: Tensor | None = None,
+        modulations: tuple[Modulation, ...] = (),
+        estimator: DegradationEstimator | None = None,
+        fold: bool = True,
+    ) -> None:
+        super().__init__(*parts, fold=fold and not modulations)
+        context: Tensor = self.network.context
+        self.pixel_network = None if pixel_unet is None else PlainUNet(pixel_unet, context)
+        self.negative = None if negative is None else PlainUNet(self.network.unet, negative)
+        self.modulations, self.estimator = nn.ModuleList(modulations), estimator
+
+    def look(self, degraded: Tensor | None, scores: Tensor | None = None) -> None:
+        """Set what depends on the photograph as a whole, (1, 3, H, W) in [0, 1] before it is enlarged.
+
+        Args:
+            scores: (1, 2), blur and noise, instead of those that are estimated.
+        """
+        if self.modulations:
+            if scores is None:
+                assert self.estimator is not None
+                assert degraded is not None
+                reference = next(self.estimator.parameters())
+                scores = self.estimator(degraded.to(reference))
+            for modulation in self.modulations:
+                modulation.current = modulation(scores.float().to(self.device))
+
+    def clean(self, latents: Tensor, config: RestoreConfig) -> Tensor:
+        """(B, c, h, w) latents of a degraded image -> those of the clean one."""
+        family, t = self.family, self.family.timestep
+        output = self.network(latents, t)
+        guidance = family.guidance if config.guidance is None else config.guidance
+        if self.negative is not None and guidance != 1:
+            away = self.negative(latents, t)
+            output = away + guidance * (output - away)
+        if self.pixel_network is not None:
+            fidelity = self.pixel_network(latents, t)
+            output = config.pixel * fidelity + config.semantic * (output - fidelity)
+        if family.result == "residual":
+            return latents - output
+        return self.schedule.clean(output, latents, t)
+
+
+class RestorationHead(Head[RestoreConfig, Photograph]):
+    """A one-step restorer. Its results are `Photograph`s of the kind that went in."""
+
+    CONFIG = RestoreConfig
+    model: Restorer
+
+    def __init__(self, model: Restorer, *, name: str = "head", recognised: str = "", source: str = "") -> None:
+        super().__init__(model, "restoration", name=name, recognised=recognised, source=source)
+
+    @staticmethod
+    def read(source: Any) -> Photograph:
+        return Photograph.open(source)
+
+    @property
+    def family(self) -> RestorationFamily:
+        return self.model.family
+
+    def check(self, config: RestoreConfig) -> None:
+        if (config.pixel, config.semantic) != (1, 1) and self.model.pixel_network is None:
+            raise ValueError(
+                f"pixel and semantic are strengths of PiSA-SR's adapters, which {self.name} does not have apart from"
+                " each other (a PiSA-SR is loaded with adjustable=True for them)"
+            )
+        if config.guidance is not None and self.model.negative is None and config.guidance != 1:
+            raise ValueError(f"guidance needs a negative prompt, which {self.name} does not have")
+        tile, overlap = self._tiles(config)
+        if tile and not 0 <= overlap < tile:
+            raise ValueError(f"overlap must be below tile, got {overlap} and {tile} latent cells")
+
+    def _tiles(self, config: RestoreConfig) -> tuple[int, int]:
+        tile = self.family.tile if config.tile is None else config.tile
+        overlap = min(self.family.overlap, tile // 2) if config.overlap is None else config.overlap
+        return tile, overlap
+
+    def group(self, image: Any, config: RestoreConfig) -> Hashable:
+        return None
+
+    def predict_batch(self, images: list[Any], config: RestoreConfig, **drawn: Any) -> Iterator[Photograph]:
+        for photograph in images:
+            yield self._restored(photograph, config)
+
+    # -- one photograph -------------------------------------------------------------------------------------
+
+    def _restored(self, photograph: Photograph, config: RestoreConfig) -> Photograph:
+        width, height = photograph.size
+        size = max(1, round(height * config.scale)), max(1, round(width * config.scale))
+        enlarged = self.enlarge(photograph.pixels, size)
+        self.model.look(photograph.tensor()[None] if self.model.modulations else None)
+        restored = self._colours(self.restore_pixels(enlarged, config), enlarged, config)
+        del enlarged
+        if config.keep_size:
+            size = height, width
+        restored = resized(restored, size, "bicubic")
+        alpha = photograph.alpha
+        if alpha is not None:
+            alpha = resized(alpha[..., None], size, "bicubic")[..., 0]
+        return replace(photograph, pixels=restored, alpha=alpha)
+
+    def enlarge(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """(H, W, 3) at a size, or larger where the family needs more, in its own kind of integer."""
+        more = max(self.family.smallest / min(size), 1)
+        return resized(pixels, (round(size[0] * more), round(size[1] * more)), self.family.upscale)
+
+    @torch.no_grad()
+    def restore_pixels(self, enlarged: np.ndarray, config: RestoreConfig) -> np.ndarray:
+        """What the decoder makes of an enlarged image (H, W, 3), of its kind and size, before colours are fixed."""
+        model, family, levels = self.model, self.family, np.iinfo(enlarged.dtype).max
+        height, width = enlarged.shape[:2]
+        stride = model.stride
+        multiple = max(family.multiple, stride)
+        rows, columns = (side + -side % multiple for side in (height, width))
+        around = (0, rows - height), (0, columns - width), (0, 0)
+        padded = np.pad(enlarged, around, mode="reflect" if min(height, width) > 1 else "edge")  # type: ignore[arg-type]
+        cells = rows // stride, columns // stride
+        tile, overlap = self._tiles(config)
+        if not tile or cells[0] * cells[1] <= tile**2:
+            tile, overlap = max(cells), 0
+        noise = draw_noise((model.channels, *cells), config.seed, 0, stream=1) if config.posterior == "sample" else None
+
+        def encode(top: int, left: int) -> Tensor:
+            window = padded[top * stride : (top + tile) * stride, left * stride : (left + tile) * stride]
+            pixels = torch.from_numpy(window.astype(np.float32) / levels).permute(2, 0, 1)[None]
+            drawn = None if noise is None else noise[..., top : top + tile, left : left + tile]
+            return model.encode(pixels, drawn)[0]
+
+        latents = self._whole(encode, cells, tile, overlap)
+
+        def clean(top: int, left: int) -> Tensor:
+            part = latents[None, :, top : top + tile, left : left + tile].to(model.device, model.dtype)
+            return model.clean(part, config)[0]
+
+        cleaned = self._whole(clean, cells, tile, overlap)
+
+        def decode(top: int, left: int) -> Tensor:
+            part = cleaned[None, :, top : top + tile, left : left + tile].to(model.device, model.dtype)
+            return model.decode(part)[0].float() / 2 + 0.5
+
+        result = np.empty_like(enlarged)
+        for top, band in blended_rows(decode, cells, tile, overlap, step=stride):
+            shown = band[:, : max(height - top, 0), :width].clamp(0, 1) * levels
+            result[top : top + shown.shape[1]] = shown.round().permute(1, 2, 0).numpy()
+        return result
+
+    def _whole(self, run: Any, cells: tuple[int, int], tile: int, overlap: int) -> Tensor:
+        return torch.cat([band for _, band in blended_rows(run, cells, tile, overlap)], 1)
+
+    def _colours(self, restored: np.ndarray, enlarged: np.ndarray, config: RestoreConfig) -> np.ndarray:
+        """Colours of the enlarged image on the restored one, (H, W, 3) of one kind, band by band."""
+        kind = config.colours or self.family.colours
+        if kind == "none":
+            return restored
+        levels = np.iinfo(restored.dtype).max
+
+        def part(values: np.ndarray, top: int, bottom: int) -> Tensor:
+            return torch.from_numpy(values[top:bottom].astype(np.float32) / levels).permute(2, 0, 1)[None]
+
+        result, height = np.empty_like(restored), len(restored)
+        shift: Any = None
+        if kind == "adain":
+            (mean, spread), (wanted, breadth) = (_statistics(values) for values in (restored, enlarged))
+            shift = (breadth / spread, wanted - mean * breadth / spread)
+        for top in range(0, height, _BAND):
+            first, last = max(top - WAVELET_REACH, 0), min(top + _BAND + WAVELET_REACH, height)
+            if shift is not None:
+                fixed = part(restored, first, last) * shift[0] + shift[1]
+            else:
+                fixed = wavelet_colours(part(restored, first, last), part(enlarged, first, last))
+            band = fixed[0, :, top - first : top - first + _BAND].clamp(0, 1) * levels
+            result[top : top + band.shape[1]] = band.round().permute(1, 2, 0).numpy()
+        return result
+
+
+def resized(values: np.ndarray, size: tuple[int, int], method: Literal["bicubic", "bilinear"]) -> np.ndarray:
+    """(H, W, C) uint8 or uint16 at another size, antialiased where it shrinks, rounded to its own levels."""
+    if values.shape[:2] == size:
+        return values
+    if values.dtype == np.uint8:
+        picture = Image.fromarray(values if values.shape[2] > 1 else values[..., 0])
+        return np.array(picture.resize(size[::-1], Image.Resampling[method.upper()])).reshape(*size, -1)
+    channels = []  # one by one: in float they take twice the memory
+    for channel in np.moveaxis(values, 2, 0):
+        plane = torch.from_numpy(channel.astype(np.float32))[None, None]
+        larger = F.interpolate(plane, size, mode=method, antialias=True)[0, 0].round()
+        channels.append(larger.clamp(0, np.iinfo(values.dtype).max).numpy().astype(values.dtype))
+    return np.stack(channels, 2)
+
+
+def _statistics(values: np.ndarray) -> tuple[Tensor, Tensor]:
+    """`pixels.channel_statistics` of (H, W, 3) integers, without a float copy of the whole."""
+    levels, count = np.iinfo(values.dtype).max, values.shape[0] * values.shape[1]
+    total, squares = np.zeros(3), np.zeros(3)
+    for top in range(0, len(values), _BAND):
+        band = values[top : top + _BAND].astype(np.float64) / levels
+        total += band.sum((0, 1))
+        squares += (band**2).sum((0, 1))
+    mean = total / count
+    variance = (squares - count * mean**2) / max(count - 1, 1)
+    column = (torch.from_numpy(x).float().view(1, 3, 1, 1) for x in (mean, np.sqrt(variance + 1e-5)))
+    return tuple(column)  # type: ignore[return-value]

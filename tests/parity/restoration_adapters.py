@@ -1,0 +1,148 @@
+"""Checkers of system `restoration-and-few-step`: PiSA-SR, S3Diff and its estimator, loaded from files as published."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffrep.heads.loading import load_head
+from diffrep.heads.restoration.adapters import DegradationEstimator, block_of
+from diffrep.heads.restoration.restorer import RestoreConfig
+
+from .cases import each
+from .diffdis_unet import part, tensors_of
+from .restoration_processes import near
+
+
+def nested(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The published pickle of a case's tensors ``a/b``."""
+    stored: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = key.replace("state_embeddings.", "state_embeddings/").split("/")
+        place = stored
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value.float()
+    return stored
+
+
+@torch.no_grad()
+def check_degradation_estimator(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    assert "num_degradation 2, sigmoid" in case["parameters"]
+    for run in each(case["runs"]):
+        i = run["index"]
+        network = DegradationEstimator(run["num_feats"], run["num_blocks"], run["downscales"])
+        network.load_state_dict({k: v.float() for k, v in part(inputs, f"{i}.net.").items()})
+        image = inputs[f"{i}.image"]
+        near(network(image), expected[f"{i}.score"], case["tolerance"], "score")
+        near(network.pooled(image, 0), expected[f"{i}.feature_of_first"], case["tolerance"], "feature")
+
+
+@torch.no_grad()
+def check_pisa_sr(folder: Path, case: dict[str, Any]) -> None:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    inputs, expected = tensors_of(folder)
+    parameters = case["parameters"]
+    assert parameters["lora_alpha"].startswith("8 ")
+    parameters["unet"].read_all()
+    stored = nested(part(inputs, "ckpt."))
+    ranks = {key: parameters[key] for key in ("lora_rank_unet_pix", "lora_rank_unet_sem")}
+    modules = {key: list(value) for key, value in parameters["modules"].items()}
+    modules |= {key.replace("_pix", "_sem"): value for key, value in modules.items()}  # both adapt the same layers
+    with tempfile.TemporaryDirectory() as text:
+        base = Path(text)
+        unet = UNet2DConditionModel(**parameters["unet"])
+        unet.load_state_dict({k: v.float() for k, v in part(inputs, "unet.").items()})
+        unet.save_pretrained(base / "unet")
+        AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4).save_pretrained(base / "vae")
+        (base / "scheduler").mkdir()
+        (base / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "scaled_linear"}')
+        save_file({"context": inputs["context"][:1].clone()}, base / "context.safetensors")
+        torch.save(stored | ranks | modules, base / "pisa_sr.pkl")
+        heads = {
+            adjustable: load_head(base / "pisa_sr.pkl", base=base, adjustable=adjustable, device="cpu", fold=False)
+            for adjustable in (False, True)
+        }
+    latent = inputs["latent"]
+    for run in each(case["runs"]):
+        head = heads[not run["default"]].model
+        assert head.family.timestep == parameters["timestep"]
+        config = RestoreConfig(pixel=run["lambda_pix"], semantic=run["lambda_sem"])
+        rows = []
+        for row, context in zip(latent, inputs["context"], strict=True):  # every row with a prompt of its own
+            for network in filter(None, (head.network, head.pixel_network)):
+                network.context = context[None]
+            rows.append(head.clean(row[None], config))
+        clean = torch.cat(rows)
+        near(clean, expected[f"{run['index']}.x0"], case["tolerance"], "x0")
+        near(latent - clean, expected[f"{run['index']}.residual"], case["tolerance"], "residual")
+
+
+@torch.no_grad()
+def check_s3diff(folder: Path, case: dict[str, Any]) -> None:
+    inputs, expected = tensors_of(folder)
+    p = case["parameters"]
+    stored = nested(part(inputs, "ckpt."))
+    ranks = {"rank_unet": p["lora_rank_unet"], "rank_vae": p["lora_rank_vae"]}
+    targets = {f"{n}_lora_target_modules": p[f"{n}_lora_target_modules"] for n in ("unet", "vae")}
+    assert p["lora_alpha"].startswith("8 ")
+    assert p["num_embeddings"].startswith(f"{len(stored['w'])} ")
+    assert stored["state_embeddings"]["state_dict_vae_block"]["weight"].shape[1] == p["block_embedding_dim"]
+    assert all(
+        re.fullmatch(targets["vae_lora_target_modules"], key.split(".lora_")[0]) for key in stored["state_dict_vae"]
+    )
+    layers = {k.split(".lora_")[0] for k in stored["state_dict_unet"] if ".lora_" in k}
+    assert all(
+        any(layer == end or layer.endswith(f".{end}") for end in targets["unet_lora_target_modules"])
+        for layer in layers
+    )
+    with tempfile.TemporaryDirectory() as text:
+        place = Path(text)
+        shutil.copytree(folder / "model", place / "base")
+        save_file({"context": inputs["0.context"][:1].clone()}, place / "base" / "context.safetensors")
+        stored["w"] = torch.nn.Parameter(stored["w"])
+        torch.save(stored | ranks | targets, place / "s3diff.pkl")
+        torch.save(DegradationEstimator().state_dict(), place / "de_net.pth")
+        head = load_head(place / "s3diff.pkl", base=place / "base", device="cpu")
+    model = head.model
+    assert model.family.timestep == p["timestep"]
+    assert model.estimator is not None
+    checked = 0
+    for run in each(case["runs"]):
+        i = run["index"]
+        image, context = inputs[f"{i}.image"], inputs[f"{i}.context"]
+        assert (len(image), *image.shape[-2:]) == (run["B"], run["h"], run["w"])
+        encoder = [f"encoder.{layer}" for layer in ("down_blocks.0", "down_blocks.3", "mid_block", "conv_in")]
+        shown = ("down_blocks.0", "mid_block", "up_blocks.3", "conv_out")
+        pixels, rows = image.float() / 255, []
+        for row in range(len(image)):
+            model.look(None, inputs[f"{i}.score"][row : row + 1])
+            model.network.context = context[row : row + 1]
+            latent = model.encode(pixels[row : row + 1], inputs[f"{i}.posterior_eps"][row : row + 1])
+            unet, vae = (modulation.current for modulation in model.modulations)
+            clean = model.clean(latent, RestoreConfig(guidance=1.0))
+            rows.append({
+                "latent": latent,
+                "unet_output": model.network(latent, p["timestep"]),
+                "image": model.decode(clean).clamp(-1, 1),
+                "vae_mod": vae[:, [*map(block_of, encoder)]],
+                "unet_mod": unet[:, [*map(block_of, shown)]],
+            })  # fmt: skip
+        for name in rows[0]:
+            value = torch.cat([row[name] for row in rows])
+            limits = {key: case["tolerance"][key] for key in ("atol", "rtol")}
+            tolerance = {"atol": 1e-5} if name.endswith("mod") else limits
+            near(value, expected[f"{i}.{name}"], tolerance, f"{i}.{name}")
+            checked += 1
+    case["tolerance"].read_all()
+    assert checked == len(expected)
