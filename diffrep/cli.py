@@ -58,6 +58,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "train depth": ("train:TrainDepth", "a one-step depth or disparity head"),
     "train normals": ("train:TrainNormals", "a one-step head of surface normals"),
     "train segmentation": ("train:TrainSegmentation", "a one-step head of masks and edges"),
+    "train restore": ("train:TrainRestore", "a one-step restorer of degraded images"),
     "train synthesis": ("train:TrainSynthesis", "a painter of patches from embeddings"),
     "train prior": ("train:TrainPrior", "a model that draws embeddings from texts or labels"),
     "export": ("convert:Export", "write a backbone up to a tap, or a head, as ONNX or torch.export"),

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffrep.files import write_whole
+from diffrep.pictures import image_grid
 
 
 def luma(images: Tensor) -> Tensor:
@@ -60,3 +66,73 @@ def ssim(restored: Tensor, reference: Tensor, *, crop: int = 0, y: bool = True) 
     both = mean(first * second) - a * b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     return float(((2 * a * b + c1) * (2 * both + c2) / ((a**2 + b**2 + c1) * (spread_a + spread_b + c2))).mean())
+
+
+class FeatureDistance:
+    """An LPIPS-like distance that needs no download: between features of the embedded DINO, each of unit length.
+
+    Its numbers are this package's own and compare with no published LPIPS.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        from diffrep.backbones import load_backbone
+
+        self.backbone = load_backbone("tiny-dino", device=device)
+        self.taps = [tap.name for tap in self.backbone.taps()]
+
+    @torch.no_grad()
+    def __call__(self, restored: Tensor, reference: Tensor) -> Tensor:
+        """(B,) of images (B, 3, H, W) in [0, 1]: squared distances, averaged over places and blocks."""
+        from diffrep.features import extract
+
+        pair = (extract(self.backbone, list(images.float().cpu()), taps=self.taps) for images in (restored, reference))
+        first, second = pair
+        distances = [
+            (F.normalize(first[tap], dim=1) - F.normalize(second[tap], dim=1)).square().sum(1).flatten(1).mean(1)
+            for tap in self.taps
+        ]
+        return torch.stack(distances).mean(0).cpu()
+
+
+def to_levels(images: Tensor) -> Tensor:
+    """[0, 1] -> uint8, rounded."""
+    return (images.float().clamp(0, 1) * 255).round().byte().cpu()
+
+
+def score_images(restored: Tensor, originals: Tensor, distance: FeatureDistance | None = None) -> dict[str, float]:
+    """Means over images (N, 3, H, W) uint8: PSNR of RGB and of Y in dB, SSIM of Y, and the distance of features."""
+    pairs = list(zip(restored, originals, strict=True))
+    scores = {
+        "psnr": sum(psnr(a, b, y=False) for a, b in pairs),
+        "psnr_y": sum(psnr(a, b) for a, b in pairs),
+        "ssim": sum(ssim(a, b) for a, b in pairs),
+    }
+    if distance is not None:
+        scores["distance"] = float(distance(restored / 255, originals / 255).sum())
+    return {name: value / len(pairs) for name, value in scores.items()}
+
+
+class RestorationValidation:
+    """Given to `fit` as `validate`: scores of held-out images, degraded and only made smaller, beside a bicubic's.
+
+    Args:
+        pairs: of `diffrep.heads.training.restoration.enlargements`.
+        pictures: folder of the pictures: rows of enlarged, restored and original images.
+    """
+
+    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]], pictures: Path | None = None) -> None:
+        self.pairs, self.pictures, self.distance = pairs, pictures, FeatureDistance()
+
+    @torch.no_grad()
+    def __call__(self, model: Any, step: int) -> dict[str, float]:
+        device, scores, rows = model.context.device, {}, []
+        for kind, (originals, images) in self.pairs.items():
+            parts = [model(part.to(device))[1].float().cpu() for part in images.split(32)]
+            restored = to_levels(torch.cat(parts))
+            for who, values in (("restored", restored), ("bicubic", to_levels(images))):
+                for name, value in score_images(values, originals, self.distance).items():
+                    scores[f"{kind} {who} {name}"] = value
+            rows += [values[:8] / 255 for values in (to_levels(images), restored, originals)]
+        if self.pictures is not None:
+            write_whole(self.pictures / f"{step:06d}.png", image_grid(rows).save)
+        return scores

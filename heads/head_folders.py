@@ -35,6 +35,7 @@ def write_head(
     context: Tensor,
     working_size: int,
     extra: Mapping[str, object] | None = None,
+    vae: Any = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
     """Write a head as a folder that holds only what is new: the U-Net, the prompt's embedding, ``head.json``.
@@ -50,12 +51,15 @@ def write_head(
         working_size: long side in pixels at which the head works by default.
         extra: further JSON values for ``head.json``: "frame", the camera axes of normals where they are not those of
             the family; and for example steps, seed, data, measured quality.
+        vae: the `AutoencoderKL`, where it was trained too.
         dtype: of the weights on disk.
     """
-    weights = {name: value.to(dtype) for name, value in unet.state_dict().items()}
-    config = {k: v for k, v in dict(unet.config).items() if not k.startswith("_")}
-    write_document(folder / "unet" / "config.json", config | {"_class_name": "UNet2DConditionModel"})
-    save_weights(folder / "unet" / WEIGHTS, weights, format="pt")
+    parts = {"unet": (unet, "UNet2DConditionModel")} | ({} if vae is None else {"vae": (vae, "AutoencoderKL")})
+    for part, (network, kind) in parts.items():
+        weights = {name: value.to(dtype).contiguous() for name, value in network.state_dict().items()}
+        config = {k: v for k, v in dict(network.config).items() if not k.startswith("_")}
+        write_document(folder / part / "config.json", config | {"_class_name": kind})
+        save_weights(folder / part / WEIGHTS, weights, format="pt")
     save_weights(folder / CONTEXT_FILE, {"context": context.float()})
     if Path(base).is_dir():
         base = os.path.relpath(Path(base).resolve(), folder.resolve())

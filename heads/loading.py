@@ -51,7 +51,7 @@ __all__ = [
     "write_head",
 ]
 
-EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation", "tiny-restore")
+EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation")
 RESTORATION = "restoration"
 TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation", RESTORATION), (*FAMILIES, DIFFDIS, *RESTORATION_FAMILIES)
 KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say
@@ -199,11 +199,11 @@ def _load_restorer(source: _Source, device: torch.device, dtype: torch.dtype, fo
 
     unet = load_component(UNet2DConditionModel, source.path, "unet", dtype)
     own = dataclasses.replace(source, base=source.path) if json_of(source.path, "vae/config.json") else source
-    parts = _parts(own, unet, device, dtype, scheduler=source.base)
+    parts, decoder = _parts(own, unet, device, dtype, scheduler=source.base), _decoder(source, device, dtype)
     size = _integer(source.name, source.head, "working_size", TINY.working_size)
     family: RestorationFamily = dataclasses.replace(RESTORATION_FAMILIES[source.head["family"]], working_size=size)
     about = f"{family.name}, a restorer, said by {HEAD_FILE}"
-    return RestorationHead(Restorer(*parts, family, fold=fold), name=source.name, recognised=about, source=source.path)
+    return RestorationHead(Restorer(*parts, family, fold=fold, decoder=decoder), name=source.name, recognised=about, source=source.path)
 
 
 def load_segmentation(name: str | os.PathLike[str], **options: Any) -> SegmentationHead:

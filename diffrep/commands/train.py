@@ -40,6 +40,14 @@ from diffrep.heads.training.fit import (
     train_head,
 )
 from diffrep.heads.training.masks import MaskedImage, read_dis
+from diffrep.heads.training.restoration import (
+    Originals,
+    PairSettings,
+    PhotoCrops,
+    RestorationTraining,
+    SceneImages,
+    enlargements,
+)
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
 from diffrep.settings import check_options
@@ -382,6 +390,81 @@ class TrainSegmentation(HeadTraining):
             size=(128 if ours else 1024) if self.size is None else self.size,
             scenes=self.scenes,
             sharpen=(4.0 if ours and self.steps is None else 0.0) if self.sharpen is None else self.sharpen,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRestore(HeadTraining):
+    """Turn a diffusion model into a one-step restorer of degraded images, by the rule of PiSA-SR.
+
+    With `--base tiny --data scenes` the defaults are those of the embedded `tiny-restore`. Called again with the same
+    work folder it goes on where it was. `--teacher FOLDER` distils a restorer of half the scale (YONOS-SR).
+    """
+
+    data: tuple[str, ...] = ("scenes",)  # scenes, scenes=FOLDER, or files, folders and patterns of photographs
+    scenes: int = 16000  # to train on; rendered where --data scenes names no folder
+    size: int = 128  # pixels a side of the originals; photographs are cropped to their middle square and resized
+    degradation: Literal["resshift", "s3diff"] = "resshift"  # how originals are made worse: the papers' settings
+    scale: int = 4  # sides of originals over those of degraded images
+    clean: float = 0.25  # share of images that are only made smaller
+    versions: int = 2  # of each original, degraded once before the training
+    detail: bool | None = None  # a decoder of its own that looks at the image; yes with base tiny, else the VAE's
+    learns: Literal["unet", "decoder", "all"] = "unet"  # U-Net and a decoder of its own; a decoder alone; VAE too
+    start: str = ""  # folder of a restorer to train on, for example its decoder alone
+    teacher: str = ""  # folder of a restorer of half the scale, whose clean latents are the targets
+    latent: float | None = None  # weight of the latents' error; 0.1 with a decoder of its own, else 1
+    pixel: float = 1.0  # weight of the pixels' error
+    workers: int = 2  # processes that render scenes and degrade images
+
+    def run(self) -> None:
+        from diffrep.eval.restoration import RestorationValidation
+
+        check_options(self, workers="1..", scale="2..16", size="16..")
+        training = self.training()
+        work, output, parts = self.checked("restore")
+        training.build(parts)  # refuses a base that it does not fit
+        del parts
+        originals = self._originals(work)
+        held_out = SceneOriginals(
+            render_set(work / "validation", "val", self.validation_scenes, size=self.size, workers=1)
+        )
+        model = train_head(
+            training, originals, work / "run",
+            latents=self.latents or work / "pairs.safetensors",
+            validate=RestorationValidation(enlargements(held_out, training.pairs), work / "pictures"),
+            validate_every=self.validate_every,
+        )  # fmt: skip
+        training.write(output, model)
+        print(f"wrote {output}")
+
+    def _originals(self, work: Path) -> Originals:
+        kind, _, folder = self.data[0].partition("=") if len(self.data) == 1 else ("", "", "")
+        if kind != "scenes":
+            return PhotoCrops(tuple(find_images(self.data)), self.size)
+        return SceneOriginals(
+            SceneSet(folder)
+            if folder
+            else render_set(work / "scenes", "train", self.scenes, size=self.size, workers=self.workers)
+        )
+
+    def training(self) -> RestorationTraining:
+        """The settings that these options mean."""
+        detail = self.base == "tiny" if self.detail is None else self.detail
+        latent = (0.1 if detail else 1.0) if self.latent is None else self.latent
+        pairs = {name: getattr(self, name) for name in ("degradation", "scale", "clean", "versions")}
+        return RestorationTraining(
+            base=self.base,
+            start=self.start,
+            teacher=self.teacher,
+            pairs=PairSettings(**pairs, half=bool(self.teacher), seed=self.seed or 0),
+            fit=self.changed(RestorationTraining().fit),
+            batch_size=self.batch_size or 32,
+            size=self.size,
+            detail=detail,
+            learns=self.learns,
+            latent=latent,
+            pixel=self.pixel,
+            workers=self.workers,
         )
 
 

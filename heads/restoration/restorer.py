@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
+from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.head import Head
 from diffrep.heads.one_step import OneStep, PlainUNet
 from diffrep.heads.restoration.adapters import DegradationEstimator, Modulation
@@ -63,6 +64,7 @@ class Restorer(OneStep):
 
     Args:
         pixel_unet: the U-Net with PiSA-SR's adapter for fidelity alone, for strengths other than 1.
+        decoder: draws what is added to the enlarged image, in place of the VAE's decoder, which draws the image.
         negative: (1, tokens, C), embedding of the negative prompt.
         modulations: of U-Net and VAE, and `estimator`, what drives them: S3Diff's.
     """
@@ -77,8 +79,9 @@ class Restorer(OneStep):
         modulations: tuple[Modulation, ...] = (),
         estimator: DegradationEstimator | None = None,
         fold: bool = True,
+        decoder: DetailDecoder | None = None,
     ) -> None:
-        super().__init__(*parts, fold=fold and not modulations)
+        super().__init__(*parts, fold=fold and not modulations, decoder=decoder)
         context: Tensor = self.network.context
         self.pixel_network = None if pixel_unet is None else PlainUNet(pixel_unet, context)
         self.negative = None if negative is None else PlainUNet(self.network.unet, negative)
@@ -194,9 +197,12 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
             tile, overlap = max(cells), 0
         noise = draw_noise((model.channels, *cells), config.seed, 0, stream=1) if config.posterior == "sample" else None
 
+        def window(top: int, left: int) -> Tensor:
+            part = padded[top * stride : (top + tile) * stride, left * stride : (left + tile) * stride]
+            return torch.from_numpy(part.astype(np.float32) / levels).permute(2, 0, 1)[None]
+
         def encode(top: int, left: int) -> Tensor:
-            window = padded[top * stride : (top + tile) * stride, left * stride : (left + tile) * stride]
-            pixels = torch.from_numpy(window.astype(np.float32) / levels).permute(2, 0, 1)[None]
+            pixels = window(top, left)
             drawn = None if noise is None else noise[..., top : top + tile, left : left + tile]
             return model.encode(pixels, drawn)[0]
 
@@ -210,7 +216,10 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
 
         def decode(top: int, left: int) -> Tensor:
             part = cleaned[None, :, top : top + tile, left : left + tile].to(model.device, model.dtype)
-            return model.decode(part)[0].float() / 2 + 0.5
+            if model.decoder is None:
+                return model.decode(part)[0].float() / 2 + 0.5
+            pixels = window(top, left).to(part)
+            return (pixels + model.decoder(part, pixels))[0]
 
         result = np.empty_like(enlarged)
         for top, band in blended_rows(decode, cells, tile, overlap, step=stride):

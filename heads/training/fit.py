@@ -54,7 +54,7 @@ from diffrep.scenes import SceneSet
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.training.loop import Batch, FitSettings, Loss, fit, step_generator
 
-ModelT = TypeVar("ModelT", OneStepModel, SegmentationModel)
+ModelT = TypeVar("ModelT", bound=nn.Module)
 DataT = TypeVar("DataT")
 Feed = tuple[Callable[[torch.Generator], Batch], Loss[Any], Callable[[Any], object] | None]
 """What makes batches, their loss, and what is done with the trained model."""
@@ -93,6 +93,10 @@ class HeadSettings(ABC, Generic[ModelT, DataT]):
     def about(self) -> dict[str, Any]:
         """What a trained head's ``head.json`` says, as `write_head` takes it."""
 
+    def written_vae(self, model: ModelT) -> Any:
+        """The VAE, where it was trained too; None where it is the base's."""
+        return None
+
     def write(self, folder: Path, model: ModelT, **about: Any) -> None:
         """Write a trained head, all of it or nothing; what was in the folder is replaced.
 
@@ -102,7 +106,7 @@ class HeadSettings(ABC, Generic[ModelT, DataT]):
         values = {"base": self.base, "context": model.context, **self.about(), **about}
 
         def fill(partial: Path) -> None:
-            write_head(partial, model.unet, **values)
+            write_head(partial, model.unet, vae=self.written_vae(model), **values)
             if isinstance(model.decoder, DetailDecoder):
                 model.decoder.save(partial)
 
@@ -147,7 +151,7 @@ def train_head(
     return trained
 
 
-def _starting_point(parts: PipelineParts, *modules: nn.Module | None) -> Tensor:
+def prepared(parts: PipelineParts, *modules: nn.Module | None) -> Tensor:
     """Make networks ready to be trained here, in place; the embedding of the empty prompt."""
     if parts.text is None:
         raise ValueError(f"{parts.source}: has no text encoder, which the empty prompt needs")
@@ -236,7 +240,7 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
                 decoder = DetailDecoder(codec.channels, stride=codec.stride, **shape)
-        context = _starting_point(parts, unet, decoder)
+        context = prepared(parts, unet, decoder)
         return OneStepModel(unet, context, parts.alphas_cumprod, self.recipe, decoder)
 
     def feed(
@@ -335,7 +339,7 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
             decoder = DetailDecoder(codec.channels, stride=codec.stride) if self.decoder else None
-        context = _starting_point(parts, unet, decoder)
+        context = prepared(parts, unet, decoder)
         return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
 
     def feed(

@@ -1,0 +1,319 @@
+"""Training a restorer: degraded images in, their originals out, in one pass; as Lotus-D is, with the rule "residual".
+
+The scale distillation is YONOS-SR's (arXiv 2401.17258), in its certain parts: a restorer of half the scale, which sees
+more, says what clean latent one of the whole scale should find; the decoder is tuned after the U-Net. Its weights by
+noise level do not apply, since nothing here starts from noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from diffrep.backbones.pipelines import PipelineParts
+from diffrep.files import read_weights, save_weights
+from diffrep.heads.decoder import DetailDecoder
+from diffrep.heads.one_step import LatentCodec, Schedule
+from diffrep.heads.restoration.degrade import DEGRADATIONS, SeededDraws, degrade, draw_kernels
+from diffrep.heads.restoration.families import TINY, RestorationFamily
+from diffrep.heads.restoration.pixels import imresize
+from diffrep.heads.restoration.restorer import RestorationHead, Restorer
+from diffrep.heads.training.fit import Feed, HeadSettings, prepared
+from diffrep.images import center_crop, load_image
+from diffrep.scenes import SceneSet
+from diffrep.settings import NOT_NEGATIVE, check
+from diffrep.training.loop import Batch, FitSettings, step_generator
+
+EMBEDDED_FIT = FitSettings(
+    steps=40000, minutes=60, learning_rate=1e-3, warmup=100, weight_decay=0.01, ema_decay=0.998, seed=31
+)
+DETAIL: Mapping[str, Any] = {"widths": (128, 64, 48), "blocks": 2, "outputs": 3}  # of a decoder of its own
+
+
+class Originals(Protocol):
+    """Images to degrade, all of one size."""
+
+    def __len__(self) -> int: ...
+    def pixels(self, index: int) -> Tensor:
+        """(3, H, W) uint8."""
+
+
+@dataclass(frozen=True)
+class SceneOriginals:
+    """The images of a rendered set."""
+
+    scenes: SceneSet
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def pixels(self, index: int) -> Tensor:
+        return torch.from_numpy(np.array(self.scenes.image[index])).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class PhotoCrops:
+    """The middle squares of photographs."""
+
+    files: tuple[Path, ...]
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def pixels(self, index: int) -> Tensor:
+        image = center_crop(load_image(self.files[index]), self.size).resize((self.size,) * 2, Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# -- pairs --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """What originals are made into, once, before a training."""
+
+    degradation: Literal["resshift", "s3diff"] = "resshift"
+    scale: int = 4
+    clean: float = 0.25  # share that is only made smaller
+    versions: int = 2  # of each original
+    half: bool = False  # also as half the scale would have left them
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self, scale="2..16", clean="[0, 1]", versions="1..", seed="[0, 2^63)")
+
+
+def degraded(pixels: Tensor, settings: PairSettings, number: int, *, half: bool = False) -> Tensor:
+    """An image (3, H, W) uint8 made worse with the draws of a number: (3, H / scale, W / scale) uint8.
+
+    Args:
+        half: with the same draws, as a scale half as large would have left it.
+    """
+    draws, image = SeededDraws(step_generator(settings.seed, number)), pixels[None].float() / 255
+    scale = settings.scale // 2 if half else settings.scale
+    if draws.random() < settings.clean:
+        low = imresize(image, 1 / scale).clamp(0, 1)
+    else:
+        whole = replace(DEGRADATIONS[settings.degradation], scale=scale, clean=0.0, rounds=True)
+        low = degrade(image, draw_kernels(whole, draws), whole, draws)
+    return (low[0] * 255).round().byte()
+
+
+def degraded_pairs(
+    originals: Originals, settings: PairSettings, file: Path, *, workers: int = 2, progress: bool = True
+) -> dict[str, Tensor]:
+    """All versions of all originals, degraded once, in several processes, and stored in a file.
+
+    Returns:
+        "low" (versions * N, 3, h, w) uint8, the versions of each original beside each other, and where the settings
+        say so "half".
+
+    Raises:
+        ValueError: the file holds pairs of something else.
+    """
+    made_with = json.dumps([len(originals), asdict(settings)])
+    if not file.exists():
+        count = len(originals) * settings.versions
+        chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            results = pool.map(partial(_chunk, originals, settings), chunks)
+            parts = list(tqdm(results, desc="degrading", total=len(chunks), unit="batch", disable=not progress))
+        save_weights(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, made_with=made_with)
+    stored, metadata = read_weights(file)
+    if metadata.get("made_with") != made_with:
+        raise ValueError(
+            f"{file}: holds pairs of {metadata.get('made_with')}, not of {made_with}; choose another folder"
+        )
+    return stored
+
+
+def _chunk(originals: Originals, settings: PairSettings, numbers: range) -> dict[str, Tensor]:
+    torch.set_num_threads(1)
+    kinds = {"low": False, "half": True} if settings.half else {"low": False}
+    return {
+        name: torch.stack([
+            degraded(originals.pixels(number // settings.versions), settings, number, half=half) for number in numbers
+        ])
+        for name, half in kinds.items()
+    }  # fmt: skip
+
+
+def enlarged(low: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, h, w) uint8 -> (B, 3, H, W) in [0, 1], as a head enlarges photographs."""
+    return F.interpolate(low.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+# -- the model ----------------------------------------------------------------------------------------------
+
+
+class RestorationModel(nn.Module):
+    """A U-Net and its VAE in training; what of them learns is what requires gradients.
+
+    Args:
+        decoder: draws what is added to the enlarged image, in place of the VAE's decoder, which draws the image.
+    """
+
+    context: Tensor
+
+    def __init__(
+        self, unet: Any, vae: Any, context: Tensor, scheduler: Mapping[str, Any], decoder: DetailDecoder | None = None
+    ) -> None:
+        super().__init__()
+        self.unet, self.vae, self.decoder, self.scheduler = unet, vae, decoder, dict(scheduler)
+        self.register_buffer("context", context.detach().clone())
+
+    def forward(self, images: Tensor, *, decoded: bool = True) -> tuple[Tensor, Tensor | None]:
+        """Clean latents (B, c, h, w) and clean images in about [0, 1], of enlarged ones (B, 3, H, W) in [0, 1]."""
+        codec, context = LatentCodec(self.vae), self.context.expand(len(images), -1, -1)
+        latents = codec.encode(images, batch_size=len(images))
+        clean = latents - self.unet(latents, TINY.timestep, encoder_hidden_states=context).sample
+        if not decoded:
+            return clean, None
+        if self.decoder is not None:
+            return clean, images + self.decoder(clean, images)
+        return clean, codec.decode(clean, batch_size=len(images)) / 2 + 0.5
+
+
+def restorer_of(model: RestorationModel, family: RestorationFamily = TINY) -> RestorationHead:
+    """The head that a model in training is; they share their weights."""
+    parts = model.unet, model.vae, model.context, Schedule.from_config(model.scheduler), family
+    return RestorationHead(Restorer(*parts, fold=False, decoder=model.decoder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestorationTraining(HeadSettings[RestorationModel, Originals]):
+    """One restorer: from which base, on which degradation, and how it is trained."""
+
+    base: str = "tiny"  # embedded model, diffusers folder or hub id
+    start: str = ""  # folder of a restorer whose networks are trained on
+    teacher: str = ""  # folder of a restorer of half the scale whose clean latents are the targets (YONOS-SR)
+    pairs: PairSettings = field(default_factory=PairSettings)
+    fit: FitSettings = field(default_factory=lambda: EMBEDDED_FIT)
+    batch_size: int = 32
+    size: int = 128  # pixels of a side of the originals
+    detail: bool = True  # a decoder of its own draws what is added to the enlarged image; else the VAE's the image
+    learns: Literal["unet", "decoder", "all"] = "unet"  # U-Net, with a decoder of its own; a decoder alone; all, VAE too
+    latent: float = 0.1  # weight of the squared error of the clean latent
+    pixel: float = 1.0  # weight of the mean absolute error behind the decoder
+    workers: int = 2  # processes that degrade images
+
+    def __post_init__(self) -> None:
+        check(self, batch_size="1..", workers="1..", size="16..", latent=NOT_NEGATIVE, pixel=NOT_NEGATIVE)
+        if self.teacher and (self.learns != "unet" or not self.latent or not self.pairs.half):
+            raise ValueError("a teacher's latents need learns='unet', latent above 0, and pairs of half the scale")
+        if (self.learns != "unet" or self.detail) and not self.pixel:
+            raise ValueError("a decoder learns from pixels: set pixel above 0")
+
+    def build(self, parts: PipelineParts) -> RestorationModel:
+        unet, vae, decoder = parts.unet, parts.vae, None
+        if place := self.start or self.teacher:
+            machine = _restorer_in(place)
+            unet, vae, decoder = machine.network.unet, machine.vae, machine.decoder
+        channels = (unet.config.in_channels, unet.config.out_channels)
+        if channels != (vae.config.latent_channels,) * 2:
+            raise ValueError(f"a restorer needs a U-Net from the VAE's latents to them, not one of {channels} channels")
+        if self.detail and decoder is None:
+            codec = LatentCodec(vae)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
+                decoder = DetailDecoder(codec.channels, stride=codec.stride, **DETAIL)
+                nn.init.zeros_(decoder.leave.weight)  # it starts from the enlarged image
+                nn.init.zeros_(decoder.leave.bias)  # type: ignore[arg-type]
+        context = prepared(parts, unet, vae, decoder)
+        model = RestorationModel(unet, vae, context, parts.scheduler, decoder if self.detail else None)
+        model.requires_grad_(False)
+        draws = [decoder] if self.detail else [vae.decoder, vae.post_quant_conv]
+        taught = {"unet": [unet, decoder if self.detail else None], "decoder": draws, "all": [unet, vae, decoder]}
+        for module in filter(None, taught[self.learns]):
+            module.requires_grad_(True)
+        return model
+
+    def written_vae(self, model: RestorationModel) -> Any:
+        return model.vae if self.learns == "all" or not self.detail or self.start or self.teacher else None
+
+    def feed(
+        self,
+        model: RestorationModel,
+        parts: PipelineParts,
+        data: Any,
+        folder: Path,
+        latents: Path | None,
+        progress: bool,
+        device: torch.device,
+    ) -> Feed:
+        pairs = degraded_pairs(
+            data, self.pairs, latents or folder / "pairs.safetensors", workers=self.workers, progress=progress
+        )
+        size, versions = (self.size, self.size), self.pairs.versions
+        teaches = bool(self.teacher)
+        frozen: Any = _restorer_in(self.teacher) if teaches else LatentCodec(copy.deepcopy(model.vae))
+        frozen.requires_grad_(False).eval().to(device)
+        loaded = torch.stack([data.pixels(index) for index in range(len(data))]).to(device)
+        pairs = {name: low.to(device) for name, low in pairs.items()}
+
+        def batches(generator: torch.Generator) -> Batch:
+            rows = torch.randint(len(pairs["low"]), (self.batch_size,), generator=generator).to(device)
+            flips = (torch.rand(self.batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
+            batch = {"originals": loaded[rows // versions], **{name: low[rows] for name, low in pairs.items()}}
+            return {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
+
+        def losses(module: nn.Module, ema: RestorationModel, batch: Batch) -> dict[str, Tensor]:
+            count, originals = self.batch_size, batch["originals"].float() / 255
+            clean, decoded = module(enlarged(batch["low"], size), decoded=bool(self.pixel))
+            terms: dict[str, Tensor] = {}
+            if decoded is not None:
+                terms["pixel"] = F.l1_loss(decoded.float(), originals)
+            if self.latent:
+                if self.learns == "all":  # there is no fixed latent space but that of the base
+                    assert decoded is not None
+                    clean = frozen.encode(decoded, batch_size=count)
+                with torch.no_grad():
+                    target = frozen.encode(enlarged(batch["half"], size) if teaches else originals, batch_size=count)
+                    if teaches:
+                        target = target - frozen.network(target, TINY.timestep)
+                terms["latent"] = F.mse_loss(clean.float(), target.float())
+            weights = {"pixel": self.pixel, "latent": self.latent}
+            return {"loss": torch.stack([weights[name] * term for name, term in terms.items()]).sum(), **terms}
+
+        return batches, losses, None
+
+    def about(self) -> dict[str, Any]:
+        extra = {"training": json.loads(json.dumps(asdict(self), default=str))}
+        return {"family": TINY.name, "task": "restoration", "working_size": self.size, "extra": extra}
+
+
+def _restorer_in(folder: str) -> Any:
+    from diffrep.heads.loading import load_head  # which imports what trains nothing
+
+    head = load_head(folder, task="restoration", device="cpu", dtype=torch.float32, fold=False)
+    return head.model
+
+
+# -- measuring ----------------------------------------------------------------------------------------------
+
+
+def enlargements(originals: Originals, settings: PairSettings) -> dict[str, tuple[Tensor, Tensor]]:
+    """Originals (N, 3, H, W) uint8 beside their enlarged versions in [0, 1], "degraded" and "clean"."""
+    pixels = torch.stack([originals.pixels(i) for i in range(len(originals))])
+    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
+    result = {}
+    for name, share in (("degraded", 0.0), ("clean", 1.0)):
+        one = replace(settings, clean=share)
+        low = torch.stack([degraded(image, one, number) for number, image in enumerate(pixels)])
+        result[name] = pixels, enlarged(low, size)
+    return result
