@@ -45,7 +45,7 @@ from diffrep.heads.training.restoration import (
     PairSettings,
     PhotoCrops,
     RestorationTraining,
-    SceneImages,
+    SceneOriginals,
     enlargements,
 )
 from diffrep.images import find_images
