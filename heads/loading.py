@@ -203,7 +203,9 @@ def _load_restorer(source: _Source, device: torch.device, dtype: torch.dtype, fo
     size = _integer(source.name, source.head, "working_size", TINY.working_size)
     family: RestorationFamily = dataclasses.replace(RESTORATION_FAMILIES[source.head["family"]], working_size=size)
     about = f"{family.name}, a restorer, said by {HEAD_FILE}"
-    return RestorationHead(Restorer(*parts, family, fold=fold, decoder=decoder), name=source.name, recognised=about, source=source.path)
+    return RestorationHead(
+        Restorer(*parts, family, fold=fold, decoder=decoder), name=source.name, recognised=about, source=source.path
+    )
 
 
 def load_segmentation(name: str | os.PathLike[str], **options: Any) -> SegmentationHead:

@@ -179,14 +179,26 @@ class RestorationModel(nn.Module):
 
     def forward(self, images: Tensor, *, decoded: bool = True) -> tuple[Tensor, Tensor | None]:
         """Clean latents (B, c, h, w) and clean images in about [0, 1], of enlarged ones (B, 3, H, W) in [0, 1]."""
-        codec, context = LatentCodec(self.vae), self.context.expand(len(images), -1, -1)
-        latents = codec.encode(images, batch_size=len(images))
-        clean = latents - self.unet(latents, TINY.timestep, encoder_hidden_states=context).sample
+        clean = self.clean(encoded(self.vae, images))
         if not decoded:
             return clean, None
         if self.decoder is not None:
             return clean, images + self.decoder(clean, images)
-        return clean, codec.decode(clean, batch_size=len(images)) / 2 + 0.5
+        config = self.vae.config
+        unscaled = clean / config.scaling_factor + (config.shift_factor or 0.0)
+        return clean, self.vae.decode(unscaled, return_dict=False)[0] / 2 + 0.5
+
+    def clean(self, latents: Tensor) -> Tensor:
+        """Latents (B, c, h, w) of degraded images -> of clean ones."""
+        context = self.context.expand(len(latents), -1, -1)
+        residual: Tensor = self.unet(latents, TINY.timestep, encoder_hidden_states=context).sample
+        return latents - residual
+
+
+def encoded(vae: Any, images: Tensor) -> Tensor:
+    """Scaled means of latents of images (B, 3, H, W) in [0, 1], with a gradient where one is asked for."""
+    latents: Tensor = vae.encode(images * 2 - 1).latent_dist.mean
+    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 def restorer_of(model: RestorationModel, family: RestorationFamily = TINY) -> RestorationHead:
@@ -207,7 +219,9 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
     batch_size: int = 32
     size: int = 128  # pixels of a side of the originals
     detail: bool = True  # a decoder of its own draws what is added to the enlarged image; else the VAE's the image
-    learns: Literal["unet", "decoder", "all"] = "unet"  # U-Net, with a decoder of its own; a decoder alone; all, VAE too
+    learns: Literal["unet", "decoder", "all"] = (
+        "unet"  # U-Net, with a decoder of its own; a decoder alone; all, VAE too
+    )
     latent: float = 0.1  # weight of the squared error of the clean latent
     pixel: float = 1.0  # weight of the mean absolute error behind the decoder
     workers: int = 2  # processes that degrade images
@@ -260,9 +274,12 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
             data, self.pairs, latents or folder / "pairs.safetensors", workers=self.workers, progress=progress
         )
         size, versions = (self.size, self.size), self.pairs.versions
-        teaches = bool(self.teacher)
-        frozen: Any = _restorer_in(self.teacher) if teaches else LatentCodec(copy.deepcopy(model.vae))
-        frozen.requires_grad_(False).eval().to(device)
+        teacher = None
+        if self.teacher:
+            machine = _restorer_in(self.teacher)
+            teacher = RestorationModel(machine.network.unet, machine.vae, machine.network.context, parts.scheduler)
+            teacher.to(device).requires_grad_(False).eval()
+        frozen = copy.deepcopy(model.vae).to(device).requires_grad_(False).eval()
         loaded = torch.stack([data.pixels(index) for index in range(len(data))]).to(device)
         pairs = {name: low.to(device) for name, low in pairs.items()}
 
@@ -273,7 +290,7 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
             return {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
 
         def losses(module: nn.Module, ema: RestorationModel, batch: Batch) -> dict[str, Tensor]:
-            count, originals = self.batch_size, batch["originals"].float() / 255
+            originals = batch["originals"].float() / 255
             clean, decoded = module(enlarged(batch["low"], size), decoded=bool(self.pixel))
             terms: dict[str, Tensor] = {}
             if decoded is not None:
@@ -281,11 +298,12 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
             if self.latent:
                 if self.learns == "all":  # there is no fixed latent space but that of the base
                     assert decoded is not None
-                    clean = frozen.encode(decoded, batch_size=count)
+                    clean = encoded(frozen, decoded)
                 with torch.no_grad():
-                    target = frozen.encode(enlarged(batch["half"], size) if teaches else originals, batch_size=count)
-                    if teaches:
-                        target = target - frozen.network(target, TINY.timestep)
+                    if teacher is None:
+                        target = encoded(frozen, originals)
+                    else:
+                        target = teacher.clean(encoded(teacher.vae, enlarged(batch["half"], size)))
                 terms["latent"] = F.mse_loss(clean.float(), target.float())
             weights = {"pixel": self.pixel, "latent": self.latent}
             return {"loss": torch.stack([weights[name] * term for name, term in terms.items()]).sum(), **terms}
