@@ -1,11 +1,13 @@
 """The embedded benchmark of depth and normals: held-out rendered scenes, whose truth is exact.
 
 Depth is affine-aligned per image, in the space of the prediction, and counted where it is nearer than 80 m; normals are
-counted wherever there is a surface. Intervals are a bootstrap over images.
+counted wherever there is a surface. What happens at outlines is counted on its own (`diffrep.eval.borders`). Intervals
+are a bootstrap over images.
 """
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,10 +17,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.alignment import align_depth
+from diffrep.eval.borders import halo_metrics, thin_places
 from diffrep.eval.cache import ImageResults
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics
 from diffrep.eval.rendering import SceneJob, SceneMapSettings, name_of, render_job, scene_groups
@@ -102,8 +106,8 @@ class SceneMapReport(MethodsReport):
     """What every method got on every scene.
 
     Attributes:
-        rows: method -> scene -> numbers; of depth `depth_metrics`, of normals the mean angle and the share under
-            11.25 degrees of its pixels, and their number.
+        rows: method -> scene -> numbers; of depth `depth_metrics` and `halo_metrics`; of normals the mean angle, also
+            of thin parts alone, the share of pixels under 11.25 degrees, and their number.
         pooled: method -> group -> metrics over all pixels together (normals only).
     """
 
@@ -115,6 +119,9 @@ class SceneMapReport(MethodsReport):
     def mean(self, method: str, metric: str, group: str = "all") -> Interval:
         """Mean over images of one metric of a method, with a 95 % interval."""
         values = np.array([self.rows[method][name][metric] for name in self.groups[group]])
+        values = values[np.isfinite(values)]  # of thin parts, for example, where there are any
+        if not len(values):
+            return math.nan, math.nan, math.nan
         return float(values.mean()), *bootstrap(lambda rows: values[rows].mean(1), len(values))
 
     def values(self, method: str, group: str) -> dict[str, Interval]:
@@ -134,7 +141,9 @@ class SceneMapReport(MethodsReport):
     def sections(self) -> Iterator[Section]:
         what = "angle to the true normal" if self.task == "normals" else f"{self.task}, affine-aligned"
         yield Section(f"scenes ({self.settings.split}, {self.settings.size} px): {what}; 95 % interval over images")
-        metrics = ("mean", "under 11.25") if self.task == "normals" else ("abs_rel", "delta1", "rmse", "silog")
+        metrics: tuple[str, ...] = ("abs_rel", "delta1", "rmse", "silog", "halo", "wide halos", "thin seen")
+        if self.task == "normals":
+            metrics = ("mean", "under 11.25", "thin")
         for group, names in self.groups.items():
             rows = []
             for method in self.rows:
@@ -171,7 +180,7 @@ def evaluate_scene_maps(
     settings, weights = settings or SceneMapSettings(), dict(weights or {})
     root = Path(folder) if folder is not None else None
     if root is not None:
-        claim_folder(root, {"task": task, "methods": weights, **asdict(settings)})
+        claim_folder(root, {"task": task, "methods": weights, "outlines": True, **asdict(settings)})
     results = {
         method: ImageResults(root, f"{number:02d}-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in method))
         for number, method in enumerate(methods)
@@ -179,13 +188,15 @@ def evaluate_scene_maps(
 
     def count(method: str, name: str, values: Tensor, scene: Scene) -> None:
         if task != "normals":
-            results[method].add(name, scene_depth_metrics(values[0], torch.from_numpy(scene.depth), task))
+            results[method].add(name, scene_depth_metrics(values[0], torch.from_numpy(scene.depth), task, scene.mask))
             return
         truth, surface = scene_truth(scene, "normals"), torch.from_numpy(np.isfinite(scene.depth))
-        errors = angular_error(values[None].cpu(), truth[None])[0, 0][surface]
+        angles = angular_error(values[None].cpu(), truth[None])[0, 0]
+        errors = angles[surface]
         e = errors.double()
         row = {"mean": e.mean().item(), "under 11.25": 100 * (e < 11.25).double().mean().item(), "pixels": len(e)}
-        results[method].add(name, row, errors=errors)
+        thin = angles[torch.from_numpy(thin_places(scene.mask))].double()
+        results[method].add(name, row | {"thin": thin.mean().item()}, errors=errors)
 
     jobs = settings.jobs()
     missing = [job for job in jobs if any(name_of(job) not in one.rows for one in results.values())]
@@ -201,12 +212,22 @@ def evaluate_scene_maps(
     return SceneMapReport(rows, groups, task, settings, pooled, weights)
 
 
-def scene_depth_metrics(prediction: Tensor, depth: Tensor, task: Task) -> dict[str, float]:
-    """`depth_metrics` of an (H, W) map, aligned with the depth (H, W) of a scene in its own space."""
+def scene_depth_metrics(
+    prediction: Tensor, depth: Tensor, task: Task, mask: NDArray[np.bool_] | None = None
+) -> dict[str, float]:
+    """`depth_metrics` of an (H, W) map, aligned with the depth (H, W) of a scene in its own space.
+
+    Args:
+        mask: (H, W) of the scene's object, for `halo_metrics` too.
+    """
     valid = (depth > SCENE_BOUNDS[0]) & (depth < SCENE_BOUNDS[1])
     space: Literal["depth", "disparity"] = "disparity" if task == "disparity" else "depth"
     aligned, _, _ = align_depth(prediction.cpu(), depth, valid, space=space, bounds=SCENE_BOUNDS)
-    return depth_metrics(aligned, depth, valid)
+    metrics = depth_metrics(aligned, depth, valid)
+    if mask is None:
+        return metrics
+    near, far = SCENE_BOUNDS
+    return metrics | halo_metrics(aligned.clamp(near, far).numpy(), depth.clamp(near, far).numpy(), mask)
 
 
 def scene_truth(scene: Scene, task: Task) -> Tensor:

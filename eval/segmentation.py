@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import binary_opening, label
 from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval import segmentation_metrics
+from diffrep.eval.borders import thin_places
 from diffrep.eval.published import PUBLISHED_DIS
 from diffrep.eval.report import Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import (
@@ -122,19 +122,6 @@ def _cell(name: str, numbers: Interval) -> str:
 
 
 # -- rendered scenes ------------------------------------------------------------------------------------------------
-
-
-def thin_places(mask: NDArray[np.bool_], width: int = 4, least: int = 8) -> NDArray[np.bool_]:
-    """The parts of an object that no square of `width` pixels fits into: antennas, legs of chairs, spokes, tails.
-
-    Args:
-        least: pixels of a part; what is smaller is a corner.
-    """
-    thin = mask & ~binary_opening(mask, np.ones((width, width)))
-    parts, count = label(thin, np.ones((3, 3)))
-    sizes = np.bincount(parts.ravel(), minlength=count + 1)
-    sizes[0] = 0
-    return np.asarray(sizes[parts] >= least)
 
 
 def evaluate_scene_masks(

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.alignment import align_depth, fit_scale_shift
+from diffrep.eval.borders import halo_metrics
 from diffrep.eval.datasets.archives import read_plain
 from diffrep.eval.datasets.dense_images import (
     DEPTH_BENCHMARKS,
@@ -390,3 +391,42 @@ def test_an_archive_that_is_none_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set.tar").write_bytes(b"not a tar")
     with pytest.raises(DatasetError, match="no uncompressed tar"):
         open_benchmark("depth", "scannet", tmp_path / "set.tar")
+
+
+# -- outlines ---------------------------------------------------------------------------------------------------
+
+
+def test_a_halo_is_as_wide_as_what_is_blurred() -> None:
+    mask = np.zeros((60, 60), dtype=bool)
+    mask[20:40, 20:40] = True
+    depth = np.where(mask, 2.0, 6.0)
+    perfect = halo_metrics(depth, depth, mask)
+    assert (perfect["halo"], perfect["wide halos"]) == (0, 0)
+    assert np.isnan(perfect["thin seen"])  # nothing is thin
+    grown = np.zeros_like(mask)
+    grown[17:43, 17:43] = True  # the object drawn three pixels too large on every side
+    metrics = halo_metrics(np.where(grown, 2.0, 6.0), depth, mask)
+    assert metrics["halo"] == pytest.approx((26**2 - 20**2) / 78, rel=0.05)  # 78 pixels of outline, 3.5 wide at corners
+    assert metrics["wide halos"] > 0
+    near = np.zeros_like(mask)
+    near[19:41, 19:41] = True  # one pixel
+    assert halo_metrics(np.where(near, 2.0, 6.0), depth, mask)["wide halos"] == 0
+
+
+def test_thin_parts_that_are_not_drawn_are_not_seen() -> None:
+    mask = np.zeros((60, 60), dtype=bool)
+    mask[10:30, 10:30] = True
+    mask[30:56, 20:22] = True  # a leg of two pixels
+    depth = np.where(mask, 2.0, 5.0)
+    trunk = mask.copy()
+    trunk[30:] = False
+    assert halo_metrics(depth, depth, mask)["thin seen"] == 100
+    assert halo_metrics(np.where(trunk, 2.0, 5.0), depth, mask)["thin seen"] < 10
+
+
+def test_no_outline_no_halo() -> None:
+    flat = np.full((8, 8), 3.0)
+    for mask in (np.zeros((8, 8), dtype=bool), np.ones((8, 8), dtype=bool)):
+        assert all(np.isnan(value) for value in halo_metrics(flat, flat, mask).values())
+    step = np.arange(64).reshape(8, 8) > 31  # an object that stands against its wall
+    assert np.isnan(halo_metrics(flat, flat, step)["halo"])

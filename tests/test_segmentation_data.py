@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.cli import main
+from diffrep.eval.borders import thin_places
 from diffrep.eval.scene_maps import SceneMapSettings
 from diffrep.eval.segmentation import (
     centred_guess,
@@ -20,7 +21,6 @@ from diffrep.eval.segmentation import (
     evaluate_scene_masks,
     grey,
     open_dis,
-    thin_places,
 )
 from diffrep.eval.segmentation import score_image as evaluated_score
 from diffrep.eval.segmentation_metrics import f_curve, prepare, score_image, scores, simplified_length, together
