@@ -15,15 +15,12 @@ from torch import Tensor
 from diffrep.eval.published import read_tables
 from diffrep.eval.report import Report, Section
 from diffrep.sampling.models import DiffusionModel, diffusion_model, is_synthesis, sample
-from diffrep.sampling.samplers import SAMPLERS
+from diffrep.sampling.samplers import SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError
 from diffrep.sampling.search import Candidate
 from diffrep.synthesis.grids import ImageEncoder
 
-DETERMINISTIC = {
-    "lml": {"kappa": 0.3},
-    "evodiff": {},
-}  # beside those of `SAMPLERS`; LML's published kappa 0 does nothing
+DETERMINISTIC: dict[str, dict[str, Any]] = {"lml": {"kappa": 0.3}}  # beside the defaults; LML's kappa 0 does nothing
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,8 @@ class SamplersEvaluation:
             raise ValueError(
                 f"calls must be at least 1 and fewer than the reference's, got {self.calls} and {self.reference}"
             )
-        known = {**SAMPLERS, **DETERMINISTIC}
-        if unknown := [name for name in self.samplers if name not in known]:
-            raise ValueError(f"there is no sampler {', '.join(unknown)}; known are {', '.join(known)}")
+        if unknown := [name for name in self.samplers if name not in SAMPLERS]:
+            raise ValueError(f"there is no sampler {', '.join(unknown)}; known are {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True)
@@ -153,9 +149,8 @@ def distance_to_fine(
     fine = sample(model, sampler="unipc", steps=reference, seed=seed).latents
 
     def fitness(candidate: Candidate | None) -> float:
-        timesteps = None if candidate is None else candidate.timesteps
         try:
-            got = sample(model, sampler=sampler, steps=steps, timesteps=timesteps, seed=seed).latents
+            got = sample(model, sampler=sampler, steps=steps, timesteps=candidate, seed=seed).latents
         except SamplingError:  # it diverges, or begins where no signal is left
             return math.inf
         return float((got - fine).square().mean().sqrt())
@@ -165,8 +160,7 @@ def distance_to_fine(
 
 def _usual(model: DiffusionModel) -> Sequence[str]:
     flow = isinstance(model.schedule, Flow)
-    names = [name for name, s in SAMPLERS.items() if (s.flow or not flow) and not _adds_noise(name)]
-    return [*names, *([] if flow else ["evodiff"])]
+    return [name for name, s in SAMPLERS.items() if (s.flow or not flow) and not _adds_noise(name)]
 
 
 def _adds_noise(name: str) -> bool:
@@ -176,13 +170,11 @@ def _adds_noise(name: str) -> bool:
 
 def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Tensor:
     """The latents after as many network calls."""
-    if name == "evodiff":
-        steps = calls - 1  # it ends with one more call
-    else:
-        steps = (calls - 1) // SAMPLERS[name].calls + 1  # the last step is one call whatever the solver
-    options: dict[str, Any] = dict(DETERMINISTIC.get(name, {}))
-    painted = sample(model, sampler=name, steps=max(steps, 1), seed=settings.seed, spacing=settings.spacing, **options)
-    return painted.latents
+    options = {"spacing": settings.spacing, **DETERMINISTIC.get(name, {})}
+    steps = calls
+    while steps > 1 and build_table(name, model.schedule, steps, **options).grid.steps > calls:  # several a step
+        steps -= 1
+    return sample(model, sampler=name, steps=steps, seed=settings.seed, **options).latents
 
 
 def _overhead(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> float:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from diffrep import load_synthesis, sample
 from diffrep.cli import main
+from diffrep.eval.likelihood import model_likelihood
 from diffrep.eval.samplers import SamplersEvaluation, distance_to_fine, evaluate_samplers
-from diffrep.sampling.density import model_likelihood
 from diffrep.sampling.models import DiffusionModel, diffusion_model
 from diffrep.sampling.samplers import model_schedule
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP
@@ -100,7 +100,7 @@ def test_flows_are_sampled(sampler: str) -> None:
 def test_what_does_not_fit_is_one_line(tiny: DiffusionModel) -> None:
     for match, call in (
         ("sides must be multiples of 8", lambda: sample(tiny, size=(100, 128))),
-        ("evodiff has no options", lambda: sample(tiny, sampler="evodiff", order=3)),
+        ("evodiff has no option order", lambda: sample(tiny, sampler="evodiff", order=3)),
         ("whole numbers from 1, got 'x'", lambda: sample(tiny, steps="x")),  # type: ignore[arg-type]
         ("no sampler 'golden'", lambda: sample(tiny, sampler="golden")),
         ("is painted under embeddings", lambda: sample("tiny-synthesis", "a cat")),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffrep.backbones.base import Backbone, Conditions, TapInfo
+from diffrep.backbones.base import Backbone, BackboneError, Conditions, TapInfo
 from diffrep.backbones.fused import fused_blocks
 from diffrep.backbones.text import PromptEmbedding, PromptEncoder
 from diffrep.graphs import Graphs
@@ -35,11 +35,13 @@ class DiffusionBackbone(Backbone, ABC):
 
     Attributes:
         stride: image pixels per cell of what is noised.
+        guidance: scale of classifier-free guidance that it is painted with where none is said; 1: none.
         alphas_cumprod: (T,) of the schedule, indexed by the timestep; not used by rectified flow.
         scheduler: configuration of the schedule, where it came from a folder; for saving.
     """
 
     stride: int = 1
+    guidance: float = 1.0
     alphas_cumprod: Tensor
     scheduler: Mapping[str, Any] | None = None
     _taps: Mapping[str, TapInfo]
@@ -64,6 +66,39 @@ class DiffusionBackbone(Backbone, ABC):
     @abstractmethod
     def network_maps(self, noisy: Tensor, taps: Sequence[str], conditions: Conditions) -> dict[str, Tensor]:
         """Run the network on (B, c, h, w) noisy pixels or latents, up to the deepest tap."""
+
+    def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
+        """The conditions of `predicted` that a prompt, a class or several of them mean, and that for guidance away.
+
+        Raises:
+            BackboneError: it cannot be painted under such a condition.
+        """
+        raise NotImplementedError
+
+    def _classes(self, condition: Any, classes: int | None) -> list[Any]:
+        """Labels as a list, [None] where there are no classes."""
+        labels = [None] if condition is None else torch.as_tensor(condition).flatten().tolist()
+        if (classes is None) != (labels == [None]) or not all(c is None or 0 <= c < (classes or 0) for c in labels):
+            needs = "has no classes" if classes is None else f"needs a class, 0..{classes - 1}"
+            raise BackboneError(f"{self.name} {needs}, got the condition {condition!r}")
+        return labels
+
+    def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
+        """What the network gives for noisy states, in its own convention.
+
+        Args:
+            states: (B, c, h, w).
+            timestep: what it is called with; of flows 1000 times the share of noise.
+            conditions: B prompts or classes, as the network takes them.
+
+        Returns:
+            (B, c, h, w): noise, velocity or clean states, without a learned variance.
+        """
+        raise NotImplementedError
+
+    def decode(self, states: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in about [0, 1] of clean states (B, c, h, w), as the network knows them."""
+        raise NotImplementedError
 
     def check_canvas(self, size: Sequence[int]) -> None:
         """Refuse a canvas of (..., H, W) pixels that the network's cells do not cover.
@@ -195,6 +230,24 @@ class LatentBackbone(DiffusionBackbone):
             posterior = self.vae.encode(pixels * 2 - 1).latent_dist
         # a batch can come back channels-last: noise must not follow its memory layout
         return posterior.mean.contiguous(), posterior.std.contiguous()
+
+    def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
+        prompts = [condition] if isinstance(condition, str) else list(condition or [""])
+        if self.text is None or not all(isinstance(prompt, str) for prompt in prompts):
+            raise BackboneError(
+                f"{self.name}: is painted by prompts, and needs its text_encoder and tokenizer for them"
+            )
+        self.embed_all([*prompts, negative])
+        return prompts, negative
+
+    @torch.inference_mode()
+    def decode(self, states: Tensor) -> Tensor:
+        if self.vae.decoder is None:
+            raise BackboneError(f"{self.name}: was loaded without the decoder of its VAE; load_backbone(decoder=True)")
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = states.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
+        images: Tensor = self.vae.decode(latents).sample / 2 + 0.5
+        return images
 
     def scale(self, latents: Tensor) -> Tensor:
         """What the VAE gives -> what the network was trained on."""

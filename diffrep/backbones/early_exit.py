@@ -135,6 +135,9 @@ class LayerOutputs:
 class EarlyExitUViT(nn.Module):
     """A U-ViT with a probe and an output head for each layer.
 
+    Attributes:
+        limit: how many blocks run, by a fixed table of a sampler (`PartialNetwork`); None: all.
+
     Raises:
         BackboneError: the sizes do not fit.
     """
@@ -144,6 +147,7 @@ class EarlyExitUViT(nn.Module):
         if about.img_size % about.patch_size or about.embed_dim % about.num_heads or about.depth % 2 == 0:
             raise BackboneError(f"a U-ViT has whole patches and heads and an odd depth, got {about}")
         self.about, side = about, about.img_size // about.patch_size
+        self.limit: int | None = None
 
         def head() -> _OutputHead:
             return _OutputHead(about.embed_dim, about.patch_size, about.in_chans, about.extras, side)
@@ -167,7 +171,7 @@ class EarlyExitUViT(nn.Module):
             x: (B, C, H, W); t: (B,) timesteps.
             labels: (B,) classes, of class-conditional networks.
             threshold: leave at the first layer at which every sample's uncertainty is at most this.
-            depths: for each timestep how many blocks run, one batch having one timestep.
+            depths: for each timestep how many blocks run, one batch having one timestep; where left out, `limit` do.
         """
         net, about = self.uvit, self.about
         time = net.time_embed(timestep_embedding(t / 1000 if about.normalize_timesteps else t, about.embed_dim))
@@ -180,7 +184,7 @@ class EarlyExitUViT(nn.Module):
         h = torch.cat([*tokens, patches], dim=1) + net.pos_embed
         skips: list[Tensor] = []
         outputs, uncertainty = [], []
-        limit = None if depths is None else depths[int(t[0])]
+        limit = self.limit if depths is None else depths[int(t[0])]
         heads = [*self.in_blocks_heads, self.mid_block_head, *self.out_blocks_heads]
         for layer, block in enumerate([*net.in_blocks, net.mid_block, *net.out_blocks]):
             if limit is not None or threshold is not None:

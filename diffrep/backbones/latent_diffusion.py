@@ -33,7 +33,7 @@ class LatentDiffusion(LatentBackbone):
         predicts: what the network was trained to predict, "epsilon" or "v_prediction"; features do not depend on it.
     """
 
-    has_unet = True
+    has_unet, guidance = True, 7.5
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class LatentDiffusion(LatentBackbone):
         """Run the U-Net on (B, c, h, w) latents, up to the deepest tap."""
         batch, prompt, freeu = len(noisy), conditions.prompt, conditions.freeu
         self._context(prompt)  # computed before anything is recorded
-        added = self._added_conditions(prompt, batch, noisy.shape[-2:])
+        added = self._added_conditions(self.embed(prompt).pooled, batch, noisy.shape[-2:])
 
         def run(latents: Tensor, timestep: Tensor, *conditioning: Tensor) -> dict[str, Tensor]:
             named = {"added_cond_kwargs": dict(zip(added, conditioning, strict=True))} if added else {}
@@ -183,9 +183,19 @@ class LatentDiffusion(LatentBackbone):
         clean = (latents - noise * (1 - now) ** 0.5) / now**0.5
         return then**0.5 * clean + (1 - then) ** 0.5 * noise, clean
 
-    def _added_conditions(self, prompt: str, batch: int, size: Sequence[int]) -> dict[str, Tensor]:
+    def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
+        embeddings = [self.embed(prompt) for prompt in conditions]
+        context = torch.cat([e.context for e in embeddings]).to(self.device, self.dtype)
+        pools = [e.pooled for e in embeddings if e.pooled is not None]
+        added = self._added_conditions(torch.cat(pools) if pools else None, len(states), states.shape[-2:])
+        named: dict[str, Any] = {"added_cond_kwargs": added} if added else {}
+        noisy = states.to(self.device, self.dtype)
+        output: Tensor = self.network(noisy, timestep, encoder_hidden_states=context, **named).sample
+        return output
+
+    def _added_conditions(self, pooled: Tensor | None, batch: int, size: Sequence[int]) -> dict[str, Tensor]:
         """SDXL's pooled text and its original size, crop corner and target size, as diffusers names them."""
-        pooled, config = self.embed(prompt).pooled, self.network.config
+        config = self.network.config
         if config.addition_embed_type != "text_time":
             return {}
         if pooled is None:

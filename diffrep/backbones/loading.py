@@ -63,6 +63,7 @@ def load_backbone(
     compile: bool = False,
     adm: Mapping[str, Any] | None = None,
     weights: bool = True,
+    decoder: bool = False,
 ) -> Backbone:
     """Load a frozen backbone.
 
@@ -85,6 +86,7 @@ def load_backbone(
             {"num_head_channels": 64, "noise_schedule": "linear"}.
         weights: False builds diffusion models of folders and the hub from their configurations alone, on torch's meta
             device: they list their taps and compute nothing.
+        decoder: latent diffusion models only: keep the decoder of the VAE, for painting.
 
     Raises:
         BackboneError: no such backbone, the hub cannot be reached, a component is missing, or weights are unreadable,
@@ -106,6 +108,7 @@ def load_backbone(
         lora=tuple(expand(file) for file in files),
         adm=adm,
         weights=weights,
+        decoder=decoder,
     )
     try:
         backbone = _open(options)

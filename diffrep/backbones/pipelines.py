@@ -71,11 +71,11 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     if pixels:
         backbone = PixelDiffusion(network, alphas_cumprod(scheduler), **names)
     else:
-        vae = without_decoder(
-            load_component(
-                diffusers.AutoencoderKL, source, "vae", options.dtype, optional=ENCODER_ONLY, weights=options.weights
-            )
+        optional = () if options.decoder else ENCODER_ONLY
+        vae = load_component(
+            diffusers.AutoencoderKL, source, "vae", options.dtype, optional=optional, weights=options.weights
         )
+        vae = vae if options.decoder else without_decoder(vae)
         names["text"] = _text(source, kind, options)
         if kind == "UNet2DConditionModel":
             predicts = scheduler.get("prediction_type", "epsilon")

@@ -115,6 +115,17 @@ class PixelDiffusion(DiffusionBackbone):
         labels = None if conditions.label is None else torch.full((len(noisy),), conditions.label)
         return self.unet_maps(noisy, taps, max(conditions.timestep, 0), labels=labels)
 
+    def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
+        return self._classes(condition, self.classes), None
+
+    def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
+        classes = {} if self.classes is None else {"class_labels": torch.tensor(list(conditions), device=self.device)}
+        output: Tensor = self.network(states.to(self.device, self.dtype), timestep, **classes).sample
+        return output[:, : states.shape[1]]
+
+    def decode(self, states: Tensor) -> Tensor:
+        return states / 2 + 0.5
+
     def unet_maps(
         self, noisy: Tensor, taps: Sequence[str], timestep: int | Tensor, *, labels: Tensor | None = None
     ) -> dict[str, Tensor]:

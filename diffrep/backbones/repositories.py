@@ -144,6 +144,7 @@ class LoadOptions:
     lora: tuple[str, ...] = ()
     adm: Mapping[str, Any] | None = None
     weights: bool = True
+    decoder: bool = False
 
 
 class Repository:

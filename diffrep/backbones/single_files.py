@@ -82,7 +82,8 @@ def _stable_diffusion(path: Path, weights: dict[str, Tensor], options: LoadOptio
     parts = {key: value for key, value in weights.items() if key.startswith(("cond_stage_model.", "conditioner."))}
     text = SingleFileText(path, parts, texts, device=options.device, dtype=options.dtype)
     unet = _from_file(UNet2DConditionModel, "unet", weights, config["unet"], path)
-    vae = without_decoder(_from_file(AutoencoderKL, "vae", weights, config["vae"], path))
+    vae = _from_file(AutoencoderKL, "vae", weights, config["vae"], path)
+    vae = vae if options.decoder else without_decoder(vae)
     backbone = LatentDiffusion(
         unet,
         vae,

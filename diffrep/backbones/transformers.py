@@ -35,6 +35,7 @@ FORMER = {  # what diffusers' former `Transformer2DModel` is, by its normalisati
     "ada_norm_single": "PixArtTransformer2DModel",
     "ada_norm_zero": "DiTTransformer2DModel",
 }
+GUIDANCE = dict(zip(KINDS, (3.5, 7.0, 4.5, 4.0), strict=True))  # as the pipelines of diffusers
 FLOW = KINDS[:2]  # trained by rectified flow: z_s = s noise + (1 - s) z
 NORM_EPS = 1e-6
 
@@ -71,6 +72,9 @@ class DiffusionTransformer(LatentBackbone):
         super().__init__(transformer, vae, alphas, text, name=name, source=source)
         self.patch = 2 if self.kind == "FluxTransformer2DModel" else int(transformer.config.patch_size)
         self.multiple = self.stride * self.patch
+        flux = self.kind == "FluxTransformer2DModel"
+        self.told = flux and bool(transformer.config.guidance_embeds)  # the scale of guidance, as FLUX.1-dev is
+        self.guidance = 1.0 if flux and not self.told else GUIDANCE[self.kind]
         double = list(transformer.transformer_blocks)
         single = list(getattr(transformer, "single_transformer_blocks", []))
         self._blocks: list[Any] = [*double, *single]
@@ -118,7 +122,9 @@ class DiffusionTransformer(LatentBackbone):
         """
         size = (int(noisy.shape[-2]) // self.patch, int(noisy.shape[-1]) // self.patch)
         with reading({tap: self._reader(tap, size) for tap in taps}) as maps:
-            self.network(**self._inputs(noisy.to(self.device, self.dtype), conditions))
+            asked = (conditions.label,) if self.kind == "DiTTransformer2DModel" else (conditions.prompt,)
+            times = float(max(conditions.timestep, 0))
+            self.network(**self._inputs(noisy.to(self.device, self.dtype), times, asked, conditions.guidance))
         return dict(maps)
 
     def _reader(self, tap: str, size: tuple[int, int]) -> Reader:
@@ -133,29 +139,47 @@ class DiffusionTransformer(LatentBackbone):
             return Reader(norm.linear, partial(_read_modulation, self._width))
         return Reader(block if part[0] == "input" else block.ff, partial(_read_input, size), before=True)
 
-    def _inputs(self, latents: Tensor, conditions: Conditions) -> dict[str, Any]:
-        """The arguments of the network."""
-        batch, times = len(latents), torch.full((len(latents),), float(max(conditions.timestep, 0)), device=self.device)
+    def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
+        if self.kind != "DiTTransformer2DModel":
+            return super().painted_under(condition, negative)
+        classes = int(self.network.config.num_embeds_ada_norm)
+        return self._classes(condition, classes), classes
+
+    def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any], *, guidance: float = 3.5) -> Tensor:
+        """See `DiffusionBackbone.predicted`.
+
+        Args:
+            guidance: what a network that is `told` is told.
+        """
+        inputs = self._inputs(states.to(self.device, self.dtype), timestep, conditions, guidance)
+        output: Tensor = self.network(**inputs).sample
+        return unpack(output, states.shape) if self.kind == "FluxTransformer2DModel" else output[:, : states.shape[1]]
+
+    def _inputs(self, latents: Tensor, timestep: float, conditions: Sequence[Any], guidance: float) -> dict[str, Any]:
+        """The arguments of the network, under one prompt or class for all or for each."""
+        batch, times = len(latents), torch.full((len(latents),), timestep, device=self.device)
         if self.kind == "DiTTransformer2DModel":
             null = int(self.network.config.num_embeds_ada_norm)
-            label = null if conditions.label is None else conditions.label
-            if not 0 <= label <= null:
-                raise ValueError(f"{self.name} has the classes 0..{null - 1} (and {null}: none), got {label}")
-            labels = torch.full((batch,), label, device=self.device)
-            return {"hidden_states": latents, "timestep": times.long(), "class_labels": labels}
-        embedding = self.embed(conditions.prompt)
-        context = embedding.context.to(latents).expand(batch, -1, -1)
+            labels = torch.tensor([null if label is None else label for label in conditions], device=self.device)
+            if not 0 <= int(labels.min()) <= int(labels.max()) <= null:
+                got = ", ".join(map(str, conditions))
+                raise ValueError(f"{self.name} has the classes 0..{null - 1} (and {null}: none), got {got}")
+            return {"hidden_states": latents, "timestep": times, "class_labels": labels.expand(batch)}
+        embeddings = [self.embed(prompt) for prompt in conditions]
+        context = torch.cat([e.context for e in embeddings]).to(latents).expand(batch, -1, -1)
         inputs = {"hidden_states": latents, "timestep": times, "encoder_hidden_states": context}
         if self.kind == "PixArtTransformer2DModel":
-            mask = None if embedding.mask is None else embedding.mask.to(self.device).expand(batch, -1)
+            masks = [e.mask.to(self.device) for e in embeddings if e.mask is not None]
+            mask = torch.cat(masks).expand(batch, -1) if masks else None
             return {**inputs, "encoder_attention_mask": mask, "added_cond_kwargs": self._sizes(latents)}
-        if embedding.pooled is None:
-            raise ValueError(f"{self.name} needs a pooled embedding, that of {conditions.prompt!r} has none")
-        inputs["pooled_projections"] = embedding.pooled.to(latents).expand(batch, -1)
+        if bare := [prompt for prompt, e in zip(conditions, embeddings, strict=True) if e.pooled is None]:
+            raise ValueError(f"{self.name} needs a pooled embedding, that of {bare[0]!r} has none")
+        pools = [e.pooled for e in embeddings if e.pooled is not None]
+        inputs["pooled_projections"] = torch.cat(pools).to(latents).expand(batch, -1)
         if self.kind == "SD3Transformer2DModel":
             return inputs
         if self.network.config.guidance_embeds:
-            inputs["guidance"] = torch.full((batch,), conditions.guidance, device=self.device)
+            inputs["guidance"] = torch.full((batch,), guidance, device=self.device)
         height, width = latents.shape[-2] // 2, latents.shape[-1] // 2
         rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         places = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
@@ -202,6 +226,13 @@ def pack(latents: Tensor) -> Tensor:
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2)
     return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, height * width // 4, channels * 4)
+
+
+def unpack(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """`pack` undone: tokens (B, h/2 * w/2, 4 c) -> latents of the shape (B, c, h, w)."""
+    batch, channels, height, width = shape
+    patches = tokens.view(batch, height // 2, width // 2, channels, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
 
 
 def _ingredients(tap: str) -> tuple[str, ...]:

@@ -37,9 +37,9 @@ class SearchSchedule(PrecisionOptions):
 
     def run(self) -> None:
         from diffrep.eval.samplers import distance_to_fine, guided_models
+        from diffrep.eval.search import SearchSettings, search_steps
         from diffrep.sampling.samplers import SAMPLERS
         from diffrep.sampling.schedules import TableVP
-        from diffrep.sampling.search import SearchSettings, search_steps
 
         check_writable(self.output, (".json",))
         if self.sampler not in SAMPLERS:
@@ -95,9 +95,9 @@ class Likelihood(PrecisionOptions):
         import csv
         import io
 
+        from diffrep.eval.likelihood import image_likelihood
         from diffrep.files import printable, write_whole
         from diffrep.images import find_images
-        from diffrep.sampling.density import image_likelihood
 
         check_writable(self.output, (".csv",))
         if not 0 < self.tolerance < 1 or self.probes < 1 or (self.size is not None and self.size < 1):

@@ -92,7 +92,7 @@ def afdps(
 @torch.no_grad()
 def reconstruct_volume(
     sde: ScoreSDE,
-    score: Callable[[Tensor, Tensor], Tensor],
+    score: Callable[[Tensor, float], Tensor],
     operator: Operator,
     y: Tensor,
     x: Tensor,
@@ -109,7 +109,7 @@ def reconstruct_volume(
 
     Args:
         sde: variance exploding, of the prior.
-        score: of slices (B, C, H, W) and times (B,).
+        score: of slices (B, C, H, W) and a time.
         y: (S, ...) measurements of the slices.
         x: (S, C, H, W) the first state, `sigma_max` times standard normal noise.
         noise: draws like x: of each step the predictor's, then the corrector's.
@@ -136,13 +136,12 @@ def reconstruct_volume(
     def normal(v: Tensor) -> Tensor:
         return operator.adjoint(operator(v)) + rho * across_back(across(v))
 
-    for step, t in enumerate(torch.linspace(1, 1e-10, sde.steps)):
+    for step, t in enumerate(torch.linspace(1, 1e-10, sde.steps).tolist()):
         draws = [next(noise).chunk(parts) for _ in range(2)]
         moved = []
         for piece, first, second in zip(x.chunk(parts), *draws, strict=True):
-            times = torch.full((len(piece),), float(t))
-            piece = predict(sde, score, piece, times, first, "reverse_diffusion")[0]
-            moved.append(correct(sde, score, piece, times, second, "langevin", snr, batch_mean=batch_mean))
+            piece = predict(sde, score, piece, t, first, "reverse_diffusion")[0]
+            moved.append(correct(sde, score, piece, t, second, "langevin", snr, batch_mean=batch_mean))
         x = torch.cat(moved)
         residual = back + rho * across_back(split - dual) - normal(x)
         length = residual.square().sum() / (residual * normal(residual)).sum().clamp(min=1e-30)

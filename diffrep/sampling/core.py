@@ -4,16 +4,16 @@ Every multistep solver of the field writes the next state as
 
     x_next = carry * x + sum_j fixed_j m_j + scale * filter(sum_j direction_j m_j) + noise * z
 
-with m_j the network's last predictions (newest first) as noise, clean sample or velocity, and numbers that depend on
-the schedule and the grid alone. A solver is therefore a function that makes a table of `Update`s; `TableStepper` below
-runs any table. It keeps what it needs in a dictionary of tensors, so that a canvas can be stepped strip by strip, and
-stopped and resumed between any two steps with the same bits.
+with m_j the network's last predictions, newest first, and numbers that depend on the schedule and the grid alone. A
+solver is therefore a function that makes a table of `Update`s; `TableStepper` runs any table. Its memory is a
+dictionary of tensors, so that a canvas can be stepped by strips, and stopped and resumed between steps to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -25,47 +25,48 @@ Form = Literal["noise", "data", "velocity"]
 Clamp = Literal["static", "dynamic"]
 State = dict[str, Tensor]
 
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]] = {
+    # what a network gives -> (output, x, alpha, sigma) as noise and clean sample
+    "epsilon": lambda o, x, a, s: (o, (x - s * o) / a),
+    "sample": lambda o, x, a, s: ((x - a * o) / s, o),
+    "v_prediction": lambda o, x, a, s: (a * o + s * x, a * x - s * o),  # alpha eps - sigma x0
+    "score": lambda o, x, a, s: (-s * o, (x + s**2 * o) / a),
+    "flow_prediction": lambda o, x, a, s: (x + a * o, x - s * o),  # eps - x0, with alpha = 1 - sigma
+}
+
 
 def to_forms(prediction: str, output: Tensor, x: Tensor, alpha: float, sigma: float) -> dict[Form, Tensor]:
-    """A network's output as noise and clean sample.
+    """A network's output as noise, clean sample and velocity `eps - x0`.
 
     Args:
-        prediction: what the network gives: "epsilon", "sample" (x0), "v_prediction" (`alpha eps - sigma x0`), "score"
-            or "flow_prediction" (`eps - x0`, with alpha = 1 - sigma).
+        prediction: what the network gives, a name of `PREDICTIONS`.
         x: the state that the network was shown, `alpha x0 + sigma eps`.
 
     Raises:
         SamplingError: no such prediction.
     """
-    if prediction == "epsilon":
-        noise, data = output, (x - sigma * output) / alpha
-    elif prediction == "sample":
-        noise, data = (x - alpha * output) / sigma, output
-    elif prediction == "v_prediction":
-        noise, data = alpha * output + sigma * x, alpha * x - sigma * output
-    elif prediction == "score":
-        noise, data = -sigma * output, (x + sigma**2 * output) / alpha
-    elif prediction == "flow_prediction":
-        noise, data = x + alpha * output, x - sigma * output
-    else:
-        raise SamplingError(
-            f"a network predicts epsilon, sample, v_prediction, score or flow_prediction: {prediction!r}"
-        )
+    if prediction not in PREDICTIONS:
+        raise SamplingError(f"a network predicts one of {', '.join(PREDICTIONS)}: got {prediction!r}")
+    noise, data = PREDICTIONS[prediction](output, x, alpha, sigma)
     return {"noise": noise, "data": data, "velocity": noise - data}
 
 
 def clamped(data: Tensor, how: Clamp, *, ratio: float = 0.995, largest: float = 1.0) -> Tensor:
     """A clean sample within -1..1; for pixels only.
 
-    Args:
-        how: "static" cuts it off; "dynamic" is dynamic thresholding (Saharia et al. 2022, sec. 2.3), which needs whole
-            samples: a quantile of each that is above `largest` becomes 1.
+    "static" cuts it off; "dynamic" is dynamic thresholding (Saharia et al. 2022, sec. 2.3), which needs whole samples:
+    a quantile of each that is above `largest` becomes 1.
     """
     if how == "static":
         return data.clamp(-largest, largest)
-    bound = torch.quantile(data.abs().flatten(1).float(), ratio, dim=1).clamp(min=largest).to(data.dtype)
-    bound = bound.view(-1, *[1] * (data.ndim - 1))
+    bounds = torch.quantile(data.abs().flatten(1).float(), ratio, dim=1).clamp(min=largest).to(data.dtype)
+    bound = per_sample(bounds, data)
     return data.clamp(-bound, bound) / bound
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) values, or a scalar, to multiply a batch like x with."""
+    return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ class Update:
 
     Attributes:
         form: which form of the predictions it is linear in.
-        carry: factor of the state it starts from.
-        direction: weights of the predictions, newest first, in the sum that the table's filter sees.
-        scale: factor of that sum.
+        carry: factor of the state it starts from; `start` says which, counted back from the newest, -1.
+        direction: weights of the predictions, newest first, in the sum that the filter sees; `scale` is its factor.
         fixed: weights of the predictions, newest first, beside the filter.
-        start: which state it starts from, counted back from the newest, -1.
         noise: standard deviation of the noise added.
         filtered: whether the table's filter acts on this step.
+        rule: for weights that depend on the predictions themselves: what to add to the carried state, of the last
+            predictions, newest first; `direction` says of how many.
     """
 
     form: Form
@@ -91,26 +92,22 @@ class Update:
     start: int = -1
     noise: float = 0.0
     filtered: bool = True
+    rule: Callable[[list[Tensor]], Tensor] | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many predictions it looks back on."""
+        return max(len(self.direction), len(self.fixed))
 
 
+@dataclass(frozen=True)
 class Filter:
-    """What is done to the increment of a step with a memory of earlier steps. Without one: nothing.
+    """What is done to the increment of a step with a memory of earlier steps."""
 
-    Attributes:
-        whole: it needs whole samples, so that a canvas cannot be stepped by strips.
-        watches: its memory follows the steps that it does not act on, too.
-    """
-
-    whole = False
-    watches = False
-
-    def first(self, predicted: Tensor) -> Tensor | None:
-        """The memory before the first step, made of the first prediction; None: the first increment."""
-        return None
-
-    def __call__(self, increment: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """The increment to use, and the memory to keep."""
-        raise NotImplementedError
+    act: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (increment, memory) -> what to use, the new memory
+    from_prediction: bool = False  # the memory begins as the first prediction; else as the first increment
+    whole: bool = False  # it needs whole samples, so that a canvas cannot be stepped by strips
+    watches: bool = False  # its memory follows the steps that it does not act on, too
 
 
 @dataclass(frozen=True)
@@ -143,10 +140,15 @@ class SolverTable:
         if len(self.updates) != self.grid.steps:
             raise SamplingError(f"{self.name}: {len(self.updates)} updates on a grid of {self.grid.steps} steps")
 
+    @cached_property
+    def _all(self) -> list[Update]:
+        return [update for update in (*self.updates, *self.correctors) if update is not None]
+
     @property
     def whole(self) -> bool:
         """Whether a step needs whole samples, so that a canvas cannot be stepped by strips."""
-        return self.clamp == "dynamic" or (self.filter is not None and self.filter.whole)
+        rules = any(update.rule for update in self._all)
+        return self.clamp == "dynamic" or rules or (self.filter is not None and self.filter.whole)
 
     @property
     def noisy(self) -> bool:
@@ -157,45 +159,39 @@ class SolverTable:
         """The corrector of a step."""
         return self.correctors[step] if step < len(self.correctors) else None
 
-    @property
-    def depth(self) -> dict[Form, int]:
-        """How many predictions of each form are looked back on."""
-        depth: dict[Form, int] = {}
-        for update in (*self.updates, *filter(None, self.correctors)):
-            length = max(len(update.direction), len(update.fixed))
-            depth[update.form] = max(depth.get(update.form, 0), length)
+    @cached_property
+    def depth(self) -> dict[str, int]:
+        """How many predictions of each form, and states ("x"), are looked back on, the newest among them."""
+        depth = {"x": max(-update.start for update in self._all)}
+        for update in self._all:
+            depth[update.form] = max(depth.get(update.form, 0), update.depth)
         return depth
 
-    @property
-    def states(self) -> int:
-        """How many states are looked back on, the newest among them."""
-        return max(-update.start for update in (*self.updates, *filter(None, self.correctors)))
+    @cached_property
+    def needed(self) -> set[str]:
+        """Names of what later steps read of a stepper's memory."""
+        return {"mean", "increment"} | {f"{name}-{i}" for name, n in self.depth.items() for i in range(n - 1)}
 
 
 @dataclass
 class TableStepper:
-    """Runs a `SolverTable`. Its memory is passed in and out: `step` changes nothing.
-
-    Attributes:
-        prediction: what the network gives, see `to_forms`.
-    """
+    """Runs a `SolverTable`. Its memory is passed in and out: `step` changes nothing."""
 
     table: SolverTable
-    prediction: str = "epsilon"
-    average: Tensor | None = field(default=None, repr=False)  # mean image, for afs = "average_x0"
+    prediction: str = "epsilon"  # what the network gives, see `to_forms`
+    average: Tensor | None = field(default=None, repr=False)  # mean image of the data, for `afs` = "average_x0"
 
     def predict(self, step: int, output: Tensor | None, x: Tensor) -> dict[Form, Tensor]:
         """The forms of an output at a step's start; None stands for the first output of a table with `afs`."""
         alpha, sigma = float(self.table.grid.alpha[step]), float(self.table.grid.sigma[step])
-        if output is None:
-            if self.table.afs == "average_x0":
-                if self.average is None:
-                    raise SamplingError("afs average_x0 needs the mean of the data")
-                forms = to_forms("sample", self.average.to(x).expand_as(x), x, alpha, sigma)
-            else:
-                forms = to_forms("epsilon", x, x, alpha, sigma)
-        else:
+        if output is not None:
             forms = to_forms(self.prediction, output, x, alpha, sigma)
+        elif self.table.afs != "average_x0":
+            forms = to_forms("epsilon", x, x, alpha, sigma)
+        elif self.average is None:
+            raise SamplingError("afs average_x0 needs the mean of the data")
+        else:
+            forms = to_forms("sample", self.average.to(x).expand_as(x), x, alpha, sigma)
         if self.table.clamp:
             forms = to_forms("sample", clamped(forms["data"], self.table.clamp), x, alpha, sigma)
         return forms
@@ -206,7 +202,7 @@ class TableStepper:
         """Take one step.
 
         Args:
-            step: its number, from 0.
+            step: its number, from 0; the number of steps itself stands for the corrector of the last one.
             output: the network's answer for `x` at the step's label.
             x: (B, ...) the state as the last step returned it.
             memory: what the last step returned with it; empty before the first.
@@ -218,74 +214,48 @@ class TableStepper:
         Raises:
             SamplingError: the step adds noise and there is none.
         """
-        table, forms = self.table, self.predict(step, output, x)
-        state: State = dict(memory)
+        table, state, steps = self.table, State(memory), self.table.grid.steps
+        newest: dict[str, Tensor] = {**self.predict(step, output, x), "x": x}
+        update = table.updates[min(step, steps - 1)]
+        raw = output if table.raw_start and output is not None else newest[update.form]
         if table.smoothing != 1:
-            (form,) = table.depth
-            first = output if table.raw_start and output is not None else forms[form]
-            mean = state.get("mean", first)
-            state["mean"] = (1 - table.smoothing) * mean + table.smoothing * forms[form]
-            forms = {**forms, form: state["mean"]}
-        for form, depth in table.depth.items():
+            mean = state.get("mean", raw)
+            state["mean"] = (1 - table.smoothing) * mean + table.smoothing * newest[update.form]
+            newest[update.form] = state["mean"]
+        for name, depth in table.depth.items():
             for age in range(min(depth, step + 1) - 1, 0, -1):
-                state[f"{form}-{age}"] = state[f"{form}-{age - 1}"]
-            state[f"{form}-0"] = forms[form]
-        for age in range(min(table.states, step + 1) - 1, 0, -1):
-            state[f"x-{age}"] = state[f"x-{age - 1}"]
-        state["x-0"] = x
-        if table.filter is not None and "increment" not in state:
-            update = table.updates[step]
-            begin = output if table.raw_start and output is not None else table.filter.first(forms[update.form])
-            if begin is not None:
-                state["increment"] = begin
+                state[f"{name}-{age}"] = state[f"{name}-{age - 1}"]
+            state[f"{name}-0"] = newest[name]
+        if table.filter is not None and table.filter.from_prediction:
+            state.setdefault("increment", raw)
         if step and (corrector := table.corrector(step - 1)) is not None:
             state["x-0"] = self._apply(corrector, state, None)
-        update = table.updates[step]
+        if step == steps:
+            return state["x-0"], {}
         if update.noise and z is None:
             raise SamplingError(f"{table.name} adds noise at step {step}, and no noise was passed")
-        moved = self._apply(update, state, z)
-        return moved, self._needed(state, step + 1)
-
-    def finish(self, output: Tensor, x: Tensor, memory: Mapping[str, Tensor]) -> Tensor:
-        """The last state corrected with the network's answer at the last time, where the last step asks for it."""
-        corrector, steps = self.table.corrector(self.table.grid.steps - 1), self.table.grid.steps
-        if corrector is None:
-            return x
-        state, depth = dict(memory), self.table.depth[corrector.form]
-        for age in range(min(depth, steps + 1) - 1, 0, -1):
-            state[f"{corrector.form}-{age}"] = state[f"{corrector.form}-{age - 1}"]
-        for age in range(self.table.states - 1, 0, -1):
-            state[f"x-{age}"] = state[f"x-{age - 1}"]
-        state[f"{corrector.form}-0"], state["x-0"] = self.predict(steps, output, x)[corrector.form], x
-        return self._apply(corrector, state, None)
+        moved, last = self._apply(update, state, z), step + 1 == steps and table.corrector(step) is None
+        return moved, {} if last else {name: value for name, value in state.items() if name in table.needed}
 
     def _apply(self, update: Update, state: State, z: Tensor | None) -> Tensor:
         """One update; puts the filter's memory into the state."""
+        moved = update.carry * state[f"x-{-update.start - 1}"]
+        if update.rule is not None:
+            return moved + update.rule([state[f"{update.form}-{age}"] for age in range(update.depth)])
 
         def combined(weights: Sequence[float]) -> Tensor | None:
             terms = [w * state[f"{update.form}-{age}"] for age, w in enumerate(weights) if w]
             return sum(terms[1:], terms[0]) if terms else None
 
-        moved = update.carry * state[f"x-{-update.start - 1}"]
         if (fixed := combined(update.fixed)) is not None:
             moved = moved + fixed
         if (increment := combined(update.direction)) is not None:
-            if self.table.filter is not None and (update.filtered or self.table.filter.watches):
-                used, state["increment"] = self.table.filter(increment, state.get("increment", increment))
+            guard = self.table.filter
+            if guard is not None and (update.filtered or guard.watches):
+                used, state["increment"] = guard.act(increment, state.get("increment", increment))
                 increment = used if update.filtered else increment
             moved = moved + update.scale * increment
-        if update.noise and z is not None:
-            moved = moved + update.noise * z
-        return moved
-
-    def _needed(self, state: State, step: int) -> State:
-        """What later steps read of a state."""
-        if step >= self.table.grid.steps and self.table.corrector(step - 1) is None:
-            return {}
-        keep = {"mean", "increment"}
-        keep |= {f"{form}-{age}" for form, depth in self.table.depth.items() for age in range(depth - 1)}
-        keep |= {f"x-{age}" for age in range(self.table.states - 1)}
-        return {name: value for name, value in state.items() if name in keep}
+        return moved + update.noise * z if update.noise and z is not None else moved
 
 
 def run(
@@ -301,11 +271,9 @@ def run(
     """Sample with a table from the state at its first time to that at its last.
 
     Args:
-        network: from (state, label of the time) to its prediction.
+        network: from (state, label of the time) to its prediction; of what kind, see `TableStepper`.
         x: (B, ...) the first state, `sigma(first)` times standard normal noise.
-        prediction: what the network gives, see `to_forms`.
         noise: standard normal noise of each step, for tables that add some.
-        average: mean of the data, for `afs` = "average_x0".
         after_step: sees each finished step's number and state.
 
     Returns:
@@ -328,5 +296,5 @@ def run(
         if after_step is not None:
             after_step(step, x)
     if table.corrector(table.grid.steps - 1) is not None:
-        x = stepper.finish(network(x, float(table.grid.times[-1])), x, memory)
+        x, _ = stepper.step(table.grid.steps, network(x, float(table.grid.times[-1])), x, memory)
     return x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from diffrep.backbones.diffusion import keyed_generator
-from diffrep.devices import resolve_device
+from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone, keyed_generator
+from diffrep.backbones.partial import PartialNetwork
+from diffrep.backbones.transformers import FLOW
 from diffrep.results import Result
-from diffrep.sampling.caching import InheritedFeatures
 from diffrep.sampling.core import run
-from diffrep.sampling.evodiff import evodiff
-from diffrep.sampling.samplers import build_table, model_schedule, table_times
-from diffrep.sampling.schedules import NoiseSchedule, SamplingError, TableVP, TimeGrid
+from diffrep.sampling.samplers import build_table, model_schedule
+from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP
+from diffrep.sampling.search import Candidate, as_candidate
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -33,7 +33,8 @@ class Samples(Result):
     Attributes:
         images: (B, 3, H, W) in [0, 1].
         latents: (B, c, h, w) before the decoder; of pixel models the pixels in -1..1.
-        calls: how often the network ran.
+        calls: how often the network ran for an image.
+        flops: floating point operations of the network for all images, where they were counted.
     """
 
     MAIN = "images"
@@ -41,6 +42,7 @@ class Samples(Result):
     images: Tensor
     latents: Tensor
     calls: int
+    flops: int | None = None
 
     def picture(self) -> Image.Image:
         """The images side by side."""
@@ -56,7 +58,7 @@ class DiffusionModel:
 
     Attributes:
         name: for messages.
-        network: the module, for features that are inherited from step to step.
+        network: the module, for steps that run a part of it.
         predict: from (state, timestep, rows of the batch) to its prediction, guidance included.
         prediction: what it predicts, see `to_forms`.
         schedule: of its noise.
@@ -66,6 +68,7 @@ class DiffusionModel:
         factor: image pixels a pixel of the state.
         side: of the images it was trained on, in pixels.
         count: how many conditions it has; states are painted for each.
+        multiple: what sides of images are multiples of; the factor where 0.
     """
 
     name: str
@@ -80,6 +83,7 @@ class DiffusionModel:
     side: int
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    multiple: int = 0
 
 
 def diffusion_model(
@@ -94,10 +98,11 @@ def diffusion_model(
     """A model of the project, or one by its name, under a condition.
 
     Args:
-        model: a synthesis model, a pixel diffusion backbone, the name of an embedded model ("tiny",
-            "tiny-synthesis"), or a folder: Stable Diffusion 1 or 2, a synthesis model, ADM.
-        condition: one or several prompts (Stable Diffusion); embeddings (B, dim) (synthesis); a class (ADM).
-        guidance: scale of classifier-free guidance; 1: none. The model's own where left out (7.5 for prompts).
+        model: a synthesis model, a diffusion backbone, or whatever `load_synthesis` and `load_backbone` take: Stable
+            Diffusion 1, 2, XL and 3, FLUX, PixArt, DiT, ADM.
+        condition: one or several prompts; embeddings (B, dim) (synthesis); classes (ADM, DiT).
+        guidance: scale of classifier-free guidance, or what FLUX.1-dev is told; 1: none. The model's own where
+            left out.
         negative: prompt that is guided away from.
         device, dtype: of models that are loaded here.
 
@@ -105,27 +110,34 @@ def diffusion_model(
         BackboneError: the model cannot be loaded.
         SamplingError: it cannot be sampled, or not under such a condition.
     """
-    from diffrep.backbones import PixelDiffusion, load_backbone
-    from diffrep.backbones.loading import MODELS
+    from diffrep.backbones import load_backbone
     from diffrep.synthesis.model import SynthesisModel, load_synthesis
 
     if isinstance(model, (str, os.PathLike)):
-        name = os.fspath(model)
-        folder = MODELS / name if (MODELS / name).is_dir() else Path(name)
-        if is_synthesis(name):
-            model = load_synthesis(name, device=device, dtype=dtype)
-        elif (folder / "vae").is_dir() or not folder.exists():
-            return _stable_diffusion(name, condition, guidance, negative, resolve_device(device), dtype)
-        else:
-            model = load_backbone(name, device=device, dtype=dtype)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        synthesis = is_synthesis(os.fspath(model))
+        model = load_synthesis(os.fspath(model), **where) if synthesis else load_backbone(model, decoder=True, **where)
     if isinstance(model, SynthesisModel):
-        return _synthesis(model, condition, guidance)
-    if isinstance(model, PixelDiffusion):
-        return _pixels(model, condition, guidance)
-    raise SamplingError(
-        f"{getattr(model, 'name', model)}: cannot be sampled; give a Stable Diffusion folder by its name, a synthesis"
-        " model or a pixel diffusion"
-    )
+        if not isinstance(condition, Tensor) or condition.ndim != 2:
+            raise SamplingError(f"{model.name}: is painted under embeddings (B, dim), as the condition")
+        contexts = model.context(condition.to(model.device, model.dtype))
+
+        def network(x: Tensor, t: float, rows: Sequence[Tensor]) -> Tensor:
+            time = torch.tensor(t, device=model.device)
+            return model(x.to(model.device, model.dtype), time, torch.stack(list(rows)))
+
+        scale = model.about.guidance if guidance is None else guidance
+        predict = _guided(network, list(contexts), model.null_context()[0], scale)
+        return DiffusionModel(
+            model.name, model.unet, predict, *model_schedule(model.scheduler), model.decode, model.encode,
+            model.channels, model.factor, model.factor * model.window, len(contexts), model.device,
+        )  # fmt: skip
+    if not isinstance(model, DiffusionBackbone):
+        raise SamplingError(
+            f"{getattr(model, 'name', model)}: cannot be sampled; give a diffusion model with its VAE, a synthesis"
+            " model or a pixel diffusion"
+        )
+    return _of_backbone(model, condition, guidance, negative)
 
 
 def is_synthesis(name: str) -> bool:
@@ -135,111 +147,43 @@ def is_synthesis(name: str) -> bool:
     return name in EMBEDDED or any((Path(name) / part).is_dir() for part in ("embedder", "cond_stage"))
 
 
-def _stable_diffusion(
-    name: str, condition: Any, guidance: float | None, negative: str, device: torch.device, dtype: torch.dtype
-) -> DiffusionModel:
-    from diffrep.backbones.pipelines import load_parts
-    from diffrep.backbones.text import quiet_libraries
-
-    parts = load_parts(name)
-    with quiet_libraries():
-        parts.unet.eval().requires_grad_(False).to(device, dtype)
-        parts.vae.eval().to(device, dtype)
-    prompts = [condition] if isinstance(condition, str) else list(condition or [""])
-    if parts.text is None or not all(isinstance(prompt, str) for prompt in prompts):
-        raise SamplingError(f"{name}: is painted by prompts, and needs its text_encoder and tokenizer for them")
-    if parts.unet.config.in_channels != parts.vae.config.latent_channels:
-        raise SamplingError(
-            f"{name}: its U-Net takes {parts.unet.config.in_channels} channels, more than a latent has: it is a model"
-            " for inpainting or prediction, which needs an image beside the noise"
-        )
-    if parts.unet.config.addition_embed_type is not None:
-        raise SamplingError(
-            f"{name}: Stable Diffusion XL cannot be sampled here yet; use diffusers with TableScheduler"
-        )
-    scale = 7.5 if guidance is None else guidance
-    embeddings = parts.text.encode([*dict.fromkeys([*prompts, negative])])
-    contexts = torch.cat([embeddings[prompt].context for prompt in prompts]).to(device, dtype)
-    null = embeddings[negative].context.to(device, dtype)
-
-    def network(x: Tensor, t: float, rows: slice, context: Tensor) -> Tensor:
-        return parts.unet(x.to(device, dtype), t, encoder_hidden_states=context[rows]).sample
-
-    def decode(latents: Tensor) -> Tensor:
-        vae, shift = parts.vae, getattr(parts.vae.config, "shift_factor", None) or 0.0
-        return vae.decode(latents.to(device, dtype) / vae.config.scaling_factor + shift).sample / 2 + 0.5
-
-    def encode(images: Tensor) -> Tensor:
-        vae, shift = parts.vae, getattr(parts.vae.config, "shift_factor", None) or 0.0
-        return (vae.encode(images.to(device, dtype) * 2 - 1).latent_dist.mean - shift) * vae.config.scaling_factor
-
-    factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
-    return _guided(
-        name, parts.unet, network, contexts, null.expand(len(contexts), -1, -1), scale, parts.scheduler,
-        decode=decode, encode=encode, channels=parts.vae.config.latent_channels, factor=factor,
-        side=factor * int(parts.unet.config.sample_size or 64), device=device,
+def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative: str) -> DiffusionModel:
+    config, latent = backbone.network.config, isinstance(backbone, LatentBackbone)
+    conditions, null = backbone.painted_under(condition, negative)
+    scale, flow = backbone.guidance if guidance is None else guidance, getattr(backbone, "kind", None) in FLOW
+    if scale != 1 and not latent:
+        raise SamplingError(f"{backbone.name}: a pixel diffusion has no classifier-free guidance")
+    network = backbone.predicted
+    if getattr(backbone, "told", False):
+        network, scale = partial(network, guidance=scale), 1.0
+    if flow or (latent and backbone.scheduler):
+        told = {"prediction_type": "flow_prediction"} if flow else {}
+        prediction, schedule = model_schedule({**(backbone.scheduler or {}), **told})
+    else:
+        prediction, schedule = "epsilon", TableVP(backbone.alphas_cumprod.double().cpu().numpy())
+    channels = backbone.vae.config.latent_channels if latent else 3
+    side = int(getattr(config, "sample_size", None) or (128 if flow else 64 if latent else 256))
+    encode = (lambda x: backbone.scale(backbone.encode(x)[0])) if latent else (lambda x: x.to(backbone.device) * 2 - 1)
+    return DiffusionModel(
+        backbone.name, backbone.network, _guided(network, conditions, null, scale), prediction, schedule,
+        backbone.decode, encode, channels, backbone.stride, backbone.stride * side, len(conditions), backbone.device,
+        backbone.multiple,
     )  # fmt: skip
-
-
-def _synthesis(model: Any, condition: Any, guidance: float | None) -> DiffusionModel:
-    if not isinstance(condition, Tensor) or condition.ndim != 2:
-        raise SamplingError(f"{model.name}: is painted under embeddings (B, dim), as the condition")
-
-    def network(x: Tensor, t: float, rows: slice, context: Tensor) -> Tensor:
-        return model(x.to(model.device, model.dtype), torch.tensor(t, device=model.device), context[rows])
-
-    contexts = model.context(condition.to(model.device, model.dtype))
-    return _guided(
-        model.name, model.unet, network, contexts, model.null_context(len(contexts)),
-        model.about.guidance if guidance is None else guidance, model.scheduler,
-        decode=model.decode, encode=model.encode, channels=model.channels, factor=model.factor,
-        side=model.factor * model.window, device=model.device,
-    )  # fmt: skip
-
-
-def _pixels(model: Any, condition: Any, guidance: float | None) -> DiffusionModel:
-    if guidance not in (None, 1, 1.0):
-        raise SamplingError(f"{model.name}: a pixel diffusion has no classifier-free guidance")
-    if (model.classes is None) != (condition is None):
-        needs = "has no classes" if model.classes is None else f"needs a class, 0..{model.classes - 1}"
-        raise SamplingError(f"{model.name} {needs}, got the condition {condition!r}")
-    labels = torch.as_tensor([] if condition is None else condition, device=model.device).flatten()
-
-    def network(x: Tensor, t: float, rows: slice, context: Tensor) -> Tensor:
-        classes: dict[str, Any] = {} if condition is None else {"class_labels": context[rows]}
-        return model.network(x.to(model.device, model.dtype), t, **classes).sample[:, : x.shape[1]]
-
-    config: Mapping[str, Any] = model.scheduler or {}
-    about = _guided(
-        model.name, model.network, network, labels, labels, 1.0, config,
-        decode=lambda x: x / 2 + 0.5, encode=lambda x: x * 2 - 1, channels=3, factor=1,
-        side=int(model.network.config.sample_size or 256), device=model.device,
-    )  # fmt: skip
-    about.schedule = TableVP(model.alphas_cumprod.double().cpu().numpy())
-    return about
 
 
 def _guided(
-    name: str,
-    module: torch.nn.Module,
-    network: Callable[[Tensor, float, slice, Tensor], Tensor],
-    contexts: Tensor,
-    null: Tensor,
-    scale: float,
-    config: Mapping[str, Any],
-    **about: Any,
-) -> DiffusionModel:
-    """A model whose network runs on both conditions at once where it is guided."""
+    network: Callable[[Tensor, float, Sequence[Any]], Tensor], conditions: Sequence[Any], null: Any, scale: float
+) -> Callable[[Tensor, float, slice], Tensor]:
+    """A network that runs on both conditions at once where it is guided."""
 
     def predict(x: Tensor, t: float, rows: slice) -> Tensor:
-        if scale == 1 or not len(contexts):
-            return network(x, t, rows, contexts).float().to(x)
-        both = torch.cat([null[rows], contexts[rows]])
-        away, towards = network(torch.cat([x, x]), t, slice(None), both).float().chunk(2)
+        wanted = list(conditions[rows])
+        if scale == 1:
+            return network(x, t, wanted).float().to(x)
+        away, towards = network(torch.cat([x, x]), t, [null] * len(wanted) + wanted).float().chunk(2)
         return (away + scale * (towards - away)).to(x)
 
-    prediction, schedule = model_schedule(config)
-    return DiffusionModel(name, module, predict, prediction, schedule, count=max(len(contexts), 1), **about)
+    return predict
 
 
 @torch.inference_mode()
@@ -254,9 +198,12 @@ def sample(
     negative: str = "",
     size: tuple[int, int] | None = None,
     spacing: str = "trailing",
-    timesteps: Sequence[int] | None = None,
+    timesteps: Sequence[float] | Candidate | str | Path | None = None,
     inherit: int = 1,
     branch: int = 0,
+    depths: Sequence[int] = (),
+    start: Tensor | None = None,
+    count_flops: bool = False,
     batch_size: int = 8,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
@@ -268,86 +215,72 @@ def sample(
 
     Args:
         model, condition, guidance, negative, device, dtype: see `diffusion_model`; a `DiffusionModel` as it is.
-        sampler: a name of `SAMPLERS`, or "evodiff".
+        sampler: a name of `SAMPLERS`.
         steps: how many.
         seed: of the first noise and of what steps add; a sample does not depend on its batch.
         size: (H, W) of the images; as the model was trained where left out.
         spacing: where the timesteps lie, one of `GRIDS`.
-        timesteps: these instead, of a search for example.
-        inherit: every how many steps the whole U-Net runs (DeepCache); 1: always. It distorts below about 50 steps.
-        branch: how deep the other steps go, see `InheritedFeatures`.
+        timesteps: these instead; or what a search found, with its orders and skipped units: a `Candidate` or its file.
+        inherit, branch, depths: steps that run a part of the network, see `PartialNetwork`; it distorts below about 50
+            steps.
+        start: (1 or B, c, h, w) standard normal noise to begin with in place of the seed's.
+        count_flops: count the network's floating point operations.
         batch_size: states that go through the network together.
         options: of the sampler.
 
     Raises:
         SamplingError: the sampler, its options or the size do not go with the model.
+        BackboneError: the network cannot run by parts.
     """
     if not isinstance(model, DiffusionModel):
         model = diffusion_model(model, condition, guidance=guidance, negative=negative, device=device, dtype=dtype)
     if size is not None and not (isinstance(size, Sequence) and [type(side) for side in size] == [int, int]):
         raise SamplingError(f"size must be (height, width) in pixels, got {size!r}")
-    height, width = size or (model.side, model.side)
-    if height % model.factor or width % model.factor or min(height, width) < model.factor:
-        raise SamplingError(f"{model.name}: sides must be multiples of {model.factor}, got {height} x {width}")
-    if timesteps is not None:
-        steps = len(timesteps)
+    (height, width), multiple = size or (model.side, model.side), model.multiple or model.factor
+    if height % multiple or width % multiple or min(height, width) < multiple:
+        raise SamplingError(f"{model.name}: sides must be multiples of {multiple}, got {height} x {width}")
+    shape = (model.channels, height // model.factor, width // model.factor)
+    searched = as_candidate(timesteps)
+    if searched is not None:
+        steps, options = len(searched.timesteps), {**({"order": searched.orders} if searched.orders else {}), **options}
     for name, number in (("steps", steps), ("batch_size", batch_size), ("inherit", inherit)):
         if not isinstance(number, int) or number < 1:
             raise SamplingError(f"{name} must be a whole number of at least 1, got {number!r}")
-    table, shape = None, (model.channels, height // model.factor, width // model.factor)
-    if sampler != "evodiff":
-        table = build_table(sampler, model.schedule, steps, spacing=spacing, timesteps=timesteps, **options)
-    elif options or not isinstance(model.schedule, TableVP):
-        raise SamplingError("evodiff has no options, and works on tables of noise")
-    calls, parts = 0, []
-    for first in range(0, model.count, batch_size):
-        rows = slice(first, min(first + batch_size, model.count))
-        numbers = range(rows.start, rows.stop)
-        with ExitStack() as stack:
-            cache = None
-            if inherit > 1:
-                cache = stack.enter_context(InheritedFeatures(model.network, interval=inherit, branch=branch))
+    schedule = (
+        model.schedule.of_tokens(shape[1] * shape[2] // 4) if isinstance(model.schedule, Flow) else model.schedule
+    )
+    chosen = None if searched is None else searched.timesteps
+    table = build_table(sampler, schedule, steps, spacing=spacing, timesteps=chosen, **options)
+    skipped = () if searched is None else searched.skipped
+    if any(len(rows) not in (0, table.grid.steps) for rows in (depths, skipped)):
+        raise SamplingError(
+            f"depths and skipped units have one entry for each of {table.grid.steps} calls of {sampler}"
+        )
+    calls, parts, flops = 0, list[Tensor](), 0
+    with ExitStack() as stack:
+        network = stack.enter_context(
+            PartialNetwork(model.network, interval=inherit, branch=branch, depths=depths, skipped=skipped)
+        )
+        if count_flops:
+            from torch.utils.flop_counter import FlopCounterMode
 
-            network = _Counted(model, rows, cache)
-            x = _step_noise(seed, numbers, shape, model.device, -1)
-            if table is None:
-                parts.append(_evodiff(model, network, x, steps, spacing, timesteps))
-            else:
-                draws = partial(_step_noise, seed, numbers, shape, model.device)
-                parts.append(run(table, network, x, prediction=model.prediction, noise=draws))
-            calls = network.calls
+            counter = stack.enter_context(FlopCounterMode(display=False))
+        for first in range(0, model.count, batch_size):
+            rows, calls = slice(first, min(first + batch_size, model.count)), 0
+
+            def predict(x: Tensor, t: float, rows: slice = rows) -> Tensor:
+                nonlocal calls
+                network.at(calls)
+                calls += 1
+                return model.predict(x, t, rows)
+
+            draws = partial(_step_noise, seed, range(rows.start, rows.stop), shape, model.device)
+            x = draws(-1) if start is None else start.to(model.device).expand(model.count, *shape)[rows]
+            parts.append(run(table, predict, x, prediction=model.prediction, noise=draws))
+        flops = counter.get_total_flops() if count_flops else 0
     latents = torch.cat(parts)
     images = torch.cat([model.decode(part).float() for part in latents.split(batch_size)]).clamp(0, 1).cpu()
-    return Samples(images, latents.cpu(), calls)
-
-
-class _Counted:
-    """A model on some rows of its conditions; counts the steps of an image, which inherited features need."""
-
-    def __init__(self, model: DiffusionModel, rows: slice, cache: InheritedFeatures | None) -> None:
-        self.model, self.rows, self.cache, self.calls = model, rows, cache, 0
-
-    def __call__(self, x: Tensor, t: float) -> Tensor:
-        if self.cache is not None:
-            self.cache.at(self.calls)
-        self.calls += 1
-        return self.model.predict(x, t, self.rows)
-
-
-def _evodiff(
-    model: DiffusionModel, network: Callable[..., Tensor], x: Tensor, steps: int, spacing: str, timesteps: Any
-) -> Tensor:
-    from diffrep.sampling.core import to_forms
-
-    assert isinstance(model.schedule, TableVP)
-    times = table_times(model.schedule, steps + 1, spacing) if timesteps is None else timesteps
-    grid = TimeGrid.of(model.schedule, times)
-
-    def clean(y: Tensor, t: float) -> Tensor:
-        alpha, sigma = float(model.schedule.alpha(t)), float(model.schedule.sigma(t))
-        return to_forms(model.prediction, network(y, t), y, alpha, sigma)["data"]
-
-    return evodiff(clean, x, grid, denoise=True)
+    return Samples(images, latents.cpu(), calls, flops if count_flops else None)
 
 
 def _step_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], device: torch.device, step: int) -> Tensor:

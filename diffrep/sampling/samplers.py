@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.sampling.core import SolverTable, TableStepper
-from diffrep.sampling.filters import momentum, with_levenberg_marquardt, with_momentum
-from diffrep.sampling.schedules import (
-    FEW_STEP_GRIDS,
-    SPACINGS,
-    Array,
-    Flow,
-    NoiseSchedule,
-    SamplingError,
-    TableVP,
-    TimeGrid,
-    spaced_times,
+from diffrep.sampling.core import SolverTable, TableStepper, per_sample
+from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP, TimeGrid, table_times
+from diffrep.sampling.solvers import (
+    ddim_table,
+    deis,
+    evodiff,
+    ipndm,
+    momentum,
+    multistep,
+    rho_runge_kutta,
+    with_levenberg_marquardt,
+    with_momentum,
 )
-from diffrep.sampling.solvers import ddim_table, deis, dpm_solver, ipndm, rho_runge_kutta, unipc
 
-Builder = Callable[..., SolverTable]
+Builder = Callable[..., SolverTable]  # (grid, schedule, **options)
+FAINT = 1000.0  # sigma / alpha above which a schedule begins almost without signal
 
 
 @dataclass(frozen=True)
@@ -38,102 +38,71 @@ class Sampler:
         about: one line for people.
         options: what `build` takes, with the defaults of this name.
         flow: whether it works on rectified flows, whose first time has no signal.
-        calls: network calls of a step.
+        faint: whether it works on schedules that begin almost without signal: one that does not extrapolates x / alpha.
     """
 
     build: Builder
     about: str
     options: Mapping[str, Any]
     flow: bool = True
-    calls: int = 1
+    faint: bool = True
 
 
-def _plain(builder: Callable[..., SolverTable]) -> Builder:
-    return lambda grid, schedule, **options: builder(grid, **options)
+def _plain(builder: Builder, **fixed: Any) -> Builder:
+    return lambda grid, schedule, **options: builder(grid, **fixed, **options)
 
 
-def _in_data(grid: TimeGrid, schedule: NoiseSchedule, **options: Any) -> SolverTable:
-    return ddim_table(
-        grid, form="data", **options
-    )  # the noise form loses digits where a schedule begins without signal
+def _unipc(grid: TimeGrid, schedule: NoiseSchedule, variant: str, **options: Any) -> SolverTable:
+    if variant not in ("bh1", "bh2", "vary"):
+        raise SamplingError(f"UniPC has the variants bh1, bh2 and vary, got {variant!r}")
+    relaxation = None if variant == "vary" else f"unipc-{variant}"
+    return multistep(grid, relaxation=relaxation, corrected=True, **options)
 
 
-def _momentum_on(builder: Callable[..., SolverTable]) -> Builder:
-    return lambda grid, schedule, beta, **options: with_momentum(builder(grid, **options), beta)
+def _lml(grid: TimeGrid, schedule: NoiseSchedule, damping: float, kappa: float, **options: Any) -> SolverTable:
+    return with_levenberg_marquardt(multistep(grid, **options), damping, kappa)
 
 
-def _lml(grid: TimeGrid, schedule: NoiseSchedule, *, damping: float, kappa: float, order: int) -> SolverTable:
-    return with_levenberg_marquardt(dpm_solver(grid, order=order, form="data"), damping, kappa)
+def _hb(builder: Builder) -> Builder:
+    return lambda grid, schedule, beta, **options: with_momentum(builder(grid, schedule, **options), beta)
 
 
+_dpm = _plain(multistep)
+_data = _plain(ddim_table, form="data")  # the noise form loses digits where a schedule begins without signal
 SAMPLERS: dict[str, Sampler] = {
-    "euler": Sampler(_in_data, "Euler on a flow; DDIM elsewhere", {}),
-    "ddim": Sampler(_in_data, "first order; eta > 0 adds noise", {"eta": 0.0}, flow=False),
-    "ddpm": Sampler(_in_data, "ancestral sampling", {"eta": 1.0}, flow=False),
-    "dpm": Sampler(_plain(dpm_solver), "DPM-Solver, noise form", {"order": 2, "form": "noise"}, flow=False),
-    "dpm++": Sampler(_plain(dpm_solver), "DPM-Solver++, multistep", {"order": 2, "exact": False}),
-    "dpm++-sde": Sampler(_plain(dpm_solver), "the same with the SDE's noise", {"order": 2, "noisy": True}),
-    "unipc": Sampler(_plain(unipc), "DPM-Solver++ with a free corrector", {"order": 2, "variant": "bh2"}),
+    "euler": Sampler(_data, "Euler on a flow; DDIM elsewhere", {}),
+    "ddim": Sampler(_data, "first order; eta > 0 adds noise", {"eta": 0.0}, flow=False),
+    "ddpm": Sampler(_data, "ancestral sampling", {"eta": 1.0}, flow=False),
+    "dpm": Sampler(_dpm, "DPM-Solver, noise form", {"order": 2, "form": "noise"}, flow=False),
+    "dpm++": Sampler(_dpm, "DPM-Solver++, multistep", {"order": 2, "exact": False}),
+    "dpm++-sde": Sampler(_dpm, "the same with the SDE's noise", {"order": 2, "noisy": True}),
+    "unipc": Sampler(_unipc, "DPM-Solver++ with a free corrector", {"order": 2, "variant": "bh2"}),
     "deis-tab": Sampler(deis, "Adams-Bashforth in t, rho or log-snr", {"order": 2, "variable": "t"}, flow=False),
     "ipndm": Sampler(_plain(ipndm), "Adams-Bashforth for even steps", {"order": 4}, flow=False),
-    "rho-rk": Sampler(rho_runge_kutta, "Runge-Kutta, several calls a step", {"method": "2heun"}, flow=False, calls=2),
+    "rho-rk": Sampler(
+        rho_runge_kutta, "Runge-Kutta, calls within a step", {"method": "2heun"}, flow=False, faint=False
+    ),
     "ghvb": Sampler(_plain(momentum), "generalised heavy ball: few steps, much guidance", {"order": 1.8}, flow=False),
-    "hb": Sampler(_plain(momentum), "heavy ball", {"method": "hb", "order": 1.8}, flow=False),
-    "nesterov": Sampler(_plain(momentum), "Nesterov", {"method": "nesterov", "order": 1.8}, flow=False),
-    "dpm++-hb": Sampler(_momentum_on(dpm_solver), "DPM-Solver++ with heavy ball", {"order": 2, "beta": 0.8}),
-    "unipc-hb": Sampler(_momentum_on(unipc), "UniPC with heavy ball", {"order": 2, "beta": 0.8}),
+    "hb": Sampler(_plain(momentum, method="hb"), "heavy ball", {"order": 1.8}, flow=False),
+    "nesterov": Sampler(_plain(momentum, method="nesterov"), "Nesterov", {"order": 1.8}, flow=False),
+    "dpm++-hb": Sampler(_hb(_dpm), "DPM-Solver++ with heavy ball", {"order": 2, "beta": 0.8}),
+    "unipc-hb": Sampler(_hb(_unipc), "UniPC with heavy ball", {"order": 2, "variant": "bh2", "beta": 0.8}),
     "lml": Sampler(_lml, "DPM-Solver++ corrected; kappa 0 does nothing", {"damping": 1e-3, "kappa": 0.0, "order": 3}),
+    "evodiff": Sampler(_plain(evodiff), "weights from the predictions; whole images", {}, flow=False, faint=False),
 }
-GRIDS = ("trailing", "leading", "linspace", "few-step", *SPACINGS)  # where the timesteps of a table lie
-
-
-def table_times(schedule: TableVP, steps: int, spacing: str = "trailing") -> Array:
-    """(steps,) falling timesteps of a table, whole numbers, as diffusers spaces them; "few-step" are fractional.
-
-    Raises:
-        SamplingError: no such spacing, or two steps at one timestep.
-    """
-    total = len(schedule.table)
-    if not 1 <= steps <= total:
-        raise SamplingError(f"steps must be in 1..{total}, got {steps}")
-    if spacing == "few-step":
-        grids = {grid.steps: grid for name, (grid, _) in FEW_STEP_GRIDS.items() if name.startswith("sd-")}
-        if steps not in grids:
-            raise SamplingError(f"few-step grids have {', '.join(map(str, grids))} steps, got {steps}")
-        return grids[steps].times(schedule.table)[:-1]
-    if spacing == "trailing":
-        times = np.arange(total, 0, -total / steps).round() - 1
-    elif spacing == "leading":
-        times = np.arange(steps, dtype=np.float64)[::-1] * (total // steps)
-    elif spacing == "linspace":
-        times = np.linspace(0, total - 1, steps)[::-1].round()
-    else:
-        times = spaced_times(schedule, spacing, steps)[:-1].round()
-    if len(set(times.tolist())) < len(times):
-        doubled = next(t for t in times.tolist() if times.tolist().count(t) > 1)
-        raise SamplingError(
-            f"spacing {spacing!r} with {steps} steps meets timestep {doubled:g} twice on this schedule; take another "
-            "spacing or fewer steps"
-        )
-    return np.asarray(times, np.float64)
 
 
 def build_table(
-    name: str,
-    schedule: NoiseSchedule,
-    steps: int,
-    *,
-    spacing: str = "trailing",
-    timesteps: Sequence[float] | None = None,
-    **options: Any,
-) -> SolverTable:
+    name: str, schedule: NoiseSchedule, steps: int, *, spacing: str = "trailing",
+    timesteps: Sequence[float] | None = None, **options: Any,
+) -> SolverTable:  # fmt: skip
     """The table of a sampler on a grid that ends without noise.
 
     Args:
         name: of `SAMPLERS`.
         steps: how many.
         spacing: one of `GRIDS`; flows have even steps, shifted as the schedule says.
-        timesteps: these instead, falling; of a search, for example.
+        timesteps: what the network is called with instead, falling; of a search, for example. Of flows 1000 sigma.
         options: of the sampler, in place of those in `SAMPLERS`.
 
     Raises:
@@ -141,34 +110,66 @@ def build_table(
     """
     if name not in SAMPLERS:
         raise SamplingError(f"there is no sampler {name!r}; known are {', '.join(SAMPLERS)}")
-    sampler = SAMPLERS[name]
+    sampler, flow = SAMPLERS[name], isinstance(schedule, Flow)
     if unknown := sorted(set(options) - set(sampler.options)):
         known = ", ".join(sampler.options) or "none"
         raise SamplingError(f"the sampler {name} has no option {', '.join(unknown)}; its options are {known}")
-    values = {**sampler.options, **options}
-    if isinstance(schedule, Flow):
-        if not sampler.flow:
-            works = ", ".join(key for key, value in SAMPLERS.items() if value.flow)
-            raise SamplingError(
-                f"{name} does not work on rectified flows, which start without signal; take one of {works}"
-            )
-        times = np.linspace(1, 0, steps + 1)[:-1] if timesteps is None else np.asarray(timesteps, np.float64)
-        times = schedule.shift * times / (1 + (schedule.shift - 1) * times)
-        grid = TimeGrid.of(schedule, [*times, 0.0], labels=1000 * times)
-        return ddim_table(grid, form="velocity") if name == "euler" else sampler.build(grid, schedule, **values)
-    if not isinstance(schedule, TableVP):
-        raise SamplingError(f"named samplers work on tables and flows, not on {type(schedule).__name__}")
-    times = table_times(schedule, steps, spacing) if timesteps is None else np.asarray(timesteps, np.float64)
-    if not np.all(np.diff(times) < 0) or times.min() < 0 or times.max() > schedule.first:
+    if flow and not sampler.flow:
+        works = ", ".join(key for key, value in SAMPLERS.items() if value.flow)
+        raise SamplingError(f"{name} does not work on rectified flows, which start without signal; take one of {works}")
+    grid = sampling_grid(schedule, steps, spacing, timesteps)
+    if not sampler.faint and grid.rho[0] > FAINT:
         raise SamplingError(
-            f"timesteps must fall inside {schedule.first:g}..0, got {', '.join(f'{t:g}' for t in times)}"
+            f"{name} diverges where a schedule begins almost without signal (sigma / alpha {grid.rho[0]:.0f} at"
+            f" timestep {grid.times[0]:g}); begin later (spacing leading), or take another sampler"
         )
-    if not np.isfinite(schedule.log_snr(times[:1])[0]):
+    build = _plain(ddim_table, form="velocity") if flow and name == "euler" else sampler.build
+    return build(grid, schedule, **{**sampler.options, **options})
+
+
+def sampling_grid(
+    schedule: NoiseSchedule, steps: int, spacing: str = "trailing", timesteps: Sequence[float] | None = None
+) -> TimeGrid:
+    """The grid of `build_table`.
+
+    Raises:
+        SamplingError: the timesteps do not fall, lie outside of the schedule, or begin where no signal is left.
+    """
+    if not isinstance(schedule, (Flow, TableVP)):
+        raise SamplingError(f"named samplers work on tables and flows, not on {type(schedule).__name__}")
+    flow = isinstance(schedule, Flow)
+    if timesteps is not None:
+        labels = np.asarray(timesteps, np.float64)
+    elif isinstance(schedule, Flow):
+        even = np.linspace(1, 0, max(steps, 1) + 1)[:-1]
+        labels = 1000 * (schedule.shift * even / (1 + (schedule.shift - 1) * even))
+    else:
+        labels = table_times(schedule, steps, spacing)
+    first, last = (1000, 1) if flow else (int(schedule.first), 0)
+    if not labels.size or not np.all(np.diff(labels) < 0) or labels[0] > first or (labels[-1] < last and not flow):
+        raise SamplingError(f"timesteps must fall inside {first}..{last}, got {', '.join(f'{t:g}' for t in labels)}")
+    if flow:
+        return TimeGrid.of(schedule, [*(labels / 1000), 0.0], labels=labels)
+    grid = TimeGrid.of(schedule, [*labels, labels[-1] - 1]).ending()
+    if not np.isfinite(grid.log_snr[0]):
         raise SamplingError(
-            f"at timestep {times[0]:g} this schedule has no signal left, where noise says nothing; start below it"
+            f"at timestep {labels[0]:g} this schedule has no signal left, where noise says nothing; start below it"
             " (spacing leading), or rescale the model"
         )
-    return sampler.build(TimeGrid.of(schedule, [*times, times[-1] - 1]).ending(), schedule, **values)
+    return grid
+
+
+def model_schedule(config: Mapping[str, Any]) -> tuple[str, NoiseSchedule]:
+    """What a network predicts, and its noise schedule, of a diffusers scheduler's configuration."""
+    from diffrep.backbones.pipelines import alphas_cumprod
+
+    if "FlowMatch" in str(config.get("_class_name", "")) or config.get("prediction_type") == "flow_prediction":
+        names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        ends = tuple(float(config.get(name, usual)) for name, usual in names.items())
+        dynamic = ends if config.get("use_dynamic_shifting") else None
+        return "flow_prediction", Flow(shift=float(config.get("shift") or 1.0), dynamic=dynamic)  # type: ignore[arg-type]
+    known = {key: value for key, value in config.items() if value is not None}
+    return str(config.get("prediction_type") or "epsilon"), TableVP(alphas_cumprod(known).double().numpy())
 
 
 class TableScheduler:
@@ -183,7 +184,7 @@ class TableScheduler:
         options: of the sampler.
 
     Attributes:
-        memory: (B, ...) tensors of earlier steps; one's own to set, as a canvas that is stepped by strips does.
+        memory: (B, ...) tensors of earlier steps; to be set by a caller that steps a canvas by strips.
     """
 
     order = 1
@@ -192,19 +193,12 @@ class TableScheduler:
     def __init__(
         self, sampler: str = "unipc", *, spacing: str = "trailing", config: Mapping[str, Any], **options: Any
     ) -> None:
-        from diffusers import DDIMScheduler
-
-        self.sampler, self.spacing, self.sampler_options = sampler, spacing, options
+        self.sampler, self.spacing, self.options = sampler, spacing, options
         self.prediction, self.schedule = model_schedule(config)
         self.config = SimpleNamespace(**{**dict(config), "prediction_type": self.prediction})
         self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
         if isinstance(self.schedule, TableVP):
             self.alphas_cumprod = torch.from_numpy(self.schedule.table).float()
-            ddim: Any = DDIMScheduler(trained_betas=config.get("trained_betas"), **_noise_schedule(config))
-            self.add_noise = ddim.add_noise
-        self.memory: list[Tensor] = []
-        self._names: tuple[str, ...] = ()
-        self._position = 0
         self.set_timesteps(min(20, self.num_train_timesteps))
 
     @classmethod
@@ -213,42 +207,42 @@ class TableScheduler:
         return cls(sampler, config=dict(config), **options)
 
     def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        *,
-        timesteps: Sequence[float] | None = None,
-        **_: Any,
-    ) -> None:
+        self, num_inference_steps: int | None = None, device: Any = None, *,
+        timesteps: Sequence[float] | None = None, **_: Any,
+    ) -> None:  # fmt: skip
         """Start anew with a number of steps, or with timesteps.
 
         Raises:
             SamplingError: see `build_table`.
         """
-        steps = len(timesteps) if timesteps is not None else int(num_inference_steps or 20)
+        steps = 20 if num_inference_steps is None else int(num_inference_steps)
         self.table = build_table(
-            self.sampler, self.schedule, steps, spacing=self.spacing, timesteps=timesteps, **self.sampler_options
+            self.sampler, self.schedule, steps, spacing=self.spacing, timesteps=timesteps, **self.options
         )
         labels = torch.from_numpy(self.table.grid.labels)
         whole = bool((labels == labels.round()).all())
         self.timesteps = (labels.long() if whole else labels.float()).to(device or "cpu")
         self.stepper = TableStepper(self.table, self.prediction)
-        self.num_inference_steps, self.memory, self._names, self._position = len(labels), [], (), 0
+        self.num_inference_steps, self._position = len(labels), 0
+        self.memory, self._names = list[Tensor](), tuple[str, ...]()
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample as it is."""
         return sample
 
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean samples with the noise of (B,) timesteps."""
+        times = timesteps.double().cpu().numpy() / (1000 if isinstance(self.schedule, Flow) else 1)
+        alpha, sigma = (
+            per_sample(torch.as_tensor(values).to(original_samples), noise)
+            for values in (self.schedule.alpha(times), self.schedule.sigma(times))
+        )
+        return alpha * original_samples + sigma * noise
+
     def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: Any = None,
-        variance_noise: Tensor | None = None,
-        return_dict: bool = True,
-        **_: Any,
-    ) -> Any:
+        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None,
+        variance_noise: Tensor | None = None, return_dict: bool = True, **_: Any,
+    ) -> Any:  # fmt: skip
         """One step; calls must follow `timesteps`.
 
         Args:
@@ -259,9 +253,8 @@ class TableScheduler:
         if variance_noise is None and self.table.updates[step].noise:
             from diffusers.utils.torch_utils import randn_tensor
 
-            variance_noise = randn_tensor(
-                tuple(sample.shape), generator=generator, device=sample.device, dtype=sample.dtype
-            )
+            like: dict[str, Any] = {"device": sample.device, "dtype": sample.dtype}
+            variance_noise = randn_tensor(tuple(sample.shape), generator=generator, **like)
         memory = dict(zip(self._names, self.memory, strict=True))
         moved, state = self.stepper.step(step, model_output.to(sample.dtype), sample, memory, variance_noise)
         self._names, self.memory, self._position = tuple(state), list(state.values()), step + 1
@@ -269,19 +262,3 @@ class TableScheduler:
 
     def __len__(self) -> int:
         return self.num_train_timesteps
-
-
-def _noise_schedule(config: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr")
-    return {name: config[name] for name in names if config.get(name) is not None}
-
-
-def model_schedule(config: Mapping[str, Any]) -> tuple[str, NoiseSchedule]:
-    """What a network predicts, and its noise schedule, of a diffusers scheduler's configuration."""
-    from diffusers import DDIMScheduler
-
-    if "FlowMatch" in str(config.get("_class_name", "")) or config.get("prediction_type") == "flow_prediction":
-        return "flow_prediction", Flow(shift=float(config.get("shift") or 1.0))
-    betas = config.get("trained_betas")
-    scheduler: Any = DDIMScheduler(trained_betas=betas, **_noise_schedule(config))
-    return str(config.get("prediction_type") or "epsilon"), TableVP(scheduler.alphas_cumprod.double().numpy())

@@ -1,15 +1,16 @@
 """Noise schedules and the grids of times that samplers step on.
 
-A state at time t is `x = alpha(t) x0 + sigma(t) eps`; everything that a solver needs of t are alpha and sigma, and the
-half log-SNR `log(alpha / sigma)` in which exponential integrators are polynomial. All numbers are float64.
+A state at time t is `x = alpha(t) x0 + sigma(t) eps`; everything that a solver needs of t are alpha and sigma, the half
+log-SNR `log(alpha / sigma)` in which exponential integrators are polynomial, and in continuous time the rates of the
+flow. All numbers are float64.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,32 +20,29 @@ Between = Literal["log-alpha", "abar", "log-sigma"]
 
 
 class SamplingError(ValueError):
-    """A sampler that cannot work with a model, a schedule or these settings; the message says why in one line."""
+    """A sampler that cannot work with a model, a schedule or these settings."""
+
+
+def slope(curve: Callable[[Any], Any], t: Any) -> Any:
+    """The derivative of a formula in numpy's functions, exact to rounding: the imaginary part of a step of 1e-30 i."""
+    return np.imag(curve(np.asarray(t) + 1e-30j)) / 1e-30
 
 
 class NoiseSchedule:
-    """alpha and sigma over time. Time runs from `last` (nearly clean) up to `first` (noise), whatever its unit.
+    """alpha and sigma over time. Time runs from `last` (nearly clean) up to `first` (noise), whatever its unit."""
 
-    Attributes:
-        first, last: the times at which sampling starts and ends when nothing else is said.
-        kind: "variance preserving" (alpha^2 + sigma^2 = 1), "exploding" (alpha = 1), "flow" (alpha = 1 - sigma) or
-            "mean reverting".
-    """
-
-    kind = "variance preserving"
     first: float
     last: float
 
-    def log_alpha(self, t: Array) -> Array:
+    def log_alpha(self, t: Any) -> Any:
+        """Of variance preserving schedules, which need say nothing else."""
         raise NotImplementedError
 
-    def alpha(self, t: ArrayLike) -> Array:
-        """The factor of the clean sample."""
-        return np.exp(self.log_alpha(np.asarray(t, np.float64)))
+    def alpha(self, t: Any) -> Any:
+        return np.exp(self.log_alpha(np.asarray(t)))
 
-    def sigma(self, t: ArrayLike) -> Array:
-        """The factor of the noise."""
-        return np.sqrt(-np.expm1(2 * self.log_alpha(np.asarray(t, np.float64))))
+    def sigma(self, t: Any) -> Any:
+        return np.sqrt(-np.expm1(2 * self.log_alpha(np.asarray(t))))
 
     def log_snr(self, t: ArrayLike) -> Array:
         """Half the logarithm of the signal to noise ratio, `log(alpha / sigma)`; falls as t rises."""
@@ -61,6 +59,11 @@ class NoiseSchedule:
             low, high = np.where(noisier, low, middle), np.where(noisier, middle, high)
         return (low + high) / 2
 
+    def rates(self, t: Any) -> tuple[Any, Any]:
+        """r and h of the flow `x' = r x + h score` with these marginals; `2 |h|` is the SDE's squared diffusion."""
+        rate, sigma = slope(self.alpha, t) / self.alpha(t), self.sigma(t)
+        return rate, rate * sigma**2 - sigma * slope(self.sigma, t)
+
 
 @dataclass(frozen=True)
 class LinearVP(NoiseSchedule):
@@ -71,32 +74,14 @@ class LinearVP(NoiseSchedule):
     first: float = 1.0
     last: float = 1e-3
 
-    def log_alpha(self, t: Array) -> Array:
+    def log_alpha(self, t: Any) -> Any:
         return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
 
 
-@dataclass(frozen=True)
-class CosineVP(NoiseSchedule):
-    """The continuous cosine schedule, `abar = cos^2((t + s) / (1 + s) pi / 2)` (Nichol & Dhariwal 2021).
-
-    It ends before t = 1, where alpha is 0.
-    """
-
-    offset: float = 0.008
-    first: float = 0.98
-    last: float = 1e-3
-
-    def log_alpha(self, t: Array) -> Array:
-        return np.log(np.cos((t + self.offset) / (1 + self.offset) * math.pi / 2))
-
-
 class TableVP(NoiseSchedule):
-    """A table of `alphas_cumprod`, as diffusion checkpoints have it; times are its (fractional) indices.
+    """A table of `alphas_cumprod` (T,), as diffusion checkpoints have it; times are its (fractional) indices.
 
-    Args:
-        alphas_cumprod: (T,) falling, in 0..1.
-        between: what is linear between the entries: log alpha (DPM-Solver), alphas_cumprod (DEIS), or log sigma / alpha
-            (k-diffusion).
+    Linear between the entries is log alpha (DPM-Solver), alphas_cumprod (DEIS), or log sigma / alpha (k-diffusion).
 
     Raises:
         SamplingError: the table is not falling inside 0..1.
@@ -109,14 +94,13 @@ class TableVP(NoiseSchedule):
         self.table = np.clip(table, 1e-7, 1 - 1e-7) if between == "abar" else table
         self.between, self.first, self.last = between, float(len(table) - 1), 0.0
 
-    def log_alpha(self, t: Array) -> Array:
+    def log_alpha(self, t: Any) -> Any:
         index = np.arange(len(self.table))
-        if self.between == "abar":
-            return np.log(np.interp(t, index, self.table)) / 2
         with np.errstate(divide="ignore"):
+            if self.between == "abar":
+                return np.log(np.interp(t, index, self.table)) / 2
             if self.between == "log-sigma":
-                log_ratio = np.interp(t, index, np.log1p(-self.table) - np.log(self.table))
-                return -np.logaddexp(0, log_ratio) / 2
+                return -np.logaddexp(0, np.interp(t, index, np.log1p(-self.table) - np.log(self.table))) / 2
             return np.interp(t, index, np.log(self.table) / 2)
 
 
@@ -126,33 +110,38 @@ class Exploding(NoiseSchedule):
 
     first: float = 80.0
     last: float = 0.002
-    kind = "exploding"
 
-    def alpha(self, t: ArrayLike) -> Array:
-        return np.ones_like(np.asarray(t, np.float64))
+    def alpha(self, t: Any) -> Any:
+        return np.ones_like(t, np.float64)
 
-    def sigma(self, t: ArrayLike) -> Array:
-        return np.asarray(t, np.float64)
+    def sigma(self, t: Any) -> Any:
+        return np.asarray(t)
 
 
 @dataclass(frozen=True)
 class Flow(NoiseSchedule):
-    """alpha = 1 - t and sigma = t: rectified flow, SD3, FLUX, SiT's linear path. A network gives `eps - x0`.
+    """alpha = 1 - t and sigma = t: rectified flow, SD3, FLUX, SiT's linear path. A network gives `eps - x0`."""
 
-    Attributes:
-        shift: how far times are moved towards noise: `s t / (1 + (s - 1) t)`.
-    """
-
-    shift: float = 1.0
+    shift: float = 1.0  # how far times are moved towards noise: `s t / (1 + (s - 1) t)`
+    dynamic: tuple[float, float, float, float] | None = None  # two numbers of tokens, log of the shift at both (FLUX)
     first: float = 1.0
     last: float = 0.0
-    kind = "flow"
 
-    def alpha(self, t: ArrayLike) -> Array:
-        return 1 - np.asarray(t, np.float64)
+    def alpha(self, t: Any) -> Any:
+        return 1 - np.asarray(t)
 
-    def sigma(self, t: ArrayLike) -> Array:
-        return np.asarray(t, np.float64)
+    def sigma(self, t: Any) -> Any:
+        return np.asarray(t)
+
+    def of_tokens(self, tokens: int) -> Flow:
+        """The flow of images of some tokens."""
+        if self.dynamic is None:
+            return self
+        few, many, low, high = self.dynamic
+        return replace(self, shift=math.exp(low + (high - low) * (tokens - few) / (many - few)), dynamic=None)
+
+
+# -- grids ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,12 +172,16 @@ class TimeGrid:
         label = t[:-1] if labels is None else np.asarray(labels, np.float64)
         return cls(t, schedule.alpha(t), schedule.sigma(t), label, schedule.log_snr(t))
 
-    def ending(self, *, alpha: float = 1.0, sigma: float = 0.0) -> TimeGrid:
-        """The same grid with other values at its end, as a scheduler's "final alpha" sets them; 1 and 0 are clean."""
-        log_snr = math.log(alpha / sigma) if sigma else math.inf
-        ends = ((self.alpha, alpha), (self.sigma, sigma), (self.log_snr, log_snr))
-        changed = [np.append(values[:-1], end) for values, end in ends]
-        return TimeGrid(self.times, changed[0], changed[1], self.labels, changed[2])
+    def ending(self) -> TimeGrid:
+        """The same grid with a clean end."""
+        ends = ((self.alpha, 1.0), (self.sigma, 0.0), (self.log_snr, math.inf))
+        alpha, sigma, log_snr = (np.append(values[:-1], end) for values, end in ends)
+        return TimeGrid(self.times, alpha, sigma, self.labels, log_snr)
+
+    def taken(self, indices: list[int]) -> TimeGrid:
+        """The grid of some of its times, in order; one may be repeated."""
+        t, a, s, log_snr = (values[indices] for values in (self.times, self.alpha, self.sigma, self.log_snr))
+        return TimeGrid(t, a, s, np.append(self.labels, self.times[-1])[indices[:-1]], log_snr)
 
     @property
     def steps(self) -> int:
@@ -201,43 +194,36 @@ class TimeGrid:
             return self.sigma / self.alpha
 
 
-# -- where the times lie --------------------------------------------------------------------------------------
-
-
 def power_spaced(first: float, last: float, count: int, power: float) -> Array:
     """`count` values from first to last, evenly spaced in their `power`-th root (Karras et al. 2022, eq. 5: 7)."""
-    ends = [value ** (1 / power) for value in (first, last)]
-    return np.linspace(ends[0], ends[1], count) ** power
+    return np.linspace(first ** (1 / power), last ** (1 / power), count) ** power
+
+
+SPACINGS = ("uniform", "quadratic", "power", "log-snr", "karras")
 
 
 def spaced_times(schedule: NoiseSchedule, spacing: str, steps: int, *, power: float | None = None) -> Array:
     """(steps + 1,) times from the schedule's first to its last.
 
-    Args:
-        spacing: "uniform", "quadratic" (of the root of t) or "power" in t; "log-snr" (even half log-SNR); "karras" (the
-            7th root of sigma / alpha, or another power).
+    "uniform", "quadratic" (of the root of t) or another "power" in t; "log-snr": even half log-SNR; "karras": the 7th
+    root of sigma / alpha, or another power.
 
     Raises:
         SamplingError: no such spacing, no positive number of steps, or a first time without signal.
     """
+    if spacing not in SPACINGS:
+        raise SamplingError(f"spacing must be one of {', '.join(GRIDS)}, got {spacing!r}")
     if steps < 1:
         raise SamplingError(f"steps must be at least 1, got {steps}")
-    first, last = schedule.first, schedule.last
+    first, last, count = schedule.first, schedule.last, steps + 1
     if spacing in ("uniform", "quadratic", "power"):
-        return power_spaced(first, last, steps + 1, {"uniform": 1.0, "quadratic": 2.0}.get(spacing, power or 2.0))
-    if spacing not in ("log-snr", "karras"):
-        raise SamplingError(f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}")
-    ends = schedule.log_snr([first, last])
-    if not np.all(np.isfinite(ends)):
+        return power_spaced(first, last, count, {"uniform": 1.0, "quadratic": 2.0}.get(spacing, power or 2.0))
+    start, end = schedule.log_snr([first, last]).tolist()
+    if not math.isfinite(start - end):
         raise SamplingError(f"spacing {spacing!r} needs a first time with signal and a last with noise")
-    if spacing == "log-snr":
-        inner = np.linspace(ends[0], ends[1], steps + 1)
-    else:
-        inner = -np.log(power_spaced(math.exp(-ends[0]), math.exp(-ends[1]), steps + 1, power or 7.0))
+    karras = -np.log(power_spaced(math.exp(-start), math.exp(-end), count, power or 7.0))
+    inner = karras if spacing == "karras" else np.linspace(start, end, count)
     return np.array([first, *schedule.time_of(inner[1:-1]), last])
-
-
-SPACINGS = ("uniform", "quadratic", "power", "log-snr", "karras")
 
 
 def distinct_indices(times: ArrayLike) -> Array:
@@ -257,17 +243,13 @@ def distinct_indices(times: ArrayLike) -> Array:
 
 @dataclass(frozen=True)
 class FewStepGrid:
-    """One of the grids of "Hyperparameters are all you need" (arXiv 2510.02390), tuned on Stable Diffusion's schedule.
-
-    A Karras grid of `outer_points` sigmas with 0 behind it says where the last time lies (its entry `end_index`); the
-    times between are spaced by the power `inner_rho`.
-    """
+    """A grid of "Hyperparameters are all you need" (arXiv 2510.02390), tuned on Stable Diffusion's schedule."""
 
     steps: int
-    outer_points: int
+    outer_points: int  # of a Karras grid of the power `outer_rho` with 0 behind it,
     outer_rho: float
-    end_index: int
-    inner_rho: float = 1.2
+    end_index: int  # whose entry of that number is where the last time lies
+    inner_rho: float = 1.2  # power by which the times between are spaced
 
     def times(self, alphas_cumprod: ArrayLike) -> Array:
         """(steps + 1,) fractional timesteps. The last sigma is not 0: that noise stays in the sample."""
@@ -278,33 +260,35 @@ class FewStepGrid:
         return power_spaced(float(ends[0]), float(ends[1]), self.steps + 1, self.inner_rho)
 
 
-FEW_STEP_GRIDS: dict[str, tuple[FewStepGrid, int]] = {  # with the order of the DPM-Solver++ that it was tuned for
-    "sd-4": (FewStepGrid(4, 8, 5, 5), 1),
-    "sd-5": (FewStepGrid(5, 8, 5, 6), 1),
-    "sd-6": (FewStepGrid(6, 8, 5, 6), 1),
-    "sd-8": (FewStepGrid(8, 12, 7, 9), 2),
-    "sdxl-8": (FewStepGrid(8, 12, 12, 9), 2),
+FEW_STEP_GRIDS = {  # by their steps; tuned for first order, that of 8 for DPM-Solver++ 2M, for SDXL with outer_rho 12
+    grid.steps: grid
+    for grid in (FewStepGrid(4, 8, 5, 5), FewStepGrid(5, 8, 5, 6), FewStepGrid(6, 8, 5, 6), FewStepGrid(8, 12, 7, 9))
 }
+GRIDS = ("trailing", "leading", "linspace", "few-step", *SPACINGS)  # where the timesteps of a table lie
 
 
-def integrate(function: Callable[[Array], Array], start: float, stop: float, *, pieces: int = 8) -> Array:
-    """The integral of a function over [start, stop] by 16 Gauss-Legendre nodes on each of some pieces.
+def table_times(schedule: TableVP, steps: int, spacing: str = "trailing") -> Array:
+    """(steps,) falling timesteps of a table, whole numbers, as diffusers spaces them; "few-step" are fractional.
 
-    Args:
-        function: takes (n,) places and returns (..., n) values.
+    Raises:
+        SamplingError: no such spacing, or two steps at one timestep.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(16)
-    edges = np.linspace(start, stop, pieces + 1)
-    half = np.diff(edges)[:, None] / 2
-    places = (edges[:-1, None] + half) + half * nodes
-    return function(places.ravel()) @ (half * weights).ravel()
-
-
-def lagrange(points: ArrayLike, places: Array) -> Array:
-    """(n, places) values of the n Lagrange polynomials of n points."""
-    x = np.asarray(points, np.float64)
-    rows = []
-    for j, own in enumerate(x):
-        others = np.delete(x, j)
-        rows.append(np.prod((places[None] - others[:, None]) / (own - others)[:, None], axis=0))
-    return np.array(rows)
+    total = len(schedule.table)
+    if not 1 <= steps <= total:
+        raise SamplingError(f"steps must be in 1..{total}, got {steps}")
+    if spacing == "few-step":
+        if steps not in FEW_STEP_GRIDS:
+            raise SamplingError(f"few-step grids have {', '.join(map(str, FEW_STEP_GRIDS))} steps, got {steps}")
+        return FEW_STEP_GRIDS[steps].times(schedule.table)[:-1]
+    even: dict[str, Callable[[], Array]] = {
+        "trailing": lambda: np.arange(total, 0, -total / steps).round() - 1,
+        "leading": lambda: np.arange(steps, dtype=np.float64)[::-1] * (total // steps),
+        "linspace": lambda: np.linspace(0, total - 1, steps)[::-1].round(),
+    }
+    times = even[spacing]() if spacing in even else spaced_times(schedule, spacing, steps)[:-1].round()
+    if (doubled := times[1:][np.diff(times) == 0]).size:
+        raise SamplingError(
+            f"spacing {spacing!r} with {steps} steps meets timestep {doubled[0]:g} twice on this schedule; take another"
+            " spacing or fewer steps"
+        )
+    return times

@@ -245,8 +245,8 @@ def check_mbir(folder: Path, case: dict[str, Any]) -> None:
         operator = operators.projections((1, side, side), (-90, 0), scale=side**-0.5)
         assert given["y"].shape == (run["slices"], 1, 2, side)
 
-        def score(x: Tensor, t: Tensor, sde: ScoreSDE = sde, prior: Prior = prior) -> Tensor:
-            sigma = float(sde.marginal(x, t[:1])[1])
+        def score(x: Tensor, t: float, sde: ScoreSDE = sde, prior: Prior = prior) -> Tensor:
+            sigma = float(sde.sigma(t))
             return -prior.noise(x, 1.0, sigma) / sigma
 
         start = given["prior"] * run["sigma_max"]

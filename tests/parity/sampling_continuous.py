@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffrep.sampling.interpolants import (
-    FORMS,
-    Transport,
-    derivative,
-    integrate_sde,
-    integrate_with_density,
-    interpolant,
-    interpolant_loss,
-)
-from diffrep.sampling.interpolants import (
-    Path as Curves,
-)
-from diffrep.sampling.score_sde import ScoreSDE, likelihood, sample_flow, sample_pc
+from diffrep.eval.likelihood import likelihood, normal_log_density
+from diffrep.sampling.flows import FORMS, Transport, integrate_sde, integrate_with_density, probability_flow
+from diffrep.sampling.schedules import slope
+from diffrep.sampling.score_sde import ScoreSDE, sample_flow, sample_pc
 from diffrep.training.fokker_planck import Potential, fokker_planck_loss, kernel_score, residual, sample_reverse
+from diffrep.training.interpolants import Path as Curves
+from diffrep.training.interpolants import between, interpolant, interpolant_loss, transport_loss
 
 from .cases import each
 from .sampling_mixture import Mixture, assert_like, tensors_of
@@ -38,17 +33,28 @@ def sde_of(kind: Any, p: Any) -> ScoreSDE:
 
 def check_score_sde_schedules(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
-    x, t = inputs["x"], inputs["t"]
+    x, t = inputs["x"].double(), inputs["t"].double().numpy()
+
+    def times_x(factor: Any) -> Tensor:
+        return torch.from_numpy(factor).view(-1, 1, 1, 1) * x
+
     for kind in KINDS:
         sde = sde_of(kind, case["parameters"])
-        got = {"prior_logp": sde.prior_log_density(x)}
-        got["mean"], got["std"] = sde.marginal(x, t)
-        got["drift"], got["diffusion"] = sde.drift(x, t)
-        got["f"], got["G"] = sde.discretize(x, t)
+        (drift, diffusion), (step, noise) = sde.drift(t), sde.discretize(inputs["t"].numpy())
+        got = {
+            "prior_logp": normal_log_density(x, sde.sigma_max if kind == "ve" else 1.0),
+            "mean": times_x(sde.alpha(t)),
+            "std": torch.from_numpy(sde.sigma(t)),
+            "drift": times_x(drift),
+            "diffusion": torch.from_numpy(diffusion),
+            "f": times_x(step),
+            "G": torch.from_numpy(noise),
+        }
         if kind == "vp":
-            got |= {"discrete_betas": sde.betas, "alphas_cumprod": sde.alphas_cumprod}
+            got |= {"discrete_betas": torch.from_numpy(sde.betas)}
+            got |= {"alphas_cumprod": (1 - got["discrete_betas"]).cumprod(0)}
         if kind == "ve":
-            got["discrete_sigmas"] = sde.sigmas
+            got["discrete_sigmas"] = torch.from_numpy(sde.sigmas)
         for name, value in got.items():
             assert_like(value, expected[f"{kind}_{name}"], atol=1e-5, rtol=1e-5, what=f"{kind} {name}")
     assert {key.split("_")[0] for key in expected} == set(KINDS)
@@ -60,11 +66,10 @@ def official_network(sde: ScoreSDE, model: Mixture, *, continuous: bool) -> Any:
     def network(x: Tensor, label: Tensor) -> Tensor:
         first = label[0]
         if sde.kind == "ve":
-            return model.score(x, 1.0, float(first) if continuous else float(sde.sigmas.flip(0)[first]))
+            return model.score(x, 1.0, float(first) if continuous else float(sde.sigmas[::-1][int(first)]))
         if continuous or sde.kind == "subvp":
-            mean, std = sde.marginal(torch.ones(1, 1), first[None] / 999)
-            return model.noise(x, float(mean), float(std))
-        abar = float(sde.alphas_cumprod[int(first)])
+            return model.noise(x, float(sde.alpha(float(first) / 999)), float(sde.sigma(float(first) / 999)))
+        abar = float((1 - sde.betas).cumprod()[int(first)])
         return model.noise(x, abar**0.5, (1 - abar) ** 0.5)
 
     return network
@@ -108,10 +113,9 @@ def check_score_sde_ode(folder: Path, case: dict[str, Any]) -> None:
 
         calls = list[float]()
 
-        def score(x: Tensor, t: Tensor, sde: ScoreSDE = sde, calls: list[float] = calls) -> Tensor:
-            calls.append(float(t[0]))
-            mean, std = sde.marginal(torch.ones(1, 1, dtype=t.dtype), t[:1])
-            return model.score(x, float(mean), float(std))
+        def score(x: Tensor, t: float, sde: ScoreSDE = sde, calls: list[float] = calls) -> Tensor:
+            calls.append(t)
+            return model.score(x, float(sde.alpha(t)), float(sde.sigma(t)))
 
         z = inputs[f"{kind}_z"]
         for name, denoise in (("ode", False), ("ode_denoised", True)):
@@ -136,17 +140,13 @@ def check_interpolants(folder: Path, case: dict[str, Any]) -> None:
     x0, x1, z = inputs["x0"], inputs["x1"], inputs["z"]
     for path, gamma in p["paths"]:
         curves, name = interpolant(path, gamma), f"{path}_{gamma}".replace("-", "_")
-        got = {
-            "a": curves.x0(times),
-            "adot": derivative(curves.x0, times),
-            "b": curves.x1(times),
-            "bdot": derivative(curves.x1, times),
-            "It": torch.stack([curves.at(t, x0, x1) for t in times]),
-            "dtIt": torch.stack([curves.slope(t, x0, x1) for t in times]),
-        }
+        t, both = times.double().numpy(), [between(curves, t, x0, x1) for t in times]
+        arrays = {"a": curves.x0(t), "adot": slope(curves.x0, t), "b": curves.x1(t), "bdot": slope(curves.x1, t)}
         if gamma:
-            got |= {"gamma": curves.gamma(times), "gg_dot": curves.gamma_slope(times)}
-            got["gamma_dot"] = got["gg_dot"] / got["gamma"]
+            arrays |= {"gamma": curves.gamma(t), "gg_dot": curves.gamma_slope(t)}
+            arrays["gamma_dot"] = arrays["gg_dot"] / arrays["gamma"]
+        got = {key: torch.from_numpy(value) for key, value in arrays.items()}
+        got |= {"It": torch.stack([one for one, _ in both]), "dtIt": torch.stack([one for _, one in both])}
         for key, value in got.items():
             assert_like(value, expected[f"{name}_{key}"], atol=1e-4, rtol=1e-4, what=f"{name} {key}")
     assert p["model"] == "f(x,t) = A x + t c"
@@ -177,21 +177,21 @@ class GaussianEnds:
     def __init__(self, curves: Curves, m0: Tensor, s0: float, m1: Tensor, s1: float) -> None:
         self.curves, self.m0, self.s0, self.m1, self.s1 = curves, m0, s0, m1, s1
 
-    def moments(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, t: float) -> tuple[Tensor, float]:
         """Mean and variance of the state."""
-        a, b = self.curves.x0(t), self.curves.x1(t)
-        latent = self.curves.variance(t) if self.curves.variance else 0
+        a, b = float(self.curves.x0(t)), float(self.curves.x1(t))
+        latent = float(self.curves.variance(t)) if self.curves.variance else 0.0
         return a * self.m0 + b * self.m1, a**2 * self.s0**2 + b**2 * self.s1**2 + latent
 
-    def drift(self, x: Tensor, t: Tensor) -> Tensor:
+    def drift(self, x: Tensor, t: float) -> Tensor:
         mean, variance = self.moments(t)
-        a, b = self.curves.x0(t), self.curves.x1(t)
-        da, db = derivative(self.curves.x0, t), derivative(self.curves.x1, t)
-        latent = self.curves.gamma_slope(t) if self.curves.variance else 0
+        a, b = float(self.curves.x0(t)), float(self.curves.x1(t))
+        da, db = float(slope(self.curves.x0, t)), float(slope(self.curves.x1, t))
+        latent = float(self.curves.gamma_slope(t)) if self.curves.variance else 0.0
         shrink = (da * a * self.s0**2 + db * b * self.s1**2 + latent) / variance
         return da * self.m0 + db * self.m1 + shrink * (x - mean)
 
-    def score(self, x: Tensor, t: Tensor) -> Tensor:
+    def score(self, x: Tensor, t: float) -> Tensor:
         mean, variance = self.moments(t)
         return -(x - mean) / variance
 
@@ -210,27 +210,25 @@ def check_interpolant_sampling(folder: Path, case: dict[str, Any]) -> None:
         m0, m1 = torch.zeros_like(inputs["m0"]) if alone else inputs["m0"], inputs["m1"]
 
         exact = GaussianEnds(curves, m0, s0, m1, s1)
-        times, start = torch.linspace(*p["start_end"], p["n_step"]), inputs[f"{name}_start"]
+        times, start = np.linspace(*p["start_end"], p["n_step"]).tolist(), inputs[f"{name}_start"]
         for method in ("euler", "rk4"):
             end, change = integrate_with_density(exact.drift, start, times, method)
             key = f"{name}_ode_{method}"
             assert_like(end, expected[key], atol=2e-3, rtol=2e-3, what=key)
             assert_like(change, expected[f"{key}_dlogp"], atol=2e-3, rtol=2e-3, what=f"{key} density")
 
-        def spread(t: Tensor) -> Tensor:
-            return torch.tensor(math.sqrt(2 * eps))
-
         for method, sign, where, key in (
             ("euler", 1, times, "sde_euler"),
             ("heun", 1, times, "sde_heun"),
-            ("heun", -1, times.flip(0), "sde_reverse_heun"),
+            ("heun", -1, times[::-1], "sde_reverse_heun"),
         ):
             noise = list(inputs[f"{name}_{'reverse_' if sign < 0 else ''}noise"])
 
-            def noisy(x: Tensor, t: Tensor, sign: int = sign, exact: GaussianEnds = exact) -> Tensor:
+            def noisy(x: Tensor, t: float, sign: int = sign, exact: GaussianEnds = exact) -> Tensor:
                 return exact.drift(x, t) + sign * eps * exact.score(x, t)
 
-            got = integrate_sde(noisy, start, where, spread, noise, method=method, ahead=True)  # type: ignore[arg-type]
+            spread = math.sqrt(2 * eps)
+            got = integrate_sde(noisy, start, where, lambda t, s=spread: s, noise, method=method, ahead=True)  # type: ignore
             assert_like(got, expected[f"{name}_{key}"], atol=2e-3, rtol=2e-3, what=f"{name} {key}")
 
 
@@ -243,28 +241,45 @@ def check_sit_paths(folder: Path, case: dict[str, Any]) -> None:
     betas = p["vp_sigma_min_max"]
     for path in ("Linear", "GVP", "VP"):
         transport = Transport(path, beta_0=betas[0], beta_1=betas[1])
-        x, slope = transport.at(t, inputs["z"], inputs["x1"])
-        factors = zip(x, transport.alpha(t).tolist(), transport.sigma(t).tolist(), strict=True)
-        score = torch.cat([model.score(one[None], alpha, sigma) for one, alpha, sigma in factors])
-        velocity = transport.velocity_from_score(score, x, t)
-        got = {"xt": x, "ut": slope, "velocity_from_score": velocity}
-        got["drift"], got["drift_var"] = transport.drift(x, t)
-        got["score_from_velocity"] = transport.score_from_velocity(velocity, x, t)
-        got["noise_from_velocity"] = transport.noise_from_velocity(velocity, x, t)
+        x, velocity = between(curves(transport), t, inputs["z"], inputs["x1"])
+        times = t.double().tolist()
+
+        def each_at(of: Callable[[Tensor, float], Tensor], x: Tensor = x, times: list[float] = times) -> Tensor:
+            return torch.cat([of(x[i : i + 1], u) for i, u in enumerate(times)])
+
+        def score(y: Tensor, u: float, transport: Transport = transport) -> Tensor:
+            return model.score(y, float(transport.alpha(u)), float(transport.sigma(u)))
+
+        flow = probability_flow(transport, score)
+        rates = [[float(v) for v in transport.rates(u)] for u in times]
+        got = {"xt": x, "ut": velocity, "velocity_from_score": each_at(flow)}
+        got["drift"] = torch.stack([-rate * y for (rate, _), y in zip(rates, x, strict=True)])
+        got["drift_var"] = torch.tensor([half for _, half in rates]).view(-1, 1, 1, 1)
+        for name, of in (
+            ("score_from_velocity", transport.score),
+            ("noise_from_velocity", transport.noise_from_velocity),
+        ):
+            got[name] = each_at(lambda y, u, of=of, flow=flow: of(flow(y, u), y, u))
         for name, value in got.items():
             assert_like(value, expected[f"{path}_{name}"], atol=2e-4, rtol=2e-4, what=f"{path} {name}")
         for form in FORMS:
             key = f"{path}_diffusion_{form}"
-            value = transport.diffusion(form, t, norm=p["norm"])[: len(expected[key])]
-            assert_like(value, expected[key], atol=2e-4, rtol=2e-4, what=key)
+            value = torch.tensor([transport.diffusion(form, u, norm=p["norm"]) for u in times])
+            shaped = value.view(-1, *[1] * (expected[key].ndim - 1))[: len(expected[key])]
+            assert_like(shaped, expected[key], atol=2e-4, rtol=2e-4, what=key)
     assert p["loss_model"] == "f(x,t) = x/2 + t"
     for key in (key for key in expected if key.startswith("loss_")):
         _, path, prediction, weight = key.split("_")
         transport = Transport(path, prediction, betas[0], betas[1])
-        x, slope = transport.at(t, inputs["z"], inputs["x1"])
+        x, velocity = between(curves(transport), t, inputs["z"], inputs["x1"])
         output = x / 2 + t.view(-1, 1, 1, 1)
-        got_loss = transport.loss(output, x, t, inputs["z"], slope, None if weight == "None" else weight)
+        weighting = None if weight == "None" else weight
+        got_loss = transport_loss(transport, output, x, t, inputs["z"], velocity, weighting)
         assert_like(got_loss, expected[key], atol=2e-4, rtol=2e-4, what=key)
+
+
+def curves(transport: Transport) -> Curves:
+    return Curves(transport.sigma, transport.alpha)
 
 
 def check_sit_sampling(folder: Path, case: dict[str, Any]) -> None:
@@ -274,13 +289,13 @@ def check_sit_sampling(folder: Path, case: dict[str, Any]) -> None:
     for one in each(case["parameters"]["runs"]):
         key, transport = one["key"], Transport(one["path"], one["prediction"])
 
-        def network(x: Tensor, t: Tensor, transport: Transport = transport) -> Tensor:
+        def network(x: Tensor, t: float, transport: Transport = transport) -> Tensor:
             alpha, sigma = float(transport.alpha(t)), float(transport.sigma(t))
             if transport.prediction != "velocity":
                 return getattr(model, transport.prediction)(x, alpha, sigma)
             data = model.data(x, alpha, sigma) if alpha > 0 else mean.expand_as(x)
-            slopes = (derivative(curve, t) for curve in (transport.alpha, transport.sigma))
-            return next(slopes) * data + next(slopes) * model.noise(x, alpha, sigma)
+            rise, fall = (float(slope(curve, t)) for curve in (transport.alpha, transport.sigma))
+            return rise * data + fall * model.noise(x, alpha, sigma)
 
         first, last = one["interval"]
         if "diffusion_form" not in one:

@@ -11,29 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffrep.eval.search import SearchSettings, search_steps, uniform_timesteps
+from diffrep.heads.mean_reverting import MeanReverting, mrs_table, sample_mean_reverting
 from diffrep.sampling.core import SolverTable, run
-from diffrep.sampling.evodiff import evodiff
-from diffrep.sampling.filters import (
-    LevenbergMarquardt,
-    momentum,
-    momentum_weights,
-    with_levenberg_marquardt,
-    with_momentum,
-)
-from diffrep.sampling.mean_reverting import MeanReverting, mrs_table, sample_mean_reverting
 from diffrep.sampling.schedules import (
-    CosineVP,
     Exploding,
     FewStepGrid,
     Flow,
     LinearVP,
+    NoiseSchedule,
     TableVP,
     TimeGrid,
     distinct_indices,
     spaced_times,
 )
-from diffrep.sampling.search import Candidate, Respaced, SearchSettings, search_steps, uniform_timesteps
-from diffrep.sampling.solvers import Derivative, ddim_table, deis, dpm_solver, ipndm, rho_runge_kutta, unified, unipc
+from diffrep.sampling.search import Candidate
+from diffrep.sampling.solvers import (
+    Derivative,
+    ddim_table,
+    deis,
+    evodiff,
+    ipndm,
+    levenberg_marquardt,
+    momentum,
+    momentum_weights,
+    multistep,
+    rho_runge_kutta,
+    unified,
+    with_levenberg_marquardt,
+    with_momentum,
+)
 
 from .cases import each
 from .sampling_mixture import Mixture, assert_like, tensors_of
@@ -91,12 +98,13 @@ def check_momentum_dpmpp(folder: Path, case: dict[str, Any]) -> None:
     assert p["steps"] == len(p["timesteps"])
     grid = TimeGrid.of(TableVP(table), [*p["timesteps"], 0])
     network = Mixture(inputs).of_table(table)
-    runs = {"dpmpp2m_plain": dpm_solver(grid)}
+    runs = {"dpmpp2m_plain": multistep(grid)}
     for beta in p["betas"]:
-        runs[f"dpmpp2m_hb_{beta}".replace(".", "p")] = with_momentum(dpm_solver(grid), beta)
+        runs[f"dpmpp2m_hb_{beta}".replace(".", "p")] = with_momentum(multistep(grid), beta)
     u = p["unipc"]
     assert u["predict_x0"]
-    solver = unipc(grid, order=u["order"], variant=u["solver_type"], final=u["lower_order_final"])
+    relaxation = f"unipc-{u['solver_type']}"
+    solver = multistep(grid, order=u["order"], relaxation=relaxation, corrected=True, final=u["lower_order_final"])
     runs[f"unipc{u['order']}_hb_{u['beta']}".replace(".", "p")] = with_momentum(solver, u["beta"])
     assert set(runs) == set(expected)
     for key, solver in runs.items():
@@ -104,6 +112,13 @@ def check_momentum_dpmpp(folder: Path, case: dict[str, Any]) -> None:
 
 
 # -- DEIS -----------------------------------------------------------------------------------------------------
+
+
+class Cosine(NoiseSchedule):
+    """`abar = cos^2((t + s) / (1 + s) pi / 2)` (Nichol & Dhariwal 2021)."""
+
+    def log_alpha(self, t: Any) -> Any:
+        return np.log(np.cos((t + 0.008) / 1.008 * np.pi / 2))
 
 
 def coefficients(table: SolverTable, order: int, divisors: Sequence[float] | None = None) -> Tensor:
@@ -142,7 +157,8 @@ def check_deis_coefficients(folder: Path, case: dict[str, Any]) -> None:
         scaled = coefficients(in_rho, order, grid.alpha[1:].tolist())
         check(f"rhoab{name}_coef", scaled, expected[f"rhoab{name}_coef"])
     c = p["cosine"]
-    cosine = CosineVP(first=c["sampling_T"], last=c["sampling_eps"])
+    cosine = Cosine()
+    cosine.first, cosine.last = c["sampling_T"], c["sampling_eps"]
     phase, steps = c["grid"].split(",")
     times = spaced_times(cosine, SPACING[phase], int(steps.split()[0]))
     assert_like(torch.from_numpy(times), expected[f"cos_ts_{phase}"], atol=0, rtol=1e-3, what="cosine grid")
@@ -258,13 +274,15 @@ def check_evodiff(folder: Path, case: dict[str, Any]) -> None:
         schedule = Exploding(first=one["t_start"], last=one["t_end"])
         times = spaced_times(schedule, spacing[one["skip_type"]], one["steps"])
         assert_like(torch.from_numpy(times), expected[f"ts{i}"], atol=0, rtol=1e-5, what=f"grid {i}")
-        got = evodiff(
-            lambda x, t: model.data(x, 1.0, t),
-            one["t_start"] * inputs["z"],
-            TimeGrid.of(schedule, times),
-            final=p["lower_order_final"],
-            denoise=one["denoise_to_zero"],
-        )
+        grid, calls = TimeGrid.of(schedule, times), list[float]()
+
+        def network(x: Tensor, t: float, calls: list[float] = calls) -> Tensor:
+            calls.append(t)
+            return model.data(x, 1.0, t)
+
+        table = evodiff(grid, final=p["lower_order_final"], denoise=one["denoise_to_zero"])
+        got = run(table, network, one["t_start"] * inputs["z"].double(), prediction="sample")
+        assert len(calls) == one["steps"] + one["denoise_to_zero"] * (1 if p["lower_order_final"] else 2)
         assert_like(got, expected[one["key"]], atol=1e-4, rtol=1e-4, what=one["key"])
 
 
@@ -276,15 +294,15 @@ def check_lml(folder: Path, case: dict[str, Any]) -> None:
     network = model.of_table(table)
     direction = inputs["direction"]
     for one in each(p["correct"]):
-        correct = LevenbergMarquardt(one["lamb"], one["kappa"])
+        correct = levenberg_marquardt(one["lamb"], one["kappa"]).act
         assert_like(correct(direction, inputs["previous"])[0], expected[one["key"]], atol=5e-4, what=one["key"])
         assert_like(correct(direction, direction)[0], expected[f"{one['key']}_first"], atol=5e-4, what="the first")
-    void = LevenbergMarquardt(1e-3, 0.0)(direction.double(), inputs["previous"].double())[0]
+    void = levenberg_marquardt(1e-3, 0.0).act(direction.double(), inputs["previous"].double())[0]
     assert_like(void, expected["correct_float64_kappa0_small_lambda"], atol=1e-6, what="kappa 0")
     assert p["dpm_last_target"].startswith("timestep 0 (alphas_cumprod[0]); lower order in the last steps")
     for one in each(p["dpm"]):
         form = {"dpmsolver": "noise", "dpmsolver++": "data"}[one["algorithm_type"]]
-        plain = dpm_solver(TimeGrid.of(TableVP(table), [*one["timesteps"], 0]), order=one["order"], form=form)
+        plain = multistep(TimeGrid.of(TableVP(table), [*one["timesteps"], 0]), order=one["order"], form=form)
         assert_like(run(plain, network, x), expected[f"{one['key']}_plain"], atol=1e-4, rtol=1e-4, what="plain")
         solver = with_levenberg_marquardt(plain, one["lamb"], one["kappa"])
         assert_like(run(solver, network, x), expected[one["key"]], atol=1e-4, rtol=1e-4, what=one["key"])
@@ -338,7 +356,7 @@ def check_few_step_grid(folder: Path, case: dict[str, Any]) -> None:
         assert_like(torch.from_numpy(sigmas), expected[f"sigma_{name}"], atol=0, rtol=1e-3, what=f"sigma of {name}")
         grid = TimeGrid.of(Exploding(), sigmas)
         for order, word in ((1, "first"), (2, "second")):
-            got = run(dpm_solver(grid, order=order, final=False), network, inputs["z"] * sigmas[0])
+            got = run(multistep(grid, order=order, final=False), network, inputs["z"] * sigmas[0])
             assert_like(got, expected[f"{word}_order_{name}"], atol=2e-3, rtol=2e-3, what=f"{word} order, {name}")
     assert p["used_by_default"]["8 steps"] == "sd_8_full with 2M (SDXL: xl_8)"
     assert p["used_by_default"]["5, 6"] == p["used_by_default"]["4"] == "first order"
@@ -355,18 +373,19 @@ def check_autodiffusion(folder: Path, case: dict[str, Any]) -> None:
     table = (1 - inputs["betas"]).cumprod(0)
     network = model.of_table(table)
     for one in each(p["runs"]):
-        key, chain = one["key"], Respaced.of(table, one["timesteps"])
-        assert list(chain.timesteps) == one["timestep_map"]
+        key, chosen = one["key"], sorted(set(one["timesteps"]))
+        assert chosen == one["timestep_map"]
+        grid = TimeGrid.of(TableVP(table), [*chosen[::-1], chosen[0] - 1]).ending()
+        rising = torch.from_numpy(grid.alpha[::-1] ** 2)
+        variance = torch.tensor([update.noise**2 for update in ddim_table(grid, eta=1.0).updates[::-1]])
         for name, got in (
-            ("betas", chain.betas),
-            ("alphas_cumprod", chain.alphas_cumprod),
-            ("posterior_variance", chain.posterior_variance),
-            ("posterior_log_variance", chain.posterior_log_variance),
+            ("betas", 1 - rising[1:] / rising[:-1]),
+            ("alphas_cumprod", rising[1:]),
+            ("posterior_variance", variance),
+            ("posterior_log_variance", torch.cat([variance[1:2], variance[1:]]).log()),  # the first would be of 0
         ):
-            assert_like(torch.from_numpy(got), expected[f"{key}_{name}"], atol=1e-12, rtol=1e-6, what=f"{key} {name}")
-        falling = chain.timesteps[::-1]
-        grid = TimeGrid.of(TableVP(table), [*falling, falling[-1] - 1]).ending()
-        no_signal = p["beta_schedule"] == "cosine" and len(table) - 1 in chain.timesteps
+            assert_like(got, expected[f"{key}_{name}"], atol=1e-9, rtol=1e-6, what=f"{key} {name}")
+        no_signal = p["beta_schedule"] == "cosine" and len(table) - 1 in chosen
         atol = 2e-2 if no_signal else 1e-3
         for name, eta in (("ddim", 0.0), ("ddpm", 1.0)):
             solver = replace(ddim_table(grid, eta=eta), clamp="static")

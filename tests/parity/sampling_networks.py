@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones.early_exit import EarlyExitUViT, LayerOutputs, UViTConfig
-from diffrep.sampling.caching import InheritedFeatures
+from diffrep.backbones.partial import PartialNetwork
 
 from .cases import each
 from .sampling_mixture import assert_like, tensors_of
@@ -31,7 +31,7 @@ def check_deepcache(folder: Path, case: dict[str, Any]) -> None:
     unet = UNet2DConditionModel.from_pretrained(folder / "model").eval()
     for one in each(p["runs"]):
         x, outputs = inputs["x_T"], list[Tensor]()
-        with InheritedFeatures(unet, interval=one["cache_interval"], branch=one["cache_branch_id"]) as cache:
+        with PartialNetwork(unet, interval=one["cache_interval"], branch=one["cache_branch_id"]) as cache:
             for step, t in enumerate(scheduler.timesteps):
                 cache.at(step)
                 outputs.append(unet(x, t, encoder_hidden_states=inputs["context"]).sample)

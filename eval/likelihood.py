@@ -1,4 +1,4 @@
-"""How likely a diffusion model finds images: the probability flow of a model of the project (Song et al. 2021)."""
+"""How likely a diffusion model finds images: bits per dimension by the probability flow (Song et al. 2021)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,42 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from diffrep.backbones.diffusion import keyed_generator
 from diffrep.images import Sizing, fit_image, load_image
 from diffrep.sampling.core import to_forms
-from diffrep.sampling.interpolants import divergence
+from diffrep.sampling.flows import Field, divergence, probability_flow, solve_rk45
 from diffrep.sampling.models import DiffusionModel, diffusion_model
 from diffrep.sampling.schedules import SamplingError, TableVP
-from diffrep.sampling.score_sde import solve_rk45
+from diffrep.sampling.score_sde import ScoreSDE
+
+
+def normal_log_density(z: Tensor, deviation: float) -> Tensor:
+    """(B,) log-density of states under a normal distribution around 0."""
+    variance = deviation**2
+    return -z[0].numel() / 2 * math.log(2 * math.pi * variance) - z.square().flatten(1).sum(1) / (2 * variance)
+
+
+def likelihood(
+    sde: ScoreSDE, score: Field, x: Tensor, probe: Tensor, *, tolerance: float = 1e-5, first: float = 1e-5,
+    offset: float = 7.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Bits per dimension by the probability flow, with the Skilling-Hutchinson estimate of the divergence.
+
+    Args:
+        x: (B, ...) uniformly dequantised data as the network knows them.
+        probe: like x, of -1 and 1.
+        offset: bits that the scaling of the data adds: 7 for 8-bit images scaled to -1..1, 0 for a density as it is.
+
+    Returns:
+        (B,) bits per dimension, and the states at t = 1.
+    """
+    field = probability_flow(sde, score)
+    z, change = solve_rk45(lambda y, t: divergence(field, y, t, probe), x, first, 1.0, tolerance)
+    density = normal_log_density(z, sde.sigma_max if sde.kind == "ve" else 1.0).double().cpu() + change
+    return (-density / (x[0].numel() * math.log(2)) + offset).to(x.dtype), z
 
 
 def model_likelihood(
@@ -32,7 +57,7 @@ def model_likelihood(
         x: (B, ...) clean states, as the network knows them.
         probe: like x, of -1 and 1.
         tolerance: of the adaptive solver, relative and absolute.
-        offset: bits that the scaling of the data adds, see `score_sde.likelihood`.
+        offset: bits that the scaling of the data adds, see `likelihood`.
 
     Raises:
         SamplingError: the model is a flow.
@@ -43,23 +68,18 @@ def model_likelihood(
     lowest, highest = (-schedule.log_snr([0.0, schedule.first])).tolist()
     highest = min(highest, math.log(300.0))  # beyond, what is left of the data is below rounding
 
-    def field(y: Tensor, log_rho: Tensor) -> Tensor:
-        value = float(log_rho[0])
-        t = float(schedule.time_of(-np.array(value))[0])
+    def field(y: Tensor, log_rho: float) -> Tensor:
+        t = float(schedule.time_of(-log_rho)[0])
         alpha, sigma = float(schedule.alpha(t)), float(schedule.sigma(t))
         state = alpha * y
         output = model.predict(state, t, slice(0, len(y)))
-        return math.exp(value) * to_forms(model.prediction, output, state, alpha, sigma)["noise"]
+        return math.exp(log_rho) * to_forms(model.prediction, output, state, alpha, sigma)["noise"]
 
-    def traced(y: Tensor, log_rho: Tensor) -> tuple[Tensor, Tensor]:
-        return divergence(field, y, log_rho, probe)
-
-    y = x / float(schedule.alpha(0.0))
-    end, change, _ = solve_rk45(traced, y, lowest, highest, tolerance)
-    rho = math.exp(highest)
+    alpha = float(schedule.alpha(0.0))
+    end, change = solve_rk45(lambda y, t: divergence(field, y, t, probe), x / alpha, lowest, highest, tolerance)
     # at the noisy end y is normal with a deviation of rho and a little of the data's own; their mean is neglected
-    prior = -dims / 2 * math.log(2 * math.pi * (rho**2 + 1)) - end.square().flatten(1).sum(1) / (2 * (rho**2 + 1))
-    log_density = prior.double().cpu() + change - dims * math.log(float(schedule.alpha(0.0)))
+    prior = normal_log_density(end, math.sqrt(math.exp(2 * highest) + 1))
+    log_density = prior.double().cpu() + change - dims * math.log(alpha)
     return -log_density / (dims * math.log(2)) + offset
 
 
@@ -87,9 +107,8 @@ def image_likelihood(
         SamplingError: the model cannot be sampled, or the size does not fit it.
         ImageError: a file is no image.
     """
-    model = diffusion_model(backbone, prompt if label is None else label, guidance=1.0, device=device, dtype=dtype) if (
-        label is not None or not Path(backbone).is_file()
-    ) else diffusion_model(backbone, None, guidance=1.0, device=device, dtype=dtype)  # fmt: skip
+    condition = label if label is not None or Path(backbone).is_file() else prompt
+    model = diffusion_model(backbone, condition, guidance=1.0, device=device, dtype=dtype)
     side = size or model.side
     if side % model.factor:
         raise SamplingError(f"{model.name}: the size must be a multiple of {model.factor}, got {side}")

@@ -1,13 +1,14 @@
 """Mean-reverting diffusion (IR-SDE) and its fast samplers (MRS, ICLR 2025): DPM-Solver on the distance to the mean.
 
 The state reverts to a degraded image mu, `x = a x0 + (1 - a) mu + s eps`; so `y = x - (1 - a) mu` is an ordinary
-diffusion of x0, and every solver of `solvers` samples it.
+diffusion of x0, and every solver of `diffrep.sampling` samples it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -16,10 +17,7 @@ from torch import Tensor
 
 from diffrep.sampling.core import Form, SolverTable, run
 from diffrep.sampling.schedules import Array, NoiseSchedule, SamplingError, TimeGrid, power_spaced
-from diffrep.sampling.solvers import Derivative, exponential
-
-Target = Literal["noise", "data", "velocity"]
-Spacing = Literal["linspace", "leading", "trailing", "karras-n", "karras-t", "linear-lambda"]
+from diffrep.sampling.solvers import exponential, multistep
 
 
 class MeanReverting(NoiseSchedule):
@@ -35,22 +33,19 @@ class MeanReverting(NoiseSchedule):
         SamplingError: no such schedule.
     """
 
-    kind = "mean reverting"
-
     def __init__(
         self, max_sigma: float = 50.0, *, steps: int = 100, schedule: str = "cosine", eps: float = 0.005
     ) -> None:
         count = steps + 1
-        if schedule == "cosine":
-            f = np.cos((np.linspace(0, 1, count + 2) + 0.008) / 1.008 * math.pi / 2) ** 2
-            theta = 1 - (f / f[0])[1:-1]
-        elif schedule == "linear":
-            theta = np.linspace(1000 / count * 1e-4, 1000 / count * 0.02, count)
-        elif schedule == "constant":
-            theta = np.ones(count)
-        else:
-            raise SamplingError(f"schedule must be cosine, linear or constant, got {schedule!r}")
-        self.thetas, reversion = theta, np.cumsum(theta)
+        fall = np.cos((np.linspace(0, 1, count + 2) + 0.008) / 1.008 * math.pi / 2) ** 2
+        speeds = {
+            "cosine": 1 - (fall / fall[0])[1:-1],
+            "linear": np.linspace(1000 / count * 1e-4, 1000 / count * 0.02, count),
+            "constant": np.ones(count),
+        }
+        if schedule not in speeds:
+            raise SamplingError(f"schedule must be one of {', '.join(speeds)}, got {schedule!r}")
+        self.thetas, reversion = speeds[schedule], np.cumsum(speeds[schedule])
         self.stationary = max_sigma / 255 if max_sigma >= 1 else max_sigma
         self.alphas = np.exp(-reversion * -math.log(eps) / reversion[-1])
         self.sigmas = self.stationary * np.sqrt(1 - self.alphas**2)
@@ -77,54 +72,43 @@ class MeanReverting(NoiseSchedule):
                 or in log-SNR ("linear-lambda").
             lowest: half log-SNR below which no time lies.
         """
-        log_snr, index = np.log(self.alphas / self.sigmas), np.arange(len(self.alphas))
-        first = self.first - int((log_snr < lowest).sum())
-        if spacing == "linspace":
-            return np.linspace(first, 0, steps + 1)
-        if spacing == "leading":
-            return np.arange(steps + 1, dtype=np.float64)[::-1] * (first // (steps + 1))
-        if spacing == "trailing":
-            return np.arange(first, 0, -self.first / (steps + 1), dtype=np.float64)[: steps + 1]
-        if spacing == "karras-t":
-            return power_spaced(self.first, 1.0, steps + 1, 7.0)
-        if spacing == "karras-n":
-            rho = self.sigmas / self.alphas
-            return np.interp(power_spaced(float(rho[-1]), float(rho[0]), steps + 1, 7.0), rho, index)
-        if spacing == "linear-lambda":
-            wanted = np.linspace(max(float(log_snr[-1]), lowest), float(log_snr[0]), steps + 1)
-            return np.interp(wanted, log_snr[::-1], index[::-1])
-        raise SamplingError(f"no spacing {spacing!r} of mean-reverting diffusion")
+        log_snr, index, count = np.log(self.alphas / self.sigmas), np.arange(len(self.alphas)), steps + 1
+        first, rho = self.first - int((log_snr < lowest).sum()), np.exp(-log_snr)
+        spacings: dict[str, Callable[[], Array]] = {
+            "linspace": lambda: np.linspace(first, 0, count),
+            "leading": lambda: np.arange(count, dtype=np.float64)[::-1] * (first // count),
+            "trailing": lambda: np.arange(first, 0, -self.first / count, dtype=np.float64)[:count],
+            "karras-t": lambda: power_spaced(self.first, 1.0, count, 7.0),
+            "karras-n": lambda: np.interp(power_spaced(rho[-1], rho[0], count, 7.0), rho, index),
+            "linear-lambda": lambda: np.interp(
+                np.linspace(max(log_snr[-1], lowest), log_snr[0], count), log_snr[::-1], index[::-1]
+            ),
+        }
+        if spacing not in spacings:
+            raise SamplingError(f"mean reversion has the spacings {', '.join(spacings)}, not {spacing!r}")
+        return spacings[spacing]()
 
 
 def mrs_table(grid: TimeGrid, *, order: int = 2, form: Form = "data", noisy: bool = False) -> SolverTable:
-    """The table of MRS: DPM-Solver(++) with the exact second order and the published third.
+    """The table of MRS (ICLR 2025): DPM-Solver(++) with the exact second order and the published third.
 
     With fewer than 10 steps orders fall at the end, but for the very last step, which is of full order, as released.
     """
     if not 1 <= order <= (2 if noisy else 3):
         raise SamplingError(f"MRS has orders 1 to {'2 with noise' if noisy else 3}, got {order}")
-    updates = []
-    for i in range(grid.steps):
-        n = min(order, i + 1)
-        if grid.steps < 10 and i + 1 < grid.steps:
-            n = min(n, grid.steps - i - 1)
-        derivatives = [Derivative(tuple(range(-2, -1 - n, -1)))] * (n - 1)
-        updates.append(exponential(grid, i, i + 1, form, derivatives, halved=True, noisy=noisy))
-    return SolverTable(f"MRS-{order}", grid, tuple(updates))
+    orders, n = [min(order, i + 1) for i in range(grid.steps)], grid.steps
+    if n < 10:
+        orders[:-1] = [min(k, n - i - 1) for i, k in enumerate(orders[:-1])]
+    table = multistep(grid, order=orders, form=form, relaxation=None, noisy=noisy, final=False)
+    return replace(table, name=f"MRS-{order}")
 
 
 def sample_mean_reverting(
-    schedule: MeanReverting,
-    table: SolverTable,
-    network: Callable[[Tensor, float], Tensor],
-    mean: Tensor,
-    start: Tensor,
-    *,
-    target: Target = "noise",
-    noise: Sequence[Tensor] | None = None,
+    schedule: MeanReverting, table: SolverTable, network: Callable[[Tensor, float], Tensor], mean: Tensor,
+    start: Tensor, *, target: Literal["noise", "data", "velocity"] = "noise", noise: Sequence[Tensor] | None = None,
     denoise_last: bool = False,
-) -> Tensor:
-    """Restore a degraded image.
+) -> Tensor:  # fmt: skip
+    """Restore a degraded image: any solver, on the distance to the mean that the state reverts to.
 
     Args:
         network: from (x, index) to the noise, the clean image, or the velocity `a (x - (1 - a) mu) ...` of IR-SDE.
@@ -137,7 +121,7 @@ def sample_mean_reverting(
     Returns:
         (B, C, H, W) in 0..1.
     """
-    grid, form = table.grid, table.updates[0].form
+    grid, as_noise, far = table.grid, table.updates[0].form == "noise", schedule.stationary
 
     def shifted(y: Tensor, t: float) -> Tensor:
         a, s = float(schedule.alpha(t)), float(schedule.sigma(t))
@@ -145,16 +129,11 @@ def sample_mean_reverting(
         output = network(x, t)
         if target != "velocity":
             return output
-        far = schedule.stationary
-        if form == "noise":
-            return (a * output + s / far * (x - mean)) / far
-        return a * x - s / far * output + (1 - a) * mean
+        return (a * output + s / far * (x - mean)) / far if as_noise else a * x - s / far * output + (1 - a) * mean
 
     if denoise_last:
-        last = grid.steps - 1
-        clean = exponential(grid.ending(), last, last + 1, "data")
-        table = SolverTable(table.name, grid.ending(), (*table.updates[:-1], clean))
-    prediction = "epsilon" if target == "noise" or (target == "velocity" and form == "noise") else "sample"
-    first, last_alpha = float(grid.alpha[0]), float(table.grid.alpha[-1])
-    y = run(table, shifted, start - (1 - first) * mean, prediction=prediction, noise=noise)
-    return (y + (1 - last_alpha) * mean).clamp(0, 1)
+        clean = exponential(grid.ending(), grid.steps - 1, grid.steps, "data")
+        table = replace(table, grid=grid.ending(), updates=(*table.updates[:-1], clean))
+    prediction = "epsilon" if target == "noise" or (target == "velocity" and as_noise) else "sample"
+    y = run(table, shifted, start - (1 - float(grid.alpha[0])) * mean, prediction=prediction, noise=noise)
+    return (y + (1 - float(table.grid.alpha[-1])) * mean).clamp(0, 1)

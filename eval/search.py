@@ -1,0 +1,175 @@
+"""Searching for the steps of a sampler: timesteps, orders, and parts of the network that a step leaves out.
+
+Evolutionary, as AutoDiffusion (Li et al. 2023) and USF (Liu et al. 2024) search. It does not know what it improves: a
+fitness is any function of a `Candidate`, smaller is better. It is seeded, and goes on from its file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from diffrep.files import read_document, write_document
+from diffrep.sampling.schedules import SamplingError
+from diffrep.sampling.search import Candidate, Row
+from diffrep.settings import check
+
+Way = tuple[Callable[[], Candidate], int]  # how candidates are made, and how many
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """An evolutionary search.
+
+    Attributes:
+        population: candidates of the first generation, and of each generation at most.
+        parents: the best that the next generation is made from.
+        mutations, crossovers: how many are made of them; the rest is random.
+        mutation_rate: share of a parent's timesteps, orders and skipped units that change.
+        epochs: generations.
+        orders: highest order that a step may have; 0: the sampler's are not searched for.
+        layers: units of the network, for searches that skip some; 0: none are skipped.
+        skip_after: generation after which layers are skipped, at the latest; before, once the best no longer changes.
+        skip_share: largest share of the layers that a step skips, reached in five generations.
+    """
+
+    population: int = 50
+    parents: int = 10
+    mutations: int = 25
+    crossovers: int = 15
+    mutation_rate: float = 0.25
+    epochs: int = 10
+    orders: int = 0
+    layers: int = 0
+    skip_after: int = 4
+    skip_share: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(
+            self, population="1..", parents="1..", epochs="1..", mutations="0..", crossovers="0..", orders="0..3",
+            layers="0..", mutation_rate="(0, 1]", skip_share="[0, 1)",
+        )  # fmt: skip
+
+
+def uniform_timesteps(count: int, total: int = 1000) -> list[int]:
+    """`range(0, total, i)` with the first stride i that gives `count` entries, "ddimK" of the official code.
+
+    Where no stride does, as evenly as whole numbers can lie.
+    """
+    strides = (list(range(0, total, stride)) for stride in range(1, total))
+    return next((t for t in strides if len(t) == count), np.linspace(0, total - 1, count).round().astype(int).tolist())
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """How the candidates of a generation are made."""
+
+    settings: SearchSettings
+    count: int
+    total: int
+    draw: random.Random
+    skip: float  # largest share of the layers that a step skips now
+
+    def ways(self, parents: list[Candidate]) -> list[Way]:
+        s, choice = self.settings, self.draw.choice
+        ways: list[Way] = [
+            (lambda: self.mutated(choice(parents), s.mutation_rate), s.mutations),
+            (lambda: self.crossed(choice(parents), choice(parents)), s.crossovers),
+        ]
+        if not parents:
+            uniform = Candidate.of([self.row(t) for t in uniform_timesteps(self.count, self.total)])
+            ways = [(lambda: uniform, 1), (self.drawn, s.population // 2)]
+            ways += [(lambda: self.mutated(uniform, 0.1), s.population)]
+        return [*ways, (self.drawn, s.population)]
+
+    def row(self, timestep: float) -> Row:
+        s, most = self.settings, math.ceil(self.skip * self.settings.layers)
+        skipped = tuple(sorted(self.draw.sample(range(s.layers), self.draw.randint(0, most)))) if most else None
+        return timestep, self.draw.randint(1, s.orders) if s.orders else None, skipped
+
+    def drawn(self) -> Candidate:
+        return Candidate.of([self.row(t) for t in self.draw.sample(range(self.total), self.count)])
+
+    def mutated(self, parent: Candidate, rate: float) -> Candidate:
+        rows, taken = list[Row](), list(parent.timesteps)
+        for i, (timestep, order, skipped) in enumerate(parent.rows):
+            if self.draw.random() < rate and len(taken) < self.total:
+                timestep = taken[i] = self.draw.choice([t for t in range(self.total) if t not in taken])
+            _, other_order, other_skipped = self.row(timestep)
+            order = other_order if self.draw.random() < rate else order
+            rows.append((timestep, order, other_skipped if skipped is None or self.draw.random() < rate else skipped))
+        return Candidate.of(rows)
+
+    def crossed(self, one: Candidate, other: Candidate) -> Candidate:
+        pairs = list(zip(one.rows, other.rows, strict=True))
+        chosen = {row[0]: row for row in (self.draw.choice(pair) for pair in pairs)}
+        for row in (*one.rows, *other.rows):  # doubled ones would make fewer steps
+            if len(chosen) < len(pairs):
+                chosen.setdefault(row[0], row)
+        return Candidate.of(list(chosen.values()))
+
+
+def search_steps(
+    fitness: Callable[[Candidate], float],
+    count: int,
+    *,
+    total: int = 1000,
+    settings: SearchSettings | None = None,
+    file: str | Path | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[tuple[float, Candidate]]:
+    """Search for the best steps.
+
+    Args:
+        fitness: of a candidate; smaller is better. A candidate is evaluated once.
+        count: timesteps of a candidate.
+        total: timesteps of the model.
+        file: keeps every fitness; a search with the same settings goes on from it.
+        progress: gets each generation's number and best fitness.
+
+    Returns:
+        The best candidates and their fitness, best first.
+
+    Raises:
+        SamplingError: count is not in 1..total, or the file is of another search.
+    """
+    s = settings or SearchSettings()
+    if not 1 <= count <= total:
+        raise SamplingError(f"count must be in 1..{total}, got {count}")
+    about, path = {"count": count, "total": total, **vars(s)}, None if file is None else Path(file)
+    known, seen, best, skip = dict[str, float](), set[str](), list[tuple[float, str, Candidate]](), 0.0
+    if path is not None and path.exists():
+        document = read_document(path, error=SamplingError)
+        if document.get("search") != about:
+            raise SamplingError(f"{path}: is of another search; its settings are {document.get('search')}")
+        known = {str(k): float(v) for k, v in document.get("evaluated", {}).items()}
+    for epoch in range(s.epochs):
+        generation = _Generation(s, count, total, random.Random(f"{s.seed}-{epoch}"), skip)
+        before, made = best[:1], 0
+        for make, wanted in generation.ways([candidate for _, _, candidate in best[: s.parents]]):
+            end = min(made + wanted, s.population)
+            for candidate in (make() for _ in range(10 * wanted) if made < end):
+                key = json.dumps(candidate.to_json())
+                if key in seen:
+                    continue
+                seen.add(key)
+                known[key] = known[key] if key in known else float(fitness(candidate))
+                best.append((known[key], key, candidate))
+                made += 1
+                if path is not None:
+                    ranked = [[value, c.to_json()] for value, _, c in sorted(best, key=lambda b: b[:2])[:10]]
+                    write_document(path, {"search": about, "best": ranked, "evaluated": known})
+        best.sort(key=lambda b: b[:2])
+        del best[max(s.parents, 10) :]
+        if s.layers and (best[:1] == before or epoch >= s.skip_after):
+            skip = min(s.skip_share, skip + s.skip_share / 5)
+        if progress is not None:
+            progress(epoch, best[0][0])
+    return [(value, candidate) for value, _, candidate in best]
