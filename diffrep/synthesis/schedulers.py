@@ -30,6 +30,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> diffusers class
     "heun": ("HeunDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": ("LMSDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),  # for models distilled for few steps
     "official": ("", {}),
 }
 NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")

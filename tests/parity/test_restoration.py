@@ -10,6 +10,7 @@ import pytest
 
 from . import restoration_adapters as adapters
 from . import restoration_degradation as degradation
+from . import restoration_few_step as few_step
 from . import restoration_pixels as pixels
 from . import restoration_processes as processes
 from .cases import cases_of, check_case
@@ -22,6 +23,8 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "degradation_pipeline": degradation.check_degradation_pipeline,
     "image_metrics": pixels.check_image_metrics,
     "latent_tiles": pixels.check_latent_tiles,
+    "lcm_scheduler": few_step.check_lcm_scheduler,
+    "lcm_training": few_step.check_lcm_training,
     "pisa_sr": adapters.check_pisa_sr,
     "rddm": processes.check_rddm,
     "resshift_sampling": processes.check_resshift_sampling,
