@@ -12,7 +12,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from threading import RLock
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -104,17 +106,27 @@ class Graphs:
         return not any(module._forward_hooks or module._forward_pre_hooks for module in self._watched)
 
     def _on_device(self, inputs: tuple[Tensor, ...]) -> bool:
-        return all(each.is_cuda for each in inputs) and not torch.cuda.is_current_stream_capturing()
+        if not all(each.is_cuda for each in inputs) or torch.cuda.is_current_stream_capturing():
+            return False
+        # recordings share memory: what runs on another stream could run at the same time
+        return torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 class _Recorded:
     """One recorded call with its inputs and results."""
 
-    _pools: dict[int, Any] = {}  # noqa: RUF012  # per device: graphs run one after the other and share their memory
+    _alive: ClassVar[WeakSet[_Recorded]] = WeakSet()  # they run one after the other and share the memory of their runs
+
+    _turn: ClassVar[Any] = RLock()
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
+        with self._turn:
+            self._capture(function, inputs)
+
+    def _capture(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         device = inputs[0].device
-        pool = self._pools.setdefault(device.index or 0, torch.cuda.graph_pool_handle())
+        pools = (each._graph.pool() for each in self._alive if each._inputs[0].device == device)
+        pool = next(pools, None) or torch.cuda.graph_pool_handle()
         # inference tensors could not be written outside inference mode, where a later call may come from
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             self._inputs = [torch.empty_strided(i.shape, i.stride(), dtype=i.dtype, device=i.device) for i in inputs]
@@ -127,6 +139,7 @@ class _Recorded:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self._results = function(*self._inputs)
+        self._alive.add(self)
 
     def _fill(self, inputs: tuple[Tensor, ...]) -> None:
         for static, value in zip(self._inputs, inputs, strict=True):
@@ -134,9 +147,10 @@ class _Recorded:
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
-        self._fill(inputs)
-        self._graph.replay()
-        return _copied(self._results)
+        with self._turn:  # of threads
+            self._fill(inputs)
+            self._graph.replay()
+            return _copied(self._results)
 
 
 def _copied(results: Any) -> Any:
