@@ -267,6 +267,7 @@ def draw_contact_sheet(
     box: Sequence[float] | None = None,
     columns: int = 5,
     side: int = 180,
+    relevant: Sequence[bool] = (),
 ) -> Image.Image:
     """An image on the left, and beside it the images that answer it, in rows, best first.
 
@@ -275,6 +276,7 @@ def draw_contact_sheet(
         point: marked in the image, (x, y) in its pixels.
         box: marked in the image, (x0, y0, x1, y1) in its pixels.
         side: of a result's square, pixels; the image itself gets twice as much.
+        relevant: of each result whether it is one that was looked for; those get a green frame.
     """
     columns = max(1, min(columns, len(results)))
     rows, line = max(2, -(-len(results) // columns)), 26
@@ -299,5 +301,7 @@ def draw_contact_sheet(
             place = paste_inside(sheet, picture, (left, top), side)
             if marked is not None:
                 _ring(pen, _at(place, marked))
+        if number < len(relevant) and relevant[number]:
+            pen.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline=RIGHT, width=3)
         pen.text((left, top + side + 4), shortened(caption, side, font), fill=INK, font=font)
     return sheet

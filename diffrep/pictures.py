@@ -167,6 +167,15 @@ def data_uri(image: Image.Image, kind: Literal["PNG", "JPEG"] = "PNG", **options
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def smaller_uri(image: Image.Image, quality: int = 88) -> str:
+    """An image as text for a page: PNG, or JPEG where that needs less than half of the room, as photographs do."""
+    exact = data_uri(image)
+    if image.mode != "RGB":
+        return exact
+    close = data_uri(image, "JPEG", quality=quality, subsampling=0)
+    return close if 2 * len(close) < len(exact) else exact
+
+
 @dataclass
 class Page:
     """A report of pictures, text and tables, collected piece by piece; `save` writes it."""
@@ -189,14 +198,16 @@ class Page:
         """Something to type."""
         self._blocks.append({"kind": "code", "text": code})
 
-    def figures(self, figures: Sequence[tuple[Image.Image, str]], *, layout: Literal["", "wide", "small"] = "") -> None:
+    def figures(
+        self, figures: Sequence[tuple[Image.Image, str]], *, layout: Literal["", "wide", "three", "small"] = ""
+    ) -> None:
         """Pictures with captions, side by side where there is room.
 
         Args:
             figures: (picture, caption) each.
-            layout: ``wide`` gives each picture a row, ``small`` puts six or so in one.
+            layout: ``wide`` gives each picture a row, ``three`` puts three in one, ``small`` six or so.
         """
-        sources = [(data_uri(image), caption) for image, caption in figures]
+        sources = [(smaller_uri(image), caption) for image, caption in figures]
         self._blocks.append({"kind": "figures", "figures": sources, "layout": layout})
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], *, best: int | None = None) -> None:

@@ -45,7 +45,7 @@ from diffrep.synthesis.grids import ImageEncoder
 
 WORDS = read_toml(Path(diffrep.__file__).parent / "templates" / "demo.toml")
 Figure = tuple[Image.Image, str]  # picture, caption
-Group = tuple[Sequence[Figure], Literal["", "wide", "small"]]  # figures, layout as `Page.figures` has it
+Group = tuple[Sequence[Figure], Literal["", "wide", "three", "small"]]  # figures, layout as `Page.figures` has it
 
 
 def build_page(correspondence: Correspondence) -> Page:
@@ -111,7 +111,7 @@ def different_objects(page: Page, correspondence: Correspondence) -> None:
             values = {"category": category, "note": _note(category), "right": sum(right), "count": len(right)}
             picture = draw_matches(images[0], images[1], points, matches, truth=truth, tolerance=tolerance)
             figures.append((picture, words["caption"].format(name=name, **values)))
-    _section(page, "pairs", (figures, ""), alpha=ALPHA)
+    _section(page, "pairs", (figures, "three" if len(methods) == 3 else ""), alpha=ALPHA)
     shares = {name: sum(right) / max(len(right), 1) for name, right in hits.items()}
     page.text(words["counted"].format(pairs=len(words["shown"]), count=len(next(iter(hits.values())))))
     best = list(shares).index(max(shares, key=lambda name: shares[name]))
@@ -277,9 +277,10 @@ def search(page: Page) -> None:
         for category, part in words["questions"]:
             picture, point = _question(category, part)
             hits = query_image(places, picture, point=point, k=10, backbone=backbone)
-            same = sum(hit.place.image.startswith(f"{category}/") for hit in hits[:PER_CATEGORY])
+            wanted = [hit.place.image.startswith(f"{category}/") for hit in hits]
+            same = sum(wanted[:PER_CATEGORY])
             caption = words["caption"].format(part=part, category=category, same=same, each=PER_CATEGORY)
-            figures.append((contact_sheet(picture, hits, point=point), caption))
+            figures.append((contact_sheet(picture, hits, point=point, relevant=wanted), caption))
         values = {"places": len(places), "kind": places.design.kind, "reason": places.design.reason}
     counts = {"images": done.images, "each": PER_CATEGORY, "categories": len(words["collection"])}
     _section(page, "search", (figures, "wide"), **values, **counts)
@@ -405,4 +406,4 @@ def draw_sheet(roll: ToyManifold, maps: dict[str, NDArray[Any]]) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-SECTIONS = (depth_and_normals, masks, search, probed_blocks, large_pictures, map_of_a_sheet)  # in the page's order
+SECTIONS = (depth_and_normals, masks, search, probed_blocks, map_of_a_sheet, large_pictures)  # in the page's order

@@ -95,7 +95,7 @@ class TrainTiny(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSynthesis(Command):
+class TrainSynthesis(DeviceOptions):
     """Train a diffusion model to paint patches from the embeddings of a self-supervised encoder.
 
     The embedded `tiny-synthesis` was made so, in the stages that its card names. Your own patches: --images FOLDER.
@@ -116,7 +116,7 @@ class TrainSynthesis(Command):
 
     def run(self) -> None:
         patches, output = cache(self._patches), self.output or self.work / "model"
-        model = train_synthesis(self.training, patches, self.work / "run")
+        model = train_synthesis(self.training, patches, self.work / "run", device=self.device)
         write_model(output, model, self.training, patches(), self.work / "run")
         print(f"wrote {output}")
 

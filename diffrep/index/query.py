@@ -170,8 +170,13 @@ def contact_sheet(
     *,
     point: Sequence[float] | None = None,
     box: Sequence[float] | None = None,
+    relevant: Sequence[bool] = (),
 ) -> Image.Image:
-    """The image that was asked with, and what was found; images that are gone are named on an empty sheet."""
+    """The image that was asked with, and what was found; images that are gone are named on an empty sheet.
+
+    Args:
+        relevant: of each hit whether it is one that was looked for; those get a frame.
+    """
     shown = []
     for hit in hits:
         try:
@@ -179,7 +184,7 @@ def contact_sheet(
         except ImageError:
             image = None
         shown.append((image, f"{hit.score:.3f}  {printable(hit.place.image)}", hit.place.point))
-    return draw_contact_sheet(picture, shown, point=point, box=box)
+    return draw_contact_sheet(picture, shown, point=point, box=box, relevant=relevant)
 
 
 def needs_fetching(index: StoredIndex) -> str | None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.backbones.repositories import MODELS
+from diffrep.devices import resolve_device
 from diffrep.files import read_weights, save_weights
 from diffrep.images import LUMINANCE
 from diffrep.settings import NOT_NEGATIVE, check
@@ -54,7 +55,7 @@ def conditional_batch(
         timesteps: how many there are.
         dropout: share of samples that lose their condition.
     """
-    rows = torch.randint(len(clean), (batch_size,), generator=generator)
+    rows = torch.randint(len(clean), (batch_size,), generator=generator).to(clean.device)
     chosen = clean[rows].float()
     return {
         "clean": chosen,
@@ -261,6 +262,7 @@ def smooth_decoder(
     settings: FitSettings = SMOOTHING,
     *,
     batch_size: int = 8,
+    device: str | torch.device = "auto",
     progress: bool = True,
 ) -> None:
     """Train the decoder of a model's autoencoder on, in place; the latents stay what they are.
@@ -279,7 +281,7 @@ def smooth_decoder(
         chosen = torch.randint(len(painted), (batch_size,), generator=generator)
         return {"images": images * 2 - 1, "noise": noise, "painted": painted[chosen]}
 
-    trained = fit(decoding, batches, decoding_losses, settings, folder, progress=progress)
+    trained = fit(decoding, batches, decoding_losses, settings, folder, device=device, progress=progress)
     weights = (trained if settings.ema_decay > 0 else decoding).autoencoder.state_dict()
     model.autoencoder.load_state_dict(weights)
     model.autoencoder.to(model.device).eval().requires_grad_(False)
@@ -391,9 +393,9 @@ def whiten_tokens(embedder: ConditionEmbedder, embeddings: Tensor) -> None:
 def unrelated_cosine(embeddings: Tensor) -> float:
     """The cosine that 19 of 20 pairs of different patches' embeddings (N, D) stay under, at most 0.99; see `About`."""
     rows = F.normalize(embeddings.float(), dim=1)
-    others = torch.randperm(len(rows), generator=step_generator(0, 0))
-    cosines = (rows * rows[others]).sum(1)[others != torch.arange(len(rows))]
-    return round(min(float(np.quantile(cosines.numpy(), 0.95)), 0.99), 3)
+    others = torch.randperm(len(rows), generator=step_generator(0, 0)).to(rows.device)
+    cosines = (rows * rows[others]).sum(1)[others != torch.arange(len(rows), device=rows.device)]
+    return round(min(float(np.quantile(cosines.cpu().numpy(), 0.95)), 0.99), 3)
 
 
 def train_synthesis(
@@ -402,6 +404,7 @@ def train_synthesis(
     folder: Path,
     *,
     validate_every: int = 500,
+    device: str | torch.device = "auto",
     progress: bool = True,
 ) -> SynthesisModel:
     """Train a model. Called again with the same folder, it goes on where it was.
@@ -412,6 +415,7 @@ def train_synthesis(
     Args:
         patches: or what renders them: called once the base and the encoder are there, since it may take minutes.
         folder: of the encoded patches, checkpoint and log.
+        device: where; the encoded patches are kept there.
 
     Returns:
         The moving average of the weights (the weights themselves where its decay is 0), in eval mode.
@@ -419,11 +423,11 @@ def train_synthesis(
     Raises:
         ValueError: settings that do not go together, too few patches, or a folder of another run.
     """
-    encoder = ImageEncoder.load(training.encoder, training.pooling)
+    place = resolve_device(device)
+    encoder = ImageEncoder.load(training.encoder, training.pooling, device=place)
     model = build_model(training, encoder)
     patches = patches() if callable(patches) else patches
-    if torch.cuda.is_available():
-        model.to("cuda")
+    model.to(place)
     latents, embeddings = encode_patches(
         patches, model, encoder, folder / "patches.safetensors",
         copies=training.copies, flips=training.flips, seed=training.fit.seed, progress=progress,
@@ -433,11 +437,12 @@ def train_synthesis(
         raise ValueError(f"{len(latents)} patches are too few to hold {training.held_out} out")
     if not _is_synthesis(training.base):
         whiten_tokens(model.embedder, embeddings[: min(cut, 20000)].float())
-    if not torch.cuda.is_available():
+    if place.type == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
 
         model.unet.set_attn_processor(AttnProcessor())  # faster on a CPU than its flash attention, and equal
-        model.unet.to(memory_format=torch.channels_last)
+    model.unet.to(memory_format=torch.channels_last)
+    latents, embeddings = latents.to(place), embeddings.to(place)
     model.about = replace(model.about, unrelated=unrelated_cosine(embeddings[:cut]))
     objective, shape = Objective(model), (training.batch_size, 1, model.embedder.width)
     timesteps = len(objective.alphas_cumprod)
@@ -451,8 +456,8 @@ def train_synthesis(
 
     average = fit(
         objective, batches, synthesis_loss, training.fit, folder,
-        validate=condition_check(latents[cut:], embeddings[cut:], synthesis_loss), validate_every=validate_every,
-        progress=progress,
+        validate=condition_check(latents[cut:].cpu(), embeddings[cut:].cpu(), synthesis_loss),
+        validate_every=validate_every, device=place, progress=progress,
     )  # fmt: skip
     trained: SynthesisModel = (average if training.fit.ema_decay > 0 else objective).model
     if training.smooth:
@@ -460,5 +465,5 @@ def train_synthesis(
         trained.eval()
         painted = paint_latents(trained, embeddings[: min(cut, PAINTED)].float(), folder / "painted.safetensors")
         smoothing = replace(SMOOTHING, minutes=training.smooth)
-        smooth_decoder(trained, patches, painted, folder / "decoder", smoothing, progress=progress)
+        smooth_decoder(trained, patches, painted, folder / "decoder", smoothing, device=place, progress=progress)
     return trained.eval().requires_grad_(False)
