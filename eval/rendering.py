@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from diffrep.files import write_whole
 from diffrep.heads.families import FRAME_SIGNS
+from diffrep.images import load_image
 from diffrep.scenes import (
     CATEGORIES,
     PART_CLASS_OF,
@@ -91,9 +92,12 @@ class SceneMapSettings(RenderedScenes):
     first: int = 0  # number of the first scene
     batch_size: int = 16
     workers: int = 1  # processes that render ahead; 0: none beside this one
+    # what stands behind the objects: as rendered, or cut out and pasted on photographs, where only the object counts
+    background: Literal["rendered", "photographs"] = "rendered"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self)
         check_ranges(self, count="1..", first="[0, 2^31)")
 
     def jobs(self) -> list[SceneJob]:
@@ -101,11 +105,53 @@ class SceneMapSettings(RenderedScenes):
         kinds, numbers = self.categories, range(self.first, self.first + self.count)
         return [(scene_seed(self.split, i), kinds[i % len(kinds)], self.size) for i in numbers]
 
+    @property
+    def title(self) -> str:
+        """What reports call these scenes."""
+        where = ", objects pasted on photographs" if self.background == "photographs" else ""
+        return f"scenes ({self.split}, {self.size} px{where})"
+
+    def scenes(self, jobs: Sequence[SceneJob]) -> Iterator[list[Scene]]:
+        """Scenes in batches, in front of what they are to stand in front of."""
+        return self.batches(pasted_job if self.background == "photographs" else render_job, jobs)
+
 
 def render_job(job: SceneJob) -> Scene:
     """Render one scene."""
     seed, category, size = job
     return render_scene(seed, category=category, size=size)
+
+
+def pasted_job(job: SceneJob) -> Scene:
+    """Render one scene and paste its object, its outline smooth, on a part of a photograph; both are the seed's.
+
+    What stands around the object has no depth (inf) and no normals (0): nobody knows those of the photograph.
+    """
+    from diffrep.eval.homography import photographs  # with matching and its backbones
+
+    scene, (seed, category, size) = render_job(job), job
+    fine = render_scene(seed, category=category, size=2 * size)
+
+    def halved(values: np.ndarray) -> np.ndarray:
+        """Means of 2 x 2 pixels."""
+        means: np.ndarray = values.reshape(size, 2, size, 2, -1).mean((1, 3))
+        return means
+
+    cover = halved(fine.mask.astype(np.float64))
+    colours = halved(fine.image * fine.mask[..., None].astype(np.float64)) / np.maximum(cover, 1e-6)
+    draws = np.random.default_rng([seed, 1])
+    files = sorted(photographs().values())
+    photograph = load_image(files[int(draws.integers(len(files)))])
+    side = int(draws.uniform(0.4, 1.0) * min(photograph.size))
+    left, top = (int(draws.integers(length - side + 1)) for length in photograph.size)
+    window = photograph.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    image = cover * colours + (1 - cover) * np.asarray(window, dtype=np.float64)
+    return replace(
+        scene,
+        image=(image.clip(0, 255) + 0.5).astype(np.uint8),
+        depth=np.where(scene.mask, scene.depth, np.float32(np.inf)),
+        normals=scene.normals * scene.mask[..., None],
+    )
 
 
 def name_of(job: SceneJob) -> str:

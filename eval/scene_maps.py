@@ -25,7 +25,7 @@ from diffrep.alignment import align_depth
 from diffrep.eval.borders import halo_metrics, thin_places
 from diffrep.eval.cache import ImageResults
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics
-from diffrep.eval.rendering import SceneJob, SceneMapSettings, name_of, render_job, scene_groups
+from diffrep.eval.rendering import SceneJob, SceneMapSettings, name_of, scene_groups
 from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.files import claim_folder
 from diffrep.heads.families import FRAME_SIGNS, Task
@@ -58,7 +58,7 @@ def predict_scenes(
         ValueError: a method gives maps that are not finite.
     """
     with tqdm(total=len(jobs), desc=title, disable=not progress or not jobs) as bar:
-        for batch in settings.batches(render_job, jobs):
+        for batch in settings.scenes(jobs):
             for method, predict in methods.items():
                 maps = predict(batch).float().cpu()
                 if not bool(torch.isfinite(maps).all()):
@@ -140,10 +140,12 @@ class SceneMapReport(MethodsReport):
 
     def sections(self) -> Iterator[Section]:
         what = "angle to the true normal" if self.task == "normals" else f"{self.task}, affine-aligned"
-        yield Section(f"scenes ({self.settings.split}, {self.settings.size} px): {what}; 95 % interval over images")
-        metrics: tuple[str, ...] = ("abs_rel", "delta1", "rmse", "silog", "halo", "wide halos", "thin seen")
+        yield Section(f"{self.settings.title}: {what}; 95 % interval over images")
+        metrics: tuple[str, ...] = ("abs_rel", "delta1", "rmse", "silog")
         if self.task == "normals":
             metrics = ("mean", "under 11.25", "thin")
+        elif self.settings.background == "rendered":
+            metrics += ("halo", "wide halos", "thin seen")
         for group, names in self.groups.items():
             rows = []
             for method in self.rows:
@@ -188,7 +190,9 @@ def evaluate_scene_maps(
 
     def count(method: str, name: str, values: Tensor, scene: Scene) -> None:
         if task != "normals":
-            results[method].add(name, scene_depth_metrics(values[0], torch.from_numpy(scene.depth), task, scene.mask))
+            known = settings.background == "rendered"  # what lies behind the outline
+            row = scene_depth_metrics(values[0], torch.from_numpy(scene.depth), task, scene.mask if known else None)
+            results[method].add(name, row)
             return
         truth, surface = scene_truth(scene, "normals"), torch.from_numpy(np.isfinite(scene.depth))
         angles = angular_error(values[None].cpu(), truth[None])[0, 0]

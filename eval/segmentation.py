@@ -155,7 +155,7 @@ def evaluate_scene_masks(
 
     predict_scenes(methods, settings.jobs(), settings, count, title="scenes, segmentation", progress=progress)
     groups = {**scene_groups(list(rows[first])), "thin (5 % or more of the object)": slim}
-    title = f"scenes ({settings.split}, {settings.size} px)"
+    title = settings.title
     chosen = {group: names for group, names in groups.items() if names}
     return MaskReport(rows, chosen, title, protocol, asdict(settings))
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from diffrep.alignment import align_depth, fit_scale_shift
@@ -38,6 +39,7 @@ from diffrep.eval.maps import (
 )
 from diffrep.eval.one_step_ablation import variants
 from diffrep.eval.published import PUBLISHED_DEPTH, PUBLISHED_NORMALS, published_maps
+from diffrep.eval.rendering import name_of
 from diffrep.eval.scene_maps import SceneMapSettings, evaluate_scene_maps, no_look, scene_truth
 from diffrep.scenes import Scene
 
@@ -430,3 +432,26 @@ def test_no_outline_no_halo() -> None:
         assert all(np.isnan(value) for value in halo_metrics(flat, flat, mask).values())
     step = np.arange(64).reshape(8, 8) > 31  # an object that stands against its wall
     assert np.isnan(halo_metrics(flat, flat, step)["halo"])
+
+
+# -- objects on photographs -------------------------------------------------------------------------------------
+
+
+def test_objects_are_pasted_on_photographs_as_they_were_rendered() -> None:
+    settings = SceneMapSettings(count=2, size=48, workers=0, background="photographs", categories=("mug", "car"))
+    jobs = settings.jobs()
+    pasted, again = (next(settings.scenes(jobs)) for _ in range(2))
+    rendered = next(SceneMapSettings(count=2, size=48, workers=0, categories=("mug", "car")).scenes(jobs))
+    for one, same, plain in zip(pasted, again, rendered, strict=True):
+        assert np.array_equal(one.image, same.image)
+        assert np.array_equal(one.mask, plain.mask)
+        inner = ndimage.binary_erosion(one.mask, iterations=2)
+        assert np.abs(one.image[inner].astype(int) - plain.image[inner]).mean() < 6  # sampled finer
+        outer = ~ndimage.binary_dilation(one.mask, iterations=2)
+        assert np.abs(one.image[outer].astype(int) - plain.image[outer]).mean() > 15
+        assert np.array_equal(one.depth[one.mask], plain.depth[one.mask])
+        assert np.isinf(one.depth[~one.mask]).all()
+        assert not one.normals[~one.mask].any()
+    report = evaluate_scene_maps({"no look": no_look("disparity")}, "disparity", settings, progress=False)
+    assert "pasted on photographs" in report.table()
+    assert "halo" not in report.rows["no look"][name_of(jobs[0])]  # nobody knows the depth behind
