@@ -39,6 +39,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "depth": ("predict:Depth", "how far away everything in an image is: maps, point clouds"),
     "normals": ("predict:Normals", "how the surfaces in an image are turned"),
     "segment": ("predict:Segment", "cut the object out of an image: masks, edges, cut-outs"),
+    "restore": ("restore:Restore", "make photographs clean and large, in one step"),
     "embed": ("embed:Embed", "draw a heat-geodesic map of high-dimensional data"),
     "eval": ("", "run a benchmark and print its table"),
     "eval scenes": ("evaluate:Scenes", "parts of held-out rendered objects, matched"),

@@ -53,7 +53,7 @@ def pipeline(
         pipeline("features", "sd2.1")("cat.jpg", taps="up.1")
 
     Args:
-        task: "depth", "normals" or "segmentation" of an image; "features" of one or more images (`extract`);
+        task: "depth", "normals", "segmentation" or "restore" of an image; "features" of one or more images (`extract`);
             "correspondence" of two images and points of the first (`Correspondence.match`).
         model: a name, folder or hub id of a head or backbone, a recipe for correspondence; the embedded one where None.
         device, dtype: as `load_backbone` has them.
@@ -101,6 +101,7 @@ TASKS: dict[str, tuple[str, Callable[..., tuple[Any, Callable[..., Any]]]]] = { 
     "depth": ("tiny-depth", _head),
     "normals": ("tiny-normals", _head),
     "segmentation": ("tiny-segmentation", _head),
+    "restore": ("tiny-restore", _head),
     "features": ("tiny", _features),
     "correspondence": ("tiny", _correspondence),
 }
@@ -108,7 +109,7 @@ TASKS: dict[str, tuple[str, Callable[..., tuple[Any, Callable[..., Any]]]]] = { 
 
 # -- published models ---------------------------------------------------------------------------------------
 
-Job = Literal["features", "matching", "search", "probes", "depth", "normals", "segmentation"]
+Job = Literal["features", "matching", "search", "probes", "depth", "normals", "segmentation", "restore"]
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,14 @@ MODELS = (  # of each job the first is recommended
         "DiffDIS: masks and edges at 1024 pixels",
         "of SD-Turbo, from which it derives",
     ),
+    PublishedModel(
+        "restore",
+        "--model pisa_sr.pkl --base stable-diffusion-2-1-base",
+        2.6,
+        "PiSA-SR: one pass, two strengths",
+    ),
+    PublishedModel("restore", "--model osediff.pkl --base stable-diffusion-2-1-base", 2.6, "OSEDiff", "Apache-2.0"),
+    PublishedModel("restore", "--model s3diff.pkl --base sd-turbo", 2.6, "S3Diff: looks at blur and noise first"),
     PublishedModel("matching", "--recipe sd2.1-dinov2", 3.2, "Stable Diffusion 2.1 fused with DINOv2"),
     PublishedModel("matching", "--recipe dift", 2.6, "DIFT: Stable Diffusion 2.1 alone"),
     PublishedModel("features", "--backbone sd2.1", 2.6, "Stable Diffusion 2.1", "CreativeML Open RAIL++-M"),

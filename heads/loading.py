@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation")
-RESTORATION = "restoration"
+RESTORATION = "restore"
 TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation", RESTORATION), (*FAMILIES, DIFFDIS, *RESTORATION_FAMILIES)
 KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say
     name: (family, task)
@@ -143,7 +143,7 @@ def load_head(
         source = _find(name, None if base is None else os.fspath(base))
         if source.head.get("family") in RESTORATION_FAMILIES:
             if (task or RESTORATION) != RESTORATION or family not in (None, source.head["family"]):
-                raise HeadError(f"{name}: is a head for restoration, not {task or family}")
+                raise HeadError(f"{name}: is a restorer, not {task or family}")
             head = _load_restorer(source, place, numbers, fold)
         elif task == RESTORATION or family in RESTORATION_FAMILIES:
             raise HeadError(

@@ -125,7 +125,7 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
     model: Restorer
 
     def __init__(self, model: Restorer, *, name: str = "head", recognised: str = "", source: str = "") -> None:
-        super().__init__(model, "restoration", name=name, recognised=recognised, source=source)
+        super().__init__(model, "restore", name=name, recognised=recognised, source=source)
 
     @staticmethod
     def read(source: Any) -> Photograph:

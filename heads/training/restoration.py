@@ -312,13 +312,13 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
 
     def about(self) -> dict[str, Any]:
         extra = {"training": json.loads(json.dumps(asdict(self), default=str))}
-        return {"family": TINY.name, "task": "restoration", "working_size": self.size, "extra": extra}
+        return {"family": TINY.name, "task": "restore", "working_size": self.size, "extra": extra}
 
 
 def _restorer_in(folder: str) -> Any:
     from diffrep.heads.loading import load_head  # which imports what trains nothing
 
-    head = load_head(folder, task="restoration", device="cpu", dtype=torch.float32, fold=False)
+    head = load_head(folder, task="restore", device="cpu", dtype=torch.float32, fold=False)
     return head.model
 
 

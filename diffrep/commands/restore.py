@@ -1,0 +1,80 @@
+"""``diffrep restore``: photographs made clean and large in one pass of a diffusion U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
+from PIL import Image
+
+from diffrep.commands.image_runs import Item, print_files, run_images
+from diffrep.commands.predict import ImageCommand
+from diffrep.files import write_whole
+from diffrep.heads.restoration.photograph import Photograph
+from diffrep.heads.restoration.restorer import RestoreConfig
+from diffrep.pictures import data_uri, render
+
+SHOWN = 2000  # pixels of the longer side of pictures in a comparison
+
+
+@dataclass(frozen=True)
+class Restore(ImageCommand):
+    """Make photographs clean and large: blur, noise and JPEG go, four times the size unless --scale says otherwise.
+
+    For example: diffrep restore old.jpg -o restored, or a folder: diffrep restore photos/ -o restored --keep-size
+    --skip-existing
+
+    Images of any size are restored tile by tile without seams. Transparency, 16 bits, EXIF tags and the colour profile
+    stay. A restorer invents what it cannot see: what it draws is likely, not true.
+    """
+
+    JOB = "restore"
+    NEEDS: ClassVar[Mapping[str, str]] = {"overlap": "overlap"}  # tiles are there without being asked for
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("restored")  # folder of the files, or a video (.mp4)
+    model: str = "tiny-restore"  # embedded head, folder of one, or the file of a PiSA-SR, OSEDiff or S3Diff
+    base: str | None = None  # folder or hub id that such a file adapts: Stable Diffusion 2.1-base, SD-Turbo for S3Diff
+    prompt: str | None = None  # of such a model; what its authors take where left out, without their image tagger
+    format: Literal["png", "jpg", "webp"] = "png"  # of the files; png holds 16 bits, png and webp transparency
+    compare: bool = False  # also write a page with a slider between the enlarged and the restored image
+    predict: Annotated[RestoreConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RestoreConfig)
+
+    def run(self) -> None:
+        inputs = self.inputs()
+        if self.to_video and {"format", "compare"} & self.typed:
+            raise ValueError(f"--format and --compare go with a folder, not with the video {self.output}")
+        options: dict[str, Any] = {"adjustable": True} if (self.predict.pixel, self.predict.semantic) != (1, 1) else {}
+        head = self.load(task="restore", base=self.base, prompt=self.prompt, **options)
+        if self.to_video:
+            return self.write_video(head, inputs, self.predict, lambda image, result: result.image().convert("RGB"))
+
+        def write(item: Item, image: Photograph, result: Photograph) -> list[Path]:
+            files = [item.place.file(f"restored.{self.format}")]
+            result.save(files[0])
+            if self.compare:
+                files.append(item.place.file("comparison.html"))
+                write_whole(files[-1], comparison(item.label, image, result))
+            return files
+
+        endings = [f"restored.{self.format}", *(["comparison.html"] if self.compare else [])]
+        done = run_images(
+            head, inputs, self.output, self.predict, write, existing=endings if self.skip_existing else []
+        )  # type: ignore[arg-type]  # photographs, as its head reads them
+        print_files(self.model, head.found, done, self.output, as_json=self.json)
+
+
+def comparison(name: str, before: Photograph, after: Photograph) -> str:
+    """A page with one image over the other and a slider between them."""
+    pictures = []
+    for photograph in (before, after):
+        shown = photograph.image().convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
+        shown.thumbnail((SHOWN, SHOWN))
+        pictures.append(data_uri(shown, "JPEG", quality=90))
+    lead = f"{before.size[0]} x {before.size[1]} pixels, restored to {after.size[0]} x {after.size[1]}."
+    return render(
+        "compare.html", title=Path(name).name, style="compare.css", script="compare.js", lead=lead, before=pictures[0],
+        after=pictures[1],
+    )  # fmt: skip
