@@ -19,6 +19,7 @@ from typing import Any
 
 COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the command `depth` of the group `eval`
     "demo": ("demo:Demo", "run everything on bundled images and write one page with pictures"),
+    "app": ("app:App", "a page in the browser to click on: matches, depth, masks, search"),
     "match": ("match:Match", "point at places in one image, get the same places in another"),
     "extract": ("extract:Extract", "extract a collection of images into a store of features"),
     "swap": ("match:Swap", "give the object in one image the looks of another"),
@@ -122,9 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the last handler: no error of any kind may reach a user as a traceback
         if show_traceback:
             traceback.print_exc()
-        expected = isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, UnicodeError)
-        print(f"{name}: {_message(error, expected)}", file=sys.stderr)
-        return 2 if expected else 1
+        print(f"{name}: {error_line(error)}", file=sys.stderr)
+        return 2 if _expected(error) else 1
 
 
 def _run(arguments: list[str]) -> int:
@@ -181,7 +181,12 @@ def _depth(arguments: Sequence[str]) -> int:
     return 1 if arguments and arguments[0] in COMMANDS else 0
 
 
-def _message(error: Exception, expected: bool) -> str:
+def _expected(error: Exception) -> bool:
+    """The error is one of the input, not of the program."""
+    return isinstance(error, (ValueError, OSError, ImportError)) and not isinstance(error, UnicodeError)
+
+
+def error_line(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, MemoryError):
         return "out of memory"
@@ -189,7 +194,11 @@ def _message(error: Exception, expected: bool) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     text = " ".join(text.split())
-    return text if expected and text else f"{type(error).__name__}: {text or 'no message'}; --traceback shows where"
+    return (
+        text
+        if _expected(error) and text
+        else f"{type(error).__name__}: {text or 'no message'}; --traceback shows where"
+    )
 
 
 @contextlib.contextmanager

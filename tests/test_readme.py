@@ -152,6 +152,8 @@ def test_every_line_works_in_order_as_pasted(
             if words[:2] == ["python", "-m"]:  # benchmarks take minutes: tests/test_benchmarks.py
                 assert words[2] == "diffrep.eval.benchmarks"
                 continue
+            if words[:2] == ["diffrep", "app"]:  # stays until Ctrl-C: tests/test_app.py
+                continue
             if VIDEO in words and not Path(VIDEO).exists():
                 continue
             assert words[0] == "diffrep"
