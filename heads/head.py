@@ -44,7 +44,7 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
 
     task: str
     base: str = ""
-    read = staticmethod(load_image)  # how it takes an image
+    opened = staticmethod(load_image)  # how it takes an image
     CONFIG: type[ConfigT]
 
     def __init__(self, model: nn.Module, task: str, *, name: str, recognised: str = "", source: str = "") -> None:
@@ -145,7 +145,7 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
         size: int = config.batch_size  # type: ignore[attr-defined]  # every configuration has it
         waiting: list[Image.Image] = []
         common: Hashable = None
-        for image in map(self.read, images):
+        for image in map(self.opened, images):
             group = self.group(image, config)
             if waiting and (group is None or group != common or len(waiting) >= size):
                 yield from self.predict_batch(waiting, config, **drawn)

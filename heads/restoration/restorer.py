@@ -128,7 +128,7 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
         super().__init__(model, "restore", name=name, recognised=recognised, source=source)
 
     @staticmethod
-    def read(source: Any) -> Photograph:
+    def opened(source: Any) -> Photograph:
         return Photograph.open(source)
 
     @property
