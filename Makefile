@@ -2,7 +2,7 @@ PYTHON ?= .venv/bin/python
 
 SITE ?= $(CURDIR)/build/site
 
-.PHONY: test fast lint types docs parity
+.PHONY: test fast lint types docs browser parity
 
 test:  ## all tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile
@@ -27,6 +27,10 @@ types: links
 
 docs: links  ## the site into build/site; a warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet --site-dir $(SITE)
+
+browser:  ## Chromium, for the tests of `diffrep app`; needs the rights to install packages
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 parity:  ## every case under DIFFREP_PARITY
 	$(PYTHON) -m pytest tests/parity

@@ -169,7 +169,7 @@ def test_a_click_shows_the_same_place_in_the_other_image(page: Any, pair: dict[s
 def test_a_broken_file_is_said_in_one_line(page: Any, pair: dict[str, Any], tmp_path: Path) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(pair["a"].read_bytes()[:200])
-    page.get_by_role("tab", name="Depth, normals, masks").click()
+    page.get_by_role("tab", name="Depth, normals, masks, restoration").click()
     upload(page, "head-image", broken)
     page.locator("#head-run").click()
     text = complaint(page)
@@ -180,7 +180,7 @@ def test_a_broken_file_is_said_in_one_line(page: Any, pair: dict[str, Any], tmp_
 
 @pytest.mark.slow
 def test_depth_appears_and_the_task_can_be_changed(page: Any, pair: dict[str, Any]) -> None:
-    page.get_by_role("tab", name="Depth, normals, masks").click()
+    page.get_by_role("tab", name="Depth, normals, masks, restoration").click()
     upload(page, "head-image", pair["a"])
     page.locator("#head-run").click()
     text = words(page, "head-words")

@@ -54,6 +54,7 @@ SMALL = {
     "export tiny --taps up.1": "export tiny --taps up.1 --size 64",
     "likelihood photos/": "likelihood photos/0.jpg --tolerance 0.1",
 }
+RESTORER = ROOT / "diffrep" / "models" / "tiny-restore"
 VIDEO = "clip.mp4"  # needs PyAV, an extra
 
 
@@ -140,7 +141,7 @@ def test_every_line_works_in_order_as_pasted(
     for language, title, text in blocks(page):
         if language == "python":
             code = compile(replaced(text), f"{page}: {title}", "exec")
-            if title in ("", "diffrep"):
+            if title in ("", "diffrep") and ('"restore"' not in text or RESTORER.is_dir()):
                 exec(code, {})
             continue
         if language:
@@ -151,6 +152,8 @@ def test_every_line_works_in_order_as_pasted(
                 continue
             if words[:2] == ["python", "-m"]:  # benchmarks take minutes: tests/test_benchmarks.py
                 assert words[2] == "diffrep.eval.benchmarks"
+                continue
+            if words[1] == "restore" and not RESTORER.is_dir():  # the package has no restorer yet
                 continue
             if words[:2] == ["diffrep", "app"]:  # stays until Ctrl-C: tests/test_app.py
                 continue

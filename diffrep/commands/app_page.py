@@ -22,6 +22,7 @@ from PIL import Image
 from diffrep.cli import error_line
 from diffrep.draw import draw_heat, draw_matches
 from diffrep.features import Descriptors
+from diffrep.heads.restoration.photograph import Photograph
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, open_index, query_image
 from diffrep.manifold.files import EmbedConfig, embed_file
@@ -112,7 +113,7 @@ def build(rooms: Rooms, recipe: str) -> Any:
         )
         with gr.Tab("Match"):
             _matching(rooms, recipe, examples)
-        with gr.Tab("Depth, normals, masks"):
+        with gr.Tab("Depth, normals, masks, restoration"):
             _heads(rooms, examples)
         with gr.Tab("Search"):
             _search(rooms, examples)
@@ -258,9 +259,13 @@ def head_answer(image: str | None, task: str, model: str, device: str) -> Any:
     """The image and its answer, for the slider, and words."""
     picture = _picture(image, "the image")
     result = head(task, model.strip() or None, device)(picture)
-    answer = result.picture().convert("RGB").resize(picture.size)
-    facts = {key: value for key, value in result.metadata().items() if key in SHOWN}
-    return (picture, answer), ", ".join(f"{key}: {value}" for key, value in facts.items())
+    if isinstance(result, Photograph):
+        answer, facts = result.image(), {"width": result.size[0], "height": result.size[1]}
+    else:
+        answer = result.picture()
+        facts = {key: value for key, value in result.metadata().items() if key in SHOWN}
+    answer = answer.convert("RGB")
+    return (picture.resize(answer.size), answer), ", ".join(f"{key}: {value}" for key, value in facts.items())
 
 
 @lru_cache(maxsize=2)
