@@ -22,8 +22,7 @@ from diffrep.draw import draw_matches
 from diffrep.eval.cache import MIRRORED, ImageFeatures, StoredType, fingerprint, resumed
 from diffrep.eval.datasets.pairs import AnnotatedPair, KeypointTable, PairSet, table_of
 from diffrep.eval.protocols import AGGREGATES, Aggregate, Pck, Protocol
-from diffrep.eval.published import Published, published
-from diffrep.eval.report import Problem, Report, Section
+from diffrep.eval.report import Problem, Published, Report, Section, published
 from diffrep.features import Descriptors, FeatureMaps
 from diffrep.files import claim_folder, sweep_partials, write_whole
 from diffrep.fusion import fuse

@@ -20,9 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval.cache import ImageFeatures, StoredType, digest, resumed
-from diffrep.eval.datasets.tss import SUBSETS, FlowItem, FlowSet
-from diffrep.eval.published import PUBLISHED_FLOW
-from diffrep.eval.report import Problem, Report, Section
+from diffrep.eval.datasets.pairs import SUBSETS, FlowItem, FlowSet
+from diffrep.eval.report import PUBLISHED_FLOW, Problem, Report, Section
 from diffrep.features import Descriptors, lattice, sample
 from diffrep.files import claim_folder, sweep_partials
 from diffrep.fusion import fuse

@@ -19,10 +19,17 @@ from tqdm import tqdm
 from diffrep.alignment import Space, align_depth
 from diffrep.eval.cache import ImageResults
 from diffrep.eval.datasets.dense_images import DenseLayout, DenseSample, DenseSet
-from diffrep.eval.published import PUBLISHED_DEPTH, PUBLISHED_NORMALS, PublishedMaps, published_maps
-from diffrep.eval.report import Problem, Report, Section
+from diffrep.eval.report import (
+    PUBLISHED_DEPTH,
+    PUBLISHED_NORMALS,
+    Problem,
+    PublishedMaps,
+    Report,
+    Section,
+    published_maps,
+)
 from diffrep.files import claim_folder
-from diffrep.heads.sizes import resize, working_size
+from diffrep.heads.tiling import resize, working_size
 
 Predict = Callable[[Tensor], Tensor]
 """Depth: (3, H, W) uint8 image -> (H, W) depth or disparity up to scale and shift. Normals: (3, H, W) float image,

@@ -19,8 +19,7 @@ from torch import Tensor
 from diffrep.alignment import align_depth
 from diffrep.backbones import Backbone
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics, mean_metrics
-from diffrep.eval.published import read_tables
-from diffrep.eval.report import Report, Section, with_interval
+from diffrep.eval.report import Report, Section, read_tables, with_interval
 from diffrep.heads.maps import DepthMap
 from diffrep.heads.probes import Annotation, Cell, ProbeData, ProbeFit, ProbeResult, paired_gain, train_probe
 from diffrep.heads.probes.annotated import IGNORED, AnnotatedFiles, PixelClasses

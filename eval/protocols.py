@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from diffrep.eval.datasets.pairs import AnnotatedImage, AnnotatedPair
-from diffrep.eval.published import Aggregate, read_tables
+from diffrep.eval.report import Aggregate, read_tables
 from diffrep.fusion import Descriptors
 from diffrep.similarity import Metric, nearest, similarities, soft_argmax
 

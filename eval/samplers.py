@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrep.eval.published import read_tables
-from diffrep.eval.report import Report, Section
+from diffrep.eval.report import Report, Section, read_tables
 from diffrep.sampling.models import DiffusionModel, diffusion_model, is_synthesis, sample
 from diffrep.sampling.samplers import SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError

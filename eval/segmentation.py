@@ -21,8 +21,7 @@ from tqdm import tqdm
 
 from diffrep.eval import segmentation_metrics
 from diffrep.eval.borders import thin_places
-from diffrep.eval.published import PUBLISHED_DIS
-from diffrep.eval.report import Section, bootstrap, with_interval
+from diffrep.eval.report import PUBLISHED_DIS, Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import (
     Interval,
     Method,

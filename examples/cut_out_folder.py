@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from diffrep import load_head, load_image
-from diffrep.heads.cutouts import cut_out
+from diffrep.heads.segmentation import cut_out
 from diffrep.images import find_images
 
 folder, output = sys.argv[1], Path(sys.argv[2])

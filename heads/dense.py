@@ -13,20 +13,24 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from diffrep.heads.ensembles import (
-    DIFFUSERS_ENSEMBLE,
-    E2E_ENSEMBLE,
-    MARIGOLD_ENSEMBLE,
-    DepthEnsemble,
-    ensemble_depth,
-    ensemble_normals,
-)
 from diffrep.heads.families import Family, Frame, Task
 from diffrep.heads.head import Head
 from diffrep.heads.maps import DepthMap, NormalMap, facing_camera, unit_length
 from diffrep.heads.one_step import OneStep
-from diffrep.heads.sizes import Resample, pad_to_multiple, stretch, to_image_size, to_working
-from diffrep.heads.tiling import predict_tiled
+from diffrep.heads.tiling import (
+    DIFFUSERS_ENSEMBLE,
+    E2E_ENSEMBLE,
+    MARIGOLD_ENSEMBLE,
+    DepthEnsemble,
+    Resample,
+    ensemble_depth,
+    ensemble_normals,
+    pad_to_multiple,
+    predict_tiled,
+    stretch,
+    to_image_size,
+    to_working,
+)
 from diffrep.settings import check
 
 ENSEMBLES = {"e2e-ft": E2E_ENSEMBLE, "marigold-diffusers": DIFFUSERS_ENSEMBLE}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.pair_sets import (
     SPAIR_CATEGORIES,
+    Ap10kSet,
     read_ap10k,
     read_pf_pascal,
     read_pf_willow,
@@ -25,10 +25,12 @@ from diffrep.eval.datasets.pairs import (
     DatasetError,
     KeypointTable,
     PairSet,
+    read_flo,
     read_keypoint_tables,
+    read_tss,
     table_of,
+    tss_category,
 )
-from diffrep.eval.datasets.tss import read_flo, read_tss, tss_category
 
 from .benchmark_folders import (
     write_ap10k,

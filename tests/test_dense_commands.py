@@ -312,7 +312,7 @@ def test_known_depths_are_read_from_every_kind_of_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_demo_part_shows_its_pictures() -> None:
-    from diffrep.commands.demo_sections import depth_and_normals
+    from diffrep.commands.demo import depth_and_normals
     from diffrep.pictures import Page
 
     page = Page("demo", "depth")

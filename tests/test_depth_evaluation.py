@@ -38,8 +38,8 @@ from diffrep.eval.maps import (
     predict_normals,
 )
 from diffrep.eval.one_step_ablation import variants
-from diffrep.eval.published import PUBLISHED_DEPTH, PUBLISHED_NORMALS, published_maps
 from diffrep.eval.rendering import name_of
+from diffrep.eval.report import PUBLISHED_DEPTH, PUBLISHED_NORMALS, published_maps
 from diffrep.eval.scene_maps import SceneMapSettings, evaluate_scene_maps, no_look, scene_truth
 from diffrep.scenes import Scene
 

@@ -20,8 +20,19 @@ from diffrep.eval.cache import ImageResults, digest
 from diffrep.eval.datasets.archives import Archive, read_array, read_plain
 from diffrep.eval.datasets.dense_images import open_benchmark
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, evaluate_maps
-from diffrep.eval.published import PUBLISHED, PUBLISHED_DEPTH, PUBLISHED_DIS, PUBLISHED_FLOW, PUBLISHED_NORMALS
-from diffrep.eval.report import Problem, Report, Section, bootstrap, plain, with_interval
+from diffrep.eval.report import (
+    PUBLISHED,
+    PUBLISHED_DEPTH,
+    PUBLISHED_DIS,
+    PUBLISHED_FLOW,
+    PUBLISHED_NORMALS,
+    Problem,
+    Report,
+    Section,
+    bootstrap,
+    plain,
+    with_interval,
+)
 
 from .benchmark_folders import write_image, write_spair
 from .test_correspondence import run, vit

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones import Grid, load_backbone
-from diffrep.eval.datasets.tss import FlowItem, read_tss
+from diffrep.eval.datasets.pairs import FlowItem, read_tss
 from diffrep.eval.flow import (
     ALPHAS,
     count_flow,

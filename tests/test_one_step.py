@@ -18,13 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep.backbones.text import TextEncoders
 from diffrep.heads.dense import DenseHead, PredictConfig
-from diffrep.heads.ensembles import DepthEnsemble, ensemble_depth, ensemble_normals
 from diffrep.heads.families import E2E_FT, LOTUS_D, LOTUS_G, MARIGOLD, task_vector
 from diffrep.heads.loading import HeadError, load_head, recognise
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.one_step import FoldedUNet, PlainUNet
-from diffrep.heads.sizes import resize, working_size
-from diffrep.heads.tiling import tile_starts
+from diffrep.heads.tiling import DepthEnsemble, ensemble_depth, ensemble_normals, resize, tile_starts, working_size
 
 from .one_step_heads import random_head
 

@@ -19,11 +19,10 @@ from torch import Tensor
 from diffrep.cli import main
 from diffrep.eval.benchmarks.networks import published_head
 from diffrep.eval.benchmarks.timing import count_flops
-from diffrep.heads.cutouts import composite, cut_out, foreground_colours
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.diffdis import DiffDisUNet, from_base
 from diffrep.heads.loading import WEIGHTS, HeadError, load_segmentation
-from diffrep.heads.segmentation import SegmentationHead, SegmentConfig, finish
+from diffrep.heads.segmentation import SegmentationHead, SegmentConfig, composite, cut_out, finish, foreground_colours
 
 MODEL = Path(__file__).parent / "parity" / "data" / "diffdis" / "pipeline" / "model"
 

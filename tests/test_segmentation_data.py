@@ -25,7 +25,7 @@ from diffrep.eval.segmentation import (
 from diffrep.eval.segmentation import score_image as evaluated_score
 from diffrep.eval.segmentation_metrics import f_curve, prepare, score_image, scores, simplified_length, together
 from diffrep.heads.loading import load_segmentation
-from diffrep.heads.sizes import stretch
+from diffrep.heads.tiling import stretch
 from diffrep.heads.training.masks import augment, cut_mix, draw_boxes, edge_map, pyramid_noise, read_dis
 from diffrep.scenes import render_set
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffrep.backbones import Backbone, Grid, load_backbone
 from diffrep.cli import main
-from diffrep.eval.benchmarks.bulk import measure_index
+from diffrep.eval.benchmarks.matching import measure_index
 from diffrep.features import ExtractConfig, FeatureMaps, extract
 from diffrep.images import Placement, Sizing, load_image
 from diffrep.index import (

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from diffrep.synthesis.large import MOST_KEPT
-from diffrep.synthesis.outputs import scratch_bytes
+from diffrep.synthesis.large import MOST_KEPT, scratch_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffrep.synthesis.canvas import Lines
-from diffrep.synthesis.outputs import FileSettings, check_output, pyramid, write_pixels
+from diffrep.synthesis.large import FileSettings, check_output, pyramid, write_pixels
 
 tifffile = pytest.importorskip("tifffile")
 zarr = pytest.importorskip("zarr")

@@ -1,14 +1,416 @@
-"""``diffrep demo``: everything on bundled images, as one page with pictures."""
+"""The page of ``diffrep demo``, section by section; `templates/demo.toml` has its words and says what is shown."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 import tyro
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
 
-from diffrep.files import check_writable
+import diffrep
+from diffrep.backbones import load_backbone
+from diffrep.draw import draw_components, draw_field, draw_matches, side_by_side
+from diffrep.eval.homography import HomographySettings, carry, photographs, see_through, view_homography
+from diffrep.eval.manifold import geodesic_scores
+from diffrep.eval.probe_data import SceneImages, scene_images
+from diffrep.eval.report import read_toml
+from diffrep.eval.segmentation import grey
+from diffrep.eval.segmentation_metrics import score_image
+from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
+from diffrep.features import ExtractConfig
+from diffrep.files import check_writable, write_image
+from diffrep.fusion import fuse
+from diffrep.heads.loading import load_head
+from diffrep.heads.maps import DepthMap, NormalMap
+from diffrep.heads.point_cloud import Intrinsics, unproject
+from diffrep.heads.probes import ProbeData, ReadPlan, draw_heat_map, load_probe, sweep
+from diffrep.heads.segmentation import ObjectMask, SegmentConfig, composite, cut_out, grey_image
+from diffrep.images import load_image
+from diffrep.index import contact_sheet, index_store, query_image
+from diffrep.manifold import HeatGeodesicEmbedding
+from diffrep.matching import match_dense, match_points
+from diffrep.pictures import Page
+from diffrep.recipes import Correspondence, Recipe, alone
+from diffrep.scenes import UNSEEN, Scene, held_out_pair, render_scene, scene_pairs, scene_seed, shared_keypoints
+from diffrep.store import BulkConfig, Keep, extract_store, open_store
+from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, slerp, synthesize
+from diffrep.synthesis.grids import ImageEncoder
+
+WORDS = read_toml(Path(diffrep.__file__).parent / "templates" / "demo.toml")
+Figure = tuple[Image.Image, str]  # picture, caption
+Group = tuple[Sequence[Figure], Literal["", "wide", "three", "small"]]  # figures, layout as `Page.figures` has it
+
+
+def build_page(correspondence: Correspondence) -> Page:
+    """Run everything that the page shows."""
+    page = Page(WORDS["page"]["title"], WORDS["page"]["text"])
+    with tqdm(total=len(SECTIONS) + 3, desc="demo", unit="part") as bar:
+        for matching in (different_objects, dense_matches, photographs_again):
+            matching(page, correspondence)
+            bar.update()
+        for section in SECTIONS:
+            section(page)
+            bar.update()
+    page.section(WORDS["yourself"]["title"])
+    page.code(WORDS["yourself"]["code"])
+    return page
+
+
+def _section(page: Page, name: str, *groups: Group, **values: object) -> None:
+    """A section with its words, in which the values are filled in, its figures, and what to type for it."""
+    words = WORDS[name]
+    page.section(words["title"], words["text"].format(**values))
+    for figures, layout in groups:
+        page.figures(figures, layout=layout)
+    if "code" in words:
+        page.code(words["code"])
+
+
+def _note(category: str) -> str:
+    return ", a category it never saw" if category in UNSEEN else ""
+
+
+# -- matching -----------------------------------------------------------------------------------------------
+
+ALPHA = 0.1  # a match is right within this share of the longer side of the object's box
+
+
+def methods_of(whole: Recipe) -> dict[str, Recipe]:
+    """Name for a reader -> recipe: each backbone alone, then all of them."""
+    names = ["diffusion", "DINO"] if len(whole.readings) == 2 else [r.backbone for r in whole.readings]
+    single = {name: alone(whole, i, name) for i, name in enumerate(names)} if len(names) > 1 else {}
+    return single | {"fused" if single else names[0]: whole}
+
+
+def different_objects(page: Page, correspondence: Correspondence) -> None:
+    """Match keypoints of held-out pairs with each backbone alone and with all, and count what is right."""
+    words, whole = WORDS["pairs"], correspondence.recipe
+    methods = methods_of(whole)
+    hits: dict[str, list[int]] = {name: [] for name in methods}
+    figures = []
+    for category, number in words["shown"]:
+        a, b = held_out_pair(category, number)
+        points, truth = map(torch.from_numpy, shared_keypoints(a, b))
+        tolerance = ALPHA * max(b.box[2] - b.box[0], b.box[3] - b.box[1])
+        images = [Image.fromarray(a.image), Image.fromarray(b.image)]
+        features = list(correspondence.features(images))
+        for name, recipe in methods.items():
+            wanted = {reading.backbone for reading in recipe.readings}
+            used = [i for i, reading in enumerate(whole.readings) if reading.backbone in wanted]
+            source, target = fuse([tuple(entry[i] for i in used) for entry in features], recipe.fusion)
+            matches = match_points(source, target, points, recipe.matching)
+            right = (torch.linalg.vector_norm(matches.points - truth, dim=1) <= tolerance).int().tolist()
+            hits[name] += right
+            values = {"category": category, "note": _note(category), "right": sum(right), "count": len(right)}
+            picture = draw_matches(images[0], images[1], points, matches, truth=truth, tolerance=tolerance)
+            figures.append((picture, words["caption"].format(name=name, **values)))
+    _section(page, "pairs", (figures, "three" if len(methods) == 3 else ""), alpha=ALPHA)
+    shares = {name: sum(right) / max(len(right), 1) for name, right in hits.items()}
+    page.text(words["counted"].format(pairs=len(words["shown"]), count=len(next(iter(hits.values())))))
+    best = list(shares).index(max(shares, key=lambda name: shares[name]))
+    page.table(["features", "right"], [[n, f"{100 * s:.0f} %"] for n, s in shares.items()], best=best)
+
+
+def dense_matches(page: Page, correspondence: Correspondence) -> None:
+    """Joint components and dense matches of a few of the pairs."""
+    figures = []
+    for category, number in WORDS["pairs"]["shown"][:3]:
+        a, b = held_out_pair(category, number)
+        images = [Image.fromarray(a.image), Image.fromarray(b.image)]
+        source, target = correspondence.describe(*images)
+        masks = torch.from_numpy(a.mask), torch.from_numpy(b.mask)
+        dense = match_dense(source, target, correspondence.recipe.matching, source_mask=masks[0], mask=masks[1])
+        figures.append((draw_components(images, [source, target]), f"{category}: joint components"))
+        figures.append((draw_field(images[0], images[1], dense, mask=masks[1]), f"{category}: dense match"))
+    _section(page, "dense", (figures, ""))
+
+
+def photographs_again(page: Page, correspondence: Correspondence) -> None:
+    """Match real photographs with views of them through a known perspective."""
+    views = Correspondence("tiny-views") if correspondence.recipe.name == "tiny" else correspondence
+    figures = []
+    for name, path in photographs().items():
+        image = load_image(path)
+        size = (image.height, image.width)
+        matrix = view_homography(size, HomographySettings(rotation=15, zoom=(0.7, 0.85)), seed=1)
+        view = Image.fromarray(see_through(np.array(image), matrix))
+        x, y = torch.meshgrid(torch.linspace(0.2, 0.8, 4), torch.linspace(0.2, 0.8, 3), indexing="xy")
+        truth = torch.stack([x.flatten() * size[1], y.flatten() * size[0]], dim=1)
+        points = carry(torch.linalg.inv(matrix), truth).float()
+        source, target = views.describe(image, view)
+        matches = match_points(source, target, points, views.recipe.matching)
+        cells = target.points(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        stride = float((cells[1] - cells[0]).max())
+        median = float(torch.linalg.vector_norm(matches.points - truth, dim=1).median())
+        picture = draw_matches(image, view, points, matches, truth=truth, tolerance=stride)
+        caption = WORDS["photographs"]["caption"].format(name=name, median=median, strides=median / stride)
+        figures.append((picture, caption))
+    _section(page, "photographs", (figures, ""))
+
+
+# -- depth, normals, masks ----------------------------------------------------------------------------------
+
+
+def _row(words: dict[str, Any], pictures: Sequence[Image.Image], kind: str, height: int, **values: object) -> Figure:
+    """Pictures side by side under their titles; kind: "" of a scene, "_photograph" of a photograph."""
+    picture = side_by_side(pictures, titles=words[f"titles{kind}"], height=height)[0]
+    return picture, words[f"caption{kind}"].format(**values)
+
+
+def depth_and_normals(page: Page) -> None:
+    """Predict depth and normals of held-out scenes and of photographs."""
+    words, depth, normals = WORDS["maps"], load_head("tiny-depth"), load_head("tiny-normals")
+    figures = []
+    for category, number in words["shown"]:
+        scene = render_scene(scene_seed("test", number), category=category, size=256)
+        image = Image.fromarray(scene.image)
+        disparity = depth.predict(image)
+        assert isinstance(disparity, DepthMap)
+        metric = disparity.align(torch.from_numpy(scene.depth), method="least squares")
+        known = np.isfinite(scene.depth)
+        error = 100 * float(np.mean(np.abs(metric.values.numpy() - scene.depth)[known] / scene.depth[known]))
+        true_normals = NormalMap(torch.from_numpy(scene.normals).permute(2, 0, 1), "rdf")
+        maps = (disparity, true_disparity(scene), normals.predict(image), true_normals)
+        pictures = [image, *(one.picture() for one in maps)]
+        figures.append(_row(words, pictures, "", 220, category=category, note=_note(category), error=error))
+    for file, path in photographs().items():
+        image = load_image(path)
+        disparity = depth.predict(image)
+        assert isinstance(disparity, DepthMap)
+        pictures = [image, disparity.picture(), normals.predict(image).picture(), seen_from_the_side(image, disparity)]
+        figures.append(_row(words, pictures, "_photograph", 220, name=Path(file).stem))
+    _section(page, "maps", (figures, "wide"))
+
+
+def true_disparity(scene: Scene) -> DepthMap:
+    """A scene's disparity as heads are trained on it: between its 2 % and 98 % quantiles."""
+    inverse = 1 / scene.depth.astype(np.float64)  # 0 in the sky
+    low, high = np.quantile(inverse, [0.02, 0.98])
+    share = ((inverse - low) / max(high - low, 1e-5)).clip(0, 1)
+    return DepthMap(torch.from_numpy(share.astype(np.float32)), "disparity")
+
+
+def seen_from_the_side(image: Image.Image, disparity: DepthMap, degrees: float = 28.0, size: int = 300) -> Image.Image:
+    """The image's pixels as points in space, from a camera that has moved around their middle."""
+    image = image.resize((size, round(size * image.height / image.width)), Image.Resampling.BILINEAR)
+    small = torch.nn.functional.interpolate(disparity.values[None, None], (image.height, image.width), mode="bilinear")
+    depth = DepthMap(small[0, 0], "disparity").relative_depth(1.0, 4.0)
+    camera = Intrinsics.assumed(image.height, image.width)
+    points = unproject(depth, camera).flatten(1).numpy()
+    middle = np.median(points, axis=1, keepdims=True)
+    angle = np.radians(degrees)
+    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+    x, y, z = turn @ (points - middle) + middle
+    column = np.round(camera.fx * x / z + camera.cx).astype(int)
+    row = np.round(camera.fy * y / z + camera.cy).astype(int)
+    colours = np.array(image).reshape(-1, 3)
+    canvas = np.full((image.height + 1, image.width + 1, 3), 250, dtype=np.uint8)
+    order = np.argsort(-z)  # the nearest are painted last
+    seen = order[((row >= 0) & (row < image.height) & (column >= 0) & (column < image.width) & (z > 0.1))[order]]
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):  # dots of 2 x 2 pixels close most gaps
+        canvas[row[seen] + down, column[seen] + right] = colours[seen]
+    return Image.fromarray(canvas[: image.height, : image.width])
+
+
+def masks(page: Page) -> None:
+    """Cut objects out of held-out scenes and photographs."""
+    words, head, config = WORDS["masks"], load_head("tiny-segmentation"), SegmentConfig(edges=True)
+    figures = []
+    for category, number in words["shown"]:
+        scene = render_scene(scene_seed("test", number), category=category, size=256)
+        image = Image.fromarray(scene.image)
+        predicted = head.predict(image, config)
+        truth = scene.mask.astype(np.uint8) * 255
+        scores = score_image(grey(predicted.mask), truth).values
+        values = {"note": _note(category), "maxf": scores["maxf"], "mae": scores["mae"]}
+        pictures = [*_mask_pictures(image, predicted), Image.fromarray(truth)]
+        figures.append(_row(words, pictures, "", 190, category=category, **values))
+    for file, path in photographs().items():
+        image = load_image(path)
+        pictures = _mask_pictures(image, head.predict(image, config))
+        figures.append(_row(words, pictures, "_photograph", 190, name=Path(file).stem))
+    _section(page, "masks", (figures, "wide"))
+
+
+def _mask_pictures(image: Image.Image, predicted: ObjectMask) -> list[Image.Image]:
+    assert predicted.edge is not None
+    y, x = np.mgrid[: image.height, : image.width] // 12  # a checkerboard stands for transparency
+    shade = np.where((x + y) % 2, 205, 240).astype(np.uint8)
+    board = Image.fromarray(np.dstack([shade, shade, shade, np.full_like(shade, 255)]), "RGBA")
+    return [
+        image,
+        grey_image(predicted.mask),
+        grey_image(predicted.edge),
+        Image.alpha_composite(board, cut_out(image, predicted.mask)),
+        composite(image, predicted.mask, WORDS["masks"]["background"]),
+    ]
+
+
+# -- search, probes -----------------------------------------------------------------------------------------
+
+PER_CATEGORY = 4  # scenes of each in the collection
+_COLLECTION_SIZE = 128  # of the scenes, pixels
+_FIRST_QUESTION = PER_CATEGORY // 2  # pairs before it are the collection's
+
+
+def search(page: Page) -> None:
+    """Extract a small collection, index its places, ask for parts; one contact sheet each."""
+    words, backbone = WORDS["search"], load_backbone("tiny")
+    figures = []
+    with tempfile.TemporaryDirectory() as work:
+        images, store = Path(work) / "collection", Path(work) / "store"
+        for category in words["collection"]:
+            pairs = scene_pairs("test", _FIRST_QUESTION, categories=(category,))
+            for number, seed in enumerate(seed for pair in pairs for seed in pair[:2]):
+                scene = render_scene(seed, category=category, size=_COLLECTION_SIZE)
+                write_image(images / category / f"{number}.png", Image.fromarray(scene.image))
+        bulk = BulkConfig(workers=0, shard_images=64)
+        done = extract_store([images], store, backbone, keep=Keep(kind="maps"), bulk=bulk)
+        places = index_store([open_store(store)], Path(work) / "index")
+        for category, part in words["questions"]:
+            picture, point = _question(category, part)
+            hits = query_image(places, picture, point=point, k=10, backbone=backbone)
+            wanted = [hit.place.image.startswith(f"{category}/") for hit in hits]
+            same = sum(wanted[:PER_CATEGORY])
+            caption = words["caption"].format(part=part, category=category, same=same, each=PER_CATEGORY)
+            figures.append((contact_sheet(picture, hits, point=point, relevant=wanted), caption))
+        values = {"places": len(places), "kind": places.design.kind, "reason": places.design.reason}
+    counts = {"images": done.images, "each": PER_CATEGORY, "categories": len(words["collection"])}
+    _section(page, "search", (figures, "wide"), **values, **counts)
+
+
+def _question(category: str, part: str) -> tuple[Image.Image, tuple[float, float]]:
+    """A scene that is not in the collection and shows the part, and where it does."""
+    for pair in scene_pairs("test", _FIRST_QUESTION + 12, categories=(category,))[_FIRST_QUESTION:]:
+        scene = render_scene(pair[0], category=category, size=_COLLECTION_SIZE)
+        shown = {n: p for n, p, seen in zip(scene.keypoint_names, scene.keypoints, scene.visible, strict=True) if seen}
+        if part in shown:
+            x, y = shown[part].tolist()
+            return Image.fromarray(scene.image), (x, y)
+    raise AssertionError(f"no held-out {category} shows its {part}")
+
+
+PROBED = SceneImages(train=110, val=55, test=55, size=64)
+SHOWN_ANSWERS = 6  # test images whose answers are shown
+
+
+def probed_blocks(page: Page) -> None:
+    """Render a few scenes, probe every block at three timesteps, and show the heat map and some answers."""
+    backbone = load_backbone("tiny")
+    with tempfile.TemporaryDirectory() as work:
+        data = scene_images(Path(work) / "scenes", settings=PROBED, progress=False)
+        plan = ReadPlan("tiny", None, (10, 100, 400), (1,), ExtractConfig(batch_size=32))
+        read = ProbeData.read(data, {"tiny": backbone}, [plan], Path(work) / "features", progress=False)
+        done = sweep(read, Path(work) / "sweep", progress=False)
+        rows = list(read.split.test[:SHOWN_ANSWERS])
+        pictures = [load_image(Path(work) / "scenes" / data.images[row].name) for row in rows]
+        answers = load_probe(Path(work) / "sweep" / "probe").predict(pictures, backbones={"tiny": backbone}).top(1)
+    shown = []
+    for row, picture, (top,) in zip(rows, pictures, answers, strict=True):
+        truth = data.classes[data.labels[row]]
+        verdict = "right" if top[0] == truth else f"it is a {truth}"
+        shown.append((picture.resize((256, 256)), f"{top[0]}, {100 * top[1]:.0f} %: {verdict}"))
+    heat_map, classes = draw_heat_map(done.cells, title="what is it?"), len(data.classes)
+    shares = {name: 100 * done.result["test"][name] for name in ("top1", "low", "high")}
+    values = {"tap": done.best.tap, "timestep": done.best.timestep, "n": done.result["test"]["n"]}
+    values |= {"train": PROBED.train, "classes": classes, "chance": 100 / classes}
+    groups: list[Group] = [([(heat_map, WORDS["blocks"]["caption"])], "wide"), (shown, "small")]
+    _section(page, "blocks", *groups, **values, **shares)
+
+
+# -- large pictures, maps -----------------------------------------------------------------------------------
+
+WHOLE = ("bird", 4)  # category of one more reference, and cells a side into which it is cut
+BETWEEN = ("boat", "car")  # the strip leads from the look of one to that of the other
+STRIP = (192, 960)  # pixels
+PAINTING = SynthesisSettings()
+
+
+def large_pictures(page: Page) -> None:
+    """Paint three large pictures with the embedded model."""
+    words, model = WORDS["pictures"], load_synthesis("tiny-synthesis")
+    encoder = ImageEncoder.load(model.about.encoder or "tiny-dino", model.about.pooling)
+    reference = mosaic(words["cells"], columns=3)
+    painted = synthesize(model, encoder.grid(reference, (3, 3)), settings=PAINTING)
+    category, side = WHOLE
+    scene = mosaic([category], columns=1, size=side * model.window * model.factor)
+    whole = synthesize(model, encoder.grid(scene, (side, side)), settings=PAINTING)
+    strip = paint_strip(model, encoder, STRIP)
+    pictures = [reference, Image.fromarray(painted), scene, Image.fromarray(whole), Image.fromarray(strip)]
+    figures = list(zip(pictures, words["captions"], strict=True))
+    _section(page, "pictures", (figures[:4], ""), (figures[4:], "wide"))
+
+
+def mosaic(categories: Sequence[str], *, columns: int, size: int = 128) -> Image.Image:
+    """Held-out scenes of the given categories side by side."""
+    seeds = [scene_seed("test", number) for number in range(len(categories))]
+    tiles = [render_scene(seed, category=name, size=size).image for seed, name in zip(seeds, categories, strict=True)]
+    rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
+    return Image.fromarray(np.concatenate(rows))
+
+
+def paint_strip(model: SynthesisModel, encoder: ImageEncoder, size: tuple[int, int]) -> np.ndarray:
+    """A picture (H, W, 3) whose look changes from left to right."""
+    first, last = (encoder.grid(mosaic([name], columns=1), (1, 1)).embeddings[0, 0] for name in BETWEEN)
+    cell = model.window * model.factor
+    rows, columns = -(-size[0] // cell), -(-size[1] // cell)
+    row = slerp(torch.linspace(0, 1, columns), first.expand(columns, -1), last.expand(columns, -1))
+    return synthesize(model, EmbeddingGrid(row.expand(rows, -1, -1), encoder.name), size, PAINTING)
+
+
+POINTS = 800
+
+
+def map_of_a_sheet(page: Page) -> None:
+    """Map a noisy swiss roll, with principal components beside."""
+    from scipy.spatial.distance import pdist, squareform
+    from sklearn.decomposition import PCA
+
+    roll = swiss_roll(POINTS, noise=0.3, dim=10)
+    maps = {
+        "principal components": PCA(2).fit_transform(roll.points),
+        "heat-geodesic map": HeatGeodesicEmbedding(random_state=0).fit_transform(roll.points),
+    }
+    truth, distances = roll.geodesic(), {name: squareform(pdist(points)) for name, points in maps.items()}
+    scores = {name: geodesic_scores(d, truth, (10,))["spearman_mean_rows"] for name, d in distances.items()}
+    shown = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
+    figures = [(draw_sheet(roll, maps), WORDS["sheet"]["caption"])]
+    _section(page, "sheet", (figures, "wide"), points=POINTS, scores=shown)
+
+
+def draw_sheet(roll: ToyManifold, maps: dict[str, NDArray[Any]]) -> Image.Image:
+    """The clean sheet in three dimensions and the maps beside it, coloured along the sheet."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    figure = Canvas(figsize=(12, 4), dpi=110, layout="constrained")
+    along = roll.position
+    sheet: Any = figure.add_subplot(1, 1 + len(maps), 1, projection="3d")
+    clean = roll.clean @ np.linalg.svd(roll.clean - roll.clean.mean(0), full_matrices=False)[2][:3].T
+    sheet.scatter(*clean.T, c=along, s=6)
+    sheet.set_title("the sheet")
+    for number, (name, points) in enumerate(maps.items(), start=2):
+        axes = figure.add_subplot(1, 1 + len(maps), number)
+        axes.scatter(points[:, 0], points[:, 1], c=along, s=8, linewidths=0)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(name)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+SECTIONS = (depth_and_normals, masks, search, probed_blocks, map_of_a_sheet, large_pictures)  # in the page's order
+
+
+# -- `diffrep demo`: everything on bundled images, as one page with pictures ---------------------------------
 
 
 @dataclass(frozen=True)
@@ -27,7 +429,6 @@ class Demo:
     def run(self) -> None:
         page_file = self.output if self.output.suffix == ".html" else self.output / "index.html"
         check_writable(page_file, (".html",))
-        from diffrep.commands.demo_sections import build_page
         from diffrep.recipes import Correspondence
 
         build_page(Correspondence(self.recipe)).save(page_file)

@@ -18,11 +18,16 @@ from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.commands.train import open_set
 from diffrep.eval.cache import StoredType
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
-from diffrep.eval.datasets.ap10k_release import Ap10kSet
 from diffrep.eval.datasets.dense_images import open_benchmark
-from diffrep.eval.datasets.pair_sets import read_ap10k, read_pf_pascal, read_pf_willow, read_spair, read_spair_u
-from diffrep.eval.datasets.pairs import PairSet, read_keypoint_tables
-from diffrep.eval.datasets.tss import read_tss
+from diffrep.eval.datasets.pair_sets import (
+    Ap10kSet,
+    read_ap10k,
+    read_pf_pascal,
+    read_pf_willow,
+    read_spair,
+    read_spair_u,
+)
+from diffrep.eval.datasets.pairs import PairSet, read_keypoint_tables, read_tss
 from diffrep.eval.flow import evaluate_flow
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_maps

@@ -26,13 +26,12 @@ from diffrep.commands.image_runs import (
 )
 from diffrep.commands.options import PrecisionOptions, numbers
 from diffrep.files import check_writable, printable, read_document, write_document, write_image, write_whole
-from diffrep.heads.cutouts import backdrop, composite, cut_out, grey_image
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import AXES, DepthMap, NormalMap, known_files, read_known_depths
 from diffrep.heads.point_cloud import Intrinsics, normals_from_depth, ply_bytes, unproject
-from diffrep.heads.segmentation import ObjectMask, SegmentConfig
+from diffrep.heads.segmentation import ObjectMask, SegmentConfig, backdrop, composite, cut_out, grey_image
 from diffrep.images import VIDEO_SUFFIXES, is_video
 from diffrep.tasks import Job, note_embedded
 

@@ -12,8 +12,7 @@ from diffrep.commands.options import PrecisionOptions
 from diffrep.files import check_writable
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, synthesize_file
 from diffrep.synthesis.grids import ImageEncoder, interpolate_grids, load_grid, vary_grid
-from diffrep.synthesis.large import check_canvas, check_room, grid_shape
-from diffrep.synthesis.outputs import SUFFIXES, FileSettings, check_output
+from diffrep.synthesis.large import SUFFIXES, FileSettings, check_canvas, check_output, check_room, grid_shape
 from diffrep.synthesis.prior import load_prior
 
 

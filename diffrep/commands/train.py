@@ -17,7 +17,7 @@ from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.commands.image_runs import check_folder
 from diffrep.commands.options import Command, DeviceOptions
 from diffrep.devices import resolve_device
-from diffrep.eval.scene_validation import MaskValidation, SceneValidation
+from diffrep.eval.scenes import MaskValidation, SceneValidation
 from diffrep.files import replace_folder
 from diffrep.heads.families import FAMILIES, Task
 from diffrep.heads.training.datasets import Hypersim, VirtualKitti

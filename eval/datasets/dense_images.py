@@ -18,8 +18,7 @@ from torch import Tensor
 
 from diffrep.eval.datasets.archives import Archive, read_array, read_exr, read_plain
 from diffrep.eval.datasets.pairs import DatasetError, read_lines
-from diffrep.eval.published import read_tables
-from diffrep.eval.report import Problem
+from diffrep.eval.report import Problem, read_tables
 from diffrep.heads.training.datasets import KITTI_SIZE, kitti_crop
 
 Kind = Literal["depth", "normals"]

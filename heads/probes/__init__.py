@@ -14,7 +14,6 @@ from diffrep.heads.probes.annotated import (
     hold_out,
     pair_annotations,
 )
-from diffrep.heads.probes.attention import AttentionFusion, TokenReadout, TransformerBlock, readout_string
 from diffrep.heads.probes.cells import (
     Cell,
     PooledFeatures,
@@ -44,13 +43,17 @@ from diffrep.heads.probes.grid import FeatureRows, GridSettings, LinearGrid, Sta
 from diffrep.heads.probes.labelled import DataError, LabelledImages, read_labelled
 from diffrep.heads.probes.layouts import (
     KINDS,
+    AttentionFusion,
     CnnHead,
     FeatureHead,
     HeadShape,
     Layout,
     NearestNeighbours,
     PooledHead,
+    TokenReadout,
+    TransformerBlock,
     build_head,
+    readout_string,
 )
 from diffrep.heads.probes.pixels import (
     PixelClassifier,

@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from diffrep.backbones import Backbone, Conditions
 from diffrep.backbones.diffusion import DiffusionBackbone
 from diffrep.features import ExtractConfig
-from diffrep.heads.probes.attention import AttentionFusion, readout_string
 from diffrep.heads.probes.cells import noisy_input, numbered_taps
 from diffrep.heads.probes.experiment import RowSplit, Scores, score
 from diffrep.heads.probes.grid import SEED
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.layouts import seeded
+from diffrep.heads.probes.layouts import AttentionFusion, readout_string, seeded
 from diffrep.heads.probes.probe import ClassProbe, SavedKind, load_recorded
 from diffrep.heads.probes.training import ProbeRecipe, shuffled, train_recipe
 from diffrep.images import decode_image, fit_image, stack_pixels

@@ -19,7 +19,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor, nn
 
 from diffrep.heads.one_step import TIMESTEP, Schedule
-from diffrep.heads.sizes import stretch
+from diffrep.heads.tiling import stretch
 from diffrep.heads.training.dense_data import READERS, cached_latents
 from diffrep.images import load_image, shrink
 from diffrep.scenes import SceneSet

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from diffrep.heads.diffdis import DiffDisUNet, derived_weights
 from diffrep.heads.one_step import TIMESTEP, LatentCodec, Schedule
-from diffrep.heads.sizes import stretch
+from diffrep.heads.tiling import stretch
 from diffrep.heads.training.masks import (
     DISCOUNT,
     PUBLISHED_FASTER,

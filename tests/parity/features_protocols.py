@@ -18,8 +18,7 @@ from torch.nn.functional import normalize
 from diffrep.backbones import AggregationNetwork, Grid
 from diffrep.eval.correspondence import predict_posed
 from diffrep.eval.datasets.pair_sets import read_pf_pascal, read_spair
-from diffrep.eval.datasets.pairs import AnnotatedPair, KeypointTable, table_of
-from diffrep.eval.datasets.tss import SUBSETS, read_tss
+from diffrep.eval.datasets.pairs import SUBSETS, AnnotatedPair, KeypointTable, read_tss, table_of
 from diffrep.eval.flow import count_flow, mean, mean_pck, nearest_flow
 from diffrep.eval.protocols import PROTOCOLS, SQUARE, CellSearch, PairCount, Pck, Protocol
 from diffrep.features import Descriptors, FeatureMaps

@@ -15,17 +15,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.heads.dense import ENSEMBLES, PredictConfig
-from diffrep.heads.ensembles import (
+from diffrep.heads.families import Task, task_vector
+from diffrep.heads.loading import load_head
+from diffrep.heads.tiling import (
     DIFFUSERS_ENSEMBLE,
     E2E_ENSEMBLE,
     MARIGOLD_ENSEMBLE,
     DepthEnsemble,
     ensemble_depth,
     ensemble_normals,
+    pad_to_multiple,
+    to_image_size,
+    to_working,
 )
-from diffrep.heads.families import Task, task_vector
-from diffrep.heads.loading import load_head
-from diffrep.heads.sizes import pad_to_multiple, to_image_size, to_working
 
 from .cases import assert_within, each
 
