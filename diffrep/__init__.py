@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from diffrep.manifold import HeatGeodesicEmbedding
     from diffrep.masks import load_mask
     from diffrep.matching import MatchConfig, match_dense, match_points
+    from diffrep.painting import sample
     from diffrep.recipes import Correspondence, Recipe, recipe
-    from diffrep.sampling.models import sample
     from diffrep.store import Store, open_store
     from diffrep.swap import refine, swap_appearance
     from diffrep.synthesis import load_synthesis, synthesize
@@ -53,7 +53,7 @@ _NAMES = {  # module -> the public names that it defines
     "heads.probes": "load_probe",
     "manifold": "HeatGeodesicEmbedding",
     "synthesis": "load_synthesis synthesize",
-    "sampling.models": "sample",
+    "painting": "sample",
     "store": "open_store Store",
 }
 _HOME = {name: f"diffrep.{module}" for module, names in _NAMES.items() for name in names.split()}

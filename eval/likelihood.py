@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffrep.backbones.diffusion import keyed_generator
 from diffrep.images import Sizing, fit_image, load_image
+from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.core import to_forms
 from diffrep.sampling.flows import Field, divergence, probability_flow, solve_rk45
-from diffrep.sampling.models import DiffusionModel, diffusion_model
 from diffrep.sampling.schedules import SamplingError, TableVP
 from diffrep.sampling.score_sde import ScoreSDE
 

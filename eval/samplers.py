@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffrep.eval.report import Report, Section, read_tables
-from diffrep.sampling.models import DiffusionModel, diffusion_model, is_synthesis, sample
+from diffrep.painting import DiffusionModel, diffusion_model, is_synthesis, sample
 from diffrep.sampling.samplers import SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError
 from diffrep.sampling.search import Candidate

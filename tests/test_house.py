@@ -47,6 +47,7 @@ FLOORS = {
     "diffrep.index": 3,
     "diffrep.draw": 3,
     "diffrep.recipes": 3,
+    "diffrep.painting": 3,
     "diffrep.manifold": 3,
     "diffrep.sampling": 3,
     "diffrep.guidance": 3,

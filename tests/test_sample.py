@@ -16,7 +16,7 @@ from diffrep import load_synthesis, sample
 from diffrep.cli import main
 from diffrep.eval.likelihood import model_likelihood
 from diffrep.eval.samplers import SamplersEvaluation, distance_to_fine, evaluate_samplers
-from diffrep.sampling.models import DiffusionModel, diffusion_model
+from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.samplers import model_schedule
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP
 from diffrep.sampling.search import Candidate, read_candidate
@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_one_line(tiny: DiffusionModel) -> None:
     for match, call in (
         ("sides must be multiples of 8", lambda: sample(tiny, size=(100, 128))),
         ("evodiff has no option order", lambda: sample(tiny, sampler="evodiff", order=3)),
-        ("whole numbers from 1, got 'x'", lambda: sample(tiny, steps="x")),  # type: ignore[arg-type]
+        ("steps must be a whole number of at least 1, got 'x'", lambda: sample(tiny, steps="x")),  # type: ignore[arg-type]
         ("no sampler 'golden'", lambda: sample(tiny, sampler="golden")),
         ("is painted under embeddings", lambda: sample("tiny-synthesis", "a cat")),
         ("cannot be sampled", lambda: sample("tiny-dino")),

@@ -115,15 +115,12 @@ class SolverTable:
     """A solver on a grid: an `Update` for each step.
 
     Attributes:
-        correctors: for each step, the update that is made again once the network has answered at the step's end
-            (UniPC, USF); None: the step stands.
-        smoothing: predictions enter the history as a running mean with this share of the newest (GHVB); 1: as they are.
+        correctors: for each step, what it is made again by once the network has answered at its end (UniPC, USF).
+        smoothing: predictions enter the history as a running mean with this share of the newest (GHVB).
         filter: acts on the increments.
-        raw_start: the running mean and the filter begin with the network's raw output whatever it predicts, as the
-            released momentum code does.
+        raw_start: running mean and filter begin with the network's raw output, as the released momentum code does.
         clamp: clean samples are `clamped`, and the noise follows (pixels only).
-        afs: the first prediction is taken without calling the network: "zero_x0" (the state is the noise) or
-            "average_x0" (the clean sample is the mean of the data).
+        afs: the first prediction without a call: "zero_x0" (the state is the noise) or "average_x0" (of the data).
     """
 
     name: str
@@ -204,8 +201,7 @@ class TableStepper:
         Args:
             step: its number, from 0; the number of steps itself stands for the corrector of the last one.
             output: the network's answer for `x` at the step's label.
-            x: (B, ...) the state as the last step returned it.
-            memory: what the last step returned with it; empty before the first.
+            x, memory: (B, ...) the state and what the last step returned with it; empty before the first.
             z: standard normal noise like x, for steps that add some.
 
         Returns:

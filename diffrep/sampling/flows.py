@@ -59,12 +59,8 @@ def solve_rk45(
     return final[: x.numel()].to(x.device, x.dtype).view_as(x), final[x.numel() :]
 
 
-ODE_METHODS = {
-    "euler": "1euler",
-    "midpoint": "2midpoint",
-    "heun2": "2heun",
-    "rk4": "4three-eighths",
-}  # as torchdiffeq's
+# by torchdiffeq's names
+ODE_METHODS = {"euler": "1euler", "midpoint": "2midpoint", "heun2": "2heun", "rk4": "4three-eighths"}
 
 
 def integrate_ode(field: Field, x: Tensor, times: Sequence[float], method: str = "heun2") -> Tensor:
@@ -138,8 +134,7 @@ class Transport(NoiseSchedule):
     def __post_init__(self) -> None:
         if self.path not in ("Linear", "GVP", "VP") or self.prediction not in ("velocity", "noise", "score"):
             raise SamplingError(
-                "a transport has a path Linear, GVP or VP and predicts velocity, noise or score, "
-                f"got {self.path!r}, {self.prediction!r}"
+                f"paths are Linear, GVP, VP of velocity, noise, score: {self.path!r}, {self.prediction!r}"
             )
 
     def log_alpha(self, t: Any) -> Any:

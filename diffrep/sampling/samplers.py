@@ -11,19 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffrep.sampling import solvers
 from diffrep.sampling.core import SolverTable, TableStepper, per_sample
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP, TimeGrid, table_times
-from diffrep.sampling.solvers import (
-    ddim_table,
-    deis,
-    evodiff,
-    ipndm,
-    momentum,
-    multistep,
-    rho_runge_kutta,
-    with_levenberg_marquardt,
-    with_momentum,
-)
 
 Builder = Callable[..., SolverTable]  # (grid, schedule, **options)
 FAINT = 1000.0  # sigma / alpha above which a schedule begins almost without signal
@@ -31,21 +21,13 @@ FAINT = 1000.0  # sigma / alpha above which a schedule begins almost without sig
 
 @dataclass(frozen=True)
 class Sampler:
-    """A name's solver.
-
-    Attributes:
-        build: from (grid, schedule, options) to a table.
-        about: one line for people.
-        options: what `build` takes, with the defaults of this name.
-        flow: whether it works on rectified flows, whose first time has no signal.
-        faint: whether it works on schedules that begin almost without signal: one that does not extrapolates x / alpha.
-    """
+    """A name's solver."""
 
     build: Builder
-    about: str
-    options: Mapping[str, Any]
-    flow: bool = True
-    faint: bool = True
+    about: str  # for people
+    options: Mapping[str, Any]  # what `build` takes, with the defaults of this name
+    flow: bool = True  # it works on rectified flows, whose first time has no signal
+    faint: bool = True  # it works where there is almost none; one that does not extrapolates x / alpha
 
 
 def _plain(builder: Builder, **fixed: Any) -> Builder:
@@ -56,19 +38,19 @@ def _unipc(grid: TimeGrid, schedule: NoiseSchedule, variant: str, **options: Any
     if variant not in ("bh1", "bh2", "vary"):
         raise SamplingError(f"UniPC has the variants bh1, bh2 and vary, got {variant!r}")
     relaxation = None if variant == "vary" else f"unipc-{variant}"
-    return multistep(grid, relaxation=relaxation, corrected=True, **options)
+    return solvers.multistep(grid, relaxation=relaxation, corrected=True, **options)
 
 
 def _lml(grid: TimeGrid, schedule: NoiseSchedule, damping: float, kappa: float, **options: Any) -> SolverTable:
-    return with_levenberg_marquardt(multistep(grid, **options), damping, kappa)
+    return solvers.with_levenberg_marquardt(solvers.multistep(grid, **options), damping, kappa)
 
 
 def _hb(builder: Builder) -> Builder:
-    return lambda grid, schedule, beta, **options: with_momentum(builder(grid, schedule, **options), beta)
+    return lambda grid, schedule, beta, **options: solvers.with_momentum(builder(grid, schedule, **options), beta)
 
 
-_dpm = _plain(multistep)
-_data = _plain(ddim_table, form="data")  # the noise form loses digits where a schedule begins without signal
+_dpm = _plain(solvers.multistep)
+_data = _plain(solvers.ddim_table, form="data")  # the noise form loses digits where a schedule begins without signal
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(_data, "Euler on a flow; DDIM elsewhere", {}),
     "ddim": Sampler(_data, "first order; eta > 0 adds noise", {"eta": 0.0}, flow=False),
@@ -77,18 +59,18 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm++": Sampler(_dpm, "DPM-Solver++, multistep", {"order": 2, "exact": False}),
     "dpm++-sde": Sampler(_dpm, "the same with the SDE's noise", {"order": 2, "noisy": True}),
     "unipc": Sampler(_unipc, "DPM-Solver++ with a free corrector", {"order": 2, "variant": "bh2"}),
-    "deis-tab": Sampler(deis, "Adams-Bashforth in t, rho or log-snr", {"order": 2, "variable": "t"}, flow=False),
-    "ipndm": Sampler(_plain(ipndm), "Adams-Bashforth for even steps", {"order": 4}, flow=False),
-    "rho-rk": Sampler(
-        rho_runge_kutta, "Runge-Kutta, calls within a step", {"method": "2heun"}, flow=False, faint=False
-    ),
-    "ghvb": Sampler(_plain(momentum), "generalised heavy ball: few steps, much guidance", {"order": 1.8}, flow=False),
-    "hb": Sampler(_plain(momentum, method="hb"), "heavy ball", {"order": 1.8}, flow=False),
-    "nesterov": Sampler(_plain(momentum, method="nesterov"), "Nesterov", {"order": 1.8}, flow=False),
+    "deis-tab": Sampler(solvers.deis, "Adams-Bashforth in a variable", {"order": 2, "variable": "t"}, flow=False),
+    "ipndm": Sampler(_plain(solvers.ipndm), "Adams-Bashforth for even steps", {"order": 4}, flow=False),
+    "rho-rk": Sampler(solvers.rho_runge_kutta, "Runge-Kutta", {"method": "2heun"}, flow=False, faint=False),
+    "ghvb": Sampler(_plain(solvers.momentum), "for few steps and much guidance", {"order": 1.8}, flow=False),
+    "hb": Sampler(_plain(solvers.momentum, method="hb"), "heavy ball", {"order": 1.8}, flow=False),
+    "nesterov": Sampler(_plain(solvers.momentum, method="nesterov"), "Nesterov", {"order": 1.8}, flow=False),
     "dpm++-hb": Sampler(_hb(_dpm), "DPM-Solver++ with heavy ball", {"order": 2, "beta": 0.8}),
     "unipc-hb": Sampler(_hb(_unipc), "UniPC with heavy ball", {"order": 2, "variant": "bh2", "beta": 0.8}),
     "lml": Sampler(_lml, "DPM-Solver++ corrected; kappa 0 does nothing", {"damping": 1e-3, "kappa": 0.0, "order": 3}),
-    "evodiff": Sampler(_plain(evodiff), "weights from the predictions; whole images", {}, flow=False, faint=False),
+    "evodiff": Sampler(
+        _plain(solvers.evodiff), "weights from the predictions; whole images", {}, flow=False, faint=False
+    ),
 }
 
 
@@ -123,7 +105,7 @@ def build_table(
             f"{name} diverges where a schedule begins almost without signal (sigma / alpha {grid.rho[0]:.0f} at"
             f" timestep {grid.times[0]:g}); begin later (spacing leading), or take another sampler"
         )
-    build = _plain(ddim_table, form="velocity") if flow and name == "euler" else sampler.build
+    build = _plain(solvers.ddim_table, form="velocity") if flow and name == "euler" else sampler.build
     return build(grid, schedule, **{**sampler.options, **options})
 
 
@@ -177,14 +159,7 @@ class TableScheduler:
 
     For example: `pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="ghvb", order=1.8)`.
 
-    Args:
-        sampler: a name of `SAMPLERS`.
-        spacing: one of `GRIDS`.
-        config: of a diffusers scheduler: the noise schedule and what the network predicts.
-        options: of the sampler.
-
-    Attributes:
-        memory: (B, ...) tensors of earlier steps; to be set by a caller that steps a canvas by strips.
+    Its memory is a list of (B, ...) tensors of earlier steps, which a caller that steps a canvas by strips sets.
     """
 
     order = 1
@@ -210,11 +185,7 @@ class TableScheduler:
         self, num_inference_steps: int | None = None, device: Any = None, *,
         timesteps: Sequence[float] | None = None, **_: Any,
     ) -> None:  # fmt: skip
-        """Start anew with a number of steps, or with timesteps.
-
-        Raises:
-            SamplingError: see `build_table`.
-        """
+        """Start anew with a number of steps, or with timesteps; see `build_table`."""
         steps = 20 if num_inference_steps is None else int(num_inference_steps)
         self.table = build_table(
             self.sampler, self.schedule, steps, spacing=self.spacing, timesteps=timesteps, **self.options
@@ -245,9 +216,7 @@ class TableScheduler:
     ) -> Any:  # fmt: skip
         """One step; calls must follow `timesteps`.
 
-        Args:
-            generator: draws the noise of samplers that add some; one, or one for each sample.
-            variance_noise: that noise itself.
+        Samplers that add noise take `variance_noise`, or draw it from a generator, or one for each sample.
         """
         step = self._position
         if variance_noise is None and self.table.updates[step].noise:

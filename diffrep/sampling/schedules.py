@@ -227,9 +227,9 @@ def spaced_times(schedule: NoiseSchedule, spacing: str, steps: int, *, power: fl
 
 
 def distinct_indices(times: ArrayLike) -> Array:
-    """Falling fractional indices of a table; where their integer parts repeat, distinct integers in their place.
+    """DEIS's rule for falling fractional indices of a table whose integer parts repeat.
 
-    DEIS's rule: the distinct integer parts, and the smallest missing integers above 0 until there are as many again.
+    In their place the distinct integer parts, and the smallest missing ones above 0 until there are as many again.
     """
     t = np.asarray(times, np.float64)
     whole = {int(v) for v in t}

@@ -105,12 +105,8 @@ def exponential(
         carry, scale, spread = s[target] / s[begin], a[target], math.sqrt(max(-math.expm1(-2 * h), 0.0))
         carry *= math.exp(-h) if noisy else 1
     noise = float(s[target]) * spread if noisy else 0.0
-    return Update(form, float(carry), trimmed(weights), float(scale), start=start, noise=noise)
-
-
-def trimmed(weights: Array) -> tuple[float, ...]:
-    """Weights as floats, without the zeros at the end."""
-    return tuple(np.trim_zeros(weights, "b").tolist())
+    direction = tuple(np.trim_zeros(weights, "b").tolist())
+    return Update(form, float(carry), direction, float(scale), start=start, noise=noise)
 
 
 def ddim(grid: TimeGrid, begin: int, target: int, form: Form = "noise", *, noise: float = 0.0) -> Update:
@@ -241,17 +237,15 @@ def deis(grid: TimeGrid, schedule: NoiseSchedule, *, order: int = 3, variable: s
             updates.append(ddim(grid, i, i + 1))
             continue
         points = values[max(i - order, 0) : i + 1][::-1]
-        integrals = integrate(
-            lambda log_rho, points=points: lagrange(points, of_log_snr(-log_rho)) * np.exp(log_rho),
-            *(-grid.log_snr[i : i + 2]).tolist(),
-        )
+
+        def weighted(log_rho: Array, points: Array = points) -> Array:
+            return lagrange(points, of_log_snr(-log_rho)) * np.exp(log_rho)
+
+        integrals = integrate(weighted, *(-grid.log_snr[i : i + 2]).tolist())
         updates.append(
-            Update("noise", float(grid.alpha[i + 1] / grid.alpha[i]), trimmed(grid.alpha[i + 1] * integrals))
+            Update("noise", float(grid.alpha[i + 1] / grid.alpha[i]), tuple((grid.alpha[i + 1] * integrals).tolist()))
         )
     return SolverTable(f"DEIS {variable}AB-{order}", grid, tuple(updates))
-
-
-ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def ipndm(grid: TimeGrid, *, order: int = 4) -> SolverTable:
@@ -259,7 +253,7 @@ def ipndm(grid: TimeGrid, *, order: int = 4) -> SolverTable:
     if not 1 <= order <= 4:
         raise SamplingError(f"iPNDM has orders 1 to 4, got {order}")
     steps = [ddim(grid, i, i + 1) for i in range(grid.steps)]
-    rows = [ADAMS_BASHFORTH[min(order, i + 1) - 1] for i in range(grid.steps)]
+    rows = [momentum_weights(min(order, i + 1), 1.0) for i in range(grid.steps)]
     updates = [replace(s, direction=row, scale=s.direction[0]) for s, row in zip(steps, rows, strict=True)]
     return SolverTable(f"iPNDM-{order}", grid, tuple(updates))
 
