@@ -211,7 +211,7 @@ class TableStepper:
             SamplingError: the step adds noise and there is none.
         """
         table, state, steps = self.table, State(memory), self.table.grid.steps
-        newest: dict[str, Tensor] = {**self.predict(step, output, x), "x": x}
+        newest = {"x": x} | {str(form): value for form, value in self.predict(step, output, x).items()}
         update = table.updates[min(step, steps - 1)]
         raw = output if table.raw_start and output is not None else newest[update.form]
         if table.smoothing != 1:

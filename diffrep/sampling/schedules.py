@@ -280,12 +280,12 @@ def table_times(schedule: TableVP, steps: int, spacing: str = "trailing") -> Arr
         if steps not in FEW_STEP_GRIDS:
             raise SamplingError(f"few-step grids have {', '.join(map(str, FEW_STEP_GRIDS))} steps, got {steps}")
         return FEW_STEP_GRIDS[steps].times(schedule.table)[:-1]
-    even: dict[str, Callable[[], Array]] = {
+    even: dict[str, Callable[[], Any]] = {
         "trailing": lambda: np.arange(total, 0, -total / steps).round() - 1,
         "leading": lambda: np.arange(steps, dtype=np.float64)[::-1] * (total // steps),
         "linspace": lambda: np.linspace(0, total - 1, steps)[::-1].round(),
     }
-    times = even[spacing]() if spacing in even else spaced_times(schedule, spacing, steps)[:-1].round()
+    times: Array = even[spacing]() if spacing in even else spaced_times(schedule, spacing, steps)[:-1].round()
     if (doubled := times[1:][np.diff(times) == 0]).size:
         raise SamplingError(
             f"spacing {spacing!r} with {steps} steps meets timestep {doubled[0]:g} twice on this schedule; take another"
