@@ -9,18 +9,14 @@ Capacity", ICLR 2025, arXiv 2410.10105.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    UNet2DConditionModel: Any  # diffusers declares no types
-else:
-    from diffusers import UNet2DConditionModel
+from diffrep.backbones.networks import UNet2DConditionModel
 
 
 def branch_vectors(images: int, device: torch.device | str = "cpu") -> Tensor:
@@ -152,12 +148,13 @@ class DiffDisUNet(UNet2DConditionModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         out = int(config.get("out_channels", 4))
-        known = inspect.signature(UNet2DConditionModel.__init__).parameters
-        stock = {key: value for key, value in config.items() if key in known}
+        stock = {key: value for key, value in config.items() if key in {*self.READ, *self.FIXED}}
         branches = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 4}
-        super().__init__(**stock | branches | {"in_channels": 2 * out})
-        if not getattr(self.mid_block, "has_cross_attention", False):
+        if stock.get("mid_block_type", "UNetMidBlock2DCrossAttn") != "UNetMidBlock2DCrossAttn":
             raise ValueError("a DiffDIS U-Net needs a mid block with attention, this config has none")
+        if not self.fits(stock):
+            raise ValueError("the config is not that of a Stable Diffusion U-Net, which a DiffDIS begins as")
+        super().__init__({**stock, **branches, "in_channels": 2 * out})
         interact(self.mid_block)
         for name, modules in injection_parts(injected_widths(config), out).items():
             self.add_module(name, modules)

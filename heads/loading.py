@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from diffrep.backbones.base import check_weights
-from diffrep.backbones.pipelines import load_component
+from diffrep.backbones.pipelines import load_component, network_class
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import read_document, read_weights
@@ -238,15 +238,14 @@ def _find(name: str, base: str | None) -> _Source:
 def _load_dense(
     source: _Source, task: str | None, family: str | None, device: torch.device, dtype: torch.dtype, fold: bool
 ) -> DenseHead:
-    from diffusers import UNet2DConditionModel
-
     if not json_of(source.path, "unet/config.json"):
         raise HeadError(f"{source.name}: is no folder of a head, unet/config.json is missing")
     vae_config, index = json_of(source.base, "vae/config.json"), json_of(source.path, "model_index.json")
     if not vae_config:
         raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
     recognised = recognise(source.name, source.config, vae_config, source.head, index, task, family)
-    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype)
+    unet_class = network_class("UNet2DConditionModel", json_of(source.path, "unet/config.json"))
+    unet = load_component(unet_class, source.path, "unet", dtype)
     decoder = _decoder(source, device, dtype)
     model = OneStep(*_parts(source, unet, device, dtype), recognised.family, fold=fold, decoder=decoder)
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
@@ -286,9 +285,8 @@ def _parts(
     source: _Source, unet: Any, device: torch.device, dtype: torch.dtype, *, scheduler: str | None = None
 ) -> tuple[Any, Any, Tensor, Schedule]:
     """What every head has, ready to run: the U-Net, the VAE, the prompt's embedding, the schedule."""
-    from diffusers import AutoencoderKL
-
-    vae = load_component(AutoencoderKL, source.base, "vae", dtype)
+    vae_class = network_class("AutoencoderKL", json_of(source.base, "vae/config.json"))
+    vae = load_component(vae_class, source.base, "vae", dtype)
     for module in (unet, vae):
         check_weights(module, source.name)
         nn.Module.to(module, device, dtype)  # diffusers' own warns about a cast even when it is none

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones import draw_noise
 from diffrep.backbones.fused import fused_blocks
+from diffrep.backbones.pipelines import alphas_cumprod
 from diffrep.backbones.unet import cross_attentions
 from diffrep.graphs import Graphs
 from diffrep.heads.decoder import DetailDecoder
@@ -43,11 +44,9 @@ class Schedule:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Read a diffusers scheduler config, whatever sampler it names."""
-        from diffusers import DDIMScheduler
-
-        scheduler: Any = DDIMScheduler.from_config(dict(config))
-        predicts = str(config.get("prediction_type", "epsilon"))
-        return cls(scheduler.alphas_cumprod.double(), predicts, float(scheduler.final_alpha_cumprod))
+        alphas = alphas_cumprod(config)
+        last = 1.0 if config.get("set_alpha_to_one", True) else float(alphas[0])
+        return cls(alphas.double(), str(config.get("prediction_type", "epsilon")), last)
 
     def timesteps(self, steps: int) -> list[int]:
         """From noise to image with trailing spacing: one step is 999, four are 999, 749, 499, 249."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffrep.backbones import Conditions, FreeU, LatentDiffusion, TapError, gdf_tap, load_backbone
@@ -58,15 +60,16 @@ def test_only_low_frequencies_are_damped() -> None:
     torch.testing.assert_close(damp_low_frequencies(flat[..., :1, :1], 0.5, 1), flat[..., :1, :1] * 0.5)
 
 
-def scores(attention: torch.nn.Module, places: Tensor, context: Tensor | None) -> Tensor:
-    """diffusers' own: (B, heads, places, keys)."""
+def scores(attention: Any, places: Tensor, context: Tensor | None) -> Tensor:
+    """What an attention of diffusers says: (B, heads, places, keys)."""
     queries = attention.head_to_batch_dim(attention.to_q(places))
     keys = attention.head_to_batch_dim(attention.to_k(places if context is None else context))
     return attention.get_attention_scores(queries, keys).unflatten(0, (-1, attention.heads))
 
 
 @pytest.mark.parametrize("kind", ["self", "cross"])
-def test_attention_maps_are_those_of_the_layer(sd: LatentDiffusion, kind: str) -> None:
+@torch.no_grad()
+def test_attention_maps_are_those_of_the_layer(sd: LatentDiffusion, sd_folder: Path, kind: str) -> None:
     block = sd.network.up_blocks[1].attentions[0].transformer_blocks[0]
     attention = block.attn1 if kind == "self" else block.attn2
     seen: list[Tensor] = []
@@ -76,7 +79,9 @@ def test_attention_maps_are_those_of_the_layer(sd: LatentDiffusion, kind: str) -
     tap = f"up.1.attention.0.block.0.{kind}.map"
     got = sd.network_maps(LATENTS, [tap], PLAIN)[tap]
     context = sd.embed("a cat").context.expand(2, -1, -1) if kind == "cross" else None
-    expected = scores(attention, seen[0], context)
+    path = f"up_blocks.1.attentions.0.transformer_blocks.0.attn{1 if kind == 'self' else 2}"
+    diffusers_own = UNet2DConditionModel.from_pretrained(sd_folder / "unet").get_submodule(path)
+    expected = scores(diffusers_own, seen[0], context)
     heads = attention.heads
     assert got.shape == (2, heads * expected.shape[-1], 2, 2)
     torch.testing.assert_close(got.unflatten(1, (heads, -1)).flatten(3).mT, expected)

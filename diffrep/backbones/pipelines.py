@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,15 @@ from torch import Tensor
 from diffrep.backbones.base import BackboneError, Conditions, Recommended
 from diffrep.backbones.diffusion import DiffusionBackbone
 from diffrep.backbones.latent_diffusion import LatentDiffusion
+from diffrep.backbones.layers import Configured
+from diffrep.backbones.networks import AutoencoderKL, UNet2DConditionModel
 from diffrep.backbones.pixel_diffusion import PixelDiffusion
-from diffrep.backbones.repositories import LoadOptions, Repository, repository
-from diffrep.backbones.text import PipelineText, PromptEncoder, TextEncoders, quiet_libraries
+from diffrep.backbones.repositories import LoadOptions, Repository, repository, weight_files
+from diffrep.backbones.text import PROMPTS, PipelineText, PromptEncoder, TextEncoders, quiet_libraries
 from diffrep.backbones.transformers import FLOW, FORMER, DiffusionTransformer
 from diffrep.backbones.weight_files import describe_weights
 from diffrep.devices import resolve_device
-from diffrep.files import forget_origin, one_line, write_document
+from diffrep.files import forget_origin, one_line, read_weights, write_document
 from diffrep.images import Sizing
 
 ENCODER_ONLY = ("decoder.", "post_quant_conv.")  # parts of a VAE that extraction does not use
@@ -43,8 +48,6 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     Raises:
         BackboneError: a component is missing or of an unknown kind, or its weights are no safetensors or do not fit.
     """
-    import diffusers
-
     part = "transformer" if source.has("transformer") else "unet"
     config = source.json(f"{part}/config.json", required=False)
     kind = str(config.get("_class_name", "UNet2DConditionModel"))
@@ -60,7 +63,7 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     if kind == "UNet2DConditionModel":
         _refuse_conditioned(source, config)
     try:
-        network = load_component(getattr(diffusers, kind), source, part, options.dtype, weights=options.weights)
+        network = load_component(_class(kind, config, options), source, part, options.dtype, weights=options.weights)
     except BackboneError:  # tensors that the configuration does not have may say what it is instead
         what, instead = describe_weights(source.tensors(part))
         if what and "alone" not in what:
@@ -72,8 +75,9 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
         backbone = PixelDiffusion(network, alphas_cumprod(scheduler), **names)
     else:
         optional = () if options.decoder else ENCODER_ONLY
+        vae_class = _class("AutoencoderKL", source.json("vae/config.json"), options)
         vae = load_component(
-            diffusers.AutoencoderKL, source, "vae", options.dtype, optional=optional, weights=options.weights
+            vae_class, source, "vae", options.dtype, optional=optional, weights=options.weights
         )
         vae = vae if options.decoder else without_decoder(vae)
         names["text"] = _text(source, kind, options)
@@ -87,6 +91,25 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     if values := source.json("diffrep.json", required=False):  # which our folders have
         backbone.recommended = _recommended(values, source.label)
     return backbone
+
+
+def _class(name: str, config: Mapping[str, Any], options: LoadOptions) -> Any:
+    if not options.lora:
+        return network_class(name, config)
+    import diffusers  # whose readers of LoRA files want its own networks
+
+    return getattr(diffusers, name)
+
+
+def network_class(name: str, config: Mapping[str, Any]) -> Any:
+    """The class of a network by its name in diffusers: ours, which loads at once, where it builds the same."""
+    ours = next((kind for kind in (UNet2DConditionModel, AutoencoderKL) if kind.__name__ == name), None)
+    with suppress(TypeError):  # nonsense in a configuration: diffusers says what
+        if ours is not None and ours.fits(config):
+            return ours
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 def without_decoder(vae: Any) -> Any:
@@ -166,7 +189,7 @@ def load_component(
     """One part of a diffusers folder or hub id, for example its ``vae``; strictly, from safetensors only.
 
     Args:
-        kind: the diffusers class.
+        kind: the class, of diffusers or of `network_class`.
         optional: prefixes of tensors that may be missing altogether.
         weights: False builds it from its configuration alone, on the meta device.
 
@@ -177,8 +200,12 @@ def load_component(
     config = source.json(f"{part}/config.json")
     if not weights:
         with torch.device("meta"):
-            return _built(kind.from_config, source, part, config)
+            build = kind if issubclass(kind, Configured) else kind.from_config
+            return _built(build, source, part, config)
     folder, chosen = source.part(part, need=part in ("unet", "transformer"))
+    if issubclass(kind, Configured):
+        module, info = _built(_mapped, source, part, kind, config, folder / part, chosen)
+        return _complete(module.to(dtype), info, source, part, optional)
     with quiet_libraries():
         module, info = _built(
             kind.from_pretrained,
@@ -192,6 +219,12 @@ def load_component(
             low_cpu_mem_usage=False,
             output_loading_info=True,
         )
+    return _complete(module, info, source, part, optional)
+
+
+def _complete(
+    module: Any, info: Mapping[str, Any], source: Repository, part: str, optional: tuple[str, ...] = ()
+) -> Any:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(
             str(key) for key in info.get(what) or () if not (what[0] == "m" and str(key).startswith(optional))
@@ -199,6 +232,24 @@ def load_component(
         if keys:
             raise BackboneError(f"{source.label}: {part} has {what.replace('_', ' ')}: {keys[:3]}")
     return module
+
+
+_FORMER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of attentions, before 2023
+
+
+def _mapped(kind: Any, config: Mapping[str, Any], folder: Path, variant: str | None) -> tuple[Any, dict[str, Any]]:
+    """A network whose weights are its files', mapped into memory; and the names that do not fit."""
+    weights: dict[str, Tensor] = {}
+    for file in weight_files(folder, variant):
+        weights |= read_weights(file, error=OSError)[0]
+    for key in [key for key in weights if ".attentions." in key]:
+        path, name, ending = key.rsplit(".", 2)
+        if name in _FORMER:
+            weights[f"{path}.{_FORMER[name]}.{ending}"] = weights.pop(key)
+    with torch.device("meta"):
+        module = kind(config)
+    missing, unexpected = module.load_state_dict(weights, strict=False, assign=True)
+    return module.eval(), {"missing_keys": missing, "unexpected_keys": unexpected}
 
 
 def _built(build: Any, source: Repository, part: str, *arguments: Any, **named: Any) -> Any:
@@ -214,14 +265,34 @@ def _built(build: Any, source: Repository, part: str, *arguments: Any, **named: 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """(T,) the schedule of a scheduler's configuration, whatever sampler it names."""
-    from diffusers import DDIMScheduler
-
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     try:
-        scheduler: Any = DDIMScheduler(**{k: config[k] for k in keys if k in config})
-    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        return torch.cumprod(1 - _betas(config), dim=0)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise BackboneError(f"scheduler_config.json describes no schedule ({one_line(error)})") from None
-    return scheduler.alphas_cumprod
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    """(T,) as diffusers' schedulers compute them, in float32 and in the same order."""
+    count, kind = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif kind == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float32)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+    elif kind == "squaredcos_cap_v2":
+        levels = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
+        betas = torch.tensor([min(1 - after / now, 0.999) for now, after in itertools.pairwise(levels)])
+    else:
+        raise ValueError(f"beta_schedule {kind!r} is none of linear, scaled_linear, squaredcos_cap_v2")
+    if not config.get("rescale_betas_zero_snr"):
+        return betas
+    # "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891), algorithm 1
+    roots = torch.cumprod(1 - betas, dim=0).sqrt()
+    first, last = roots[0].clone(), roots[-1].clone()
+    levels = ((roots - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([levels[:1], levels[1:] / levels[:-1]])
 
 
 @dataclass(frozen=True)
@@ -259,14 +330,14 @@ def load_parts(
     Raises:
         BackboneError: a component is missing, or its weights are not safetensors or do not fit its config.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    import diffusers  # whose networks can be trained in all of its ways
 
     source, device, encoders = repository(name), resolve_device(device), {"text_encoder": "CLIPTextModel"}
     scheduler = source.json("scheduler/scheduler_config.json")
     text = TextEncoders(source, encoders, device=device, dtype=dtype, pad=pad)
     return PipelineParts(
-        unet=load_component(UNet2DConditionModel, source, "unet", dtype).to(device),
-        vae=load_component(AutoencoderKL, source, "vae", dtype).to(device).requires_grad_(False),
+        unet=load_component(diffusers.UNet2DConditionModel, source, "unet", dtype).to(device),
+        vae=load_component(diffusers.AutoencoderKL, source, "vae", dtype).to(device).requires_grad_(False),
         alphas_cumprod=alphas_cumprod(scheduler).float().to(device),
         scheduler=scheduler,
         text=text if source.has("text_encoder") else None,
@@ -308,6 +379,7 @@ def save_backbone(backbone: Any, folder: Path) -> None:
         if text.adapters:
             raise BackboneError(f"{backbone.name}: its LoRA changes the text encoders too, which are copied unchanged")
         names = [name for name in source.files if name.startswith(("text_encoder", "tokenizer")) and "/" in name]
+        names += [PROMPTS] if PROMPTS in source.files else []
         root = source.fetch(names)
         for name in names:
             (folder / name).parent.mkdir(exist_ok=True)

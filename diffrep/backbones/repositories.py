@@ -42,6 +42,14 @@ _WEIGHTS = re.compile(
 _log = logging.getLogger("diffrep")
 
 
+def weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors of a component's folder in one variant (None: the plain ones): a whole file, or its shards."""
+    matches = {file: match for file in sorted(folder.glob("*.safetensors")) if (match := _WEIGHTS.fullmatch(file.name))}
+    files = [file for file, match in matches.items() if (match["v"] or match["w"]) == variant]
+    whole = [file for file in files if "-of-" not in file.name]
+    return whole[:1] or files
+
+
 def expand(name: str | os.PathLike[str]) -> str:
     """A name or path as text, with a leading ``~`` that the shell left because it was quoted."""
     if not isinstance(name, (str, os.PathLike)):

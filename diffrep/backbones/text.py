@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffrep.backbones.base import BackboneError
 from diffrep.backbones.repositories import Repository, repository
-from diffrep.files import one_line
+from diffrep.files import one_line, read_weights
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def quiet_libraries() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+PROMPTS = "prompts.safetensors"  # of our folders: prompt -> (1, tokens, C), padded, of their one text encoder
 PROJECTION = "CLIPTextModelWithProjection"  # the second text encoder of SDXL, the only one of its refiner
 
 
@@ -145,6 +146,19 @@ class TextEncoders(ClipEncoders):
     ) -> None:
         super().__init__(parts, device=device, dtype=dtype, pad=pad)
         self.source = repository(source)
+
+    def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:
+        """As `PromptEncoder.encode`; prompts that the folder holds (`PROMPTS`) need no text encoder."""
+        stored = self._stored()
+        known = {prompt: stored[prompt] for prompt in prompts if prompt in stored}
+        rest = [prompt for prompt in prompts if prompt not in known]
+        return known | (super().encode(rest) if rest else {})
+
+    def _stored(self) -> dict[str, PromptEmbedding]:
+        if PROMPTS not in self.source.files or self.adapters or not self.pad:
+            return {}
+        tensors, _ = read_weights(self.source.fetch([PROMPTS]) / PROMPTS, error=BackboneError)
+        return {prompt: PromptEmbedding(context.to(self.device, self.dtype)) for prompt, context in tensors.items()}
 
     def load(self, part: str) -> tuple[Any, Any]:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

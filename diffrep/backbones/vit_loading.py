@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffrep.backbones import hybrid_vit
 from diffrep.backbones.base import BackboneError
 from diffrep.backbones.repositories import LoadOptions, Repository, repository
 from diffrep.backbones.vit import PositionRule, SavedVit, VisionTransformer
@@ -72,26 +73,36 @@ def timm_backbone(
             weights = eva.checkpoint_filter_fn(dict(weights), network)
         elif "mask_token" in weights or "register_tokens" in weights:  # DINOv2's
             weights = vision_transformer._convert_dinov2(dict(weights), network)
-        weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "fc_norm."))}
-        missing, unexpected = network.load_state_dict(weights, strict=False)
-        if missing or unexpected:
-            raise BackboneError(
-                f"{source}: the weights do not fit {architecture}:"
-                f" missing {missing[:3]} ({len(missing)}), left over {unexpected[:3]} ({len(unexpected)})"
-            )
+        _fill(network, weights, architecture, source)
     config = {} if network.pretrained_cfg is None else {**network.pretrained_cfg, **(config or {})}
     if positions is None:
         plain_dino = "dino" in (architecture + str(config.get("tag", ""))) and network.reg_token is None
         positions = PositionRule(antialias=False, offset=0.1) if plain_dino else PositionRule()
+    return _timm_transformer(network, config, positions, stride=stride, name=name, source=source)
+
+
+def _fill(network: nn.Module, weights: Mapping[str, Tensor], architecture: str, source: str) -> None:
+    weights = {k: v for k, v in weights.items() if not k.startswith(("head.", "fc_norm."))}
+    # what has no memory yet takes over the file's, mapped
+    mapped = next(network.parameters()).is_meta and not any(value.is_meta for value in weights.values())
+    missing, unexpected = network.load_state_dict(weights, strict=False, assign=mapped)
+    if missing or unexpected:
+        raise BackboneError(
+            f"{source}: the weights do not fit {architecture}:"
+            f" missing {missing[:3]} ({len(missing)}), left over {unexpected[:3]} ({len(unexpected)})"
+        )
+
+
+def _timm_transformer(
+    network: Any, config: Mapping[str, Any], positions: PositionRule, **named: Any
+) -> VisionTransformer:
     return VisionTransformer(
         network,
         mean=config.get("mean", IMAGENET[0]),
         std=config.get("std", IMAGENET[1]),
-        stride=stride,
         positions=positions,
-        name=name,
-        source=source,
         size=int((config.get("input_size") or (3, 224, 224))[-1]),
+        **named,
     )
 
 
@@ -128,13 +139,17 @@ def load_timm_model(source: Repository, options: LoadOptions) -> VisionTransform
         revision = f"@{options.revision}" if options.revision else ""
         return timm_backbone(f"hf-hub:{source.label}{revision}", pretrained=True, **shared)
     config = source.json("config.json")
+    architecture, arguments = config["architecture"], config.get("model_args") or {}
+    about, weights = config.get("pretrained_cfg") or {}, read_weights(source.only_weights(".safetensors"))
+    positions = PositionRule(**config["diffrep_positions"]) if "diffrep_positions" in config else None
+    if hybrid_vit.fits(architecture, arguments):
+        sizes = {key: value for key, value in arguments.items() if key not in ("num_classes", "dynamic_img_size")}
+        with torch.device("meta"):
+            network = hybrid_vit.HybridVit(**sizes)
+        _fill(network, weights, architecture, source.label)
+        return _timm_transformer(network, about, positions or PositionRule(), **shared)
     return timm_backbone(
-        config["architecture"],
-        model_args=config.get("model_args"),
-        weights=read_weights(source.only_weights(".safetensors")),
-        config=config.get("pretrained_cfg"),
-        positions=PositionRule(**config["diffrep_positions"]) if "diffrep_positions" in config else None,
-        **shared,
+        architecture, model_args=arguments, weights=weights, config=about, positions=positions, **shared
     )
 
 

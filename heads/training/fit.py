@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from diffrep.backbones.layers import Attention
 from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.devices import resolve_device
 from diffrep.files import claim_folder, read_weights, replace_folder, save_weights
@@ -156,10 +157,13 @@ def prepared(parts: PipelineParts, *modules: nn.Module | None) -> Tensor:
     if parts.text is None:
         raise ValueError(f"{parts.source}: has no text encoder, which the empty prompt needs")
     if not torch.cuda.is_available():
-        from diffusers.models.attention_processor import AttnProcessor
-
         unet: Any = modules[0]
-        unet.set_attn_processor(AttnProcessor())  # faster on a CPU than its flash attention, and equal
+        for attention in (module for module in unet.modules() if isinstance(module, Attention)):
+            attention.fused = False  # faster on a CPU than its flash attention, and equal
+        if hasattr(unet, "set_attn_processor"):  # diffusers' way of saying so
+            from diffusers.models.attention_processor import AttnProcessor
+
+            unet.set_attn_processor(AttnProcessor())
     for module in filter(None, modules):
         module.to(memory_format=torch.channels_last)
     return parts.text.encode([""])[""].context

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 import diffrep
-from diffrep.files import forget_origin, replace_folder
+from diffrep.backbones.text import PROMPTS, TextEncoders
+from diffrep.files import forget_origin, replace_folder, save_weights
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
 from diffrep.training.loop import FitSettings
 from diffrep.training.tiny.crops import LabelSettings, check_unseen
@@ -173,6 +174,10 @@ def write_pipeline(vae: Any, denoiser: CaptionedDenoiser, folder: Path) -> None:
     forget_origin(folder)
     shutil.rmtree(folder / "tokenizer")  # the files that every version of transformers reads, and no others
     shutil.copytree(TOKENIZER, folder / "tokenizer")
+    encoders = TextEncoders(
+        str(folder), {"text_encoder": "CLIPTextModel"}, device=torch.device("cpu"), dtype=torch.float32
+    )
+    save_weights(folder / PROMPTS, {"": encoders.encode([""])[""].context})
     (folder / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
 
 
