@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.spatial.distance import cdist, pdist, squareform
 
 Array = NDArray[Any]
 Progress: TypeAlias = Callable[[Sequence[Any], str], Iterable[Any]]  # (steps, what they do) -> the steps, shown or not
 _TINY = 1e-12
+_ROUNDS = 64  # of a tournament, whose distances are looked up at once
 
 
 def quiet(steps: Sequence[Any], what: str) -> Iterable[Any]:
@@ -105,8 +107,10 @@ def sgd_mds(
 ) -> NDArray[np.float64]:
     """Stress minimised by stochastic gradient descent over pairs (Zheng, Pawar and Goodman 2019).
 
-    Every epoch visits every pair once, in rounds of disjoint pairs (a random round-robin tournament), so
-    that a round is one vectorised step with exactly the effect of taking its pairs one after the other.
+    Every epoch visits every pair once, in rounds of disjoint pairs (a round-robin tournament of shuffled players), so
+    that a round is one vectorised step with exactly the effect of taking its pairs one after the other. Who plays whom
+    is a slice, not a list of indices: all but the first player move on by one seat between rounds, in a row that is
+    longer than the table, along which the table moves the other way.
 
     Args:
         distances: (n, n), symmetric.
@@ -114,27 +118,50 @@ def sgd_mds(
         weights: (n, n) of positive pair weights.
     """
     n = len(start)
-    x = np.array(start, dtype=np.float64)
     if n < 2:
-        return x
+        return np.array(start, dtype=np.float64)
+    # columns in pairs, as complex numbers: half as many operations, of which there are many small ones
+    x = np.ascontiguousarray(np.pad(start, ((0, 0), (0, start.shape[1] % 2))), dtype=np.float64).view(np.complex128)
     off_diagonal = ~np.eye(n, dtype=bool)
     w_min, w_max = (1.0, 1.0) if weights is None else (weights[off_diagonal].min(), weights[off_diagonal].max())
-    seats = n + n % 2  # an odd player out sits a round out
+    ring, out = n + n % 2 - 1, n % 2  # an odd player's opponent, at the first seat, is nobody
+    half = (ring + 1) // 2
+    flat = np.ascontiguousarray(distances, dtype=np.float64).ravel()
+    flat_weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float64).ravel()
+    row = np.zeros((x.shape[1], _ROUNDS + ring + 1), dtype=np.complex128)
+    smallest, factors = np.full(half - out, _TINY), np.zeros(half - out, dtype=np.complex128)
     for eta in progress(np.geomspace(1.0 / w_min, 0.01 / w_max, epochs).tolist(), "scaling"):
-        players = rng.permutation(seats)
-        for turn in rng.permutation(seats - 1):
-            table = np.r_[players[:1], np.roll(players[1:], turn)]
-            i, j = table[: seats // 2], table[: seats // 2 - 1 : -1]
-            if seats > n:
-                playing = (i < n) & (j < n)
-                i, j = i[playing], j[playing]
-            difference = x[i] - x[j]
-            length = np.sqrt(np.einsum("pk,pk->p", difference, difference))
-            mu = min(eta, 1.0) if weights is None else np.minimum(weights[i, j] * eta, 1.0)
-            move = (mu * (length - distances[i, j]) / (2 * np.maximum(length, _TINY)))[:, None] * difference
-            x[i] -= move
-            x[j] += move
-    return x
+        players = np.concatenate([np.full(out, n - 1), rng.permutation(n)])
+        for turn in range(0, ring, _ROUNDS):
+            rounds = min(_ROUNDS, ring - turn)
+            around = np.roll(players[1:], turn)
+            # before each round the last of the ring comes to its front: windows that move towards the front
+            windows = sliding_window_view(np.concatenate([around[ring - rounds + 1 :], around]), ring)[::-1]
+            firsts = np.broadcast_to(players[0], (rounds, 1))
+            tables = np.concatenate([firsts, windows], axis=1)
+            pairs = tables[:, out:half] * n + tables[:, : half - 1 : -1][:, out:]
+            if flat_weights is None:
+                shares = np.full(pairs.shape, min(eta, 1.0) / 2)
+            else:
+                shares = np.minimum(flat_weights.take(pairs) * eta, 1.0) / 2
+            targets = flat.take(pairs) * shares
+            row[:, rounds - 1 : rounds + ring] = x[tables[0]].T
+            for place, target, share in zip(range(rounds - 1, -1, -1), targets, shares, strict=True):
+                if place < rounds - 1:
+                    row[:, place] = row[:, place + 1]
+                    row[:, place + 1] = row[:, place + 1 + ring]
+                one = row[:, place + out : place + half]
+                other = row[:, place + half : place + 1 + ring][:, ::-1][:, out:]
+                difference = one - other
+                lengths = np.abs(difference[0]) if len(row) == 1 else np.sqrt((np.abs(difference) ** 2).sum(axis=0))
+                np.maximum(lengths, smallest, out=lengths)
+                np.divide(target, lengths, out=lengths)
+                np.subtract(share, lengths, out=factors.real)
+                np.multiply(difference, factors, out=difference)
+                np.subtract(one, difference, out=one)
+                np.add(other, difference, out=other)
+            x[tables[-1, out:]] = row[:, out : ring + 1].T
+    return x.view(np.float64)[:, : start.shape[1]].copy()
 
 
 def smacof(
