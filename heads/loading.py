@@ -195,9 +195,8 @@ def _load_adapters(
 
 def _load_restorer(source: _Source, device: torch.device, dtype: torch.dtype, fold: bool) -> RestorationHead:
     """A folder that `diffrep train restore` wrote; its VAE is its own where it was trained too."""
-    from diffusers import UNet2DConditionModel
-
-    unet = load_component(UNet2DConditionModel, source.path, "unet", dtype)
+    unet_class = network_class("UNet2DConditionModel", json_of(source.path, "unet/config.json"))
+    unet = load_component(unet_class, source.path, "unet", dtype)
     own = dataclasses.replace(source, base=source.path) if json_of(source.path, "vae/config.json") else source
     parts, decoder = _parts(own, unet, device, dtype, scheduler=source.base), _decoder(source, device, dtype)
     size = _integer(source.name, source.head, "working_size", TINY.working_size)

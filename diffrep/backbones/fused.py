@@ -50,17 +50,14 @@ def channels_last(network: nn.Module) -> None:
 
 def _fused(network: nn.Module) -> Iterator[tuple[Any, Callable[..., Any]]]:
     """Each module that runs in another way, with that way."""
-    from diffusers.models.activations import GEGLU
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-
     for module in network.modules():
         parts: Any = module
-        if isinstance(module, ResnetBlock2D) and _plain_resnet(parts):
+        kind = type(module).__name__  # of diffusers or of `layers`, which names what is the same alike
+        if kind == "ResnetBlock2D" and _plain_resnet(parts):
             yield module, partial(_resnet, module)
-        elif isinstance(module, Transformer2DModel) and parts.is_input_continuous and _norm(parts.norm):
+        elif kind == "Transformer2DModel" and parts.is_input_continuous and _norm(parts.norm):
             yield module, partial(_transformer, module)
-        elif isinstance(module, GEGLU):
+        elif kind == "GEGLU":
             yield module, partial(_gated, module)
         elif _norm(getattr(module, "conv_norm_out", None)) and isinstance(getattr(module, "conv_act", None), nn.SiLU):
             yield parts.conv_norm_out, partial(_normalised, parts.conv_norm_out, silu=True)
