@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import re
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from diffrep.eval.benchmarks.__main__ import BENCHMARKS, main
 from diffrep.eval.benchmarks.networks import FeaturesBenchmark
+from diffrep.eval.benchmarks.start import StartBenchmark, counted_imports
 from diffrep.eval.benchmarks.timing import Row, Timing, interleave, table
 
 
@@ -32,6 +35,26 @@ def test_extraction_computes_less_and_the_same(capsys: pytest.CaptureFixture[str
     assert float(re.findall(r"\((\S+)x\)", rows[1].flops)[0]) > 2.4  # the ensemble encodes its image once
     printed = capsys.readouterr().out
     assert all(row.claim in printed for row in rows)
+
+
+@pytest.mark.slow
+def test_starting_is_measured_in_stages_and_gives_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = StartBenchmark(repeats=1, commands=("depth",)).run()
+    assert float(re.findall(r"output (\S+)", row.equality)[0]) < 1e-5
+    printed = capsys.readouterr().out
+    stages = re.findall(r"depth, (\w+): import (\S+) s, load (\S+) s, compute (\S+) s", printed)
+    assert [stage[0] for stage in stages] == ["plain", "ours"]
+    assert all(float(number) > 0 for stage in stages for number in stage[1:])
+
+
+def test_imports_are_counted_once_however_deep() -> None:
+    with counted_imports() as seconds:
+        before = builtins.__import__
+        import wsgiref.simple_server  # noqa: F401  # which imports others
+
+        assert builtins.__import__ is before
+    assert 0 < seconds[0] <= time.process_time()
+    assert builtins.__import__ is not before
 
 
 def test_sides_take_turns() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -407,3 +409,43 @@ def test_new_points_weigh_their_neighbours(points: np.ndarray) -> None:
 def test_what_is_no_affinity(matrix: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         clean_affinity(matrix)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6, 7, 130])
+def test_every_pair_is_visited_once_in_an_epoch(n: int) -> None:
+    """A round has n / 2 pairs and there are n - 1 rounds: that each pair is visited means that it is visited once."""
+    start = np.random.default_rng(0).random((n, 2))
+    true = squareform(pdist(start))
+    pairs = list(itertools.combinations(range(n), 2))
+    for i, j in pairs if n < 10 else pairs[:: len(pairs) // 20]:
+        distances = true.copy()
+        distances[i, j] = distances[j, i] = true[i, j] + 0.1  # the only pair that has a reason to move
+        moved = mds.sgd_mds(distances, start, epochs=1, rng=np.random.default_rng(1))
+        assert np.abs(moved - start).max() > 1e-3
+    np.testing.assert_allclose(mds.sgd_mds(true, start, rng=np.random.default_rng(1)), start, atol=1e-9)
+
+
+def test_rounds_of_a_tournament_are_its_pairs_one_after_the_other() -> None:
+    """One step of one pair is Zheng's: both ends move by mu (length - distance) / 2 along their difference."""
+    start, distances = np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[0.0, 2.0], [2.0, 0.0]])
+    weights = np.full((2, 2), 0.5)
+    for epochs, shares in ((1, [1.0]), (2, [1.0, 0.01])):  # eta falls from 1 / w to 0.01 / w
+        ends = [row.copy() for row in start]
+        for mu in shares:
+            between = ends[1] - ends[0]
+            length = np.linalg.norm(between)
+            move = mu * (length - 2.0) / 2 * between / length
+            ends = [ends[0] + move, ends[1] - move]
+        moved = mds.sgd_mds(distances, start, weights=weights, epochs=epochs, rng=np.random.default_rng(0))
+        np.testing.assert_allclose(moved, ends, rtol=1e-12)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3, 4])
+def test_stochastic_scaling_is_the_same_for_a_seed_in_any_dimension(dimensions: int) -> None:
+    points = np.random.default_rng(2).random((41, dimensions))
+    distances = squareform(pdist(points))
+    start = points + 0.1 * np.random.default_rng(3).random(points.shape)
+    one, other = (mds.sgd_mds(distances, start, rng=np.random.default_rng(5)) for _ in range(2))
+    assert one.shape == points.shape
+    assert np.array_equal(one, other)
+    assert mds.stress(distances, one, rescale=False) < 0.5 * mds.stress(distances, start, rescale=False)

@@ -88,7 +88,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
 
     Rows that are copies of each other count once and get the same coordinates.
 
-    Up to 1,500 points all pairs are computed. Above, heat is computed from some hundred landmarks only, these
+    Up to 1,000 points all pairs are computed. Above, heat is computed from some hundred landmarks only, these
     are embedded, and every point is placed by its distances to them: time and memory grow linearly. `path_`
     says which way was taken, and `n_landmarks` chooses it.
 
@@ -119,7 +119,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     mds_weights : weights of pairs in the stress: None, "heat", "inverse" or "gaussian"; of pairs of landmarks,
         where there are.
     mds_weights_argument : exponent of "inverse", width of "gaussian".
-    n_landmarks : "auto" (all pairs up to 1,500 points, then 256 landmarks), a number, or None:
+    n_landmarks : "auto" (all pairs up to 1,000 points, then 256 landmarks), a number, or None:
         all pairs, whatever the size.
     far_field : "stitch" gives pairs that heat did not reach the shortest path through others; "floor"
         leaves them at the largest distance that `floor` allows.
@@ -129,7 +129,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         landmarks take their rows of it.
     random_state : seed of landmarks and of stochastic scaling.
     n_jobs : threads of the neighbour search.
-    device : of the Chebyshev series: "cpu", "cuda", "cuda:N", or "auto", which takes CUDA above 1,500 points.
+    device : of the Chebyshev series: "cpu", "cuda", "cuda:N", or "auto", which takes CUDA above 1,000 points.
     dtype : of heat columns; "auto" is float64 for all pairs and float32 for landmarks.
     verbose : progress bars on standard error.
 

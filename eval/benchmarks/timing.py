@@ -45,10 +45,10 @@ def interleave(
             run()
             if round_number >= warmups:
                 seconds[name].append(clock() - start)
-    return {name: _summary(values) for name, values in seconds.items()}
+    return {name: summary(values) for name, values in seconds.items()}
 
 
-def _summary(values: Sequence[float]) -> Timing:
+def summary(values: Sequence[float]) -> Timing:
     if len(values) < 2:
         return Timing(values[0], values[0], values[0])
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
