@@ -245,17 +245,19 @@ class UNetBlock(nn.Module):
     def __init__(self, resnets: Sequence[nn.Module], attentions: Sequence[nn.Module], resampler: Any = None) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(attentions) if attentions else None
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
         self.has_cross_attention = bool(attentions) and isinstance(attentions[0], Transformer2DModel)
         self.downsamplers = nn.ModuleList([resampler]) if isinstance(resampler, Downsample2D) else None
         self.upsamplers = nn.ModuleList([resampler]) if isinstance(resampler, Upsample2D) else None
 
     def attend(self, number: int, hidden: Tensor, context: Tensor | None) -> Any:
-        if self.attentions is None or not 0 <= number < len(self.attentions):
+        attentions = getattr(self, "attentions", ())
+        if not 0 <= number < len(attentions):
             return hidden
         if not self.has_cross_attention:
-            return self.attentions[number](hidden)
-        return self.attentions[number](hidden, encoder_hidden_states=context, return_dict=False)[0]
+            return attentions[number](hidden)
+        return attentions[number](hidden, encoder_hidden_states=context, return_dict=False)[0]
 
 
 class DownBlock(UNetBlock):

@@ -76,9 +76,7 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     else:
         optional = () if options.decoder else ENCODER_ONLY
         vae_class = _class("AutoencoderKL", source.json("vae/config.json"), options)
-        vae = load_component(
-            vae_class, source, "vae", options.dtype, optional=optional, weights=options.weights
-        )
+        vae = load_component(vae_class, source, "vae", options.dtype, optional=optional, weights=options.weights)
         vae = vae if options.decoder else without_decoder(vae)
         names["text"] = _text(source, kind, options)
         if kind == "UNet2DConditionModel":
