@@ -11,7 +11,6 @@ BENCHMARKS = {  # name -> module, one line
     "features": ("networks", "extraction against a plain full forward pass with hooks"),
     "bulk": ("matching", "images per second from files to a store, and indexes of up to a million vectors"),
     "start": ("start", "from process start to picture against scripts that call the libraries: import, load, compute"),
-    "bulk": ("bulk", "images per second from files to a store, and indexes of up to a million vectors"),
     "segmentation": ("networks", "the official pass for mask and edge against ours, both maps and the mask alone"),
     "matching": ("matching", "matching and joint PCA against one product, loops and full-resolution features"),
     "manifold": ("manifold", "heat-geodesic embedding against PHATE, UMAP and Isomap over n"),
