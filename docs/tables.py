@@ -73,7 +73,7 @@ def page() -> str:
             table(("task", "option", "what it is", "licence", "memory", "time"), tasks),
             measured["about"] + "\n",
             RECIPES,
-            table(("recipe", "backbones", "source", "time a pair"), recipes),
+            table(("recipe", "backbones", "source", "time"), recipes),
             NAMES,
             table(("name", "weights come from", "form"), names),
         ]

@@ -10,8 +10,11 @@ import subprocess
 import sys
 import urllib.parse
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import diffrep
 from diffrep.cli import COMMANDS, usage
@@ -92,13 +95,32 @@ def test_a_guide_begins_with_the_two_lines_one_needs(guide: Path) -> None:
 
 
 def test_the_page_of_models_is_what_info_lists() -> None:
-    spec = importlib.util.spec_from_file_location("tables", DOCS / "tables.py")
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    assert text == loaded("tables").page(), "run: python docs/tables.py"
+
+
+def loaded(name: str) -> ModuleType:
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    text = (DOCS / "models.md").read_text(encoding="utf-8")
-    assert text == tables.page(), "run: python docs/tables.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_gallery_is_what_its_script_paints(tmp_path: Path) -> None:
+    gallery = loaded("gallery")
+    assert (DOCS / "gallery.md").read_text(encoding="utf-8") == gallery.page(), "run: python docs/gallery.py"
+    stored = {file.stem for file in (DOCS / "pictures" / "gallery").iterdir()}
+    assert stored == {paint.__name__ for paint in gallery.PICTURES}
+    gallery.main(["points", "cutouts"], tmp_path)
+    for name in ("points", "cutouts"):
+        with Image.open(tmp_path / f"{name}.webp") as now, Image.open(gallery.FOLDER / f"{name}.webp") as before:
+            assert now.size == before.size
+            difference = np.asarray(now, float) - np.asarray(before, float)
+        assert abs(difference).mean() < 6, f"{name} has changed: run docs/gallery.py"
 
 
 class Page(html.parser.HTMLParser):

@@ -8,7 +8,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.slow
@@ -22,11 +23,25 @@ def test_notebook_runs(notebook: Path, tmp_path: Path) -> None:
         assert not cell.get("outputs") or all(o.output_type != "error" for o in cell.outputs)
 
 
-def test_there_are_notebooks_and_they_are_kept_without_outputs() -> None:
+def test_notebooks_are_stored_with_small_outputs_and_begin_with_the_installation() -> None:
     assert NOTEBOOKS
     for notebook in NOTEBOOKS:
-        for cell in nbformat.read(notebook, as_version=4).cells:
-            assert not cell.get("outputs"), f"{notebook.name}: clear the outputs before committing"
+        assert notebook.stat().st_size < 1_000_000, f"{notebook.name}: run notebooks/execute.py"
+        install, title, *cells = nbformat.read(notebook, as_version=4).cells
+        assert "%pip install" in install.source
+        assert title.source.startswith("# ")
+        code = [cell for cell in cells if cell.cell_type == "code"]
+        assert all(cell.execution_count for cell in code), f"{notebook.name}: run notebooks/execute.py"
+        kinds = {output.output_type for cell in code for output in cell.outputs}
+        assert "error" not in kinds
+        assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs), notebook.name
+        assert str(ROOT) not in notebook.read_text(encoding="utf-8")
+
+
+def test_every_notebook_is_linked() -> None:
+    page = (ROOT / "docs" / "notebooks.md").read_text(encoding="utf-8")
+    assert all(f"(../notebooks/{notebook.name})" in page for notebook in NOTEBOOKS)
+    assert "(docs/notebooks.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_notebooks_use_what_people_can_import() -> None:
