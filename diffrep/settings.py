@@ -215,13 +215,24 @@ class Conditions:
     ensemble: int = 1  # noise draws; maps are averaged over them
     seed: int = 0
     posterior: Literal["mean", "sample"] = "mean"
+    noise: Literal["random", "inverted"] = "random"  # inverted: U-Nets of latents, the image's by DDIM inversion
+    inversion_steps: int = 10  # of the inversion, each a whole pass of the network
     freeu: FreeU | None = None  # U-Nets: amplify the decoder, damp its skips (GeoAware-SC)
     label: int | None = None  # class-conditional networks: the class; None: their null class, if they have one
     discard: tuple[int, ...] = ()  # transformers: channels set to 0 before the modulated taps are normalised
     guidance: float = 3.5  # guidance-distilled transformers (FLUX): the scale of the guidance to imitate
 
     def __post_init__(self) -> None:
-        check(self, timestep="-1..999", ensemble="1..", seed=SEED, label="0..", discard="0..", guidance=FINITE)
+        check(
+            self,
+            timestep="-1..999",
+            ensemble="1..",
+            seed=SEED,
+            label="0..",
+            discard="0..",
+            guidance=FINITE,
+            inversion_steps="1..1000",
+        )
 
 
 class Recommending(Protocol):
@@ -249,6 +260,8 @@ class ExtractConfig:
     ensemble: int | None = None  # noise draws that are averaged per image
     seed: int = 0  # of all noise
     posterior: Literal["mean", "sample"] | None = None  # which latent the image becomes
+    noise: Literal["random", "inverted"] = "random"  # drawn, or the image's by DDIM inversion (U-Nets of latents)
+    inversion_steps: int = 10  # of the inversion, each a whole pass of the network
     freeu: FreeU | None = None  # amplify the decoder, damp its skips (GeoAware-SC)
     label: int | None = None  # class-conditional networks: the class
     discard: tuple[int, ...] = ()  # transformers: channels set to 0 before modulated taps are normalised

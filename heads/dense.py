@@ -157,6 +157,23 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         for number, one in enumerate(values):
             yield self.wrap(one, config, None if spreads is None else spreads[number])
 
+    def canvas(self, pixels: Tensor, config: PredictConfig) -> tuple[Tensor, tuple[int, int]]:
+        """What the network sees of images (B, 3, H, W) uint8: (B, 3, h', w') in [0, 1], and the h, w of it that count.
+
+        Raises:
+            ValueError: a side is smaller than a cell.
+        """
+        side = self.working_size if config.size is None else config.size
+        canvas = to_working(pixels, self.family, side, config.resample)
+        size = (int(canvas.shape[-2]), int(canvas.shape[-1]))
+        if self.family.pad or not config.official:
+            canvas = pad_to_multiple(canvas, self.model.stride)
+        elif min(size) < self.model.stride:
+            raise ValueError(
+                f"the network sees {size[1]} x {size[0]} pixels, it needs {self.model.stride} on each side"
+            )
+        return canvas, size
+
     @torch.no_grad()
     def maps(
         self,
@@ -176,13 +193,7 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
             (B, 1 or 3, h, w) as of `read`, and the uncertainty (B, 1, h, w) of an ensemble.
         """
         model, family, members = self.model, self.family, config.ensemble
-        side = self.working_size if config.size is None else config.size
-        canvas = to_working(pixels, family, side, config.resample)
-        size = (int(canvas.shape[-2]), int(canvas.shape[-1]))
-        if family.pad or not config.official:
-            canvas = pad_to_multiple(canvas, model.stride)
-        elif min(size) < model.stride:
-            raise ValueError(f"the network sees {size[1]} x {size[0]} pixels, it needs {model.stride} on each side")
+        canvas, size = self.canvas(pixels, config)
         latent_size = canvas.shape[-2] // model.stride, canvas.shape[-1] // model.stride
         if self._sampled(config) and posterior_noise is None:
             count = members if family.first_latent != "noise" else 1

@@ -312,6 +312,16 @@ def save_map(path: Path, values: DepthMap | NormalMap) -> None:
     write_whole(path, writers[path.suffix.lower()](values))
 
 
+def nearest_known(known: Tensor) -> Tensor:
+    """(H, W): every pixel takes the value of the nearest that is above 0; what is left is 0 where none is."""
+    from scipy.ndimage import distance_transform_edt
+
+    if not bool((known > 0).any()):
+        return torch.zeros_like(known)
+    rows, columns = distance_transform_edt((known <= 0).numpy(), return_distances=False, return_indices=True)
+    return known[torch.from_numpy(rows), torch.from_numpy(columns)]
+
+
 # -- known depths, for example of a lidar, that make a relative map metric ----------------------------------
 
 

@@ -173,7 +173,7 @@ class FoldedUNet(PlainUNet):
     def __init__(self, unet: Any, context: Tensor, *, padding_channels: int = 0) -> None:
         if reason := _not_foldable(unet):
             raise ValueError(f"this U-Net cannot be folded: {reason}")
-        super().__init__(unet, context)
+        super().__init__(unet.requires_grad_(False), context)
         with torch.no_grad():
             for attention in cross_attentions(unet):
                 attention.to_k = _Constant(attention.to_k(context))
@@ -209,7 +209,6 @@ class FoldedUNet(PlainUNet):
                 resnet.conv1.bias.data = bias
             self._set = key
 
-    @torch.no_grad()
     def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
         """One pass; see `PlainUNet.forward`."""
         self.prepare(latents, timestep, task)

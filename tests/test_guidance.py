@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffrep import load_backbone
+from diffrep import extract, load_backbone
+from diffrep.backbones import Conditions
 from diffrep.guidance import operators
 from diffrep.guidance.composition import superpose
 from diffrep.guidance.core import Between, guided
@@ -25,6 +26,7 @@ from diffrep.guidance.inversion import (
 )
 from diffrep.guidance.operators import Operator
 from diffrep.guidance.posterior import dps, flowchef, measured_start, pigdm, red_diff, spaced_grid
+from diffrep.images import fit_image, load_image
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP, TimeGrid
 from diffrep.training.sara import SaRA
 
@@ -335,3 +337,39 @@ def test_sara_refuses() -> None:
         SaRA(layer.parameters(), 0)
     with pytest.raises(ValueError, match="no weight is below"):
         SaRA(layer.parameters(), 1e-12)
+
+
+# -- inverted noise in extraction -----------------------------------------------------------------------------
+
+
+def test_features_of_inverted_noise() -> None:
+    backbone = load_backbone("tiny", device="cpu")
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(4))
+    inverted, other = (
+        extract(backbone, image, taps="up.1", timestep=t, noise="inverted", inversion_steps=4, seed=s, ensemble=1)
+        for t, s in ((100, 0), (100, 7))
+    )
+    assert torch.equal(inverted["up.1"], other["up.1"])  # no seed in it
+    # by hand, from the clean latent up
+    pixels = fit_image(load_image(image), backbone.recommended.sizing)[0] / 255
+    clean = backbone.noisy(backbone.encode(pixels[None])[0], None, None, 0)
+    grid = TimeGrid.of(TableVP(backbone.alphas_cumprod.numpy()), [100, 75, 50, 25, -1]).ending()
+    context = backbone.embed("").context
+    state = invert_ddim(lambda x, t: backbone.predict_noise(x, int(t), context), clean, grid)[-1]
+    maps = backbone.network_maps(state, ["up.1"], Conditions(timestep=100))
+    assert torch.allclose(maps["up.1"], inverted["up.1"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timestep": 0}, "at least 1"),
+        ({"clean": True}, "clean True"),
+        ({"ensemble": 2}, "ensemble 2"),
+        ({"inversion_steps": 0}, "inversion_steps must be"),
+    ],
+)
+def test_inverted_noise_is_refused(settings: dict[str, object], message: str) -> None:
+    settings = {"timestep": 50, "ensemble": 1, **settings}
+    with pytest.raises(ValueError, match=message):
+        extract("tiny", torch.rand(3, 64, 64), taps="up.1", noise="inverted", **settings)

@@ -118,7 +118,8 @@ class DiffusionBackbone(Backbone, ABC):
         Raises:
             ValueError: they have another shape.
         """
-        streams = {"noise": 0} if not conditions.clean and conditions.timestep >= 0 else {}
+        random = conditions.noise == "random" and not conditions.clean and conditions.timestep >= 0
+        streams = {"noise": 0} if random else {}
         if self.denoises == "latents" and conditions.posterior == "sample":
             streams["posterior_noise"] = 1
         draws, wanted = {}, (conditions.ensemble, *shape)
@@ -131,6 +132,26 @@ class DiffusionBackbone(Backbone, ABC):
                 raise ValueError(f"noise must be {wanted} for this ensemble, got {tuple(value.shape)}")
             draws[kind] = value
         return draws
+
+    def check_inversion(self, conditions: Conditions) -> None:
+        """Refuse conditions under which no image can be inverted.
+
+        Raises:
+            BackboneError: this network does not invert images.
+            ValueError: there is no noise to find, or an ensemble of equal members.
+        """
+        if type(self).inverted is DiffusionBackbone.inverted:
+            raise BackboneError(f"{self.name}: noise 'inverted' is for U-Nets of latents")
+        if conditions.clean or conditions.timestep < 1 or conditions.ensemble > 1:
+            raise ValueError(
+                "noise 'inverted' needs a timestep of at least 1, no clean image and no ensemble, whose members"
+                f" would be equal; got timestep {conditions.timestep}, clean {conditions.clean},"
+                f" ensemble {conditions.ensemble}"
+            )
+
+    def inverted(self, clean: Tensor, conditions: Conditions) -> Tensor:
+        """Clean (B, c, h, w) with the noise that DDIM inversion says they are made of, at a timestep."""
+        raise NotImplementedError
 
     @torch.inference_mode()
     def maps(
@@ -157,6 +178,8 @@ class DiffusionBackbone(Backbone, ABC):
                 class-conditional network is given no class.
         """
         self.check_canvas(pixels.shape)
+        if conditions.noise == "inverted":
+            self.check_inversion(conditions)
         mean, std = self.encode(pixels, batch_size=batch_size)
         draws = self.draws(mean.shape[1:], conditions, noise=noise, posterior_noise=posterior_noise)
         added, spread, members = draws.get("noise"), draws.get("posterior_noise"), conditions.ensemble
@@ -170,6 +193,8 @@ class DiffusionBackbone(Backbone, ABC):
                 None if added is None else added[numbers],
                 conditions.timestep,
             )
+            if conditions.noise == "inverted":
+                noisy = self.inverted(noisy, conditions)
             for tap, part in self.network_maps(noisy, taps, conditions).items():
                 parts.setdefault(tap, []).append(part)
         maps = {tap: torch.cat(chunks).contiguous() for tap, chunks in parts.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -148,6 +149,20 @@ class LatentDiffusion(LatentBackbone):
         with reading_taps(self.network, [self.tap(tap) for tap in taps], latents.shape) as maps:
             self.network(latents.to(self.device, self.dtype), timestep, encoder_hidden_states=context, **added)
         return maps
+
+    @torch.inference_mode()
+    def inverted(self, clean: Tensor, conditions: Conditions) -> Tensor:
+        """Latents at a timestep by even steps of DDIM inversion under the prompt alone.
+
+        The network is called with the timestep that a step leads to, as prompt-to-prompt and diffusers have it.
+        """
+        latents, steps, before = clean.float(), min(conditions.inversion_steps, conditions.timestep), -1
+        for step in range(1, steps + 1):
+            after = round(conditions.timestep * step / steps)
+            output = self.network_maps(latents, ["out"], replace(conditions, timestep=after))["out"].float()
+            latents, _ = self.ddim_step(latents, self.as_noise(latents, output, before), before, after)
+            before = after
+        return latents.to(clean)
 
     @torch.inference_mode()
     def predict_noise(self, latents: Tensor, timestep: int, context: Tensor) -> Tensor:

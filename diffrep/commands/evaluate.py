@@ -17,6 +17,7 @@ from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.commands.train import open_set
 from diffrep.eval.cache import StoredType
+from diffrep.eval.completion import CompletionEvaluation, evaluate_completion
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
 from diffrep.eval.datasets.dense_images import open_benchmark
 from diffrep.eval.datasets.pair_sets import (
@@ -49,6 +50,7 @@ from diffrep.eval.segmentation import (
 )
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
 from diffrep.files import write_whole
+from diffrep.heads.completion import CompletionConfig
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
@@ -305,6 +307,23 @@ class DenseEvaluation(ReportOptions, PrecisionOptions):
         weights: dict[str, object] = dict.fromkeys(methods)
         weights[self.head] = [head.found, head_fingerprint(head)]
         return evaluate_scene_maps(methods, head.task, self.scenes, folder=self.work, weights=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCompletion(ReportOptions, PrecisionOptions):
+    """Depth of held-out scenes from a head and some known depths: fits, guidance, and the nearest known depth."""
+
+    head: str = "tiny-depth"  # embedded head, folder or hub id
+    settings: Annotated[CompletionEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=CompletionEvaluation)
+    guidance: CompletionConfig = field(default_factory=CompletionConfig)
+
+    def run(self) -> None:
+        self.check_output()
+        device, dtype = self.resolved()
+        head = load_head(self.head, device=device, dtype=dtype)
+        if not isinstance(head, DenseHead) or head.task == "normals":
+            raise ValueError(f"{self.head}: predicts {head.task}, not depth")
+        self.show(evaluate_completion(head, self.settings, self.guidance))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from diffrep.commands.image_runs import (
 )
 from diffrep.commands.options import PrecisionOptions, numbers
 from diffrep.files import check_writable, printable, read_document, write_document, write_image, write_whole
+from diffrep.heads.completion import CompletionConfig, complete_depth, fill_holes
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
 from diffrep.heads.loading import load_head
@@ -107,7 +108,7 @@ class Depth(ImageCommand):
     """
 
     JOB = "depth"
-    NEEDS: ClassVar[Mapping[str, str]] = {"fit": "known", "known_per_metre": "known"}
+    NEEDS: ClassVar[Mapping[str, str]] = {"fit": "known", "known_per_metre": "known", "fill": "known"}
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("depth")  # folder of the files, or a video (.mp4)
     model: str = "tiny-depth"  # embedded head, folder or hub id: Lotus, Marigold, E2E-FT
@@ -119,7 +120,10 @@ class Depth(ImageCommand):
     task: Literal["depth", "disparity"] | None = None  # what the model predicts, where its files do not say it
     family: str | None = None  # what the model is, where its files do not say it, for example e2e-ft
     base: str | None = None  # where VAE and text encoder are, for a model that names others than you have
-    fit: Literal["robust", "least squares"] = "robust"  # how scale and shift are fitted to the known depths
+    # how the known depths are met: a scale and shift; guided: the prediction follows them, which takes many passes
+    # (Marigold-DC with a Marigold, our own way with one-step heads; diffrep eval completion measures it)
+    fit: Literal["robust", "least-squares", "guided"] = "robust"
+    fill: bool = False  # keep the known depths as they are and fill what is missing between them
     known_per_metre: float = 1000.0  # counts of a .png of known depths that make a metre
     intrinsics: str | None = None  # ply: fx,fy,cx,cy of the camera in pixels
     field_of_view: float | None = None  # ply: degrees along the longer side, where the camera is not known
@@ -128,6 +132,7 @@ class Depth(ImageCommand):
     farthest: float = 10.0  # ply: and to end at
     frame: Frame = "rub"  # ply: axes of the point cloud
     predict: Annotated[PredictConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=PredictConfig)
+    guidance: CompletionConfig = field(default_factory=CompletionConfig)  # of --fit guided
 
     def run(self) -> None:
         self._check()
@@ -149,7 +154,11 @@ class Depth(ImageCommand):
             if self.known is not None:
                 source = known.get(item.source.path, self.known)
                 depths = read_known_depths(source, item.source.path, image.size, per_metre=self.known_per_metre)
-                result = result.align(depths, method=self.fit)
+                if self.fit == "guided":
+                    result = complete_depth(head, image, depths, self.predict, self.guidance)
+                else:
+                    result = result.align(depths, method="robust" if self.fit == "robust" else "least squares")
+                result = fill_holes(result, depths) if self.fill else result
             written = []
             if "ply" in self.formats:
                 written.append(item.place.file("points.ply"))
@@ -190,6 +199,8 @@ class Depth(ImageCommand):
             raise ValueError(f"point clouds alone take {names}: they belong to --formats ply")
         if self.known is not None and not self.known.exists():
             raise ValueError(f"{self.known}: no such file or folder of known depths")
+        if self.fit != "guided" and (typed := sorted(t for t in self.typed if t.startswith("guidance."))):
+            raise ValueError(f"--{typed[0].replace('_', '-')} says how --fit guided works, which is not asked for")
         if not 0 < self.known_per_metre < float("inf"):
             raise ValueError(f"--known-per-metre must be above 0, got {self.known_per_metre}")
 

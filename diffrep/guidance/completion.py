@@ -17,27 +17,29 @@ Reader = Callable[[Tensor], Tensor]  # latent (1, c, h, w) -> depth (H, W) in [0
 
 
 class Ruler:
-    """Scale and shift between relative and metric depth, as squares so that neither turns negative.
+    """Scale and shift between a relative and a metric map, with squares as factors so that neither changes its sign.
 
     Args:
         known: (H, W) metres; 0 where there is none.
+        scale, shift: to begin with; the range of the known depths and their minimum where left out.
 
     Raises:
         SamplingError: fewer than two different depths, which say nothing of the scale.
     """
 
-    def __init__(self, known: Tensor) -> None:
+    def __init__(self, known: Tensor, *, scale: float | None = None, shift: float | None = None) -> None:
         depths = known[known > 0]
         if not len(depths) or not float(depths.max()) > float(depths.min()):
             raise SamplingError(f"guided completion needs two different known depths, got {len(depths)}: fit instead")
         self.known, self.seen = known, known > 0
-        self.shift, self.range = float(depths.min()), float(depths.max() - depths.min())
+        self.scale = float(depths.max() - depths.min()) if scale is None else scale
+        self.shift = float(depths.min()) if shift is None else shift
         self.parameters = [torch.ones((), device=known.device, requires_grad=True) for _ in range(2)]
 
     def metric(self, depth: Tensor) -> Tensor:
-        """Metres of depth in [0, 1]."""
+        """What values in [0, 1] measure."""
         scale, shift = self.parameters
-        return scale**2 * self.range * depth + shift**2 * self.shift
+        return scale**2 * self.scale * depth + shift**2 * self.shift
 
     def loss(self, depth: Tensor) -> Tensor:
         """Mean absolute plus mean squared distance from the known depths."""

@@ -1,0 +1,118 @@
+"""``diffrep eval completion``: depth of held-out scenes from a head and some known depths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from diffrep.eval.rendering import SceneMapSettings, render_job
+from diffrep.eval.report import Report, Section, bootstrap, with_interval
+from diffrep.eval.scene_maps import SCENE_BOUNDS
+from diffrep.heads.completion import CompletionConfig, complete_depth
+from diffrep.heads.dense import DenseHead, PredictConfig
+from diffrep.heads.maps import DepthMap, nearest_known
+from diffrep.scenes import Scene
+from diffrep.settings import check_ranges
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionEvaluation(SceneMapSettings):
+    """Which scenes are counted, and how many depths of each are known."""
+
+    count: int = 32  # scenes
+    points: tuple[int, ...] = (25, 100, 500)  # known depths of a scene
+    seed: int = 0  # of their places
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, points="2..", seed="[0, 2^31)")
+
+
+@dataclass(frozen=True)
+class CompletionReport(Report):
+    """Root mean square errors in metres of every scene: method -> number of known depths -> scenes."""
+
+    head: str
+    settings: CompletionEvaluation
+    errors: Mapping[str, Mapping[int, Sequence[float]]]
+
+    def mean(self, method: str, points: int) -> tuple[float, float, float]:
+        """Over the scenes, with a 95 % interval."""
+        values = np.array(self.errors[method][points])
+        return float(values.mean()), *bootstrap(lambda rows: values[rows].mean(1), len(values))
+
+    def gain(self, points: int) -> tuple[float, float, float]:
+        """What guidance takes off the error of the least-squares fit, as a share, with a 95 % interval."""
+        fit, guided = (np.array(self.errors[method][points]) for method in ("least squares", "guided"))
+        share = 1 - guided.mean() / fit.mean()
+        return float(share), *bootstrap(lambda rows: 1 - guided[rows].mean(1) / fit[rows].mean(1), len(fit))
+
+    def sections(self) -> Iterator[Section]:
+        points = self.settings.points
+        rows = [(method, *(with_interval(*self.mean(method, n)) for n in points)) for method in self.errors]
+        gains = (
+            "guided against least squares",
+            *(with_interval(*self.gain(n), percent=True, digits=0) for n in points),
+        )
+        title = f"{self.head} on {self.settings.count} held-out scenes: RMSE in metres, by known depths; 95 % interval"
+        yield Section(title, [*map(str, points)], [*rows, gains])
+
+    def document(self) -> Mapping[str, object]:
+        mean = {method: {n: self.mean(method, n) for n in of} for method, of in self.errors.items()}
+        return {
+            "head": self.head,
+            "settings": self.settings,
+            "rmse": mean,
+            "gain": {n: self.gain(n) for n in self.settings.points},
+        }
+
+
+def evaluate_completion(
+    head: DenseHead,
+    settings: CompletionEvaluation | None = None,
+    how: CompletionConfig | None = None,
+    *,
+    progress: bool = True,
+) -> CompletionReport:
+    """Complete the depth of scenes from depths that are known exactly, at places drawn where there is a surface."""
+    settings = settings or CompletionEvaluation()
+    errors: dict[str, dict[int, list[float]]] = {}
+    scenes = (scene for batch in settings.batches(render_job, settings.jobs()) for scene in batch)
+    for scene in tqdm(scenes, "completion", settings.count, disable=not progress):
+        relative = head.predict(scene.image)
+        assert isinstance(relative, DepthMap)
+        for count in settings.points:
+            known = known_depths(scene, count, seed=settings.seed)
+            ways: dict[str, Callable[[Tensor], Tensor]] = {
+                "nearest known": nearest_known,
+                "least squares": lambda k, r=relative: r.align(k, method="least squares").values,
+                "robust": lambda k, r=relative: r.align(k, method="robust").values,
+                "guided": lambda k, s=scene: (
+                    complete_depth(head, Image.fromarray(s.image), k, PredictConfig(), how).values
+                ),
+            }
+            for name, complete in ways.items():
+                errors.setdefault(name, {}).setdefault(count, []).append(scene_rmse(complete(known), scene))
+    return CompletionReport(head.name, settings, errors)
+
+
+def known_depths(scene: Scene, count: int, *, seed: int = 0) -> Tensor:
+    """(H, W) metres at `count` random pixels that count, 0 elsewhere."""
+    depth = torch.from_numpy(scene.depth).float()
+    places = ((depth > SCENE_BOUNDS[0]) & (depth < SCENE_BOUNDS[1])).flatten().nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(seed + scene.seed)
+    chosen = places[torch.randperm(len(places), generator=generator)[:count]]
+    return torch.zeros(depth.numel()).index_copy(0, chosen, depth.flatten()[chosen]).view_as(depth)
+
+
+def scene_rmse(depth: Tensor, scene: Scene) -> float:
+    """Metres, where a scene is nearer than 80 m, to which the depth is clipped."""
+    truth = torch.from_numpy(scene.depth).float()
+    counts = (truth > SCENE_BOUNDS[0]) & (truth < SCENE_BOUNDS[1])
+    return float((depth.clamp(*SCENE_BOUNDS) - truth)[counts].square().mean().sqrt())

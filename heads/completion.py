@@ -1,0 +1,199 @@
+"""Depth from a head and some known depths: guided completion, and holes of maps filled.
+
+On a Marigold this is Marigold-DC: its diffusion follows the known depths. One-step heads have no loop to follow; their
+latent is moved through the decoder instead, which is ours and is measured by `diffrep eval completion`.
+Fits of scale and shift alone are `DepthMap.align`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffrep.alignment import LEAST_DISPARITY, fit_robust
+from diffrep.guidance.completion import Reader, Ruler, complete_by_diffusion
+from diffrep.guidance.core import Level, check_finite
+from diffrep.heads.dense import DenseHead, PredictConfig
+from diffrep.heads.maps import DepthMap
+from diffrep.heads.sizes import resize
+from diffrep.sampling.schedules import TableVP, TimeGrid
+from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """How a head follows known depths."""
+
+    steps: int = 50  # of a Marigold's diffusion
+    rounds: int = 30  # of Adam on a one-step head's latent
+    rate: float | None = None  # of Adam, on the latent; .05 on a Marigold, .02 on others where left out
+    spread: float = 4.0  # cells of the latent over which a one-step head spreads a correction
+    reach: float = 0.35  # share of the known pixels' spacing that the errors which are left are carried; 0: none
+
+    def __post_init__(self) -> None:
+        check(self, steps="1..1000", rounds="1..", rate=POSITIVE, spread=NOT_NEGATIVE, reach=NOT_NEGATIVE)
+
+
+def complete_depth(
+    head: DenseHead,
+    image: Image.Image,
+    known: Tensor,
+    config: PredictConfig | None = None,
+    how: CompletionConfig | None = None,
+) -> DepthMap:
+    """Metric depth of an image by guidance from known depths.
+
+    Args:
+        head: of depth or disparity.
+        known: (H, W) metres at the image's size; 0 or not finite where nothing is known.
+        config: how the head looks at the image; an ensemble gives the median of its members and their spread.
+
+    Raises:
+        ValueError: known depths of another size, fewer than two different ones, a head that cannot follow them, or
+            settings that do not go together.
+        SamplingError: the guidance diverges.
+    """
+    config, how = config or PredictConfig(), how or CompletionConfig()
+    head.check(replace(config, steps=1))
+    if head.task not in ("depth", "disparity") or config.tile is not None or config.steps > 1:
+        raise ValueError(f"guided completion is of whole depth maps in its own steps, not of {head.task} with {config}")
+    if tuple(known.shape) != (image.height, image.width):
+        raise ValueError(
+            f"the known depths must be {(image.height, image.width)} like the image, got {tuple(known.shape)}"
+        )
+    known = torch.where(torch.isfinite(known) & (known > 0), known, 0.0).float().to(head.device)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    canvas, size = head.canvas(pixels, config)
+    latents = head.model.encode(canvas)
+
+    def read(latent: Tensor) -> Tensor:
+        shown = head.read(head.model.decode(latent))[..., : size[0], : size[1]]
+        return resize(shown, (image.height, image.width))[0, 0]
+
+    diffuses = head.family.result == "sample" and head.task == "depth"
+    follow = _follow_diffusion if diffuses else _follow_latent
+    members = []
+    for member in range(config.ensemble):
+        noise = None
+        if head.family.first_latent == "noise":
+            noise = head.model.draw((int(latents.shape[-2]), int(latents.shape[-1])), config.seed, member).to(
+                head.device
+            )
+        members.append(follow(head, read, latents, known, noise, how).cpu())
+    depths = torch.stack(members)
+    depth, uncertainty = depths[0], None
+    if len(members) > 1:
+        depth = depths.median(0).values
+        uncertainty = (depths - depth).abs().median(0).values
+    settings = head.settings(config, family=head.family.name, fit="guided", known_depths=int((known > 0).sum()))
+    settings |= {"guidance": "Marigold-DC" if diffuses else "latent through the decoder", **vars(how)}
+    return DepthMap(depth.clamp(min=0), "depth", metric=True, uncertainty=uncertainty, settings=settings)
+
+
+def fill_holes(completed: DepthMap, known: Tensor) -> DepthMap:
+    """Metric depth that is the known depths where there are any, and the completed map between them, met at the rims.
+
+    Args:
+        known: (H, W) metres; 0 or not finite where nothing is known.
+    """
+    known = torch.where(torch.isfinite(known) & (known > 0), known, 0.0).float()
+    values = torch.where(known > 0, known, carry_errors(completed.values, known, reach=8.0))
+    return replace(completed, values=values, settings={**completed.settings, "filled": int((known == 0).sum())})
+
+
+def carry_errors(depth: Tensor, known: Tensor, *, reach: float) -> Tensor:
+    """Depth without what it misses at known pixels, around them: a normalised convolution of errors of logarithms.
+
+    Args:
+        depth, known: (H, W) metres; known is 0 where there is none.
+        reach: sigma in pixels. Where there is nothing within it, the depth stays as it is.
+    """
+    seen = (known > 0).float()
+    missed = torch.where(known > 0, known.clamp(min=1e-6).log() - depth.clamp(min=1e-3).log(), 0.0)
+    total, weight = (_blurred(part[None, None], reach)[0, 0] for part in (missed, seen))
+    single = 1 / (2 * math.pi * reach**2)  # weight of a known pixel on itself
+    return depth * (total / (weight + 0.3 * single)).exp()
+
+
+def _follow_diffusion(
+    head: DenseHead, read: Reader, latents: Tensor, known: Tensor, noise: Any, how: CompletionConfig
+) -> Tensor:
+    schedule = head.model.schedule
+    times, total = schedule.timesteps(how.steps), len(schedule.alphas_cumprod)
+    table = TableVP(schedule.alphas_cumprod.numpy())
+
+    def level(t: int) -> Level:
+        alpha = float(schedule.alphas_cumprod[t]) if t >= 0 else schedule.last_alpha
+        return alpha**0.5, (1 - alpha) ** 0.5
+
+    def network(x: Tensor, t: float) -> Tensor:
+        output: Tensor = head.model.network(head.model.unet_input(latents, x), int(t), head.family.task_vector)
+        return output.float()
+
+    grid = TimeGrid.of(table, [*times, -1])
+    lands = [level(t - total // how.steps) for t in times]
+    return complete_by_diffusion(
+        network, read, known, noise, grid, prediction=schedule.predicts, lands=lands, lr=how.rate or 0.05
+    )
+
+
+def _follow_latent(
+    head: DenseHead, read: Reader, latents: Tensor, known: Tensor, noise: Any, how: CompletionConfig
+) -> Tensor:
+    """The latent that the head predicts, moved by Adam so that what is decoded of it meets the known depths.
+
+    Errors are counted in logarithms: far pixels of a disparity do not outweigh all others. A gradient reaches few cells
+    around each known pixel; it is blurred, so that a correction carries its surroundings along. What the decoder cannot
+    draw is carried by `carry_errors`.
+    """
+    with torch.no_grad():
+        start = head.model.predict(latents, noise)
+        first = read(start)
+    seen = known > 0
+    inverse = head.task == "disparity"
+    target = torch.where(seen, known, 1.0)
+    scale, shift = (float(v) for v in fit_robust(first[None], (1 / target if inverse else target)[None], seen[None]))
+    ruler = Ruler(known, scale=scale, shift=shift)
+    leaf = start.detach().float().clone().requires_grad_()
+    rate = how.rate or 0.02
+    adam = torch.optim.Adam([{"params": [leaf], "lr": rate}, {"params": ruler.parameters, "lr": rate / 10}])
+
+    def metres() -> Tensor:
+        measured = ruler.metric(read(leaf))
+        return 1 / measured.clamp(min=LEAST_DISPARITY) if inverse else measured.clamp(min=1e-3)
+
+    for step in range(how.rounds):
+        with torch.enable_grad():
+            error = (metres().log() - target.log())[seen]
+            loss = error.abs().mean() + error.square().mean()
+            gradient, *others = torch.autograd.grad(loss, [leaf, *ruler.parameters])
+        leaf.grad = _blurred(gradient, how.spread)
+        for parameter, slope in zip(ruler.parameters, others, strict=True):
+            parameter.grad = slope
+        adam.step()
+        check_finite("guided completion", leaf.detach(), step, how.rounds)
+    with torch.no_grad():
+        depth = metres()
+    if not how.reach:
+        return depth
+    return carry_errors(depth, known, reach=how.reach * math.sqrt(known.numel() / int(seen.sum())))
+
+
+def _blurred(x: Tensor, sigma: float) -> Tensor:
+    """(B, c, h, w) under a Gaussian of so many cells."""
+    if not sigma:
+        return x
+    half = int(3 * sigma) + 1
+    line = (-((torch.arange(-half, half + 1, device=x.device) / sigma) ** 2) / 2).exp()
+    line = (line / line.sum()).to(x)
+    for axis, pad in ((-1, (half, half, 0, 0)), (-2, (0, 0, half, half))):
+        kernel = line.view(1, 1, 1, -1) if axis == -1 else line.view(1, 1, -1, 1)
+        x = F.conv2d(F.pad(x, pad, mode="replicate"), kernel.expand(x.shape[1], 1, -1, -1), groups=x.shape[1])
+    return x
