@@ -90,8 +90,8 @@ def complete_depth(
     depths = torch.stack(members)
     depth, uncertainty = depths[0], None
     if len(members) > 1:
-        depth = depths.median(0).values
-        uncertainty = (depths - depth).abs().median(0).values
+        depth = depths.quantile(0.5, 0)
+        uncertainty = (depths - depth).abs().quantile(0.5, 0)
     settings = head.settings(config, family=head.family.name, fit="guided", known_depths=int((known > 0).sum()))
     settings |= {"guidance": "Marigold-DC" if diffuses else "latent through the decoder", **vars(how)}
     return DepthMap(depth.clamp(min=0), "depth", metric=True, uncertainty=uncertainty, settings=settings)

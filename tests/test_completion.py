@@ -50,7 +50,7 @@ def missed(depth: DepthMap, known: Tensor) -> float:
 )
 def test_guidance_follows_the_known_depths(tmp_path: Path, family: str, task: str) -> None:
     head, (_, known) = head_of(tmp_path, family, task), some_depths()
-    how = CompletionConfig(steps=6, rounds=12, reach=0.0)
+    how = CompletionConfig(steps=6, rounds=12, reach=0.0, spread=0.0, rate=0.2)
     still = CompletionConfig(steps=6, rounds=1, reach=0.0, rate=1e-9)
     guided, unguided = (complete_depth(head, picture(), known, how=h) for h in (how, still))
     assert missed(guided, known) < 0.95 * missed(unguided, known)

@@ -1,7 +1,8 @@
 """What a measurement does to an image, with its true adjoint and its pseudo-inverse.
 
 An adjoint that is not written down is taken by automatic differentiation, which is exact; a pseudo-inverse that is not
-written down by conjugate gradients from zero, which end at the solution of least squares and least norm. Operators as
+written down by conjugate gradients from zero, which end at the solution of least squares and least norm. Sizes and
+numbers that do not go together are a `SamplingError` that names them. Operators as
 some published codes have them, with adjoints that are none, are in the parity tests.
 """
 
@@ -104,7 +105,7 @@ class Operator:
         wanted = tuple(self.forward(y.new_zeros(1, *self.shape)).shape[1:])
         if tuple(y.shape[1:]) != wanted:
             raise SamplingError(
-                f"{self.name} of {_sized(self.shape)} images measures (B, {_listed(wanted)}), got {tuple(y.shape)}"
+                f"{self.name} of {_sized(self.shape)} images measures (B, {_sized(wanted, ', ')}), got {tuple(y.shape)}"
             )
         if not bool(torch.isfinite(y).all()):
             raise SamplingError(
@@ -121,12 +122,8 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1))
 
 
-def _sized(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _listed(shape: Sequence[int]) -> str:
-    return ", ".join(map(str, shape))
+def _sized(shape: Sequence[int], between: str = " x ") -> str:
+    return between.join(map(str, shape))
 
 
 # -- pixels that are seen -------------------------------------------------------------------------------------
@@ -144,11 +141,7 @@ def inpainting(mask: Tensor, *, channels: int = 3, name: str = "inpainting") -> 
 
 
 def box(shape: tuple[int, int, int], side: int) -> Operator:
-    """Everything but a centred square.
-
-    Raises:
-        SamplingError: the square does not fit.
-    """
+    """Everything but a centred square."""
     _, height, width = shape
     if not 1 <= side <= min(height, width):
         raise SamplingError(f"a box must have a side of 1..{min(height, width)} pixels, got {side}")
@@ -162,9 +155,6 @@ def points(shape: tuple[int, int, int], places: Tensor) -> Operator:
 
     Args:
         places: (N, 2) integers (x, y), each pixel once.
-
-    Raises:
-        SamplingError: a place outside the image, or two that are alike.
     """
     height, width = shape[1:]
     x, y = places.long().unbind(-1)
@@ -248,11 +238,7 @@ def _divided(shape: tuple[int, int, int], factor: int, what: str) -> None:
 
 
 def averaging(shape: tuple[int, int, int], factor: int) -> Operator:
-    """Means of blocks: super-resolution.
-
-    Raises:
-        SamplingError: the factor does not divide the sides.
-    """
+    """Means of blocks: super-resolution."""
     _divided(shape, factor, "super-resolution")
 
     def replicate(y: Tensor) -> Tensor:
@@ -270,9 +256,6 @@ def bicubic(shape: tuple[int, int, int], factor: int, *, cut: float = 0.03, shif
     Args:
         cut: see `separable`.
         shift: moves every centre, pixels.
-
-    Raises:
-        SamplingError: the factor does not divide the sides.
     """
     _divided(shape, factor, "bicubic reduction")
 
@@ -284,11 +267,7 @@ def bicubic(shape: tuple[int, int, int], factor: int, *, cut: float = 0.03, shif
 
 
 def gaussian(shape: tuple[int, int, int], sigma: float, *, cut: float = 1e-3) -> Operator:
-    """A Gaussian blur of `sigma` pixels, borders mirrored.
-
-    Raises:
-        SamplingError: sigma is not above 0.
-    """
+    """A Gaussian blur of `sigma` pixels, borders mirrored."""
     if not 0 < sigma < math.inf:
         raise SamplingError(f"a blur needs a sigma above 0, got {sigma}")
 
@@ -304,9 +283,6 @@ def motion(shape: tuple[int, int, int], length: float, angle: float = 0.0) -> Op
     Args:
         length: pixels.
         angle: degrees from the rows, counter-clockwise.
-
-    Raises:
-        SamplingError: the length is not at least 1 pixel.
     """
     if not 1 <= length < math.inf:
         raise SamplingError(f"a movement must be at least 1 pixel long, got {length}")
@@ -331,9 +307,6 @@ def projections(shape: tuple[int, int, int], angles: Sequence[float], *, scale: 
     Args:
         angles: degrees, 0 gives the sum of each column, from the left; -90 that of each row, from the top.
         scale: factor of the sums.
-
-    Raises:
-        SamplingError: slices that are not square, or no angle.
     """
     if shape[1] != shape[2] or not len(angles):
         raise SamplingError(
@@ -351,42 +324,3 @@ def projections(shape: tuple[int, int, int], angles: Sequence[float], *, scale: 
         return scale * torch.stack(views, dim=2)
 
     return Operator("projections", shape, project)
-
-
-# -- not linear -----------------------------------------------------------------------------------------------
-
-
-def overexposed(shape: tuple[int, int, int]) -> Operator:
-    """Twice the brightness, cut off: high dynamic range."""
-    return Operator("HDR", shape, lambda x: (2 * x).clamp(-1, 1), None, lambda y: y / 2, linear=False)
-
-
-def quantised(shape: tuple[int, int, int], bits: int) -> Operator:
-    """Colours of so many bits."""
-    levels = 2**bits - 1
-
-    def rounded(x: Tensor) -> Tensor:
-        return ((x + 1) / 2 * levels + 0.5).floor() / levels * 2 - 1
-
-    return Operator(f"{bits} bits", shape, rounded, None, lambda y: y, linear=False)
-
-
-def phaseless(shape: tuple[int, int, int], padding: int = 64) -> Operator:
-    """Magnitudes of the centred orthonormal Fourier transform of the image inside `padding` zeros on every side."""
-
-    def centred(transform: Callable[..., Tensor], x: Tensor) -> Tensor:
-        inner = torch.fft.ifftshift(x, dim=(-2, -1))
-        return torch.fft.fftshift(transform(inner, norm="ortho"), dim=(-2, -1)).abs()
-
-    def cropped(y: Tensor) -> Tensor:
-        image = centred(torch.fft.ifft2, y)
-        return image[..., padding : padding + shape[1], padding : padding + shape[2]]
-
-    return Operator(
-        "phase retrieval",
-        shape,
-        lambda x: centred(torch.fft.fft2, F.pad(x, [padding] * 4)),
-        None,
-        cropped,
-        linear=False,
-    )

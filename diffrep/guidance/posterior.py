@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffrep.guidance.core import Between, Guide, Network, check_finite, guided
+from diffrep.guidance.core import Between, Guide, Network, check_finite
 from diffrep.guidance.operators import Operator
 from diffrep.sampling.core import to_forms
 from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid
@@ -219,56 +219,6 @@ def through_decoder(operator: Operator, y: Tensor, decode: Decoder) -> Callable[
     """The loss of FlowChef's other tasks: the measurement of the decoded latent."""
     operator.check(y)
     return lambda data: 1000 * (operator(decode(data)) - y).square().mean()
-
-
-def flowchef_edit(
-    positive: Network,
-    negative: Network,
-    x: Tensor,
-    grid: TimeGrid,
-    source: Tensor,
-    keep: Tensor,
-    *,
-    guidance: float = 2.0,
-    lr: float = 0.5,
-    rounds: int = 5,
-    until: int | None = None,
-    source_steps: int = 20,
-) -> Tensor:
-    """FlowChef's editing without inversion: sampled under a new prompt, guided to the source's latent.
-
-    Args:
-        positive, negative: velocities `eps - x0` under the target's and the source's prompt.
-        x: the first state.
-        source: latent of the source image.
-        keep: 1 where it stays.
-        guidance: scale, outside of `keep`; above 1.
-        until: number of the last step that is guided; None: all.
-        source_steps: first steps that are guided to the source everywhere.
-
-    Raises:
-        SamplingError: guidance of at most 1, which has no negative prompt.
-    """
-    if guidance <= 1:
-        raise SamplingError(f"editing needs a guidance above 1, got {guidance}")
-    seen: dict[str, Tensor] = {}
-
-    def network(state: Tensor, t: float) -> Tensor:
-        towards, seen["away"] = positive(state, t), negative(state, t)
-        return towards + (1 - keep) * (towards - seen["away"]) * guidance
-
-    def guide(between: Between) -> Tensor:
-        if until is not None and between.step > until:
-            return between.ahead()
-        where = torch.ones_like(keep) if between.step < source_steps else keep
-        loss, away = latent_inpainting(source, where, 1e-5), seen["away"]
-
-        def of(state: Tensor) -> Tensor:
-            return loss(to_forms("flow_prediction", away, state, *between.now)["data"])
-
-        return between.ahead(optimise(of, between.x, lr=lr, rounds=rounds))
-
-    return guided(network, x, grid, guide, prediction="flow_prediction", name="FlowChef")
 
 
 # -- the image itself as the unknown --------------------------------------------------------------------------

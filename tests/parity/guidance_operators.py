@@ -27,9 +27,9 @@ def red_operator(name: str, shape: tuple[int, int, int], mask: Tensor | None = N
     if kind == "bicubic":
         return released.red_bicubic(shape, int(number))
     if kind == "quant":
-        return operators.quantised(shape, int(number))
+        return released.quantised(shape, int(number))
     if name == "hdr":
-        return operators.overexposed(shape)
+        return released.overexposed(shape)
     assert name in ("deblur_uni", "deblur_gauss"), f"RED-diff has no operator {name}"
     return released.red_deblurring(shape, released.red_deblurring_kernel(name.removeprefix("deblur_")))
 
@@ -48,7 +48,7 @@ def check_operators(folder: Path, case: dict[str, Any]) -> None:
         if operator.linear:
             got[f"red.{name}.adjoint"] = operator.adjoint(measured).flatten(1)
     hidden = inputs["phase.image"]
-    retrieval = operators.phaseless(tuple(hidden.shape[1:]), p["phase_padding"])
+    retrieval = released.phaseless(tuple(hidden.shape[1:]), p["phase_padding"])
     got["red.phase.forward"] = retrieval(hidden)
     got["red.phase.pinv"] = retrieval.pinv(got["red.phase.forward"])
     chef, dps = p["flowchef"], p["dps"]

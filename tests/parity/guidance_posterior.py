@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from diffrep.guidance import operators
-from diffrep.guidance.core import guided
+from diffrep.guidance.core import Between, Network, guided
 from diffrep.guidance.ensembles import afdps, karras_grid, reconstruct_volume
 from diffrep.guidance.operators import Operator
 from diffrep.guidance.posterior import (
     dps,
     flowchef,
-    flowchef_edit,
     flowchef_latent,
     latent_inpainting,
     measured_start,
+    optimise,
     pigdm,
     psld,
     red_diff,
     spaced_grid,
     through_decoder,
 )
+from diffrep.sampling.core import to_forms
 from diffrep.sampling.schedules import Flow, TableVP, TimeGrid
 from diffrep.sampling.score_sde import ScoreSDE
 
@@ -173,6 +174,41 @@ def check_flowchef_latent(folder: Path, case: dict[str, Any]) -> None:
             guide = flowchef_latent(loss, **options)
             result = guided(network, given["start"], grid, guide, prediction="flow_prediction")
         assert_like(result, wanted["result"], atol=2e-3, rtol=1e-3, what=f"run {k}")
+
+
+def flowchef_edit(
+    positive: Network,
+    negative: Network,
+    x: Tensor,
+    grid: TimeGrid,
+    source: Tensor,
+    keep: Tensor,
+    *,
+    guidance: float = 2.0,
+    lr: float = 0.5,
+    rounds: int = 5,
+    until: int | None = None,
+    source_steps: int = 20,
+) -> Tensor:
+    """FlowChef's editing without inversion: both velocities `eps - x0` are seen, guidance is on the second."""
+    seen: dict[str, Tensor] = {}
+
+    def network(state: Tensor, t: float) -> Tensor:
+        towards, seen["away"] = positive(state, t), negative(state, t)
+        return towards + (1 - keep) * (towards - seen["away"]) * guidance
+
+    def guide(between: Between) -> Tensor:
+        if until is not None and between.step > until:
+            return between.ahead()
+        where = torch.ones_like(keep) if between.step < source_steps else keep
+        loss, away = latent_inpainting(source, where, 1e-5), seen["away"]
+
+        def of(state: Tensor) -> Tensor:
+            return loss(to_forms("flow_prediction", away, state, *between.now)["data"])
+
+        return between.ahead(optimise(of, between.x, lr=lr, rounds=rounds))
+
+    return guided(network, x, grid, guide, prediction="flow_prediction", name="FlowChef")
 
 
 def check_psld(folder: Path, case: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ Sources: NVlabs/RED-diff 66482f2, FlowChef/FlowChef 9b705fc, LituRout/PSLD d7346
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -105,3 +106,42 @@ def dps_kernel(kernel_size: int, sigma: float) -> Tensor:
     delta = torch.zeros(kernel_size, kernel_size)
     delta[kernel_size // 2, kernel_size // 2] = 1
     return torch.from_numpy(gaussian_filter(delta.numpy(), sigma=sigma))
+
+
+# -- not linear -----------------------------------------------------------------------------------------------
+
+
+def overexposed(shape: tuple[int, int, int]) -> Operator:
+    """Twice the brightness, cut off: high dynamic range."""
+    return Operator("HDR", shape, lambda x: (2 * x).clamp(-1, 1), None, lambda y: y / 2, linear=False)
+
+
+def quantised(shape: tuple[int, int, int], bits: int) -> Operator:
+    """Colours of so many bits."""
+    levels = 2**bits - 1
+
+    def rounded(x: Tensor) -> Tensor:
+        return ((x + 1) / 2 * levels + 0.5).floor() / levels * 2 - 1
+
+    return Operator(f"{bits} bits", shape, rounded, None, lambda y: y, linear=False)
+
+
+def phaseless(shape: tuple[int, int, int], padding: int = 64) -> Operator:
+    """Magnitudes of the centred orthonormal Fourier transform of the image inside `padding` zeros on every side."""
+
+    def centred(transform: Callable[..., Tensor], x: Tensor) -> Tensor:
+        inner = torch.fft.ifftshift(x, dim=(-2, -1))
+        return torch.fft.fftshift(transform(inner, norm="ortho"), dim=(-2, -1)).abs()
+
+    def cropped(y: Tensor) -> Tensor:
+        image = centred(torch.fft.ifft2, y)
+        return image[..., padding : padding + shape[1], padding : padding + shape[2]]
+
+    return Operator(
+        "phase retrieval",
+        shape,
+        lambda x: centred(torch.fft.fft2, F.pad(x, [padding] * 4)),
+        None,
+        cropped,
+        linear=False,
+    )
