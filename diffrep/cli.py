@@ -46,6 +46,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "eval scenes": ("evaluate:Scenes", "parts of held-out rendered objects, matched"),
     "eval homography": ("evaluate:Homography", "points of photographs, matched in views of them"),
     "eval correspondence": ("evaluate:EvalCorrespondence", "SPair-71k, PF-PASCAL, TSS and others"),
+    "eval guidance": ("evaluate:EvalGuidance", "posterior samplers on four measurements"),
     "eval completion": ("evaluate:EvalCompletion", "depth of scenes completed from some known depths"),
     "eval depth": ("evaluate:EvalDepth", "depth of a head on rendered scenes or a benchmark"),
     "eval normals": ("evaluate:EvalNormals", "surface normals of a head on rendered scenes or a benchmark"),

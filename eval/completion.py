@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -81,7 +82,7 @@ def evaluate_completion(
     progress: bool = True,
 ) -> CompletionReport:
     """Complete the depth of scenes from depths that are known exactly, at places drawn where there is a surface."""
-    settings = settings or CompletionEvaluation()
+    settings, how = settings or CompletionEvaluation(), how or CompletionConfig()
     errors: dict[str, dict[int, list[float]]] = {}
     scenes = (scene for batch in settings.batches(render_job, settings.jobs()) for scene in batch)
     for scene in tqdm(scenes, "completion", settings.count, disable=not progress):
@@ -91,8 +92,11 @@ def evaluate_completion(
             known = known_depths(scene, count, seed=settings.seed)
             ways: dict[str, Callable[[Tensor], Tensor]] = {
                 "nearest known": nearest_known,
-                "least squares": lambda k, r=relative: r.align(k, method="least squares").values,
-                "robust": lambda k, r=relative: r.align(k, method="robust").values,
+                "least squares": lambda k, r=relative: fitted(r, k, "least squares"),
+                "robust": lambda k, r=relative: fitted(r, k, "robust"),
+                "robust, errors carried": lambda k, s=scene: (
+                    complete_depth(head, Image.fromarray(s.image), k, None, replace(how, rounds=0)).values
+                ),
                 "guided": lambda k, s=scene: (
                     complete_depth(head, Image.fromarray(s.image), k, PredictConfig(), how).values
                 ),
@@ -100,6 +104,14 @@ def evaluate_completion(
             for name, complete in ways.items():
                 errors.setdefault(name, {}).setdefault(count, []).append(scene_rmse(complete(known), scene))
     return CompletionReport(head.name, settings, errors)
+
+
+def fitted(relative: DepthMap, known: Tensor, method: Literal["least squares", "robust"]) -> Tensor:
+    """(H, W) metres by scale and shift; where known depths contradict the map, their median everywhere."""
+    try:
+        return relative.align(known, method=method).values
+    except ValueError:
+        return torch.full_like(known, float(known[known > 0].median()))
 
 
 def known_depths(scene: Scene, count: int, *, seed: int = 0) -> Tensor:

@@ -32,13 +32,13 @@ class CompletionConfig:
     """How a head follows known depths."""
 
     steps: int = 50  # of a Marigold's diffusion
-    rounds: int = 30  # of Adam on a one-step head's latent
+    rounds: int = 30  # of Adam on a one-step head's latent, at most; 0: errors of the robust fit are carried alone
     rate: float | None = None  # of Adam, on the latent; .05 on a Marigold, .02 on others where left out
     spread: float = 4.0  # cells of the latent over which a one-step head spreads a correction
     reach: float = 0.35  # share of the known pixels' spacing that the errors which are left are carried; 0: none
 
     def __post_init__(self) -> None:
-        check(self, steps="1..1000", rounds="1..", rate=POSITIVE, spread=NOT_NEGATIVE, reach=NOT_NEGATIVE)
+        check(self, steps="1..1000", rounds="0..", rate=POSITIVE, spread=NOT_NEGATIVE, reach=NOT_NEGATIVE)
 
 
 def complete_depth(
@@ -113,13 +113,15 @@ def carry_errors(depth: Tensor, known: Tensor, *, reach: float) -> Tensor:
 
     Args:
         depth, known: (H, W) metres; known is 0 where there is none.
-        reach: sigma in pixels. Where there is nothing within it, the depth stays as it is.
+        reach: sigma in pixels; 0: none. Where nothing is known within it, the depth stays as it is.
     """
+    if not reach:
+        return depth
     seen = (known > 0).float()
     missed = torch.where(known > 0, known.clamp(min=1e-6).log() - depth.clamp(min=1e-3).log(), 0.0)
     total, weight = (_blurred(part[None, None], reach)[0, 0] for part in (missed, seen))
     single = 1 / (2 * math.pi * reach**2)  # weight of a known pixel on itself
-    return depth * (total / (weight + 0.3 * single)).exp()
+    return depth * (total / (weight + 0.1 * single)).exp()
 
 
 def _follow_diffusion(
@@ -149,41 +151,38 @@ def _follow_latent(
 ) -> Tensor:
     """The latent that the head predicts, moved by Adam so that what is decoded of it meets the known depths.
 
-    Errors are counted in logarithms: far pixels of a disparity do not outweigh all others. A gradient reaches few cells
-    around each known pixel; it is blurred, so that a correction carries its surroundings along. What the decoder cannot
-    draw is carried by `carry_errors`.
+    Errors are counted in logarithms: far pixels do not outweigh all others. A gradient reaches few cells around each
+    known pixel; it is blurred, so that a correction carries its surroundings along. A fifth of the known pixels is left
+    out and says after how many rounds the latent is best, which may be none. Then `carry_errors`, with all of them.
     """
     with torch.no_grad():
         start = head.model.predict(latents, noise)
         first = read(start)
-    seen = known > 0
-    inverse = head.task == "disparity"
+    seen, inverse = known > 0, head.task == "disparity"
     target = torch.where(seen, known, 1.0)
     scale, shift = (float(v) for v in fit_robust(first[None], (1 / target if inverse else target)[None], seen[None]))
     ruler = Ruler(known, scale=scale, shift=shift)
-    leaf = start.detach().float().clone().requires_grad_()
-    rate = how.rate or 0.02
+    leaf, rate = start.detach().float().clone().requires_grad_(), how.rate or 0.02
     adam = torch.optim.Adam([{"params": [leaf], "lr": rate}, {"params": ruler.parameters, "lr": rate / 10}])
-
-    def metres() -> Tensor:
-        measured = ruler.metric(read(leaf))
-        return 1 / measured.clamp(min=LEAST_DISPARITY) if inverse else measured.clamp(min=1e-3)
-
-    for step in range(how.rounds):
+    mixed = torch.randperm(int(seen.sum()), generator=torch.Generator().manual_seed(0)).to(known.device)
+    judges, led = mixed[: len(mixed) // 5], mixed[len(mixed) // 5 :]
+    best, least = first, math.inf
+    for step in range(how.rounds + 1):
         with torch.enable_grad():
-            error = (metres().log() - target.log())[seen]
-            loss = error.abs().mean() + error.square().mean()
+            measured = ruler.metric(read(leaf))
+            depth = 1 / measured.clamp(min=LEAST_DISPARITY) if inverse else measured.clamp(min=1e-3)
+            error = (depth.log() - target.log())[seen]
+            loss = error[led].abs().mean() + error[led].square().mean()
             gradient, *others = torch.autograd.grad(loss, [leaf, *ruler.parameters])
+        missed = float((error[judges] if len(judges) else error).detach().abs().mean())
+        if missed < least:
+            best, least = depth.detach(), missed
         leaf.grad = _blurred(gradient, how.spread)
         for parameter, slope in zip(ruler.parameters, others, strict=True):
             parameter.grad = slope
         adam.step()
-        check_finite("guided completion", leaf.detach(), step, how.rounds)
-    with torch.no_grad():
-        depth = metres()
-    if not how.reach:
-        return depth
-    return carry_errors(depth, known, reach=how.reach * math.sqrt(known.numel() / int(seen.sum())))
+        check_finite("guided completion", leaf.detach(), step, how.rounds + 1)
+    return carry_errors(best, known, reach=how.reach * math.sqrt(known.numel() / len(mixed)))
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:

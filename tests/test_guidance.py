@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from diffrep import extract, load_backbone
 from diffrep.backbones import Conditions
+from diffrep.eval.guidance import MEASUREMENTS, METHODS, GuidanceEvaluation, evaluate_guidance
 from diffrep.guidance import operators
 from diffrep.guidance.composition import superpose
 from diffrep.guidance.core import Between, guided
@@ -27,6 +29,7 @@ from diffrep.guidance.inversion import (
 from diffrep.guidance.operators import Operator
 from diffrep.guidance.posterior import dps, flowchef, measured_start, pigdm, red_diff, spaced_grid
 from diffrep.images import fit_image, load_image
+from diffrep.sampling.models import diffusion_model
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP, TimeGrid
 from diffrep.synthesis.composition import compose_patches
 from diffrep.training.sara import SaRA
@@ -399,3 +402,16 @@ def test_patches_under_two_embeddings() -> None:
     assert torch.allclose(alike[0], alike[2], atol=1e-4)
     alone = compose_patches(model, first[1:], second[1:], steps=12, seed=0)[0]
     assert alone.shape == (1, 3, 8, 8)
+
+
+@pytest.mark.slow
+def test_samplers_through_a_decoder(tmp_path: Path) -> None:
+    model = diffusion_model("tiny", "", guidance=1.0, device="cpu")
+    settings = GuidanceEvaluation(count=1, steps=3, size=64, workers=0)
+    report = evaluate_guidance(model, settings, tmp_path)
+    assert set(report.scores) == set(MEASUREMENTS)
+    for rows in report.scores.values():
+        assert {m: row["calls"] for m, row in rows.items()} == {m: 3.0 * (m != "pseudo-inverse") for m in METHODS}
+        assert all(math.isfinite(value) for row in rows.values() for value in row.values())
+    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert "super-resolution by 4" in report.table()

@@ -30,6 +30,7 @@ from diffrep.eval.datasets.pair_sets import (
 )
 from diffrep.eval.datasets.pairs import PairSet, read_keypoint_tables, read_tss
 from diffrep.eval.flow import evaluate_flow
+from diffrep.eval.guidance import GuidanceEvaluation, evaluate_guidance
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_maps
 from diffrep.eval.matchers import baselines, matchers_of
@@ -56,6 +57,7 @@ from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
 from diffrep.heads.segmentation import SegmentationHead, SegmentConfig
 from diffrep.recipes import Correspondence
+from diffrep.sampling.models import diffusion_model
 from diffrep.scenes import Scene
 from diffrep.synthesis import SynthesisSettings, load_synthesis
 
@@ -307,6 +309,22 @@ class DenseEvaluation(ReportOptions, PrecisionOptions):
         weights: dict[str, object] = dict.fromkeys(methods)
         weights[self.head] = [head.found, head_fingerprint(head)]
         return evaluate_scene_maps(methods, head.task, self.scenes, folder=self.work, weights=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalGuidance(ReportOptions, PrecisionOptions):
+    """Posterior samplers on four measurements of held-out scenes, through the decoder of one model."""
+
+    model: str = "tiny"  # embedded model, folder or hub id of a latent diffusion
+    prompt: str = ""  # that it works under
+    pictures: Path | None = None  # folder for a picture of each measurement
+    settings: Annotated[GuidanceEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=GuidanceEvaluation)
+
+    def run(self) -> None:
+        self.check_output()
+        device, dtype = self.resolved()
+        model = diffusion_model(self.model, self.prompt, guidance=1.0, device=device, dtype=dtype)
+        self.show(evaluate_guidance(model, self.settings, self.pictures))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ class Operator:
             return self.transpose(y)
         with torch.enable_grad():
             x = y.new_zeros(len(y), *self.shape).requires_grad_()
-            return torch.autograd.grad(self.forward(x), x, y)[0]
+            return torch.autograd.grad(self.forward(x), x, y, create_graph=y.requires_grad)[0]
 
     def pinv(self, y: Tensor, *, rounds: int = 100) -> Tensor:
         """The image of least norm among those whose measurement is nearest to y.

@@ -127,22 +127,13 @@ def psld(
             data = between.forms()["data"]
             image = decode(data)
             error = _squares(operator(image) - y).sqrt()
-            glued = operator.adjoint(y) + image - _back(operator, image)
+            glued = operator.adjoint(y) + image - operator.adjoint(operator(image))
             distance = _squares(encode(glued) - data).sqrt()
             loss = (glue_weight * distance + weight * error).sum()
             (gradient,) = torch.autograd.grad(loss, between.x, retain_graph=True)
         return between.ahead() - gradient
 
     return guide
-
-
-def _back(operator: Operator, image: Tensor) -> Tensor:
-    """A^T A x, differentiable in x."""
-    measured = operator(image)
-    if operator.transpose is not None:
-        return operator.transpose(measured)
-    zeros = torch.zeros_like(image, requires_grad=True)
-    return torch.autograd.grad(operator(zeros), zeros, measured, create_graph=True)[0]
 
 
 # -- gradients that skip the network --------------------------------------------------------------------------
