@@ -268,7 +268,8 @@ def _predictions(
     run: _Run,
     existing: Sequence[str],
 ) -> Iterator[tuple[Item, Image.Image, Any]]:
-    for group in _batches(_images(inputs, output, run, existing, getattr(head, "opened", load_image)), config.batch_size):
+    opened = getattr(head, "opened", load_image)
+    for group in _batches(_images(inputs, output, run, existing, opened), config.batch_size):
         try:
             results = list(head.predict_each([image for _, image in group], config))
         except Exception as error:  # the images of a batch have one size: what fails for one fails for all
