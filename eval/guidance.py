@@ -19,10 +19,9 @@ from diffrep.guidance import operators
 from diffrep.guidance.core import guided
 from diffrep.guidance.operators import Operator
 from diffrep.guidance.posterior import dps, flowchef_latent, pigdm, red_diff, through_decoder
+from diffrep.painting import DiffusionModel
 from diffrep.pictures import image_grid
-from diffrep.sampling.models import DiffusionModel
-from diffrep.sampling.samplers import table_times
-from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid
+from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid, table_times
 from diffrep.settings import NOT_NEGATIVE, check_ranges
 
 MEASUREMENTS: dict[str, Callable[[tuple[int, int, int]], Operator]] = {

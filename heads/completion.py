@@ -22,7 +22,7 @@ from diffrep.guidance.completion import Reader, Ruler, complete_by_diffusion
 from diffrep.guidance.core import Level, check_finite
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.maps import DepthMap
-from diffrep.heads.sizes import resize
+from diffrep.heads.tiling import resize
 from diffrep.sampling.schedules import TableVP, TimeGrid
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 

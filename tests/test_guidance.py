@@ -29,7 +29,7 @@ from diffrep.guidance.inversion import (
 from diffrep.guidance.operators import Operator
 from diffrep.guidance.posterior import dps, flowchef, measured_start, pigdm, red_diff, spaced_grid
 from diffrep.images import fit_image, load_image
-from diffrep.sampling.models import diffusion_model
+from diffrep.painting import diffusion_model
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP, TimeGrid
 from diffrep.synthesis.composition import compose_patches
 from diffrep.training.sara import SaRA

@@ -56,8 +56,8 @@ from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
 from diffrep.heads.segmentation import SegmentationHead, SegmentConfig
+from diffrep.painting import diffusion_model
 from diffrep.recipes import Correspondence
-from diffrep.sampling.models import diffusion_model
 from diffrep.scenes import Scene
 from diffrep.synthesis import SynthesisSettings, load_synthesis
 
