@@ -17,7 +17,6 @@ from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.commands.train import open_set
 from diffrep.eval.cache import StoredType
-from diffrep.eval.completion import CompletionEvaluation, evaluate_completion
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
 from diffrep.eval.datasets.dense_images import open_benchmark
 from diffrep.eval.datasets.pair_sets import (
@@ -30,7 +29,6 @@ from diffrep.eval.datasets.pair_sets import (
 )
 from diffrep.eval.datasets.pairs import PairSet, read_keypoint_tables, read_tss
 from diffrep.eval.flow import evaluate_flow
-from diffrep.eval.guidance import GuidanceEvaluation, evaluate_guidance
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_maps
 from diffrep.eval.matchers import baselines, matchers_of
@@ -51,12 +49,10 @@ from diffrep.eval.segmentation import (
 )
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
 from diffrep.files import write_whole
-from diffrep.heads.completion import CompletionConfig
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
 from diffrep.heads.segmentation import SegmentationHead, SegmentConfig
-from diffrep.painting import diffusion_model
 from diffrep.recipes import Correspondence
 from diffrep.scenes import Scene
 from diffrep.synthesis import SynthesisSettings, load_synthesis
@@ -309,39 +305,6 @@ class DenseEvaluation(ReportOptions, PrecisionOptions):
         weights: dict[str, object] = dict.fromkeys(methods)
         weights[self.head] = [head.found, head_fingerprint(head)]
         return evaluate_scene_maps(methods, head.task, self.scenes, folder=self.work, weights=weights)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalGuidance(ReportOptions, PrecisionOptions):
-    """Posterior samplers on four measurements of held-out scenes, through the decoder of one model."""
-
-    model: str = "tiny"  # embedded model, folder or hub id of a latent diffusion
-    prompt: str = ""  # that it works under
-    pictures: Path | None = None  # folder for a picture of each measurement
-    settings: Annotated[GuidanceEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=GuidanceEvaluation)
-
-    def run(self) -> None:
-        self.check_output()
-        device, dtype = self.resolved()
-        model = diffusion_model(self.model, self.prompt, guidance=1.0, device=device, dtype=dtype)
-        self.show(evaluate_guidance(model, self.settings, self.pictures))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalCompletion(ReportOptions, PrecisionOptions):
-    """Depth of held-out scenes from a head and some known depths: fits, guidance, and the nearest known depth."""
-
-    head: str = "tiny-depth"  # embedded head, folder or hub id
-    settings: Annotated[CompletionEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=CompletionEvaluation)
-    guidance: CompletionConfig = field(default_factory=CompletionConfig)
-
-    def run(self) -> None:
-        self.check_output()
-        device, dtype = self.resolved()
-        head = load_head(self.head, device=device, dtype=dtype)
-        if not isinstance(head, DenseHead) or head.task == "normals":
-            raise ValueError(f"{self.head}: predicts {head.task}, not depth")
-        self.show(evaluate_completion(head, self.settings, self.guidance))
 
 
 @dataclass(frozen=True, kw_only=True)
