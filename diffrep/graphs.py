@@ -38,8 +38,8 @@ class Graphs:
     """The recorded calls of a model's networks.
 
     A call is recorded when its key and shapes come for the second time: the first run warms the libraries up, and a
-    folder of photographs that all differ in size is not recorded at all. Calls that need gradients, run under a hook
-    that somebody else set or on another device than CUDA are plain calls.
+    folder of photographs that all differ in size is not recorded at all. Calls that need gradients, run under a hook or
+    with a forward that somebody else set, or on another device than CUDA, are plain calls.
 
     Args:
         modules: whose forward hooks are looked at; they are not moved or changed.
@@ -103,13 +103,21 @@ class Graphs:
             return False
         if not self._watched:
             self._watched = [module for root in self._modules for module in root.modules()]
-        return not any(module._forward_hooks or module._forward_pre_hooks for module in self._watched)
+        return not any(
+            module._forward_hooks or module._forward_pre_hooks or _runs_otherwise(module) for module in self._watched
+        )
 
     def _on_device(self, inputs: tuple[Tensor, ...]) -> bool:
         if not all(each.is_cuda for each in inputs) or torch.cuda.is_current_stream_capturing():
             return False
         # recordings share memory: what runs on another stream could run at the same time
         return torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+def _runs_otherwise(module: nn.Module) -> bool:
+    """Whether somebody put another forward in place of that of the class, other than `torch.compile`."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not hasattr(forward, "_torchdynamo_orig_callable")
 
 
 class _Recorded:

@@ -76,6 +76,10 @@ def test_gradients_hooks_and_a_person_prevent_it(graphs: Everywhere) -> None:
         for _ in range(3):
             graphs("hooked", lambda t: t, x)
         handle.remove()
+        module.forward = lambda t: t
+        for _ in range(3):
+            graphs("patched", lambda t: t, x)
+        del module.forward
         assert RECORDED == []
         for _ in range(3):
             graphs("hooked", lambda t: t, x)

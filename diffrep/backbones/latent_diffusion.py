@@ -203,10 +203,18 @@ class LatentDiffusion(LatentBackbone):
         context = torch.cat([e.context for e in embeddings]).to(self.device, self.dtype)
         pools = [e.pooled for e in embeddings if e.pooled is not None]
         added = self._added_conditions(torch.cat(pools) if pools else None, len(states), states.shape[-2:])
-        named: dict[str, Any] = {"added_cond_kwargs": added} if added else {}
-        noisy = states.to(self.device, self.dtype)
-        output: Tensor = self.network(noisy, timestep, encoder_hidden_states=context, **named).sample
-        return output
+
+        def run(noisy: Tensor, step: Tensor, context: Tensor, *conditioning: Tensor) -> Tensor:
+            named = {"added_cond_kwargs": dict(zip(added, conditioning, strict=True))} if added else {}
+            with fused_blocks(self.network):
+                output: Tensor = self.network(noisy, step, encoder_hidden_states=context, **named).sample
+            return output
+
+        step = torch.full((1,), timestep, device=self.device)
+        predicted: Tensor = self.graphs(
+            "predicted", run, states.to(self.device, self.dtype), step, context, *added.values()
+        )
+        return predicted
 
     def _added_conditions(self, pooled: Tensor | None, batch: int, size: Sequence[int]) -> dict[str, Tensor]:
         """SDXL's pooled text and its original size, crop corner and target size, as diffusers names them."""

@@ -120,7 +120,14 @@ class PixelDiffusion(DiffusionBackbone):
 
     def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
         classes = {} if self.classes is None else {"class_labels": torch.tensor(list(conditions), device=self.device)}
-        output: Tensor = self.network(states.to(self.device, self.dtype), timestep, **classes).sample
+
+        def run(noisy: Tensor, step: Tensor, *labels: Tensor) -> Tensor:
+            output: Tensor = self.network(noisy, step, **dict(zip(classes, labels, strict=True))).sample
+            return output
+
+        step = torch.full((1,), timestep, device=self.device)
+        inputs = states.to(self.device, self.dtype), step, *classes.values()
+        output: Tensor = self.graphs("predicted", run, *inputs)
         return output[:, : states.shape[1]]
 
     def decode(self, states: Tensor) -> Tensor:
