@@ -51,7 +51,7 @@ __all__ = [
     "write_head",
 ]
 
-EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation")
+EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation", "tiny-restore")
 RESTORATION = "restore"
 TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation", RESTORATION), (*FAMILIES, DIFFDIS, *RESTORATION_FAMILIES)
 KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say

@@ -36,7 +36,8 @@ from diffrep.synthesis.schedulers import Stepper, build_scheduler
 
 SchedulerName = Literal[
     "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
-    "official", "dpm", "dpm++-hb", "dpm++-sde", "unipc-hb", "deis-tab", "ipndm", "rho-rk", "ghvb", "hb", "nesterov",
+    "lcm", "official", "dpm", "dpm++-hb", "dpm++-sde", "unipc-hb", "deis-tab", "ipndm", "rho-rk", "ghvb", "hb",
+    "nesterov",
 ]  # fmt: skip
 
 

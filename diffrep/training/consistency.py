@@ -7,16 +7,24 @@ solver of SCott (2403.01505); the first stage of "On distillation of guided diff
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from diffrep.devices import resolve_device
+from diffrep.files import claim_folder
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
+from diffrep.synthesis import SynthesisModel, load_synthesis
+from diffrep.synthesis.grids import ImageEncoder
+from diffrep.training.loop import Batch, FitSettings, fit
+from diffrep.training.patches import Patches, encode_patches
 
 SIGMA_DATA, TIMESTEP_SCALE = 0.5, 10.0
 Network: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -167,3 +175,121 @@ def distillation_terms(
         c = settings.huber_c
         loss = off.mean() if settings.loss == "l2" else ((off + c**2).sqrt() - c).mean()
     return {"noisy": noisy, "w": column, "model_pred": predicted, "x_prev": previous, "target": wanted, "loss": loss}
+
+
+# -- a whole training ---------------------------------------------------------------------------------------
+
+COND_DIM = 256  # numbers that a U-Net is told a guidance scale by
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewStepTraining:
+    """A synthesis model that paints in a few steps, from one that paints in many."""
+
+    base: str = "tiny-synthesis"  # embedded model or folder: the teacher, and where the student starts
+    distillation: Distillation = field(default_factory=lambda: Distillation(w_min=3.0, w_max=3.0))
+    conditioned: bool = False  # the student is told the guidance scale; it is written with `guidance`
+    guidance: float = 2.0  # of the model that is written, where it was told scales
+    batch_size: int = 64
+    fit: FitSettings = field(
+        default_factory=lambda: FitSettings(steps=4000, learning_rate=2e-4, weight_decay=0.0, ema_decay=0.95, seed=41)
+    )
+
+    def __post_init__(self) -> None:
+        check(self, batch_size="1..", guidance="[1, 20]")
+        if not self.conditioned and self.distillation.w_min != self.distillation.w_max:
+            raise ValueError("a student that is not told the guidance scale learns one: set w_min and w_max to it")
+
+
+class Student(nn.Module):
+    """A U-Net in distillation."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, w: Tensor | None = None) -> Tensor:
+        told = None if w is None else guidance_embedding(w, self.unet.config.time_cond_proj_dim).to(latents)
+        output: Tensor = self.unet(latents, timesteps, encoder_hidden_states=context, timestep_cond=told).sample
+        return output
+
+
+def told_guidance(unet: Any) -> Any:
+    """A copy of a U-Net with an input for the guidance scale, which changes nothing yet."""
+    wider = type(unet).from_config(unet.config, time_cond_proj_dim=COND_DIM).to(unet.device)
+    wider.load_state_dict(unet.state_dict(), strict=False)
+    nn.init.zeros_(wider.time_embedding.cond_proj.weight)
+    return wider
+
+
+@torch.no_grad()
+def fold_guidance(unet: Any, w: float) -> Any:
+    """A U-Net that is told a guidance scale -> a plain one that always has heard `w`."""
+    plain = type(unet).from_config({**unet.config, "time_cond_proj_dim": None}).to(unet.device)
+    weights = unet.state_dict()
+    projection = weights.pop("time_embedding.cond_proj.weight")
+    heard = projection @ guidance_embedding(torch.tensor([w]), projection.shape[1])[0].to(projection)
+    weights["time_embedding.linear_1.bias"] += weights["time_embedding.linear_1.weight"] @ heard
+    plain.load_state_dict(weights)
+    return plain
+
+
+def train_few_step(
+    training: FewStepTraining, patches: Patches, folder: Path, *, device: str = "auto", progress: bool = True
+) -> SynthesisModel:
+    """Distil a synthesis model. Called again with the same folder, it goes on where it was.
+
+    Returns:
+        A model of the base's kind that needs no guidance; sample it with the scheduler "lcm" and guidance 1 (after the
+        method "guidance" with any scheduler).
+
+    Raises:
+        ValueError: settings that do not go together, or a folder of another run.
+    """
+    settings = {key: value for key, value in asdict(training).items() if key != "fit"}  # `fit` checks its own
+    claim_folder(folder, settings, name="training.json")
+    place = resolve_device(device)
+    model = load_synthesis(training.base).to(place)
+    latents, embeddings = encode_patches(
+        patches, model, ImageEncoder.of_model(model), folder / "patches.safetensors", seed=training.fit.seed,
+        progress=progress,
+    )  # fmt: skip
+    latents, embeddings = latents.to(place), embeddings.to(place)
+    model.requires_grad_(False)
+    path = DiffusionPath(model.alphas_cumprod.to(place), model.scheduler.get("prediction_type", "epsilon"))
+    teacher = Student(copy.deepcopy(model.unet)).eval()
+    unet = told_guidance(model.unet) if training.conditioned else copy.deepcopy(model.unet)
+    student = Student(unet.float()).requires_grad_(True)
+
+    def batches(generator: torch.Generator) -> Batch:
+        count = training.batch_size
+        rows = torch.randint(len(latents), (count,), generator=generator).to(place)
+        batch = {
+            "latents": latents[rows].float(),
+            "embeddings": embeddings[rows].float(),
+            "index": torch.randint(training.distillation.ddim_steps, (count,), generator=generator),
+            "uniform": torch.rand(count, generator=generator),
+            "noise": torch.randn(count, *latents.shape[1:], generator=generator),
+        }
+        if training.distillation.eta:
+            batch["more"] = torch.randn(count, *latents.shape[1:], generator=generator)
+        return batch
+
+    def losses(module: nn.Module, ema: Student, batch: Batch) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            context = model.context(batch["embeddings"])
+            null = model.null_context(len(context))
+        terms = distillation_terms(
+            path, module, ema if training.fit.ema_decay else module, teacher,
+            (batch["latents"], context, null), (batch["index"], batch["uniform"], batch["noise"]),
+            training.distillation, conditioned=training.conditioned, more=batch.get("more"),
+        )  # fmt: skip
+        return {"loss": terms["loss"]}
+
+    average = fit(student, batches, losses, training.fit, folder, device=place, progress=progress)
+    trained = (average if training.fit.ema_decay else student).unet
+    if training.conditioned:
+        trained = fold_guidance(trained, training.guidance - 1)
+    model.unet = trained
+    model.about = replace(model.about, guidance=1.0)
+    return model.eval().requires_grad_(False)

@@ -173,18 +173,20 @@ def add_poisson(images: Tensor, scale: Tensor, gray: Tensor, draws: Draws) -> Te
     return (images + scale * (noise_of(images) * (1 - gray) + single * gray)).clamp(0, 1)
 
 
-_LUMA_TABLE = torch.tensor([
-    [16, 11, 10, 16, 24, 40, 51, 61], [12, 12, 14, 19, 26, 58, 60, 55], [14, 13, 16, 24, 40, 57, 69, 56],
-    [14, 17, 22, 29, 51, 87, 80, 62], [18, 22, 37, 56, 68, 109, 103, 77], [24, 35, 55, 64, 81, 104, 113, 92],
-    [49, 64, 78, 87, 103, 121, 120, 101], [72, 92, 95, 98, 112, 100, 103, 99],
-], dtype=torch.float32)  # fmt: skip
-_CHROMA_TABLE = F.pad(
-    torch.tensor([[17.0, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]), (0, 4, 0, 4), value=99.0
-)
-_TO_YCC = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-_TO_RGB = torch.tensor([[1.0, 0.0, 1.402], [1.0, -0.344136, -0.714136], [1.0, 1.772, 0.0]])
-_COSINES = torch.cos((2 * torch.arange(8) + 1) * torch.arange(8)[:, None] * math.pi / 16) / 2
-_COSINES[0] /= math.sqrt(2)  # the orthonormal DCT of 8 values, one row per frequency
+_LUMA_TABLE = (
+    (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
+)  # fmt: skip
+_CHROMA_TABLE = (
+    (17, 18, 24, 47, *[99] * 4), (18, 21, 26, 66, *[99] * 4), (24, 26, 56, 99, *[99] * 4),
+    (47, 66, 99, 99, *[99] * 4), *[(99,) * 8] * 4,
+)  # fmt: skip
+_TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+_TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
+_COSINES = [  # the orthonormal DCT of 8 values, one row per frequency
+    [math.cos((2 * n + 1) * k * math.pi / 16) / (2 if k else math.sqrt(8)) for n in range(8)] for k in range(8)
+]
 
 
 def jpeg(images: Tensor, quality: Tensor, *, differentiable: bool = False) -> Tensor:
@@ -197,19 +199,19 @@ def jpeg(images: Tensor, quality: Tensor, *, differentiable: bool = False) -> Te
     wide = F.pad(images * 255, (0, -width % 16, 0, -height % 16))
     factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     shift = images.new_tensor([0.0, 128.0, 128.0]).view(3, 1, 1)
-    ycc = torch.einsum("dc,bchw->bdhw", _TO_YCC.to(images), wide) + shift
+    ycc = torch.einsum("dc,bchw->bdhw", images.new_tensor(_TO_YCC), wide) + shift
     y, colour = ycc[:, :1], F.avg_pool2d(ycc[:, 1:], 2)
-    y = _compressed(y, _LUMA_TABLE.T, factor, differentiable)
-    colour = _compressed(colour, _CHROMA_TABLE, factor, differentiable)
+    y = _compressed(y, images.new_tensor(_LUMA_TABLE).T, factor, differentiable)
+    colour = _compressed(colour, images.new_tensor(_CHROMA_TABLE), factor, differentiable)
     ycc = torch.cat([y, colour.repeat_interleave(2, -1).repeat_interleave(2, -2)], 1) - shift
-    rgb = torch.einsum("dc,bchw->bdhw", _TO_RGB.to(images), ycc)
+    rgb = torch.einsum("dc,bchw->bdhw", images.new_tensor(_TO_RGB), ycc)
     return rgb.clamp(0, 255)[..., :height, :width] / 255
 
 
 def _compressed(planes: Tensor, table: Tensor, factor: Tensor, differentiable: bool) -> Tensor:
     """Blocks of 8 x 8 of (B, C, H, W) in 0..255 with their quantised frequencies."""
     count, channels, height, width = planes.shape
-    cosines, steps = _COSINES.to(planes), table.to(planes) * factor.to(planes).view(-1, 1, 1, 1, 1, 1)
+    cosines, steps = planes.new_tensor(_COSINES), table * factor.to(planes).view(-1, 1, 1, 1, 1, 1)
     blocks = planes.view(count, channels, height // 8, 8, width // 8, 8).transpose(3, 4) - 128
     levels = cosines @ blocks @ cosines.T / steps
     rounded = levels.round()
