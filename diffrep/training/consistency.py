@@ -201,7 +201,7 @@ class FewStepTraining:
             raise ValueError("a student that is not told the guidance scale learns one: set w_min and w_max to it")
 
 
-class Student(nn.Module):
+class FewStepUNet(nn.Module):
     """A U-Net in distillation."""
 
     def __init__(self, unet: Any) -> None:
@@ -257,9 +257,9 @@ def train_few_step(
     latents, embeddings = latents.to(place), embeddings.to(place)
     model.requires_grad_(False)
     path = DiffusionPath(model.alphas_cumprod.to(place), model.scheduler.get("prediction_type", "epsilon"))
-    teacher = Student(copy.deepcopy(model.unet)).eval()
+    teacher = FewStepUNet(copy.deepcopy(model.unet)).eval()
     unet = told_guidance(model.unet) if training.conditioned else copy.deepcopy(model.unet)
-    student = Student(unet.float()).requires_grad_(True)
+    student = FewStepUNet(unet.float()).requires_grad_(True)
 
     def batches(generator: torch.Generator) -> Batch:
         count = training.batch_size
@@ -275,7 +275,7 @@ def train_few_step(
             batch["more"] = torch.randn(count, *latents.shape[1:], generator=generator)
         return batch
 
-    def losses(module: nn.Module, ema: Student, batch: Batch) -> Mapping[str, Tensor]:
+    def losses(module: nn.Module, ema: FewStepUNet, batch: Batch) -> Mapping[str, Tensor]:
         with torch.no_grad():
             context = model.context(batch["embeddings"])
             null = model.null_context(len(context))
