@@ -172,7 +172,7 @@ def _names_adapters(file: Path) -> bool:
     if file.suffix != ".safetensors":
         return True
     with safe_open(file, "pt") as opened:
-        return any(key.startswith("state_dict_unet") for key in opened)
+        return any(key.startswith("state_dict_unet") for key in opened.keys())  # noqa: SIM118
 
 
 def _load_adapters(
