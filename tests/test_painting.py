@@ -1,0 +1,202 @@
+"""`sample` on the public layouts, by parts of the network, from searched steps; samplers against kinds of models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from diffrep import sample
+from diffrep.backbones import BackboneError
+from diffrep.backbones.early_exit import EarlyExitUViT, UViTConfig
+from diffrep.backbones.partial import PartialNetwork, skippable_units
+from diffrep.painting import DiffusionModel, diffusion_model
+from diffrep.sampling.core import run
+from diffrep.sampling.samplers import SAMPLERS, build_table, model_schedule
+from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP
+from diffrep.sampling.search import Candidate
+
+from . import layouts
+from .test_sampling import MEAN, SPREAD, gaussian
+
+
+@pytest.fixture(scope="module")
+def tiny() -> DiffusionModel:
+    return diffusion_model("tiny", "a cat", guidance=2.0)
+
+
+# -- layouts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux.1-dev", "flux.1-schnell", "sd2.1"])
+def test_public_layouts_are_painted(kind: str, tmp_path: Path) -> None:
+    """Two prompts in one batch are what they are alone, and guidance changes them."""
+    model = diffusion_model(layouts.build(kind, tmp_path / kind), ["a cat", "two dogs"])
+    side = 8 * (model.multiple or model.factor)
+    painted = sample(model, steps=2, size=(side, side), guidance=None)
+    assert painted.images.shape == (2, 3, side, side)
+    assert torch.isfinite(painted.latents).all()
+    alone = sample(diffusion_model(tmp_path / kind, ["two dogs"]), steps=2, size=(side, side)).latents
+    assert (painted.latents[0] - painted.latents[1]).abs().max() > 1e-3
+    other = sample(diffusion_model(tmp_path / kind, ["a cat"], guidance=1.0), steps=2, size=(side, side)).latents
+    if kind != "flux.1-schnell":  # which has no guidance where none is asked for
+        assert (painted.latents[:1] - other).abs().max() > 1e-4
+    else:
+        torch.testing.assert_close(painted.latents[:1], other, atol=1e-3, rtol=1e-3)
+    assert alone.shape[0] == 1
+
+
+def test_flows_of_flux_are_shifted_by_the_number_of_tokens() -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "shift": 3.0}
+    _, flow = model_schedule(config)
+    assert isinstance(flow, Flow)
+    assert flow.of_tokens(256).shift == pytest.approx(np.exp(0.5))
+    assert flow.of_tokens(4096).shift == pytest.approx(np.exp(1.15))
+    assert Flow(shift=2.0).of_tokens(4096).shift == 2.0
+
+
+def test_flow_timesteps_are_those_of_diffusers() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    theirs.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6).tolist(), mu=0.8)
+    ours = build_table("euler", Flow(shift=float(np.exp(0.8))), 6)
+    np.testing.assert_allclose(ours.grid.labels, theirs.timesteps.numpy(), rtol=1e-5)
+
+
+# -- samplers against kinds of models -------------------------------------------------------------------------
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stable diffusion": ("epsilon", SD),
+    "v prediction": ("v_prediction", SD),
+    "cosine": ("v_prediction", {"beta_schedule": "squaredcos_cap_v2"}),  # begins almost without signal
+    "without signal": ("v_prediction", {**SD, "rescale_betas_zero_snr": True}),
+    "adm": ("epsilon", {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}),
+    "flow": ("flow_prediction", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
+}
+
+
+def exact(prediction: str, schedule: NoiseSchedule) -> Any:
+    """The exact network of normal data, in a model's own convention."""
+
+    def network(x: Tensor, t: float) -> Tensor:
+        t = t / 1000 if isinstance(schedule, Flow) else t
+        a, s = float(schedule.alpha(t)), float(schedule.sigma(t))
+        noise = gaussian(x, a, s)
+        data = (
+            torch.full_like(x, MEAN) if a < 1e-12 else MEAN + a * SPREAD**2 * (x - a * MEAN) / (a**2 * SPREAD**2 + s**2)
+        )
+        return {"epsilon": noise, "v_prediction": a * noise - s * data, "flow_prediction": noise - data}[prediction]
+
+    return network
+
+
+def refusal(name: str, schedule: NoiseSchedule) -> str:
+    try:
+        build_table(name, schedule, 20)
+    except SamplingError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_works_or_says_so_before_the_first_step(name: str, kind: str) -> None:
+    prediction, config = KINDS[kind]
+    schedule = model_schedule({**config, "prediction_type": prediction})[1]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(100, 1, 4, 4, generator=generator)
+    if refused := refusal(name, schedule):
+        assert "\n" not in refused
+        assert len(refused) < 200
+        assert kind in ("cosine", "without signal", "flow"), f"{name} works on every other kind"
+        assert kind != "cosine" or name in ("rho-rk", "evodiff")
+        return
+    table = build_table(name, schedule, 20)
+    noise = [torch.randn(x.shape, generator=generator) for _ in table.updates]
+    got = run(table, exact(prediction, schedule), x, prediction=prediction, noise=noise)
+    assert abs(float(got.mean()) - MEAN) < 0.1, (name, kind)
+    assert abs(float(got.std()) - SPREAD) < 0.15, (name, kind)
+
+
+# -- parts of the network -------------------------------------------------------------------------------------
+
+
+def test_skipped_units_are_skipped_and_cost_nothing(tiny: DiffusionModel) -> None:
+    units = skippable_units(tiny.network)
+    whole = sample(tiny, timesteps=(900, 500, 100), count_flops=True)
+    steps = Candidate((900, 500, 100), skipped=((), tuple(range(len(units))), (0, 1)))
+    less = sample(tiny, timesteps=steps, count_flops=True)
+    assert whole.flops and less.flops and 0.5 * whole.flops < less.flops < 0.8 * whole.flops
+    assert (whole.latents - less.latents).abs().max() > 1e-3
+    none = sample(tiny, timesteps=Candidate((900, 500, 100), skipped=((), (), ())))
+    assert torch.equal(none.latents, whole.latents)
+    assert torch.equal(sample(tiny, timesteps=(900, 500, 100)).latents, whole.latents)  # the network is as it was
+    with pytest.raises(BackboneError, match="units 0"):
+        sample(tiny, timesteps=Candidate((900,), skipped=((10_000,),)))
+
+
+@pytest.mark.parametrize("kind", ["sd3", "flux.1-schnell"])
+def test_blocks_of_transformers_are_skipped(kind: str, tmp_path: Path) -> None:
+    model = diffusion_model(layouts.build(kind, tmp_path / kind), "a cat", guidance=1.0)
+    side = 4 * (model.multiple or model.factor)
+    steps = Candidate((1000, 500), skipped=((), tuple(range(len(skippable_units(model.network)) - 1))))
+    whole, less = (
+        sample(model, timesteps=t, size=(side, side), sampler="euler", count_flops=True) for t in ((1000, 500), steps)
+    )
+    assert less.flops < whole.flops  # type: ignore[operator]
+    assert torch.isfinite(less.latents).all()
+
+
+def test_a_fixed_table_of_depths_inherits_as_an_interval_does(tiny: DiffusionModel) -> None:
+    by_interval = sample(tiny, steps=4, inherit=2, branch=1)
+    by_table = sample(tiny, steps=4, depths=(-1, 1, -1, 1))
+    assert torch.equal(by_interval.latents, by_table.latents)
+    with pytest.raises(SamplingError, match="one entry for each of 4 calls"):
+        sample(tiny, steps=4, depths=(-1, 1))
+
+
+def test_an_early_exit_follows_its_table() -> None:
+    network = EarlyExitUViT(UViTConfig(img_size=8, embed_dim=16, depth=5, num_heads=2)).eval()
+    x, t = torch.randn(1, 3, 8, 8), torch.tensor([10.0])
+    with torch.no_grad(), PartialNetwork(network, depths=(-1, 2)) as part:
+        part.at(0)
+        whole = network(x, t)
+        part.at(1)
+        torch.testing.assert_close(network(x, t), whole.outputs[2])
+    with pytest.raises(BackboneError, match="depths of -1"):
+        PartialNetwork(network, depths=(9,))
+
+
+# -- searched steps -------------------------------------------------------------------------------------------
+
+
+def test_searched_orders_and_files_take_the_place_of_timesteps(tiny: DiffusionModel, tmp_path: Path) -> None:
+    file = tmp_path / "steps.json"
+    file.write_text(json.dumps({"timesteps": [100, 900, 500], "orders": [1, 1, 2]}))  # in any order
+    from_file = sample(tiny, timesteps=file, sampler="dpm++")
+    expected = sample(tiny, timesteps=(900, 500, 100), sampler="dpm++", order=(1, 2, 1))
+    assert torch.equal(from_file.latents, expected.latents)
+    with pytest.raises(SamplingError, match="no option order"):
+        sample(tiny, timesteps=file, sampler="ddim")
+    for text, match in (
+        ('{"timesteps": [1, 2], "orders": [1]}', "one entry for each of 2"),
+        ('{"timesteps": [1, 2], "orders": [0, 1]}', "orders are whole numbers from 1"),
+        ('{"timesteps": [0.5]}', "list of whole numbers"),
+    ):
+        file.write_text(text)
+        with pytest.raises(SamplingError, match=match):
+            sample(tiny, timesteps=file)
+
+
+def test_tables_have_one_order_for_each_step() -> None:
+    _, schedule = model_schedule(SD)
+    assert isinstance(schedule, TableVP)
+    with pytest.raises(SamplingError, match="one for each of 3 steps"):
+        build_table("unipc", schedule, 3, order=(1, 2))
