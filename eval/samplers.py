@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from diffrep.eval.painted import frechet_distance, load_features
 from diffrep.eval.report import Report, Section, read_tables
-from diffrep.painting import DiffusionModel, diffusion_model, is_synthesis, sample
+from diffrep.painting import DiffusionModel, Samples, diffusion_model, is_synthesis, sample
 from diffrep.sampling.samplers import SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError
-from diffrep.sampling.search import Candidate
+from diffrep.sampling.search import Candidate, read_candidate
 from diffrep.synthesis.grids import ImageEncoder
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DETERMINISTIC: dict[str, dict[str, Any]] = {"lml": {"kappa": 0.3}}  # beside the defaults; LML's kappa 0 does nothing
 
@@ -30,6 +34,8 @@ class SamplersEvaluation:
         calls: network calls of a sample, each a column.
         samplers: names; none: all deterministic ones that work with the model.
         spacing: where the timesteps lie.
+        schedule: what a search wrote: its steps are a further column, of the samplers that can take them.
+        fid: feature spaces of FID, see `load_features`; it needs many images.
         reference: steps of UniPC that stand for the fine solution.
     """
 
@@ -37,6 +43,8 @@ class SamplersEvaluation:
     samplers: tuple[str, ...] = ()
     spacing: str = "trailing"
     reference: int = 125
+    schedule: Path | None = None
+    fid: tuple[str, ...] = ()  # FID to the fine images in these feature spaces: tiny-dino@class, inception:FILE
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +78,9 @@ class SamplersReport(Report):
     seconds: Mapping[str, float]  # of the machine alone at the most calls, without the network
     refused: Mapping[str, str]
     spread: float  # standard deviation of the fine solution's latents, which the distances are to be seen against
+    fid: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = field(default_factory=dict)  # by feature space
+    searched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # guidance -> sampler -> distance
+    pictures: Mapping[str, Sequence[Tensor]] = field(default_factory=dict, repr=False)  # guidance -> a row a sampler
 
     def sections(self) -> Iterable[Section]:
         fine = f"UniPC with {self.settings.reference} steps (deviation {self.spread:.2f})"
@@ -77,9 +88,18 @@ class SamplersReport(Report):
             ranked = sorted(rows, key=lambda name: rows[name].get(self.settings.calls[-1], float("inf")))
             yield Section(
                 f"{self.model}, guidance {guidance}: distance of the latents to {fine}, by network calls",
-                [*(str(n) for n in self.settings.calls), "ms/step"],
-                [(name, *self._cells(rows[name]), f"{1000 * self.seconds[name]:.2f}") for name in ranked],
+                [*(str(n) for n in self.settings.calls), *(["searched"] if self.searched else []), "ms/step"],
+                [
+                    (name, *self._cells(rows[name]), *self._found(guidance, name), f"{1000 * self.seconds[name]:.2f}")
+                    for name in ranked
+                ],
             )
+            for space, tables in self.fid.items():
+                yield Section(
+                    f"{self.model}, guidance {guidance}: FID to the images of {fine}, in {space}, by network calls",
+                    [str(n) for n in self.settings.calls],
+                    [(name, *self._cells(tables[guidance][name], 2)) for name in ranked],
+                )
         yield Section("", notes=[f"  {name}: {why}" for name, why in self.refused.items()])
         yield Section(
             "published FID, other models, by network calls (README of USF)",
@@ -90,17 +110,32 @@ class SamplersReport(Report):
             ],
         )
 
-    def _cells(self, row: Mapping[int, float]) -> list[str]:
-        return [f"{row[n]:.3f}" if n in row else "-" for n in self.settings.calls]
+    def _cells(self, row: Mapping[int, float], digits: int = 3) -> list[str]:
+        return [f"{row[n]:.{digits}f}" if n in row else "-" for n in self.settings.calls]
+
+    def _found(self, guidance: str, name: str) -> list[str]:
+        """The cell of the searched steps, where there are any."""
+        if not self.searched:
+            return []
+        value = self.searched[guidance].get(name)
+        return ["-" if value is None else f"{value:.3f}"]
+
+    def picture(self) -> Image.Image:
+        """The first image by each sampler (rows, as in the table; the last the fine solution) and calls (columns)."""
+        from diffrep.pictures import image_grid
+
+        return image_grid([row for rows in self.pictures.values() for row in rows])
 
     def document(self) -> Mapping[str, object]:
         return {
             "model": self.model,
-            "settings": vars(self.settings),
+            "settings": {**vars(self.settings), "schedule": self.settings.schedule and str(self.settings.schedule)},
             "distances": self.distances,
             "seconds_per_step": self.seconds,
             "refused": self.refused,
             "spread": self.spread,
+            "fid": self.fid,
+            "searched": self.searched,
         }
 
 
@@ -113,46 +148,77 @@ def evaluate_samplers(
         models: by the guidance's name, the model under its conditions; all paint the same noise.
     """
     settings = settings or SamplersEvaluation()
+    spaces = {name: load_features(name) for name in settings.fid}
+    found = None if settings.schedule is None else read_candidate(settings.schedule)
     distances: dict[str, dict[str, dict[int, float]]] = {}
+    fid: dict[str, Any] = {space: {guidance: {} for guidance in models} for space in spaces}
+    searched: dict[str, dict[str, float]] = {}
+    pictures: dict[str, list[Tensor]] = {}
     refused: dict[str, str] = {}
     seconds: dict[str, float] = {}
     spread = 0.0
     for guidance, model in models.items():
-        fine = sample(model, sampler="unipc", steps=settings.reference, seed=settings.seed).latents
-        spread = float(fine.std())
-        distances[guidance] = {}
+        fine = sample(model, sampler="unipc", steps=settings.reference, seed=settings.seed)
+        spread, distances[guidance], shown = float(fine.latents.std()), {}, dict[str, Tensor]()
+        searched |= {} if found is None else {guidance: {}}
         for name in settings.samplers or _usual(model):
-            rows: dict[int, float] = {}
+            rows: dict[int, Samples] = {}
             for calls in settings.calls:
                 try:
-                    got = _paint(model, name, calls, settings)
+                    rows[calls] = _paint(model, name, calls, settings)
                 except SamplingError as error:
                     refused[name] = str(error)
-                    continue
-                rows[calls] = float((got - fine).square().mean().sqrt())
-            if rows:
-                distances[guidance][name] = rows
-                seconds[name] = _overhead(model, name, max(rows), settings)
-    return SamplersReport(next(iter(models.values())).name, settings, distances, seconds, refused, spread)
+            if not rows:
+                continue
+            distances[guidance][name] = {calls: _distance(got, fine) for calls, got in rows.items()}
+            seconds[name] = _overhead(model, name, max(rows), settings)
+            for space, features in spaces.items():
+                fid[space][guidance][name] = {
+                    calls: frechet_distance(fine.images, got.images, features) for calls, got in rows.items()
+                }
+            blank = torch.ones_like(fine.images[0])
+            shown[name] = torch.stack([rows[n].images[0] if n in rows else blank for n in settings.calls])
+            if found is not None:
+                try:
+                    got = sample(
+                        model, sampler=name, timesteps=found, seed=settings.seed, **DETERMINISTIC.get(name, {})
+                    )
+                    searched[guidance][name] = _distance(got, fine)
+                except SamplingError as error:
+                    refused[f"{name} at the searched steps"] = str(error)
+        last = {name: row.get(settings.calls[-1], math.inf) for name, row in distances[guidance].items()}
+        pictures[guidance] = [shown[name] for name in sorted(shown, key=lambda name: last[name])]
+        pictures[guidance].append(fine.images[:1].expand(len(settings.calls), -1, -1, -1))
+    name = next(iter(models.values())).name
+    return SamplersReport(name, settings, distances, seconds, refused, spread, fid, searched, pictures)
+
+
+def _distance(got: Samples, fine: Samples) -> float:
+    return float((got.latents - fine.latents).square().mean().sqrt())
 
 
 def distance_to_fine(
-    model: DiffusionModel, sampler: str, steps: int, reference: int, *, seed: int = 0
+    model: DiffusionModel, sampler: str, steps: int, reference: int, *, seed: int = 0, cost: float = 0.0
 ) -> Callable[[Candidate | None], float]:
     """A fitness of timesteps for `search_steps`: the distance of what a sampler paints to a fine solution.
 
     Args:
         steps: how many even steps stand for None.
         reference: steps of UniPC that stand for the fine solution.
+        cost: the distance counts times the share of the whole network's operations to this power.
     """
-    fine = sample(model, sampler="unipc", steps=reference, seed=seed).latents
+    fine = sample(model, sampler="unipc", steps=reference, seed=seed)
+    whole = sample(model, sampler=sampler, steps=steps, seed=seed, count_flops=True).flops if cost else None
 
     def fitness(candidate: Candidate | None) -> float:
         try:
-            got = sample(model, sampler=sampler, steps=steps, timesteps=candidate, seed=seed).latents
+            got = sample(
+                model, sampler=sampler, steps=steps, timesteps=candidate, seed=seed, count_flops=bool(whole)
+            )  # fmt: skip
         except SamplingError:  # it diverges, or begins where no signal is left
             return math.inf
-        return float((got - fine).square().mean().sqrt())
+        share = (got.flops or 0) / whole if whole else 1.0
+        return _distance(got, fine) * share**cost
 
     return fitness
 
@@ -167,13 +233,13 @@ def _adds_noise(name: str) -> bool:
     return bool(options.get("eta") or options.get("noisy"))
 
 
-def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Tensor:
-    """The latents after as many network calls."""
+def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Samples:
+    """What is painted after as many network calls."""
     options = {"spacing": settings.spacing, **DETERMINISTIC.get(name, {})}
     steps = calls
     while steps > 1 and build_table(name, model.schedule, steps, **options).grid.steps > calls:  # several a step
         steps -= 1
-    return sample(model, sampler=name, steps=steps, seed=settings.seed, **options).latents
+    return sample(model, sampler=name, steps=steps, seed=settings.seed, **options)
 
 
 def _overhead(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,11 +16,26 @@ from diffrep import sample
 from diffrep.backbones import BackboneError
 from diffrep.backbones.early_exit import EarlyExitUViT, UViTConfig
 from diffrep.backbones.partial import PartialNetwork, skippable_units
+from diffrep.eval.benchmarks.samplers import SamplersBenchmark
+from diffrep.eval.samplers import SamplersEvaluation, evaluate_samplers
+from diffrep.eval.search import SearchSettings, best_start, search_steps
 from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.core import run
 from diffrep.sampling.samplers import SAMPLERS, build_table, model_schedule
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP
-from diffrep.sampling.search import Candidate
+from diffrep.sampling.search import Candidate, as_candidate
+from diffrep.synthesis import (
+    EmbeddingGrid,
+    SynthesisModel,
+    SynthesisSettings,
+    build_scheduler,
+    denoise_canvas,
+    load_synthesis,
+    sample_patches,
+)
+from diffrep.synthesis.canvas import Run
+from diffrep.synthesis.sampler import SchedulerName
+from diffrep.synthesis.schedulers import AT_TIMESTEPS
 
 from . import layouts
 from .test_sampling import MEAN, SPREAD, gaussian
@@ -133,7 +149,9 @@ def test_skipped_units_are_skipped_and_cost_nothing(tiny: DiffusionModel) -> Non
     whole = sample(tiny, timesteps=(900, 500, 100), count_flops=True)
     steps = Candidate((900, 500, 100), skipped=((), tuple(range(len(units))), (0, 1)))
     less = sample(tiny, timesteps=steps, count_flops=True)
-    assert whole.flops and less.flops and 0.5 * whole.flops < less.flops < 0.8 * whole.flops
+    assert whole.flops is not None
+    assert less.flops is not None
+    assert 0.5 * whole.flops < less.flops < 0.8 * whole.flops
     assert (whole.latents - less.latents).abs().max() > 1e-3
     none = sample(tiny, timesteps=Candidate((900, 500, 100), skipped=((), (), ())))
     assert torch.equal(none.latents, whole.latents)
@@ -200,3 +218,107 @@ def test_tables_have_one_order_for_each_step() -> None:
     assert isinstance(schedule, TableVP)
     with pytest.raises(SamplingError, match="one for each of 3 steps"):
         build_table("unipc", schedule, 3, order=(1, 2))
+
+
+# -- what searches, compares and times ------------------------------------------------------------------------
+
+
+def test_the_best_start_is_that_of_the_least_cost(tiny: DiffusionModel) -> None:
+    start, costs = best_start(lambda z: float(z.mean()), (8, 16, 16), candidates=5, seed=3)
+    assert len(set(costs)) == 5
+    assert float(start.mean()) == min(costs)
+    painted = sample(tiny, steps=2, start=start)
+    assert torch.equal(painted.latents, sample(tiny, steps=2, start=start, seed=9).latents)
+    assert not torch.equal(painted.latents, sample(tiny, steps=2).latents)
+    with pytest.raises(SamplingError, match="candidates"):
+        best_start(lambda z: 0.0, (1, 2, 2), candidates=0)
+
+
+def test_a_search_may_find_orders_and_units(tmp_path: Path) -> None:
+    settings = SearchSettings(
+        population=12, parents=4, mutations=5, crossovers=4, epochs=6, orders=3, layers=8, skip_after=0, skip_share=0.5
+    )
+    best = search_steps(
+        lambda c: float(sum(c.orders) + 10 - sum(map(len, c.skipped))), 3, total=50, settings=settings,
+        file=tmp_path / "steps.json",
+    )  # fmt: skip
+    assert best[0][1].orders
+    assert best[0][0] < best[-1][0]
+    assert any(candidate.skipped for _, candidate in best)
+    found = as_candidate(tmp_path / "steps.json")
+    assert found is not None
+    assert best[0][0] == sum(found.orders) + 10 - sum(map(len, found.skipped))
+
+
+def test_the_comparison_has_fid_searched_steps_and_a_picture(tiny: DiffusionModel, tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text('{"timesteps": [950, 400], "orders": [1, 2]}')
+    settings = SamplersEvaluation(
+        calls=(2, 3),
+        samplers=("unipc", "ddim"),
+        reference=6,
+        schedule=tmp_path / "steps.json",
+        fid=("tiny-dino@class",),
+    )
+    report = evaluate_samplers({"2": diffusion_model("tiny", ["a cat", "a car"], guidance=2.0)}, settings)
+    assert report.picture().size == (2 * 132, 3 * 132)
+    assert report.searched["2"]["unipc"] > 0
+    assert "no option order" in report.refused["ddim at the searched steps"]
+    assert set(report.fid["tiny-dino@class"]["2"]["unipc"]) == {2, 3}
+    document = json.loads(report.to_json())
+    assert document["fid"]["tiny-dino@class"]["2"]["ddim"]["3"] >= 0
+    assert "FID to the images" in report.table()
+
+
+def test_steps_cost_what_those_of_diffusers_cost_and_give_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    for row in SamplersBenchmark(repeats=1, side=8, steps=5).run():
+        assert float(row.equality.split()[2]) < 1e-4, row.equality
+
+
+# -- canvases -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def painter() -> SynthesisModel:
+    return load_synthesis()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*SAMPLERS, *AT_TIMESTEPS} & {*get_args(SchedulerName)} - {"rho-rk"}))
+def test_a_canvas_does_not_depend_on_bands_or_on_an_interruption(
+    name: str, painter: SynthesisModel, tmp_path: Path
+) -> None:
+    grid = EmbeddingGrid(torch.randn(1, 2, painter.embedder.dims[0], generator=torch.Generator().manual_seed(0)))
+    size = (painter.window, 2 * painter.window)
+    settings = SynthesisSettings(scheduler=name, steps=3, batch_size=4, guidance=1.0)  # type: ignore[arg-type]
+    whole = denoise_canvas(painter, grid, size, settings).tensor(0, size[0])
+    banded = denoise_canvas(painter, grid, size, replace(settings, band=1)).tensor(0, size[0])
+    assert torch.equal(whole, banded)
+    identity = {"name": name}
+
+    def stop(step: int, lines: object) -> None:
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        denoise_canvas(painter, grid, size, settings, run=Run(tmp_path, identity), after_step=stop)
+    resumed = denoise_canvas(painter, grid, size, settings, run=Run(tmp_path, identity)).tensor(0, size[0])
+    assert torch.equal(whole, resumed)
+
+
+def test_a_canvas_takes_searched_steps_and_refuses_whole_solvers(painter: SynthesisModel) -> None:
+    grid = EmbeddingGrid(torch.ones(1, 1, painter.embedder.dims[0]))
+    size = (painter.window, painter.window)
+    even = SynthesisSettings(scheduler="unipc", timesteps=(900, 500, 100), guidance=1.0)
+    skipping = replace(even, skipped=("", "0,1", ""))
+    ordered = replace(even, orders=(1, 2, 2))
+    assert denoise_canvas(painter, grid, size, ordered).tensor(0, size[0]).isfinite().all()
+    one, other = (denoise_canvas(painter, grid, size, s).tensor(0, size[0]) for s in (even, skipping))
+    assert not torch.equal(one, other)
+    patch = sample_patches(painter, torch.zeros(1, painter.embedder.dims[0]), skipping)
+    assert torch.isfinite(patch).all()
+    with pytest.raises(ValueError, match="takes no timesteps of a search"):
+        replace(even, scheduler="pndm").build(painter.scheduler)
+    with pytest.raises(ValueError, match="one entry for each of 3"):
+        replace(even, orders=(1,))
+    with pytest.raises(ValueError, match="needs whole images"):
+        denoise_canvas(painter, grid, size, scheduler=build_scheduler("lml", painter.scheduler, 3))

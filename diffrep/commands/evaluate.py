@@ -48,7 +48,7 @@ from diffrep.eval.segmentation import (
     masks_through_vae,
 )
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
-from diffrep.files import write_whole
+from diffrep.files import check_writable, write_whole
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
@@ -122,12 +122,15 @@ class Samplers(ReportOptions, PrecisionOptions):
     count: int = 4  # of a synthesis model: embeddings of held-out scenes that are painted
     label: int | None = None  # of a class-conditional ADM
     guidance: float | None = None  # the second table's, the first has none; the model's own where left out
+    picture: Path | None = None  # also write what they paint as this picture: rows are samplers, columns calls
     settings: Annotated[SamplersEvaluation, tyro.conf.OmitArgPrefixes] = field(default_factory=SamplersEvaluation)
 
     def run(self) -> None:
         from diffrep.eval.samplers import guided_models
 
         self.check_output()
+        if self.picture is not None:
+            check_writable(self.picture, (".png",))
         device, dtype = self.resolved()
         models = guided_models(
             self.model,
@@ -138,7 +141,11 @@ class Samplers(ReportOptions, PrecisionOptions):
             device=device,
             dtype=dtype,
         )
-        self.show(evaluate_samplers(models, self.settings))
+        report = evaluate_samplers(models, self.settings)
+        if self.picture is not None:
+            picture = report.picture()
+            write_whole(self.picture, lambda partial: picture.save(partial, "PNG"))
+        self.show(report)
 
 
 Benchmark = Literal["scenes", "spair", "spair-u", "pf-pascal", "pf-willow", "ap-10k", "tss"]

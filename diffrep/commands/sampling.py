@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,8 +18,9 @@ class SearchSchedule(PrecisionOptions):
 
     For example: diffrep search-schedule --model tiny-synthesis --steps 5 -o steps.json
 
-    In Python `sample(..., timesteps=read_candidate("steps.json").timesteps)` takes the result. An interrupted search
-    goes on when the same command is run again.
+    Orders of the solver and units of the network that a step leaves out are searched for where asked. The result goes
+    to `diffrep synthesize --schedule`, `diffrep eval samplers --schedule`, or in Python to `sample(timesteps=)`. An
+    interrupted search goes on when the same command is run again.
     """
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("steps.json")  # the result, and what was evaluated
@@ -30,12 +31,16 @@ class SearchSchedule(PrecisionOptions):
     label: int | None = None  # of a class-conditional ADM
     count: int = 4  # of a synthesis model: embeddings of held-out scenes that are painted
     guidance: float | None = None  # the model's own where left out; 1: none
+    orders: int = 0  # highest order of the solver's steps to search for; 0: the sampler's own
+    skip: float = 0.0  # largest share of the network's units that a step may leave out; 0: none are
+    cost: float = 0.5  # with --skip: the distance counts times the share of operations to this power
     reference: int = 50  # steps of UniPC that stand for the fine solution
     population: int = 20  # candidates of a generation
     epochs: int = 5  # generations
     seed: int = 0  # of the search and of the noise
 
     def run(self) -> None:
+        from diffrep.backbones.partial import skippable_units
         from diffrep.eval.samplers import distance_to_fine, guided_models
         from diffrep.eval.search import SearchSettings, search_steps
         from diffrep.sampling.samplers import SAMPLERS
@@ -50,7 +55,8 @@ class SearchSchedule(PrecisionOptions):
             )
         settings = SearchSettings(
             population=self.population, parents=max(self.population // 5, 1), mutations=self.population // 2,
-            crossovers=self.population // 4, epochs=self.epochs, seed=self.seed,
+            crossovers=self.population // 4, epochs=self.epochs, orders=self.orders, skip_share=self.skip,
+            seed=self.seed,
         )  # fmt: skip
         device, dtype = self.resolved()
         models = guided_models(
@@ -60,13 +66,19 @@ class SearchSchedule(PrecisionOptions):
         model = models["1"] if self.guidance == 1 else list(models.values())[-1]
         if not isinstance(model.schedule, TableVP):
             raise ValueError(f"{self.model}: the search is for models with a table of timesteps")
-        fitness = distance_to_fine(model, self.sampler, self.steps, self.reference, seed=self.seed)
+        if self.skip:
+            settings = replace(settings, layers=len(skippable_units(model.network)), skip_after=0)
+        cost = self.cost if self.skip else 0.0
+        fitness = distance_to_fine(model, self.sampler, self.steps, self.reference, seed=self.seed, cost=cost)
         best = search_steps(
             fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output,
             progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
         )  # fmt: skip
         even = fitness(None)
-        timesteps = ", ".join(map(str, best[0][1].timesteps))
+        found = best[0][1]
+        orders = f", orders {', '.join(map(str, found.orders))}" if found.orders else ""
+        skipped = f", {sum(map(len, found.skipped))} units left out" if found.skipped else ""
+        timesteps = ", ".join(map(str, found.timesteps)) + orders + skipped
         print(f"{self.steps} steps of {self.sampler}: {best[0][0]:.4f} at {timesteps}; {even:.4f} at even steps")
         print(f"wrote {self.output}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,7 @@ from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, 
 from diffrep.synthesis.grids import ImageEncoder, interpolate_grids, load_grid, vary_grid
 from diffrep.synthesis.large import SUFFIXES, FileSettings, check_canvas, check_output, check_room, grid_shape
 from diffrep.synthesis.prior import load_prior
+from diffrep.synthesis.sampler import SchedulerName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class Synthesize(PrecisionOptions):
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("synthesis.png")  # .png, .tiff, .ome.tiff, .zarr
     model: str = "tiny-synthesis"  # or a folder
     encoder: str | None = None  # of the reference; the one that the model was trained with where left out
+    sampler: SchedulerName | None = None  # the same as --scheduler
+    schedule: Path | None = None  # what `diffrep search-schedule` wrote: timesteps, orders, skipped units
     work: Path | None = None  # folder for what is unfinished; beside the output where left out
     quiet: bool = False  # no progress on stderr
     sampling: Annotated[SynthesisSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisSettings)
@@ -50,6 +53,7 @@ class Synthesize(PrecisionOptions):
         size = None if self.size is None else parse_size(self.size, "size")
         if size is not None:
             check_output(self.output, size)
+        settings = self._settings()
         device, dtype = self.resolved()
         model = load_synthesis(self.model, device=device, dtype=dtype)
         if size is not None:
@@ -58,11 +62,31 @@ class Synthesize(PrecisionOptions):
         cell = model.window * model.factor
         size = size or (grid.shape[0] * cell, grid.shape[1] * cell)
         grid = grid.resized(grid_shape(model, size))
-        check_canvas(model, grid, size, self.sampling)
+        check_canvas(model, grid, size, settings)
         synthesize_file(
-            model, grid, self.output, size, self.sampling, file=self.file, work=self.work, progress=not self.quiet
+            model, grid, self.output, size, settings, file=self.file, work=self.work, progress=not self.quiet
         )
         print(f"wrote {self.output}: {size[0]} x {size[1]} pixels from {grid.shape[0]} x {grid.shape[1]} embeddings")
+
+    def _settings(self) -> SynthesisSettings:
+        """Those of the options, with the sampler and the steps of a search."""
+        from diffrep.sampling.search import read_candidate
+
+        settings = self.sampling
+        if self.sampler is not None:
+            if "sampling.scheduler" in self.typed and self.sampler != settings.scheduler:
+                raise ValueError(f"--sampler and --scheduler are one option, got {self.sampler}, {settings.scheduler}")
+            settings = replace(settings, scheduler=self.sampler)
+        if self.schedule is not None:
+            if clash := sorted(
+                self.typed & {f"sampling.{name}" for name in ("steps", "timesteps", "orders", "skipped")}
+            ):
+                raise ValueError(f"--schedule says what --{clash[0].removeprefix('sampling.')} would; give one of them")
+            found = read_candidate(self.schedule)
+            units = tuple(",".join(map(str, row)) for row in found.skipped)
+            timesteps = tuple(int(t) for t in found.timesteps)
+            settings = replace(settings, timesteps=timesteps, orders=found.orders, skipped=units)
+        return settings
 
     def _grid(self, model: SynthesisModel) -> EmbeddingGrid:
         if self.grid is not None:

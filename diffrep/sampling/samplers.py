@@ -166,15 +166,16 @@ class TableScheduler:
     init_noise_sigma = 1.0
 
     def __init__(
-        self, sampler: str = "unipc", *, spacing: str = "trailing", config: Mapping[str, Any], **options: Any
-    ) -> None:
+        self, sampler: str = "unipc", *, config: Mapping[str, Any], spacing: str = "trailing",
+        timesteps: Sequence[float] | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         self.sampler, self.spacing, self.options = sampler, spacing, options
         self.prediction, self.schedule = model_schedule(config)
         self.config = SimpleNamespace(**{**dict(config), "prediction_type": self.prediction})
         self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
         if isinstance(self.schedule, TableVP):
             self.alphas_cumprod = torch.from_numpy(self.schedule.table).float()
-        self.set_timesteps(min(20, self.num_train_timesteps))
+        self.set_timesteps(min(20, self.num_train_timesteps), timesteps=timesteps)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, sampler: str = "unipc", **options: Any) -> TableScheduler:

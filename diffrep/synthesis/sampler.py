@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.backbones.diffusion import keyed_generator
+from diffrep.backbones.partial import PartialNetwork
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.synthesis.canvas import (
     Block,
@@ -47,6 +48,9 @@ class SynthesisSettings:
 
     scheduler: SchedulerName = "dpmpp_2m"
     steps: int = 20
+    timesteps: tuple[int, ...] = ()  # falling, in place of the steps
+    orders: tuple[int, ...] = ()  # of the sampler, one for each timestep; its own where left out
+    skipped: tuple[str, ...] = ()  # for each timestep the units of the U-Net that are left out: "3,4", or "" for none
     guidance: float | None = None  # null + guidance * (conditional - null); 1: none; the model's own where left out
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
@@ -66,8 +70,27 @@ class SynthesisSettings:
         check(
             self,
             steps="1..", batch_size="1..", band="1..", stride="1..", decode_stride="1..", seed="[0, 2^63)",
-            decode_sigma=POSITIVE, eta="[0, 1]", guidance=NOT_NEGATIVE,
+            decode_sigma=POSITIVE, eta="[0, 1]", guidance=NOT_NEGATIVE, timesteps="0..", orders="1..",
         )  # fmt: skip
+        for name in ("orders", "skipped"):
+            if (count := len(getattr(self, name))) not in (0, len(self.timesteps)):
+                raise ValueError(f"{name} must have one entry for each of {len(self.timesteps)} timesteps, got {count}")
+        if wrong := [units for units in self.skipped if not all(part.isdigit() for part in units.split(",") if units)]:
+            raise ValueError(f"skipped must be numbers of units, for example 3,4, got {wrong[0]!r}")
+
+    def build(self, config: Mapping[str, Any]) -> Any:
+        """The scheduler, for a model with this configuration of its own.
+
+        Raises:
+            ValueError: it does not go with the model or the timesteps.
+        """
+        options: dict[str, Any] = {"timesteps": self.timesteps, "order": self.orders} if self.timesteps else {}
+        steps = len(self.timesteps) or self.steps
+        return build_scheduler(self.scheduler, config, steps, **{k: v for k, v in options.items() if v})
+
+    def part(self, network: Any) -> PartialNetwork:
+        """The network without what is skipped."""
+        return PartialNetwork(network, skipped=[[int(u) for u in units.split(",") if u] for units in self.skipped])
 
 
 OFFICIAL = SynthesisSettings(
@@ -188,18 +211,20 @@ def sample_patches(
     if min(height, width) < 1:
         raise ValueError(f"size must be positive, got {height} x {width}")
     tokens = [embeddings] if isinstance(embeddings, Tensor) else list(embeddings)
-    scheduler = scheduler or build_scheduler(settings.scheduler, model.scheduler, settings.steps)
+    scheduler = scheduler or settings.build(model.scheduler)
     noise = noise or KeyedNoise(settings.seed)
     lines = range(len(tokens[0]))
     latents = noise.start(lines, (model.channels, height, width)) * float(scheduler.init_noise_sigma)
     stepper, memory = Stepper(scheduler, eta=settings.eta), dict[str, Tensor]()
-    while stepper.position < len(stepper):
-        scaled, predicted = stepper.scale(latents), []
-        for part in torch.arange(len(latents)).split(settings.batch_size):
-            predicted.append(predict(model, scaled[part], stepper.timestep, [t[part] for t in tokens], settings))
-        draws = noise.arguments(stepper.position, lines)
-        latents, memory = stepper.step(torch.cat(predicted), latents, memory, draws)
-        stepper.advance()
+    with settings.part(model.unet) as network:
+        while stepper.position < len(stepper):
+            network.at(stepper.position)
+            scaled, predicted = stepper.scale(latents), []
+            for part in torch.arange(len(latents)).split(settings.batch_size):
+                predicted.append(predict(model, scaled[part], stepper.timestep, [t[part] for t in tokens], settings))
+            draws = noise.arguments(stepper.position, lines)
+            latents, memory = stepper.step(torch.cat(predicted), latents, memory, draws)
+            stepper.advance()
     return latents
 
 
@@ -237,9 +262,9 @@ def denoise_canvas(
     run = run or Run(None, {})
     plan = WindowPlan(size, model.window, settings.stride or max(model.window // 2, 1))
     check_grid(grid, size, model)
-    stepper = Stepper(
-        scheduler or build_scheduler(settings.scheduler, model.scheduler, settings.steps), eta=settings.eta
-    )
+    stepper = Stepper(scheduler or settings.build(model.scheduler), eta=settings.eta)
+    if getattr(getattr(stepper.scheduler, "table", None), "whole", False):
+        raise ValueError(f"{settings.scheduler} needs whole images, and cannot step a canvas by strips")
     noise, shape = noise or KeyedNoise(settings.seed), (size[0], model.channels, size[1])
     if run.position == Position():
         canvas, sigma = run.lines("0-canvas", shape), float(stepper.scheduler.init_noise_sigma)
@@ -252,10 +277,12 @@ def denoise_canvas(
     bar = tqdm(
         total=len(stepper) * len(plan), initial=steps * len(plan), desc="denoise", unit="window", disable=not progress
     )
-    while stepper.position < len(stepper):
-        _denoise_step(model, grid, plan, settings, run, stepper, noise, bar)
-        if after_step is not None:
-            after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-canvas", shape))
+    with settings.part(model.unet) as network:
+        while stepper.position < len(stepper):
+            network.at(stepper.position)
+            _denoise_step(model, grid, plan, settings, run, stepper, noise, bar)
+            if after_step is not None:
+                after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-canvas", shape))
     bar.close()
     return run.lines(f"{len(stepper) % 2}-canvas", shape)
 

@@ -36,11 +36,21 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> diffusers class
 NOISE_SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
-def build_scheduler(name: str, config: Mapping[str, Any], steps: int, **options: Any) -> Any:
+# of diffrep.sampling, equal to those of diffusers and free to step at any timesteps
+AT_TIMESTEPS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpmpp_2m": ("dpm++", {}), "dpmpp_2m_sde": ("dpm++-sde", {}), "ddim": ("ddim", {}), "ddpm": ("ddpm", {}),
+    "unipc": ("unipc", {}), "deis": ("deis-tab", {"order": 1, "variable": "log-snr"}),
+}  # fmt: skip
+
+
+def build_scheduler(
+    name: str, config: Mapping[str, Any], steps: int, *, timesteps: Sequence[float] = (), **options: Any
+) -> Any:
     """A scheduler by its short name, ready for `steps` steps.
 
     Args:
         config: of the model: noise schedule and kind of prediction are taken from it.
+        timesteps: falling, in place of even steps; of a sampler of `diffrep.sampling` or of `AT_TIMESTEPS`.
         options: of the diffusers class, in place of trailing spacing and the options in `SCHEDULERS`; or of a sampler
             of `diffrep.sampling`, where diffusers has none of that name.
 
@@ -55,12 +65,18 @@ def build_scheduler(name: str, config: Mapping[str, Any], steps: int, **options:
     trained = int(schedule.get("num_train_timesteps", 1000))
     if not 1 <= steps <= trained:
         raise ValueError(f"steps must be in 1..{trained}, got {steps}")
+    if timesteps and name in AT_TIMESTEPS:
+        name, fixed = AT_TIMESTEPS[name]
+        options = {**fixed, **options}
+    elif timesteps and name in SCHEDULERS:
+        names = ", ".join([*AT_TIMESTEPS, *(n for n in SAMPLERS if n not in SCHEDULERS)])
+        raise ValueError(f"the scheduler {name} takes no timesteps of a search; take one of {names}")
+    if timesteps or name not in SCHEDULERS:
+        table = TableScheduler.from_config(schedule, sampler=name, timesteps=timesteps or None, **options)
+        table.set_timesteps(steps, timesteps=timesteps or None)
+        return table
     if name == "official":
         return OfficialScheduler(schedule, time_stride=trained // steps, **options)
-    if name not in SCHEDULERS:
-        table = TableScheduler.from_config(schedule, sampler=name, **options)
-        table.set_timesteps(steps)
-        return table
     kind, own = SCHEDULERS[name]
     scheduler: Any = getattr(diffusers, kind)(**{**schedule, "timestep_spacing": "trailing", **own, **options})
     scheduler.set_timesteps(steps)

@@ -15,6 +15,7 @@ BENCHMARKS = {  # name -> module, one line
     "matching": ("matching", "matching and joint PCA against one product, loops and full-resolution features"),
     "manifold": ("manifold", "heat-geodesic embedding against PHATE, UMAP and Isomap over n"),
     "synthesis": ("synthesis", "large images: speed and memory against area, the official loop against ours"),
+    "samplers": ("samplers", "steps of solvers against diffusers' schedulers, without a network"),
     "probes": ("probes", "a cached grid of probes against the released loop; a grid on a million features"),
     "gpu": ("gpu", "all of it at full size on a CUDA device, in bfloat16, and the tests that need one"),
     "depth": ("networks", "one-step heads against the official sequence of calls"),
