@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ class DetailDecoder(nn.Module):
         widths: channels at the latent's resolution and at each doubling up to half of the image's.
         outputs: channels of the map.
         blocks: convolutions with a residual at each resolution; all but one of them also on the way down.
+        coarse: a linear map of the latents, patch by patch, lies beneath what is drawn; `fit_coarse` makes it the best.
     """
 
     def __init__(
@@ -33,13 +35,14 @@ class DetailDecoder(nn.Module):
         widths: tuple[int, ...] = (64, 32, 16),
         outputs: int = 1,
         blocks: int = 1,
+        coarse: bool = False,
     ) -> None:
         super().__init__()
         if 2 ** len(widths) != stride:
             raise ValueError(f"a stride of {stride} needs {stride.bit_length() - 1} widths, got {widths}")
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "latent_channels": latent_channels, "stride": stride, "widths": list(widths), "outputs": outputs,
-            "blocks": blocks,
+            "blocks": blocks, "coarse": coarse,
         }  # fmt: skip
         self.blocks = blocks
         looks = [nn.Conv2d(12, widths[-1], 3, padding=1)]  # from the half size, four pixels in each cell
@@ -51,6 +54,7 @@ class DetailDecoder(nn.Module):
         self.refine = nn.ModuleList(_same(width) for width in widths for _ in range(blocks))
         self.narrow = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(widths))
         self.leave = nn.Conv2d(widths[-1], 4 * outputs, 3, padding=1)
+        self.coarse = nn.Conv2d(latent_channels, outputs * stride**2, 3, padding=1) if coarse else None
 
     def forward(self, latents: Tensor, pixels: Tensor) -> Tensor:
         """Draw.
@@ -75,8 +79,32 @@ class DetailDecoder(nn.Module):
             hidden = _residuals(F.silu(hidden + seen[-1 - level]), self.refine, level, self.blocks)
         if self.training:  # under autocast, whose bfloat16 is too coarse for a map
             with torch.autocast(hidden.device.type, enabled=False):
-                return F.pixel_shuffle(self.leave(hidden.float()), 2)
-        return F.pixel_shuffle(self.leave(hidden), 2)
+                return self._drawn(hidden.float(), latents.float())
+        return self._drawn(hidden, latents)
+
+    def _drawn(self, hidden: Tensor, latents: Tensor) -> Tensor:
+        fine = F.pixel_shuffle(self.leave(hidden), 2)
+        if self.coarse is None:
+            return fine
+        return fine + F.pixel_shuffle(self.coarse(latents), self.settings["stride"])
+
+    @torch.no_grad()
+    def fit_coarse(self, latents: Tensor, maps: Tensor) -> None:
+        """Make the coarse map the least squares' best for latents (B, c, h, w) and true maps (B, outputs, H, W), in
+        place, and begin with nothing on top of it.
+        """
+        assert self.coarse is not None
+        weight, bias = self.coarse.weight, self.coarse.bias
+        assert bias is not None
+        seen = F.unfold(latents.double(), 3, padding=1).mT.flatten(0, 1)
+        seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        wanted = F.pixel_unshuffle(maps.double(), self.settings["stride"]).flatten(2).mT.flatten(0, 1)
+        ridge = 1e-4 * len(seen) * torch.eye(seen.shape[1], dtype=seen.dtype)
+        solution = torch.linalg.solve(seen.mT @ seen + ridge, seen.mT @ wanted).mT
+        weight.copy_(solution[:, :-1].view_as(weight))
+        bias.copy_(solution[:, -1])
+        for parameter in self.leave.parameters():
+            parameter.zero_()
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float16) -> None:
         """Write weights and settings into a head's folder."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from diffrep.cli import main
 from diffrep.commands.train import TrainDepth, TrainNormals, open_set
+from diffrep.eval.maps import angular_error
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Task, task_vector
 from diffrep.heads.loading import load_head
 from diffrep.heads.point_cloud import Intrinsics, unproject
@@ -49,6 +50,8 @@ from diffrep.heads.training.detail import (
 from diffrep.heads.training.fit import EMBEDDED_BATCH, EMBEDDED_FIT, EMBEDDED_RECIPE, OneStepTraining, train_head
 from diffrep.scenes import SceneSet, render_set
 from diffrep.training.loop import FitSettings
+
+from .one_step_heads import random_head
 
 SHORT = FitSettings(steps=2, warmup=0, bf16=False, learning_rate=1e-4)
 
@@ -292,13 +295,18 @@ def test_batches_depend_on_their_generator_alone(scenes: SceneSet) -> None:
 # -- scenes with a decoder of its own ---------------------------------------------------------------------------
 
 
-def test_depth_is_drawn_from_the_sky_to_the_nearest_pixel() -> None:
-    depth = torch.tensor([2.0, 4.0, 100.0, torch.inf]).view(1, 1, 2, 2)
-    drawn, weight = (values.flatten() for values in depth_pictures(depth, "disparity"))
-    torch.testing.assert_close(drawn, torch.tensor([1.0, 0.24 / 0.49, 0.0, 0.0]))
-    torch.testing.assert_close(weight, torch.tensor([0.49 / 0.5, 0.49 / 0.25, 0.0, 0.0]))
-    farther = 1 / (1 / 100 + 0.49 * (drawn[1] + 0.01))  # an error of 0.01 is one of 0.01 times the weight of the depth
-    assert abs(4.0 - float(farther)) / float(farther) == pytest.approx(0.01 * float(weight[1]), rel=1e-3)
+def test_an_error_of_drawn_depth_is_one_of_the_depth_times_its_weight() -> None:
+    depth = torch.cat([torch.linspace(2, 60, 98), torch.tensor([100.0, torch.inf])]).view(1, 1, 10, 10)
+    for task, factor in (("disparity", -1), ("depth", 1)):
+        drawn, weight = (values.flatten() for values in depth_pictures(depth, task))  # type: ignore[arg-type]
+        assert 0 <= drawn.min() <= drawn.max() <= 1
+        assert ((drawn > 0) & (drawn < 1)).float().mean() > 0.95  # there is room beyond the quantiles
+        assert weight[-2:].tolist() == [0, 0]  # farther than counts
+        values = depth.flatten() ** factor
+        span = (values[40] - values[10]) / (drawn[40] - drawn[10])
+        changed = 1 / (values[20] + 0.001 * span) if factor == -1 else values[20] + 0.001 * span
+        off = abs(float(changed) - float(depth.flatten()[20])) / float(depth.flatten()[20])
+        assert off == pytest.approx(0.001 * float(weight[20]), rel=0.02)
 
 
 @pytest.mark.parametrize("task", ["disparity", "normals"])
@@ -412,6 +420,31 @@ def test_a_trained_head_is_read_back_and_predicts_the_same(
     expected = predict_maps(model, AutoencoderKL.from_pretrained(sd_folder / "vae"), pixels, "disparity")
     torch.testing.assert_close(head.predict(image).values, expected[0, 0], atol=5e-3, rtol=0)  # half precision
     assert (tmp_path / "head/decoder.safetensors").exists() == decoder == ("its own decoder" in head.recognised)
+
+
+def test_a_decoder_is_trained_for_a_head_that_stays_as_it_is(
+    sd_folder: Path, scenes: SceneSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = random_head(tmp_path / "head", task="normals", working_size=64)
+    line = ["train", "normals", "--refine", str(head), "--data", f"scenes={scenes.folder}"]
+    line += ["--work", str(tmp_path / "work")]
+    assert main([*line, "--steps", "3", "--batch-size", "2", "--device", "cpu"]) == 0
+    before, after = (load_head(folder, dtype=torch.float32, fold=False) for folder in (head, tmp_path / "work/head"))
+    assert before.model.decoder is None
+    assert after.model.decoder is not None
+    for old, new in zip(before.model.network.parameters(), after.model.network.parameters(), strict=True):
+        torch.testing.assert_close(old, new, rtol=1e-3, atol=1e-3)  # stored in half precision
+    truth = torch.from_numpy(scenes.normals[0].astype(np.float32)).permute(2, 0, 1)
+    surface = torch.from_numpy(np.isfinite(scenes.depth[0]))
+    errors = [
+        angular_error(one(np.array(scenes.image[0])).to_frame("rdf").values[None], truth[None])[0, 0][surface].mean()
+        for one in (before, after)
+    ]
+    assert errors[1] < errors[0]  # a linear map of a random U-Net's latents is better than its VAE's
+    assert main([*line[:1], "depth", *line[2:], "--device", "cpu"]) == 2
+    assert "is a head for normals, not for disparity" in capsys.readouterr().err
+    assert main([*line, "--scratch"]) == 2
+    assert "goes without scratch" in capsys.readouterr().err
 
 
 def test_options_mean_the_embedded_recipe_or_the_papers() -> None:

@@ -19,10 +19,13 @@ from diffrep.commands.options import Command, DeviceOptions
 from diffrep.devices import resolve_device
 from diffrep.eval.scenes import MaskValidation, SceneValidation
 from diffrep.files import replace_folder
+from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import FAMILIES, Task
+from diffrep.heads.loading import load_head
 from diffrep.heads.training.datasets import Hypersim, VirtualKitti
 from diffrep.heads.training.dense import OneStepModel
 from diffrep.heads.training.dense_data import SampleSet, SceneSamples
+from diffrep.heads.training.detail import REFINING, REFINING_BATCH, refined_head
 from diffrep.heads.training.fit import (
     EMBEDDED_BATCH,
     EMBEDDED_FIT,
@@ -228,6 +231,12 @@ class HeadTraining(DeviceOptions):
         return replace(fit, **{name: value for name, value in values.items() if value is not None})
 
 
+REFINE_OPTIONS = frozenset(
+    ("refine", "data", "space", "work", "output", "steps", "minutes", "batch_size", "learning_rate", "seed", "scenes",
+     "workers", "device")
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class OneStepOptions(HeadTraining):
     """Options that depth and normals share. With `--base tiny --data scenes`, the defaults made the embedded heads."""
@@ -238,6 +247,7 @@ class OneStepOptions(HeadTraining):
     accumulate: int | None = None  # batches of an optimiser step
     decoder: bool | None = None  # a decoder of its own for the maps; yes with the embedded recipe, else the VAE's
     preserve: float | None = None  # share of a batch that also reconstructs its image (Lotus' detail preserver)
+    refine: str | None = None  # an embedded head or a folder: train a decoder for it alone, its U-Net stays as it is
     scratch: bool = False  # start from random weights
     gradient_checkpointing: bool = False  # less memory, more time
 
@@ -270,6 +280,9 @@ class OneStepOptions(HeadTraining):
 
     def train(self, task: Task, name: str) -> None:
         """Train a head and write its folder."""
+        if self.refine is not None:
+            self.train_refined(task, name)
+            return
         training = self.training(task)
         work, output, parts = self.checked(name)
         training.build(parts)  # refuses a base that the recipe does not fit
@@ -305,6 +318,22 @@ class OneStepOptions(HeadTraining):
         )  # fmt: skip
         if math.isinf(best):  # nothing was left to do, or nothing could be measured
             write(model)
+        print(f"wrote {output}")
+
+    def train_refined(self, task: Task, name: str) -> None:
+        """Train a decoder for the head that --refine names."""
+        if unused := sorted(self.typed - REFINE_OPTIONS):
+            raise ValueError(f"--refine trains a decoder alone: it goes without {', '.join(unused)}")
+        work, output, _ = self.checked(name)
+        head = load_head(self.refine, fold=False, device="cpu", dtype=torch.float32)
+        if head.task != task or not isinstance(head, DenseHead):
+            raise ValueError(f"--refine {self.refine}: is a head for {head.task}, not for {task}")
+        if len(self.data) != 1 or self.data[0].partition("=")[0] != "scenes":
+            raise ValueError("--refine trains on one set of rendered scenes: --data scenes or scenes=FOLDER")
+        samples: Any = open_set(self.data[0], task, work, self.scenes, self.workers)()
+        batch = self.batch_size or REFINING_BATCH
+        fit = self.changed(REFINING)
+        refined_head(head, samples.scenes, fit, work / "run", output, batch_size=batch, device=self.device)
         print(f"wrote {output}")
 
 

@@ -8,24 +8,36 @@ the images get other colours, light, texture, sharpness and noise on the way, as
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from diffrep.backbones.repositories import EMBEDDED
+from diffrep.devices import resolve_device
+from diffrep.files import read_weights, replace_folder, save_weights
+from diffrep.heads.decoder import DetailDecoder
+from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import Family, Task
+from diffrep.heads.head_folders import HEAD_FILE, json_of, write_head
 from diffrep.heads.training.dense import OneStepModel, decoded_normals, draw_rows, latent_loss
 from diffrep.heads.training.dense_data import lub_normals, mirror_normals
 from diffrep.scenes import SceneSet
-from diffrep.training.loop import Batch, Loss
+from diffrep.training.loop import Batch, FitSettings, Loss, fit
 from diffrep.training.tiny.crops import jitter
 
 LATENT_WEIGHT = 0.1  # of the error of latents beside that of drawn maps
 FAR = 80.0  # metres: what is farther does not count in the relative error
 LARGEST_WEIGHT = 30.0  # of a pixel in the relative error
 MARGIN = 1e-4  # by which cosines stay away from 1, where the angle has no gradient
+REFINING = FitSettings(steps=20000, learning_rate=2e-3, warmup=50, ema_decay=0.995, seed=23)  # of a decoder alone
+REFINING_WIDTHS, REFINING_BATCH = (64, 48, 32), 16
+QUANTILE, ROOM = 0.02, 0.05  # of depth: shares cut off by the latents' picture, and what is left for them here
 CHANGED = 0.5  # share of images whose looks are changed
 
 
@@ -42,20 +54,21 @@ def load_scenes(scenes: SceneSet, task: Task, device: torch.device) -> dict[str,
 def depth_pictures(depth: Tensor, task: Task) -> tuple[Tensor, Tensor]:
     """What is drawn of depth (B, 1, H, W), metres, inf in the sky, and how much an error of it counts.
 
-    Unlike `diffrep.heads.training.dense_data.normalize_depth` this cuts nothing off but the sky, so that a decoder
-    which draws every pixel can be right everywhere.
+    Unlike `diffrep.heads.training.dense_data.normalize_depth` this leaves room beyond the quantiles, so that a decoder
+    which draws every pixel can be right nearly everywhere.
 
     Returns:
-        Disparity (1 where nearest, 0 in the sky) or depth (1 where farthest), and the factor by which an error of it is
-        one of the depth, relative to the depth; 0 where that is not counted.
+        Disparity (high where near, 0 in the sky) or depth (high where far), its quantiles at `ROOM` and 1 - 2 `ROOM`,
+        and the factor by which an error of it is one of the depth, relative to the depth; 0 where that is not counted.
     """
     known = torch.isfinite(depth)
     values = 1 / depth if task == "disparity" else depth
-    low = values.masked_fill(~known, torch.inf).amin((1, 2, 3), keepdim=True)
-    high = values.masked_fill(~known, -torch.inf).amax((1, 2, 3), keepdim=True)
-    span = (high - low).clamp(min=1e-5)
+    chosen = torch.where(known, values, torch.nan).flatten(1)
+    low, high = torch.nanquantile(chosen, torch.tensor([QUANTILE, 1 - QUANTILE], device=depth.device), dim=1)
+    low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
+    span = (high - low).clamp(min=1e-5) / (1 - 3 * ROOM)
     factor = (span / values.clamp(min=1e-6)).clamp(max=LARGEST_WEIGHT)
-    return ((values - low) / span).clamp(0, 1), torch.where(known & (depth < FAR), factor, 0.0)
+    return ((values - low) / span + ROOM).clamp(0, 1), torch.where(known & (depth < FAR), factor, 0.0)
 
 
 def change_looks(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -153,3 +166,98 @@ def depth_terms(drawn: Tensor, batch: Batch) -> dict[str, Tensor]:
     steps = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
     relative = (weight * off.abs()).sum() / (weight > 0).sum().clamp(min=1)
     return {"relative": relative, "error": off.abs().mean(), "steps": steps}
+
+
+# -- the decoder alone --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predicted_latents(head: DenseHead, scenes: SceneSet, count: int, file: Path, *, progress: bool = True) -> Tensor:
+    """What a head's U-Net predicts for the first `count` scenes, (count, c, h, w) float16; predicted once."""
+    if not file.exists():
+        parts = []
+        for start in tqdm(range(0, count, 16), desc="predicting", unit="batch", disable=not progress):
+            image = torch.from_numpy(np.array(scenes.image[start : min(start + 16, count)]))
+            pixels = image.permute(0, 3, 1, 2).float() / 255
+            parts.append(head.model.predict(head.model.encode(pixels, batch_size=16), batch_size=16).half().cpu())
+        save_weights(file, {"latents": torch.cat(parts)}, made_with=f"{head.name}, {scenes.settings.renderer}")
+    stored, metadata = read_weights(file)
+    if metadata["made_with"] != (made_with := f"{head.name}, {scenes.settings.renderer}"):
+        raise ValueError(f"{file}: holds latents of {metadata['made_with']}, not of {made_with}; delete it")
+    return stored["latents"]
+
+
+def train_decoder(
+    head: DenseHead,
+    decoder: DetailDecoder,
+    scenes: SceneSet,
+    settings: FitSettings,
+    folder: Path,
+    *,
+    batch_size: int,
+    device: str | torch.device = "auto",
+    **options: Any,
+) -> DetailDecoder:
+    """Train a decoder for a head whose U-Net stays as it is, on what that predicts; it resumes from `folder`.
+
+    Args:
+        folder: of predicted latents, checkpoint and log.
+        options: of `fit`.
+    """
+    place = resolve_device(device)
+    data = load_scenes(scenes, head.task, place)
+    latents = predicted_latents(head, scenes, len(scenes), folder / "predicted.safetensors").to(place)
+
+    def truth(rows: Tensor) -> dict[str, Tensor]:
+        depth = data["depth"][rows][:, None].float()
+        if head.task == "normals":
+            normals = F.normalize(lub_normals(data["normals"][rows], "rdf"), dim=1)
+            return {"truth": normals, "surface": torch.isfinite(depth)}
+        picture, weight = depth_pictures(depth, head.task)
+        return {"truth": picture * 2 - 1, "weight": weight}
+
+    def batches(generator: torch.Generator) -> Batch:
+        rows = torch.randint(len(latents), (batch_size,), generator=generator).to(place)
+        pixels = (data["image"][rows].permute(0, 3, 1, 2).float() / 255).to(memory_format=torch.channels_last)
+        return {"latents": latents[rows].float(), "pixels": pixels, **truth(rows)}
+
+    def losses(module: nn.Module, ema: DetailDecoder, batch: Batch) -> Mapping[str, Tensor]:
+        drawn = module(batch["latents"], batch["pixels"])
+        normals = head.task == "normals"
+        terms = normal_terms(drawn, batch["truth"], batch["surface"]) if normals else depth_terms(drawn, batch)
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+    some = torch.arange(0, len(latents), max(1, len(latents) // 512), device=place)
+    decoder.fit_coarse(latents[some].cpu().float(), truth(some)["truth"].cpu())
+    decoder.to(memory_format=torch.channels_last)
+    return fit(decoder, batches, losses, settings, folder, device=place, **options)
+
+
+def refined_head(
+    head: DenseHead, scenes: SceneSet, settings: FitSettings, folder: Path, output: Path, **options: Any
+) -> None:
+    """Train a decoder for a head by `train_decoder`, and write both as one head's folder.
+
+    Args:
+        head: loaded with fold=False.
+        output: of the folder.
+        options: of `train_decoder`.
+    """
+    model, outputs = head.model, 3 if head.task == "normals" else 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)  # torch draws initial weights from the global generator
+        decoder = DetailDecoder(
+            model.channels, stride=model.stride, widths=REFINING_WIDTHS, outputs=outputs, coarse=True
+        )
+    trained = train_decoder(head, decoder, scenes, settings, folder, **options)
+    about = json_of(head.source, HEAD_FILE)
+    base = about["base"] if about.get("base") in EMBEDDED else head.base
+    values = {"base": base, "family": head.family_name, "task": head.task, "working_size": head.working_size}
+    extra = {name: value for name, value in about.items() if name not in values}
+    extra["refined"] = {"scenes": len(scenes), "fit": asdict(settings)}
+
+    def fill(partial: Path) -> None:
+        write_head(partial, model.network.unet, context=model.network.context, extra=extra, **values)
+        trained.save(partial)
+
+    replace_folder(output, fill)
