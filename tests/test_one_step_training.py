@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffrep.cli import main
-from diffrep.commands.train import TrainDepth, TrainNormals, open_set
+from diffrep.commands.train_heads import TrainDepth, TrainNormals, open_set
 from diffrep.eval.maps import angular_error
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Task, task_vector
 from diffrep.heads.loading import load_head

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.options import PrecisionOptions, ReportOptions
-from diffrep.commands.train import open_set
+from diffrep.commands.train_heads import open_set
 from diffrep.eval.cache import StoredType
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
 from diffrep.eval.datasets.dense_images import open_benchmark
