@@ -146,7 +146,6 @@ def match_dense(
     """
     check_descriptors(source=source, target=target)
     config = config or MatchConfig()
-    check_descriptors(source=source, target=target)
     cells, allowed = open_cells(source, source_mask), open_cells(target, mask)
     queries, targets = _take(source, cells), _take(target, allowed)
     best = _best_cells(queries, targets, config) if config.mode == "cell" or config.mutual else None

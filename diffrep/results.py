@@ -17,7 +17,7 @@ import csv
 import html
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-_ROWS = 8  # of a table in a notebook
+ROWS = 8  # of a table in a notebook
 
 
 def summary(values: Any) -> str:
@@ -162,13 +162,18 @@ class Result:
         columns = self.columns()
         if columns is None or self.picture() is not None:  # a notebook would take the table before the picture
             return None
-        cells = [
-            [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
-            for row in zip(*(to_numpy(values)[:_ROWS].tolist() for values in columns.values()), strict=True)
-        ]
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
-        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>"
+        return html_table(repr(self), {name: to_numpy(values[:ROWS]).tolist() for name, values in columns.items()})
+
+
+def html_table(title: str, columns: Mapping[str, Sequence[Any]]) -> str:
+    """A line and a table below it, for notebooks."""
+    cells = [
+        [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
+        for row in zip(*columns.values(), strict=True)
+    ]
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
+    return f"<p>{html.escape(title)}</p><table><tr>{head}</tr>{body}</table>"
 
 
 def _write_csv(path: Path, columns: Mapping[str, Any]) -> None:

@@ -14,15 +14,94 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from diffrep.backbones.repositories import EMBEDDED, HUB, MODELS, is_hub_id, repository, without_fetching
+from diffrep.backbones import weight_files
+from diffrep.backbones.repositories import (
+    CLEANDIFT,
+    EMBEDDED,
+    HUB,
+    MODELS,
+    REPOSITORIES,
+    TIMM,
+    cached_snapshot,
+    is_hub_id,
+    repository,
+    without_fetching,
+)
 from diffrep.backbones.text import TextEncoders
-from diffrep.files import read_weights, save_weights, write_document, write_whole
+from diffrep.files import read_document, read_weights, save_weights, write_document, write_whole
 from diffrep.heads.head import Head, HeadError
 
 HEAD_FILE, CONTEXT_FILE, WEIGHTS = "head.json", "context.safetensors", "diffusion_pytorch_model.safetensors"
+EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation", "tiny-restore")
 DIFFDIS = "diffdis"  # what ``head.json`` calls the family of segmentation heads
+KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say
+    name: (family, task)
+    for family, tasks in read_document(Path(__file__).with_name("checkpoints.json")).items()
+    for task, names in tasks.items()
+    for name in names
+}
+
+
+def head_path(name: str, *, whole: bool) -> str:
+    """Where a head's files lie: a folder, a file, or a hub id.
+
+    Args:
+        name: an embedded head, a path, a cache folder of the hub, or a hub id.
+        whole: a U-Net alone stands for the diffusers folder that it lies in.
+
+    Raises:
+        HeadError: there is nothing of that name, or no head; the message says what it is.
+    """
+    path = str(MODELS / name) if name in EMBEDDED_HEADS else os.path.expanduser(name)
+    local = Path(path).exists()
+    if not local and not is_hub_id(name):
+        if name in {*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM} or name.startswith(("timm:", "open_clip:")):
+            raise HeadError(f"{name}: is a backbone and no head; `diffrep train` makes one of a diffusion model")
+        raise HeadError(
+            f"{name}: no such folder or file and no known head; give {', '.join(EMBEDDED_HEADS)}, a folder, or a hub id"
+            f" such as {next(iter(KNOWN))}"
+        )
+    if Path(path).is_file():
+        _check_file(Path(path))
+    elif local:
+        path = str(cached_snapshot(Path(path)) or path)
+        parent = Path(path).resolve().parent
+        if whole and Path(path).name == "unet" and (parent / "model_index.json").is_file():
+            path = str(parent)  # a U-Net stands for the folder around it
+    return path
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file that holds no DiffDIS.
+
+    Raises:
+        HeadError: saying what it is instead.
+    """
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as opened:  # names alone: a file of gigabytes is read once, by what takes it
+            names = set(opened.keys())
+    else:
+        names = set(weight_files.read_weights(path))
+    if any(key.endswith("rgb_proj.0.weight") for key in names):
+        return
+    what = (
+        weight_files.describe_weights(names)[0]
+        or f"no head, it holds {len(names)} tensors ({', '.join(sorted(names)[:2])}, ...)"
+    )
+    raise HeadError(f"{path}: is {what}; a head for depth or normals is given as its whole diffusers folder or hub id")
+
+
+def published(name: str) -> tuple[str | None, Any]:
+    """Family and task of a published head: by its hub id, a folder of its name, or its folder in a cache of the hub."""
+    named_so = {key.split("/")[1]: value for key, value in KNOWN.items()}
+    cached = {f"models--{key.replace('/', '--')}": value for key, value in KNOWN.items()}
+    parts = Path(os.path.abspath(os.path.expanduser(name))).parts
+    in_cache = next((cached[part] for part in parts if part in cached), None)
+    folder = parts[-2] if parts[-1] == "unet" and len(parts) > 1 else parts[-1]
+    return KNOWN.get(name) or named_so.get(folder) or in_cache or (None, None)
 
 
 def write_head(

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffrep.backbones.base import check_weights
+from diffrep.backbones import weight_files
+from diffrep.backbones.base import BackboneError, check_weights
 from diffrep.backbones.pipelines import load_component, network_class
-from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device, resolve_dtype
-from diffrep.files import read_document, read_weights
+from diffrep.files import read_weights
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
@@ -26,10 +26,13 @@ from diffrep.heads.head import HeadError
 from diffrep.heads.head_folders import (
     DIFFDIS,
     HEAD_FILE,
+    KNOWN,
     WEIGHTS,
     base_of,
+    head_path,
     json_of,
     named,
+    published,
     save_head,
     stored_context,
     write_head,
@@ -51,15 +54,8 @@ __all__ = [
     "write_head",
 ]
 
-EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation", "tiny-restore")
 RESTORATION = "restore"
 TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation", RESTORATION), (*FAMILIES, DIFFDIS, *RESTORATION_FAMILIES)
-KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say
-    name: (family, task)
-    for family, tasks in read_document(Path(__file__).with_name("checkpoints.json")).items()
-    for task, names in tasks.items()
-    for name in names
-}
 PIPELINE_TASKS: dict[str, Task] = {"MarigoldDepthPipeline": "depth", "MarigoldNormalsPipeline": "normals"}
 
 
@@ -170,7 +166,10 @@ def load_head(
 def _names_adapters(file: Path) -> bool:
     """A file of a restorer's adapters, unless it is the weight file of a DiffDIS."""
     if file.suffix != ".safetensors":
-        return True
+        try:
+            return any(key.startswith("state_dict_unet") for key in weight_files.read_weights(file))
+        except BackboneError:  # dictionaries inside one, as adapters are published, or damage, which their reader names
+            return True
     with safe_open(file, "pt") as opened:
         return any(key.startswith("state_dict_unet") for key in opened.keys())  # noqa: SIM118
 
@@ -220,16 +219,10 @@ def _check_names(task: str | None, family: str | None) -> None:
 
 
 def _find(name: str, base: str | None) -> _Source:
-    path = str(MODELS / name) if name in EMBEDDED_HEADS else os.path.expanduser(name)
-    local = Path(path).exists()
-    if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        raise HeadError(
-            f"{name}: no such folder or file and no known head; give {', '.join(EMBEDDED_HEADS)}, a folder, or a hub id"
-            f" such as {next(iter(KNOWN))}"
-        )
+    path = head_path(name, whole=base is None)
     head = json_of(path, HEAD_FILE)
     config = json_of(path, "unet/config.json") or json_of(path, "config.json")
-    if not config and not local:
+    if not config and not Path(path).exists():
         raise HeadError(f"{name}: no such folder, and the hub has no head of that name, or cannot be reached")
     return _Source(name, path, head, config, base_of(path, head) if base is None else named(base))
 
@@ -334,8 +327,7 @@ def recognise(
     latent, inputs = _integer(name, vae, "latent_channels", 4), _integer(name, unet, "in_channels", 0)
     width = unet.get("projection_class_embeddings_input_dim") if unet.get("class_embed_type") else None
     shape = f"{inputs} input channels, {'task vector' if width else 'no task vector'}"
-    named_so = {key.split("/")[1]: value for key, value in KNOWN.items()}  # a copy of a published one in a folder
-    known_family, known_task = KNOWN.get(name) or named_so.get(Path(name).name) or (None, None)
+    known_family, known_task = published(name)
     asked = family or head.get("family") or known_family or MARIGOLD.name
     by_shape: dict[Any, Family] = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
     detected = by_shape.get((width, inputs / latent))

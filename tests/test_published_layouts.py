@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffrep.backbones.loading import load_cleandift
 from diffrep.cli import main
@@ -120,6 +123,49 @@ def test_one_step_heads(name: str, photos: Path, tmp_path: Path, run: Run, refus
     else:
         assert "name the task" in refused(command, image, "--model", renamed, *output)
         run(command, image, "--model", renamed, "--task", head.task, *output)
+
+
+def test_a_head_is_known_in_a_cache_of_the_hub_and_by_its_unet(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    folder = published.build_head("marigold-depth-v1-0", tmp_path)
+    image, output = photos / "dark" / "0.png", ["-o", tmp_path / "maps", "--size", 64, "--steps", 1]
+    assert "depth" in run("depth", image, "--model", folder / "unet", *output)
+    unet = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    unet.rename(unet.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    snapshot = tmp_path / "models--prs-eth--marigold-depth-v1-0" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    for name in (snapshot.parent.parent, snapshot):
+        assert "depth" in run("depth", image, "--model", name, *output)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "depth" in run("depth", image, "--model", "~/models--prs-eth--marigold-depth-v1-0", *output)
+
+
+@pytest.mark.parametrize("command", ["depth", "segment"])
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("lora.safetensors", "is a LoRA"),
+        ("unet.safetensors", "is a U-Net alone"),
+        ("other.safetensors", r"is no head, it holds 1 tensors \(foo, ...\)"),
+        ("empty.safetensors", "a weight file is damaged|cannot be read"),
+        ("picture.png", "is no checkpoint that can be read safely"),
+        ("sd2.1", "is a backbone and no head"),
+        ("timm:resnet18", "is a backbone and no head"),
+    ],
+)
+def test_what_is_no_head_is_named(command: str, name: str, says: str, tmp_path: Path, refused: Run) -> None:
+    image = tmp_path / "picture.png"
+    Image.new("RGB", (32, 32)).save(image)
+    tensors = {"lora": ["lora_unet_a.lora_up.weight"], "unet": ["conv_in.weight", "down_blocks.0.a"], "other": ["foo"]}
+    for stem, keys in tensors.items():
+        save_file({key: torch.zeros(1) for key in keys}, tmp_path / f"{stem}.safetensors")
+    (tmp_path / "empty.safetensors").touch()
+    given = tmp_path / name if "." in name and name != "sd2.1" else name
+    message = refused(command, image, "--model", given, "-o", tmp_path / "out")
+    assert name in message
+    assert re.search(says, message), message
 
 
 def test_diffdis(photos: Path, tmp_path: Path, run: Run, refused: Run) -> None:

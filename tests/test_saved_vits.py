@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 from safetensors.torch import save_file
 
 from diffrep.backbones import BackboneError, VisionTransformer, load_backbone
+from diffrep.backbones.vit_loading import IMAGENET
 from diffrep.features import extract
 
 SIZES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
@@ -153,3 +155,69 @@ def test_a_bare_file_of_timm(tmp_path: Path) -> None:
     save_file(odd.state_dict(), tmp_path / "odd.safetensors")
     with pytest.raises(BackboneError, match="attention heads of a ViT with 24 channels is not known"):
         load_backbone(tmp_path / "odd.safetensors", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [
+        ("mae_pretrain.pth", lambda w: {"model": w}),
+        ("mae_full.pth", lambda w: {"model": w | {"decoder_embed.weight": torch.ones(2), "mask_token": torch.ones(1)}}),
+        ("deit.pth", lambda w: {"model": w, "args": argparse.Namespace(epochs=3)}),
+        ("moco.pth", lambda w: {"state_dict": {f"module.{key}": value for key, value in w.items()}}),
+        ("dino.pth", lambda w: {"teacher": {f"backbone.{k}": v for k, v in w.items()} | {"head.mlp": torch.ones(1)}}),
+    ],
+)
+def test_files_of_training_programs(name: str, wrap: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, dynamic_img_size=True).eval()
+    torch.save(wrap(dict(network.state_dict())), tmp_path / name)
+    backbone = load_backbone(tmp_path / name, device="cpu")
+    assert isinstance(backbone, VisionTransformer)
+    pixels = torch.rand(1, 3, 224, 224)
+    mean, std = torch.tensor(IMAGENET)[..., None, None]
+    with torch.no_grad():
+        tokens = network.forward_intermediates((pixels - mean) / std, output_fmt="NLC", return_prefix_tokens=True)[1]
+    ours = backbone.tokens(pixels, ["layer.1"])["layer.1"]
+    torch.testing.assert_close(ours, torch.cat([tokens[1][1], tokens[1][0]], 1), atol=1e-5, rtol=1e-5)
+
+
+def test_pickles_alone_and_programs_are_named(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for layout, config in (("transformers", {"model_type": "dinov2"}), ("timm", {"architecture": "vit_tiny"})):
+        (tmp_path / layout).mkdir()
+        (tmp_path / layout / "config.json").write_text(json.dumps(config))
+        torch.save({"a": torch.zeros(1)}, tmp_path / layout / "pytorch_model.bin")
+        with pytest.raises(BackboneError, match=r"it has pytorch_model.bin alone, a pickle, .* as safetensors"):
+            load_backbone(tmp_path / layout, device="cpu")
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "ViT-B-32.pt"))
+    recwarn.clear()
+    with pytest.raises(BackboneError, match=r"is a program \(TorchScript\) .* open_clip:ViT-B-32/openai"):
+        load_backbone(tmp_path / "ViT-B-32.pt", device="cpu")
+    assert not recwarn.list
+
+
+def test_a_revision_is_used_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("dinov2-base", "timm:vit_tiny_patch16_224", "open_clip:ViT-B-32/openai"):
+        with pytest.raises(BackboneError, match="goes by a name, to which a revision does not belong"):
+            load_backbone(name, revision="v1", device="cpu")
+    config = transformers.Dinov2Config(**SIZES, image_size=28, patch_size=14)
+    hub, commits = tmp_path / "models--someone--vit", ("0" * 40, "1" * 40)
+    for commit, seed in zip(commits, (0, 1), strict=True):
+        torch.manual_seed(seed)
+        transformers.Dinov2Model(config).save_pretrained(hub / "snapshots" / commit)
+    (hub / "refs").mkdir()
+    for reference, commit in zip(("main", "v1"), commits, strict=True):
+        (hub / "refs" / reference).write_text(commit)
+    for constant in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.setattr(f"huggingface_hub.constants.{constant}", str(tmp_path), raising=False)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    pixels = torch.rand(1, 3, 28, 28)
+    found = [
+        load_backbone("someone/vit", revision=r, device="cpu").maps(pixels, ["layer.1"])["layer.1"]
+        for r in ("main", "v1")
+    ]
+    plain = [
+        load_backbone(hub / "snapshots" / commit, device="cpu").maps(pixels, ["layer.1"])["layer.1"]
+        for commit in commits
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert not torch.equal(*found)

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from diffrep.backbones import Backbone, Conditions, load_backbone
+from diffrep.backbones import Backbone, BackboneError, Conditions, load_backbone
 from diffrep.features import ExtractConfig, extract_each
 from diffrep.images import ImageError, Sizing
 from diffrep.store import (
@@ -78,6 +78,25 @@ def whole(images: Path, backbone: Backbone, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("stores") / "whole"
     run(images, folder, backbone)
     return folder
+
+
+def test_a_store_shows_its_images_and_gives_its_numbers(whole: Path, images: Path, backbone: Backbone) -> None:
+    store = open_store(whole)
+    frame = store.to_pandas()
+    assert list(frame.columns) == ["image", "height", "width"]
+    assert list(frame.image) == list(store.names)
+    with Image.open(images / "03.png") as picture:
+        assert picture.size == (frame.width[3], frame.height[3])
+    shown = store._repr_html_()
+    assert repr(store) in shown.replace("&#x27;", "'")
+    assert "<td>07.png</td>" in shown
+    assert "<td>08.png</td>" not in shown
+    (tap,) = store.taps
+    numbers = store.numpy()
+    assert numbers.shape[0] == len(store)
+    assert np.array_equal(numbers[4], store[4].features[tap].numpy())
+    with pytest.raises(BackboneError, match="is no backbone but a store of features, which open_store"):
+        load_backbone(whole)
 
 
 @pytest.mark.parametrize("kind", ["maps", "pooled", "points"])

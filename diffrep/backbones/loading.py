@@ -35,7 +35,7 @@ from diffrep.backbones.repositories import (
     split_options,
     with_options,
 )
-from diffrep.backbones.single_files import add_lora, load_single_file
+from diffrep.backbones.single_files import add_lora, load_single_file, parse_lora
 from diffrep.backbones.vit import VisionTransformer
 from diffrep.backbones.vit_loading import (
     load_dinov2_model,
@@ -119,6 +119,8 @@ def load_backbone(
         raise BackboneError(f"{options.name}: cannot be loaded ({kind}{one_line(error)})") from None
     _refuse_unused(options, backbone)
     backbone.name = with_options(backbone.name, lora=options.lora, variant=variant, revision=revision)
+    if missing := [file for file in options.lora if not parse_lora(file)[0].is_file()]:
+        raise BackboneError(f"{missing[0]}: there is no such file")
     if backbone.device.type == "meta":
         return backbone
     for file in options.lora:
@@ -162,7 +164,11 @@ def _open(options: LoadOptions) -> Backbone:
     if name in CLEANDIFT:
         base, file = CLEANDIFT[name]
         weights = Repository("CompVis/cleandift", revision=options.revision).fetch([file]) / file
-        return load_cleandift(base, weights, device=options.device, dtype=options.dtype, name=name)
+        return load_cleandift(
+            base, weights, device=options.device, dtype=options.dtype, variant=options.variant, name=name
+        )
+    if options.revision is not None and (name in TIMM or kind in ("timm", "open_clip", "hyperfeatures")):
+        raise BackboneError(f"{name}: goes by a name, to which a revision does not belong; give the model's hub id")
     if kind == "hyperfeatures":
         return _open_hyperfeatures(rest, options)
     if path.suffix in ENDINGS:
@@ -227,12 +233,23 @@ _CONFIGS: Mapping[str, Callable[[Repository, LoadOptions], Backbone]] = {
 }
 
 
+# what diffrep writes beside backbones, and what takes it
+_OTHERS = {
+    "manifest.json": "a store of features, which open_store, `diffrep index` and `embed` take",
+    "index.json": "an index, which open_index and `diffrep query` take",
+    "probe.json": "a probe, which load_probe and `diffrep probe predict` take",
+}
+
+
 def _open_repository(source: Repository, options: LoadOptions) -> Backbone:
     """A folder or hub id: diffusers' layout if it looks like one, else whatever its config says."""
     if "model_index.json" in source.files or source.has("unet") or source.has("transformer"):
         return load_pipeline(source, options)
     if "open_clip_config.json" in source.files:
         return load_open_clip_model(source, options)
+    for file, what in _OTHERS.items():
+        if file in source.files:
+            raise BackboneError(f"{source.label}: is no backbone but {what}")
     if "config.json" not in source.files:
         listed = ", ".join(sorted(file for file in source.files if "/" not in file)[:5])
         raise BackboneError(
@@ -262,6 +279,7 @@ def load_cleandift(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    variant: str | None = None,
     name: str = "cleandift",
 ) -> LatentDiffusion:
     """Stable Diffusion with CleanDIFT's U-Net, which wants the image without noise and t = 261.
@@ -269,13 +287,14 @@ def load_cleandift(
     Args:
         base: folder or hub id of the model that was fine-tuned.
         weights: state dict of the U-Net, diffusers' names, safetensors.
+        variant: of the base's weight files.
 
     Raises:
         BackboneError: the weights do not fit the base's U-Net.
     """
     place = resolve_device(device)
     options = LoadOptions(name=name, device=place, dtype=resolve_dtype(dtype, place))
-    backbone = load_pipeline(repository(base), options)
+    backbone = load_pipeline(repository(base, variant=variant), options)
     if not isinstance(backbone, LatentDiffusion):
         raise BackboneError(f"{base}: is a {type(backbone).__name__}, no Stable Diffusion")
     try:

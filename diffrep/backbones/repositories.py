@@ -250,6 +250,8 @@ class Repository:
         Raises:
             BackboneError: there is none, or there are several.
         """
+        if ".pt" not in endings:
+            self.refuse_pickles("")
         names = [sorted(f for f in self.files if "/" not in f and f.endswith(ending)) for ending in endings]
         files = next(filter(None, names), [])
         if len(files) != 1:
@@ -269,10 +271,29 @@ class Repository:
         names = [file.removeprefix(f"{part}/") for file in self.files if file.startswith(f"{part}/")]
         matches = {name: match for name in names if (match := _WEIGHTS.fullmatch(name))}
         variants = {name: match["v"] or match["w"] for name, match in matches.items()}
-        variant = self._variant(part, set(variants.values()), names, need)
+        variant = self._variant(part, set(variants.values()), need)
         wanted = [f"{part}/{name}" for name, of in variants.items() if of == variant]
         wanted += [f"{part}/{name}" for name in names if name.endswith((".json", ".txt", ".model"))]
         return self.fetch(wanted), variant
+
+    def refuse_pickles(self, part: str) -> None:
+        """Refuse a component, or the model itself where `part` is empty, whose weights are pickles alone.
+
+        Raises:
+            BackboneError: it has a pickle and no safetensors; the message says how to make them.
+        """
+        prefix = f"{part}/" if part else ""
+        names = [f.removeprefix(prefix) for f in self.files if f.startswith(prefix)]
+        names = [name for name in names if "/" not in name]
+        others = sorted(name for name in names if Path(name).suffix in (".bin", ".ckpt", ".pt", ".pth"))
+        if not others or any(name.endswith(".safetensors") for name in names):
+            return
+        safe = "model" if others[0].startswith("pytorch_model") else Path(others[0]).stem
+        raise BackboneError(
+            f"{self.label}: {part or 'it'} has {others[0]} alone, a pickle, which is not read: save it as safetensors,"
+            f' `python -c "import torch; from safetensors.torch import save_file; save_file(dict(torch.load('
+            f"'{others[0]}', weights_only=True)), '{safe}.safetensors', dict(format='pt'))\"` in {part or 'its folder'}"
+        )
 
     def tensors(self, part: str) -> set[str]:
         """The names of a component's tensors, of the safetensors that lie on this machine and can be read."""
@@ -285,16 +306,9 @@ class Repository:
                 names |= set(opened.keys())
         return names
 
-    def _variant(self, part: str, variants: set[str | None], names: Sequence[str], need: bool) -> str | None:
+    def _variant(self, part: str, variants: set[str | None], need: bool) -> str | None:
         if not variants:
-            others = sorted(name for name in names if Path(name).suffix in (".bin", ".ckpt", ".pt", ".pth"))
-            if others:
-                safe = "model" if others[0].startswith("pytorch_model") else Path(others[0]).stem
-                raise BackboneError(
-                    f"{self.label}: {part} has {others[0]} alone, a pickle, which is not read: save it as safetensors,"
-                    f' `python -c "import torch; from safetensors.torch import save_file; save_file(dict(torch.load('
-                    f"'{others[0]}', weights_only=True)), '{safe}.safetensors', dict(format='pt'))\"` in {part}/"
-                )
+            self.refuse_pickles(part)
             raise BackboneError(f"{self.label}: {part} has no weights (*.safetensors)")
         listed = ", ".join(sorted(v or "the plain one" for v in variants))
         if self.variant is not None and self.variant in variants:

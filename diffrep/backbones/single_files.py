@@ -28,7 +28,7 @@ from diffrep.backbones.pipelines import ENCODER_ONLY, alphas_cumprod, refuse_cha
 from diffrep.backbones.pixel_diffusion import adm_backbone
 from diffrep.backbones.repositories import LoadOptions
 from diffrep.backbones.text import PROJECTION, ClipEncoders
-from diffrep.backbones.vit_loading import is_vit, vit_from_weights
+from diffrep.backbones.vit_loading import is_vit, vit_from_weights, vit_weights
 from diffrep.backbones.weight_files import describe_weights, read_weights
 from diffrep.files import one_line
 
@@ -51,8 +51,8 @@ def load_single_file(path: Path, options: LoadOptions) -> Backbone:
     weights = read_weights(path)
     if "input_blocks.0.0.weight" in weights and not any(".transformer_blocks." in key for key in weights):
         return adm_backbone(weights, options.adm, name=options.name, source=str(path))
-    if is_vit(weights):
-        return vit_from_weights(path, weights, options)
+    if is_vit(vit := vit_weights(weights)):
+        return vit_from_weights(path, vit, options)
     what, instead = describe_weights(weights)
     if what:
         raise BackboneError(f"{path}: is {what}; {instead}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffrep.backbones import hybrid_vit
 from diffrep.backbones.base import BackboneError
 from diffrep.backbones.repositories import LoadOptions, Repository, repository
+from diffrep.backbones.text import quiet_libraries
 from diffrep.backbones.vit import PositionRule, SavedVit, VisionTransformer
 from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line
@@ -203,6 +204,17 @@ def load_dinov2_model(source: Repository, options: LoadOptions) -> VisionTransfo
     return dinov2_backbone(weights, config, stride=options.stride, name=options.name, source=source.label)
 
 
+def vit_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ViT under its own names, where a file has prefixes, heads or a decoder (MAE)."""
+    marker = "patch_embed.proj.weight"
+    prefix = next((key.removesuffix(marker) for key in weights if key.endswith(f".{marker}")), "")
+    if prefix and marker not in weights:  # "module.", "backbone.", "module.backbone." of training programs
+        weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+    if "decoder_embed.weight" in weights:
+        weights = {k: v for k, v in weights.items() if not k.startswith("decoder") and k != "mask_token"}
+    return weights
+
+
 def is_vit(names: Container[str]) -> bool:
     """Whether tensors of such names are a ViT of timm or of the published DINO programs."""
     return "patch_embed.proj.weight" in names and "blocks.0.norm1.weight" in names
@@ -251,6 +263,8 @@ def vit_from_weights(path: Path, weights: dict[str, Tensor], options: LoadOption
             "positions": PositionRule(antialias=False, offset=0.1),
             "config": {"mean": IMAGENET[0], "std": IMAGENET[1]},
         }
+    elif any(name in path.name.lower() for name in ("deit", "mae", "moco", "ibot")):
+        shared["config"] = {"mean": IMAGENET[0], "std": IMAGENET[1]}
     return timm_backbone("vit_base_patch16_224", model_args=sizes, weights=weights, **shared)
 
 
@@ -285,10 +299,13 @@ def load_saved_vit(source: Repository, options: LoadOptions) -> SavedVit:
         raise BackboneError(
             f"{name}: is a {kind} of transformers; of those that can be tapped there are {', '.join(SAVED_KINDS)}"
         )
+    source.refuse_pickles("")
+    revision = {} if source.folder is not None or options.revision is None else {"revision": options.revision}
     try:
-        model, info = transformers.AutoModel.from_pretrained(
-            source.label, use_safetensors=True, output_loading_info=True, dtype=torch.float32
-        )
+        with quiet_libraries():
+            model, info = transformers.AutoModel.from_pretrained(
+                source.label, use_safetensors=True, output_loading_info=True, dtype=torch.float32, **revision
+            )
     except (KeyError, ValueError, TypeError, RuntimeError, ImportError, AttributeError) as error:
         version = transformers.__version__
         raise BackboneError(f"{name}: transformers {version} cannot load this {kind} ({one_line(error)})") from None
@@ -345,6 +362,8 @@ def load_open_clip_model(source: Repository, options: LoadOptions) -> VisionTran
     Raises:
         BackboneError: a folder names a text encoder that would have to be fetched.
     """
+    if source.folder is None and options.revision is not None:
+        raise BackboneError(f"{source.label}: open_clip reads no revision of a model; fetch it and give its folder")
     texts = (source.json("open_clip_config.json").get("model_cfg") or {}).get("text_cfg") or {}
     if source.folder and (text := texts.get("hf_model_name")) and not Path(str(text)).exists():
         raise BackboneError(

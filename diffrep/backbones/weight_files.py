@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _INSIDE = (
     "params_ema",
     "params",
     "model_state_dict",
+    "model_ema",
+    "model",
     "teacher",
 )  # where training programs put weights
 
@@ -57,7 +60,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         loaded = _read_pickle(path)
     except Exception as error:  # torch raises several kinds for files that are damaged or forbidden
-        raise BackboneError(f"{path}: is no checkpoint that can be read safely ({one_line(error)})") from None
+        if "TorchScript" in str(error):
+            raise BackboneError(
+                f"{path}: is a program (TorchScript) and no weights, as OpenAI's CLIP comes; that is"
+                " open_clip:MODEL/openai, for example open_clip:ViT-B-32/openai"
+            ) from None
+        reason = "torch.save did not write it, or it is damaged" if "weights_only" in str(error) else one_line(error)
+        raise BackboneError(f"{path}: is no checkpoint that can be read safely ({reason})") from None
     for name in _INSIDE:
         if isinstance(loaded, dict) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -75,10 +84,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> Any:
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # the format before torch 1.6: plain tensors only
-        return torch.load(path, weights_only=True, map_location="cpu")
+    except ValueError:  # the format before torch 1.6, or a program: plain tensors only
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, weights_only=True, map_location="cpu")
     inert: list[Any] = [(_Inert, name) for name in foreign]
-    with torch.serialization.safe_globals(inert):
+    with torch.serialization.safe_globals(inert), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from diffrep.features import FeatureMaps
 from diffrep.files import printable
+from diffrep.results import ROWS, html_table, to_numpy
 from diffrep.store.manifest import Manifest, load_manifest
 from diffrep.store.shards import (
     SHARDS,
@@ -30,6 +31,9 @@ from diffrep.store.shards import (
     pooled,
     tensor_name,
 )
+
+if TYPE_CHECKING:
+    import pandas
 
 _OPEN_SHARDS = 64  # memory maps kept open
 
@@ -83,6 +87,42 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({str(self.folder)!r}, {len(self):,} images, {self.kind} of {', '.join(self.taps)})"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), self._columns(ROWS))
+
+    def _columns(self, count: int) -> dict[str, list[Any]]:
+        """Names and sizes of the first images."""
+        sizes = [self[number].placement.image_size for number in range(min(count, len(self)))]
+        names = [printable(file.name) for file in self.files[: len(sizes)]]
+        return {"image": names, "height": [height for height, _ in sizes], "width": [width for _, width in sizes]}
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """One row per image: its name and its size in pixels; `numpy` and `table` give the features.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame(self._columns(len(self)))
+
+    def numpy(self, tap: str | None = None) -> np.ndarray:
+        """The features of one tap in memory: (N, C) pooled, (N, C, h, w) maps, (points of all images, C) points.
+
+        Raises:
+            StoreError: there is no such tap, no image, or maps differ in size (read those by image or by batch).
+        """
+        name = self._tap(tap)
+        parts = [to_numpy(batch[name]) for _, batch in self.batches(1 << 30)]
+        parts = [part.reshape(-1, part.shape[-1]) for part in parts] if self.kind == "points" else parts
+        if len({part.shape[1:] for part in parts}) != 1:
+            raise StoreError(
+                f"{self.folder}: its maps differ in size, read them by image or by batch"
+                if parts
+                else f"{self.folder} holds no images"
+            )
+        return np.concatenate(parts)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
