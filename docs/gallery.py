@@ -19,7 +19,7 @@ from PIL import Image
 from diffrep import Correspondence, HeatGeodesicEmbedding, load_head, load_synthesis
 from diffrep.draw import draw_components, draw_field, draw_matches
 from diffrep.eval.toy_manifolds import swiss_roll
-from diffrep.heads.cutouts import composite
+from diffrep.heads.segmentation import composite
 from diffrep.index import contact_sheet, search_folder
 from diffrep.manifold.files import draw_embedding, figure_image
 from diffrep.matching import match_dense

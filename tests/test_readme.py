@@ -45,16 +45,16 @@ SMALL = {
     "probe dense depth photos/ depths/": "probe dense depth photos/ depths/ --size 64 --fit.epochs 1",
     "probe feedback images/": "probe feedback images/ --size 64 --fit.recipe.epochs 1",
     "probe pixels photos/ labels/": "probe pixels photos/ labels/ --size 64",
-    "--minutes 30 --work runs/depth": "--scenes 8 --steps 2 --validation-scenes 2 --work runs/depth",
+    "--minutes 30 --work runs/depth": "--scenes 8 --steps 2 --batch-size 2 --validation-scenes 2 --work runs/depth",
     "train tiny --smoke --work runs/smoke": "info tiny",  # a minute of two processes; tests/test_training.py runs it
     "diffrep train tiny\n": "diffrep info tiny\n",
     "--calls 4 6": "--calls 4",
     "search-schedule --steps 3": "search-schedule --steps 3 --reference 6 --population 2 --epochs 1 --count 1",
+    "--fit guided": "--fit guided --guidance.rounds 2",
     "--engine ray --actors 2": "",  # tests/test_store.py compares both engines
     "export tiny --taps up.1": "export tiny --taps up.1 --size 64",
     "likelihood photos/": "likelihood photos/0.jpg --tolerance 0.1",
 }
-RESTORER = ROOT / "diffrep" / "models" / "tiny-restore"
 VIDEO = "clip.mp4"  # needs PyAV, an extra
 
 
@@ -141,7 +141,7 @@ def test_every_line_works_in_order_as_pasted(
     for language, title, text in blocks(page):
         if language == "python":
             code = compile(replaced(text), f"{page}: {title}", "exec")
-            if title in ("", "diffrep") and ('"restore"' not in text or RESTORER.is_dir()):
+            if title in ("", "diffrep"):
                 exec(code, {})
             continue
         if language:
@@ -152,8 +152,6 @@ def test_every_line_works_in_order_as_pasted(
                 continue
             if words[:2] == ["python", "-m"]:  # benchmarks take minutes: tests/test_benchmarks.py
                 assert words[2] == "diffrep.eval.benchmarks"
-                continue
-            if words[1] == "restore" and not RESTORER.is_dir():  # the package has no restorer yet
                 continue
             if words[:2] == ["diffrep", "app"]:  # stays until Ctrl-C: tests/test_app.py
                 continue
