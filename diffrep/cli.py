@@ -51,6 +51,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "eval depth": ("evaluate:EvalDepth", "depth of a head on rendered scenes or a benchmark"),
     "eval normals": ("evaluate:EvalNormals", "surface normals of a head on rendered scenes or a benchmark"),
     "eval segmentation": ("evaluate:EvalSegmentation", "masks of a head on rendered scenes or DIS5K"),
+    "eval restoration": ("restore:EvalRestoration", "restored test sets: PSNR, SSIM, measures of looks"),
     "eval depth-ablation": ("evaluate:EvalAblation", "Lotus's ablation in small: nine trainings compared"),
     "eval samplers": ("evaluate:Samplers", "solvers on one model at equal numbers of network calls"),
     "eval synthesis": ("evaluate:Synthesis", "painted images: FID, seams, embedding consistency"),

@@ -1,17 +1,22 @@
-"""How near restored images come to the originals: PSNR and SSIM as the papers count them."""
+"""How near restored images come to the originals: PSNR and SSIM as the papers count them, and the papers' test sets."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.eval.report import Report, Section, read_tables
 from diffrep.files import write_whole
+from diffrep.heads.restoration.photograph import Photograph
+from diffrep.heads.restoration.restorer import RestorationHead, RestoreConfig, resized
+from diffrep.images import images_below
 from diffrep.pictures import image_grid
 
 
@@ -136,3 +141,127 @@ class RestorationValidation:
         if self.pictures is not None:
             write_whole(self.pictures / f"{step:06d}.png", image_grid(rows).save)
         return scores
+
+
+# -- the papers' test sets ----------------------------------------------------------------------------------
+
+Benchmark: TypeAlias = Literal["realsr", "drealsr", "div2k", "imagenet"]
+LOW, HIGH = (
+    ("test_LR", "lq", "LR", "LQ"),
+    ("test_HR", "gt", "HR", "GT", "HQ"),
+)  # as StableSR's and ResShift's sets are laid out
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRestoration:
+    """One row of a paper's table, x4."""
+
+    method: str
+    benchmark: Benchmark
+    source: str
+    values: Mapping[str, float]
+
+
+PUBLISHED_RESTORATION = read_tables("restoration", PublishedRestoration)
+
+
+def paired_files(folder: Path) -> list[tuple[Path, Path]]:
+    """Degraded images and their originals in a released test set, matched by their names.
+
+    Raises:
+        ValueError: no such folders, or an image without its pair.
+    """
+    places = [next((folder / name for name in names if (folder / name).is_dir()), None) for names in (LOW, HIGH)]
+    if None in places:
+        raise ValueError(f"{folder}: a test set has a folder {' or '.join(LOW)} and a folder {' or '.join(HIGH)}")
+    low, high = ({file.stem: file for file in images_below(place)} for place in places if place is not None)
+    if not low or set(low) != set(high):
+        alone = ", ".join(sorted(set(low) ^ set(high))[:3])
+        raise ValueError(f"{folder}: {len(low)} degraded images, {len(high)} originals, without a pair: {alone}")
+    return [(low[name], high[name]) for name in sorted(low)]
+
+
+def perceptual(name: str) -> Callable[[Tensor, Tensor], float]:
+    """A published measure of (1, 3, H, W) in [0, 1], restored and original: lpips and dists by torchmetrics, others by
+    pyiqa, whose licence (PolyForm Noncommercial) is the user's to accept. Both fetch weights when they are first used.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    try:
+        if name in ("lpips", "dists"):
+            from torchmetrics import functional
+
+            if name == "dists":
+                measure: Any = functional.image.deep_image_structure_and_texture_similarity
+                return lambda a, b: float(measure(a, b))
+            lpips: Any = functional.image.learned_perceptual_image_patch_similarity
+            return lambda a, b: float(lpips(a, b, net_type="alex", normalize=True))
+        import pyiqa
+
+        metric: Any = pyiqa.create_metric(name)
+        return lambda a, b: float(metric(a, b) if metric.metric_mode == "FR" else metric(a))
+    except ImportError:
+        package = "torchmetrics" if name in ("lpips", "dists") else "pyiqa (for non-commercial use)"
+        raise ImportError(f"{name} needs {package}, which is not installed") from None
+
+
+@dataclass(frozen=True)
+class RestorationReport(Report):
+    """Means over the images of a test set, of the restorer and of a bicubic, beside published rows."""
+
+    benchmark: str
+    images: int
+    rows: Mapping[str, Mapping[str, float]]
+    published: Sequence[PublishedRestoration] = ()
+
+    def document(self) -> Mapping[str, object]:
+        rows = [vars(row) for row in self.published]
+        return {"benchmark": self.benchmark, "images": self.images, "rows": self.rows, "published": rows}
+
+    def sections(self) -> Iterator[Section]:
+        names = list(next(iter(self.rows.values())))
+        cells = {**self.rows, **{f"{row.method} ({row.source})": row.values for row in self.published}}
+        lines = [(name, *(f"{v[key]:.4g}" if key in v else "-" for key in names)) for name, v in cells.items()]
+        notes = ["a bicubic beats most restorers in PSNR and loses in every measure of looks: PSNR alone misleads"]
+        yield Section(f"{self.benchmark}, {self.images} images", names, lines, notes if self.published else [])
+
+
+def evaluate_restoration(
+    head: RestorationHead,
+    pairs: Sequence[tuple[Path, Path]],
+    config: RestoreConfig,
+    *,
+    benchmark: Benchmark,
+    crop: int = 0,
+    measures: Sequence[str] = (),
+) -> RestorationReport:
+    """Restore a released test set and measure it.
+
+    Args:
+        pairs: of `paired_files`.
+        crop: pixels of the border that do not count; 0 in the papers of diffusion models, 4 in classical ones.
+        measures: more of `perceptual`.
+
+    Raises:
+        ValueError: an original has another size than its restored image.
+    """
+    more, distance = {name: perceptual(name) for name in measures}, FeatureDistance()
+    sums: dict[str, dict[str, float]] = {head.name: {}, "bicubic": {}}
+    for low, high in pairs:
+        degraded, original = Photograph.open(low), Photograph.open(high)
+        restored = head.predict(degraded, config)
+        if restored.size != original.size:
+            raise ValueError(f"{high}: has {original.size}, the restored image {restored.size} (--scale?)")
+        enlarged = resized(degraded.pixels, restored.pixels.shape[:2], "bicubic")
+        truth = torch.from_numpy(original.pixels).permute(2, 0, 1)
+        for who, values in ((head.name, restored.pixels), ("bicubic", enlarged)):
+            image, total = torch.from_numpy(values).permute(2, 0, 1), sums[who]
+            one = {"psnr": psnr(image, truth, crop=crop, y=False), "psnr_y": psnr(image, truth, crop=crop)}
+            one |= {"ssim": ssim(image, truth, crop=crop)}
+            a, b = image[None] / 255, truth[None] / 255
+            one |= {"distance": float(distance(a, b)), **{name: measure(a, b) for name, measure in more.items()}}
+            for name, value in one.items():
+                total[name] = total.get(name, 0.0) + value / len(pairs)
+    rows = [row for row in PUBLISHED_RESTORATION if row.benchmark == benchmark]
+    return RestorationReport(benchmark=benchmark, images=len(pairs), rows=sums, published=rows)

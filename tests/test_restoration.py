@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.restore import comparison
+from diffrep.eval.restoration import evaluate_restoration, paired_files, psnr
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.families import TINY
@@ -21,6 +22,7 @@ from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.pixels import blended_rows, low_band
 from diffrep.heads.restoration.restorer import RestorationHead, RestoreConfig, resized
 from diffrep.heads.training.restoration import PairSettings, RestorationTraining, degraded, restorer_of
+from diffrep.scenes import render_scene, scene_seed
 
 
 def photograph(height: int = 40, width: int = 52, *, deep: bool = False) -> Photograph:
@@ -223,3 +225,32 @@ def test_a_training_that_cannot_be_meant_is_refused() -> None:
     with pytest.raises(ValueError, match="learns from pixels"):
         RestorationTraining(pixel=0.0)
     assert TINY.result == "residual"
+
+
+def test_a_released_test_set_is_measured_beside_a_bicubic_and_the_papers(tmp_path: Path, head: RestorationHead) -> None:
+    for name in ("test_LR", "test_HR"):
+        (tmp_path / name).mkdir()
+    one = photograph(64, 64)
+    one.save(tmp_path / "test_HR" / "a.png")
+    Photograph(resized(one.pixels, (16, 16), "bicubic")).save(tmp_path / "test_LR" / "a.png")
+    report = evaluate_restoration(head, paired_files(tmp_path), RestoreConfig(), benchmark="realsr")
+    assert report.rows["head"] == pytest.approx(report.rows["bicubic"])
+    assert report.rows["head"]["psnr"] > 30
+    assert "OSEDiff" in report.table()
+    (tmp_path / "test_LR" / "b.png").write_bytes((tmp_path / "test_LR" / "a.png").read_bytes())
+    with pytest.raises(ValueError, match="without a pair"):
+        paired_files(tmp_path)
+
+
+def test_the_embedded_restorer_is_better_than_a_bicubic() -> None:
+    embedded = load_head("tiny-restore", device="cpu")
+    scene = render_scene(scene_seed("test", 3), category="dog", size=128)
+    original = torch.from_numpy(scene.image.copy()).permute(2, 0, 1)
+    for clean in (0.0, 1.0):
+        gains = []
+        for number in range(4):
+            low = degraded(original, PairSettings(clean=clean), number).permute(1, 2, 0).numpy()
+            images = embedded.predict(Photograph(low)).pixels, resized(low, (128, 128), "bicubic")
+            restored, enlarged = (psnr(torch.from_numpy(x).permute(2, 0, 1), original) for x in images)
+            gains.append(restored - enlarged)
+        assert np.mean(gains) > 0.7

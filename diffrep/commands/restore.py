@@ -11,11 +11,14 @@ import tyro
 from PIL import Image
 
 from diffrep.commands.image_runs import Item, print_files, run_images
+from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.commands.predict import ImageCommand
 from diffrep.files import write_whole
+from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.restorer import RestoreConfig
 from diffrep.pictures import data_uri, render
+from diffrep.settings import check_options
 
 SHOWN = 2000  # pixels of the longer side of pictures in a comparison
 
@@ -78,3 +81,36 @@ def comparison(name: str, before: Photograph, after: Photograph) -> str:
         "compare.html", title=Path(name).name, style="compare.css", script="compare.js", lead=lead, before=pictures[0],
         after=pictures[1],
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRestoration(ReportOptions, PrecisionOptions):
+    """Restore a published test set and measure it, beside a bicubic and the papers' numbers.
+
+    For example: diffrep eval restoration --benchmark realsr --data RealSR/ --model pisa_sr.pkl --base sd21-base/
+
+    --data has degraded images in test_LR or lq and originals in test_HR or gt. PSNR and SSIM are those of Y with
+    no border cropped, as in the papers of diffusion models. --measures lpips dists needs torchmetrics, musiq, niqe,
+    clipiqa and others pyiqa, which is free for non-commercial use alone; both fetch weights.
+    """
+
+    data: Path | None = None  # folder of the test set
+    benchmark: Literal["realsr", "drealsr", "div2k", "imagenet"] = "realsr"  # whose published rows stand beside
+    model: str = "tiny-restore"  # embedded head, folder, or file of a PiSA-SR, OSEDiff or S3Diff
+    base: str | None = None  # folder or hub id that such a file adapts
+    crop: int = 0  # pixels of the border that do not count
+    measures: tuple[str, ...] = ()  # more measures, by their names in torchmetrics (lpips, dists) or pyiqa
+    predict: Annotated[RestoreConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RestoreConfig)
+
+    def run(self) -> None:
+        from diffrep.eval.restoration import evaluate_restoration, paired_files
+
+        check_options(self, crop="0..")
+        self.check_output()
+        if self.data is None:
+            raise ValueError("say where the test set lies: --data FOLDER")
+        pairs = paired_files(self.data)
+        device, dtype = self.resolved()
+        head = load_head(self.model, task="restore", base=self.base, device=device, dtype=dtype)
+        options: dict[str, Any] = {"benchmark": self.benchmark, "crop": self.crop, "measures": self.measures}
+        self.show(evaluate_restoration(head, pairs, self.predict, **options))
