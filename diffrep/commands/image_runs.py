@@ -213,7 +213,7 @@ def run_images(
         ValueError: at the end, if an image failed: how many, and which.
     """
     head.check(config)
-    run = _Run(len(inputs), head.task)
+    run = ImageRun(len(inputs), head.task)
     sweep_partials(output)
     done: list[dict[str, object]] = []
     with run.bar:
@@ -248,7 +248,7 @@ def write_predicted_video(
     """
     rate = frame_rate(inputs[0].path) if is_video(inputs[0].path) else 25
     head.check(config)
-    run = _Run(len(inputs), head.task)
+    run = ImageRun(len(inputs), head.task)
 
     def pictures() -> Iterator[Image.Image]:
         for item, image, result in _predictions(head, inputs, output.parent, config, run, ()):
@@ -265,7 +265,7 @@ def _predictions(
     inputs: Sequence[Input],
     output: Path,
     config: Any,
-    run: _Run,
+    run: ImageRun,
     existing: Sequence[str],
 ) -> Iterator[tuple[Item, Image.Image, Any]]:
     opened = getattr(head, "opened", load_image)
@@ -281,7 +281,7 @@ def _predictions(
 
 
 def _images(
-    inputs: Sequence[Input], output: Path, run: _Run, existing: Sequence[str], read: Callable[[Path], Any]
+    inputs: Sequence[Input], output: Path, run: ImageRun, existing: Sequence[str], read: Callable[[Path], Any]
 ) -> Iterator[tuple[Item, Any]]:
     """What can be read of the inputs, loaded."""
     protected = frozenset(os.path.realpath(source.path) for source in inputs)
@@ -317,13 +317,13 @@ def _batches(images: Iterable[tuple[Item, Image.Image]], size: int) -> Iterator[
         yield waiting
 
 
-class _Run:
+class ImageRun:
     """The progress of a run, and what failed in it."""
 
-    def __init__(self, count: int, task: str) -> None:
-        self.count, self.skipped = count, 0
+    def __init__(self, count: int, task: str, *, unit: str = "image") -> None:
+        self.count, self.unit, self.skipped = count, unit, 0
         self.failed: list[str] = []
-        self.bar = tqdm(total=count, desc=task, unit="image", disable=count < 2)
+        self.bar = tqdm(total=count, desc=task, unit=unit, disable=count < 2)
 
     def skips(self, place: OutputPlace, existing: Sequence[str]) -> bool:
         """Whether files of these endings are all there; counts it."""
@@ -344,7 +344,7 @@ class _Run:
     def check(self) -> None:
         if self.failed:
             more = f"; and {len(self.failed) - 3} more, named above" if len(self.failed) > 3 else ""
-            count = "" if self.count == 1 else f"{len(self.failed)} of {self.count} images failed: "
+            count = "" if self.count == 1 else f"{len(self.failed)} of {self.count} {self.unit}s failed: "
             raise ValueError(f"{count}{'; '.join(self.failed[:3])}{more}")
 
 

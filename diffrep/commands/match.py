@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from diffrep.commands.options import BackboneOptions, PrecisionOptions, numbers
-from diffrep.files import DRAWING, check_writable, write_image
+from diffrep.files import DRAWING, check_writable, one_line, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
 
@@ -22,8 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffrep.backbones import Backbone, LatentDiffusion
+    from diffrep.features import Descriptors, FeatureMaps
     from diffrep.matching import DenseMatches, Matches
-    from diffrep.recipes import Recipe
+    from diffrep.recipes import Correspondence, Recipe
 
 DEFAULT_RECIPE = "tiny"
 
@@ -32,15 +37,21 @@ DEFAULT_RECIPE = "tiny"
 class Match(BackboneOptions, PrecisionOptions):
     """Point at places in image A and get the same places in image B, as a picture and as numbers.
 
-    For example: diffrep match cat.jpg dog.jpg --points 212,130 240,131 -o match.png
+    For example: diffrep match cat.jpg dog.jpg --points 212,130 240,131 -o match.png, or many pairs with the models
+    loaded once: diffrep match --pairs pairs.csv -o matches
     """
 
-    a: Annotated[Path, tyro.conf.Positional]  # the image with the points
-    b: Annotated[Path, tyro.conf.Positional]  # the image in which they are looked for
+    a: Annotated[Path | None, tyro.conf.Positional] = None  # the image with the points
+    b: Annotated[Path | None, tyro.conf.Positional] = None  # the image in which they are looked for
     points: tuple[str, ...] = ()  # places in A as x,y in pixels
     dense: bool = False  # match every location of A
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # picture to write; match.png without --json
+    # picture to write, match.png without --json; with --pairs the folder of the pictures, matches
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     json: bool = False  # print the matches as JSON
+    # .csv in the place of A and B: columns source and target, files beside it or with their whole path, and points:
+    # "x,y x,y" in columns whose names begin with it; rows without points take --points
+    pairs: Path | None = None
+    skip_existing: bool = False  # with --pairs: leave pairs out whose pictures exist
     # how features are read, fused and matched, by name or from a .toml or .yaml file; tiny without --backbone
     recipe: str | None = None
     # MODEL alone: only this model, by name, folder or hub id; with --recipe: [ROLE=]MODEL in the place of its own
@@ -62,45 +73,114 @@ class Match(BackboneOptions, PrecisionOptions):
         return dataclasses.replace(self, matching=recipe(self.recipe or DEFAULT_RECIPE).matching)
 
     def run(self) -> None:
-        import torch
-
-        from diffrep.draw import draw_field, draw_matches
         from diffrep.images import load_image
         from diffrep.masks import load_mask
-        from diffrep.matching import check_points, match_dense, match_points
-        from diffrep.recipes import Correspondence
 
+        if self.pairs is not None:
+            return self._run_pairs(self.pairs)
+        for name, image in (("A", self.a), ("B", self.b)):
+            if image is None:
+                raise ValueError(f"{name} is missing: two images, or --pairs FILE")
+        assert self.a is not None
+        assert self.b is not None
+        if self.skip_existing:
+            raise ValueError("--skip-existing goes with --pairs")
         if not self.points and not self.dense:
             raise ValueError("say what to match: --points x,y [x,y ...], or --dense")
         check_used(self.typed, self.matching, dense=self.dense)
         output = self.output or (None if self.json else Path("match.png"))
         if output is not None:
             check_writable(output)
-        device, dtype = self.resolved()
-        a, b = load_image(self.a), load_image(self.b)
-        places = torch.tensor([numbers(text, "point") for text in self.points]).reshape(-1, 2)
-        points = check_points(places, (a.height, a.width))
+        images = load_image(self.a), load_image(self.b)
+        points = read_points(self.points, images[0])
         masks = {
             "source_mask": None if self.mask_a is None else load_mask(self.mask_a),
             "mask": None if self.mask_b is None else load_mask(self.mask_b),
         }
-        chosen, backbones = self._recipe(device, dtype)
-        correspondence = Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
-        source, target = correspondence.describe(a, b)
-        matches = match_points(source, target, points, chosen.matching, **masks)
-        dense = match_dense(source, target, chosen.matching, **masks) if self.dense else None
-        if output is not None:
-            picture = draw_field(a, b, dense) if dense is not None else draw_matches(a, b, points, matches)
-            write_image(output, picture, mark=DRAWING)
-        note_embedded(chosen.name, "matching")
+        correspondence = self._correspondence()
+        described = correspondence.describe(*images)
+        result, lines = self._matched(images, described, points, correspondence.recipe, output, masks)
+        note_embedded(correspondence.recipe.name, "matching")
+        about = {"a": str(self.a), "b": str(self.b), "recipe": dataclasses.asdict(correspondence.recipe)}
+        print(json.dumps(about | result, indent=2) if self.json else "\n".join(lines))
+
+    def _run_pairs(self, table: Path) -> None:
+        """Match the pairs of a table; what fails is named on stderr, skipped and counted."""
+        from diffrep.commands.image_runs import ImageRun, check_folder
+        from diffrep.fusion import fuse
+        from diffrep.images import load_image
+
+        if self.a is not None or self.mask_a is not None or self.mask_b is not None:
+            raise ValueError("--pairs goes without A, B and their masks")
+        check_used(self.typed, self.matching, dense=self.dense)
+        folder = self.output or (None if self.json else Path("matches"))
+        if folder is not None:
+            check_folder(folder)
+        elif self.skip_existing:
+            raise ValueError("--skip-existing looks for pictures: say their folder, -o FOLDER")
+        pairs = read_pairs(table, self.points, dense=self.dense)
+        jobs = [(pair, None if folder is None else folder / f"{pair.name}.png") for pair in pairs]
+        left = [job for job in jobs if not (self.skip_existing and job[1] is not None and job[1].is_file())]
+        if len(left) < len(jobs):
+            print(f"skipped {len(jobs) - len(left)} pairs whose pictures exist", file=sys.stderr)
+        if not left:
+            return
+        run, results = ImageRun(len(left), "match", unit="pair"), []
+        correspondence = self._correspondence()
+        recipe = correspondence.recipe
+        image = lru_cache(maxsize=16)(load_image)  # one image is in many pairs, usually in neighbouring ones
+
+        @lru_cache(maxsize=16)
+        def features(path: Path) -> tuple[FeatureMaps, ...]:
+            return next(correspondence.features([image(path)]))
+
+        with run.bar:
+            for pair, output in left:
+                try:
+                    images = image(pair.source), image(pair.target)
+                    points = read_points(pair.points, images[0])
+                    described = fuse([features(pair.source), features(pair.target)], recipe.fusion)
+                    result, lines = self._matched(images, described, points, recipe, output, {})
+                except Exception as error:  # whatever a decoder raises: the other pairs are still to be done
+                    run.fail(pair.label, error)
+                    continue
+                results.append({"a": str(pair.source), "b": str(pair.target), "row": pair.row} | result)
+                if not self.json:
+                    run.bar.write("\n".join([f"{pair.source} {pair.target}", *lines]), file=sys.stdout)
+                run.bar.update()
+        note_embedded(recipe.name, "matching")
         if self.json:
-            result = {"a": str(self.a), "b": str(self.b), "recipe": dataclasses.asdict(chosen)}
-            print(json.dumps(result | document(points, matches, dense), indent=2))
-        else:
-            rows = zip(points.tolist(), matches.points.tolist(), matches.scores.tolist(), strict=True)
-            for (x, y), (u, v), score in rows:
-                print(f"({x:g}, {y:g}) -> ({u:.1f}, {v:.1f})  score {score:.3f}")
-            print(f"wrote {output}")
+            print(json.dumps({"recipe": dataclasses.asdict(recipe), "pairs": results}, indent=2))
+        run.check()
+
+    def _matched(
+        self,
+        images: tuple[Image.Image, Image.Image],
+        described: Sequence[Descriptors],
+        points: Tensor,
+        recipe: Recipe,
+        output: Path | None,
+        masks: Mapping[str, Tensor | None],
+    ) -> tuple[dict[str, object], list[str]]:
+        """Match a pair and draw it: the result, JSON-ready, and in lines."""
+        from diffrep.draw import draw_field, draw_matches
+        from diffrep.matching import match_dense, match_points
+
+        matches = match_points(*described, points, recipe.matching, **masks)
+        dense = match_dense(*described, recipe.matching, **masks) if self.dense else None
+        if output is not None:
+            picture = draw_field(*images, dense) if dense is not None else draw_matches(*images, points, matches)
+            write_image(output, picture, mark=DRAWING)
+        rows = zip(points.tolist(), matches.points.tolist(), matches.scores.tolist(), strict=True)
+        lines = [f"({x:g}, {y:g}) -> ({u:.1f}, {v:.1f})  score {score:.3f}" for (x, y), (u, v), score in rows]
+        return document(points, matches, dense), [*lines, f"wrote {output}"]
+
+    def _correspondence(self) -> Correspondence:
+        from diffrep.recipes import Correspondence
+
+        device, dtype = self.resolved()
+        chosen, backbones = self._recipe(device, dtype)
+        return Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
 
     def _recipe(self, device: torch.device, dtype: torch.dtype) -> tuple[Recipe, Mapping[str, Backbone]]:
         """The recipe with what was typed in its place, or one made for a backbone."""
@@ -245,6 +325,87 @@ def check_used(typed: frozenset[str], matching: MatchConfig, *, dense: bool) -> 
             raise ValueError(f"--matching.{name} goes with --matching.mode soft, the mode is {matching.mode}")
     if "matching.backend" in typed and matching.backend == "faiss" and not (dense or matching.mutual):
         raise ValueError("--matching.backend faiss goes with --dense")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row of a table of pairs.
+
+    Attributes:
+        name: of its picture, without ending.
+    """
+
+    label: str
+    row: int
+    source: Path
+    target: Path
+    points: tuple[str, ...]
+    name: str
+
+
+def read_pairs(path: Path, points: Sequence[str] = (), *, dense: bool = False) -> list[Pair]:
+    """The rows of a .csv with the columns source and target, and points in columns whose names begin with it.
+
+    Args:
+        points: of rows that have none.
+        dense: rows need no points.
+
+    Raises:
+        ValueError: the file is no such table, or a row lacks something; the message names it.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a table of pairs ({one_line(error)})") from None
+    columns = [name for name in table[0] if name] if table else []
+    if not {"source", "target"} <= set(columns):
+        listed = ", ".join(columns) or "no rows"
+        raise ValueError(f"{path}: needs the columns source and target, for example source,target,points; has {listed}")
+    if unknown := [name for name in columns if name not in ("source", "target") and not name.startswith("point")]:
+        raise ValueError(f"{path}: has a column {unknown[0]!r}, which is none of source, target and points")
+    pairs: list[Pair] = []
+    taken: Counter[str] = Counter()
+    for number, row in enumerate(table, 1):
+        label = f"{path}, row {number}"
+        if None in row:  # more cells than columns: a point without quotes
+            raise ValueError(f'{label}: has more cells than columns; a point stands in quotes, "120,80"')
+        places = [
+            place
+            for name in columns
+            if name.startswith("point")
+            for place in (row[name] or "").replace(";", " ").split()
+        ]
+        for name in ("source", "target"):
+            if not row[name]:
+                raise ValueError(f"{label}: has no {name}")
+        if not places and not points and not dense:
+            raise ValueError(f"{label}: has no points; give them in a column points, or --points for all rows")
+        for place in places:
+            try:
+                numbers(place, "point")
+            except ValueError as error:
+                raise ValueError(f"{label}: {error}") from None
+        source, target = (path.parent / str(row[name]) for name in ("source", "target"))
+        name = f"{source.stem}-{target.stem}"
+        taken[name] += 1
+        name += f"-{taken[name]}" if taken[name] > 1 else ""
+        pairs.append(Pair(label, number, source, target, tuple(places or points), name))
+    return pairs
+
+
+def read_points(texts: Sequence[str], image: Image.Image) -> Tensor:
+    """Points of an image, (N, 2), from what was written for them.
+
+    Raises:
+        ValueError: one is no point, or lies outside of the image.
+    """
+    import torch
+
+    from diffrep.matching import check_points
+
+    places = torch.tensor([numbers(text, "point") for text in texts]).reshape(-1, 2)
+    return check_points(places, (image.height, image.width))
 
 
 def document(points: Tensor, matches: Matches, dense: DenseMatches | None) -> dict[str, object]:
