@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffrep.heads.families import Family, Frame, Task
 from diffrep.heads.head import Head
 from diffrep.heads.maps import DepthMap, NormalMap, facing_camera, unit_length
-from diffrep.heads.one_step import OneStep
+from diffrep.heads.one_step import OneStep, Spacing
 from diffrep.heads.tiling import (
     DIFFUSERS_ENSEMBLE,
     E2E_ENSEMBLE,
@@ -48,6 +48,9 @@ class PredictConfig:
     reduction: Literal["median", "mean", "closest"] | None = None  # median and mean: depth; closest and mean: normals
     steps: int = 1  # of DDIM; more than one for Marigold only
     timestep: int | None = None  # of the single pass; None: the last of the schedule, 999
+    # of Marigold's timesteps: trailing begins at 999, where there is noise alone; leading at 1 for a single step, as
+    # diffusers runs folders whose scheduler says so (Marigold 1.0), a mistake that E2E-FT describes
+    spacing: Spacing = "trailing"
     official: bool = False  # treat sizes, posterior and lengths exactly as the family's released code does
     tile: int | None = None  # side of square tiles that go through the network on their own, pixels
     overlap: float = 0.25  # share of a tile that it has in common with its neighbour
@@ -60,6 +63,8 @@ class PredictConfig:
         )  # fmt: skip
         if self.timestep is not None and self.steps > 1:
             raise ValueError(f"timestep is of a single step, got {self.timestep} for {self.steps} steps")
+        if self.timestep is not None and self.spacing != "trailing":
+            raise ValueError(f"timestep {self.timestep} is the single step: spacing={self.spacing!r} would say another")
 
 
 class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
@@ -119,6 +124,8 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
             )
         if config.steps > 1 and family.result != "sample":
             raise ValueError(f"a {family.name} head predicts in one step, got steps={config.steps}")
+        if config.spacing != "trailing" and family.result != "sample":
+            raise ValueError(f"a {family.name} head has one timestep: spacing={config.spacing!r} goes with Marigold")
         allowed = ("closest", "mean") if self.task == "normals" else ("median", "mean")
         if config.reduction not in (None, *allowed):
             raise ValueError(f"reduction of {self.task} must be {' or '.join(allowed)}, got {config.reduction!r}")
@@ -207,7 +214,12 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
                 latents = model.encode(canvas, draws[member], batch_size=config.batch_size)
             start = None if noise is None else noise[member : member + 1]
             annotation = model.predict(
-                latents, start, steps=config.steps, timestep=config.timestep, batch_size=config.batch_size
+                latents,
+                start,
+                steps=config.steps,
+                timestep=config.timestep,
+                spacing=config.spacing,
+                batch_size=config.batch_size,
             )
             decoded = model.draw_maps(annotation, canvas, batch_size=config.batch_size)
             results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])

@@ -243,6 +243,11 @@ def _load_dense(
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
     if decoder is not None:
         about += ", drawn by its own decoder"
+    if recognised.family.result == "sample" and model.schedule.stated != "trailing":
+        about += (
+            f"; its scheduler says {model.schedule.stated} timesteps, with which a single step would see no noise:"
+            " trailing ones are taken (spacing)"
+        )
     return DenseHead(model, recognised.task, name=source.name, recognised=about, source=source.path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from diffrep.graphs import Graphs
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.families import Family
 
+Spacing = Literal["trailing", "leading"]
 TIMESTEP = 999  # of 1000: where one-step heads are trained and asked
 
 
@@ -35,22 +36,30 @@ class Schedule:
         alphas_cumprod: (T,), indexed by the timestep.
         predicts: "sample", "epsilon" or "v_prediction".
         last_alpha: cumulative alpha behind the last step: 1, or that of timestep 0.
+        stated: the spacing of timesteps that the folder's scheduler names.
+        offset: added to the timesteps of "leading" spacing.
     """
 
     alphas_cumprod: Tensor
     predicts: str
     last_alpha: float = 1.0
+    stated: str = "trailing"
+    offset: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Schedule:
         """Read a diffusers scheduler config, whatever sampler it names."""
         alphas = alphas_cumprod(config)
         last = 1.0 if config.get("set_alpha_to_one", True) else float(alphas[0])
-        return cls(alphas.double(), str(config.get("prediction_type", "epsilon")), last)
+        spacing, offset = str(config.get("timestep_spacing", "leading")), int(config.get("steps_offset", 0))
+        return cls(alphas.double(), str(config.get("prediction_type", "epsilon")), last, spacing, offset)
 
-    def timesteps(self, steps: int) -> list[int]:
-        """From noise to image with trailing spacing: one step is 999, four are 999, 749, 499, 249."""
+    def timesteps(self, steps: int, spacing: Spacing = "trailing") -> list[int]:
+        """From noise to image. Trailing: one step is 999, four are 999, 749, 499, 249; leading, with an offset of 1:
+        one step is 1, four are 751, 501, 251, 1."""
         total = len(self.alphas_cumprod)
+        if spacing == "leading":
+            return [i * (total // steps) + self.offset for i in reversed(range(steps))]
         return [round(total - i * total / steps) - 1 for i in range(steps)]
 
     def levels(self, timestep: int | Tensor) -> tuple[Any, Any]:
@@ -392,6 +401,7 @@ class OneStep(LatentCodec):
         *,
         steps: int = 1,
         timestep: int | None = None,
+        spacing: Spacing = "trailing",
         switch: tuple[float, ...] | None = None,
         batch_size: int = 8,
     ) -> Tensor:
@@ -401,6 +411,7 @@ class OneStep(LatentCodec):
             latents: (B, c, h, w), of `encode`.
             noise: (B or 1, c, h, w) standard normal, for families that start from it.
             timestep: of the single pass; the family's where None.
+            spacing: of Marigold's timesteps.
             switch: class vector instead of the family's, for example Lotus' reconstruction.
 
         Returns:
@@ -413,8 +424,8 @@ class OneStep(LatentCodec):
         if steps > 1 and self.family.result != "sample":
             raise ValueError(f"a {self.family.name} head predicts in one step, got steps={steps}")
         self.unet_input(latents[:1], None if noise is None else noise[:1])  # refuses before any work
-        timesteps, last = self.schedule.timesteps(steps), len(self.schedule.alphas_cumprod) - 1
-        if timestep is None and steps == 1:
+        timesteps, last = self.schedule.timesteps(steps, spacing), len(self.schedule.alphas_cumprod) - 1
+        if timestep is None and steps == 1 and spacing == "trailing":
             timestep = min(self.family.timestep, last)
         if timestep is not None:
             if steps > 1 or not 0 <= timestep <= last:

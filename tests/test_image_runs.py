@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 
 from diffrep.cli import main
-from diffrep.commands.image_runs import OutputPlace, find_inputs, output_names
-from diffrep.heads.dense import DenseHead
+from diffrep.commands.image_runs import Item, OutputPlace, _ahead, find_inputs, output_names, run_images, write_map
+from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import HeadError, load_head
 from diffrep.heads.maps import DepthMap, KnownDepthError, NormalMap, known_files, read_known_depths, unit_length
 from diffrep.heads.segmentation import SegmentationHead
@@ -276,3 +277,50 @@ def test_a_head_is_a_module_that_saves_itself(head: str, tmp_path: Path) -> None
         SegmentationHead.from_pretrained(head)
     with pytest.raises(TypeError, match="sizes"):
         loaded(image, sizes=3)
+
+
+def test_images_of_one_size_share_batches_and_files_do_not_mind(tmp_path: Path) -> None:
+    sizes = [(40, 30), (30, 40), (40, 30), (30, 40), (40, 30), (24, 24)]
+    for number, size in enumerate(sizes):
+        Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{number}.png")
+    batches: list[list[tuple[int, int]]] = []
+    head = load_head(random_head(tmp_path / "head"))
+    plain = head.predict_each
+
+    def watched(images: list[Image.Image], config: PredictConfig) -> Iterator[DepthMap]:
+        batches.append([image.size for image in images])
+        return plain(images, config)
+
+    head.predict_each = watched
+    inputs = find_inputs([str(tmp_path / f"{number}.png") for number in range(6)], tmp_path / "out")
+    config, slow = PredictConfig(batch_size=3), {"0": 0.2}
+
+    def write(item: Item, image: Image.Image, result: DepthMap) -> list[Path]:
+        time.sleep(slow.get(item.place.name, 0.0))
+        return write_map(item.place, result, ["npy"], show=False)
+
+    done = run_images(head, inputs, tmp_path / "out", config, write)
+    assert [Path(str(entry["image"])).stem for entry in done] == list("012345")
+    assert batches == [[(40, 30)] * 3, [(30, 40)] * 2, [(24, 24)]]
+    for number, size in enumerate(sizes):
+        expected = plain([Image.open(tmp_path / f"{number}.png").convert("RGB")], config)
+        values = np.load(tmp_path / "out" / f"{number}_disparity.npy")
+        assert values.shape == size[::-1]
+        np.testing.assert_allclose(values, next(iter(expected)).values, atol=1e-4)
+
+
+def test_reading_goes_ahead_by_so_many_and_stops_when_nobody_asks(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(100):
+            seen.append(number)
+            yield number
+
+    ahead = _ahead(numbers(), 4)
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    ahead.close()
+    assert len(seen) <= 3 + 4
+    assert list(_ahead(iter("abc"), 2)) == list("abc")
+    with pytest.raises(ZeroDivisionError):
+        list(_ahead((1 / number for number in (1, 0)), 2))

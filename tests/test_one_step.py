@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -467,3 +467,45 @@ def test_bicubic_normals_of_e2e_ft_stay_in_range(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
     normals = head.predict(image, PredictConfig(size=32, resample="bicubic", official=True)).values
     assert float(normals.abs().max()) == 1.0  # clipped behind the resize, which overshoots
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("steps", [1, 4])
+@torch.no_grad()
+def test_spacings_are_those_of_diffusers_sampler(spacing: str, steps: int, tmp_path: Path) -> None:
+    folder = random_head(tmp_path / "head", family="marigold", task="depth")
+    about = {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "clip_sample": False,
+    }
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(about))
+    head = load_head(folder)
+    assert "its scheduler says leading timesteps" in head.found
+    model, sampler = head.model, DDIMScheduler(**{**about, "timestep_spacing": spacing})
+    sampler.set_timesteps(steps)
+    assert model.schedule.timesteps(steps, spacing) == sampler.timesteps.tolist()  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(3)
+    latents, noise = (torch.randn(1, 8, 8, 8, generator=generator) for _ in range(2))
+    current = noise
+    for timestep in sampler.timesteps:
+        output = model.network(torch.cat([latents, current], dim=1), int(timestep))
+        current = sampler.step(output, timestep, current).prev_sample
+    got = model.predict(latents, noise, steps=steps, spacing=spacing)  # type: ignore[arg-type]
+    torch.testing.assert_close(got, current, rtol=1e-4, atol=1e-4)
+
+
+def test_spacing_goes_with_marigold_alone(folders: dict[str, Path], head: DenseHead, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="goes with Marigold"):
+        head(picture(40, 40), spacing="leading")
+    with pytest.raises(ValueError, match="timestep 5 is the single step"):
+        PredictConfig(timestep=5, spacing="leading")
+    marigold = load_head(random_head(tmp_path / "m", family="marigold", task="depth"))
+    maps = [marigold(picture(40, 40), spacing=spacing).values for spacing in ("trailing", "leading")]
+    assert not torch.allclose(*maps)

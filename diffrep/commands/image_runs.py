@@ -6,11 +6,13 @@ replaced, and what diffrep wrote is not taken for a photograph. What fails for o
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
 from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
 
 ResultT = TypeVar("ResultT")
+ValueT = TypeVar("ValueT")
 
 
 # -- inputs -------------------------------------------------------------------------------------------------
@@ -187,6 +190,7 @@ class Item:
     source: Input
     label: str  # its path, for messages; of a frame with its number
     place: OutputPlace
+    number: int  # of the images that are read, in order
 
 
 def run_images(
@@ -200,6 +204,9 @@ def run_images(
 ) -> list[dict[str, object]]:
     """Predict and write the maps of many images and videos; what fails is named on stderr, skipped and counted.
 
+    A thread reads the next images and another writes the last maps while the network computes, and images of one size
+    share batches though others lie between them.
+
     Args:
         head: a head or a probe: `task`, `check(config)`, and `predict_each(images, config)` with one result each.
         config: as the head takes it; it has a `batch_size`.
@@ -207,7 +214,7 @@ def run_images(
         existing: endings of files; an image that has them all is left out.
 
     Returns:
-        One entry for each image that succeeded: its path and its files.
+        One entry for each image that succeeded, in the order of the inputs: its path and its files.
 
     Raises:
         ValueError: at the end, if an image failed: how many, and which.
@@ -215,20 +222,30 @@ def run_images(
     head.check(config)
     run = ImageRun(len(inputs), head.task)
     sweep_partials(output)
-    done: list[dict[str, object]] = []
-    with run.bar:
-        for item, image, result in _predictions(head, inputs, output, config, run, existing):
+    done: dict[int, dict[str, object]] = {}
+    writing: deque[tuple[Item, Future[list[Path]]]] = deque()
+
+    def settle(left: int) -> None:
+        """Wait until no more than so many maps are still being written."""
+        while len(writing) > left:
+            item, future = writing.popleft()
             try:
-                files = write(item, image, result)
+                files = future.result()
             except Exception as error:
                 run.fail(item.label, error)
                 continue
-            done.append({"image": item.label, "files": [str(file) for file in files]})
+            done[item.number] = {"image": item.label, "files": [str(file) for file in files]}
             run.bar.update(not is_video(item.source.path))
+
+    with run.bar, ThreadPoolExecutor(1) as writer:
+        for item, image, result in _predictions(head, inputs, output, config, run, existing):
+            writing.append((item, writer.submit(write, item, image, result)))
+            settle(2 * config.batch_size)
+        settle(0)
     if run.skipped:
         print(f"skipped {run.skipped} images whose files exist", file=sys.stderr)
     run.check()
-    return done
+    return [done[number] for number in sorted(done)]
 
 
 def write_predicted_video(
@@ -268,8 +285,8 @@ def _predictions(
     run: ImageRun,
     existing: Sequence[str],
 ) -> Iterator[tuple[Item, Image.Image, Any]]:
-    opened = getattr(head, "opened", load_image)
-    for group in _batches(_images(inputs, output, run, existing, opened), config.batch_size):
+    images = _images(inputs, output, run, existing, getattr(head, "opened", load_image))
+    for group in _batches(_ahead(images, 2 * config.batch_size), config.batch_size):
         try:
             results = list(head.predict_each([image for _, image in group], config))
         except Exception as error:  # the images of a batch have one size: what fails for one fails for all
@@ -284,6 +301,7 @@ def _images(
     inputs: Sequence[Input], output: Path, run: ImageRun, existing: Sequence[str], read: Callable[[Path], Any]
 ) -> Iterator[tuple[Item, Any]]:
     """What can be read of the inputs, loaded."""
+    numbers = itertools.count()
     protected = frozenset(os.path.realpath(source.path) for source in inputs)
     for source in inputs:
         try:
@@ -291,7 +309,7 @@ def _images(
                 for number, frame in enumerate(read_frames(source.path)):
                     place = OutputPlace(output, f"{source.name}/{number:06d}", protected)
                     if not run.skips(place, existing):
-                        yield Item(source, f"{source.path}, frame {number}", place), frame
+                        yield Item(source, f"{source.path}, frame {number}", place, next(numbers)), frame
                 run.bar.update()
                 continue
             place = OutputPlace(output, source.name, protected)
@@ -302,19 +320,38 @@ def _images(
         except Exception as error:  # whatever a decoder raises: the other images are still to be done
             run.fail(str(source.path), error)
             continue
-        yield Item(source, str(source.path), place), image
+        yield Item(source, str(source.path), place, next(numbers)), image
+
+
+def _ahead(values: Iterator[ValueT], count: int) -> Iterator[ValueT]:
+    """The values in order; a thread computes up to so many of them before they are asked for."""
+    with ThreadPoolExecutor(1) as reader:
+        ready: deque[Future[ValueT]] = deque()
+        try:
+            while True:
+                while len(ready) < count:
+                    ready.append(reader.submit(next, values))
+                try:
+                    value = ready.popleft().result()
+                except StopIteration:
+                    return
+                yield value
+        finally:
+            for future in ready:
+                future.cancel()
 
 
 def _batches(images: Iterable[tuple[Item, Image.Image]], size: int) -> Iterator[list[tuple[Item, Image.Image]]]:
-    """Neighbouring images of one size."""
-    waiting: list[tuple[Item, Image.Image]] = []
+    """Images of one size, in order; up to four batches of other sizes wait meanwhile, the oldest goes first."""
+    waiting: dict[tuple[int, int], list[tuple[Item, Image.Image]]] = {}
     for item, image in images:
-        if waiting and (waiting[0][1].size != image.size or len(waiting) >= size):
-            yield waiting
-            waiting = []
-        waiting.append((item, image))
-    if waiting:
-        yield waiting
+        group = waiting.setdefault(image.size, [])
+        group.append((item, image))
+        if len(group) >= size:
+            yield waiting.pop(image.size)
+        elif sum(map(len, waiting.values())) > 4 * size:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
 
 
 class ImageRun:

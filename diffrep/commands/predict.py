@@ -302,8 +302,10 @@ class Segment(ImageCommand):
         earlier = self._earlier()
         about: dict[str, dict[str, object]] = {}
 
+        numbers: dict[str, int] = {}
+
         def write(item: Item, image: Image.Image, result: ObjectMask) -> list[Path]:
-            about[item.label] = result.metadata(self.threshold)
+            about[item.label], numbers[item.label] = result.metadata(self.threshold), item.number
             files = {kind: item.place.file(f"{kind}.png") for kind in outputs}
             for kind, file in files.items():
                 write_image(file, self._picture(kind, image, result))
@@ -314,6 +316,7 @@ class Segment(ImageCommand):
         try:
             done = run_images(head, inputs, self.output, config, write, existing=existing)
         finally:  # also where images failed, for those that did not
+            about = {path: about[path] for path in sorted(about, key=numbers.__getitem__)}
             summary["images"] = [{"image": path, **values} for path, values in {**earlier, **about}.items()]
             if about:
                 write_document(self.output / SUMMARY, summary)
