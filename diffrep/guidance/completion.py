@@ -1,5 +1,7 @@
 """Depth from sparse known depths by guidance: the latent of a depth model follows the depths that are known.
 
+Fewer than two different known depths, and a step that diverges, are a `SamplingError`.
+
 Source: Marigold-DC, arXiv 2412.13389, prs-eth/Marigold-DC 77fa032.
 """
 
@@ -22,9 +24,6 @@ class Ruler:
     Args:
         known: (H, W) metres; 0 where there is none.
         scale, shift: to begin with; the range of the known depths and their minimum where left out.
-
-    Raises:
-        SamplingError: fewer than two different depths, which say nothing of the scale.
     """
 
     def __init__(self, known: Tensor, *, scale: float | None = None, shift: float | None = None) -> None:
@@ -73,9 +72,6 @@ def complete_by_diffusion(
 
     Returns:
         (H, W) metres.
-
-    Raises:
-        SamplingError: fewer than two different known depths, or a step that diverges.
     """
     ruler = Ruler(known)
     leaf = noise.detach().clone().requires_grad_()

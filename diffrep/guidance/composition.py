@@ -1,5 +1,7 @@
 """Two conditions in one picture: SuperDiff's superposition, and COW's cycles around an unchanged object.
 
+Steps that diverge and settings that do not go together are a `SamplingError` in one line.
+
 Sources: SuperDiff arXiv 2412.17762, necludov/super-diffusion e3afac2; COW arXiv 2306.08247, wangruoyu02/COW 2943d2f.
 """
 
@@ -72,9 +74,6 @@ def superpose(
 
     Returns:
         The last states, and weights and densities.
-
-    Raises:
-        SamplingError: a step diverges, or no such method.
     """
     if method not in ("and", "or", "avg", "and_ode"):
         raise SamplingError(f"conditions are composed by and, or, avg or and_ode, got {method!r}")
@@ -203,9 +202,6 @@ def cycle(
         cycles: how many.
         low, high, last: shares of the steps: the lower and the upper level, and where the object is written at last.
         eta: of the last phase.
-
-    Raises:
-        SamplingError: the object does not fit, levels that are not apart, or a step that diverges.
     """
     count = grid.steps
     bottom, top, final = int(low * count), int(high * count), int(last * count)

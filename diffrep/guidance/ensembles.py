@@ -1,5 +1,7 @@
 """Many states at once: weighted particles with resampling (AFDPS), and stacks of slices (DiffusionMBIR).
 
+A step that diverges, and why, is a `SamplingError` in one line.
+
 Sources: AFDPS arXiv 2506.03979, the formula also in erichou1/AFDPS fb6a503; DiffusionMBIR arXiv 2211.10655,
 HJ-harry/DiffusionMBIR 592ea29.
 """
@@ -58,9 +60,6 @@ def afdps(
 
     Returns:
         The particles, and (P,) log-weights with the maximum 0.
-
-    Raises:
-        SamplingError: sigma_y is not above 0, or a step diverges (explicit steps need 2 t h / sigma_y^2 below 2).
     """
     if not sigma_y > 0:
         raise SamplingError(f"particles are weighed by the measurement's noise: sigma_y must be above 0, got {sigma_y}")
@@ -117,9 +116,6 @@ def reconstruct_volume(
         final_consistency: end with a step to the measurement.
         chunk: slices are worked off in `S // chunk + 1` parts.
         batch_mean: the corrector's step size is that of a part, as released: a slice depends on its company.
-
-    Raises:
-        SamplingError: a step diverges, or the SDE is another one.
     """
     if sde.kind != "ve":
         raise SamplingError(f"volumes are reconstructed with a variance exploding SDE, got {sde.kind}")

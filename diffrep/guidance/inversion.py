@@ -1,7 +1,8 @@
 """From an image back to the noise it is sampled from: DDIM inversion, null-text inversion, BDIA, EDICT.
 
 All run on the `TimeGrid` of a sampler with leading spacing, of which the last time lies before the first timestep of
-the table; a schedule is as clean there as at timestep 0. Networks give noise.
+the table; a schedule is as clean there as at timestep 0. Networks give noise. Numbers that
+mean nothing and steps that diverge are a `SamplingError` in one line.
 
 Sources: DDIM arXiv 2010.02502; null-text arXiv 2211.09794; EDICT arXiv 2211.12446; BDIA arXiv 2307.10829.
 """
@@ -26,9 +27,6 @@ def leading_grid(schedule: TableVP, steps: int, *, offset: int = 0, strength: fl
     Args:
         offset: added to all timesteps; diffusers' Stable Diffusion pipeline has 1.
         strength: share of the steps, counted from the clean end.
-
-    Raises:
-        SamplingError: no such number of steps, or strength leaves none.
     """
     total = len(schedule.table)
     if not 1 <= steps <= total or not 0 < strength <= 1 or int(steps * strength) < 1:
@@ -136,9 +134,6 @@ def invert_bdia(network: Network, x: Tensor, grid: TimeGrid, *, gamma: float = 0
 
     Returns:
         The states at the grid's first time and at the one below.
-
-    Raises:
-        SamplingError: gamma outside (0, 1].
     """
     _share("gamma", gamma)
     # the step up from below the table leads to the same level of noise: it changes nothing and needs no call
@@ -176,9 +171,6 @@ def invert_edict(network: Network, pair: Pair, grid: TimeGrid, *, mix: float = 0
         pair: the clean state, two times.
         mix: share of a state that stays when both are mixed.
         leapfrog: the states change roles from step to step.
-
-    Raises:
-        SamplingError: mix outside (0, 1].
     """
     _share("mix", mix)
     at, states = levels(grid), list(pair)

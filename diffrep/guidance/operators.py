@@ -49,11 +49,7 @@ class Operator:
             raise SamplingError(f"{self.name} is not linear: it has no {what}")
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """A^T y, images: `<A x, y> = <x, A^T y>` for all x.
-
-        Raises:
-            SamplingError: the operator is not linear.
-        """
+        """A^T y, images: `<A x, y> = <x, A^T y>` for all x."""
         self._linear("adjoint")
         if self.transpose is not None:
             return self.transpose(y)
@@ -97,11 +93,7 @@ class Operator:
         return float(sum(squares))
 
     def check(self, y: Tensor) -> Tensor:
-        """A measurement, if it can be one.
-
-        Raises:
-            SamplingError: it has another size than the operator's, or holds what is not finite.
-        """
+        """A measurement, if it can be one."""
         wanted = tuple(self.forward(y.new_zeros(1, *self.shape)).shape[1:])
         if tuple(y.shape[1:]) != wanted:
             raise SamplingError(

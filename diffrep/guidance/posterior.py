@@ -1,7 +1,8 @@
 """Posterior samplers: images that agree with a measurement, as guides between the steps of a diffusion.
 
-`SAMPLERS` names them with their settings; each is what its authors' code computes. y is a measurement, A an operator,
-x0 the clean sample that the network predicts. Images are in -1..1.
+Each is what its authors' code computes: a function that makes a `Guide` of an operator A and a measurement y; x0 is the
+clean sample that the network predicts. Images are in -1..1. Measurements of another size or not finite, and steps that
+diverge, are a `SamplingError` in one line.
 
 Sources: DPS arXiv 2209.14687, PiGDM and RED-diff in NVlabs/RED-diff 66482f2 (arXiv 2305.04391), PSLD arXiv 2307.00619,
 FlowChef arXiv 2412.00100.
@@ -24,11 +25,7 @@ Decoder = Callable[[Tensor], Tensor]
 
 
 def spaced_grid(schedule: TableVP, steps: int) -> TimeGrid:
-    """Times 0, k, 2k, ... with k = 1000 // steps, falling, and a clean end (RED-diff); may be more than `steps`.
-
-    Raises:
-        SamplingError: no such number of steps.
-    """
+    """Times 0, k, 2k, ... with k = 1000 // steps, falling, and a clean end (RED-diff); may be more than `steps`."""
     total = len(schedule.table)
     if not 1 <= steps <= total:
         raise SamplingError(f"steps must be in 1..{total}, got {steps}")
@@ -254,9 +251,6 @@ def red_diff(
 
     Returns:
         The images of the last step, and after the last update (the released code returns the first).
-
-    Raises:
-        SamplingError: no such weighting, or a step that diverges.
     """
     if weighting not in WEIGHTINGS:
         raise SamplingError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
