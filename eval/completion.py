@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from diffrep.eval.rendering import SceneMapSettings, render_job
 from diffrep.eval.report import Report, Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import SCENE_BOUNDS
 from diffrep.heads.completion import CompletionConfig, complete_depth
-from diffrep.heads.dense import DenseHead, PredictConfig
+from diffrep.heads.dense import DenseHead
 from diffrep.heads.maps import DepthMap, nearest_known
 from diffrep.scenes import Scene
 from diffrep.settings import check_ranges
@@ -92,14 +93,10 @@ def evaluate_completion(
             known = known_depths(scene, count, seed=settings.seed)
             ways: dict[str, Callable[[Tensor], Tensor]] = {
                 "nearest known": nearest_known,
-                "least squares": lambda k, r=relative: fitted(r, k, "least squares"),
-                "robust": lambda k, r=relative: fitted(r, k, "robust"),
-                "robust, errors carried": lambda k, s=scene: (
-                    complete_depth(head, Image.fromarray(s.image), k, None, replace(how, rounds=0)).values
-                ),
-                "guided": lambda k, s=scene: (
-                    complete_depth(head, Image.fromarray(s.image), k, PredictConfig(), how).values
-                ),
+                "least squares": partial(fitted, relative, method="least squares"),
+                "robust": partial(fitted, relative, method="robust"),
+                "robust, errors carried": partial(guided, head, scene, replace(how, rounds=0)),
+                "guided": partial(guided, head, scene, how),
             }
             for name, complete in ways.items():
                 errors.setdefault(name, {}).setdefault(count, []).append(scene_rmse(complete(known), scene))
@@ -112,6 +109,11 @@ def fitted(relative: DepthMap, known: Tensor, method: Literal["least squares", "
         return relative.align(known, method=method).values
     except ValueError:
         return torch.full_like(known, float(known[known > 0].median()))
+
+
+def guided(head: DenseHead, scene: Scene, how: CompletionConfig, known: Tensor) -> Tensor:
+    """(H, W) metres of a scene by `complete_depth`."""
+    return complete_depth(head, Image.fromarray(scene.image), known, how=how).values
 
 
 def known_depths(scene: Scene, count: int, *, seed: int = 0) -> Tensor:

@@ -26,13 +26,17 @@ from diffrep.heads.tiling import resize
 from diffrep.sampling.schedules import TableVP, TimeGrid
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 
+FEWEST = 50  # known depths from which on a one-step head's latent is moved
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompletionConfig:
     """How a head follows known depths."""
 
     steps: int = 50  # of a Marigold's diffusion
-    rounds: int = 30  # of Adam on a one-step head's latent, at most; 0: errors of the robust fit are carried alone
+    # of Adam on a one-step head's latent, at most, where 50 depths are known: fewer do not say when to stop. 0: the
+    # errors that the robust fit leaves are carried around the known pixels, no more
+    rounds: int = 30
     rate: float | None = None  # of Adam, on the latent; .05 on a Marigold, .02 on others where left out
     spread: float = 4.0  # cells of the latent over which a one-step head spreads a correction
     reach: float = 0.35  # share of the known pixels' spacing that the errors which are left are carried; 0: none
@@ -166,8 +170,8 @@ def _follow_latent(
     adam = torch.optim.Adam([{"params": [leaf], "lr": rate}, {"params": ruler.parameters, "lr": rate / 10}])
     mixed = torch.randperm(int(seen.sum()), generator=torch.Generator().manual_seed(0)).to(known.device)
     judges, led = mixed[: len(mixed) // 5], mixed[len(mixed) // 5 :]
-    best, least = first, math.inf
-    for step in range(how.rounds + 1):
+    best, least, rounds = first, math.inf, how.rounds if len(mixed) >= FEWEST else 0
+    for step in range(rounds + 1):
         with torch.enable_grad():
             measured = ruler.metric(read(leaf))
             depth = 1 / measured.clamp(min=LEAST_DISPARITY) if inverse else measured.clamp(min=1e-3)
@@ -181,7 +185,7 @@ def _follow_latent(
         for parameter, slope in zip(ruler.parameters, others, strict=True):
             parameter.grad = slope
         adam.step()
-        check_finite("guided completion", leaf.detach(), step, how.rounds + 1)
+        check_finite("guided completion", leaf.detach(), step, rounds + 1)
     return carry_errors(best, known, reach=how.reach * math.sqrt(known.numel() / len(mixed)))
 
 

@@ -32,7 +32,7 @@ def picture() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8))
 
 
-def some_depths(count: int = 30) -> tuple[Tensor, Tensor]:
+def some_depths(count: int = 60) -> tuple[Tensor, Tensor]:
     """A slope with a step, and some of it."""
     truth = torch.linspace(2, 5, 56).expand(40, 56) + 3 * (torch.arange(40) > 20)[:, None]
     places = torch.randperm(40 * 56, generator=torch.Generator().manual_seed(1))[:count]
@@ -55,10 +55,16 @@ def test_guidance_follows_the_known_depths(tmp_path: Path, family: str, task: st
     guided, unguided = (complete_depth(head, picture(), known, how=h) for h in (how, still))
     assert missed(guided, known) < 0.95 * missed(unguided, known)
     assert guided.metric
-    assert guided.settings["known_depths"] == 30
+    assert guided.settings["known_depths"] == 60
     assert guided.settings["guidance"] == ("Marigold-DC" if family == "marigold" else "latent through the decoder")
     again = complete_depth(head, picture(), known, how=how)
     assert torch.equal(guided.values, again.values)
+
+
+def test_few_depths_do_not_move_the_latent(tmp_path: Path) -> None:
+    head, (_, known) = head_of(tmp_path, "lotus-d", "disparity"), some_depths(20)
+    moved, still = (complete_depth(head, picture(), known, how=CompletionConfig(rounds=n)) for n in (5, 0))
+    assert torch.equal(moved.values, still.values)
 
 
 def test_an_ensemble_has_a_spread(tmp_path: Path) -> None:
@@ -72,7 +78,7 @@ def test_guided_completion_refuses(tmp_path: Path) -> None:
     head, (_, known) = head_of(tmp_path, "lotus-d", "disparity"), some_depths()
     with pytest.raises(ValueError, match=r"must be \(40, 56\) like the image, got \(3, 3\)"):
         complete_depth(head, picture(), torch.ones(3, 3))
-    with pytest.raises(ValueError, match="two different known depths, got 30"):
+    with pytest.raises(ValueError, match="two different known depths, got 60"):
         complete_depth(head, picture(), (known > 0).float())
     with pytest.raises(ValueError, match="two different known depths, got 0"):
         complete_depth(head, picture(), torch.full((40, 56), torch.nan))

@@ -265,7 +265,6 @@ class LatentBackbone(DiffusionBackbone):
         self.embed_all([*prompts, negative])
         return prompts, negative
 
-    @torch.inference_mode()
     def decode(self, states: Tensor) -> Tensor:
         if self.vae.decoder is None:
             raise BackboneError(f"{self.name}: was loaded without the decoder of its VAE; load_backbone(decoder=True)")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.attention
@@ -126,7 +126,8 @@ def superpose(
 def _with_divergence(network: Network, x: Tensor, scale: float, label: float, probe: Tensor) -> tuple[Tensor, Tensor]:
     """A network's answer and minus its divergence by one probe (Hutchinson)."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one with forward derivatives
-        value, product = torch.func.jvp(lambda v: network(v / scale, label), (x,), (probe,))
+        both: Any = torch.func.jvp(lambda v: network(v / scale, label), (x,), (probe,))
+    value, product = both
     return value, -_sum(probe * product)
 
 
@@ -213,7 +214,7 @@ def cycle(
         raise SamplingError(
             f"levels must rise, last < low < high < 1, got {last:g}, {low:g}, {high:g} of {count} steps"
         )
-    at = levels(grid)
+    at, x = levels(grid), canvas
     area = (..., slice(row, row + height), slice(column, column + width))
     inside = torch.zeros_like(canvas)
     inside[area] = mask

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,9 +95,11 @@ class SaRA(torch.optim.Optimizer):
                     self._update(p, group)
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, float]) -> None:
-        state, (first, second) = self.state[p], group["betas"]  # type: ignore[misc]
-        gradient = p.grad[state["mask"]]  # type: ignore[index]
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        state, betas = self.state[p], group["betas"]
+        first, second = float(betas[0]), float(betas[1])
+        gradient = p.grad[state["mask"]]
         if (sign := state.pop("sign", None)) is not None:  # of the pass that saw magnitudes
             gradient = gradient * sign
         values = state["values"].mul_(1 - group["lr"] * group["weight_decay"])
