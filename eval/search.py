@@ -78,6 +78,7 @@ class _Generation:
     total: int
     draw: random.Random
     skip: float  # largest share of the layers that a step skips now
+    first: Sequence[Candidate] = ()  # of the first generation, beside the uniform one
 
     def ways(self, parents: list[Candidate]) -> list[Way]:
         s, choice = self.settings, self.draw.choice
@@ -87,7 +88,8 @@ class _Generation:
         ]
         if not parents:
             uniform = Candidate.of([self.row(t) for t in uniform_timesteps(self.count, self.total)])
-            ways = [(lambda: uniform, 1), (self.drawn, s.population // 2)]
+            known = iter([*self.first, uniform])
+            ways = [(lambda: next(known, uniform), len(self.first) + 1), (self.drawn, s.population // 2)]
             ways += [(lambda: self.mutated(uniform, 0.1), s.population)]
         return [*ways, (self.drawn, s.population)]
 
@@ -124,6 +126,7 @@ def search_steps(
     *,
     total: int = 1000,
     settings: SearchSettings | None = None,
+    first: Sequence[Candidate] = (),
     file: str | Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[tuple[float, Candidate]]:
@@ -133,6 +136,7 @@ def search_steps(
         fitness: of a candidate; smaller is better. A candidate is evaluated once.
         count: timesteps of a candidate.
         total: timesteps of the model.
+        first: candidates that the first generation has, the sampler's usual steps for example.
         file: keeps every fitness; a search with the same settings goes on from it.
         progress: gets each generation's number and best fitness.
 
@@ -153,7 +157,7 @@ def search_steps(
             raise SamplingError(f"{path}: is of another search; its settings are {document.get('search')}")
         known = {str(k): float(v) for k, v in document.get("evaluated", {}).items()}
     for epoch in range(s.epochs):
-        generation = _Generation(s, count, total, random.Random(f"{s.seed}-{epoch}"), skip)
+        generation = _Generation(s, count, total, random.Random(f"{s.seed}-{epoch}"), skip, first)
         before, made = best[:1], 0
         for make, wanted in generation.ways([candidate for _, _, candidate in best[: s.parents]]):
             end = min(made + wanted, s.population)

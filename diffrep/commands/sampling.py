@@ -44,7 +44,8 @@ class SearchSchedule(PrecisionOptions):
         from diffrep.eval.samplers import distance_to_fine, guided_models
         from diffrep.eval.search import SearchSettings, search_steps
         from diffrep.sampling.samplers import SAMPLERS
-        from diffrep.sampling.schedules import TableVP
+        from diffrep.sampling.schedules import TableVP, table_times
+        from diffrep.sampling.search import Candidate
 
         check_writable(self.output, (".json",))
         if self.sampler not in SAMPLERS:
@@ -70,8 +71,9 @@ class SearchSchedule(PrecisionOptions):
             settings = replace(settings, layers=len(skippable_units(model.network)), skip_after=0)
         cost = self.cost if self.skip else 0.0
         fitness = distance_to_fine(model, self.sampler, self.steps, self.reference, seed=self.seed, cost=cost)
+        usual = Candidate(tuple(int(t) for t in table_times(model.schedule, self.steps)))
         best = search_steps(
-            fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output,
+            fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output, first=[usual],
             progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
         )  # fmt: skip
         even = fitness(None)
