@@ -67,6 +67,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "train restore": ("train_heads:TrainRestore", "a one-step restorer of degraded images"),
     "train synthesis": ("train:TrainSynthesis", "a painter of patches from embeddings"),
     "train fewstep": ("few_step:TrainFewStep", "a painter that needs one to four steps"),
+    "train potential": ("sampling:TrainPotential", "a score of points in the plane, with Fokker-Planck regularisation"),
     "train prior": ("train:TrainPrior", "a model that draws embeddings from texts or labels"),
     "export": ("convert:Export", "write a backbone up to a tap, or a head, as ONNX or torch.export"),
     "info": ("info:Info", "list backbones, or the taps of one"),

@@ -16,6 +16,7 @@ from diffrep import sample
 from diffrep.backbones import BackboneError
 from diffrep.backbones.early_exit import EarlyExitUViT, UViTConfig
 from diffrep.backbones.partial import PartialNetwork, skippable_units
+from diffrep.cli import main
 from diffrep.eval.benchmarks.samplers import SamplersBenchmark
 from diffrep.eval.samplers import SamplersEvaluation, evaluate_samplers
 from diffrep.eval.search import SearchSettings, best_start, search_steps
@@ -36,6 +37,7 @@ from diffrep.synthesis import (
 from diffrep.synthesis.canvas import Run
 from diffrep.synthesis.sampler import SchedulerName
 from diffrep.synthesis.schedulers import AT_TIMESTEPS
+from diffrep.training.fokker_planck import wasserstein
 
 from . import layouts
 from .test_sampling import MEAN, SPREAD, gaussian
@@ -322,3 +324,33 @@ def test_a_canvas_takes_searched_steps_and_refuses_whole_solvers(painter: Synthe
         replace(even, orders=(1,))
     with pytest.raises(ValueError, match="needs whole images"):
         denoise_canvas(painter, grid, size, scheduler=build_scheduler("lml", painter.scheduler, 3))
+
+
+# -- Fokker-Planck --------------------------------------------------------------------------------------------
+
+
+def test_regularisation_lowers_the_residual(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [
+        "train",
+        "potential",
+        "--steps",
+        "60",
+        "--batch",
+        "64",
+        "--weight",
+        "1",
+        "-o",
+        str(tmp_path / "u.safetensors"),
+    ]
+    assert main(line) == 0
+    rows = [row.split() for row in capsys.readouterr().out.splitlines() if row.startswith("weight")]
+    assert [row[1] for row in rows] == ["0", "1"]
+    assert float(rows[1][2]) < float(rows[0][2])
+    assert (tmp_path / "u.safetensors").is_file()
+    assert main([*line[:-1], str(tmp_path / "u.txt")]) == 2
+
+
+def test_distances_are_of_the_best_assignment() -> None:
+    points = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    assert wasserstein(points, points.flip(0)) == 0
+    assert wasserstein(points, points + torch.tensor([0.0, 2.0])) == pytest.approx(2.0)
