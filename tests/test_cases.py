@@ -124,3 +124,21 @@ def test_an_image_thinner_than_a_cell_is_searched_and_asked_for(
     assert "no image covers a cell" in capsys.readouterr().err
     assert main(["search", "thin", "both/line.png", "-o", "q.png"]) == 0
     assert "1.000  line.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("eval segmentation --data .", "benchmark scenes takes no --data"),
+        ("eval segmentation --benchmark dis --data . --compare tiny-segmentation", "benchmark dis takes no --compare"),
+        ("eval depth --root .", "benchmark scenes takes no --root"),
+        ("eval depth --benchmark nyuv2 --root . --count 3", "benchmark nyuv2 takes no --count"),
+        ("eval normals --average images", "benchmark scenes takes no --average"),
+    ],
+)
+def test_an_option_that_a_benchmark_does_not_take_is_refused(
+    command: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert says in line

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.backbones.pipelines import load_parts
-from diffrep.commands.options import PrecisionOptions, ReportOptions
+from diffrep.commands.options import PrecisionOptions, ReportOptions, refuse_unused
 from diffrep.commands.train_heads import open_set
 from diffrep.eval.cache import StoredType
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
@@ -214,9 +214,7 @@ class EvalCorrespondence(PrecisionOptions):
             )
         if self.output.exists() and not self.output.is_dir():
             raise ValueError(f"{self.output}: the output is a folder, this is a file")
-        kinds = {"scenes": (_OF_DATA | _OF_PAIRS), "tss": _OF_PAIRS}
-        if unused := sorted(self.typed & kinds.get(self.benchmark, frozenset())):
-            raise ValueError(f"benchmark {self.benchmark} takes no --{unused[0].replace('_', '-')}")
+        refuse_unused(self.typed, self.benchmark, {"scenes": (_OF_DATA | _OF_PAIRS), "tss": _OF_PAIRS})
 
     def _evaluated(self) -> Report:
         if self.benchmark == "scenes":
@@ -325,6 +323,7 @@ class EvalDepth(DenseEvaluation):
 
     def run(self) -> None:
         self.check_output()
+        refuse_unused(self.typed, self.benchmark, {"scenes": frozenset({"root", "listing", "protocol"})})
         device, dtype = self.resolved()
         head = load_head(self.head, task=self.task, device=device, dtype=dtype)
         if head.task == "normals":
@@ -356,6 +355,7 @@ class EvalNormals(DenseEvaluation):
 
     def run(self) -> None:
         self.check_output()
+        refuse_unused(self.typed, self.benchmark, {"scenes": frozenset({"root", "listing", "protocol", "average"})})
         device, dtype = self.resolved()
         head = load_head(self.head, task="normals", device=device, dtype=dtype)
         if self.benchmark == "scenes":
@@ -391,6 +391,8 @@ class EvalSegmentation(ReportOptions, PrecisionOptions):
 
     def run(self) -> None:
         self.check_output()
+        unused = {"scenes": frozenset({"data", "splits", "maps"}), "dis": frozenset({"compare"})}
+        refuse_unused(self.typed, self.benchmark, unused)
         self.show(self._scenes() if self.benchmark == "scenes" else self._dis())
 
     def _load(self, name: str) -> SegmentationHead:

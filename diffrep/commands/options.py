@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
@@ -15,7 +15,15 @@ from diffrep.files import check_writable, write_whole
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BackboneOptions", "Command", "DeviceOptions", "PrecisionOptions", "ReportOptions", "numbers"]
+__all__ = [
+    "BackboneOptions",
+    "Command",
+    "DeviceOptions",
+    "PrecisionOptions",
+    "ReportOptions",
+    "numbers",
+    "refuse_unused",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,3 +133,20 @@ class ReportOptions(Command):
         if self.output is not None:
             write_whole(self.output, report.to_json() + "\n")
         print(report.to_json() if self.json else report.table())
+
+
+def refuse_unused(typed: frozenset[str], benchmark: str, unused: Mapping[str, frozenset[str]]) -> None:
+    """Refuse options that were typed and that a benchmark does not take.
+
+    Args:
+        unused: benchmark -> such options; those of rendered scenes belong to the benchmark "scenes" alone.
+
+    Raises:
+        ValueError: naming one.
+    """
+    names = typed & unused.get(benchmark, frozenset())
+    if benchmark != "scenes":
+        names |= {name for name in typed if name.startswith("scenes.")}
+    if names:
+        name = min(names).removeprefix("scenes.").replace("_", "-")
+        raise ValueError(f"benchmark {benchmark} takes no --{name}")
