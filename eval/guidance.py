@@ -122,7 +122,8 @@ def restore(
     def decode(z: Tensor) -> Tensor:
         return 2 * model.decode(z) - 1
 
-    shape = tuple(encode(y.new_zeros(1, *operator.shape)).shape[1:])
+    channels, height, width = encode(y.new_zeros(1, *operator.shape)).shape[1:]
+    shape = (int(channels), int(height), int(width))
     latent = Operator(
         operator.name, shape, lambda z: operator(decode(z)), None, lambda m: encode(operator.pinv(m)), linear=False
     )

@@ -14,7 +14,7 @@ from diffrep import extract, load_backbone
 from diffrep.backbones import Conditions
 from diffrep.eval.guidance import MEASUREMENTS, METHODS, GuidanceEvaluation, evaluate_guidance
 from diffrep.guidance import operators
-from diffrep.guidance.composition import superpose
+from diffrep.guidance.composition import Prompts, cycle, superpose
 from diffrep.guidance.core import Between, guided
 from diffrep.guidance.ensembles import afdps, karras_grid
 from diffrep.guidance.inversion import (
@@ -415,3 +415,23 @@ def test_samplers_through_a_decoder(tmp_path: Path) -> None:
         assert all(math.isfinite(value) for row in rows.values() for value in row.values())
     assert len(list(tmp_path.glob("*.png"))) == 4
     assert "super-resolution by 4" in report.table()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"corner": (6, 0)}, "leaves the canvas"), ({"low": 0.8}, "levels must rise")]
+)
+def test_cycles_refuse(change: dict[str, object], message: str) -> None:
+    prompts = Prompts(*[lambda x, t: torch.zeros_like(x)] * 5)
+    settings = {"corner": (2, 2), **change}
+    with pytest.raises(SamplingError, match=message):
+        cycle(
+            prompts, torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 8, 8), torch.ones(1, 2, 4, 4),
+            grid=leading_grid(TABLE, 10), noise=lambda: torch.zeros(1, 2, 8, 8), **settings,
+        )  # fmt: skip
+
+
+def test_the_network_is_told_where_a_step_leads_or_begins() -> None:
+    seen: dict[str, list[float]] = {"target": [], "before": []}
+    for label, times in seen.items():
+        invert_ddim(lambda x, t, s=times: s.append(t) or 0 * x, random(1, 2), leading_grid(TABLE, 4), label=label)
+    assert seen == {"target": [0, 250, 500, 750], "before": [-250, 0, 250, 500]}

@@ -67,7 +67,7 @@ def compose_patches(
         return z.sign() if method == "and_ode" else z
 
     return superpose(
-        *(noise_under(context) for context in (*contexts, model.null_context(len(first)))),
+        noise_under(contexts[0]), noise_under(contexts[1]), noise_under(model.null_context(len(first))),
         draws.start(lines, shape) * float(scheduler.init_noise_sigma), scheduler.sigmas.tolist(),
         scheduler.timesteps.tolist(), draw, method=method, lift=lift,
         guidance=model.about.guidance if guidance is None else guidance,
