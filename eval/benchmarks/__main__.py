@@ -18,6 +18,7 @@ BENCHMARKS = {  # name -> module, one line
     "samplers": ("samplers", "steps of solvers against diffusers' schedulers, without a network"),
     "probes": ("probes", "a cached grid of probes against the released loop; a grid on a million features"),
     "gpu": ("gpu", "all of it at full size on a CUDA device, in bfloat16, and the tests that need one"),
+    "peer": ("peer", "the real code of DIFT, Lotus or HeatGeo in a checkout of yours, --peer FOLDER, against ours"),
     "depth": ("networks", "one-step heads against the official sequence of calls"),
 }
 
@@ -30,9 +31,14 @@ def main(arguments: list[str]) -> int:
         return 2
     name, *options = arguments
     module = importlib.import_module(f"diffrep.eval.benchmarks.{BENCHMARKS[name][0]}")
-    tyro.cli(
+    chosen = tyro.cli(
         getattr(module, f"{name.capitalize()}Benchmark"), args=options, prog=f"diffrep.eval.benchmarks {name}"
-    ).run()
+    )
+    try:
+        chosen.run()
+    except ValueError as error:
+        print(f"diffrep.eval.benchmarks {name}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
