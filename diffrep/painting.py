@@ -154,11 +154,11 @@ def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative
     if scale != 1 and not latent:
         raise SamplingError(f"{backbone.name}: a pixel diffusion has no classifier-free guidance")
     network = backbone.predicted
-    if getattr(backbone, "told", False):
+    if backbone.guided:
         network, scale = partial(network, guidance=scale), 1.0
     if flow or (latent and backbone.scheduler):
-        told = {"prediction_type": "flow_prediction"} if flow else {}
-        prediction, schedule = model_schedule({**(backbone.scheduler or {}), **told})
+        flows = {"prediction_type": "flow_prediction"} if flow else {}
+        prediction, schedule = model_schedule({**(backbone.scheduler or {}), **flows})
     else:
         prediction, schedule = "epsilon", TableVP(backbone.alphas_cumprod.double().cpu().numpy())
     channels = backbone.vae.config.latent_channels if latent else 3

@@ -51,9 +51,9 @@ def row_pearson(distances: Array, truth: Array) -> float:
 
 def precision_at(distances: Array, truth: Array, k: int) -> float:
     """Share of each point's `k` true nearest points that are also its `k` nearest by `distances`."""
-    own = np.arange(len(truth))[:, None]
+    itself = np.arange(len(truth))[:, None]
     orders = (np.argsort(matrix, axis=1, kind="stable") for matrix in (distances, truth))
-    near, true_near = (order[order != own].reshape(len(truth), -1)[:, :k] for order in orders)
+    near, true_near = (order[order != itself].reshape(len(truth), -1)[:, :k] for order in orders)
     return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(near, true_near, strict=True)]))
 
 

@@ -159,6 +159,6 @@ def consistency(image: ImageLike, grid: EmbeddingGrid, encoder: ImageEncoder) ->
     painted = F.normalize(encoder.grid(image, grid.shape).embeddings.flatten(0, 1), dim=1)
     wanted = F.normalize(grid.embeddings.flatten(0, 1), dim=1)
     similarity = painted @ wanted.T
-    own = similarity.diagonal().clone()
+    right = similarity.diagonal().clone()
     other = similarity.fill_diagonal_(-torch.inf).amax(1)
-    return Consistency(float(own.mean()), float(other.mean()), float((own > other).float().mean()))
+    return Consistency(float(right.mean()), float(other.mean()), float((right > other).float().mean()))

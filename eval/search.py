@@ -158,17 +158,17 @@ def search_steps(
         known = {str(k): float(v) for k, v in document.get("evaluated", {}).items()}
     for epoch in range(s.epochs):
         generation = _Generation(s, count, total, random.Random(f"{s.seed}-{epoch}"), skip, first)
-        before, made = best[:1], 0
+        before, born = best[:1], 0
         for make, wanted in generation.ways([candidate for _, _, candidate in best[: s.parents]]):
-            end = min(made + wanted, s.population)
-            for candidate in (make() for _ in range(10 * wanted) if made < end):
+            end = min(born + wanted, s.population)
+            for candidate in (make() for _ in range(10 * wanted) if born < end):
                 key = json.dumps(candidate.to_json())
                 if key in seen:
                     continue
                 seen.add(key)
                 known[key] = known[key] if key in known else float(fitness(candidate))
                 best.append((known[key], key, candidate))
-                made += 1
+                born += 1
                 if path is not None:
                     ranked = [[value, c.to_json()] for value, _, c in sorted(best, key=lambda b: b[:2])[:10]]
                     write_document(path, {"search": about, "best": ranked, "evaluated": known})

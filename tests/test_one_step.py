@@ -252,7 +252,7 @@ def test_loading_says_what_it_found_and_reads_no_text_encoder(
 
     monkeypatch.setattr(TextEncoders, "encode", refuse)
     loaded = load_head(folders["lotus-d normals"])
-    assert loaded.found == "lotus-d, normals (8 input channels, task vector; task said by head.json)"
+    assert loaded.recognised == "lotus-d, normals (8 input channels, task vector; task said by head.json)"
     assert (loaded.task, loaded.family.frame, loaded.working_size) == ("normals", "lub", 64)
 
 

@@ -153,7 +153,7 @@ def rewrite(folder: Path, change: Any) -> None:
 
 def test_the_authors_folder_is_recognised_by_its_weights(folder: Path) -> None:
     assert json.loads((folder / "unet" / "config.json").read_text())["class_embed_type"] is None
-    assert "recognised by its weights" in load_segmentation(folder).found
+    assert "recognised by its weights" in load_segmentation(folder).recognised
 
 
 def test_a_unet_alone_needs_its_base(folder: Path, tmp_path: Path, head: SegmentationHead) -> None:

@@ -125,7 +125,7 @@ def test_training_resumes_and_writes_a_head(tmp_path: Path, edges: bool) -> None
 
     assert train("run", 2) == 0
     head = load_segmentation(tmp_path / "run" / "head")
-    assert "its own decoder" in head.found
+    assert "its own decoder" in head.recognised
     assert head.model.working_size == 128
     assert (tmp_path / "run" / "pictures" / "000002.png").is_file()
     about = json.loads((tmp_path / "run" / "head" / "head.json").read_text())

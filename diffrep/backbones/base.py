@@ -81,6 +81,7 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
         multiple: the sides of a canvas are multiples of it.
         denoises: what a diffusion network takes noise from, "latents" of a VAE or "pixels"; its features depend on a
             timestep. None: no timestep.
+        guided: the scale of guidance is an input of `network`, as in the distilled FLUX.1-dev.
         has_unet: `network` is a U-Net of diffusers with down blocks, a mid block and up blocks.
     """
 
@@ -90,6 +91,7 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
     network: Any  # an nn.Module; Any, for its libraries declare no types of its parts
     multiple: int = 1
     denoises: Literal["latents", "pixels"] | None = None
+    guided: bool = False
     has_unet: bool = False
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:

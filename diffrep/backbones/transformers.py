@@ -73,8 +73,8 @@ class DiffusionTransformer(LatentBackbone):
         self.patch = 2 if self.kind == "FluxTransformer2DModel" else int(transformer.config.patch_size)
         self.multiple = self.stride * self.patch
         flux = self.kind == "FluxTransformer2DModel"
-        self.told = flux and bool(transformer.config.guidance_embeds)  # the scale of guidance, as FLUX.1-dev is
-        self.guidance = 1.0 if flux and not self.told else GUIDANCE[self.kind]
+        self.guided = flux and bool(transformer.config.guidance_embeds)  # the scale of guidance, as FLUX.1-dev is
+        self.guidance = 1.0 if flux and not self.guided else GUIDANCE[self.kind]
         double = list(transformer.transformer_blocks)
         single = list(getattr(transformer, "single_transformer_blocks", []))
         self._blocks: list[Any] = [*double, *single]

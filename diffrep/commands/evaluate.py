@@ -308,7 +308,7 @@ class DenseEvaluation(ReportOptions, PrecisionOptions):
         methods: dict[str, Method] = {"no look": no_look(head.task), self.head: head_method(head, config)}
         methods["truth through the VAE"] = maps_through_vae(head.model.vae, head.task)
         weights: dict[str, object] = dict.fromkeys(methods)
-        weights[self.head] = [head.found, head_fingerprint(head)]
+        weights[self.head] = [head.recognised, head_fingerprint(head)]
         return evaluate_scene_maps(methods, head.task, self.scenes, folder=self.work, weights=weights)
 
 
@@ -340,7 +340,7 @@ class EvalDepth(DenseEvaluation):
             fit_size=data.layout.fit_size,
         )
         config = PredictConfig(size=self.working_size if by_head else 0, official=not by_head)
-        predict, weights = depth_predictor(head, config), [head.found, head_fingerprint(head), self.working_size]
+        predict, weights = depth_predictor(head, config), [head.recognised, head_fingerprint(head), self.working_size]
         self._finish(evaluate_maps(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
 
 
@@ -366,7 +366,7 @@ class EvalNormals(DenseEvaluation):
         side = small if self.working_size is None else self.working_size
         lotus = self.protocol == "lotus"
         protocol = NormalProtocol(pad="lotus" if lotus else "none", stretch=not lotus, side=side, average=self.average)
-        predict, weights = normal_predictor(head), [head.found, head_fingerprint(head)]
+        predict, weights = normal_predictor(head), [head.recognised, head_fingerprint(head)]
         self._finish(evaluate_maps(predict, data, protocol, method=self.head, weights=weights, folder=self.work))
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
@@ -269,11 +269,9 @@ def diffusion_model(backbones: Sequence[Backbone]) -> LatentDiffusion:
     Raises:
         ValueError: there is none.
     """
-    from diffrep.backbones import LatentDiffusion
-
     for backbone in backbones:
-        if isinstance(backbone, LatentDiffusion):
-            return backbone
+        if backbone.denoises == "latents" and backbone.has_unet:
+            return cast("LatentDiffusion", backbone)
     names = ", ".join(backbone.name for backbone in backbones)
     raise ValueError(f"refinement needs a latent diffusion model with a U-Net; the recipe's backbones are {names}")
 

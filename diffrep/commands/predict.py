@@ -91,7 +91,7 @@ class ImageCommand(PrecisionOptions):
     ) -> None:
         """Predict all frames and write their pictures as one video."""
         count = write_predicted_video(head, inputs, self.output, config, picture)
-        print(f"{self.model}: {head.found}")
+        print(f"{self.model}: {head.recognised}")
         print(f"wrote {count} frames into {self.output}")
 
 
@@ -172,7 +172,7 @@ class Depth(ImageCommand):
             existing = ["points.ply"] if "ply" in self.formats else []
             existing += map_endings(kind, [k for k in self.formats if k != "ply"], show=self.preview)
         done = run_images(head, inputs, self.output, self.predict, write, existing=existing)
-        print_files(self.model, head.found, done, self.output, as_json=self.json)
+        print_files(self.model, head.recognised, done, self.output, as_json=self.json)
 
     def _check(self) -> None:
         """Refuse options that do not go together before any work.
@@ -266,7 +266,7 @@ class Normals(ImageCommand):
 
         existing = map_endings("normals", self.formats, show=self.preview) if self.skip_existing else []
         done = run_images(head, inputs, self.output, self.predict, write, existing=existing)
-        print_files(self.model, head.found, done, self.output, as_json=self.json)
+        print_files(self.model, head.recognised, done, self.output, as_json=self.json)
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class Segment(ImageCommand):
                 write_image(file, self._picture(kind, image, result))
             return list(files.values())
 
-        summary: dict[str, Any] = {"model": self.model, "found": head.found, "images": []}
+        summary: dict[str, Any] = {"model": self.model, "found": head.recognised, "images": []}
         existing = [f"{kind}.png" for kind in outputs] if self.skip_existing else []
         try:
             done = run_images(head, inputs, self.output, config, write, existing=existing)
@@ -323,7 +323,7 @@ class Segment(ImageCommand):
         if self.json:
             print(json.dumps(summary, indent=2))
             return
-        print(f"{self.model}: {head.found}")
+        print(f"{self.model}: {head.recognised}")
         for entry in done:
             print(f"{printable(str(entry['image']))}: the object covers {about[str(entry['image'])]['object']:.1%}")
         print(f"wrote {len(done) * len(outputs)} files and {SUMMARY} into {self.output}")

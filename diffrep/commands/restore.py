@@ -66,7 +66,7 @@ class Restore(ImageCommand):
         done = run_images(
             head, inputs, self.output, self.predict, write, existing=endings if self.skip_existing else []
         )  # type: ignore[arg-type]  # photographs, as its head reads them
-        print_files(self.model, head.found, done, self.output, as_json=self.json)
+        print_files(self.model, head.recognised, done, self.output, as_json=self.json)
 
 
 def comparison(name: str, before: Photograph, after: Photograph) -> str:

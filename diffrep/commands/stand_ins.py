@@ -31,9 +31,9 @@ class _StandIn(ABCMeta):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = _StandIn(name, (), {})
-        setattr(cls, name, made)
-        return made
+        member = _StandIn(name, (), {})
+        setattr(cls, name, member)
+        return member
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
         if cls.__bases__ != (object,):  # a class of ours that a library's is the base of

@@ -329,5 +329,6 @@ def _check_numbers(path: Path, table: Table) -> None:
         bad = ~np.isfinite(values)
     for row, column in zip(*bad.nonzero(), strict=True):
         name = repr(table.feature_names[column]) if table.feature_names else str(column)
-        found = values[row, column]
-        raise TableError(f"{path}: row {row}, column {name} is {found} (counted from 0): features must be numbers")
+        raise TableError(
+            f"{path}: row {row}, column {name} is {values[row, column]} (counted from 0): features must be numbers"
+        )

@@ -192,15 +192,15 @@ def _write_zarr(path: Path, levels: list[Lines], settings: FileSettings, note: s
     group.attrs["diffrep"] = json.loads(note)
 
 
-def scratch_bytes(size: tuple[int, int], channels: int, factor: int, kept: int) -> int:
+def scratch_bytes(size: tuple[int, int], channels: int, factor: int, carried: int) -> int:
     """Bytes that a run needs on disk beside the output, for an image of (H, W) pixels.
 
     Args:
-        kept: tensors that the scheduler keeps from step to step.
+        carried: tensors that the scheduler keeps from step to step.
     """
     height, width = size
     latents = math.ceil(height / factor) * math.ceil(width / factor) * channels * 4
-    return 2 * (1 + kept) * latents + 4 * height * width
+    return 2 * (1 + carried) * latents + 4 * height * width
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def scratch_bytes(size: tuple[int, int], channels: int, factor: int, kept: int) 
 
 STRIP, WINDOWS = 2048, 8  # pixels, or windows: width of what is decoded from top to bottom before the next
 DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more memory than the denoiser
-MOST_KEPT = 4  # tensors that the hungriest scheduler keeps
+MOST_CARRIED = 4  # tensors that the hungriest scheduler keeps
 
 
 def synthesize(
@@ -426,7 +426,7 @@ def check_room(path: Path, size: tuple[int, int], model: SynthesisModel, work: P
     if (folder / "run.json").is_file():
         return
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    needed, free = scratch_bytes(size, model.channels, model.factor, MOST_KEPT), shutil.disk_usage(place).free
+    needed, free = scratch_bytes(size, model.channels, model.factor, MOST_CARRIED), shutil.disk_usage(place).free
     if needed > free:
         raise OSError(f"{folder}: up to {needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
 

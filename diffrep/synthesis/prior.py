@@ -211,7 +211,7 @@ def embed_texts(name: str, texts: Sequence[str], *, batch_size: int = 256) -> Te
         except RuntimeError as error:
             raise BackboneError(f"{name}: {one_line(error)}") from None
         tokenizer = open_clip.get_tokenizer(model_name)
-        found = torch.cat([model.encode_text(tokenizer(part)) for part in parts])
+        encoded = torch.cat([model.encode_text(tokenizer(part)) for part in parts])
     else:
         source = MODELS / name if (MODELS / name).is_dir() else Path(name)
         if not (source / "text_encoder").is_dir():
@@ -222,8 +222,8 @@ def embed_texts(name: str, texts: Sequence[str], *, batch_size: int = 256) -> Te
             str(source), {"text_encoder": "CLIPTextModel"}, device=torch.device("cpu"), dtype=torch.float32
         )
         unique = {text: state for part in parts for text, state in encoders.encode(part).items()}
-        found = torch.cat([unique[text].context[:, -1] for text in texts])
-    return nn.functional.normalize(found.float(), dim=1).clone()
+        encoded = torch.cat([unique[text].context[:, -1] for text in texts])
+    return nn.functional.normalize(encoded.float(), dim=1).clone()
 
 
 def sinusoids(values: Tensor, width: int) -> Tensor:

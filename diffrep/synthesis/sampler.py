@@ -299,7 +299,7 @@ def _denoise_step(
 ) -> None:
     """One step of the whole canvas, row of windows by row of windows."""
     step, now, after = stepper.position, stepper.position % 2, (stepper.position + 1) % 2
-    shape, names = (plan.size[0], model.channels, plan.size[1]), stepper.kept
+    shape, names = (plan.size[0], model.channels, plan.size[1]), stepper.carried
     old, new = run.lines(f"{now}-canvas", shape), run.lines(f"{after}-canvas", shape)
     sweep = RowSweep(plan, window_weights(settings.weights, plan.window), model.channels)
     first_row = run.take_up(sweep, run.position.row)

@@ -77,8 +77,8 @@ def build_scheduler(
         return table
     if name == "official":
         return OfficialScheduler(schedule, time_stride=trained // steps, **options)
-    kind, own = SCHEDULERS[name]
-    scheduler: Any = getattr(diffusers, kind)(**{**schedule, "timestep_spacing": "trailing", **own, **options})
+    kind, settings = SCHEDULERS[name]
+    scheduler: Any = getattr(diffusers, kind)(**{**schedule, "timestep_spacing": "trailing", **settings, **options})
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -125,15 +125,15 @@ class OfficialScheduler:
             return SimpleNamespace(prev_sample=clean)
         alpha_before = self.alphas_cumprod[before]
         variance = self.noise_scale * self.betas[now] * (1 - alpha_before) / (1 - alpha)
-        found = alpha_before.sqrt() * clean + (1 - alpha_before - variance).sqrt() * model_output
+        stepped = alpha_before.sqrt() * clean + (1 - alpha_before - variance).sqrt() * model_output
         if self.noise_scale > 0:
             if variance_noise is None:
                 from diffusers.utils.torch_utils import randn_tensor
 
                 draws = None if generator is None else list(generator)
                 variance_noise = randn_tensor(tuple(sample.shape), generator=draws, dtype=sample.dtype)
-            found = found + variance.sqrt() * variance_noise
-        return SimpleNamespace(prev_sample=found)
+            stepped = stepped + variance.sqrt() * variance_noise
+        return SimpleNamespace(prev_sample=stepped)
 
 
 class Stepper:
@@ -165,9 +165,9 @@ class Stepper:
         return self.timesteps[self.position]
 
     @property
-    def kept(self) -> tuple[str, ...]:
+    def carried(self) -> tuple[str, ...]:
         """Names of the tensors that must be given to `step` for each line."""
-        return tuple(_kept_tensors(self.scheduler))
+        return tuple(_carried_tensors(self.scheduler))
 
     def scale(self, sample: Tensor) -> Tensor:
         """What the network is shown of a sample."""
@@ -175,13 +175,13 @@ class Stepper:
         return scaled
 
     def step(
-        self, predicted: Tensor, sample: Tensor, kept: Mapping[str, Tensor], noise: Mapping[str, Any]
+        self, predicted: Tensor, sample: Tensor, carried: Mapping[str, Tensor], noise: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Step a batch of lines (n, c, h, w); returns their next sample and what to keep for them.
 
         Args:
             predicted: by the network.
-            kept: name -> (n, c, h, w), what the last step returned; see `kept`.
+            carried: name -> (n, c, h, w), what the last step returned; see `carried`.
             noise: arguments of the scheduler's step; see `Noise.arguments`.
 
         Raises:
@@ -190,9 +190,9 @@ class Stepper:
         if "variance_noise" in noise and "variance_noise" not in self.accepts:
             raise ValueError(f"{type(self.scheduler).__name__} draws its own noise: it cannot be given")
         arguments = {**self.options, **{k: v for k, v in noise.items() if k in self.accepts}}
-        scheduler = _with_tensors(self.scheduler, kept)
-        found: Tensor = scheduler.step(predicted, self.timestep, sample, **arguments).prev_sample
-        return found, _kept_tensors(scheduler)
+        scheduler = _with_tensors(self.scheduler, carried)
+        stepped: Tensor = scheduler.step(predicted, self.timestep, sample, **arguments).prev_sample
+        return stepped, _carried_tensors(scheduler)
 
     def advance(self) -> None:
         """Go on to the next step, when all lines have been stepped."""
@@ -202,14 +202,14 @@ class Stepper:
         self.position += 1
 
 
-def _kept_tensors(scheduler: Any) -> dict[str, Tensor]:
+def _carried_tensors(scheduler: Any) -> dict[str, Tensor]:
     """What a scheduler keeps of the sample: its four-dimensional tensors, also in lists."""
-    found = {}
+    carried = {}
     for key, value in vars(scheduler).items():
         for index, entry in enumerate(value if isinstance(value, list) else [value]):
             if isinstance(entry, Tensor) and entry.ndim == 4:
-                found[f"{key}.{index}" if isinstance(value, list) else key] = entry
-    return found
+                carried[f"{key}.{index}" if isinstance(value, list) else key] = entry
+    return carried
 
 
 def _with_tensors(scheduler: Any, tensors: Mapping[str, Tensor]) -> Any:
