@@ -139,8 +139,9 @@ class TrainPotential(Command):
 
     For example: diffrep train potential --weight 0.1 --steps 2000 -o potential.safetensors
 
-    The regularised score makes samples of the ODE and of the SDE alike; it may worsen those of the SDE. No gain for
-    images is known (Deveney et al. 2023).
+    A small residual bounds how far samples of the ODE and of the SDE are apart. Where its weight wins over the data,
+    which the ablation shows, both leave them: after 1,500 steps the weight 0.1 does. No gain for images is known
+    (Deveney et al. 2023).
     """
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("potential.safetensors")  # the trained weights
