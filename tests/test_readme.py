@@ -50,6 +50,8 @@ SMALL = {
     "diffrep train tiny\n": "diffrep info tiny\n",
     "--calls 4 6": "--calls 4",
     "search-schedule --steps 3": "search-schedule --steps 3 --reference 6 --population 2 --epochs 1 --count 1",
+    "restore photos/ -o restored --keep-size": "restore photos/ -o restored --keep-size --scale 2",
+    "--points 25 100": "--points 25 --count 2 --workers 0 --guidance.rounds 2",
     "--fit guided": "--fit guided --guidance.rounds 2",
     "--engine ray --actors 2": "",  # tests/test_store.py compares both engines
     "export tiny --taps up.1": "export tiny --taps up.1 --size 64",
@@ -83,6 +85,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("cat", "dog", "a", "b", "photo", "img")):
         scene = render_scene(scene_seed("test", number), category="dog", size=256)
         Image.fromarray(scene.image).save(folder / (f"{name}.png" if name == "img" else f"{name}.jpg"))
+        if name == "photo":
+            near = np.nan_to_num(scene.depth, posinf=0).astype(np.float32)
+            near[96:140, 60:150] = 0
+            np.save(folder / "holes.npy", near)  # what a depth camera misses is 0
         if name in ("cat", "dog"):
             Image.fromarray(scene.mask).save(folder / f"{name}-mask.png")
     for name in ("photos", "depths", "labels"):
