@@ -22,6 +22,7 @@ from diffrep.eval.homography import HomographySettings, carry, photographs, see_
 from diffrep.eval.manifold import geodesic_scores
 from diffrep.eval.probe_data import SceneImages, scene_images
 from diffrep.eval.report import read_toml
+from diffrep.eval.restoration import psnr
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image
 from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
@@ -32,7 +33,10 @@ from diffrep.heads.loading import load_head
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.probes import ProbeData, ReadPlan, draw_heat_map, load_probe, sweep
+from diffrep.heads.restoration.photograph import Photograph
+from diffrep.heads.restoration.restorer import resized
 from diffrep.heads.segmentation import ObjectMask, SegmentConfig, composite, cut_out, grey_image
+from diffrep.heads.training.restoration import PairSettings, degraded
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding
@@ -254,6 +258,21 @@ def _mask_pictures(image: Image.Image, predicted: ObjectMask) -> list[Image.Imag
     ]
 
 
+def restored(page: Page) -> None:
+    """Make degraded held-out scenes clean and large again."""
+    words, head, settings = WORDS["restored"], load_head("tiny-restore"), PairSettings(clean=0.0)
+    figures = []
+    for category, number in words["shown"]:
+        scene = render_scene(scene_seed("test", number), category=category, size=128)
+        original = torch.from_numpy(scene.image.copy()).permute(2, 0, 1)
+        low = degraded(original, settings, number).permute(1, 2, 0).numpy()
+        images = [resized(low, original.shape[1:], "bicubic"), head.predict(Photograph(low)).pixels, scene.image]
+        bicubic, better = (psnr(torch.from_numpy(image).permute(2, 0, 1), original) for image in images[:2])
+        values = {"note": _note(category), "bicubic": bicubic, "restored": better}
+        figures.append(_row(words, [*map(Image.fromarray, images)], "", 256, category=category, **values))
+    _section(page, "restored", (figures, "wide"))
+
+
 # -- search, probes -----------------------------------------------------------------------------------------
 
 PER_CATEGORY = 4  # scenes of each in the collection
@@ -407,7 +426,15 @@ def draw_sheet(roll: ToyManifold, maps: dict[str, NDArray[Any]]) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-SECTIONS = (depth_and_normals, masks, search, probed_blocks, map_of_a_sheet, large_pictures)  # in the page's order
+SECTIONS = (
+    depth_and_normals,
+    masks,
+    restored,
+    search,
+    probed_blocks,
+    map_of_a_sheet,
+    large_pictures,
+)  # in the page's order
 
 
 # -- `diffrep demo`: everything on bundled images, as one page with pictures ---------------------------------

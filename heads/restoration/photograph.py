@@ -65,7 +65,7 @@ class Photograph:
             image.load()
             photograph = cls._of(image, decode_image(content, str(source)))
         if content.startswith(_PNG) and content[24] == 16 and content[25] in (2, 6):
-            return replace(photograph, **_deep(content, image))
+            return replace(photograph, **_deep(content, image))  # type: ignore[arg-type]
         return photograph
 
     @classmethod
@@ -145,7 +145,7 @@ class Photograph:
 
 def _deep(content: bytes, image: Image.Image) -> dict[str, np.ndarray]:
     """Colours and alpha of a PNG of 16 bits a channel, of which Pillow reads 8."""
-    from torchvision.io import ImageReadMode
+    from torchvision.io import ImageReadMode  # type: ignore[import-untyped]
     from torchvision.io import decode_image as decode
 
     values = decode(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED)
