@@ -23,7 +23,7 @@ TILES = 64  # tiles that the finishing kernel reads at once
 BLOCK = 1024  # elements of a program of the kernels that look at one element at a time
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton declares no types
 def _moments(x, means, squares, rows, channels, span, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Mean and sum of squared differences of each channel over each span of cells: (N, tiles, C)."""
     tile, image = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -51,7 +51,7 @@ def _moments(x, means, squares, rows, channels, span, tiles, ROWS: tl.constexpr,
     tl.store(squares + at, square, mask=known)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton declares no types
 def _factors(  # type: ignore[no-untyped-def]
     means,
     squares,
@@ -101,7 +101,7 @@ def _factors(  # type: ignore[no-untyped-def]
     tl.store(shifts + image * channels + columns, shift, mask=known)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton declares no types
 def _apply(x, y, scales, shifts, rows, channels, ACTIVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """y = x * scale + shift, then SiLU."""
     image = tl.program_id(2).to(tl.int64)
@@ -168,7 +168,7 @@ def group_norm(
     return y
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton declares no types
 def _join(x, y, bias, z, count, channels, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """z = x + y + bias, channels running fastest."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -186,7 +186,7 @@ def join(x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     return z
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]  # Triton declares no types
 def _gated(x, y, count, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """y = first half * GELU(second half) of each row."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -259,8 +259,8 @@ class RandomParts:
 
     def float32(self) -> RandomParts:
         """Copies with the same weights in float32."""
-        modules = (copy.deepcopy(module).float() for module in (self.unet, self.vae, self.text))
-        return RandomParts(*modules, self.schedule, torch.float32)
+        unet, vae, text = (copy.deepcopy(module).float() for module in (self.unet, self.vae, self.text))
+        return RandomParts(unet, vae, text, self.schedule, torch.float32)
 
     @torch.inference_mode()
     def context(self) -> Tensor:
