@@ -126,6 +126,8 @@ class _Recorded:
     _alive: ClassVar[WeakSet[_Recorded]] = WeakSet()  # they run one after the other and share the memory of their runs
 
     _turn: ClassVar[Any] = RLock()
+    _inputs: list[Tensor]
+    _graph: torch.cuda.CUDAGraph
 
     def __init__(self, function: Callable[..., Any], inputs: tuple[Tensor, ...]) -> None:
         with self._turn:

@@ -146,6 +146,11 @@ class DiffDisUNet(UNet2DConditionModel):
             not know are left out.
     """
 
+    rgb_conv: Any  # nn.ModuleList, of a level each, and so are the projections
+    rgb_proj: Any
+    rgb_proj1: Any
+    class_embedding: Any
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         out = int(config.get("out_channels", 4))
         stock = {key: value for key, value in config.items() if key in {*self.READ, *self.FIXED}}
@@ -164,7 +169,7 @@ class DiffDisUNet(UNet2DConditionModel):
         """How many skips SWCI changes: one per down block that halves the resolution."""
         return len(self.rgb_conv)
 
-    def forward(
+    def forward(  # type: ignore[override]  # it takes the image at many sizes, and noise
         self, latents: Sequence[Tensor], noise: Tensor, context: Tensor, *, timestep: int = 999, edges: bool = True
     ) -> Tensor:
         """One pass over B images: what the U-Net predicts for their masks and their edges.

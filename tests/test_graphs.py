@@ -130,8 +130,57 @@ for images, channels, height, width, added, silu in ((2, 64, 9, 7, True, True), 
     assert float((got - exact).abs().max()) < 5e-5, float((got - exact).abs().max())
 print("equal")
 """
+    assert interpreted(program) == "equal"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_fused_blocks_give_what_the_plain_ones_give() -> None:
+    """Of our own networks, and of diffusers', whose VAE decoder and projections are others."""
+    program = """
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffrep.backbones import fused, load_backbone
+torch.manual_seed(0)
+torch.set_grad_enabled(False)
+
+def check(network, run, least):
+    plain, ways = run(), list(fused._fused(network))
+    for module, forward in ways:
+        module.forward = forward
+    ours = run()
+    for module, _ in ways:
+        del module.forward
+    assert len(ways) >= least, (type(network), len(ways))
+    apart = float((plain - ours).abs().max() / plain.abs().max())
+    assert apart < 1e-5, (type(network), apart)
+
+tiny = load_backbone("tiny")
+step, config = torch.tensor([261]), tiny.network.config
+x, context = torch.randn(1, config.in_channels, 8, 8), torch.randn(1, 5, config.cross_attention_dim)
+check(tiny.network, lambda: tiny.network(x, step, encoder_hidden_states=context).sample, 20)
+pixels = torch.rand(1, 3, 32, 32)
+check(tiny.vae, lambda: tiny.vae.encode(pixels).latent_dist.mean, 5)
+shared = dict(block_out_channels=(32, 64), layers_per_block=1)
+for linear in (True, False):
+    unet = UNet2DConditionModel(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=12, attention_head_dim=4, use_linear_projection=linear, **shared).eval()
+    y, prompt = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    check(unet, lambda: unet(y, step, encoder_hidden_states=prompt).sample, 15)
+vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                    norm_num_groups=8, **shared).eval()
+latents = torch.randn(1, 4, 6, 6)
+check(vae, lambda: vae.decode(latents).sample, 10)
+print("equal")
+"""
+    assert interpreted(program) == "equal"
+
+
+def interpreted(program: str) -> str:
+    """What a program prints that runs Triton's kernels on the CPU."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    ended = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
-    assert ended.stdout.strip() == "equal", ended.stderr[-2000:]
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return ended.stdout.strip()
