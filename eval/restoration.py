@@ -190,12 +190,12 @@ def perceptual(name: str) -> Callable[[Tensor, Tensor], float]:
     """
     try:
         if name in ("lpips", "dists"):
-            from torchmetrics import functional
+            from torchmetrics.functional import image as functional
 
             if name == "dists":
-                measure: Any = functional.image.deep_image_structure_and_texture_similarity
+                measure: Any = functional.deep_image_structure_and_texture_similarity
                 return lambda a, b: float(measure(a, b))
-            lpips: Any = functional.image.learned_perceptual_image_patch_similarity
+            lpips: Any = functional.learned_perceptual_image_patch_similarity
             return lambda a, b: float(lpips(a, b, net_type="alex", normalize=True))
         import pyiqa
 
@@ -250,7 +250,7 @@ def evaluate_restoration(
     sums: dict[str, dict[str, float]] = {head.name: {}, "bicubic": {}}
     for low, high in pairs:
         degraded, original = Photograph.open(low), Photograph.open(high)
-        restored = head.predict(degraded, config)
+        restored = head.predict(degraded, config)  # type: ignore[arg-type]  # its head takes photographs as they are
         if restored.size != original.size:
             raise ValueError(f"{high}: has {original.size}, the restored image {restored.size} (--scale?)")
         enlarged = resized(degraded.pixels, restored.pixels.shape[:2], "bicubic")

@@ -212,10 +212,11 @@ class DiffDisUNet(UNet2DConditionModel):
         if not edges:
             hidden, embedding, rows = hidden[:images], embedding[:images], rows[:images]
             skips = [skip[:images] for skip in skips]
-        for block in self.up_blocks:
-            count = len(block.resnets)
+        up: Any
+        for up in self.up_blocks:
+            count = len(up.resnets)
             skips, residuals = skips[:-count], tuple(skips[-count:])
-            hidden = run(block, res_hidden_states_tuple=residuals)
+            hidden = run(up, res_hidden_states_tuple=residuals)
         predicted: Tensor = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         return predicted
 

@@ -110,8 +110,10 @@ class HybridVit(nn.Module):
         self.blocks = nn.ModuleList(PlainBlock(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
+    _pos_embed: Any  # which `VisionTransformer` puts there
+
     def forward(self, images: Tensor) -> Any:
-        tokens = self._pos_embed(self.patch_embed(images))  # which `VisionTransformer` puts there
+        tokens = self._pos_embed(self.patch_embed(images))
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)

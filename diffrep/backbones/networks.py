@@ -140,11 +140,12 @@ class UNet2DConditionModel(Configured):
             hidden, outputs = block(hidden, temb, encoder_hidden_states=encoder_hidden_states)
             skips += outputs
         hidden = self.mid_block(hidden, temb, encoder_hidden_states=encoder_hidden_states)
-        for block in self.up_blocks:
-            count = len(block.resnets)
+        up: Any
+        for up in self.up_blocks:
+            count = len(up.resnets)
             skips, taken = skips[:-count], tuple(skips[-count:])
             size = skips[-1].shape[2:] if skips else None  # of an odd side, the doubled half is too long
-            hidden = block(hidden, temb, taken, encoder_hidden_states=encoder_hidden_states, upsample_size=size)
+            hidden = up(hidden, temb, taken, encoder_hidden_states=encoder_hidden_states, upsample_size=size)
         return SimpleNamespace(sample=self.conv_out(self.conv_act(self.conv_norm_out(hidden))))
 
 
@@ -211,8 +212,9 @@ class _Coder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], outputs, 3, padding=1)
 
     def forward(self, sample: Tensor) -> Any:
-        hidden, up = self.conv_in(sample), hasattr(self, "up_blocks")
-        for block in [self.mid_block, *self.up_blocks] if up else [*self.down_blocks, self.mid_block]:
+        hidden, here = self.conv_in(sample), dict(self.named_children())
+        blocks: Any = here.get("up_blocks") or here["down_blocks"]
+        for block in [self.mid_block, *blocks] if "up_blocks" in here else [*blocks, self.mid_block]:
             hidden = block(hidden)
             hidden = hidden[0] if isinstance(block, DownBlock) else hidden  # its skips are not used
         return self.conv_out(self.conv_act(self.conv_norm_out(hidden)))

@@ -289,8 +289,8 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     # "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891), algorithm 1
     roots = torch.cumprod(1 - betas, dim=0).sqrt()
     first, last = roots[0].clone(), roots[-1].clone()
-    levels = ((roots - last) * (first / (first - last))) ** 2
-    return 1 - torch.cat([levels[:1], levels[1:] / levels[:-1]])
+    shifted = ((roots - last) * (first / (first - last))) ** 2
+    return 1 - torch.cat([shifted[:1], shifted[1:] / shifted[:-1]])
 
 
 @dataclass(frozen=True)

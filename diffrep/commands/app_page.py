@@ -199,12 +199,12 @@ def _map(rooms: Rooms) -> None:
     go.click(_in_one_line(draw, rooms), None, shown, concurrency_id="model")
 
 
-_BUTTONS = ["download", "fullscreen"]  # and none that sends a picture elsewhere
+_BUTTONS: list[Any] = ["download", "fullscreen"]  # and none that sends a picture elsewhere
 
 
 def _upload(label: str, name: str, value: str) -> Any:
     """A place for an image, read by `load_image` alone, whose messages name what is wrong."""
-    image = gr.Image(
+    image: Any = gr.Image(
         value, type="filepath", image_mode=None, label=label, elem_id=name, sources=["upload"], buttons=_BUTTONS
     )
     image.preprocess = lambda payload: payload and payload.path

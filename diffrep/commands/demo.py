@@ -266,7 +266,11 @@ def restored(page: Page) -> None:
         scene = render_scene(scene_seed("test", number), category=category, size=128)
         original = torch.from_numpy(scene.image.copy()).permute(2, 0, 1)
         low = degraded(original, settings, number).permute(1, 2, 0).numpy()
-        images = [resized(low, original.shape[1:], "bicubic"), head.predict(Photograph(low)).pixels, scene.image]
+        images = [
+            resized(low, (original.shape[1], original.shape[2]), "bicubic"),
+            head.predict(Photograph(low)).pixels,
+            scene.image,
+        ]
         bicubic, better = (psnr(torch.from_numpy(image).permute(2, 0, 1), original) for image in images[:2])
         values = {"note": _note(category), "bicubic": bicubic, "restored": better}
         figures.append(_row(words, [*map(Image.fromarray, images)], "", 256, category=category, **values))

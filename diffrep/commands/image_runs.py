@@ -198,7 +198,7 @@ def run_images(
     inputs: Sequence[Input],
     output: Path,
     config: Any,
-    write: Callable[[Item, Image.Image, ResultT], list[Path]],
+    write: Callable[[Item, Any, ResultT], list[Path]],
     *,
     existing: Sequence[str] = (),
 ) -> list[dict[str, object]]:

@@ -166,8 +166,9 @@ class Match(BackboneOptions, PrecisionOptions):
         from diffrep.draw import draw_field, draw_matches
         from diffrep.matching import match_dense, match_points
 
-        matches = match_points(*described, points, recipe.matching, **masks)
-        dense = match_dense(*described, recipe.matching, **masks) if self.dense else None
+        source, target = described
+        matches = match_points(source, target, points, recipe.matching, **masks)
+        dense = match_dense(source, target, recipe.matching, **masks) if self.dense else None
         if output is not None:
             picture = draw_field(*images, dense) if dense is not None else draw_matches(*images, points, matches)
             write_image(output, picture, mark=DRAWING)

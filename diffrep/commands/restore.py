@@ -65,7 +65,7 @@ class Restore(ImageCommand):
         endings = [f"restored.{self.format}", *(["comparison.html"] if self.compare else [])]
         done = run_images(
             head, inputs, self.output, self.predict, write, existing=endings if self.skip_existing else []
-        )  # type: ignore[arg-type]  # photographs, as its head reads them
+        )
         print_files(self.model, head.recognised, done, self.output, as_json=self.json)
 
 

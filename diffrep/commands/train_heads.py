@@ -194,6 +194,7 @@ class OneStepOptions(HeadTraining):
         """Train a decoder for the head that --refine names."""
         if unused := sorted(self.typed - REFINE_OPTIONS):
             raise ValueError(f"--refine trains a decoder alone: it goes without {', '.join(unused)}")
+        assert self.refine is not None
         work, output, _ = self.checked(name)
         head = load_head(self.refine, fold=False, device="cpu", dtype=torch.float32)
         if head.task != task or not isinstance(head, DenseHead):

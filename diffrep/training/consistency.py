@@ -70,10 +70,10 @@ class Distillation:
     method: Literal["consistency", "guidance"] = "consistency"  # jumps along the path; or the guided estimate alone
     ddim_steps: int = 50  # of the teacher's path
     w_min: float = 5.0  # guidance scales that are drawn, minus one
-    w_max: float = 15.0
+    w_max: float = 15.0  # the largest of them
     eta: float = 0.0  # noise in the teacher's step: 0 is DDIM (LCM), 1 its most random form (SCott)
-    loss: Literal["huber", "l2"] = "huber"
-    huber_c: float = 0.001
+    loss: Literal["huber", "l2"] = "huber"  # of a student's estimate against its average's
+    huber_c: float = 0.001  # where the Huber loss turns from square to linear
     raw_noise: bool = False  # take the raw output for the noise whatever it is, as the released script does
 
     def __post_init__(self) -> None:

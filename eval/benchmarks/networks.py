@@ -411,10 +411,11 @@ def unet_both(unet: DiffDisUNet, latents: list[Tensor], noise: Tensor, context: 
             condition = unet.rgb_conv[number](latents[number + 1])
             skips[-1] = skips[-1] * unet.rgb_proj[number](condition) + unet.rgb_proj1[number](condition) + skips[-1]
     hidden = unet.mid_block(hidden, embedding, encoder_hidden_states=states)
-    for block in unet.up_blocks:
-        count = len(block.resnets)
-        named = {"encoder_hidden_states": states} if getattr(block, "has_cross_attention", False) else {}
-        hidden = block(hidden_states=hidden, temb=embedding, res_hidden_states_tuple=tuple(skips[-count:]), **named)
+    up: Any
+    for up in unet.up_blocks:
+        count = len(up.resnets)
+        named = {"encoder_hidden_states": states} if getattr(up, "has_cross_attention", False) else {}
+        hidden = up(hidden_states=hidden, temb=embedding, res_hidden_states_tuple=tuple(skips[-count:]), **named)
         skips = skips[:-count]
     predicted: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
     return predicted

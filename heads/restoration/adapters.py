@@ -66,7 +66,7 @@ def merge(network: nn.Module, adapters: Sequence[Mapping[str, Factors]], *, name
             if weight is None or weight.shape != added.shape:
                 shape = "no such layer" if weight is None else f"one of {tuple(weight.shape)}"
                 raise HeadError(f"{name}: adapts {layer} with {tuple(added.shape)}, the base has {shape}")
-            weight += added.to(weight)
+            weight.add_(added.to(weight))
 
 
 # -- S3Diff -------------------------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ def load_restorer(
     vae = load_component(AutoencoderKL, base, "vae", torch.float32)
     if not (scheduler := json_of(base, "scheduler/scheduler_config.json")):
         raise HeadError(f"{name}: {base}/scheduler/scheduler_config.json is missing")
-    pixel_unet, modulations, estimator = None, (), None
+    pixel_unet, estimator = None, None
+    modulations: tuple[Modulation, ...] = ()
     if family is S3DIFF:
         modulations = _modulated(checkpoint, unet, vae, name=name)
         estimator = _estimator(file.with_name(ESTIMATOR), name=name)

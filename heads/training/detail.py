@@ -252,7 +252,12 @@ def refined_head(
     trained = train_decoder(head, decoder, scenes, settings, folder, **options)
     about = json_of(head.source, HEAD_FILE)
     base = about["base"] if about.get("base") in EMBEDDED else head.base
-    values = {"base": base, "family": head.family_name, "task": head.task, "working_size": head.working_size}
+    values: dict[str, Any] = {
+        "base": base,
+        "family": head.family_name,
+        "task": head.task,
+        "working_size": head.working_size,
+    }
     extra = {name: value for name, value in about.items() if name not in values}
     extra["refined"] = {"scenes": len(scenes), "fit": asdict(settings)}
 
