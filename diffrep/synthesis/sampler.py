@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -216,9 +217,11 @@ def sample_patches(
     lines = range(len(tokens[0]))
     latents = noise.start(lines, (model.channels, height, width)) * float(scheduler.init_noise_sigma)
     stepper, memory = Stepper(scheduler, eta=settings.eta), dict[str, Tensor]()
-    with settings.part(model.unet) as network:
+    network = settings.part(model.unet) if settings.skipped else None
+    with network or nullcontext():
         while stepper.position < len(stepper):
-            network.at(stepper.position)
+            if network is not None:
+                network.at(stepper.position)
             scaled, predicted = stepper.scale(latents), []
             for part in torch.arange(len(latents)).split(settings.batch_size):
                 predicted.append(predict(model, scaled[part], stepper.timestep, [t[part] for t in tokens], settings))
@@ -277,9 +280,11 @@ def denoise_canvas(
     bar = tqdm(
         total=len(stepper) * len(plan), initial=steps * len(plan), desc="denoise", unit="window", disable=not progress
     )
-    with settings.part(model.unet) as network:
+    network = settings.part(model.unet) if settings.skipped else None
+    with network or nullcontext():
         while stepper.position < len(stepper):
-            network.at(stepper.position)
+            if network is not None:
+                network.at(stepper.position)
             _denoise_step(model, grid, plan, settings, run, stepper, noise, bar)
             if after_step is not None:
                 after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-canvas", shape))
