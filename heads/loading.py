@@ -39,7 +39,7 @@ from diffrep.heads.head_folders import (
 )
 from diffrep.heads.one_step import OneStep, Schedule
 from diffrep.heads.restoration.families import RESTORATION_FAMILIES, TINY, RestorationFamily
-from diffrep.heads.restoration.loading import checkpoint_in, load_restorer
+from diffrep.heads.restoration.loading import checkpoint_in, load_restorer, read_checkpoint
 from diffrep.heads.restoration.restorer import RestorationHead, Restorer
 from diffrep.heads.segmentation import DiffDis, SegmentationHead
 
@@ -167,8 +167,8 @@ def _names_adapters(file: Path) -> bool:
     """A file of a restorer's adapters, unless it is the weight file of a DiffDIS."""
     if file.suffix != ".safetensors":
         try:
-            return any(key.startswith("state_dict_unet") for key in weight_files.read_weights(file))
-        except BackboneError:  # dictionaries inside one, as adapters are published, or damage, which their reader names
+            return any(key.startswith("state_dict_unet") for key in read_checkpoint(file))
+        except HeadError:  # damage, which the reader of the whole names
             return True
     with safe_open(file, "pt") as opened:
         return any(key.startswith("state_dict_unet") for key in opened.keys())  # noqa: SIM118

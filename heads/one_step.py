@@ -199,10 +199,15 @@ class FoldedUNet(PlainUNet):
         for resnet in self._resnets:
             resnet.time_emb_proj = None  # without an embedding the block adds none
 
-    @torch.no_grad()
     def prepare(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> None:
         """Set the biases that hold a timestep and a task; they are computed in float32 and rounded once."""
         key = (timestep, task, latents.dtype, latents.device)
+        if self._set == key:
+            return
+        with torch.no_grad():
+            self._set_biases(key, latents, timestep, task)
+
+    def _set_biases(self, key: object, latents: Tensor, timestep: int, task: tuple[float, ...] | None) -> None:
         if key not in self._biases:
             wide = latents.new_zeros(1, dtype=torch.float32)
             embedding = _in_float32(self._time)(self.unet.get_time_embed(sample=wide, timestep=timestep))
@@ -213,10 +218,9 @@ class FoldedUNet(PlainUNet):
             self._biases[key] = [
                 (bias.to(wide) + _in_float32(projection)(active)[0]).to(latents) for bias, projection in biases
             ]
-        if self._set != key:
-            for resnet, bias in zip(self._resnets, self._biases[key], strict=True):
-                resnet.conv1.bias.data = bias
-            self._set = key
+        for resnet, bias in zip(self._resnets, self._biases[key], strict=True):
+            resnet.conv1.bias.data = bias
+        self._set = key
 
     def forward(self, latents: Tensor, timestep: int, task: tuple[float, ...] | None = None) -> Tensor:
         """One pass; see `PlainUNet.forward`."""

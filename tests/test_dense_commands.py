@@ -119,7 +119,7 @@ def test_point_cloud_and_known_depths(heads: dict[str, str], photos: Path, tmp_p
         (["--ensemble", "4"], "needs noise, and a lotus-d head has none"),
         (["--task", "depth"], "predicts disparity"),
         (["--family", "dpt"], "there is no family 'dpt'"),
-        (["--model", "tiny"], "no such folder or file and no known head"),
+        (["--model", "tiny"], "is a backbone and no head"),
         (["--device", "cuda"], "no CUDA device"),
     ],
 )

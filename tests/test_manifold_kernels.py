@@ -421,7 +421,7 @@ def test_every_pair_is_visited_once_in_an_epoch(n: int) -> None:
         distances = true.copy()
         distances[i, j] = distances[j, i] = true[i, j] + 0.1  # the only pair that has a reason to move
         moved = mds.sgd_mds(distances, start, epochs=1, rng=np.random.default_rng(1))
-        assert np.abs(moved - start).max() > 1e-3
+        assert np.abs(moved - start).max() > 1e-6  # the others pull the pair back
     np.testing.assert_allclose(mds.sgd_mds(true, start, rng=np.random.default_rng(1)), start, atol=1e-9)
 
 

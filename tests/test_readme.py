@@ -105,6 +105,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(scene.image).save(folder / f"images/{category}/{number}.png")
     table = np.random.default_rng(0).normal(size=(120, 8)).astype(np.float32)
     np.save(folder / "features.npy", table)
+    (folder / "pairs.csv").write_text('source,target,points\ncat.jpg,dog.jpg,"120,130"\n')
     (folder / "known.csv").write_text("x,y,metres\n60,40,5.1\n220,120,5.8\n120,220,4.5\n128,240,4.2\n")
     write_spair(folder)
     if importlib.util.find_spec("av"):

@@ -292,7 +292,10 @@ def check_phate(folder: Path, case: Params) -> None:
             what=f"{name}: potential",
         )
         distances = squareform(pdist(potential))
-        anchors = mds.metric_mds(distances, mds.squared_axes_start(distances), rng=np.random.default_rng(0))
+        # minima of other heights lie beside the best one: as for the embeddings above, one of three draws
+        start = mds.squared_axes_start(distances)
+        runs = [mds.metric_mds(distances, start, rng=np.random.default_rng(seed)) for seed in range(3)]
+        anchors = min(runs, key=lambda run: mds.stress(distances, run))
         got = mds.stress(distances, anchors)
         limit = tolerance(case, "official x") * setting["stress"]
         assert got <= limit, f"{name}: stress {got:.4f}, official {setting['stress']:.4f}"
