@@ -13,8 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from diffrep.backbones import weight_files
-from diffrep.backbones.base import BackboneError, check_weights
+from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component, network_class
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import read_weights
