@@ -24,22 +24,14 @@ CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Products of float32 are float32 in here: no TF32, no bfloat16 kernels, no autocast."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def full_precision(device: torch.device, *, halves: bool = False) -> Iterator[None]:
+    """Products of float32 are float32 in here: no TF32, no bfloat16 kernels, no autocast.
 
-
-@contextmanager
-def _tensor_cores(device: torch.device) -> Iterator[None]:
-    """Products of float32 may round their factors to TF32, 10 bits behind the point: exact for `_halves`."""
+    Args:
+        halves: the factors are of `_halves`: rounding them to TF32, 10 bits behind the point, takes nothing off.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if halves else "highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
@@ -107,7 +99,7 @@ class Scorer:
         ]
         if self._split:
             rows = [torch.cat([one, one, two], dim=1) for one, two in map(_halves, rows)]
-        with (_tensor_cores if self._split else full_precision)(self.device):
+        with full_precision(self.device, halves=self._split):
             total = torch.mm(rows[0], self._columns[0], out=out)
             for part, columns in zip(rows[1:], self._columns[1:], strict=True):
                 total.addmm_(part, columns)
