@@ -88,6 +88,13 @@ class DetailDecoder(nn.Module):
             return fine
         return fine + F.pixel_shuffle(self.coarse(latents), self.settings["stride"])
 
+    @classmethod
+    def seeded(cls, seed: int, codec: Any, **settings: Any) -> DetailDecoder:
+        """One for a codec's latents with initial weights of a seed: torch draws them from the global generator."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(codec.channels, stride=codec.stride, **settings)
+
     @torch.no_grad()
     def fit_coarse(self, latents: Tensor, maps: Tensor) -> None:
         """Make the coarse map the least squares' best for latents (B, c, h, w) and true maps (B, outputs, H, W), in

@@ -244,11 +244,7 @@ def refined_head(
         options: of `train_decoder`.
     """
     model, outputs = head.model, 3 if head.task == "normals" else 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # torch draws initial weights from the global generator
-        decoder = DetailDecoder(
-            model.channels, stride=model.stride, widths=REFINING_WIDTHS, outputs=outputs, coarse=True
-        )
+    decoder = DetailDecoder.seeded(settings.seed, model, widths=REFINING_WIDTHS, outputs=outputs, coarse=True)
     trained = train_decoder(head, decoder, scenes, settings, folder, **options)
     about = json_of(head.source, HEAD_FILE)
     base = about["base"] if about.get("base") in EMBEDDED else head.base

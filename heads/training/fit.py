@@ -241,9 +241,7 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
         if self.decoder:
             codec, outputs = LatentCodec(parts.vae), 3 if self.task == "normals" else 1
             shape: dict[str, Any] = {"widths": DETAIL_WIDTHS, "blocks": DETAIL_BLOCKS, "outputs": outputs}
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
-                decoder = DetailDecoder(codec.channels, stride=codec.stride, **shape)
+            decoder = DetailDecoder.seeded(self.fit.seed, codec, **shape)
         context = prepared(parts, unet, decoder)
         return OneStepModel(unet, context, parts.alphas_cumprod, self.recipe, decoder)
 
@@ -340,9 +338,7 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
 
     def build(self, parts: PipelineParts) -> SegmentationModel:
         codec, unet = LatentCodec(parts.vae), from_base(parts.unet, seed=self.fit.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
-            decoder = DetailDecoder(codec.channels, stride=codec.stride) if self.decoder else None
+        decoder = DetailDecoder.seeded(self.fit.seed, codec) if self.decoder else None
         context = prepared(parts, unet, decoder)
         return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
 

@@ -242,12 +242,9 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
         if channels != (vae.config.latent_channels,) * 2:
             raise ValueError(f"a restorer needs a U-Net from the VAE's latents to them, not one of {channels} channels")
         if self.detail and decoder is None:
-            codec = LatentCodec(vae)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.fit.seed)  # torch draws initial weights from the global generator
-                decoder = DetailDecoder(codec.channels, stride=codec.stride, **DETAIL)
-                nn.init.zeros_(decoder.leave.weight)  # it starts from the enlarged image
-                nn.init.zeros_(decoder.leave.bias)  # type: ignore[arg-type]
+            decoder = DetailDecoder.seeded(self.fit.seed, LatentCodec(vae), **DETAIL)
+            nn.init.zeros_(decoder.leave.weight)  # it starts from the enlarged image
+            nn.init.zeros_(decoder.leave.bias)  # type: ignore[arg-type]
         context = prepared(parts, unet, vae, decoder)
         model = RestorationModel(unet, vae, context, parts.scheduler, decoder if self.detail else None)
         model.requires_grad_(False)
