@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffrep.backbones.base import BackboneError
 from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone, keyed_generator
+from diffrep.backbones.early_exit import EarlyExitUViT, LayerOutputs, is_early_exit, load_early_exit
 from diffrep.backbones.partial import PartialNetwork
 from diffrep.backbones.transformers import FLOW
+from diffrep.devices import resolve_device
 from diffrep.results import Result
 from diffrep.sampling.core import run
 from diffrep.sampling.samplers import build_table, model_schedule
@@ -98,9 +101,9 @@ def diffusion_model(
     """A model of the project, or one by its name, under a condition.
 
     Args:
-        model: a synthesis model, a diffusion backbone, or whatever `load_synthesis` and `load_backbone` take: Stable
-            Diffusion 1, 2, XL and 3, FLUX, PixArt, DiT, ADM.
-        condition: one or several prompts; embeddings (B, dim) (synthesis); classes (ADM, DiT).
+        model: a synthesis model, a diffusion backbone, an `EarlyExitUViT`, or whatever `load_synthesis`,
+            `load_backbone` and `load_early_exit` take: Stable Diffusion 1, 2, XL and 3, FLUX, PixArt, DiT, SiT, ADM.
+        condition: one or several prompts; embeddings (B, dim) (synthesis); classes (ADM, DiT, SiT).
         guidance: scale of classifier-free guidance, or what FLUX.1-dev is told; 1: none. The model's own where
             left out.
         negative: prompt that is guided away from.
@@ -115,8 +118,15 @@ def diffusion_model(
 
     if isinstance(model, (str, os.PathLike)):
         where: dict[str, Any] = {"device": device, "dtype": dtype}
-        synthesis = is_synthesis(os.fspath(model))
-        model = load_synthesis(os.fspath(model), **where) if synthesis else load_backbone(model, decoder=True, **where)
+        name = os.fspath(model)
+        if is_early_exit(name):
+            model = load_early_exit(name).to(resolve_device(device), dtype)
+        elif is_synthesis(name):
+            model = load_synthesis(name, **where)
+        else:
+            model = load_backbone(name, decoder=True, **where)
+    if isinstance(model, EarlyExitUViT):
+        return _of_early_exit(model, condition, guidance)
     if isinstance(model, SynthesisModel):
         if not isinstance(condition, Tensor) or condition.ndim != 2:
             raise SamplingError(f"{model.name}: is painted under embeddings (B, dim), as the condition")
@@ -171,6 +181,34 @@ def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative
     )  # fmt: skip
 
 
+def _of_early_exit(network: EarlyExitUViT, condition: Any, guidance: float | None) -> DiffusionModel:
+    """A U-ViT of pixels, which the reproduction of DeeDiff trains on the schedule of DDPM."""
+    about, name = network.about, type(network).__name__
+    labels = [] if condition is None else torch.as_tensor(condition).flatten().tolist()
+    if bool(labels) != (about.num_classes > 0) or not all(0 <= label < about.num_classes for label in labels):
+        needs = f"needs a class, 0..{about.num_classes - 1}" if about.num_classes > 0 else "has no classes"
+        raise BackboneError(f"{name} {needs}, got the condition {condition!r}")
+    if guidance not in (None, 1.0):
+        raise SamplingError(f"{name}: a pixel diffusion has no classifier-free guidance")
+    device = network.uvit.pos_embed.device
+
+    def predict(x: Tensor, t: float, rows: slice) -> Tensor:
+        if x.shape[-2:] != (about.img_size, about.img_size):
+            raise SamplingError(
+                f"{name}: paints {about.img_size} x {about.img_size}, got {x.shape[-2]} x {x.shape[-1]}"
+            )
+        times = torch.full((len(x),), t, device=device)
+        classes = torch.tensor(labels[rows], device=device) if labels else None
+        output = network(x.to(network.uvit.pos_embed), times, classes)
+        return (output.full if isinstance(output, LayerOutputs) else output).float().to(x)
+
+    _, schedule = model_schedule({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
+    return DiffusionModel(
+        name, network, predict, "epsilon", schedule, lambda x: x / 2 + 0.5, lambda x: x.to(device) * 2 - 1,
+        about.in_chans, 1, about.img_size, max(len(labels), 1), device, about.img_size,
+    )  # fmt: skip
+
+
 def _guided(
     network: Callable[[Tensor, float, Sequence[Any]], Tensor], conditions: Sequence[Any], null: Any, scale: float
 ) -> Callable[[Tensor, float, slice], Tensor]:
@@ -202,6 +240,7 @@ def sample(
     inherit: int = 1,
     branch: int = 0,
     depths: Sequence[int] = (),
+    threshold: float | None = None,
     start: Tensor | None = None,
     count_flops: bool = False,
     batch_size: int = 8,
@@ -221,8 +260,8 @@ def sample(
         size: (H, W) of the images; as the model was trained where left out.
         spacing: where the timesteps lie, one of `GRIDS`.
         timesteps: these instead; or what a search found, with its orders and skipped units: a `Candidate` or its file.
-        inherit, branch, depths: steps that run a part of the network, see `PartialNetwork`; it distorts below about 50
-            steps.
+        inherit, branch, depths, threshold: steps that run a part of the network, see `PartialNetwork`; inheritance
+            distorts below about 50 steps.
         start: (1 or B, c, h, w) standard normal noise to begin with in place of the seed's.
         count_flops: count the network's floating point operations.
         batch_size: states that go through the network together.
@@ -259,7 +298,9 @@ def sample(
     calls, parts, flops = 0, list[Tensor](), 0
     with ExitStack() as stack:
         network = stack.enter_context(
-            PartialNetwork(model.network, interval=inherit, branch=branch, depths=depths, skipped=skipped)
+            PartialNetwork(
+                model.network, interval=inherit, branch=branch, depths=depths, skipped=skipped, threshold=threshold
+            )
         )
         if count_flops:
             from torch.utils.flop_counter import FlopCounterMode

@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep import sample
-from diffrep.backbones import BackboneError
-from diffrep.backbones.early_exit import EarlyExitUViT, UViTConfig
+from diffrep.backbones import BackboneError, early_exit
+from diffrep.backbones.early_exit import PROBES, EarlyExitUViT, LayerOutputs, UViTConfig, load_early_exit
 from diffrep.backbones.partial import PartialNetwork, skippable_units
 from diffrep.cli import main
 from diffrep.eval.benchmarks.samplers import SamplersBenchmark
 from diffrep.eval.samplers import SamplersEvaluation, evaluate_samplers
 from diffrep.eval.search import SearchSettings, best_start, search_steps
+from diffrep.files import save_weights
 from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.core import run
 from diffrep.sampling.samplers import SAMPLERS, build_table, model_schedule
@@ -35,7 +37,7 @@ from diffrep.synthesis import (
     sample_patches,
 )
 from diffrep.synthesis.canvas import Run
-from diffrep.synthesis.sampler import SchedulerName
+from diffrep.synthesis.sampler import SchedulerName, share_of_operations
 from diffrep.synthesis.schedulers import AT_TIMESTEPS
 from diffrep.training.fokker_planck import wasserstein
 
@@ -182,6 +184,45 @@ def test_a_fixed_table_of_depths_inherits_as_an_interval_does(tiny: DiffusionMod
         sample(tiny, steps=4, depths=(-1, 1))
 
 
+@pytest.mark.parametrize("probe", PROBES)
+def test_samples_leave_early_by_their_own_uncertainty(
+    probe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sample leaves where its probe says so, whatever its company, and what has left costs nothing."""
+    torch.manual_seed(1)
+    monkeypatch.setattr(early_exit, "TIMESTEPS", 20)
+    about = UViTConfig(img_size=8, embed_dim=16, depth=5, num_heads=2)
+    network = EarlyExitUViT(about, probe).eval()
+    for parameter in network.matrix.parameters():
+        torch.nn.init.normal_(parameter, std=2.0)
+    (tmp_path / "config.json").write_text(json.dumps({**vars(about), "probe": probe}))
+    save_weights(tmp_path / "model.safetensors", network.state_dict())
+    network = load_early_exit(tmp_path)
+    x, t, flops = torch.randn(6, 3, 8, 8), torch.full((6,), 10.0), []
+    with torch.no_grad():
+        layers = network(x, t)
+        assert isinstance(layers, LayerOutputs)
+        assert layers.uncertainty.shape == (5, 6)
+        threshold = float(layers.uncertainty[0].sort().values[2:4].mean())  # half leave at once
+        exits = layers.exits(threshold)
+        assert len(exits.unique()) > 1
+        for value in (threshold, -1e9):
+            with PartialNetwork(network, threshold=value), FlopCounterMode(display=False) as counter:
+                early = network(x, t)
+            flops.append(counter.get_total_flops())
+            torch.testing.assert_close(early, layers.at(layers.exits(value)), atol=1e-5, rtol=1e-5)
+        with PartialNetwork(network, threshold=threshold):
+            torch.testing.assert_close(network(x[2:3], t[2:3]), layers.at(exits)[2:3], atol=1e-5, rtol=1e-5)
+    assert flops[0] < flops[1]
+    with pytest.raises(BackboneError, match="probes are"):
+        EarlyExitUViT(about, "mlp")
+    with pytest.raises(BackboneError, match="estimates no uncertainty"):
+        PartialNetwork(torch.nn.Linear(2, 2), threshold=0.1)
+    (tmp_path / "config.json").write_text(json.dumps({**vars(about), "probe": probe, "embed_dim": 32}))
+    with pytest.raises(BackboneError, match=r"does not fit its config\.json"):
+        load_early_exit(tmp_path)
+
+
 def test_an_early_exit_follows_its_table() -> None:
     network = EarlyExitUViT(UViTConfig(img_size=8, embed_dim=16, depth=5, num_heads=2)).eval()
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10.0])
@@ -305,6 +346,40 @@ def test_a_canvas_does_not_depend_on_bands_or_on_an_interruption(
         denoise_canvas(painter, grid, size, settings, run=Run(tmp_path, identity), after_step=stop)
     resumed = denoise_canvas(painter, grid, size, settings, run=Run(tmp_path, identity)).tensor(0, size[0])
     assert torch.equal(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    "inheriting", [{"inherit": 2, "branch": 1}, {"depths": (-1, 1, 0, -1)}, {"inherit": 3, "scheduler": "ghvb"}]
+)
+def test_windows_of_a_canvas_inherit_their_own_deep_features(
+    inheriting: dict[str, Any], painter: SynthesisModel, tmp_path: Path
+) -> None:
+    """Each window inherits its own, whatever the bands, and a stopped run goes on to the bit."""
+    grid = EmbeddingGrid(torch.randn(2, 2, painter.embedder.dims[0], generator=torch.Generator().manual_seed(0)))
+    size = (2 * painter.window, 2 * painter.window)
+    settings = SynthesisSettings(steps=4, batch_size=4, guidance=2.0, **inheriting)
+    whole = denoise_canvas(painter, grid, size, settings).tensor(0, size[0])
+    plain = denoise_canvas(painter, grid, size, replace(settings, inherit=1, depths=())).tensor(0, size[0])
+    assert 0 < (whole - plain).abs().mean() < 0.6 * plain.std()  # of four steps
+    for band in (1, 3):
+        banded = denoise_canvas(painter, grid, size, replace(settings, band=band)).tensor(0, size[0])
+        torch.testing.assert_close(banded, whole, atol=1e-4, rtol=1e-4)
+    assert 0.3 < share_of_operations(painter, settings) < 0.95
+    assert share_of_operations(painter, replace(settings, inherit=1, depths=())) == 1
+
+    def stop(step: int, lines: object) -> None:
+        if step == 1:  # an inherited step is the first of the resumed run
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        denoise_canvas(painter, grid, size, settings, run=Run(tmp_path, {}), after_step=stop)
+    resumed = denoise_canvas(painter, grid, size, settings, run=Run(tmp_path, {})).tensor(0, size[0])
+    assert torch.equal(whole, resumed)
+    embeddings = grid.embeddings.flatten(0, 1)
+    patches = [sample_patches(painter, embeddings, replace(settings, batch_size=n)) for n in (4, 3)]
+    torch.testing.assert_close(*patches, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="depths have one entry for each of 4 steps"):
+        denoise_canvas(painter, grid, size, replace(settings, depths=(-1, 0)))
 
 
 def test_a_canvas_takes_searched_steps_and_refuses_whole_solvers(painter: SynthesisModel) -> None:

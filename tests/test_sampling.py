@@ -396,7 +396,7 @@ def test_inherited_steps_run_less_and_leave_the_network_as_it_was() -> None:
     assert torch.equal(outputs[0], plain)
     torch.testing.assert_close(outputs[1], plain)  # the same input: what is inherited is right
     assert counts[1] < 0.5 * counts[0] == 0.5 * counts[2]
-    with pytest.raises(BackboneError, match=r"branch in 0\.\.5"):
+    with pytest.raises(BackboneError, match=r"branch and depths in 0\.\.5"):
         PartialNetwork(unet, interval=2, branch=6)
     with pytest.raises(BackboneError, match="has no down_blocks"):
         PartialNetwork(torch.nn.Linear(2, 2), interval=2)

@@ -1,21 +1,25 @@
 """Early exit by estimated uncertainty (DeeDiff, Tang et al. 2023) on a U-ViT.
 
 The authors published no code; keys and rules are those of the reproduction of Matisan et al. (DuoDiff, 2024), whose
-authors could not reach the paper's trade of quality for time. A fixed depth for each timestep saves as much without
-probes: `depths` of `forward`.
+authors could not reach the paper's trade of quality for time. A fixed depth for each step saves as much without probes:
+`limit`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.backbones.base import BackboneError
+from diffrep.backbones.base import BackboneError, check_weights
+from diffrep.backbones.weight_files import read_weights
+from diffrep.files import one_line, read_document
 
 
 class _Block(nn.Module):
@@ -132,46 +136,81 @@ class LayerOutputs:
         )  # fmt: skip
 
 
+PROBES: dict[str, Callable[[int, int], str]] = {  # kind -> key of the probe of a layer at a timestep
+    "attention_probe": lambda layer, t: f"{layer}",
+    "mlp_probe_per_layer": lambda layer, t: f"{layer}",
+    "mlp_probe_per_timestep": lambda layer, t: f"{t}",  # the paper's
+    "mlp_probe_per_layer_per_timestep": lambda layer, t: f"{layer}, {t}",
+}
+TIMESTEPS = 1000
+
+
+class _MlpProbe(nn.Module):
+    """The uncertainty of tokens (B, n, C), each in 0..1, and their mean (B,)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classifier = nn.Sequential(nn.Linear(width, 1), nn.Sigmoid())
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.classifier(h).flatten(1).mean(1)
+
+
+class _AttentionProbe(nn.Module):
+    """One learned query to the tokens (B, n, C) behind that of the time; (B,), of any size, as released."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q = nn.Parameter(torch.zeros(1, 1, 1, width))
+        self.weight_kv = nn.Linear(width, 2 * width)
+        self.classification = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        keys, values = self.weight_kv(h[:, None, 1:]).chunk(2, dim=-1)
+        asked = F.scaled_dot_product_attention(self.q.expand(len(h), -1, -1, -1), keys, values)
+        return self.classification(asked).flatten()
+
+
 class EarlyExitUViT(nn.Module):
-    """A U-ViT with a probe and an output head for each layer.
+    """A U-ViT with probes of the uncertainty and an output head for each layer.
 
     Attributes:
-        limit: how many blocks run, by a fixed table of a sampler (`PartialNetwork`); None: all.
+        limit: how many blocks run, of a fixed table (`PartialNetwork`); None: all.
+        threshold: each sample leaves at the first layer whose uncertainty is at most this; None: none does.
 
     Raises:
-        BackboneError: the sizes do not fit.
+        BackboneError: the sizes do not fit, or there are no such probes.
     """
 
-    def __init__(self, about: UViTConfig) -> None:
+    def __init__(self, about: UViTConfig, probe: str = "mlp_probe_per_layer") -> None:
         super().__init__()
         if about.img_size % about.patch_size or about.embed_dim % about.num_heads or about.depth % 2 == 0:
             raise BackboneError(f"a U-ViT has whole patches and heads and an odd depth, got {about}")
-        self.about, side = about, about.img_size // about.patch_size
+        if probe not in PROBES:
+            raise BackboneError(f"probes are {', '.join(PROBES)}, got {probe!r}")
+        self.about, self.probe, side = about, probe, about.img_size // about.patch_size
         self.limit: int | None = None
+        self.threshold: float | None = None
 
         def head() -> _OutputHead:
             return _OutputHead(about.embed_dim, about.patch_size, about.in_chans, about.extras, side)
 
         self.uvit = _UViT(about)
-        self.matrix = nn.ModuleList(
-            nn.ModuleDict({"classifier": nn.Sequential(nn.Linear(about.embed_dim, 1), nn.Sigmoid())})
-            for _ in range(about.depth)
-        )
+        kind, key = _AttentionProbe if probe == "attention_probe" else _MlpProbe, PROBES[probe]
+        keys = dict.fromkeys(key(layer, t) for layer in range(about.depth) for t in range(TIMESTEPS))
+        self.matrix = nn.ModuleDict({name: kind(about.embed_dim) for name in keys})
         self.in_blocks_heads = nn.ModuleList(head() for _ in range(about.depth // 2))
         self.mid_block_head = head()
         self.out_blocks_heads = nn.ModuleList(head() for _ in range(about.depth // 2))
 
-    def forward(
-        self, x: Tensor, t: Tensor, labels: Tensor | None = None, *, threshold: float | None = None,
-        depths: Sequence[int] | None = None,
-    ) -> LayerOutputs | Tensor:  # fmt: skip
-        """All layers' outputs; or, where one of the options is given, (B, C, H, W) after leaving early.
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> LayerOutputs | Tensor:
+        """All layers' outputs; or, with a limit or a threshold, (B, C, H, W) after leaving early.
+
+        What has left takes no part in the layers behind, and does not depend on what has not.
 
         Args:
-            x: (B, C, H, W); t: (B,) timesteps.
+            x: (B, C, H, W); t: (B,) timesteps, of which probes of timesteps read the first.
             labels: (B,) classes, of class-conditional networks.
-            threshold: leave at the first layer at which every sample's uncertainty is at most this.
-            depths: for each timestep how many blocks run, one batch having one timestep; where left out, `limit` do.
         """
         net, about = self.uvit, self.about
         time = net.time_embed(timestep_embedding(t / 1000 if about.normalize_timesteps else t, about.embed_dim))
@@ -182,28 +221,57 @@ class EarlyExitUViT(nn.Module):
             tokens.insert(0, net.label_emb(labels)[:, None])
         patches = net.patch_embed["proj"](x).flatten(2).transpose(1, 2)
         h = torch.cat([*tokens, patches], dim=1) + net.pos_embed
-        skips: list[Tensor] = []
-        outputs, uncertainty = [], []
-        limit = self.limit if depths is None else depths[int(t[0])]
-        heads = [*self.in_blocks_heads, self.mid_block_head, *self.out_blocks_heads]
+        result, inside = torch.empty_like(x), torch.arange(len(x), device=x.device)
+        skips, outputs, uncertainty = list[Tensor](), list[Tensor](), list[Tensor]()
+        heads, half = [*self.in_blocks_heads, self.mid_block_head, *self.out_blocks_heads], len(net.in_blocks)
         for layer, block in enumerate([*net.in_blocks, net.mid_block, *net.out_blocks]):
-            if limit is not None or threshold is not None:
-                sure = threshold is not None and bool((self._uncertainty(layer, h) <= threshold).all())
-                if layer == limit or sure:
-                    return heads[layer](h)
-            else:
+            if layer == self.limit:
+                result[inside] = heads[layer](h)
+                return result
+            if self.limit is None or self.threshold is not None:
+                uncertainty.append(self.matrix[PROBES[self.probe](layer, int(t[0]))](h))
+            if self.limit is None and self.threshold is None:
                 outputs.append(heads[layer](h))
-                uncertainty.append(self._uncertainty(layer, h))
-            if layer < len(net.in_blocks):
-                h = block(h)
+            elif self.threshold is not None and bool((sure := uncertainty[-1] <= self.threshold).any()):
+                result[inside[sure]] = heads[layer](h[sure])
+                inside, h, skips = inside[~sure], h[~sure], [skip[~sure] for skip in skips]
+                if not len(inside):
+                    return result
+            h = block(h, skips.pop()) if layer > half else block(h)
+            if layer < half:
                 skips.append(h)
-            else:
-                h = block(h, skips.pop()) if layer > len(net.in_blocks) else block(h)
-        full = _OutputHead.forward(net, h)
-        return full if outputs == [] else LayerOutputs(full, torch.stack(outputs), torch.stack(uncertainty))
+        result[inside] = _OutputHead.forward(net, h)
+        return LayerOutputs(result, torch.stack(outputs), torch.stack(uncertainty)) if outputs else result
 
-    def _uncertainty(self, layer: int, h: Tensor) -> Tensor:
-        return self.matrix[layer]["classifier"](h).flatten(1).mean(1)  # type: ignore[index]
+
+def is_early_exit(name: str) -> bool:
+    """Whether a name is a folder whose ``config.json`` says "_class_name": "EarlyExitUViT"."""
+    config = Path(name) / "config.json"
+    return config.is_file() and read_document(config, error=BackboneError).get("_class_name") == "EarlyExitUViT"
+
+
+def load_early_exit(folder: str | os.PathLike[str]) -> EarlyExitUViT:
+    """A network from a folder with ``config.json`` and one file of weights.
+
+    The configuration says "_class_name": "EarlyExitUViT", "probe" and the sizes of `UViTConfig`; weights are
+    ``.safetensors``, or the reproduction's ``.pth``.
+
+    Raises:
+        BackboneError: a file is missing or damaged, or the weights do not fit.
+    """
+    path = Path(folder)
+    values = {"probe": "mlp_probe_per_layer", **read_document(path / "config.json", error=BackboneError)}
+    files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt"))
+    if len(files) != 1:
+        raise BackboneError(f"{path}: expected one file of weights, found {len(files)}")
+    try:
+        probe, names = str(values.pop("probe")), UViTConfig.__dataclass_fields__
+        network = EarlyExitUViT(UViTConfig(**{k: v for k, v in values.items() if k in names}), probe)
+        network.load_state_dict(read_weights(files[0]))
+    except (RuntimeError, TypeError) as error:
+        raise BackboneError(f"{files[0]}: does not fit its config.json ({one_line(error)})") from None
+    check_weights(network, str(path))
+    return network.eval()
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError
 from diffrep.backbones.early_exit import EarlyExitUViT
@@ -71,46 +71,64 @@ class PartialNetwork:
 
     Args:
         network: a diffusers U-Net (inheritance, skipping), a diffusers transformer (skipping), or an `EarlyExitUViT`
-            (depths, its number of blocks).
+            (depths, its number of blocks; threshold).
         interval: every how many steps all of it runs; 1: always.
         branch: how deep the other steps go: block times units a block, plus units of it (DeepCache's branch id).
         depths: for each step how deep it goes, a branch, or -1: whole; in place of interval and branch. The first step
             is whole. Of early exits: how many blocks run.
         skipped: for each step the numbers of the `skippable_units` that are left out.
+        threshold: of early exits: the estimated uncertainty at which a sample leaves.
+
+    Attributes:
+        carried: branch -> (B, C, h, w), what its deep units gave at the last whole step. Of all of them only the last
+            one's output is read again. A caller whose batches are not the same from step to step sets it.
 
     Raises:
         BackboneError: the network has no such units, or the interval or branch is not one of its.
     """
 
     def __init__(
-        self, network: nn.Module, *, interval: int = 1, branch: int = 0, depths: Sequence[int] = (),
-        skipped: Sequence[Sequence[int]] = (),
+        self, network: Any, *, interval: int = 1, branch: int = 0, depths: Sequence[int] = (),
+        skipped: Sequence[Sequence[int]] = (), threshold: float | None = None,
     ) -> None:  # fmt: skip
         name = type(network).__name__
-        self.network, self.interval, self.branch = network, interval, branch
+        self.network, self.interval, self.branch, self.threshold = network, interval, branch, threshold
         self.depths, self.skipped = tuple(depths), [set(units) for units in skipped]
         inherits = interval != 1 or any(depth >= 0 for depth in depths)
+        self.carried: dict[int, Tensor] = {}
         self._deep: dict[int, set[nn.Module]] = {}
+        self._last: dict[int, nn.Module] = {}  # of each branch's deep units, the one that runs last
         self._numbers: dict[nn.Module, int] = {}
         if isinstance(network, EarlyExitUViT):
-            if interval != 1 or skipped or any(not -1 <= d < network.about.depth for d in depths):
-                raise BackboneError(f"{name}: takes depths of -1..{network.about.depth - 1}, and nothing else")
+            if interval != 1 or any(self.skipped) or any(not -1 <= d < network.about.depth for d in depths):
+                raise BackboneError(f"{name}: takes depths of -1..{network.about.depth - 1}, and a threshold")
+        elif threshold is not None:
+            raise BackboneError(f"{name}: estimates no uncertainty, so that no threshold goes with it")
         elif inherits:
             if not all(hasattr(network, part) for part in ("down_blocks", "mid_block", "up_blocks")):
                 raise BackboneError(f"{name} has no down_blocks, mid_block and up_blocks to inherit from")
             net: Any = network
             most = (len(net.down_blocks[0].resnets) + 1) * len(net.down_blocks) - 1
-            branches = {branch, *depths} - {-1}
+            branches = ({*depths} if depths else {branch}) - {-1}
             if interval < 1 or not all(0 <= b <= most for b in branches):
-                raise BackboneError(f"interval must be at least 1 and branch in 0..{most}, got {interval}, {branches}")
+                raise BackboneError(
+                    f"interval must be at least 1, branch and depths in 0..{most} (-1: whole), got {interval},"
+                    f" {', '.join(map(str, sorted(branches)))}"
+                )
             self._deep = {b: set(deep_units(net, b)) for b in branches}
         if any(self.skipped):
             self._numbers = {module: i for i, module in enumerate(skippable_units(network))}
             if unknown := sorted(set().union(*self.skipped) - set(self._numbers.values())):
                 raise BackboneError(f"{name} has the units 0..{len(self._numbers) - 1} to leave out, got {unknown}")
         self._step = 0
-        self._memory: dict[nn.Module, Any] = {}
+        self._shapes: dict[nn.Module, Sequence[int]] = {}  # of what deep units gave
         self._wrapped_modules: set[nn.Module] = {*self._numbers}.union(*self._deep.values())
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of the network runs at all steps."""
+        early = isinstance(self.network, EarlyExitUViT) and any(depth >= 0 for depth in self.depths)
+        return not (self._deep or self._numbers or self.threshold is not None or early)
 
     def at(self, step: int) -> None:
         """Say which step of an image comes next, from 0.
@@ -122,8 +140,6 @@ class PartialNetwork:
             if table and step >= len(table):
                 raise BackboneError(f"depths and skipped units have {len(table)} steps, asked for step {step + 1}")
         self._step = step
-        if step == 0:
-            self._memory.clear()
         if isinstance(self.network, EarlyExitUViT):
             self.network.limit = self.depths[step] if self.depths and self.depths[step] >= 0 else None
 
@@ -136,9 +152,16 @@ class PartialNetwork:
             return self.depths[self._step]
         return -1 if self._step % self.interval == 0 else self.branch
 
+    @property
+    def running(self) -> tuple[int, frozenset[int]]:
+        """What runs at this step: its depth, and the units that are left out."""
+        return self.depth, frozenset(self.skipped[self._step] if self.skipped else ())
+
     def __enter__(self) -> PartialNetwork:
         for module in self._wrapped_modules:
             module.forward = self._wrapped(module, module.forward)
+        if isinstance(self.network, EarlyExitUViT):
+            self.network.threshold = self.threshold
         return self
 
     def __exit__(
@@ -147,23 +170,33 @@ class PartialNetwork:
         for module in self._wrapped_modules:
             del module.forward  # that of the class is seen again
         if isinstance(self.network, EarlyExitUViT):
-            self.network.limit = None
-        self._memory.clear()
+            self.network.limit = self.network.threshold = None
+        self.carried.clear()
 
     def _wrapped(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def partial(*args: Any, **kwargs: Any) -> Any:
             depth = self.depth
-            if depth >= 0 and module in self._deep[depth] and module in self._memory:
-                return self._memory[module]
+            if depth >= 0 and module in self._deep[depth]:
+                return self._inherited(module, depth, args[0] if args else kwargs["hidden_states"], kwargs)
             if self.skipped and self._numbers.get(module) in self.skipped[self._step]:
                 result = passed(module, args, kwargs)
             else:
                 result = forward(*args, **kwargs)
-            if self._deep and depth < 0:
-                self._memory[module] = result
+            if depth < 0:
+                value = result[0] if isinstance(result, tuple) else result
+                for branch, units in self._deep.items():
+                    if module in units:
+                        self._shapes[module], self._last[branch], self.carried[branch] = value.shape[1:], module, value
             return result
 
         return partial
+
+    def _inherited(self, module: nn.Module, branch: int, x: Tensor, kwargs: dict[str, Any]) -> Any:
+        """What a deep unit gives: of the last one what is carried, of the others zeros, which nothing reads."""
+        value = self.carried[branch] if module is self._last[branch] else None
+        if value is None:
+            value = x.new_zeros(()).expand(len(x), *self._shapes[module])
+        return (value,) if kwargs.get("return_dict") is False else value
 
 
 def passed(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, 
 from diffrep.synthesis.grids import ImageEncoder, interpolate_grids, load_grid, vary_grid
 from diffrep.synthesis.large import SUFFIXES, FileSettings, check_canvas, check_output, check_room, grid_shape
 from diffrep.synthesis.prior import load_prior
-from diffrep.synthesis.sampler import SchedulerName
+from diffrep.synthesis.sampler import SchedulerName, share_of_operations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,9 @@ class Synthesize(PrecisionOptions):
         settings = self._settings()
         device, dtype = self.resolved()
         model = load_synthesis(self.model, device=device, dtype=dtype)
+        share = share_of_operations(model, settings)
         if size is not None:
-            check_room(self.output, size, model, self.work)
+            check_room(self.output, size, model, settings, self.work)
         grid = self._grid(model)
         cell = model.window * model.factor
         size = size or (grid.shape[0] * cell, grid.shape[1] * cell)
@@ -67,6 +68,8 @@ class Synthesize(PrecisionOptions):
             model, grid, self.output, size, settings, file=self.file, work=self.work, progress=not self.quiet
         )
         print(f"wrote {self.output}: {size[0]} x {size[1]} pixels from {grid.shape[0]} x {grid.shape[1]} embeddings")
+        if share != 1:
+            print(f"the network ran {100 * share:.0f} % of the operations that all steps of the whole one take")
 
     def _settings(self) -> SynthesisSettings:
         """Those of the options, with the sampler and the steps of a search."""

@@ -23,7 +23,7 @@ from diffrep.settings import POSITIVE, check
 from diffrep.synthesis.canvas import LINES, Lines, Position, RowSweep, Run, WindowPlan, decode_weights, window_weights
 from diffrep.synthesis.grids import EmbeddingGrid
 from diffrep.synthesis.model import SynthesisModel
-from diffrep.synthesis.sampler import SynthesisSettings, check_grid, denoise_canvas
+from diffrep.synthesis.sampler import SynthesisSettings, check_grid, deep_bytes, denoise_canvas
 
 # -- Image files that are written piece by piece: PNG, pyramidal TIFF and OME-TIFF, OME-Zarr -----------------
 # A file appears under its name only when it is whole.
@@ -270,7 +270,7 @@ def synthesize_file(
         file = replace(file, pixel_size=model.about.pixel_size)
     check_output(path, size)
     check_canvas(model, grid, size, settings)
-    check_room(path, size, model, work)
+    check_room(path, size, model, settings, work)
     work = work or _run_folder(path)
     identity = {
         "settings": asdict(settings),
@@ -414,9 +414,12 @@ def check_canvas(
     for stride in (settings.stride, settings.decode_stride):
         WindowPlan(latent_size(model, size), model.window, stride or 1)
     check_grid(grid, latent_size(model, size), model)
+    settings.part(model, len(settings.stepper(model)))
 
 
-def check_room(path: Path, size: tuple[int, int], model: SynthesisModel, work: Path | None = None) -> None:
+def check_room(
+    path: Path, size: tuple[int, int], model: SynthesisModel, settings: SynthesisSettings, work: Path | None = None
+) -> None:
     """Refuse an image for which the disk has no room, before any work is done for it; see `synthesize_file`.
 
     Raises:
@@ -427,6 +430,9 @@ def check_room(path: Path, size: tuple[int, int], model: SynthesisModel, work: P
         return
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     needed, free = scratch_bytes(size, model.channels, model.factor, MOST_CARRIED), shutil.disk_usage(place).free
+    if deep := deep_bytes(model, settings):
+        stride = settings.stride or max(model.window // 2, 1)
+        needed += deep * len(WindowPlan(latent_size(model, size), model.window, stride))
     if needed > free:
         raise OSError(f"{folder}: up to {needed / 1e9:.1f} GB are needed there, {free / 1e9:.1f} GB are free")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -52,6 +51,11 @@ class SynthesisSettings:
     timesteps: tuple[int, ...] = ()  # falling, in place of the steps
     orders: tuple[int, ...] = ()  # of the sampler, one for each timestep; its own where left out
     skipped: tuple[str, ...] = ()  # for each timestep the units of the U-Net that are left out: "3,4", or "" for none
+    inherit: int = 1  # every how many steps all of the U-Net runs; the others inherit its deep features (DeepCache)
+    branch: int = 0  # how deep these others go: block times units a block, plus units of it
+    depths: tuple[
+        int, ...
+    ] = ()  # for each step how deep it goes, such a number, or -1: whole; in place of the two above
     guidance: float | None = None  # null + guidance * (conditional - null); 1: none; the model's own where left out
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out
@@ -71,7 +75,8 @@ class SynthesisSettings:
         check(
             self,
             steps="1..", batch_size="1..", band="1..", stride="1..", decode_stride="1..", seed="[0, 2^63)",
-            decode_sigma=POSITIVE, eta="[0, 1]", guidance=NOT_NEGATIVE, timesteps="0..", orders="1..",
+            decode_sigma=POSITIVE, eta="[0, 1]", guidance=NOT_NEGATIVE, timesteps="0..", orders="1..", inherit="1..",
+            branch="0..", depths="-1..",
         )  # fmt: skip
         for name in ("orders", "skipped"):
             if (count := len(getattr(self, name))) not in (0, len(self.timesteps)):
@@ -89,9 +94,21 @@ class SynthesisSettings:
         steps = len(self.timesteps) or self.steps
         return build_scheduler(self.scheduler, config, steps, **{k: v for k, v in options.items() if v})
 
-    def part(self, network: Any) -> PartialNetwork:
-        """The network without what is skipped."""
-        return PartialNetwork(network, skipped=[[int(u) for u in units.split(",") if u] for units in self.skipped])
+    def stepper(self, model: SynthesisModel, scheduler: Any = None) -> Stepper:
+        """`build` for a model, or a scheduler of its caller's, to step canvases with."""
+        return Stepper(scheduler or self.build(model.scheduler), eta=self.eta)
+
+    def part(self, model: Any, steps: int) -> PartialNetwork:
+        """A model's network without what its steps skip and inherit.
+
+        Raises:
+            ValueError: the network cannot run by parts, or not one depth was given for each of the steps.
+        """
+        if len(self.depths) not in (0, steps):
+            raise ValueError(f"depths have one entry for each of {steps} steps, got {len(self.depths)}")
+        skipped = [[int(unit) for unit in units.split(",") if unit] for units in self.skipped]
+        network = getattr(model, "unet", None)  # models without one are whole
+        return PartialNetwork(network, interval=self.inherit, branch=self.branch, depths=self.depths, skipped=skipped)
 
 
 OFFICIAL = SynthesisSettings(
@@ -148,6 +165,78 @@ class GivenNoise:
 Noise: TypeAlias = KeyedNoise | GivenNoise
 
 
+class DeepFeatures:
+    """What windows inherit from their last whole step: of each window and half of guidance a line of an array.
+
+    Args:
+        network: of which a whole step is run once, for the shapes.
+        size: (H, W) of a window's latents.
+        run: has the arrays, `count` windows each.
+    """
+
+    def __init__(
+        self, model: SynthesisModel, network: PartialNetwork, size: tuple[int, int], run: Run, count: int
+    ) -> None:
+        self.network = network
+        one_window(model, network, 0, size)
+        shapes = {branch: tuple(value.shape[1:]) for branch, value in network.carried.items()}
+        self.lines = {branch: run.lines(f"deep-{branch}", (2 * count, *shape)) for branch, shape in shapes.items()}
+
+    def take_up(self, rows: Sequence[int], like: Tensor) -> None:
+        """Before the network runs on a batch: what its samples, by their rows in the arrays, inherit."""
+        if (branch := self.network.depth) in self.lines:
+            values = torch.cat([self.lines[branch].tensor(row, row + 1) for row in rows])
+            self.network.carried[branch] = values.to(like)
+
+    def put_down(self, rows: Sequence[int]) -> None:
+        """After it ran: what later steps inherit."""
+        for branch, lines in self.lines.items() if self.network.depth < 0 else ():
+            for row, value in zip(rows, self.network.carried[branch].float().cpu().numpy(), strict=True):
+                lines.write(row, value[None])
+
+
+def one_window(model: SynthesisModel, network: PartialNetwork, step: int, size: tuple[int, int]) -> None:
+    """Run a step of the network on a single empty window, without a condition."""
+    network.at(step)
+    latents = torch.zeros(1, model.channels, *size, device=model.device, dtype=model.dtype)
+    model(latents, torch.zeros((), device=model.device), model.null_context(1))
+
+
+@torch.inference_mode()
+def deep_bytes(model: SynthesisModel, settings: SynthesisSettings) -> int:
+    """Bytes that a window inherits from step to step."""
+    with settings.part(model, len(settings.stepper(model))) as network:
+        if network.whole:
+            return 0
+        one_window(model, network, 0, (model.window, model.window))
+        return sum(8 * value[0].numel() for value in network.carried.values())
+
+
+@torch.inference_mode()
+def share_of_operations(model: SynthesisModel, settings: SynthesisSettings) -> float:
+    """What all steps together compute of what the whole network would, counted on one window."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    steps, counted = len(settings.stepper(model)), dict[Any, int]()
+    network, window = settings.part(model, steps), (model.window, model.window)
+    if network.whole:
+        return 1.0
+
+    def count(step: int) -> int:
+        network.at(step)
+        if network.running not in counted:
+            with FlopCounterMode(display=False) as counter:
+                one_window(model, network, step, window)
+            counted[network.running] = counter.get_total_flops()
+        return counted[network.running]
+
+    with network:
+        operations = sum(count(step) for step in range(steps))
+    with FlopCounterMode(display=False) as counter:
+        one_window(model, network, 0, window)
+    return operations / (steps * counter.get_total_flops())
+
+
 @torch.inference_mode()
 def predict(
     model: SynthesisModel,
@@ -157,6 +246,8 @@ def predict(
     settings: SynthesisSettings,
     *,
     shares: Tensor | None = None,
+    deep: DeepFeatures | None = None,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     """The guided prediction for a batch of windows.
 
@@ -165,6 +256,7 @@ def predict(
         embeddings: (B, dim) for each token, raw.
         shares: (B,) in 0..1, factors of the guidance. Where that leaves a scale of 0 or 1, the window passes the
             network once instead of twice. All 1 where left out.
+        deep, numbers: what windows inherit, and (B,) the windows' numbers.
 
     Returns:
         (B, c, h, w) float32 on the CPU.
@@ -176,7 +268,13 @@ def predict(
     contexts = torch.cat([context, model.null_context(int(null.sum()))])
     both = torch.cat([latents[conditional], latents[null]]).to(model.device, model.dtype)
     time = (timestep.float() + settings.timestep_shift).to(model.device)
-    outputs = model(both, time, contexts).float().cpu()
+    if deep is not None and numbers is not None:
+        rows = torch.cat([2 * numbers[conditional], 2 * numbers[null] + 1]).tolist()
+        deep.take_up(rows, both)
+        outputs = model(both, time, contexts).float().cpu()
+        deep.put_down(rows)
+    else:
+        outputs = model(both, time, contexts).float().cpu()
     predicted = torch.zeros(latents.shape)
     predicted[null] = outputs[len(context) :] * (1 - scale[null])[:, None, None, None]
     predicted[conditional] += outputs[: len(context)] * scale[conditional][:, None, None, None]
@@ -212,19 +310,20 @@ def sample_patches(
     if min(height, width) < 1:
         raise ValueError(f"size must be positive, got {height} x {width}")
     tokens = [embeddings] if isinstance(embeddings, Tensor) else list(embeddings)
-    scheduler = scheduler or settings.build(model.scheduler)
     noise = noise or KeyedNoise(settings.seed)
     lines = range(len(tokens[0]))
-    latents = noise.start(lines, (model.channels, height, width)) * float(scheduler.init_noise_sigma)
-    stepper, memory = Stepper(scheduler, eta=settings.eta), dict[str, Tensor]()
-    network = settings.part(model.unet) if settings.skipped else None
-    with network or nullcontext():
+    stepper, memory = settings.stepper(model, scheduler), dict[str, Tensor]()
+    latents = noise.start(lines, (model.channels, height, width)) * float(stepper.scheduler.init_noise_sigma)
+    with settings.part(model, len(stepper)) as network:
+        deep = None if network.whole else DeepFeatures(model, network, (height, width), Run(None, {}), len(latents))
         while stepper.position < len(stepper):
-            if network is not None:
-                network.at(stepper.position)
+            network.at(stepper.position)
             scaled, predicted = stepper.scale(latents), []
             for part in torch.arange(len(latents)).split(settings.batch_size):
-                predicted.append(predict(model, scaled[part], stepper.timestep, [t[part] for t in tokens], settings))
+                rows = [t[part] for t in tokens]
+                predicted.append(
+                    predict(model, scaled[part], stepper.timestep, rows, settings, deep=deep, numbers=part)
+                )
             draws = noise.arguments(stepper.position, lines)
             latents, memory = stepper.step(torch.cat(predicted), latents, memory, draws)
             stepper.advance()
@@ -265,8 +364,8 @@ def denoise_canvas(
     run = run or Run(None, {})
     plan = WindowPlan(size, model.window, settings.stride or max(model.window // 2, 1))
     check_grid(grid, size, model)
-    stepper = Stepper(scheduler or settings.build(model.scheduler), eta=settings.eta)
-    if getattr(getattr(stepper.scheduler, "table", None), "whole", False):
+    stepper = settings.stepper(model, scheduler)
+    if stepper.whole:
         raise ValueError(f"{settings.scheduler} needs whole images, and cannot step a canvas by strips")
     noise, shape = noise or KeyedNoise(settings.seed), (size[0], model.channels, size[1])
     if run.position == Position():
@@ -280,12 +379,12 @@ def denoise_canvas(
     bar = tqdm(
         total=len(stepper) * len(plan), initial=steps * len(plan), desc="denoise", unit="window", disable=not progress
     )
-    network = settings.part(model.unet) if settings.skipped else None
-    with network or nullcontext():
+    with settings.part(model, len(stepper)) as network:
+        window = (model.window, model.window)
+        deep = None if network.whole else DeepFeatures(model, network, window, run, len(plan))
         while stepper.position < len(stepper):
-            if network is not None:
-                network.at(stepper.position)
-            _denoise_step(model, grid, plan, settings, run, stepper, noise, bar)
+            network.at(stepper.position)
+            _denoise_step(model, grid, plan, settings, run, stepper, noise, deep, bar)
             if after_step is not None:
                 after_step(stepper.position - 1, run.lines(f"{stepper.position % 2}-canvas", shape))
     bar.close()
@@ -300,6 +399,7 @@ def _denoise_step(
     run: Run,
     stepper: Stepper,
     noise: Noise,
+    deep: DeepFeatures | None,
     bar: tqdm,
 ) -> None:
     """One step of the whole canvas, row of windows by row of windows."""
@@ -342,7 +442,10 @@ def _denoise_step(
             embeddings = [grid.at(offsets, model.window)]
             weights, shares = window_shares(settings.weights, plan, offsets, grid, unrelated=model.about.unrelated)
             scaled = stepper.scale(windows)
-            predicted = predict(model, scaled, stepper.timestep, embeddings, settings, shares=shares).numpy()
+            numbers = torch.tensor([row * len(plan.columns) + column for row, column in part])
+            predicted = predict(
+                model, scaled, stepper.timestep, embeddings, settings, shares=shares, deep=deep, numbers=numbers
+            ).numpy()
             for (row, column), weight, value in zip(part, weights.tolist(), predicted, strict=True):
                 finish(sweep.add(row, column, value, weight))
             bar.update(len(part))

@@ -160,6 +160,11 @@ class Stepper:
         return len(self.timesteps)
 
     @property
+    def whole(self) -> bool:
+        """Whether a step needs whole images, so that it cannot be taken by strips."""
+        return bool(getattr(getattr(self.scheduler, "table", None), "whole", False))
+
+    @property
     def timestep(self) -> Tensor:
         """Of the step that comes next."""
         return self.timesteps[self.position]
