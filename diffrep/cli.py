@@ -53,6 +53,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "eval segmentation": ("evaluate:EvalSegmentation", "masks of a head on rendered scenes or DIS5K"),
     "eval restoration": ("restore:EvalRestoration", "restored test sets: PSNR, SSIM, measures of looks"),
     "eval depth-ablation": ("evaluate:EvalAblation", "Lotus's ablation in small: nine trainings compared"),
+    "eval joint": ("evaluate_guidance:EvalJoint", "one U-Net for depth, normals and masks beside three"),
     "eval samplers": ("evaluate:Samplers", "solvers on one model at equal numbers of network calls"),
     "eval synthesis": ("evaluate:Synthesis", "painted images: FID, seams, embedding consistency"),
     "eval fewstep": ("few_step:FewStep", "distilled painters in 1, 2 and 4 steps beside their teacher"),

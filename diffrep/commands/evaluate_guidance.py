@@ -1,4 +1,4 @@
-"""``diffrep eval guidance`` and ``completion``: what is done between the steps of a diffusion, measured."""
+"""``diffrep eval guidance``, ``completion`` and ``joint``: done between steps, or for several maps at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.options import PrecisionOptions, ReportOptions
+from diffrep.backbones.pipelines import load_parts
+from diffrep.commands.options import DeviceOptions, PrecisionOptions, ReportOptions
 from diffrep.eval.completion import CompletionEvaluation, evaluate_completion
 from diffrep.eval.guidance import GuidanceEvaluation, evaluate_guidance
+from diffrep.eval.joint import evaluate_joint
+from diffrep.eval.one_step_ablation import AblationSettings
 from diffrep.heads.completion import CompletionConfig
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.loading import load_head
 from diffrep.painting import diffusion_model
+from diffrep.scenes import SceneSet, render_set
+from diffrep.settings import check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,3 +53,24 @@ class EvalCompletion(ReportOptions, PrecisionOptions):
         if not isinstance(head, DenseHead) or head.task == "normals":
             raise ValueError(f"{self.head}: predicts {head.task}, not depth")
         self.show(evaluate_completion(head, self.settings, self.guidance))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalJoint(ReportOptions, DeviceOptions):
+    """One U-Net for depth, normals and masks beside three for one each, trained on scenes for equally many steps."""
+
+    base: str = "tiny"  # embedded model, diffusers folder or hub id that each training starts from
+    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
+    count: int = 4000  # scenes that are rendered
+    work: Path = Path("runs/joint")  # trainings and encoded scenes; the same folder again goes on where it was
+    workers: int = 2  # processes that render
+    settings: Annotated[AblationSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=AblationSettings)
+
+    def run(self) -> None:
+        self.check_output()
+        check_options(self, count="1..", workers="1..")
+        load_parts(self.base, pad=False)  # a base that cannot be loaded is refused before scenes are rendered for it
+        rendered = self.work / "scenes", "train", self.count
+        scenes = SceneSet(self.scenes) if self.scenes else render_set(*rendered, workers=self.workers)
+        where = {"device": self.device, "workers": self.workers}
+        self.show(evaluate_joint(scenes, self.work, self.settings, base=self.base, **where))

@@ -285,7 +285,8 @@ def latent_batches(
         return {
             **drawn,
             "images": torch.cat([images[chosen], images[rebuilt]]).float(),
-            "targets": torch.cat([targets[chosen], images[rebuilt]]).float(),
+            # targets of several heads have more channels than images, of which none are rebuilt then
+            "targets": (torch.cat([targets[chosen], images[rebuilt]]) if len(rebuilt) else targets[chosen]).float(),
             "mask": torch.ones(batch_size, 1, *images.shape[-2:], dtype=torch.bool),
         }
 
