@@ -17,15 +17,8 @@ from diffrep.guidance import operators
 from diffrep.guidance.composition import Prompts, cycle, superpose
 from diffrep.guidance.core import Between, guided
 from diffrep.guidance.ensembles import afdps, karras_grid
-from diffrep.guidance.inversion import (
-    invert_bdia,
-    invert_ddim,
-    invert_edict,
-    leading_grid,
-    sample_bdia,
-    sample_ddim,
-    sample_edict,
-)
+from diffrep.guidance.inversion import METHODS as INVERSIONS
+from diffrep.guidance.inversion import invert, leading_grid, regenerate
 from diffrep.guidance.operators import Operator
 from diffrep.guidance.posterior import dps, flowchef, measured_start, pigdm, red_diff, spaced_grid
 from diffrep.images import fit_image, load_image
@@ -146,16 +139,15 @@ def test_exact_inversion_returns_the_image(exact_network: object) -> None:
     backbone = load_backbone("tiny", device="cpu")
     latent = 0.5 * random(1, backbone.vae.config.latent_channels, 8, 8)
     grid = leading_grid(TableVP(backbone.alphas_cumprod.numpy()), 50)
-    network = exact_network
-    ways = {
-        "BDIA": sample_bdia(network, invert_bdia(network, latent, grid, gamma=0.96), grid, gamma=0.96)[0],
-        "EDICT": sample_edict(network, invert_edict(network, (latent, latent), grid), grid)[0],
-        "DDIM": sample_ddim(network, invert_ddim(network, latent, grid)[-1], grid),
-    }
-    errors = {name: float((state - latent).abs().max()) for name, state in ways.items()}
+    errors = {}
+    for method in INVERSIONS:
+        options = {"gamma": 0.96} if method == "bdia" else {}
+        pair = invert(exact_network, latent, grid, method, **options)[-1]
+        clean, _ = regenerate(exact_network, pair, grid, method, **options)
+        errors[method] = float((clean - latent).abs().max())
     print(errors)
-    assert max(errors[name] for name in ("BDIA", "EDICT")) < 1e-6
-    assert errors["DDIM"] > 1e-4  # it is not exact
+    assert max(errors[name] for name in ("bdia", "edict")) < 1e-6
+    assert errors["ddim"] > 1e-4  # it is not exact
 
 
 def test_inversion_is_what_diffusers_does() -> None:
@@ -169,7 +161,7 @@ def test_inversion_is_what_diffusers_does() -> None:
     network = lambda v, t: torch.sin(3 * v + t / 500)  # noqa: E731
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, float(t)), t, x, return_dict=False)[0]
-    assert torch.allclose(invert_ddim(network, latent, leading_grid(TABLE, 10))[-1], x, atol=1e-5)
+    assert torch.allclose(invert(network, latent, leading_grid(TABLE, 10))[-1][0], x, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +169,12 @@ def test_inversion_is_what_diffusers_does() -> None:
     [
         (lambda: leading_grid(TABLE, 0), "leave no step"),
         (lambda: leading_grid(TABLE, 10, strength=0.05), "leave no step"),
-        (lambda: invert_bdia(lambda x, t: x, random(1, 2), leading_grid(TABLE, 4), gamma=0), "gamma must be in"),
-        (lambda: invert_edict(lambda x, t: x, (random(1), random(1)), leading_grid(TABLE, 4), mix=2), "mix must be"),
-        (lambda: invert_ddim(lambda x, t: x * 1e7, random(1, 2), leading_grid(TABLE, 9)), "diverges: step 3 of 9"),
+        (lambda: invert(lambda x, t: x, random(1, 2), leading_grid(TABLE, 4), "bdia", gamma=0), "gamma must be in"),
+        (lambda: invert(lambda x, t: x, random(1, 2), leading_grid(TABLE, 4), "edict", mix=2), "mix must be"),
+        (
+            lambda: invert(lambda x, t: x * 1e7, random(1, 2), leading_grid(TABLE, 9)),
+            "ddim inversion diverges: step 3 of 9",
+        ),
     ],
 )
 def test_inversion_refuses(call: object, message: str) -> None:
@@ -237,7 +232,7 @@ def test_a_guide_that_does_nothing_is_ddim() -> None:
     prior, grid = Mixture(), leading_grid(TABLE, 10)
     start = random(1, *SHAPE).float()
     ours = guided(prior, start, grid, Between.ahead)
-    assert torch.allclose(ours, sample_ddim(prior, start, grid), atol=1e-5)
+    assert torch.allclose(ours, regenerate(prior, (start, start), grid)[0], atol=1e-5)
 
 
 def test_noise_that_is_missing() -> None:
@@ -300,7 +295,7 @@ def test_superposition(method: str) -> None:
         around(-1.0), around(1.0), around(0.0, 2.0), start, sigmas, sigmas[:-1], draws, method=method, guidance=1.0
     )
     centre = x.mean((1, 2, 3))
-    gap = (record.log_density[-1][0] - record.log_density[-1][1]).abs()
+    gap = (record[1][-1][0] - record[1][-1][1]).abs()
     if method.startswith("and"):
         assert float(gap.max()) < 1e-3
         assert float(centre.abs().mean()) < 0.5
@@ -369,7 +364,7 @@ def test_features_of_inverted_noise() -> None:
     def network(x: Tensor, t: float) -> Tensor:  # told the target, its answer converted where the state lies
         return backbone.as_noise(x, backbone.context_maps(x, ["out"], int(t), context)["out"], below[int(t)])
 
-    state = invert_ddim(network, clean, grid)[-1]
+    state = invert(network, clean, grid)[-1][0]
     maps = backbone.network_maps(state, ["up.1"], Conditions(timestep=100))
     assert torch.allclose(maps["up.1"], inverted["up.1"], atol=1e-3)
 
@@ -396,7 +391,7 @@ def test_patches_under_two_embeddings() -> None:
     assert painted["avg"].shape == (2, 3, 8, 8)
     assert not torch.allclose(painted["avg"], painted["or"])
     _, record = compose_patches(model, first, second, method="and", steps=12)
-    assert torch.allclose(*record.log_density[-1], atol=1e-2)
+    assert torch.allclose(*record[1][-1], atol=1e-2)
     alike = [compose_patches(model, first, first, method=m, steps=12)[0] for m in ("avg", "and", "or")]
     assert torch.allclose(alike[0], alike[1], atol=1e-4)
     assert torch.allclose(alike[0], alike[2], atol=1e-4)
@@ -433,5 +428,5 @@ def test_cycles_refuse(change: dict[str, object], message: str) -> None:
 def test_the_network_is_told_where_a_step_leads_or_begins() -> None:
     seen: dict[str, list[float]] = {"target": [], "before": []}
     for label, times in seen.items():
-        invert_ddim(lambda x, t, s=times: s.append(t) or 0 * x, random(1, 2), leading_grid(TABLE, 4), label=label)
+        invert(lambda x, t, s=times: s.append(t) or 0 * x, random(1, 2), leading_grid(TABLE, 4), label=label)
     assert seen == {"target": [0, 250, 500, 750], "before": [-250, 0, 250, 500]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -17,28 +17,19 @@ import torch.nn.attention
 from torch import Tensor
 
 from diffrep.guidance.core import Network, ancestral, check_finite, levels, move
-from diffrep.guidance.inversion import invert_ddim
+from diffrep.guidance.inversion import invert
+from diffrep.sampling.core import per_sample
 from diffrep.sampling.schedules import SamplingError, TimeGrid
 
 Method = Literal["and", "or", "avg", "and_ode"]
+Superposition = tuple[list[Tensor], list[Tensor]]
+"""What SuperDiff leaves beside the states, before the first step and after each: the weights of the first condition
+(B, ...), and two running estimates of log-densities (2, B, ...), of an arbitrary start of 1."""
 
 
-def _sum(x: Tensor) -> Tensor:
-    """Over a sample, (B, 1, ...)."""
-    return x.flatten(1).sum(1).view(-1, *[1] * (x.ndim - 1))
-
-
-@dataclass
-class Superposition:
-    """What SuperDiff leaves beside the states.
-
-    Attributes:
-        kappa: for each step (B,) the weight of the first condition.
-        log_density: for each step two (B,) running estimates, of an arbitrary start of 1.
-    """
-
-    kappa: list[Tensor] = field(default_factory=list)
-    log_density: list[Tensor] = field(default_factory=list)
+def over_sample(x: Tensor) -> Tensor:
+    """Sums (B, 1, ...) of samples."""
+    return per_sample(x.flatten(1).sum(1), x)
 
 
 def superpose(
@@ -56,6 +47,7 @@ def superpose(
     temperature: float = 1.0,
     bias: float = 0.0,
     official: bool = False,
+    sums: Callable[[Tensor], Tensor] = over_sample,
 ) -> tuple[Tensor, Superposition]:
     """Sample what two conditions of one model say of the same picture.
 
@@ -71,64 +63,59 @@ def superpose(
         lift: "and": how much the first density gains over all steps.
         temperature, bias: "or": of the softmax of both densities, and added to the first.
         official: "or" with the wrong sign of the squared term in its densities, as released.
+        sums: over what densities are compared, like x where it is broadcast: whole samples, or the surroundings of
+            every place of a canvas.
 
     Returns:
         The last states, and weights and densities.
     """
     if method not in ("and", "or", "avg", "and_ode"):
         raise SamplingError(f"conditions are composed by and, or, avg or and_ode, got {method!r}")
-    one = x.new_ones(len(x), *[1] * (x.ndim - 1))
-    log_a, log_b = one, one
-    record, steps = Superposition([one.flatten() / 2], [torch.stack([one.flatten()] * 2)]), len(labels)
+    log_a = log_b = torch.ones_like(sums(x))
+    kappas, densities, steps = [log_a / 2], [torch.stack([log_a, log_b])], len(labels)
     for step, label in enumerate(labels):
         sigma, d = float(sigmas[step]), float(sigmas[step + 1] - sigmas[step])
         scale, draw = math.sqrt(sigma**2 + 1), draws(step) if callable(draws) else draws[step]
-        divergences: tuple[Tensor, Tensor] | None = None
-        if method == "and_ode":
-            (v_a, div_a), (v_b, div_b) = (_with_divergence(n, x, scale, label, draw) for n in (first, second))
-            divergences = (div_a, div_b)
-        else:
-            with torch.no_grad():
-                v_a, v_b = (network(x / scale, label) for network in (first, second))
         with torch.no_grad():
             v_null = null(x / scale, label)
+            if method == "and_ode":
+                (v_a, div_a), (v_b, div_b) = (_with_divergence(n, x, scale, label, draw) for n in (first, second))
+                div_a, div_b = -sums(draw * div_a), -sums(draw * div_b)
+            else:
+                v_a, v_b = (network(x / scale, label) for network in (first, second))
         between, lower = v_a - v_b, v_null + guidance * (v_b - v_null)
-        apart = (guidance * _sum(between.square())).clamp(min=1e-20)
-        if divergences is not None:
-            kappa = sigma * (divergences[0] - divergences[1]) + _sum(between * (v_a + v_b))
-            kappa = (kappa + lift * sigma / (d * steps) - _sum(between * lower)) / apart
+        apart = (guidance * sums(between.square())).clamp(min=1e-20)
+        if method == "and_ode":
+            kappa = sigma * (div_a - div_b) + sums(between * (v_a + v_b))
+            kappa = (kappa + lift * sigma / (d * steps) - sums(between * lower)) / apart
             moved = lower + guidance * kappa * between
-            x = x + d * moved
-            log_a = log_a + d * (divergences[0] + _sum(v_a * (v_a - moved)) / sigma)
-            log_b = log_b + d * (divergences[1] + _sum(v_b * (v_b - moved)) / sigma)
+            dx = d * moved
+            gains = [d * (div + sums(v * (v - moved)) / sigma) for div, v in ((div_a, v_a), (div_b, v_b))]
         else:
             shaken = math.sqrt(2 * abs(d) * sigma) * draw
+            kappa = torch.full_like(log_a, 0.5)
             if method == "and":
                 plain = 2 * d * lower + shaken
-                kappa = abs(d) * _sum((v_b - v_a) * (v_b + v_a)) - _sum(plain * between) + sigma * lift / steps
+                kappa = abs(d) * sums((v_b - v_a) * (v_b + v_a)) - sums(plain * between) + sigma * lift / steps
                 kappa = kappa / (2 * d * apart)
             elif method == "or":
                 kappa = torch.sigmoid(temperature * (log_a + bias - log_b))
-            else:
-                kappa = one / 2
             dx = 2 * d * (lower + guidance * kappa * between) + shaken
             # Ito's formula; the released code's "or" adds the squared term instead of taking it off
             sign = 1 if official and method == "or" else -1
-            log_a = log_a + (sign * abs(d) * _sum(v_a.square()) - _sum(dx * v_a)) / sigma
-            log_b = log_b + (sign * abs(d) * _sum(v_b.square()) - _sum(dx * v_b)) / sigma
-            x = x + dx
+            gains = [(sign * abs(d) * sums(v.square()) - sums(dx * v)) / sigma for v in (v_a, v_b)]
+        x, log_a, log_b = x + dx, log_a + gains[0], log_b + gains[1]
         check_finite("SuperDiff", x, step, steps)
-        record.kappa.append(kappa.flatten())
-        record.log_density.append(torch.stack([log_a.flatten(), log_b.flatten()]))
-    return x, record
+        kappas.append(kappa)
+        densities.append(torch.stack([log_a, log_b]))
+    return x, (kappas, densities)
 
 
 def _with_divergence(network: Network, x: Tensor, scale: float, label: float, probe: Tensor) -> tuple[Tensor, Tensor]:
-    """A network's answer and minus its divergence by one probe (Hutchinson)."""
+    """A network's answer, and its derivative along a probe."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the only one with forward derivatives
         both: Any = torch.func.jvp(lambda v: network(v / scale, label), (x,), (probe,))
-    value, product = both
-    return value, -_sum(probe * product)
+    return both[0], both[1]
 
 
 # -- this object, unchanged, in that scene --------------------------------------------------------------------
@@ -222,43 +209,37 @@ def cycle(
     def towards(x: Tensor, t: float) -> Tensor:
         return prompts.guided(x, t, guidance)
 
-    def write(state: Tensor) -> None:
-        nonlocal x
+    def up(x: Tensor, first: int, end: int) -> list[Tensor]:
+        """States from one number of steps to another, noisiest first."""
+        part = grid.taken([*range(count - end, count - first + 1)])
+        return [state for state, _ in invert(towards, x, part)][::-1]
+
+    def write(x: Tensor, state: Tensor) -> Tensor:
         x = x.clone()
         x[area] = torch.where(mask > 0, state, x[area])
+        return x
 
-    def denoise(index: int, eta: float, predicted: Tensor) -> None:
-        nonlocal x
+    def denoise(x: Tensor, index: int, eta: float, predict: Network) -> Tensor:
         now, then = at[count - 1 - index], at[count - index]
         fresh, rest = ancestral(now, then, eta)
-        x = move(x, predicted, now, (then[0], rest)) + fresh * noise()
+        predicted = predict(x, float(grid.times[count - 1 - index]))
+        return move(x, predicted, now, (then[0], rest)) + fresh * noise()
 
-    # the first `bottom` steps up, then those to `top`
-    lower = invert_ddim(towards, seed, _steps(grid, 0, bottom))
-    upper = invert_ddim(towards, lower[-1], _steps(grid, bottom, top))[::-1]
-    x = inverted = invert_ddim(towards, canvas, _steps(grid, 0, bottom))[-1]
+    lower = up(seed, 0, bottom)
+    upper = up(lower[0], bottom, top)
+    x = inverted = up(canvas, 0, bottom)[0]
     # one level above those that the states lie at, as released
     ratio = (at[count - 1 - top][0] / at[count - 1 - bottom][0]) ** 2
     after = []
     for number in range(cycles):
-        x = math.sqrt(ratio) * x + math.sqrt(1 - ratio) * noise()
-        write(upper[0])
+        x = write(math.sqrt(ratio) * x + math.sqrt(1 - ratio) * noise(), upper[0])
         for index in range(top - 1, bottom - 1, -1):
-            t = float(grid.times[count - 1 - index])
-            denoise(index, 1.0, prompts.kept_apart(x, t, guidance, inside))
-            write(upper[top - index])
+            x = denoise(x, index, 1.0, lambda x, t: prompts.kept_apart(x, t, guidance, inside))
+            x = write(x, upper[top - index])
         check_finite("COW", x, number, cycles)
         after.append(x)
     for index in range(bottom - 1, -1, -1):
-        denoise(index, eta, towards(x, float(grid.times[count - 1 - index])))
-        if index == final:
-            write(lower[::-1][bottom - index])
+        x = denoise(x, index, eta, towards)
+        x = write(x, lower[bottom - index]) if index == final else x
     check_finite("COW", x, cycles - 1, cycles)
-    return Cycles(upper, lower[::-1], inverted, after, x)
-
-
-def _steps(grid: TimeGrid, first: int, end: int) -> TimeGrid:
-    """The part of a grid between two numbers of steps, counted from its clean end."""
-    places = slice(grid.steps - end, grid.steps - first + 1)
-    times, labels = grid.times[places], grid.labels[grid.steps - end : grid.steps - first]
-    return TimeGrid(times, grid.alpha[places], grid.sigma[places], labels, grid.log_snr[places])
+    return Cycles(upper, lower, inverted, after, x)

@@ -18,8 +18,6 @@ from diffrep.sampling.core import Form, to_forms
 from diffrep.sampling.schedules import SamplingError, TimeGrid
 
 Network = Callable[[Tensor, float], Tensor]  # (state, label of the time) -> prediction
-
-
 Level = tuple[float, float]  # alpha and sigma
 
 
@@ -45,6 +43,7 @@ class Between:
 
     Attributes:
         step: its number, from 0, of `steps`.
+        label: what the network was called with.
         now, then: levels of the state and of the next.
         x: the state that the network saw; a leaf with gradient where the loop was asked for that.
         output: what the network answered; `prediction` says what it is.
@@ -53,6 +52,7 @@ class Between:
 
     step: int
     steps: int
+    label: float
     now: Level
     then: Level
     prediction: str
@@ -74,13 +74,15 @@ class Between:
 
         Args:
             x: a moved state to go on from, with the output as it is.
-            data: a clean sample in place of the predicted one.
+            data: a clean sample in place of the predicted one; beside `x` the noise is what lies between the two.
             eta: share of the ancestral noise.
 
         Raises:
             SamplingError: noise is asked for, and the loop has none.
         """
         forms, rest = self.forms(x), self.then[1]
+        if data is not None and x is not None:
+            forms["noise"] = (x - self.now[0] * data) / self.now[1]
         moved = self.then[0] * (forms["data"] if data is None else data)
         if eta:
             fresh, rest = ancestral(self.now, self.then, eta)
@@ -126,15 +128,17 @@ def guided(
         with torch.enable_grad() if gradient else torch.no_grad():
             x = x.detach().requires_grad_(gradient)
             output = network(x, label)
-        x = guide(
-            Between(
-                step, grid.steps, at[step], at[step + 1] if lands is None else lands[step], prediction, x, output, z
-            )
-        ).detach()
+        then = at[step + 1] if lands is None else lands[step]
+        x = guide(Between(step, grid.steps, label, at[step], then, prediction, x, output, z)).detach()
         check_finite(name, x, step, grid.steps)
         if after_step is not None:
             after_step(step, x)
     return x
+
+
+def squares(x: Tensor) -> Tensor:
+    """(B,) sums of squares."""
+    return x.square().flatten(1).sum(1)
 
 
 def check_finite(name: str, x: Tensor, step: int, steps: int, why: str = "") -> None:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffrep.guidance.core import check_finite
+from diffrep.guidance.core import check_finite, squares
 from diffrep.guidance.operators import Operator
 from diffrep.sampling.schedules import Exploding, SamplingError, TimeGrid, power_spaced
 from diffrep.sampling.score_sde import ScoreSDE, correct, predict
@@ -43,6 +43,7 @@ def afdps(
     widening: float = 0.0,
     resample: Draw | None = None,
     threshold: float = 0.5,
+    probe: Callable[[int], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """AFDPS: particles along the reverse SDE of p_t exp(-|A x - y|^2 / 2 sigma_y^2), with Feynman-Kac weights.
 
@@ -57,6 +58,8 @@ def afdps(
             exact, and steps may be longer.
         resample: draws the particles that go on; None: never, and a few take all weight.
         threshold: share of effective particles below which they are drawn anew.
+        probe: of operators that are not linear: standard normal noise of each step, like the measurements of all
+            particles, by which the trace of J^T J is estimated (Hutchinson).
 
     Returns:
         The particles, and (P,) log-weights with the maximum 0.
@@ -64,13 +67,16 @@ def afdps(
     if not sigma_y > 0:
         raise SamplingError(f"particles are weighed by the measurement's noise: sigma_y must be above 0, got {sigma_y}")
     operator.check(y)
-    energy, log_weights, drawn = operator.trace(), x.new_zeros(len(x)), 0
+    energy: Tensor | float = operator.trace() if probe is None else 0.0
+    log_weights, drawn = x.new_zeros(len(x)), 0
     for step in range(grid.steps):
         t, h = float(grid.times[step]), float(grid.times[step] - grid.times[step + 1])
         variance = sigma_y**2 + (widening * t) ** 2 if at == "denoised" else sigma_y**2
         clean = denoiser(x, t)
-        gradient = operator.adjoint(operator(clean if at == "denoised" else x) - y) / variance
-        growth = gradient.square().flatten(1).sum(1) - energy / variance
+        place = clean if at == "denoised" else x
+        gradient = operator.pull(place, operator(place) - y) / variance
+        energy = energy if probe is None else squares(operator.pull(place, probe(step)))
+        growth = squares(gradient) - energy / variance
         pull = 2 / t * ((x - clean) * gradient).flatten(1).sum(1)
         log_weights = log_weights + h * (t * growth + pull)
         log_weights = log_weights - log_weights.max()
@@ -106,6 +112,8 @@ def reconstruct_volume(
 ) -> Tensor:
     """DiffusionMBIR: a prior of slices, and total variation between them by one iteration of ADMM a step.
 
+    An operator that is not linear is linearised in each step at the slices as they are.
+
     Args:
         sde: variance exploding, of the prior.
         score: of slices (B, C, H, W) and a time.
@@ -113,7 +121,7 @@ def reconstruct_volume(
         x: (S, C, H, W) the first state, `sigma_max` times standard normal noise.
         noise: draws like x: of each step the predictor's, then the corrector's.
         rho, smoothness: of ADMM, and the weight of total variation.
-        final_consistency: end with a step to the measurement.
+        final_consistency: end with a step to the measurement (of linear operators).
         chunk: slices are worked off in `S // chunk + 1` parts.
         batch_mean: the corrector's step size is that of a part, as released: a slice depends on its company.
     """
@@ -121,16 +129,10 @@ def reconstruct_volume(
         raise SamplingError(f"volumes are reconstructed with a variance exploding SDE, got {sde.kind}")
     operator.check(y)
     parts = len(x) // chunk + 1
-    back, split, dual = operator.adjoint(y), torch.zeros_like(x), torch.zeros_like(x)
+    split, dual = torch.zeros_like(x), torch.zeros_like(x)
 
-    def across(v: Tensor) -> Tensor:
-        return v.roll(-1, 0) - v
-
-    def across_back(v: Tensor) -> Tensor:
-        return v.roll(1, 0) - v
-
-    def normal(v: Tensor) -> Tensor:
-        return operator.adjoint(operator(v)) + rho * across_back(across(v))
+    def across(v: Tensor, way: int = -1) -> Tensor:  # and its adjoint, the other way
+        return v.roll(way, 0) - v
 
     for step, t in enumerate(torch.linspace(1, 1e-10, sde.steps).tolist()):
         draws = [next(noise).chunk(parts) for _ in range(2)]
@@ -139,8 +141,9 @@ def reconstruct_volume(
             piece = predict(sde, score, piece, t, first, "reverse_diffusion")[0]
             moved.append(correct(sde, score, piece, t, second, "langevin", snr, batch_mean=batch_mean))
         x = torch.cat(moved)
-        residual = back + rho * across_back(split - dual) - normal(x)
-        length = residual.square().sum() / (residual * normal(residual)).sum().clamp(min=1e-30)
+        residual = operator.pull(x, y - operator(x)) + rho * across(split - dual - across(x), 1)
+        normal = operator.pull(x, operator.push(x, residual)) + rho * across(across(residual), 1)
+        length = residual.square().sum() / (residual * normal).sum().clamp(min=1e-30)
         x = x + length * residual
         jumps = across(x) + dual
         split = jumps.sign() * (jumps.abs() - smoothness / rho).clamp(min=0)

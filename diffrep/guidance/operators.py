@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.guidance.core import squares
+from diffrep.sampling.core import per_sample
 from diffrep.sampling.schedules import SamplingError
 
 Linear = Callable[[Tensor], Tensor]
@@ -31,7 +33,7 @@ class Operator:
         forward: from images to measurements (B, ...).
         transpose: the adjoint where it has a short form; None: by automatic differentiation.
         inverse: the pseudo-inverse where it has one; None: by conjugate gradients.
-        linear: whether adjoint and pseudo-inverse mean something; others need `inverse`.
+        linear: whether adjoint and pseudo-inverse mean something; others need `inverse`, and have a Jacobian J(x).
     """
 
     name: str
@@ -51,11 +53,22 @@ class Operator:
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y, images: `<A x, y> = <x, A^T y>` for all x."""
         self._linear("adjoint")
-        if self.transpose is not None:
+        return self.pull(y.new_zeros(len(y), *self.shape), y) if self.transpose is None else self.transpose(y)
+
+    def pull(self, x: Tensor, y: Tensor) -> Tensor:
+        """J(x)^T y at images x, the adjoint where the operator is linear."""
+        if self.linear and self.transpose is not None:
             return self.transpose(y)
         with torch.enable_grad():
-            x = y.new_zeros(len(y), *self.shape).requires_grad_()
-            return torch.autograd.grad(self.forward(x), x, y, create_graph=y.requires_grad)[0]
+            leaf = x.detach().requires_grad_()
+            return torch.autograd.grad(self.forward(leaf), leaf, y, create_graph=y.requires_grad)[0]
+
+    def push(self, x: Tensor, direction: Tensor) -> Tensor:
+        """J(x) times a direction like x, the measurement of it where the operator is linear."""
+        if self.linear:
+            return self.forward(direction)
+        product: Tensor = torch.autograd.functional.jvp(self.forward, x.detach(), direction)[1]
+        return product
 
     def pinv(self, y: Tensor, *, rounds: int = 100) -> Tensor:
         """The image of least norm among those whose measurement is nearest to y.
@@ -69,28 +82,26 @@ class Operator:
         x = y.new_zeros(len(y), *self.shape)
         residual = y
         gradient = direction = self.adjoint(residual)
-        size = first = _dot(gradient, gradient)
+        size, tiny = squares(gradient), torch.finfo(y.dtype).tiny
+        first = size
         for _ in range(rounds):
             if bool((size <= 1e-12 * first).all()):
                 break
             measured = self.forward(direction)
-            length = _like(size / _dot(measured, measured).clamp(min=torch.finfo(y.dtype).tiny), x)
-            x = x + length * direction
-            residual = residual - _like(length.flatten(), y) * measured
+            length = size / squares(measured).clamp(min=tiny)
+            x = x + per_sample(length, x) * direction
+            residual = residual - per_sample(length, y) * measured
             gradient = self.adjoint(residual)
-            size, before = _dot(gradient, gradient), size
-            direction = gradient + _like(size / before.clamp(min=torch.finfo(y.dtype).tiny), x) * direction
+            size, before = squares(gradient), size
+            direction = gradient + per_sample(size / before.clamp(min=tiny), x) * direction
         return x
 
     def trace(self) -> float:
         """tr(A^T A), the sum of the squares of all entries of A."""
         self._linear("trace")
         count = math.prod(self.shape)
-        blocks = torch.arange(count).split(512)
-        squares = [
-            self.forward(F.one_hot(b, count).float().view(-1, *self.shape)).double().square().sum() for b in blocks
-        ]
-        return float(sum(squares))
+        units = (F.one_hot(rows, count).float().view(-1, *self.shape) for rows in torch.arange(count).split(512))
+        return float(sum(self.forward(unit).double().square().sum() for unit in units))
 
     def check(self, y: Tensor) -> Tensor:
         """A measurement, if it can be one."""
@@ -104,14 +115,6 @@ class Operator:
                 f"the measurement for {self.name} holds {int((~torch.isfinite(y)).sum())} values that are not finite"
             )
         return y
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(1)
-
-
-def _like(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.ndim - 1))
 
 
 def _sized(shape: Sequence[int], between: str = " x ") -> str:

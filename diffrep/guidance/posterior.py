@@ -5,20 +5,21 @@ clean sample that the network predicts. Images are in -1..1. Measurements of ano
 diverge, are a `SamplingError` in one line.
 
 Sources: DPS arXiv 2209.14687, PiGDM and RED-diff in NVlabs/RED-diff 66482f2 (arXiv 2305.04391), PSLD arXiv 2307.00619,
-FlowChef arXiv 2412.00100.
+STSL arXiv 2312.00852, FlowChef arXiv 2412.00100.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffrep.guidance.core import Between, Guide, Network, check_finite
+from diffrep.guidance.core import Between, Guide, Network, check_finite, squares
 from diffrep.guidance.operators import Operator
-from diffrep.sampling.core import to_forms
+from diffrep.sampling.core import per_sample, to_forms
 from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid
 
 Decoder = Callable[[Tensor], Tensor]
@@ -32,16 +33,19 @@ def spaced_grid(schedule: TableVP, steps: int) -> TimeGrid:
     return TimeGrid.of(schedule, [*range(0, total, total // steps)][::-1] + [-1]).ending()
 
 
-def _squares(difference: Tensor) -> Tensor:
-    """(B,) sums of squares."""
-    return difference.square().flatten(1).sum(1)
-
-
-def _per_sample(values: Tensor, x: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (x.ndim - 1))
+def measured_start(operator: Operator, y: Tensor, grid: TimeGrid, z: Tensor) -> Tensor:
+    """The first state of RED-diff's PiGDM and DPS: the pseudo-inverse under noise. The original DPS: noise alone."""
+    return float(grid.alpha[0]) * operator.pinv(y) + float(grid.sigma[0]) * z
 
 
 # -- gradients through the network ----------------------------------------------------------------------------
+
+
+def _slope(between: Between, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradient in the state of a loss of x0, and the loss."""
+    with torch.enable_grad():
+        value = loss(between.forms()["data"])
+        return torch.autograd.grad(value.sum(), between.x, retain_graph=True)[0], value.detach()
 
 
 def dps(operator: Operator, y: Tensor, *, weight: float = 1.0, eta: float = 1.0, normalised: bool = True) -> Guide:
@@ -55,13 +59,10 @@ def dps(operator: Operator, y: Tensor, *, weight: float = 1.0, eta: float = 1.0,
     operator.check(y)
 
     def guide(between: Between) -> Tensor:
-        with torch.enable_grad():
-            data = between.forms()["data"]
-            squares = _squares(y - operator(data))
-            (gradient,) = torch.autograd.grad(squares.sum(), between.x, retain_graph=True)
-        norms = squares.detach().sqrt().clamp(min=1e-12)
+        gradient, missed = _slope(between, lambda data: squares(y - operator(data)))
+        norms = missed.sqrt().clamp(min=1e-12)
         factor = 1 / norms if normalised else torch.full_like(norms, between.now[0] * between.then[0])
-        return between.ahead(eta=eta) - weight * _per_sample(factor, gradient) * gradient
+        return between.ahead(eta=eta) - weight * per_sample(factor, gradient) * gradient
 
     return guide
 
@@ -86,12 +87,9 @@ def pigdm(
     start = operator.pinv(y)
 
     def guide(between: Between) -> Tensor:
-        with torch.enable_grad():
-            data = between.forms()["data"]
-            missed = start - operator.pinv(operator(data.detach()))
-            (gradient,) = torch.autograd.grad(
-                (missed * data).sum() + contrast * data.std(), between.x, retain_graph=True
-            )
+        data = between.forms()["data"]
+        missed = start - operator.pinv(operator(data.detach()))
+        gradient, _ = _slope(between, lambda data: (missed * data).sum() + contrast * data.std())
         factor = weight * between.now[0] * between.then[0]
         if keep is not None:
             seen = keep.to(data)
@@ -119,16 +117,46 @@ def psld(
     """
     operator.check(y)
 
+    def loss(data: Tensor) -> Tensor:
+        image = decode(data)
+        glued = operator.adjoint(y) + image - operator.adjoint(operator(image))
+        return glue_weight * squares(encode(glued) - data).sqrt() + weight * squares(operator(image) - y).sqrt()
+
+    return lambda between: between.ahead() - _slope(between, loss)[0]
+
+
+def stsl(
+    network: Network,
+    operator: Operator,
+    y: Tensor,
+    probe: Callable[[int], Tensor],
+    *,
+    weight: float = 1.0,
+    curvature: float = 1.0,
+) -> Guide:
+    """STSL as third parties read it, two calls a step: against |y - A x0| and the change of the score along a probe.
+
+    The authors have published no code: the form of the second term is that of a public reading for pixels, and both
+    weights are free. The step is that of DDPM, from the moved state and the x0 that was predicted before.
+
+    Args:
+        probe: standard normal noise of each step, like the state.
+        weight: lambda; of the norm.
+        curvature: nu; of the probe's trace of the Hessian, divided by the number of a state's values.
+    """
+    operator.check(y)
+
     def guide(between: Between) -> Tensor:
+        z = probe(between.step).to(between.x)
         with torch.enable_grad():
-            data = between.forms()["data"]
-            image = decode(data)
-            error = _squares(operator(image) - y).sqrt()
-            glued = operator.adjoint(y) + image - operator.adjoint(operator(image))
-            distance = _squares(encode(glued) - data).sqrt()
-            loss = (glue_weight * distance + weight * error).sum()
-            (gradient,) = torch.autograd.grad(loss, between.x, retain_graph=True)
-        return between.ahead() - gradient
+            output = network(between.x + z, between.label)
+            noises = to_forms(between.prediction, output, between.x + z, *between.now), between.forms()
+            turned = (z * (noises[1]["noise"] - noises[0]["noise"])).sum() / between.now[1]
+            missed = squares(y - operator(noises[1]["data"])).sqrt().sum()
+            loss = weight * missed + curvature / z[0].numel() * turned
+            (gradient,) = torch.autograd.grad(loss, between.x)
+        data = noises[1]["data"].detach()
+        return between.ahead(between.x.detach() - gradient, data=data, eta=1.0)
 
     return guide
 
@@ -156,7 +184,7 @@ def flowchef(
         if not mean:
             return between.ahead() - scale * difference
         counted = difference if mask is None else mask * difference
-        return between.ahead() - 2 * scale / y.numel() * operator.adjoint(counted)
+        return between.ahead() - 2 * scale / y.numel() * operator.pull(data, counted)
 
     return guide
 
@@ -216,7 +244,7 @@ WEIGHTINGS: dict[str, Callable[[float], float]] = {
     "linear": lambda r: r,
     "sqrt": lambda r: r**0.5,
     "square": lambda r: r**2,
-    "log": lambda r: float(torch.log1p(torch.tensor(r))),
+    "log": math.log1p,
     "trunc": lambda r: min(r, 1.0),
     "power2over3": lambda r: r ** (2 / 3),
     "const": lambda r: 1.0,
@@ -259,20 +287,15 @@ def red_diff(
     for step, label in enumerate(grid.labels.tolist()):
         alpha, sigma = float(grid.alpha[step]), float(grid.sigma[step])
         around, z = noise(step)
-        with torch.no_grad():
-            state = alpha * (mu + spread * around) + sigma * z
-            seen = to_forms(prediction, network(state, label), state, alpha, sigma)["noise"]
         with torch.enable_grad():
             current = mu + spread * around
+            data = current.detach()
+            with torch.no_grad():
+                state = alpha * data + sigma * z
+                seen = to_forms(prediction, network(state, label), state, alpha, sigma)["noise"]
             loss = prior * WEIGHTINGS[weighting](sigma / alpha) * ((seen - z) * current).mean()
             loss = loss + data_weight * (y - operator(current)).square().mean() / 2
             (mu.grad,) = torch.autograd.grad(loss, mu)
-        data = current.detach()
         adam.step()
         check_finite("RED-diff", mu.detach(), step, grid.steps)
     return data, mu.detach()
-
-
-def measured_start(operator: Operator, y: Tensor, grid: TimeGrid, z: Tensor) -> Tensor:
-    """The first state of RED-diff's PiGDM and DPS: the pseudo-inverse under noise. The original DPS: noise alone."""
-    return float(grid.alpha[0]) * operator.pinv(y) + float(grid.sigma[0]) * z

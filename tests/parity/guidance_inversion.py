@@ -8,16 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrep.guidance.inversion import (
-    invert_bdia,
-    invert_ddim,
-    invert_edict,
-    leading_grid,
-    optimise_null,
-    sample_bdia,
-    sample_ddim,
-    sample_edict,
-)
+from diffrep.guidance.inversion import invert, leading_grid, optimise_null, regenerate
 
 from .cases import each
 from .guidance_networks import load_unet, run_tensors, stable_diffusion_schedule, under_guidance
@@ -32,7 +23,7 @@ def check_null_text(folder: Path, case: dict[str, Any]) -> None:
         grid = leading_grid(schedule, run["steps"], offset=run["steps_offset"])
         assert grid.labels.tolist() == run["timesteps"]
         condition, null = given["cond"], given["uncond"]
-        pivots = invert_ddim(lambda x, t, c=condition: unet(x, t, c), given["latent"], grid)
+        pivots = [x for x, _ in invert(lambda x, t, c=condition: unet(x, t, c), given["latent"], grid)]
         assert_like(torch.cat(pivots), wanted["ddim_latents"], atol=1e-4, rtol=1e-4, what="pivots")
         reports: list[tuple[int, float]] = []
         embeddings, final = optimise_null(
@@ -41,7 +32,8 @@ def check_null_text(folder: Path, case: dict[str, Any]) -> None:
         )  # fmt: skip
         assert_like(torch.cat(embeddings), wanted["null_embeddings"], atol=2e-3, what="embeddings")
         assert_like(final, wanted["final"], atol=2e-3, what="final")
-        plain = sample_ddim(under_guidance(unet, condition, null, run["guidance"]), pivots[-1], grid)
+        guided = under_guidance(unet, condition, null, run["guidance"])
+        plain = regenerate(guided, (pivots[-1], pivots[-1]), grid)[0]
         assert_like(plain, wanted["final_without_optimization"], atol=1e-4, rtol=1e-4, what="without")
         for i, ((used, loss), steps, last) in enumerate(
             zip(reports, wanted["inner_steps_used"].tolist(), wanted["last_loss"].tolist(), strict=True)
@@ -62,18 +54,16 @@ def check_exact(folder: Path, case: dict[str, Any]) -> None:
         grid = leading_grid(schedule, run["steps"], strength=run["strength"])
         source, target = (under_guidance(unet, given[n], null, run["guidance"]) for n in ("source", "target"))
         got: dict[str, tuple[Tensor, ...]] = {}
+        method, options = "edict", {}
         if case["kind"] == "bdia_inversion":
-            pair = invert_bdia(source, latent, grid, gamma=run["gamma"])
-            got["reconstructed"], got["edited"] = (
-                sample_bdia(network, pair, grid, gamma=run["gamma"]) for network in (source, target)
-            )
+            method, options = "bdia", {"gamma": run["gamma"]}
         else:
             options = {"mix": run["mix_weight"], "leapfrog": run["leapfrog"]}
-            pair = invert_edict(source, (latent, latent), grid, **options)
-            got["reconstructed"], got["edited"] = (
-                sample_edict(network, pair, grid, **options) for network in (source, target)
-            )
-            got["inverted_ddim_baseline"] = (invert_ddim(source, latent, grid)[-1],)
+            got["inverted_ddim_baseline"] = (invert(source, latent, grid)[-1][0],)
+        pair = invert(source, latent, grid, method, **options)[-1]
+        got["reconstructed"], got["edited"] = (
+            regenerate(network, pair, grid, method, **options) for network in (source, target)
+        )
         got["inverted"] = pair
         for name, value in wanted.items():
             assert_like(torch.cat(got[name]), value.double(), atol=1e-6, rtol=1e-6, what=name)
