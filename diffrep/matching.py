@@ -117,8 +117,12 @@ def match_points(
     """
     check_descriptors(source=source, target=target)
     config = config or MatchConfig()
-    points = check_points(points, source.placement.image_size).to(source.device)
-    queries = source.at(points) if config.source == "bilinear" else source.rows()[source.nearest_cells(points)]
+    places = check_points(points, source.placement.image_size).cpu()  # a few numbers: a GPU would wait for launches
+    if config.source == "bilinear":
+        queries = source.at(places)
+    else:
+        queries = source.rows()[source.nearest_cells(places).to(source.device)]
+    points = places.to(source.device)
     allowed = open_cells(target, mask)
     matched, scores = _find(queries, target, allowed, mask, config)
     if not config.mutual:

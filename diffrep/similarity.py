@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +22,7 @@ OFFICIAL_METRICS: dict[str, Metric] = {"cos": "cosine", "l2": "euclidean", "l1":
 FAISS_FROM = 50_000  # vectors: below, an exact product on the tensor's device is as fast or faster
 # of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
+SPLIT_FROM = 256  # sources: for fewer, splitting the targets for tensor cores takes longer than it saves
 
 
 @contextmanager
@@ -69,12 +71,15 @@ class Scorer:
         self.weights = targets.weights
         self.squares = targets.squared_norms()
         self.device = self.squares.device
-        self._split = _has_tensor_cores(self.device) and metric != "manhattan"
-        # a float32 product of three on tensor cores takes half the time of one beside them: a b = a1 b1 + a1 b2 + a2 b1
-        self._columns = [part.T for part in self.parts]
-        if self._split:
-            halves = (_halves(part.contiguous()) for part in self.parts)
-            self._columns = [torch.cat([one, two, one], dim=1).T for one, two in halves]
+
+    @cached_property
+    def _split(self) -> list[Tensor]:
+        """The targets' parts for a product of three on tensor cores: a b = a1 b1 + a1 b2 + a2 b1.
+
+        It takes half the time of one float32 product beside them.
+        """
+        halves = (_halves(part.contiguous()) for part in self.parts)
+        return [torch.cat([one, two, one], dim=1).T for one, two in halves]
 
     def check(self, sources: Rows) -> None:
         """Refuse sources of other parts than the targets.
@@ -97,12 +102,14 @@ class Scorer:
             part.float() * (a * b * scale[:, None])
             for part, a, b in zip(sources.parts, sources.weights, self.weights, strict=True)
         ]
-        if self._split:
+        split = len(squares) >= SPLIT_FROM and _has_tensor_cores(self.device)
+        columns = self._split if split else [part.T for part in self.parts]
+        if split:
             rows = [torch.cat([one, one, two], dim=1) for one, two in map(_halves, rows)]
-        with full_precision(self.device, halves=self._split):
-            total = torch.mm(rows[0], self._columns[0], out=out)
-            for part, columns in zip(rows[1:], self._columns[1:], strict=True):
-                total.addmm_(part, columns)
+        with full_precision(self.device, halves=split):
+            total = torch.mm(rows[0], columns[0], out=out)
+            for part, others in zip(rows[1:], columns[1:], strict=True):
+                total.addmm_(part, others)
         return total, squares
 
     def scores(self, products: Tensor, squares: Tensor, target_squares: Tensor) -> Tensor:

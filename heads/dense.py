@@ -151,7 +151,8 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         # the family's way back to the image's size, or ours: bilinear with antialiasing
         back = self.family if config.official else dataclasses.replace(self.family, resize_back="antialias")
         size = (images[0].height, images[0].width)
-        maps, uncertainty = self.maps(torch.stack(pixels), config, **drawn)
+        # as bytes to the device, which resizes them: it would wait for a host that does
+        maps, uncertainty = self.maps(torch.stack(pixels).to(self.device), config, **drawn)
         values, spreads = to_image_size(maps, size, back, config.resample).cpu(), None
         if uncertainty is not None:
             spreads = to_image_size(uncertainty, size, back, config.resample)[:, 0].cpu()

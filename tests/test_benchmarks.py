@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from diffrep.eval.benchmarks.__main__ import BENCHMARKS, main
+from diffrep.eval.benchmarks.heads import HeadsBenchmark
 from diffrep.eval.benchmarks.networks import FeaturesBenchmark
 from diffrep.eval.benchmarks.start import StartBenchmark, counted_imports
 from diffrep.eval.benchmarks.timing import Row, Timing, interleave, table
@@ -36,6 +37,14 @@ def test_extraction_computes_less_and_the_same(capsys: pytest.CaptureFixture[str
     assert float(re.findall(r"\((\S+)x\)", rows[1].flops)[0]) > 2.4  # the ensemble encodes its image once
     printed = capsys.readouterr().out
     assert all(row.claim in printed for row in rows)
+
+
+def test_a_folder_reaches_a_share_of_the_bare_network(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = HeadsBenchmark(images=3, side=64, image_size=(48, 64), batch_size=2, repeats=1).run()
+    share = float(re.findall(r"reaches (\S+)% of the bare network", row.equality)[0])
+    assert share == pytest.approx(100 * row.ratio, abs=0.1)
+    assert 0 < share < 150
+    assert row.claim in capsys.readouterr().out
 
 
 @pytest.mark.slow

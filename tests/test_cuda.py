@@ -1,30 +1,34 @@
 """What runs on a GPU gives what the CPU gives: in float32 within 1e-3 of the largest value, in bfloat16 in a bound.
 
-Each case is a function of device and dtype.
+The cases are in `device_cases.py`. ``DIFFREP_TEST_DEVICE=cpu`` runs them on the CPU twice, which tests the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import ast
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import diffrep
 from diffrep.backbones import Conditions, load_backbone
-from diffrep.features import Descriptors
-from diffrep.fusion import joint_pca
 from diffrep.graphs import without_graphs
-from diffrep.matching import match_dense, match_points, mutual_matches
-from diffrep.settings import MatchConfig
-from tests.one_step_heads import random_head
 
+from .device_cases import CASES, Place, images, pixels, share_data
+from .one_step_heads import random_head
+
+DEVICE = os.environ.get("DIFFREP_TEST_DEVICE", "cuda")
+there = torch.cuda.is_available() or not DEVICE.startswith("cuda")
+on_device = [pytest.mark.gpu, pytest.mark.skipif(not there, reason="needs a CUDA device")]
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 BFLOAT16 = 0.03  # of the largest value, root mean square: 8 bits, rounded after each of some hundred layers
-Case = Callable[[str, torch.dtype], list[Tensor]]
+ELSEWHERE = {  # what takes a device and has no case, and why
+    "index.stored.IndexConfig": "its device is FAISS's: it needs faiss-gpu, and trains what is on the CPU",
+    "store.extraction.ShardActor.__init__": "lives in Ray's processes; makes what `extract_store` makes",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,96 +40,78 @@ def _plain_float32() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = before
 
 
-def pixels(count: int = 2, side: int = 64) -> Tensor:
-    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return share_data(tmp_path_factory.mktemp("shared"))
 
 
-def images(count: int = 2) -> list[np.ndarray]:
-    return [(p.permute(1, 2, 0).numpy() * 255).astype(np.uint8) for p in pixels(count, 96)]
+RUNS = [(name, torch.float32) for name in CASES] + [(name, torch.bfloat16) for name in CASES if CASES[name].half]
 
 
-def smooth(device: str, dtype: torch.dtype, shift: float) -> Descriptors:
-    places = torch.stack(torch.meshgrid(torch.arange(20.0), torch.arange(24.0), indexing="ij"), -1) + shift
-    generator = torch.Generator().manual_seed(0)
-    waves, phases = torch.randn(2, 64, generator=generator) * 0.3, torch.rand(64, generator=generator) * 6
-    return Descriptors.from_vectors((places @ waves + phases).cos().to(device, dtype), (320, 384))
+@pytest.mark.parametrize("device", [pytest.param(DEVICE, marks=on_device)])
+@pytest.mark.parametrize(("name", "dtype"), RUNS, ids=lambda value: str(value).removeprefix("torch."))
+def test_a_device_gives_what_the_cpu_gives(
+    name: str, dtype: torch.dtype, device: str, shared: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "device").mkdir()
+    case = CASES[name]
+    expected = case.run(Place("cpu", torch.float32, tmp_path / "cpu", shared))
+    results = case.run(Place(device, dtype, tmp_path / "device", shared))
+    assert len(results) == len(expected)
+    for number, (got, value) in enumerate(zip(results, expected, strict=True)):
+        assert torch.isfinite(value).all()
+        apart = (got.detach().double().cpu() - value.detach().double()).abs()
+        distance = float(apart.max() if dtype == torch.float32 else apart.square().mean().sqrt())
+        share = distance / max(float(value.abs().max()), 1e-30)
+        assert share <= (case.bound if dtype == torch.float32 else BFLOAT16), f"result {number}: {share:.1e}"
 
 
-def features(name: str, *taps: str, **conditions: object) -> Case:
-    def run(device: str, dtype: torch.dtype) -> list[Tensor]:
-        backbone = load_backbone(name, device=device, dtype=dtype)
-        maps = backbone.maps(pixels(), list(taps), Conditions(**conditions))  # type: ignore[arg-type]
-        return [maps[tap] for tap in taps]
-
-    return run
+# -- every device has a case ----------------------------------------------------------------------------------------
 
 
-def head(name: str, *parts: str, **settings: object) -> Case:
-    def run(device: str, dtype: torch.dtype) -> list[Tensor]:
-        results = diffrep.load_head(name, device=device, dtype=dtype)(images(), **settings)
-        return [torch.stack([getattr(result, part) for result in results]) for part in parts]
+def takes_a_device(source: str) -> Iterator[str]:
+    """Public functions, methods and option classes of a module that take the name of a device."""
 
-    return run
+    def named(annotation: ast.expr | None) -> bool:
+        text = "" if annotation is None else ast.unparse(annotation)
+        return text == "Any" or any(word in text.replace('"', "'").split() or word in text for word in ("str", "'cpu'"))
 
+    def visit(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+        for node in body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                fields = [f for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+                if any(f.target.id == "device" and named(f.annotation) for f in fields):  # type: ignore[union-attr]
+                    yield prefix + node.name
+                yield from visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.FunctionDef) and (node.name == "__init__" or not node.name.startswith("_")):
+                parameters = node.args.args + node.args.kwonlyargs
+                if any(p.arg == "device" and named(p.annotation) for p in parameters):
+                    yield prefix + node.name
 
-def matches(device: str, dtype: torch.dtype) -> list[Tensor]:
-    source, target = smooth(device, torch.float32, 0.0), smooth(device, torch.float32, 0.4)
-    points = torch.tensor([[30.0, 40.0], [200.5, 111.0], [380.0, 300.0]])
-    found: list[Tensor] = []
-    for mode in ("cell", "pixel", "soft"):
-        one = match_points(source, target, points, MatchConfig(mode=mode, mutual=mode == "cell"))
-        found += [one.points, one.scores]
-    dense = match_dense(source, target, MatchConfig(mutual=True))
-    sources, mutual = mutual_matches(source, target)
-    assert dense.mutual is not None
-    order = (sources[:, 1] * 1000 + sources[:, 0]).argsort()  # scores that nearly agree may change places
-    return [*found, dense.points, dense.scores, dense.mutual.float(), sources[order], mutual.points[order]]
-
-
-def reduced(device: str, dtype: torch.dtype) -> list[Tensor]:
-    maps = [smooth(device, torch.float32, shift).parts[0].movedim(-1, 0) for shift in (0.0, 3.0)]
-    return joint_pca(maps, 4)
+    yield from visit(ast.parse(source).body, "")
 
 
-def painted(device: str, dtype: torch.dtype) -> list[Tensor]:
-    return [diffrep.sample("tiny", "a red cup", steps=4, seed=1, device=device, dtype=dtype).images]
+def test_every_device_has_a_case() -> None:
+    """Whoever adds a call that takes a device adds a case here; what a command line takes is not looked at."""
+    root = Path(diffrep.__file__).parents[1]
+    public = set()
+    for folder, package in (("diffrep", ""), ("heads", "heads."), ("eval", "eval.")):
+        for file in (root / folder).rglob("*.py"):
+            place = file.relative_to(root / folder).with_suffix("")
+            if not {"commands", "benchmarks"} & set(place.parts):
+                module = ".".join(part for part in place.parts if part != "__init__")
+                public |= {f"{package}{module}.{name}" for name in takes_a_device(file.read_text())}
+    covered = {name for case in CASES.values() for name in case.covers} | set(ELSEWHERE)
+    assert sorted(public - covered) == []
+    assert sorted(covered - public - {"painting.DiffusionModel"}) == []
+    assert len(public) > 30
 
 
-def embedded(device: str, dtype: torch.dtype) -> list[Tensor]:
-    points = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).numpy()
-    fitted = diffrep.HeatGeodesicEmbedding(device=device, random_state=0).fit_transform(points)
-    return [torch.cdist(*2 * (torch.as_tensor(fitted).double(),))]
+# -- batches --------------------------------------------------------------------------------------------------------
 
 
-CASES: dict[str, Case] = {
-    "U-Net": features("tiny", "up.1", "mid", timestep=261, ensemble=2, posterior="sample"),
-    "ViT": features("tiny-dino", "layer.2", "layer.3.key"),
-    "depth": head("tiny-depth", "values"),
-    "segmentation": head("tiny-segmentation", "mask", "edge", edges=True),
-    "matches": matches,
-    "joint PCA": reduced,
-    "sample": painted,
-    "embedding": embedded,
-}
-EXACT = {"matches", "joint PCA", "embedding"}  # of float32 whatever the networks run in
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=cuda)])
-def test_cuda_gives_what_the_cpu_gives(name: str, dtype: torch.dtype, device: str) -> None:
-    if name in EXACT and dtype != torch.float32:
-        pytest.skip("computed in float32")
-    expected = CASES[name]("cpu", torch.float32)
-    bound = 1e-3 if dtype == torch.float32 else BFLOAT16
-    for got, value in zip(CASES[name](device, dtype), expected, strict=True):
-        apart = (got.float().cpu() - value.float()).abs()
-        assert float(apart.max() if dtype == torch.float32 else apart.square().mean().sqrt()) <= bound * float(
-            value.float().abs().max()
-        )
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=on_device)])
 @pytest.mark.parametrize("name", ["tiny", "tiny-dino"])
 def test_a_batch_gives_what_its_images_give(name: str, device: str) -> None:
     backbone = load_backbone(name, device=device, dtype=torch.float32)
@@ -134,6 +120,27 @@ def test_a_batch_gives_what_its_images_give(name: str, device: str) -> None:
     for number, image in enumerate(pixels(3)):
         for tap, single in backbone.maps(image[None], taps, backbone.recommended.conditions).items():
             torch.testing.assert_close(single[0], together[tap][number], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=on_device)])
+@pytest.mark.parametrize("name", ["tiny-depth", "tiny-normals", "tiny-segmentation"])
+def test_a_head_gives_images_of_a_batch_what_it_gives_each(name: str, device: str) -> None:
+    head = diffrep.load_head(name, device=device, dtype=torch.float32)
+    for one, image in zip(head(images(3)), images(3), strict=True):
+        (alone,) = head([image])
+        part = one.MAIN
+        torch.testing.assert_close(getattr(one, part), getattr(alone, part), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param(DEVICE, marks=on_device)])
+def test_a_sample_does_not_depend_on_its_batch(device: str) -> None:
+    prompts, options = ["a cat", "a red cup", "a chair"], {"steps": 2, "size": (32, 32), "device": device}
+    together = diffrep.sample("tiny", prompts, batch_size=3, **options).latents  # type: ignore[arg-type]
+    alone = diffrep.sample("tiny", prompts, batch_size=1, **options).latents  # type: ignore[arg-type]
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))
+
+
+# -- what only CUDA has ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=cuda)])
@@ -170,10 +177,10 @@ def test_the_fused_norm_is_nearer_to_float64_than_the_plain_one(device: str, dty
     from diffrep.backbones.norm_kernels import group_norm
 
     generator = torch.Generator().manual_seed(0)
-    for images, channels, height, width in ((2, 64, 9, 7), (1, 320, 24, 31), (3, 2560, 6, 6), (1, 128, 300, 257)):
-        x = (torch.randn(images, channels, height, width, generator=generator) * 2 + 5).to(device, dtype)
+    for batch, channels, height, width in ((2, 64, 9, 7), (1, 320, 24, 31), (3, 2560, 6, 6), (1, 128, 300, 257)):
+        x = (torch.randn(batch, channels, height, width, generator=generator) * 2 + 5).to(device, dtype)
         weight, bias = (torch.randn(channels, generator=generator).to(device, dtype) for _ in range(2))
-        added = torch.randn(images, channels, generator=generator).to(device, dtype)
+        added = torch.randn(batch, channels, generator=generator).to(device, dtype)
         shifted = x.double() + added.double()[:, :, None, None]
         exact = torch.nn.functional.group_norm(shifted, 32, weight.double(), bias.double(), 1e-5)
         exact = torch.nn.functional.silu(exact)

@@ -56,6 +56,7 @@ FLOORS = {
     "diffrep.training": 3,
     "diffrep.heads": 4,
     "diffrep.eval": 5,
+    "diffrep.eval.benchmarks": 6,  # they time what commands do
     "diffrep.cli": 6,
     "diffrep.commands": 6,
     "diffrep.__main__": 6,

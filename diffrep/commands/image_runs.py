@@ -24,6 +24,7 @@ from diffrep.files import is_written_by_diffrep, printable, sweep_partials, writ
 from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
 from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
 
+WRITERS_AT_ONCE = 4
 ResultT = TypeVar("ResultT")
 ValueT = TypeVar("ValueT")
 
@@ -204,8 +205,8 @@ def run_images(
 ) -> list[dict[str, object]]:
     """Predict and write the maps of many images and videos; what fails is named on stderr, skipped and counted.
 
-    A thread reads the next images and another writes the last maps while the network computes, and images of one size
-    share batches though others lie between them.
+    A thread reads the next images and others write the last maps while the network computes (to pack a picture can take
+    longer than to predict it), and images of one size share batches though others lie between them.
 
     Args:
         head: a head or a probe: `task`, `check(config)`, and `predict_each(images, config)` with one result each.
@@ -237,7 +238,7 @@ def run_images(
             done[item.number] = {"image": item.label, "files": [str(file) for file in files]}
             run.bar.update(not is_video(item.source.path))
 
-    with run.bar, ThreadPoolExecutor(1) as writer:
+    with run.bar, ThreadPoolExecutor(min(WRITERS_AT_ONCE, os.cpu_count() or 1)) as writer:
         for item, image, result in _predictions(head, inputs, output, config, run, existing):
             writing.append((item, writer.submit(write, item, image, result)))
             settle(2 * config.batch_size)

@@ -20,6 +20,7 @@ BENCHMARKS = {  # name -> module, one line
     "gpu": ("gpu", "all of it at full size on a CUDA device, in bfloat16, and the tests that need one"),
     "peer": ("peer", "the real code of DIFT, Lotus or HeatGeo in a checkout of yours, --peer FOLDER, against ours"),
     "depth": ("networks", "one-step heads against the official sequence of calls"),
+    "heads": ("heads", "a folder of photographs to maps on disk: share of the bare network's images per second"),
 }
 
 

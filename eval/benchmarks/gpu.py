@@ -15,11 +15,13 @@ from typing import Literal
 
 import torch
 
+from diffrep.eval.benchmarks.heads import HeadsBenchmark
 from diffrep.eval.benchmarks.matching import MatchingBenchmark
 from diffrep.eval.benchmarks.networks import DepthBenchmark, FeaturesBenchmark, SegmentationBenchmark
+from diffrep.eval.benchmarks.samplers import SamplersBenchmark
 from diffrep.eval.benchmarks.timing import PairedBenchmark, Row, table
 
-Part = Literal["features", "depth", "segmentation", "matching", "tests"]
+Part = Literal["features", "depth", "segmentation", "matching", "samplers", "heads", "tests"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class GpuBenchmark(PairedBenchmark):
     repeats: int = 7
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     size: Literal["sd", "small"] = "sd"
-    parts: tuple[Part, ...] = ("features", "depth", "segmentation", "matching", "tests")
+    parts: tuple[Part, ...] = ("features", "depth", "segmentation", "matching", "samplers", "heads", "tests")
 
     def benchmarks(self) -> Iterator[PairedBenchmark]:
         """The benchmarks of the parts, at the sizes of the published models."""
@@ -44,6 +46,10 @@ class GpuBenchmark(PairedBenchmark):
             yield SegmentationBenchmark(side=side[1], **shared)  # type: ignore[arg-type]
         if "matching" in self.parts:
             yield MatchingBenchmark(repeats=self.repeats, device=self.device)
+        if "samplers" in self.parts:
+            yield SamplersBenchmark(repeats=self.repeats, device=self.device)
+        if "heads" in self.parts:
+            yield HeadsBenchmark(side=side[0], **{**shared, "repeats": 3})  # type: ignore[arg-type]
 
     def run(self) -> list[Row]:
         """Print the card, the table part by part as it is measured, and what the tests say.

@@ -1,4 +1,6 @@
-"""Calls of networks with random weights: the plain or published sequence against ours, same modules, dtype and noise.
+"""Calls of networks with random weights: the plain or published sequence against ours, same weights, dtype and noise.
+
+The plain side runs diffusers' modules, ours those that the package's loaders build of the same weights.
 
 Extraction: the plain way is what one writes without this package: a forward hook on the wanted block, a whole U-Net
 pass, the image encoded again for every ensemble member and every pair it appears in.
@@ -28,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones import Conditions, LatentDiffusion, PromptEmbedding, draw_noise
+from diffrep.backbones.pipelines import network_class
 from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark, Row, count_flops, said_flops
 from diffrep.heads.diffdis import DiffDisUNet, branch_vectors
 from diffrep.heads.families import FAMILIES, Family
@@ -94,6 +97,15 @@ def random_vae(size: Size) -> Any:
     )
 
 
+@torch.no_grad()
+def as_loaded(module: Any) -> Any:
+    """A copy of a network of diffusers, of the class that the package's loaders build for its configuration."""
+    with torch.device("meta"):
+        network = network_class(type(module).__name__, module.config)(dict(module.config))
+    network.load_state_dict({name: value.clone() for name, value in module.state_dict().items()}, assign=True)
+    return network.eval().requires_grad_(False)
+
+
 # -- extraction -------------------------------------------------------------------------------------------------------
 
 
@@ -105,8 +117,10 @@ class FeaturesBenchmark(NetworkBenchmark):
     images: int = 4  # of the set that is matched in all pairs
 
     def claims(self) -> Iterator[Claim]:
-        backbone = random_backbone(self.size, self.device, getattr(torch, self.dtype))
-        published = copy.deepcopy(backbone)  # weights of its own: ours stores convolutions in another order on CUDA
+        published = random_backbone(self.size, self.device, getattr(torch, self.dtype))
+        parts = as_loaded(published.network), as_loaded(published.vae)
+        backbone = LatentDiffusion(*parts, published.alphas_cumprod, name=published.name)
+        backbone.embed("", published.embed(""))
         pixels = self.pixels(self.images)
         one, eight = (Conditions(timestep=261, ensemble=n, posterior="sample") for n in (1, ENSEMBLE))
         pairs = list(itertools.combinations(range(self.images), 2))
@@ -118,7 +132,7 @@ class FeaturesBenchmark(NetworkBenchmark):
             return torch.cat([plain_extraction(published, image[None], self.tap, conditions) for image in batch])
 
         def exact() -> Tensor:
-            return plain_extraction(copy.deepcopy(backbone).float(), pixels[:1], self.tap, one)
+            return plain_extraction(copy.deepcopy(published).float(), pixels[:1], self.tap, one)
 
         def our_pairs() -> Tensor:
             maps = ours(pixels, one)
@@ -214,8 +228,7 @@ class DepthBenchmark(NetworkBenchmark):
         noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(1))
         noise = noise.to(self.device, parts.dtype)
         first = noise if family.first_latent == "noise" else None
-        vae = copy.deepcopy(parts.vae)  # ours stores its convolutions in another order on CUDA
-        ours = OneStep(copy.deepcopy(parts.unet), vae, parts.context(), parts.schedule, family)
+        ours = OneStep(as_loaded(parts.unet), as_loaded(parts.vae), parts.context(), parts.schedule, family)
         weights = [megabytes(parts.unet, parts.vae, parts.text), megabytes(ours.network, parts.vae)]
 
         def official_side(batch: Tensor) -> Tensor:
@@ -341,8 +354,9 @@ class SegmentationBenchmark(NetworkBenchmark):
     """Compare DiffDIS' official pass with ours: mask and edge, and the mask alone."""
 
     def claims(self) -> Iterator[Claim]:
-        head = published_head(self.device, getattr(torch, self.dtype), size=self.size)
-        published = copy.deepcopy(head)  # ours stores convolutions in another order on CUDA
+        published = published_head(self.device, getattr(torch, self.dtype), size=self.size)
+        unet, vae = copy.deepcopy(published.unet), as_loaded(published.vae)
+        head = DiffDis(unet, vae, published.context, published.schedule)
         pixels = self.pixels(1)
         noise = head.draw((self.side, self.side), 0).to(self.device, head.dtype)
         noises = [head.draw(size, 0, n) for n, size in enumerate(ensemble_sizes((self.side,) * 2, head.multiple) * 2)]
