@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from diffrep.heads.training.dense_data import (
     sample_batches,
 )
 from diffrep.heads.training.detail import (
+    FAR,
+    borders,
     change_looks,
     depth_pictures,
     depth_terms,
@@ -295,18 +298,24 @@ def test_batches_depend_on_their_generator_alone(scenes: SceneSet) -> None:
 # -- scenes with a decoder of its own ---------------------------------------------------------------------------
 
 
-def test_an_error_of_drawn_depth_is_one_of_the_depth_times_its_weight() -> None:
+def test_drawn_depth_costs_what_its_logarithm_is_off_once_aligned_and_the_sky_is_infinitely_far() -> None:
     depth = torch.cat([torch.linspace(2, 60, 98), torch.tensor([100.0, torch.inf])]).view(1, 1, 10, 10)
-    for task, factor in (("disparity", -1), ("depth", 1)):
-        drawn, weight = (values.flatten() for values in depth_pictures(depth, task))  # type: ignore[arg-type]
-        assert 0 <= drawn.min() <= drawn.max() <= 1
-        assert ((drawn > 0) & (drawn < 1)).float().mean() > 0.95  # there is room beyond the quantiles
-        assert weight[-2:].tolist() == [0, 0]  # farther than counts
-        values = depth.flatten() ** factor
-        span = (values[40] - values[10]) / (drawn[40] - drawn[10])
-        changed = 1 / (values[20] + 0.001 * span) if factor == -1 else values[20] + 0.001 * span
-        off = abs(float(changed) - float(depth.flatten()[20])) / float(depth.flatten()[20])
-        assert off == pytest.approx(0.001 * float(weight[20]), rel=0.02)
+    for task, power in (("disparity", -1), ("depth", 1)):
+        picture, ends = depth_pictures(depth, task)  # type: ignore[arg-type]
+        assert picture.flatten()[-1] == (0 if power == -1 else 1)
+        assert picture[torch.isfinite(depth)].max() == pytest.approx(0.95)
+        batch = {"truth": picture * 2 - 1, "ends": ends, "counted": depth < FAR, "border": torch.zeros_like(depth)}
+        assert depth_terms(0.8 * batch["truth"] - 0.1, batch)["logs"] == pytest.approx(0, abs=1e-5)  # scale and shift
+        off = picture.clone()
+        off[..., 5, 5] *= 1.1
+        cost, expected = depth_terms(off * 2 - 1, batch)["logs"], math.log(1.1) / 100
+        assert expected / 2 < cost < 3 * expected  # one pixel, which moves the fit of the others a little
+        batch["border"][..., 5, 5] = 1
+        assert depth_terms(off * 2 - 1, batch)["logs"] > 1.5 * cost
+    assert borders(torch.full((1, 1, 20, 20), 5.0)).sum() == 0
+    step = torch.full((1, 1, 20, 20), 5.0)
+    step[..., 10:] = torch.inf
+    assert borders(step)[0, 0, 9].tolist() == [0.0] * 7 + [1.0] * 6 + [0.0] * 7
 
 
 @pytest.mark.parametrize("task", ["disparity", "normals"])
@@ -321,10 +330,10 @@ def test_batches_of_scenes_are_their_step_s_and_their_truth_costs_nothing(task: 
     unchanged = [bool((both == image).flatten(1).all(1).any()) for image in batch["pixels"]]
     assert 0 < sum(unchanged) < 8  # half of them, mirrored or not, look as they were rendered
     if task == "normals":
-        assert normal_terms(batch["truth"], batch["truth"], batch["surface"])["angle"] < 0.02
-        assert normal_terms(-batch["truth"], batch["truth"], batch["surface"])["angle"] > 3
+        assert normal_terms(batch["truth"], batch)["angle"] < 0.02
+        assert normal_terms(-batch["truth"], batch)["angle"] > 3
     else:
-        assert all(term == 0 for term in depth_terms(batch["truth"], batch).values())
+        assert all(term < 1e-5 for term in depth_terms(batch["truth"], batch).values())
 
 
 def test_looks_change_but_stay_colours() -> None:

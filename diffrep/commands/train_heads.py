@@ -118,6 +118,9 @@ class OneStepOptions(HeadTraining):
     decoder: bool | None = None  # a decoder of its own for the maps; yes with the embedded recipe, else the VAE's
     preserve: float | None = None  # share of a batch that also reconstructs its image (Lotus' detail preserver)
     refine: str | None = None  # an embedded head or a folder: train a decoder for it alone, its U-Net stays as it is
+    start: str = (
+        ""  # an embedded head or a folder: start from its U-Net, and from its decoder if it has the same layers
+    )
     scratch: bool = False  # start from random weights
     gradient_checkpointing: bool = False  # less memory, more time
 
@@ -142,6 +145,7 @@ class OneStepOptions(HeadTraining):
             recipe=recipe,
             fit=self.changed(fit, "accumulate"),
             batch_size=self.batch_size or batch,
+            start=self.start,
             scratch=self.scratch,
             cache=latent and not decoder,
             decoder=decoder,

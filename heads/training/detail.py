@@ -1,12 +1,14 @@
 """Training depth and normals with a decoder of their own, on rendered scenes that lie on the device.
 
 The loss of the annotation's latent stays, and what the decoder draws is compared with the truth pixel by pixel: depth
-by its error relative to the depth, its error and that of its steps from pixel to pixel, normals by their angle. Half of
-the images get other colours, light, texture, sharpness and noise on the way, as photographs differ in them.
+by the logarithm of what it is when aligned, its error and that of its steps from pixel to pixel, normals by their
+angle; where depth jumps, pixels count more. Half of the images get other colours, light, texture, sharpness and noise
+on the way, as photographs differ in them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffrep.alignment import fit_scale_shift
 from diffrep.backbones.repositories import EMBEDDED
 from diffrep.devices import resolve_device
 from diffrep.files import read_weights, replace_folder, save_weights
@@ -32,12 +35,15 @@ from diffrep.training.loop import Batch, FitSettings, Loss, fit
 from diffrep.training.tiny.crops import jitter
 
 LATENT_WEIGHT = 0.1  # of the error of latents beside that of drawn maps
-FAR = 80.0  # metres: what is farther does not count in the relative error
-LARGEST_WEIGHT = 30.0  # of a pixel in the relative error
+FAR = 80.0  # metres: all that is farther is as far
+NEAR = 0.1  # metres: nearer than any surface of a scene
+JUMP = 1.15  # ratio of the depths of neighbouring pixels from which on there is a border
+BORDER = {"depth": 3.0, "normals": 1.0}  # how much more pixels within three of a border count
+STRETCH = 2.0  # factor by which a map's scale may be off before its loss counts that
 MARGIN = 1e-4  # by which cosines stay away from 1, where the angle has no gradient
 REFINING = FitSettings(steps=20000, learning_rate=2e-3, warmup=50, ema_decay=0.995, seed=23)  # of a decoder alone
 REFINING_WIDTHS, REFINING_BATCH = (64, 48, 32), 16
-QUANTILE, ROOM = 0.02, 0.05  # of depth: shares cut off by the latents' picture, and what is left for them here
+ROOM = 0.05  # of a picture of depth, beyond the largest value
 CHANGED = 0.5  # share of images whose looks are changed
 
 
@@ -52,23 +58,26 @@ def load_scenes(scenes: SceneSet, task: Task, device: torch.device) -> dict[str,
 
 
 def depth_pictures(depth: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """What is drawn of depth (B, 1, H, W), metres, inf in the sky, and how much an error of it counts.
+    """What is drawn of depth (B, 1, H, W), metres, inf in the sky, and between which values it is looked at.
 
-    Unlike `diffrep.heads.training.dense_data.normalize_depth` this leaves room beyond the quantiles, so that a decoder
-    which draws every pixel can be right nearly everywhere.
+    Unlike `diffrep.heads.training.dense_data.normalize_depth` this subtracts nothing: of a disparity that begins with
+    the farthest surface's, the sky can only be drawn as something as far as that, with a halo along every outline.
 
     Returns:
-        Disparity (high where near, 0 in the sky) or depth (high where far), its quantiles at `ROOM` and 1 - 2 `ROOM`,
-        and the factor by which an error of it is one of the depth, relative to the depth; 0 where that is not counted.
+        Disparity (high where near, 0 in the sky) or depth (high where far, 1 in the sky) over its largest value, and
+        what of it (B, 1, 1, 1) is `FAR` and `NEAR`: the smaller one, then the larger.
     """
-    known = torch.isfinite(depth)
-    values = 1 / depth if task == "disparity" else depth
-    chosen = torch.where(known, values, torch.nan).flatten(1)
-    low, high = torch.nanquantile(chosen, torch.tensor([QUANTILE, 1 - QUANTILE], device=depth.device), dim=1)
-    low, high = low.view(-1, 1, 1, 1), high.view(-1, 1, 1, 1)
-    span = (high - low).clamp(min=1e-5) / (1 - 3 * ROOM)
-    factor = (span / values.clamp(min=1e-6)).clamp(max=LARGEST_WEIGHT)
-    return ((values - low) / span + ROOM).clamp(0, 1), torch.where(known & (depth < FAR), factor, 0.0)
+    values, ends = (1 / depth, (1 / FAR, 1 / NEAR)) if task == "disparity" else (depth, (NEAR, FAR))
+    largest = torch.where(torch.isfinite(depth), values, 0.0).amax((1, 2, 3), keepdim=True)
+    factor = (1 - ROOM) / largest.clamp(min=1e-6)
+    return (factor * values).clamp(0, 1), torch.cat([factor * end for end in ends], 1)
+
+
+def borders(depth: Tensor) -> Tensor:
+    """1 within three pixels of a jump of depth (B, 1, H, W), else 0."""
+    steps = depth.clamp(NEAR, FAR).log()
+    jump = F.max_pool2d(steps, 3, 1, 1) + F.max_pool2d(-steps, 3, 1, 1) > math.log(JUMP)
+    return F.max_pool2d(jump.float(), 5, 1, 2)
 
 
 def change_looks(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -99,6 +108,23 @@ def change_looks(images: Tensor, generator: torch.Generator) -> Tensor:
     return looks.clamp(0, 1)
 
 
+def true_maps(data: Mapping[str, Tensor], rows: Tensor, task: Task, mirrored: Tensor) -> dict[str, Tensor]:
+    """What the maps of a batch are compared with; see `normal_terms` and `depth_terms`.
+
+    Args:
+        data: of `load_scenes`.
+        mirrored: (B, 1, 1, 1) bool.
+    """
+    depth = data["depth"][rows][:, None].float()
+    depth = torch.where(mirrored, depth.flip(-1), depth)
+    if task == "normals":
+        truth = F.normalize(lub_normals(data["normals"][rows], "rdf"), dim=1)
+        truth = torch.where(mirrored, mirror_normals(truth), truth)
+        return {"truth": truth, "surface": torch.isfinite(depth), "border": borders(depth)}
+    picture, ends = depth_pictures(depth, task)
+    return {"truth": picture * 2 - 1, "ends": ends, "counted": depth < FAR, "border": borders(depth)}
+
+
 def detail_batches(
     data: Mapping[str, Tensor], task: Task, recipe: Family, *, batch_size: int, latent_shape: tuple[int, ...]
 ) -> Callable[[torch.Generator], Batch]:
@@ -116,18 +142,11 @@ def detail_batches(
         changed = (torch.rand(batch_size, 1, 1, 1, generator=generator) < CHANGED).to(device)
         image = data["image"][rows].permute(0, 3, 1, 2).float() / 255
         image = torch.where(mirrored, image.flip(-1), image)
-        depth = data["depth"][rows][:, None].float()
-        depth = torch.where(mirrored, depth.flip(-1), depth)
-        batch = draw_rows(batch_size, recipe, latent_shape, generator)
-        batch |= {
+        return {
+            **draw_rows(batch_size, recipe, latent_shape, generator),
             "pixels": torch.where(changed, change_looks(image, generator), image),
-            "surface": torch.isfinite(depth),
+            **true_maps(data, rows, task, mirrored),
         }
-        if task == "normals":
-            truth = F.normalize(lub_normals(data["normals"][rows], "rdf"), dim=1)
-            return batch | {"truth": torch.where(mirrored, mirror_normals(truth), truth)}
-        picture, weight = depth_pictures(depth, task)
-        return batch | {"truth": picture * 2 - 1, "weight": weight}
 
     return batches
 
@@ -145,28 +164,41 @@ def detail_losses(vae: Any, task: Task) -> Loss[Any]:
         noisy = ema.noisy(targets, batch.get("noise"), batch["timesteps"])
         output, drawn = module(ema.inputs(images, noisy), batch["timesteps"], batch.get("tasks"), pixels)
         latent = latent_loss(output, ema.target(targets, batch.get("noise"), batch["timesteps"]))
-        terms = normal_terms(drawn, truth, batch["surface"]) if task == "normals" else depth_terms(drawn, batch)
+        terms = TERMS[task](drawn, batch)
         total = LATENT_WEIGHT * latent + torch.stack(list(terms.values())).sum()
         return {"loss": total, "latent": latent, **terms}
 
     return losses
 
 
-def normal_terms(drawn: Tensor, truth: Tensor, surface: Tensor) -> dict[str, Tensor]:
+def normal_terms(drawn: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Mean angle (radians) on surfaces, and half of the mean difference of the vectors, which are 0 in the sky."""
+    truth, weight = batch["truth"], batch["surface"] * (1 + BORDER["normals"] * batch["border"])
     cosine = (decoded_normals(drawn) * truth).sum(1, keepdim=True).clamp(-1 + MARGIN, 1 - MARGIN)
-    angle = (torch.acos(cosine) * surface).sum() / surface.sum().clamp(min=1)
+    angle = (torch.acos(cosine) * weight).sum() / weight.sum().clamp(min=1)
     return {"angle": angle, "vector": 0.5 * (drawn - truth).abs().mean()}
 
 
 def depth_terms(drawn: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Mean error relative to the depth, mean error, and mean error of the steps to the next pixels."""
-    off = (drawn - batch["truth"]) / 2  # of values in [0, 1]
-    weight = batch["weight"]
-    steps = off.diff(dim=-1).abs().mean() + off.diff(dim=-2).abs().mean()
-    relative = (weight * off.abs()).sum() / (weight > 0).sum().clamp(min=1)
-    return {"relative": relative, "error": off.abs().mean(), "steps": steps}
+    """Mean error of the logarithm of aligned depth; mean error, and mean error of the steps to the next pixels."""
+    picture, truth = drawn / 2 + 0.5, batch["truth"] / 2 + 0.5
+    with torch.no_grad():
+        scale, _ = fit_scale_shift(picture, truth, batch["counted"])
+        scale = scale.clamp(1 / STRETCH, STRETCH).view(-1, 1, 1, 1)
+    counted, (low, high) = batch["counted"], batch["ends"].split(1, 1)
+    off = counted * (truth - scale * picture)
+    shift = off.sum((1, 2, 3), keepdim=True) / counted.sum((1, 2, 3), keepdim=True).clamp(min=1)
+    aligned = torch.minimum(torch.maximum(scale * picture + shift, low), high)
+    weight = 1 + BORDER["depth"] * batch["border"]
+    logs = (aligned.log() - torch.minimum(torch.maximum(truth, low), high).log()).abs()
+    error = picture - truth
+    steps = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return {"logs": (weight * logs).sum() / weight.sum(), "error": error.abs().mean(), "steps": steps}
 
+
+TERMS: Mapping[Task, Callable[[Tensor, Batch], dict[str, Tensor]]] = {
+    "normals": normal_terms, "disparity": depth_terms, "depth": depth_terms,
+}  # fmt: skip
 
 # -- the decoder alone --------------------------------------------------------------------------------------
 
@@ -209,12 +241,7 @@ def train_decoder(
     latents = predicted_latents(head, scenes, len(scenes), folder / "predicted.safetensors").to(place)
 
     def truth(rows: Tensor) -> dict[str, Tensor]:
-        depth = data["depth"][rows][:, None].float()
-        if head.task == "normals":
-            normals = F.normalize(lub_normals(data["normals"][rows], "rdf"), dim=1)
-            return {"truth": normals, "surface": torch.isfinite(depth)}
-        picture, weight = depth_pictures(depth, head.task)
-        return {"truth": picture * 2 - 1, "weight": weight}
+        return true_maps(data, rows, head.task, torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=place))
 
     def batches(generator: torch.Generator) -> Batch:
         rows = torch.randint(len(latents), (batch_size,), generator=generator).to(place)
@@ -223,8 +250,7 @@ def train_decoder(
 
     def losses(module: nn.Module, ema: DetailDecoder, batch: Batch) -> Mapping[str, Tensor]:
         drawn = module(batch["latents"], batch["pixels"])
-        normals = head.task == "normals"
-        terms = normal_terms(drawn, batch["truth"], batch["surface"]) if normals else depth_terms(drawn, batch)
+        terms = TERMS[head.task](drawn, batch)
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
     some = torch.arange(0, len(latents), max(1, len(latents) // 512), device=place)

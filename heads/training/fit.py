@@ -18,9 +18,11 @@ from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.devices import resolve_device
 from diffrep.files import claim_folder, read_weights, replace_folder, save_weights
 from diffrep.heads.decoder import DetailDecoder
+from diffrep.heads.dense import DenseHead
 from diffrep.heads.diffdis import from_base
 from diffrep.heads.families import LOTUS_D, Family, Task
 from diffrep.heads.head_folders import write_head
+from diffrep.heads.loading import load_head
 from diffrep.heads.one_step import LatentCodec, Schedule
 from diffrep.heads.segmentation import DiffDis
 from diffrep.heads.training.dense import (
@@ -181,7 +183,7 @@ def _made_with(base: str, parts: PipelineParts) -> str:
 EMBEDDED_RECIPE = replace(LOTUS_D, posterior="mean", preserve=0.0)
 EMBEDDED_FIT = FitSettings(steps=7000, learning_rate=1e-3, warmup=200, weight_decay=0.02, ema_decay=0.998, seed=11)
 EMBEDDED_BATCH = 128
-DETAIL_WIDTHS, DETAIL_BLOCKS = (192, 96, 48), 3  # of the decoder: as long on a CPU as the VAE's
+DETAIL_WIDTHS, DETAIL_BLOCKS = (128, 96, 64), 3  # of the decoder: as long on a CPU as the VAE's
 PUBLISHED_BATCH: Mapping[str, int] = {"lotus-d": 16, "lotus-g": 16, "e2e-ft": 2, "marigold": 2}
 
 
@@ -209,6 +211,7 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
     recipe: Family = field(default_factory=lambda: EMBEDDED_RECIPE)
     fit: FitSettings = field(default_factory=lambda: EMBEDDED_FIT)
     batch_size: int = 16  # images of a batch; the detail preserver's rows come on top
+    start: str = ""  # an embedded head or a folder of the same recipe: start from its U-Net, and a decoder like ours
     scratch: bool = False  # start from random weights instead of the base's U-Net
     cache: bool = False  # encode every image once and train on the latents' means
     decoder: bool = False  # train a decoder for the maps on scenes; False draws with the VAE's, as published
@@ -230,7 +233,12 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
         from diffusers import UNet2DConditionModel
 
         unet: Any = parts.unet
-        if self.scratch:
+        started = load_head(self.start, fold=False, device="cpu", dtype=torch.float32) if self.start else None
+        if started is not None:
+            if not isinstance(started, DenseHead) or started.task != self.task:
+                raise ValueError(f"{self.start}: is a head for {started.task}, not for {self.task}")
+            unet = started.model.network.unet.requires_grad_(True)
+        elif self.scratch:
             with torch.random.fork_rng():
                 torch.manual_seed(self.fit.seed)  # diffusers draws initial weights from the global generator
                 unet = UNet2DConditionModel.from_config(unet.config)
@@ -242,6 +250,9 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
             codec, outputs = LatentCodec(parts.vae), 3 if self.task == "normals" else 1
             shape: dict[str, Any] = {"widths": DETAIL_WIDTHS, "blocks": DETAIL_BLOCKS, "outputs": outputs}
             decoder = DetailDecoder.seeded(self.fit.seed, codec, **shape)
+            known = None if started is None else started.model.decoder
+            if known is not None and known.settings == decoder.settings:
+                decoder = known.requires_grad_(True)
         context = prepared(parts, unet, decoder)
         return OneStepModel(unet, context, parts.alphas_cumprod, self.recipe, decoder)
 
