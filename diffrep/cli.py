@@ -94,6 +94,9 @@ def usage(group: str = "") -> str:
             f"`{program} COMMAND --help` explains a command"
             + ("." if group else ", `diffrep --version` prints the version.")
             + " With `--traceback` an error shows where it comes from.",
+            "",
+            "A command ends with 0; with 2 where an option is wrong or an input cannot be used (of many, after the",
+            "others are done); with 1 where diffrep itself is at fault.",
         ]
     )
 
@@ -102,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0; 2 on bad input and 1 on an unexpected error, each with one line on stderr; 130 on Ctrl-C, 143
+        The exit code: 0; 2 on bad input, of many inputs after the others are done, and 1 on an unexpected error, each
+        with one line on stderr; 130 on Ctrl-C, 143
         when terminated, 141 when nobody reads the output any more. ``--traceback`` shows where an error comes from.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -24,6 +24,8 @@ SETTINGS = "settings.json"
 # stand near the beginning of pictures that diffrep writes, which so are not taken for photographs
 MARK = "diffrep"
 DRAWING = f"{MARK} drawing"  # of pictures about images: matches, contact sheets, heat maps
+# one of these lies in every folder that `replace_folder` replaces
+_REPLACEABLE = ("head.json", "model_index.json", "config.json", "synthesis.json", "index.json", ".zattrs", "zarr.json")
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 
 
@@ -112,6 +114,32 @@ def check_writable(path: Path, suffixes: tuple[str, ...] = (".png", ".jpg", ".jp
         raise OSError(f"{path}: the folder {folder} cannot be written to")
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse an output folder before any work is done for it.
+
+    Raises:
+        ValueError: it is a file.
+        OSError: it cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; a folder goes there")
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise OSError(f"{folder}: the folder {place} cannot be written to")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder that `replace_folder` must not replace, before any work is done for it.
+
+    Raises:
+        ValueError: it is a file, or holds something and nothing that a model, an index or an OME-Zarr has.
+        OSError: it cannot be written to.
+    """
+    check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in _REPLACEABLE):
+        raise ValueError(f"{folder}: holds other files, which would be removed: give another folder")
+
+
 def write_document(path: str | os.PathLike[str], document: Mapping[str, Any], *, sync: bool = False) -> None:
     """Write a JSON file, indented, as `write_whole` does; values that JSON does not know become text."""
     write_whole(path, json.dumps(document, indent=2, default=str) + "\n", sync=sync)
@@ -194,8 +222,13 @@ def claim_folder(folder: str | os.PathLike[str], settings: Mapping[str, object],
 
 
 def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
-    """Write a folder through `write(partial folder)`; what was there is replaced only by a whole one."""
+    """Write a folder through `write(partial folder)`; what was there is replaced only by a whole one.
+
+    Raises:
+        ValueError, OSError: as `check_replaceable`.
+    """
     folder = Path(folder)
+    check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder)
     previous = partial.with_name(f"{partial.name}.old")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -95,13 +95,15 @@ def image_likelihood(
     seed: int = 0,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
-) -> list[float]:
-    """Bits per dimension of images under a diffusion model.
+    skip: Callable[[str | os.PathLike[str], Exception], object] | None = None,
+) -> Iterator[tuple[str | os.PathLike[str], float]]:
+    """Files of images and how many bits per dimension a diffusion model needs for each.
 
     Args:
         backbone: a Stable Diffusion 1 or 2, or an ADM, by name, folder or file.
         size: side of the square that images are squashed to; that of the model's training where left out.
         probes: draws of the probe, whose mean is taken; they depend on the seed and on the image's number alone.
+        skip: called with a file that is no image, which is left out; None: that is an error.
 
     Raises:
         SamplingError: the model cannot be sampled, or the size does not fit it.
@@ -112,9 +114,14 @@ def image_likelihood(
     side = size or model.side
     if side % model.factor:
         raise SamplingError(f"{model.name}: the size must be a multiple of {model.factor}, got {side}")
-    values = []
     for number, file in enumerate(files):
-        pixels, _ = fit_image(load_image(file), Sizing("squash", side))
+        try:
+            pixels, _ = fit_image(load_image(file), Sizing("squash", side))
+        except (ValueError, OSError) as error:
+            if skip is None:
+                raise
+            skip(file, error)
+            continue
         state = model.encode(pixels[None].to(model.device))
         offset = 7.0 if model.factor == 1 else 0.0
         drawn = []
@@ -122,5 +129,4 @@ def image_likelihood(
             generator = keyed_generator(seed, number, stream=draw)
             probe = (2 * torch.randint(0, 2, tuple(state.shape), generator=generator) - 1).to(state)
             drawn.append(float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset)[0]))
-        values.append(sum(drawn) / probes)
-    return values
+        yield file, sum(drawn) / probes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import sys
@@ -93,6 +94,12 @@ class Report(ABC):
             word = "problem" if count == 1 else "problems"
             parts.append(Section(f"{count} {word}, not counted in any number:", notes=[*named, *more]))
         return "\n\n".join(map(str, parts))
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
 
     def to_json(self) -> str:
         """The report as strict JSON: NaN becomes null."""

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from diffrep.backbones import weight_files
+from diffrep.backbones import weight_files as formats
 from diffrep.backbones.repositories import (
     CLEANDIFT,
     EMBEDDED,
@@ -26,8 +26,12 @@ from diffrep.backbones.repositories import (
     REPOSITORIES,
     TIMM,
     cached_snapshot,
+    expand,
     is_hub_id,
     repository,
+    split_options,
+    weight_files,
+    with_options,
     without_fetching,
 )
 from diffrep.backbones.text import TextEncoders
@@ -45,8 +49,8 @@ KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task,
 }
 
 
-def head_path(name: str, *, whole: bool) -> str:
-    """Where a head's files lie: a folder, a file, or a hub id.
+def head_path(name: str, *, whole: bool, variant: str | None = None, revision: str | None = None) -> str:
+    """Where a head's files lie: a folder, a file, or a hub id, with the variant and revision behind it.
 
     Args:
         name: an embedded head, a path, a cache folder of the hub, or a hub id.
@@ -55,7 +59,7 @@ def head_path(name: str, *, whole: bool) -> str:
     Raises:
         HeadError: there is nothing of that name, or no head; the message says what it is.
     """
-    path = str(MODELS / name) if name in EMBEDDED_HEADS else os.path.expanduser(name)
+    path = str(MODELS / name) if name in EMBEDDED_HEADS else expand(name)
     local = Path(path).exists()
     if not local and not is_hub_id(name):
         if name in {*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM} or name.startswith(("timm:", "open_clip:")):
@@ -65,13 +69,23 @@ def head_path(name: str, *, whole: bool) -> str:
             f" such as {next(iter(KNOWN))}"
         )
     if Path(path).is_file():
+        if variant or revision:
+            raise HeadError(f"{path}: is a file, which has no variant and no revision")
         _check_file(Path(path))
     elif local:
-        path = str(cached_snapshot(Path(path)) or path)
+        if (snapshot := cached_snapshot(Path(path), revision)) is not None:
+            path, revision = str(snapshot), None
+        if revision is not None:
+            raise HeadError(f"{name}: is a folder, which has no revision {revision}")
         parent = Path(path).resolve().parent
         if whole and Path(path).name == "unet" and (parent / "model_index.json").is_file():
             path = str(parent)  # a U-Net stands for the folder around it
-    return path
+    return with_options(path, variant=variant, revision=revision)
+
+
+def folder_of(source: str) -> Path:
+    """The path in a name that variant and revision may stand behind."""
+    return Path(split_options(source)[0])
 
 
 def _check_file(path: Path) -> None:
@@ -84,11 +98,11 @@ def _check_file(path: Path) -> None:
         with safe_open(path, "pt") as opened:  # names alone: a file of gigabytes is read once, by what takes it
             names = set(opened.keys())
     else:
-        names = set(weight_files.read_weights(path))
+        names = set(formats.read_weights(path))
     if any(key.endswith("rgb_proj.0.weight") for key in names):
         return
     what = (
-        weight_files.describe_weights(names)[0]
+        formats.describe_weights(names)[0]
         or f"no head, it holds {len(names)} tensors ({', '.join(sorted(names)[:2])}, ...)"
     )
     raise HeadError(f"{path}: is {what}; a head for depth or normals is given as its whole diffusers folder or hub id")
@@ -156,27 +170,42 @@ def save_head(head: Head[Any, Any], folder: Path) -> None:
     if not head.source:
         raise HeadError(f"{head.name}: was made in memory and has no files to save; write_head writes such heads")
     place = _local(head.source)
+    if place.is_file() and head.family_name != DIFFDIS:
+        raise HeadError(f"{head.name}: is a file of adapters for {head.base}: copy it, there is no more to save")
     about = json_of(str(place), HEAD_FILE)
-    base = _local(head.base or base_of(head.source, about))
-    files = list(place.glob("decoder.*"))
+    base = head.base or base_of(head.source, about)
+    files = {file.name: file for file in place.glob("decoder.*")}  # name in the new folder -> file
     for part in ("unet", "vae", "scheduler"):
-        files += (place if (place / part).is_dir() else base).glob(f"{part}/*")
-    for file in files:
-        if file.suffix in (".json", ".safetensors"):
-            name = Path(file.name) if file.parent == place else Path(file.parent.name, file.name)
-            write_whole(folder / name, partial(shutil.copyfile, file))
-    save_weights(folder / CONTEXT_FILE, {"context": stored_context(str(place), str(base))})
+        source = head.source if (place / part).is_dir() else base
+        files |= {f"{part}/{file.name}": file for file in _local(source).glob(f"{part}/*.json")}
+        if part != "scheduler":
+            files |= {f"{part}/{file.name}": file for file in _weights_in(source, part)}
+    if place.is_file() or not (place / "unet").is_dir():  # a U-Net alone, beside the configuration of its base
+        files = {name: file for name, file in files.items() if not name.startswith("unet/diffusion_pytorch_model")}
+        alone = [place] if place.is_file() else weight_files(place, split_options(head.source)[1].get("variant"))
+        files |= {f"unet/{WEIGHTS if len(alone) == 1 else file.name}": file for file in alone}
+        files |= {f"unet/{file.name}": file for file in place.glob("config.json")}
+    for name, file in files.items():
+        write_whole(folder / name, partial(shutil.copyfile, file))
+    save_weights(folder / CONTEXT_FILE, {"context": stored_context(str(place), str(_local(base)))})
     known = {"working_size": head.working_size, "family": head.family_name, "task": head.task}
     write_document(folder / HEAD_FILE, known | about | {"base": "."})
 
 
+def _weights_in(source: str, part: str) -> list[Path]:
+    """The weight files of a component, in the variant that was asked for."""
+    folder, variant = repository(source).part(part, need=False)
+    return weight_files(folder / part, variant)
+
+
 def _local(source: str) -> Path:
-    """The folder of a head, or of a hub id that has been fetched."""
-    if Path(source).is_dir():
-        return Path(source)
+    """The folder or file of a head, or the folder of a hub id that has been fetched."""
+    name, options = split_options(source)
+    if Path(name).exists():
+        return Path(name)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, local_files_only=True))
+    return Path(snapshot_download(name, revision=options.get("revision"), local_files_only=True))
 
 
 def stored_context(source: str, base: str) -> Tensor:
@@ -188,13 +217,13 @@ def stored_context(source: str, base: str) -> Tensor:
         HeadError: the file holds something else.
         BackboneError: there is no text encoder or tokenizer either.
     """
-    files = (Path(place) / CONTEXT_FILE for place in (source, base))
+    files = (folder_of(place) / CONTEXT_FILE for place in (source, base))
     if file := next((file for file in files if file.is_file()), None):
         stored, _ = read_weights(file, error=HeadError)
         if "context" not in stored:
             raise HeadError(f"{file}: holds {', '.join(sorted(stored))}, not the prompt's embedding, context")
         return stored["context"]
-    place = source if (Path(source) / "text_encoder").is_dir() else base
+    place = source if (folder_of(source) / "text_encoder").is_dir() else base
     parts, cpu = {"text_encoder": "CLIPTextModel"}, torch.device("cpu")
     text = TextEncoders(repository(named(place)), parts, device=cpu, dtype=torch.float32, pad=False)
     return text.encode([""])[""].context.clone()  # a tensor that training may use too
@@ -211,7 +240,7 @@ def base_of(source: str, head: Mapping[str, Any]) -> str:
     base = str(head["base"])
     if base in EMBEDDED:
         return named(base)
-    if (relative := Path(source) / base).is_dir():
+    if (relative := folder_of(source) / base).is_dir():
         return str(relative)
     if base not in HUB and not is_hub_id(base):
         raise HeadError(f"{source}: {HEAD_FILE} names the base {base}, which is no folder and no known model")
@@ -225,9 +254,10 @@ def base_of(source: str, head: Mapping[str, Any]) -> str:
 
 def named(base: str) -> str:
     """The folder or hub id that a name stands for."""
-    return str(MODELS / base) if base in EMBEDDED else HUB.get(base, os.path.expanduser(base))
+    name, options = split_options(expand(base))
+    return with_options(MODELS / name if name in EMBEDDED else HUB.get(name, name), **options)
 
 
 def json_of(source: str, file: str) -> dict[str, Any]:
     """A JSON file of a folder or hub id; empty where there is none, or where the source is a file."""
-    return {} if Path(source).is_file() else repository(source).json(file, required=False)
+    return {} if folder_of(source).is_file() else repository(source).json(file, required=False)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component, network_class
+from diffrep.backbones.repositories import expand, repository, split_options, weight_files, with_options
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import read_weights
 from diffrep.heads.decoder import DetailDecoder
@@ -28,6 +29,7 @@ from diffrep.heads.head_folders import (
     KNOWN,
     WEIGHTS,
     base_of,
+    folder_of,
     head_path,
     json_of,
     named,
@@ -73,7 +75,7 @@ class _Source:
 
     Attributes:
         name: as it was asked for.
-        path: of its own files.
+        path: of its own files, with variant and revision behind it.
         head: our own ``head.json``; empty where there is none.
         config: ``unet/config.json``, or ``config.json`` beside a U-Net alone.
         base: where VAE, scheduler and text encoder lie.
@@ -85,6 +87,11 @@ class _Source:
     config: Mapping[str, Any]
     base: str
 
+    @property
+    def place(self) -> Path:
+        """The folder or file; does not exist where it is a hub id."""
+        return folder_of(self.path)
+
 
 def load_head(
     name: str | os.PathLike[str],
@@ -92,6 +99,8 @@ def load_head(
     task: str | None = None,
     family: str | None = None,
     base: str | os.PathLike[str] | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str | None = None,
     fold: bool = True,
@@ -111,6 +120,9 @@ def load_head(
             diffusers' pipelines do.
         base: where VAE, text encoder and scheduler come from, where `name` has none: an embedded model, a folder, a
             short name such as "sd-turbo", or a hub id.
+        variant: of the weight files, for example "fp16"; None: the plain ones, or the only others. Variant and revision
+            may stand behind `name` and `base` too: "prs-eth/marigold-depth-v1-1?variant=fp16".
+        revision: of a head on the hub: a branch, a tag or a commit.
         dtype: float32, on CUDA bfloat16, where None.
         fold: compute once what depends on prompt, timestep and task alone.
         prompt: of a restorer; its family's where None, which is empty for PiSA-SR and OSEDiff.
@@ -126,16 +138,22 @@ def load_head(
     """
     if not isinstance(name, (str, os.PathLike)):
         raise HeadError(f"a head is named by text or a path, got {type(name).__name__}")
-    name, place = os.fspath(name), resolve_device(device)
+    place = resolve_device(device)
     numbers = resolve_dtype(dtype, place)
     _check_names(task, family)
     head: DenseHead | SegmentationHead | RestorationHead
     try:
-        if (adapters := checkpoint_in(os.path.expanduser(name))) is not None and _names_adapters(adapters):
+        name, behind = split_options(expand(name))
+        if "lora" in behind:
+            raise HeadError(f"{name}: is loaded as a head, which takes no LoRA files")
+        files = {"variant": variant or behind.get("variant"), "revision": revision or behind.get("revision")}
+        if (adapters := checkpoint_in(name)) is not None and _names_adapters(adapters):
+            if any(files.values()):
+                raise HeadError(f"{name}: is a file: variant and revision are of its base, 'BASE?variant=fp16'")
             return _load_adapters(adapters, name, task, family, base, place, numbers, fold, prompt, adjustable)
         if prompt is not None or adjustable:
             raise HeadError(f"{name}: prompt and adjustable are of PiSA-SR, OSEDiff and S3Diff, which it is not")
-        source = _find(name, None if base is None else os.fspath(base))
+        source = _find(name, None if base is None else os.fspath(base), **files)
         if source.head.get("family") in RESTORATION_FAMILIES:
             if (task or RESTORATION) != RESTORATION or family not in (None, source.head["family"]):
                 raise HeadError(f"{name}: is a restorer, not {task or family}")
@@ -152,7 +170,7 @@ def load_head(
             raise HeadError(f"{name}: {_why_no_diffdis(source)}")
         else:
             head = _load_dense(source, task, family, place, numbers, fold)
-        head.base = source.base
+        head.name, head.base = with_options(name, **files), source.base
         return head
     except HeadError:
         raise
@@ -217,11 +235,11 @@ def _check_names(task: str | None, family: str | None) -> None:
             raise HeadError(f"there is no {what} {value!r}; known are {', '.join(allowed)}")
 
 
-def _find(name: str, base: str | None) -> _Source:
-    path = head_path(name, whole=base is None)
+def _find(name: str, base: str | None, **files: str | None) -> _Source:
+    path = head_path(name, whole=base is None, **files)
     head = json_of(path, HEAD_FILE)
     config = json_of(path, "unet/config.json") or json_of(path, "config.json")
-    if not config and not Path(path).exists():
+    if not config and not folder_of(path).exists():
         raise HeadError(f"{name}: no such folder, and the hub has no head of that name, or cannot be reached")
     return _Source(name, path, head, config, base_of(path, head) if base is None else named(base))
 
@@ -253,7 +271,7 @@ def _load_dense(
 def _load_segmentation(
     source: _Source, device: torch.device, dtype: torch.dtype, *, needs_base: bool
 ) -> SegmentationHead:
-    path = Path(source.path)
+    path = source.place
     if needs_base and not source.head and (path.is_file() or not json_of(source.path, "vae/config.json")):
         raise HeadError(
             f"{source.name}: holds a U-Net alone: say where its VAE and text encoder are (base, for example sd-turbo)"
@@ -270,7 +288,7 @@ def _load_segmentation(
 
 def _decoder(source: _Source, device: torch.device, dtype: torch.dtype) -> DetailDecoder | None:
     """The decoder of its own that a head's folder holds, ready to run."""
-    path = Path(source.path)
+    path = source.place
     if (decoder := DetailDecoder.load(path) if path.is_dir() else None) is not None:
         check_weights(decoder, source.name)
         decoder.to(device, dtype)
@@ -389,12 +407,12 @@ def _holds_diffdis(source: _Source) -> bool:
     """By ``head.json``, or else by the names of the weights; other heads are seen by their config alone."""
     if source.head.get("family"):
         return bool(source.head["family"] == DIFFDIS)
-    if Path(source.path).is_file() or KNOWN.get(source.name, ("",))[0] == DIFFDIS:
+    if source.place.is_file() or KNOWN.get(source.name, ("",))[0] == DIFFDIS:
         return True
     plain = source.config.get("class_embed_type") is None and source.config.get("in_channels") in (None, 4)
     stated = any(key in source.config for key in ("use_swci", "mid_extra_cross"))
     names: set[str] = set()
-    for file in _unet_files(Path(source.path)) if plain or stated else ():
+    for file in _unet_files(source) if plain or stated else ():
         with safe_open(file, "pt") as opened:
             names |= set(opened.keys())
     return is_diffdis(names)
@@ -416,30 +434,26 @@ def head_in(name: str) -> str | None:
 def _why_no_diffdis(source: _Source) -> str:
     if source.head.get("family"):
         return f"is a head for {source.head.get('task')} ({source.head['family']}), not for segmentation"
-    empty = Path(source.path).is_dir() and not _unet_files(Path(source.path))
+    empty = source.place.is_dir() and not _unet_files(source)
     return f"is no folder of a head, unet/{WEIGHTS} is missing" if empty else NO_DIFFDIS
 
 
-def _unet_files(folder: Path) -> list[Path]:
-    """The safetensors of the U-Net of a folder: one, or the shards of one variant."""
-    for place in (folder / "unet", folder):
-        if (place / WEIGHTS).is_file():
-            return [place / WEIGHTS]
-        if files := sorted(place.glob("diffusion_pytorch_model*.safetensors")):
-            variant = files[0].name.split("-")[0]  # shards end in -00001-of-00002, before which a variant may stand
-            return [file for file in files if file.name.split("-")[0] == variant]
-    return []
+def _unet_files(source: _Source) -> list[Path]:
+    """The safetensors of a U-Net: its file, or those of a folder or hub id in one variant."""
+    if source.place.is_file():
+        return [source.place]
+    if not source.place.exists() or (source.place / "unet").is_dir():
+        files = repository(source.path)
+        if source.place.exists() and not files.tensors("unet"):
+            return []
+        folder, variant = files.part("unet")
+        return weight_files(folder / "unet", variant)
+    return weight_files(source.place, split_options(source.path)[1].get("variant"))
 
 
 def _read_diffdis(source: _Source) -> dict[str, Tensor]:
     """Weights of the U-Net of a folder, file or hub id; a common prefix, as repacked files have, is taken off."""
-    path = Path(source.path)
-    files = [path] if path.is_file() else _unet_files(path)
-    if not path.exists():
-        from huggingface_hub import hf_hub_download
-
-        files = [Path(hf_hub_download(source.path, f"unet/{WEIGHTS}"))]
-    if not files:
+    if not (files := _unet_files(source)):
         raise HeadError(f"{source.name}: {_why_no_diffdis(source)}")
     weights = {key: value for file in files for key, value in read_weights(file, error=HeadError)[0].items()}
     marker = "rgb_proj.0.weight"

@@ -324,3 +324,42 @@ def test_reading_goes_ahead_by_so_many_and_stops_when_nobody_asks(tmp_path: Path
     assert list(_ahead(iter("abc"), 2)) == list("abc")
     with pytest.raises(ZeroDivisionError):
         list(_ahead((1 / number for number in (1, 0)), 2))
+
+
+COLLECTIONS = [  # every command that takes many images, and what it leaves of those that can be read
+    ("depth IN -o OUT", "a_disparity.json"),
+    ("normals IN -o OUT", "a_normals.json"),
+    ("segment IN -o OUT", "a_mask.png"),
+    ("restore IN -o OUT", "a_restored.png"),
+    ("extract IN -o OUT --backbone tiny-dino --workers 0", "manifest.json"),
+    ("search IN ok.png -o OUT/q.png --backbone tiny-dino --work w", "q.png"),
+    ("likelihood IN -o OUT/b.csv --tolerance 0.5 --size 64", "b.csv"),
+    ("match --pairs IN.csv -o OUT", "a-b.png"),
+]
+
+
+@pytest.mark.parametrize(("command", "file"), COLLECTIONS)
+@pytest.mark.filterwarnings("ignore")
+def test_one_rule_for_the_exit_code(
+    command: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path / "ok.png")
+    for folder, good, bad in (("all", 2, 0), ("some", 2, 1), ("none", 0, 2)):
+        lines = ["source,target,points"]
+        for number in range(good + bad):
+            path = tmp_path / folder / f"{'abcd'[number]}.png"
+            picture(path, number)
+            if number >= good:
+                path.write_bytes(b"no picture")
+            lines.append(f'{folder}/a.png,{folder}/{path.name},"3,3"')
+        (tmp_path / f"{folder}.csv").write_text("\n".join(lines))
+        words = [word.replace("IN", folder).replace("OUT", f"out-{folder}") for word in command.split()]
+        words = [folder + "-w" if word == "w" else word for word in words]
+        capsys.readouterr()
+        assert main(words) == (0 if bad == 0 else 2)
+        last = capsys.readouterr().err.splitlines()[-1:]
+        assert bad == 0 or last[0].startswith(f"diffrep {words[0]}: ")
+        assert (tmp_path / f"out-{folder}" / file).is_file() == (good > 0)
+        if bad == 2:
+            assert not any((tmp_path / "out-none").glob("*"))

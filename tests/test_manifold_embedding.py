@@ -191,6 +191,15 @@ def test_seeds_decide_everything_random(roll: ToyManifold) -> None:
     np.testing.assert_array_equal(before, np.random.get_state()[1])  # noqa: NPY002
 
 
+def test_the_repr_says_what_was_changed_and_what_was_fitted(roll: ToyManifold) -> None:
+    estimator = HeatGeodesicEmbedding(n_neighbors=7, init=np.zeros((len(roll.points), 2)), random_state=0)
+    settings = f"HeatGeodesicEmbedding(init=float64 ({len(roll.points)}, 2) in 0 .. 0, n_neighbors=7, random_state=0)"
+    assert repr(estimator) == settings
+    fitted = repr(HeatGeodesicEmbedding(random_state=0).fit(roll.points))
+    assert fitted.startswith(f"HeatGeodesicEmbedding(random_state=0): fitted to {len(roll.points)} points (exact), ")
+    assert f"embedding float64 ({len(roll.points)}, 2) in -" in fitted
+
+
 def test_fitted_estimators_pickle(roll: ToyManifold) -> None:
     fitted = embed(np.hstack([roll.points] * 5), n_landmarks=40, knn_backend="faiss")
     again = pickle.loads(pickle.dumps(fitted))

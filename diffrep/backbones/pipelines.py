@@ -196,11 +196,14 @@ def load_component(
     """
     source = repository(source)
     config = source.json(f"{part}/config.json")
+    needed = part in ("unet", "transformer")
     if not weights:
+        if needed:
+            source.check_variant(part)
         with torch.device("meta"):
             build = kind if issubclass(kind, Configured) else kind.from_config
             return _built(build, source, part, config)
-    folder, chosen = source.part(part, need=part in ("unet", "transformer"))
+    folder, chosen = source.part(part, need=needed)
     if issubclass(kind, Configured):
         module, info = _built(_mapped, source, part, kind, config, folder / part, chosen)
         return _complete(module.to(dtype), info, source, part, optional)

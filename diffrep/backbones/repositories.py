@@ -159,7 +159,8 @@ class Repository:
     """The files of one model, wherever they are.
 
     Args:
-        name: an embedded model, a short name, a folder, a cache folder ``models--ORG--NAME``, or a hub id.
+        name: an embedded model, a short name, a folder, a cache folder ``models--ORG--NAME``, or a hub id; the other
+            two may stand behind it, as `with_options` writes them.
         revision: of a repository on the hub: a branch, a tag or a commit.
         variant: of the weight files, for example "fp16"; None: the plain ones, or the only others.
 
@@ -170,7 +171,9 @@ class Repository:
     def __init__(
         self, name: str | os.PathLike[str], *, revision: str | None = None, variant: str | None = None
     ) -> None:
-        self.name, self.revision, self.variant = expand(name), revision, variant
+        self.name, behind = split_options(expand(name))
+        self.revision, self.variant = revision or behind.get("revision"), variant or behind.get("variant")
+        revision = self.revision
         folder = MODELS / self.name if self.name in EMBEDDED else Path(self.name)
         self.folder: Path | None = None
         self.ids: tuple[str, ...] = ()
@@ -269,12 +272,25 @@ class Repository:
             BackboneError: the component has no weights that can be read, or not in this variant.
         """
         names = [file.removeprefix(f"{part}/") for file in self.files if file.startswith(f"{part}/")]
-        matches = {name: match for name in names if (match := _WEIGHTS.fullmatch(name))}
-        variants = {name: match["v"] or match["w"] for name, match in matches.items()}
-        variant = self._variant(part, set(variants.values()), need)
+        variants = self._variants(part)
+        variant = self._chosen(part, set(variants.values()), need)
         wanted = [f"{part}/{name}" for name, of in variants.items() if of == variant]
         wanted += [f"{part}/{name}" for name in names if name.endswith((".json", ".txt", ".model"))]
         return self.fetch(wanted), variant
+
+    def check_variant(self, part: str) -> None:
+        """Refuse a variant that was asked for and that a component does not have; nothing is fetched.
+
+        Raises:
+            BackboneError: naming those that there are.
+        """
+        if self.variant is not None:
+            self._chosen(part, set(self._variants(part).values()), need=True)
+
+    def _variants(self, part: str) -> dict[str, str | None]:
+        """The weight files of a component, each with its variant."""
+        names = (file.removeprefix(f"{part}/") for file in self.files if file.startswith(f"{part}/"))
+        return {name: match["v"] or match["w"] for name in names if (match := _WEIGHTS.fullmatch(name))}
 
     def refuse_pickles(self, part: str) -> None:
         """Refuse a component, or the model itself where `part` is empty, whose weights are pickles alone.
@@ -306,7 +322,7 @@ class Repository:
                 names |= set(opened.keys())
         return names
 
-    def _variant(self, part: str, variants: set[str | None], need: bool) -> str | None:
+    def _chosen(self, part: str, variants: set[str | None], need: bool) -> str | None:
         if not variants:
             self.refuse_pickles(part)
             raise BackboneError(f"{self.label}: {part} has no weights (*.safetensors)")

@@ -101,11 +101,10 @@ class Export(BackboneOptions):
             from diffrep.heads.dense import export_head
             from diffrep.heads.loading import load_head
 
-            if self.taps is not None or chosen or self.named(""):
-                raise ValueError(
-                    "--head goes without --taps, --timestep, --prompt, --seed, --lora, --variant and --revision"
-                )
-            difference = export_head(load_head(self.model), self.output, size=self.size, batch_size=self.batch_size)
+            if self.taps is not None or chosen or self.lora:
+                raise ValueError("--head goes without --taps, --timestep, --prompt, --seed and --lora")
+            head = load_head(self.model, variant=self.variant, revision=self.revision)
+            difference = export_head(head, self.output, size=self.size, batch_size=self.batch_size)
         else:
             backbone = load_backbone(self.named(self.model))
             if chosen and backbone.denoises is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, Command, DeviceOptions, PrecisionOptions, numbers
+from diffrep.commands.options import BackboneOptions, Command, DeviceOptions, PrecisionOptions, numbers, refuse_failed
 from diffrep.features import ExtractConfig
 from diffrep.files import DRAWING, check_writable, printable, write_image
 from diffrep.images import Sizing
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from diffrep.index import Hit
+    from diffrep.store import Extracted
 
 _BATCH = 32  # images or noise draws that go through the network together; halved where memory runs out
 
@@ -58,6 +60,7 @@ class Extract(BackboneOptions, PrecisionOptions):
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
         device, dtype = self.resolved()
+        new = not self.output.exists()
         done = extract_store(
             self.images,
             self.output,
@@ -73,13 +76,29 @@ class Extract(BackboneOptions, PrecisionOptions):
         note_embedded(self.backbone, "features")
         if self.json:
             print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}, indent=2))
-            return
-        for note in done.notes:
-            print(printable(note))
-        for name, reason in done.quarantined:
-            print(f"quarantined {printable(name)}: {reason}")
-        rate = f" ({done.images / done.seconds:.1f} a second)" if done.images else ""
-        print(f"wrote {done.folder}: {done.images:,} images{rate}, {done.before:,} were there already")
+        else:
+            for note in done.notes:
+                print(printable(note))
+            rate = f" ({done.images / done.seconds:.1f} a second)" if done.images else ""
+            if done.images or done.before:
+                print(f"wrote {done.folder}: {done.images:,} images{rate}, {done.before:,} were there already")
+        if new and not done.images and not done.before:
+            shutil.rmtree(done.folder)
+        refuse_quarantined(done)
+
+
+def refuse_quarantined(done: Extracted) -> None:
+    """End a command some of whose images could not be used; the store keeps their names, and the others.
+
+    Raises:
+        ValueError: one of this run could not be used, or none of any run.
+    """
+    failed = [f"{printable(name)}: {reason}" for name, reason in done.quarantined]
+    for line in failed if len(failed) > 3 else ():
+        print(f"left out {line}", file=sys.stderr)
+    refuse_failed(failed, done.images + len(failed))
+    if not done.images and not done.before:
+        raise ValueError(f"{printable(done.folder)}: no image of it can be used; its records say why")
 
 
 # -- `diffrep index`: make the features of stores searchable -------------------------------------------------
@@ -238,5 +257,4 @@ class Search(BackboneOptions, QuestionOptions):
         )
         note_embedded(self.backbone, "search")
         self.answer(picture, searched.hits, question, {"folder": str(self.folder), "image": str(self.image)})
-        for name, reason in searched.extracted.quarantined:
-            print(f"left out {printable(name)}: {reason}", file=sys.stderr)
+        refuse_quarantined(searched.extracted)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.options import Command, ReportOptions
+from diffrep.commands.options import Command, ReportOptions, training_output
 from diffrep.commands.train import half
 from diffrep.files import replace_folder
 from diffrep.scenes import SceneSet, render_set
@@ -35,7 +35,7 @@ class TrainFewStep(Command):
 
     def run(self) -> None:
         check_options(self, count="1..")
-        output = self.output or self.work / "model"
+        output = training_output(self.work, self.output)
         scenes = SceneSet(self.scenes) if self.scenes else render_set(self.work / "scenes", "train", self.count)
         model = train_few_step(self.training, ScenePatches(scenes, count=self.count), self.work / "run")
         replace_folder(output, half(model.to("cpu")).save)

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
+from diffrep.commands.options import refuse_failed
 from diffrep.files import is_written_by_diffrep, printable, sweep_partials, write_document, write_image
 from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
 from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
@@ -165,20 +166,6 @@ def map_endings(kind: str, formats: Sequence[str], *, show: bool = True) -> list
     """The endings of the files that `write_map` writes of every image."""
     endings = [f"{kind}{WRITERS[name][0]}" for name in formats]
     return [*endings, *([f"{kind}_preview.png"] if show else []), f"{kind}.json"]
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse an output folder before any work is done for it.
-
-    Raises:
-        ValueError: it is a file.
-        OSError: it cannot be written to.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; the maps go into a folder")
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise OSError(f"{folder}: the folder {place} cannot be written to")
 
 
 # -- the run ------------------------------------------------------------------------------------------------
@@ -380,10 +367,7 @@ class ImageRun:
             self.bar.update()
 
     def check(self) -> None:
-        if self.failed:
-            more = f"; and {len(self.failed) - 3} more, named above" if len(self.failed) > 3 else ""
-            count = "" if self.count == 1 else f"{len(self.failed)} of {self.count} {self.unit}s failed: "
-            raise ValueError(f"{count}{'; '.join(self.failed[:3])}{more}")
+        refuse_failed(self.failed, self.count, self.unit)
 
 
 def print_files(model: str, about: str, done: Sequence[Mapping[str, Any]], output: Path, *, as_json: bool) -> None:

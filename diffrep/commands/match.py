@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from diffrep.commands.options import BackboneOptions, PrecisionOptions, numbers
-from diffrep.files import DRAWING, check_writable, one_line, write_image
+from diffrep.files import DRAWING, check_folder, check_writable, one_line, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
 
@@ -106,7 +106,7 @@ class Match(BackboneOptions, PrecisionOptions):
 
     def _run_pairs(self, table: Path) -> None:
         """Match the pairs of a table; what fails is named on stderr, skipped and counted."""
-        from diffrep.commands.image_runs import ImageRun, check_folder
+        from diffrep.commands.image_runs import ImageRun
         from diffrep.fusion import fuse
         from diffrep.images import load_image
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 import tyro
 
 from diffrep.commands.parsing import Command
-from diffrep.files import check_writable, write_whole
+from diffrep.files import check_folder, check_replaceable, check_writable, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,11 @@ __all__ = [
     "DeviceOptions",
     "PrecisionOptions",
     "ReportOptions",
+    "WeightOptions",
     "numbers",
+    "refuse_failed",
     "refuse_unused",
+    "training_output",
 ]
 
 
@@ -53,12 +56,18 @@ class PrecisionOptions(DeviceOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackboneOptions(Command):
+class WeightOptions(Command):
+    """Which files of a model are loaded."""
+
+    variant: str | None = None  # of its weight files, for example fp16, where there are several
+    revision: str | None = None  # of a model on the hub: branch, tag or commit
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneOptions(WeightOptions):
     """What a backbone is loaded with."""
 
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # LoRA file to add to its weights, FILE or FILE:SCALE
-    variant: str | None = None  # of its weight files, for example fp16, where there are several
-    revision: str | None = None  # of a model on the hub: branch, tag or commit
 
     def named(self, backbone: str) -> str:
         """The backbone's name with these options, for `load_backbone`."""
@@ -133,6 +142,34 @@ class ReportOptions(Command):
         if self.output is not None:
             write_whole(self.output, report.to_json() + "\n")
         print(report.to_json() if self.json else report.table())
+
+
+def training_output(work: Path, output: Path | None, name: str = "model") -> Path:
+    """Where a training's result goes, WORK/NAME where no output is named, after both folders have been checked.
+
+    Raises:
+        ValueError, OSError: one is a file, cannot be written to, or holds what must not be replaced.
+    """
+    output = output or work / name
+    check_folder(work)
+    check_replaceable(output)
+    return output
+
+
+def refuse_failed(failed: Sequence[str], count: int, unit: str = "image") -> None:
+    """End a command in which some of many inputs failed, after all that is left has been done.
+
+    Args:
+        failed: what failed and why, each in one line.
+        count: of all inputs.
+
+    Raises:
+        ValueError: one failed; the message names the first three.
+    """
+    if failed:
+        more = f"; and {len(failed) - 3} more, named above" if len(failed) > 3 else ""
+        share = "" if count == 1 else f"{len(failed)} of {count} {unit}s failed: "
+        raise ValueError(f"{share}{'; '.join(failed[:3])}{more}")
 
 
 def refuse_unused(typed: frozenset[str], benchmark: str, unused: Mapping[str, frozenset[str]]) -> None:

@@ -16,7 +16,6 @@ from PIL import Image
 from diffrep.commands.image_runs import (
     Input,
     Item,
-    check_folder,
     find_inputs,
     map_endings,
     print_files,
@@ -24,8 +23,16 @@ from diffrep.commands.image_runs import (
     write_map,
     write_predicted_video,
 )
-from diffrep.commands.options import PrecisionOptions, numbers
-from diffrep.files import check_writable, printable, read_document, write_document, write_image, write_whole
+from diffrep.commands.options import PrecisionOptions, WeightOptions, numbers
+from diffrep.files import (
+    check_folder,
+    check_writable,
+    printable,
+    read_document,
+    write_document,
+    write_image,
+    write_whole,
+)
 from diffrep.heads.completion import CompletionConfig, complete_depth, fill_holes
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
@@ -41,7 +48,7 @@ _PLY = {"intrinsics", "field_of_view", "normals_model", "nearest", "farthest", "
 
 
 @dataclass(frozen=True)
-class ImageCommand(PrecisionOptions):
+class ImageCommand(WeightOptions, PrecisionOptions):
     """What the commands share that predict something of images."""
 
     JOB: ClassVar[Job]
@@ -82,6 +89,7 @@ class ImageCommand(PrecisionOptions):
     def load(self, **options: Any) -> Any:
         """The head that `model` names; says once where it is a small one of ours."""
         device, dtype = self.resolved()
+        options |= {"variant": self.variant, "revision": self.revision}
         head = load_head(self.model, device=device, dtype=dtype, **options)
         note_embedded(self.model, self.JOB)
         return head

@@ -16,10 +16,10 @@ import tyro
 from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.commands.image_runs import Item, check_folder, find_inputs, run_images, write_beside, write_map
+from diffrep.commands.image_runs import Item, find_inputs, run_images, write_beside, write_map
 from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
 from diffrep.features import ExtractConfig
-from diffrep.files import DRAWING, check_writable, write_image, write_whole
+from diffrep.files import DRAWING, check_folder, check_writable, write_image, write_whole
 from diffrep.heads.probes import (
     Cell,
     FeedbackSettings,

@@ -109,7 +109,9 @@ class Likelihood(PrecisionOptions):
     def run(self) -> None:
         import csv
         import io
+        import sys
 
+        from diffrep.commands.image_runs import ImageRun
         from diffrep.eval.likelihood import image_likelihood
         from diffrep.files import printable, write_whole
         from diffrep.images import find_images
@@ -118,19 +120,25 @@ class Likelihood(PrecisionOptions):
         if not 0 < self.tolerance < 1 or self.probes < 1 or (self.size is not None and self.size < 1):
             raise ValueError("tolerance must be between 0 and 1, probes and size at least 1")
         files = find_images(self.images)
+        run = ImageRun(len(files), "likelihood")
         device, dtype = self.resolved()
         bits = image_likelihood(
             files, self.backbone, prompt=self.prompt, label=self.label, size=self.size, tolerance=self.tolerance,
             probes=self.probes, seed=self.seed, device=device, dtype=dtype,
+            skip=lambda file, error: run.fail(str(file), error),
         )  # fmt: skip
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["image", "bits_per_dimension"])
-        for file, value in zip(files, bits, strict=True):
-            table.writerow([printable(file), f"{value:.5f}"])
-            print(f"{value:9.4f}  {printable(file)}")
-        write_whole(self.output, text.getvalue())
-        print(f"wrote {self.output}")
+        with run.bar:
+            for file, value in bits:
+                table.writerow([printable(file), f"{value:.5f}"])
+                run.bar.write(f"{value:9.4f}  {printable(file)}", file=sys.stdout)
+                run.bar.update()
+        if len(run.failed) < len(files):
+            write_whole(self.output, text.getvalue())
+            print(f"wrote {self.output}")
+        run.check()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from diffrep.commands.options import Command, DeviceOptions
+from diffrep.commands.options import Command, DeviceOptions, training_output
 from diffrep.files import replace_folder
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
@@ -50,6 +50,8 @@ class TrainTiny(Command):
     def run(self) -> None:
         check_options(self, workers="1..", threads="1..", scenes="1..")
         output = self.output or self.work / "models"
+        for model in ("tiny", "tiny-dino"):
+            training_output(self.work, output / model)
         if self.smoke:
             config = TinyTraining.smoke(self.work, output)
         else:
@@ -79,7 +81,7 @@ class TrainSynthesis(DeviceOptions):
         return replace(self, training=PUBLISHED) if self.published else self
 
     def run(self) -> None:
-        patches, output = cache(self._patches), self.output or self.work / "model"
+        patches, output = cache(self._patches), training_output(self.work, self.output)
         model = train_synthesis(self.training, patches, self.work / "run", device=self.device)
         write_model(output, model, self.training, patches(), self.work / "run")
         print(f"wrote {output}")
@@ -106,7 +108,7 @@ class TrainPrior(Command):
     training: Annotated[PriorTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=PriorTraining)
 
     def run(self) -> None:
-        output = self.output or self.work / "model"
+        output = training_output(self.work, self.output)
         prior = train_prior(self.training, self._scenes, self.work / "run")
         replace_folder(output, half(prior.to("cpu")).save)
         print(f"wrote {output}")

@@ -12,8 +12,7 @@ import torch
 import tyro
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
-from diffrep.commands.image_runs import check_folder
-from diffrep.commands.options import DeviceOptions
+from diffrep.commands.options import DeviceOptions, training_output
 from diffrep.devices import resolve_device
 from diffrep.eval.scenes import MaskValidation, SceneValidation
 from diffrep.heads.dense import DenseHead
@@ -88,10 +87,7 @@ class HeadTraining(DeviceOptions):
         )  # fmt: skip
         resolve_device(self.device)
         work = self.work or Path("runs") / name
-        output = self.output or work / "head"
-        for folder in (work, output):
-            check_folder(folder)
-        return work, output, load_parts(self.base, pad=False)
+        return work, training_output(work, self.output, "head"), load_parts(self.base, pad=False)
 
     def changed(self, fit: FitSettings, *names: str) -> FitSettings:
         """A training's settings with the options that are named; steps alone decide, unless minutes are named too."""

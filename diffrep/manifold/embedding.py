@@ -39,6 +39,7 @@ from diffrep.manifold.graphs import (
 )
 from diffrep.manifold.heat import finite_distances, knee
 from diffrep.manifold.neighbors import Backend, FeatureSpace, NeighborSearch
+from diffrep.results import summary
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -179,6 +180,18 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **settings})
+
+    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
+        changed = {
+            name: value
+            for name, value in self.get_params(deep=False).items()
+            if not (isinstance(value, type(default := getattr(type(self), name))) and value == default)
+        }
+        parts = [f"{k}={summary(v) if isinstance(v, np.ndarray) else repr(v)}" for k, v in changed.items()]
+        text = f"{type(self).__name__}({', '.join(parts)})"
+        if not hasattr(self, "embedding_"):
+            return text
+        return f"{text}: fitted to {len(self.embedding_):,} points ({self.path_}), embedding {summary(self.embedding_)}"
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

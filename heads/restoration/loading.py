@@ -18,7 +18,7 @@ from diffrep.backbones.repositories import repository
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import one_line, read_weights
 from diffrep.heads.head import HeadError
-from diffrep.heads.head_folders import CONTEXT_FILE, json_of
+from diffrep.heads.head_folders import CONTEXT_FILE, folder_of, json_of
 from diffrep.heads.one_step import Schedule
 from diffrep.heads.restoration.adapters import (
     DegradationEstimator,
@@ -267,8 +267,8 @@ def _estimator(file: Path, *, name: str) -> DegradationEstimator | None:
 
 def _contexts(base: str, family: RestorationFamily, prompt: str | None, *, name: str) -> tuple[Tensor, Tensor | None]:
     """Embeddings of the prompt and, where the family has one, the negative prompt: stored in the base, or encoded."""
-    stored = Path(base) / CONTEXT_FILE
-    if prompt is None and stored.is_file() and not (Path(base) / "text_encoder").is_dir():
+    stored = folder_of(base) / CONTEXT_FILE
+    if prompt is None and stored.is_file() and not (folder_of(base) / "text_encoder").is_dir():
         tensors = read_weights(stored, error=HeadError)[0]
         if "context" not in tensors:
             raise HeadError(f"{stored}: holds {', '.join(sorted(tensors))}, not the prompt's embedding, context")
