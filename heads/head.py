@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -18,6 +18,8 @@ from diffrep.images import ImageLike, load_image
 from diffrep.settings import changed
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     ModelHubMixin: Any = object
 else:
     from huggingface_hub import ModelHubMixin

@@ -278,3 +278,40 @@ def test_no_imports_go_in_a_circle() -> None:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
+
+
+NEWER = {  # module -> names that Python 3.10, the oldest that is supported, does not have
+    "typing": {
+        *("LiteralString", "Never", "NotRequired", "Required", "Self", "TypeVarTuple", "Unpack", "assert_never"),
+        *("assert_type", "dataclass_transform", "override", "reveal_type", "TypeAliasType"),
+    },
+    "enum": {"StrEnum", "ReprEnum", "EnumCheck", "member", "nonmember", "verify"},
+    "datetime": {"UTC"},
+    "itertools": {"batched"},
+    "contextlib": {"chdir"},
+    "hashlib": {"file_digest"},
+    "collections.abc": {"Buffer"},
+    "asyncio": {"TaskGroup", "Runner", "timeout"},
+    "tomllib": {"load", "loads"},
+    "inspect": {"getmembers_static"},
+    "math": {"cbrt", "exp2", "sumprod"},
+    "operator": {"call"},
+}
+
+
+def test_nothing_is_imported_that_the_oldest_python_lacks() -> None:
+    files = [*(file for _, file in sources()), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    late = []
+    for file in files:
+        tree = ast.parse(file.read_text(), feature_version=(3, 10))
+        guards = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+        guards = [g for g in guards if re.search("TYPE_CHECKING|version_info", ast.unparse(g.test))]
+        apart = {id(inner) for guard in guards for node in guard.body for inner in ast.walk(node)}
+        for node in ast.walk(tree):
+            if id(node) in apart:
+                continue
+            if isinstance(node, ast.ImportFrom):
+                late += [(file.name, a.name) for a in node.names if a.name in NEWER.get(node.module or "", ())]
+            if isinstance(node, ast.Attribute) and node.attr in NEWER.get(ast.unparse(node.value), ()):
+                late.append((file.name, ast.unparse(node)))
+    assert not late

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeAlias, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from diffrep.images import ImageLike, Placement, fit_image, load_image
 from diffrep.results import Result
 from diffrep.settings import check
 from diffrep.store.manifest import difference, extract_config, provenance, weights_sha256
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FORMAT, VERSION = "diffrep-probe", 2
 ABOUT, WEIGHTS = "probe.json", "probe.safetensors"
