@@ -292,7 +292,6 @@ NEWER = {  # module -> names that Python 3.10, the oldest that is supported, doe
     "hashlib": {"file_digest"},
     "collections.abc": {"Buffer"},
     "asyncio": {"TaskGroup", "Runner", "timeout"},
-    "tomllib": {"load", "loads"},
     "inspect": {"getmembers_static"},
     "math": {"cbrt", "exp2", "sumprod"},
     "operator": {"call"},

@@ -182,16 +182,12 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         return cls(**{**PRESETS[name], **settings})
 
     def __repr__(self, N_CHAR_MAX: int = 700) -> str:
-        changed = {
-            name: value
-            for name, value in self.get_params(deep=False).items()
-            if not (isinstance(value, type(default := getattr(type(self), name))) and value == default)
-        }
-        parts = [f"{k}={summary(v) if isinstance(v, np.ndarray) else repr(v)}" for k, v in changed.items()]
-        text = f"{type(self).__name__}({', '.join(parts)})"
-        if not hasattr(self, "embedding_"):
-            return text
-        return f"{text}: fitted to {len(self.embedding_):,} points ({self.path_}), embedding {summary(self.embedding_)}"
+        usual, settings = type(self), self.get_params(deep=False).items()
+        words = {name: summary(value) if isinstance(value, np.ndarray) else repr(value) for name, value in settings}
+        text = ", ".join(f"{name}={word}" for name, word in words.items() if word != repr(getattr(usual, name)))
+        map_ = getattr(self, "embedding_", None)
+        fitted = "" if map_ is None else f": fitted to {len(map_):,} points ({self.path_}), embedding {summary(map_)}"
+        return f"{usual.__name__}({text}){fitted}"
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
