@@ -211,11 +211,8 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
         self._space: FeatureSpace | None = None
         self._original = self._copy_of = np.arange(X.shape[0])
-        if self.metric in ("precomputed", "affinity"):
-            places: NeighborSearch | Array | None = self._from_matrix(X)
-        else:
-            places = self._from_features(X)
-        self._join_components(places)
+        matrix = self.metric in ("precomputed", "affinity")
+        self._join_components(self._from_matrix(X) if matrix else self._from_features(X))
         n = self.affinity_.shape[0]
         count = self._landmark_count(n)
         landmarks = None if count is None else choose_landmarks(self.affinity_, count, rng)
