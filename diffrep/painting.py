@@ -235,7 +235,7 @@ def sample(
     guidance: float | None = None,
     negative: str = "",
     size: tuple[int, int] | None = None,
-    spacing: str = "trailing",
+    spacing: str | None = None,
     timesteps: Sequence[float] | Candidate | str | Path | None = None,
     inherit: int = 1,
     branch: int = 0,
@@ -258,7 +258,7 @@ def sample(
         steps: how many.
         seed: of the first noise and of what steps add; a sample does not depend on its batch.
         size: (H, W) of the images; as the model was trained where left out.
-        spacing: where the timesteps lie, one of `GRIDS`.
+        spacing: where the timesteps lie, one of `GRIDS`; as the sampler wants them where left out.
         timesteps: these instead; or what a search found, with its orders and skipped units: a `Candidate` or its file.
         inherit, branch, depths, threshold: steps that run a part of the network, see `PartialNetwork`; inheritance
             distorts below about 50 steps.

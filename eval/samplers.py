@@ -230,7 +230,7 @@ def _usual(model: DiffusionModel) -> Sequence[str]:
 
 def _adds_noise(name: str) -> bool:
     options = SAMPLERS[name].options
-    return bool(options.get("eta") or options.get("noisy"))
+    return name == "lcm" or bool(options.get("eta") or options.get("noisy"))
 
 
 def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Samples:

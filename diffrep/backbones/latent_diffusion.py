@@ -5,12 +5,14 @@ The U-Net runs up to the deepest tap only, and the keys and values of cross-atte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.backbones.base import BackboneError, Conditions, Recommended
@@ -21,6 +23,14 @@ from diffrep.backbones.unet import cross_attentions, folded_upsampling, reading_
 from diffrep.images import Sizing
 
 AESTHETIC_SCORE = 6.0  # as SDXL's refiner is used for positive prompts
+
+
+def guidance_embedding(w: Tensor, dim: int) -> Tensor:
+    """Guidance scales minus one, (B,), as a U-Net with ``time_cond_proj_dim`` is told them (LCM): (B, dim) float32."""
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    phases = (w.float() * 1000)[:, None] * frequencies.to(w.device)
+    return F.pad(torch.cat([phases.sin(), phases.cos()], 1), (0, dim % 2))
 
 
 class LatentDiffusion(LatentBackbone):
@@ -50,6 +60,9 @@ class LatentDiffusion(LatentBackbone):
     ) -> None:
         super().__init__(unet, vae, alphas_cumprod, text, name=name, source=source)
         self.predicts = predicts
+        self.guided = bool(
+            getattr(unet.config, "time_cond_proj_dim", None)
+        )  # it is told the scale of guidance, as whole LCMs are
         self._taps = unet_taps(unet, self.stride)
         self._constants: dict[str, tuple[Tensor, dict[Any, Tensor]]] = {}
         default_tap = "up.1" if "up.1" in self._taps else "mid"
@@ -198,22 +211,26 @@ class LatentDiffusion(LatentBackbone):
         clean = (latents - noise * (1 - now) ** 0.5) / now**0.5
         return then**0.5 * clean + (1 - then) ** 0.5 * noise, clean
 
-    def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
+    def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any], *, guidance: float = 7.5) -> Tensor:
         embeddings = [self.embed(prompt) for prompt in conditions]
         context = torch.cat([e.context for e in embeddings]).to(self.device, self.dtype)
         pools = [e.pooled for e in embeddings if e.pooled is not None]
         added = self._added_conditions(torch.cat(pools) if pools else None, len(states), states.shape[-2:])
+        told = list(added.values())
+        if self.guided:
+            scales = torch.full((len(states),), guidance - 1.0)
+            told.append(guidance_embedding(scales, self.network.config.time_cond_proj_dim).to(self.device, self.dtype))
 
-        def run(noisy: Tensor, step: Tensor, context: Tensor, *conditioning: Tensor) -> Tensor:
-            named = {"added_cond_kwargs": dict(zip(added, conditioning, strict=True))} if added else {}
+        def run(noisy: Tensor, step: Tensor, context: Tensor, *told: Tensor) -> Tensor:
+            named: dict[str, Any] = {"added_cond_kwargs": dict(zip(added, told, strict=False))} if added else {}
+            if self.guided:
+                named["timestep_cond"] = told[-1]
             with fused_blocks(self.network):
                 output: Tensor = self.network(noisy, step, encoder_hidden_states=context, **named).sample
             return output
 
         step = torch.full((1,), timestep, device=self.device)
-        predicted: Tensor = self.graphs(
-            "predicted", run, states.to(self.device, self.dtype), step, context, *added.values()
-        )
+        predicted: Tensor = self.graphs("predicted", run, states.to(self.device, self.dtype), step, context, *told)
         return predicted
 
     def _added_conditions(self, pooled: Tensor | None, batch: int, size: Sequence[int]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""``diffrep search-schedule`` and ``diffrep likelihood``: a model's best timesteps, and how likely it finds images."""
+"""``diffrep sample|search-schedule|likelihood``: images of prompts, a model's best timesteps, how likely it finds images."""
 
 from __future__ import annotations
 
@@ -8,9 +8,51 @@ from typing import Annotated
 
 import tyro
 
-from diffrep.commands.options import Command, PrecisionOptions
+from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
 from diffrep.files import check_writable
 from diffrep.training.fokker_planck import PotentialTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(BackboneOptions, PrecisionOptions):
+    """Paint images of prompts side by side, with any model and any sampler.
+
+    For example, in four steps: diffrep sample "a red fox" --model sd1.5 --lora lcm-lora-sdv1-5.safetensors --sampler
+    lcm --steps 4. A model that was distilled as a whole (LCM) needs no --lora.
+    """
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # one image of each; none: of the empty prompt
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sample.png")  # the picture
+    model: str = "tiny"  # a diffusion model: embedded, short name, folder, file or hub id
+    label: int | None = None  # of a class-conditional ADM or DiT
+    sampler: str = "unipc"  # one of diffrep.sampling's, such as unipc, dpm++, ddim, lcm
+    steps: int = 20
+    guidance: float | None = None  # the model's own where left out, with lcm none; 1: none
+    negative: str = ""  # prompt that is guided away from
+    size: tuple[int, int] | None = None  # height and width in pixels; as the model was trained where left out
+    spacing: str | None = None  # where the timesteps lie; as the sampler wants them where left out
+    schedule: Path | None = None  # what `diffrep search-schedule` wrote, in place of steps and spacing
+    seed: int = 0  # of all noise
+
+    def run(self) -> None:
+        from diffrep.backbones import load_backbone
+        from diffrep.painting import sample
+
+        check_writable(self.output, (".png", ".jpg", ".webp"))
+        if self.prompt and self.label is not None:
+            raise ValueError("prompts and --label are conditions of two kinds of models: give one")
+        if self.schedule and {"steps", "spacing"} & self.typed:
+            raise ValueError("--schedule says the steps: leave --steps and --spacing out")
+        device, dtype = self.resolved()
+        backbone = load_backbone(self.named(self.model), decoder=True, device=device, dtype=dtype)
+        guidance = 1.0 if self.guidance is None and self.sampler == "lcm" and not backbone.guided else self.guidance
+        painted = sample(
+            backbone, self.prompt or self.label, sampler=self.sampler, steps=self.steps,
+            seed=self.seed, guidance=guidance, negative=self.negative, size=self.size, spacing=self.spacing,
+            timesteps=self.schedule,
+        )  # fmt: skip
+        painted.save(self.output)
+        print(f"{painted.calls} calls of the network for an image; wrote {self.output}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +181,29 @@ class Likelihood(PrecisionOptions):
             write_whole(self.output, text.getvalue())
             print(f"wrote {self.output}")
         run.check()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewStep(ReportOptions):
+    """Paint the same patches with a teacher in 20, 4, 2 and 1 steps and with distilled models in 4, 2 and 1.
+
+    For example: diffrep eval fewstep runs/fewstep/model
+    """
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # folders of `diffrep train fewstep`
+    teacher: str = "tiny-synthesis"  # embedded model or folder
+    patches: int = 256  # painted by each
+    seed: int = 0
+
+    def run(self) -> None:
+        from diffrep.eval.few_step import compare_few_step
+        from diffrep.settings import check_options
+        from diffrep.synthesis import load_synthesis
+
+        check_options(self, patches="2..", seed="[0, 2^20)")
+        self.check_output()
+        students = {Path(name).name: load_synthesis(name) for name in self.models}
+        self.show(compare_few_step(load_synthesis(self.teacher), students, patches=self.patches, seed=self.seed))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""``diffrep train tiny|synthesis|prior``: the embedded backbones again, painters of your own."""
+"""``diffrep train tiny|synthesis|fewstep|prior``: the embedded backbones again, painters of your own."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
 from diffrep.settings import check_options
 from diffrep.synthesis import SynthesisModel
+from diffrep.training.consistency import FewStepTraining, train_few_step
 from diffrep.training.patches import ImagePatches, Patches, ScenePatches
 from diffrep.training.prior import PriorTraining, train_prior
 from diffrep.training.synthesis import PUBLISHED, SynthesisTraining, train_synthesis
@@ -91,8 +92,32 @@ class TrainSynthesis(DeviceOptions):
             if self.scenes is not None:
                 raise ValueError("--images and --scenes are two sources of patches: give one")
             return ImagePatches(tuple(find_images(self.images)), self.sides)
-        scenes = SceneSet(self.scenes) if self.scenes else render_set(self.work / "scenes", "train", self.count)
+        scenes = _scenes(self.scenes, self.work, self.count)
         return ScenePatches(scenes, self.sides or ScenePatches.sides, self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFewStep(DeviceOptions):
+    """Distil a synthesis model so that it paints in one to four steps, without guidance.
+
+    Latent consistency distillation; with `--eta` above 0 the teacher's steps are random (SCott), with
+    `--method guidance` only its guidance is distilled. Paint with the result: diffrep synthesize --model FOLDER
+    --scheduler lcm --steps 2. Called again with the same work folder it goes on where it was.
+    """
+
+    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
+    count: int = 8000  # scenes that patches are cut from
+    work: Path = Path("runs/fewstep")  # encoded patches, checkpoints and log
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    training: Annotated[FewStepTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=FewStepTraining)
+
+    def run(self) -> None:
+        check_options(self, count="1..")
+        output = training_output(self.work, self.output)
+        patches = ScenePatches(_scenes(self.scenes, self.work, self.count), count=self.count)
+        model = train_few_step(self.training, patches, self.work / "run", device=self.device)
+        replace_folder(output, half(model.to("cpu")).save)
+        print(f"wrote {output}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,14 +134,14 @@ class TrainPrior(Command):
 
     def run(self) -> None:
         output = training_output(self.work, self.output)
-        prior = train_prior(self.training, self._scenes, self.work / "run")
+        scenes = partial(_scenes, self.scenes, self.work, self.training.count)
+        prior = train_prior(self.training, scenes, self.work / "run")
         replace_folder(output, half(prior.to("cpu")).save)
         print(f"wrote {output}")
 
-    def _scenes(self) -> SceneSet:
-        if self.scenes is not None:
-            return SceneSet(self.scenes)
-        return render_set(self.work / "scenes", "train", self.training.count)
+
+def _scenes(folder: Path | None, work: Path, count: int) -> SceneSet:
+    return SceneSet(folder) if folder else render_set(work / "scenes", "train", count)
 
 
 def write_model(output: Path, model: SynthesisModel, training: SynthesisTraining, patches: Patches, run: Path) -> None:

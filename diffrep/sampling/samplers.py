@@ -28,6 +28,7 @@ class Sampler:
     options: Mapping[str, Any]  # what `build` takes, with the defaults of this name
     flow: bool = True  # it works on rectified flows, whose first time has no signal
     faint: bool = True  # it works where there is almost none; one that does not extrapolates x / alpha
+    spacing: str = "trailing"  # where its timesteps lie unless said
 
 
 def _plain(builder: Builder, **fixed: Any) -> Builder:
@@ -71,11 +72,18 @@ SAMPLERS: dict[str, Sampler] = {
     "evodiff": Sampler(
         _plain(solvers.evodiff), "weights from the predictions; whole images", {}, flow=False, faint=False
     ),
+    "lcm": Sampler(
+        _plain(solvers.consistency),
+        "for models and LoRAs distilled by LCM; 1 to 8 steps",
+        {},
+        flow=False,
+        spacing="lcm",
+    ),
 }
 
 
 def build_table(
-    name: str, schedule: NoiseSchedule, steps: int, *, spacing: str = "trailing",
+    name: str, schedule: NoiseSchedule, steps: int, *, spacing: str | None = None,
     timesteps: Sequence[float] | None = None, **options: Any,
 ) -> SolverTable:  # fmt: skip
     """The table of a sampler on a grid that ends without noise.
@@ -83,7 +91,7 @@ def build_table(
     Args:
         name: of `SAMPLERS`.
         steps: how many.
-        spacing: one of `GRIDS`; flows have even steps, shifted as the schedule says.
+        spacing: one of `GRIDS`, the sampler's where None; flows have even steps, shifted as the schedule says.
         timesteps: what the network is called with instead, falling; of a search, for example. Of flows 1000 sigma.
         options: of the sampler, in place of those in `SAMPLERS`.
 
@@ -99,7 +107,7 @@ def build_table(
     if flow and not sampler.flow:
         works = ", ".join(key for key, value in SAMPLERS.items() if value.flow)
         raise SamplingError(f"{name} does not work on rectified flows, which start without signal; take one of {works}")
-    grid = sampling_grid(schedule, steps, spacing, timesteps)
+    grid = sampling_grid(schedule, steps, spacing or sampler.spacing, timesteps)
     if not sampler.faint and grid.rho[0] > FAINT:
         raise SamplingError(
             f"{name} diverges where a schedule begins almost without signal (sigma / alpha {grid.rho[0]:.0f} at"
@@ -166,7 +174,7 @@ class TableScheduler:
     init_noise_sigma = 1.0
 
     def __init__(
-        self, sampler: str = "unipc", *, config: Mapping[str, Any], spacing: str = "trailing",
+        self, sampler: str = "unipc", *, config: Mapping[str, Any], spacing: str | None = None,
         timesteps: Sequence[float] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.sampler, self.spacing, self.options = sampler, spacing, options

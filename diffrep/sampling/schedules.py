@@ -264,7 +264,7 @@ FEW_STEP_GRIDS = {  # by their steps; tuned for first order, that of 8 for DPM-S
     grid.steps: grid
     for grid in (FewStepGrid(4, 8, 5, 5), FewStepGrid(5, 8, 5, 6), FewStepGrid(6, 8, 5, 6), FewStepGrid(8, 12, 7, 9))
 }
-GRIDS = ("trailing", "leading", "linspace", "few-step", *SPACINGS)  # where the timesteps of a table lie
+GRIDS = ("trailing", "leading", "linspace", "few-step", "lcm", *SPACINGS)  # where the timesteps of a table lie
 
 
 def table_times(schedule: TableVP, steps: int, spacing: str = "trailing") -> Array:
@@ -284,6 +284,8 @@ def table_times(schedule: TableVP, steps: int, spacing: str = "trailing") -> Arr
         "trailing": lambda: np.arange(total, 0, -total / steps).round() - 1,
         "leading": lambda: np.arange(steps, dtype=np.float64)[::-1] * (total // steps),
         "linspace": lambda: np.linspace(0, total - 1, steps)[::-1].round(),
+        # of the 50 steps that a latent consistency model was distilled on
+        "lcm": lambda: total // 50 * (50 - np.floor(np.linspace(0, 50, steps, endpoint=False))) - 1,
     }
     times: Array = even[spacing]() if spacing in even else spaced_times(schedule, spacing, steps)[:-1].round()
     if (doubled := times[1:][np.diff(times) == 0]).size:

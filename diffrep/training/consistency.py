@@ -2,65 +2,33 @@
 
 Latent consistency models (arXiv 2310.04378) and their LoRA form (2311.05556); with noise in the teacher's step the
 solver of SCott (2403.01505); the first stage of "On distillation of guided diffusion models" (2210.03142). BOOT
-(2306.05544) is left out: the weight and the form of its step are not known with certainty.
+(2306.05544) is left out: of its loss neither the weight nor the form of the step is certain, and there is no code.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.backbones.latent_diffusion import guidance_embedding
 from diffrep.devices import resolve_device
 from diffrep.files import claim_folder
+from diffrep.sampling.core import PREDICTIONS
+from diffrep.sampling.solvers import boundary
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.synthesis import SynthesisModel, load_synthesis
 from diffrep.synthesis.grids import ImageEncoder
 from diffrep.training.loop import Batch, FitSettings, fit
 from diffrep.training.patches import Patches, encode_patches
 
-SIGMA_DATA, TIMESTEP_SCALE = 0.5, 10.0
 Network: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""(latents, timesteps (B,), context, guidance scales (B,) or None) -> the raw output."""
-Predicts: TypeAlias = Literal["epsilon", "v_prediction", "sample"]
-
-
-def boundary(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of f = c_skip z + c_out x0, which is the identity at timestep 0."""
-    scaled = TIMESTEP_SCALE * timesteps
-    total = scaled**2 + SIGMA_DATA**2
-    return SIGMA_DATA**2 / total, scaled / total**0.5
-
-
-def guidance_embedding(w: Tensor, dim: int) -> Tensor:
-    """Guidance scales (B,) as a U-Net with ``time_cond_proj_dim`` takes them, (B, dim) float32."""
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
-    phases = (w.float() * 1000)[:, None] * frequencies.to(w.device)
-    return F.pad(torch.cat([phases.sin(), phases.cos()], 1), (0, dim % 2))
-
-
-@dataclass(frozen=True)
-class DdimTable:
-    """The timesteps of N evenly spaced DDIM steps, (N,), and the signal (alphas_cumprod) at them and before them."""
-
-    timesteps: Tensor
-    alphas: Tensor
-    before: Tensor
-
-    @classmethod
-    def of(cls, alphas_cumprod: Tensor, steps: int) -> DdimTable:
-        """Of a schedule (T,)."""
-        timesteps = (torch.arange(1, steps + 1) * (len(alphas_cumprod) // steps)).round().long() - 1
-        alphas = alphas_cumprod[timesteps.to(alphas_cumprod.device)]
-        return cls(timesteps, alphas, torch.cat([alphas_cumprod[:1], alphas[:-1]]))
+"""(latents, timesteps (B,), context, guidance scales minus one (B,) or None) -> the raw output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,38 +52,32 @@ class Distillation:
 
 @dataclass(frozen=True)
 class DiffusionPath:
-    """A noise schedule (T,) and what the network predicts on it."""
+    """A noise schedule (T,), and what the network predicts on it: a name of `PREDICTIONS`."""
 
     alphas_cumprod: Tensor
-    predicts: Predicts
+    predicts: str
+
+    def teacher_steps(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(count,) each: timesteps of even DDIM steps, the signal (alphas_cumprod) at them and one step before."""
+        timesteps = torch.arange(1, count + 1) * (len(self.alphas_cumprod) // count) - 1
+        alphas = self.alphas_cumprod[timesteps.to(self.alphas_cumprod.device)]
+        return timesteps, alphas, torch.cat([self.alphas_cumprod[:1], alphas[:-1]])
 
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of signal and noise, (B, 1, 1, 1)."""
         alphas = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         return alphas.sqrt(), (1 - alphas).sqrt()
 
-    def clean(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """x0."""
-        signal, spread = self.levels(timesteps)
-        if self.predicts == "sample":
-            return output
-        return (noisy - spread * output) / signal if self.predicts == "epsilon" else signal * noisy - spread * output
-
-    def noise(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-        """The noise in z_t."""
-        signal, spread = self.levels(timesteps)
-        if self.predicts == "epsilon":
-            return output
-        if self.predicts == "v_prediction":
-            return spread * noisy + signal * output
-        return (noisy - signal * output) / spread
+    def forms(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise in z_t and x0."""
+        return PREDICTIONS[self.predicts](output, noisy, *self.levels(timesteps))  # type: ignore[arg-type]
 
     def consistent(
         self, network: Network, noisy: Tensor, timesteps: Tensor, context: Tensor, w: Tensor | None
     ) -> Tensor:
         """f(z, t): the end of the path through z."""
         skip, out = (c.view(-1, 1, 1, 1).to(noisy) for c in boundary(timesteps))
-        return skip * noisy + out * self.clean(network(noisy, timesteps, context, w), noisy, timesteps)
+        return skip * noisy + out * self.forms(network(noisy, timesteps, context, w), noisy, timesteps)[1]
 
 
 def distillation_terms(
@@ -143,37 +105,31 @@ def distillation_terms(
         "noisy", "w" (B, 1, 1, 1), "model_pred", "x_prev", "target", and "loss".
     """
     (latents, context, null), (index, uniform, noise) = batch, draws
-    table = DdimTable.of(path.alphas_cumprod, settings.ddim_steps)
-    start = table.timesteps.to(latents.device)[index]
+    timesteps, *alphas = path.teacher_steps(settings.ddim_steps)
+    start = timesteps.to(latents.device)[index]
     end = (start - len(path.alphas_cumprod) // settings.ddim_steps).clamp(min=0)
+    now, before = (values.to(latents)[index].view(-1, 1, 1, 1) for values in alphas)
     signal, spread = path.levels(start)
     noisy = signal * latents + spread * noise
     w = settings.w_min + (settings.w_max - settings.w_min) * uniform
     told, column = (w if conditioned else None), w.view(-1, 1, 1, 1)
     with torch.no_grad():
         outputs = [teacher(noisy, start, text, None) for text in (context, null)]
-        clean, free = (path.clean(output, noisy, start) for output in outputs)
-        guided = clean + column * (clean - free)
-        read = [output if settings.raw_noise else path.noise(output, noisy, start) for output in outputs]
-        epsilon = read[0] + column * (read[0] - read[1])
-        before, now = (alphas.to(noisy)[index].view(-1, 1, 1, 1) for alphas in (table.before, table.alphas))
+        forms = [path.forms(output, noisy, start) for output in outputs]
+        read = outputs if settings.raw_noise else [noise for noise, _ in forms]
+        epsilon, guided = (a + column * (a - b) for a, b in (read, [clean for _, clean in forms]))
         sigma = settings.eta * ((1 - before) / (1 - now)).sqrt() * (1 - now / before).clamp(min=0).sqrt()
         previous = before.sqrt() * guided + (1 - before - sigma**2).sqrt() * epsilon
-        if more is not None:
-            previous = previous + sigma * more
-        if settings.method == "guidance":
-            wanted = guided
-        else:
-            wanted = path.consistent(target, previous, end, context, told)
-    if settings.method == "guidance":
-        predicted = path.clean(student(noisy, start, context, told), noisy, start)
-        weight = (now / (1 - now)).clamp(min=1)
-        loss = (weight * (predicted.float() - wanted.float()).square()).mean()
-    else:
+        previous = previous if more is None else previous + sigma * more
+        jumps = settings.method == "consistency"
+        wanted = path.consistent(target, previous, end, context, told) if jumps else guided
+    if jumps:
         predicted = path.consistent(student, noisy, start, context, told)
-        off = (predicted.float() - wanted.float()).square()
-        c = settings.huber_c
+        off, c = (predicted.float() - wanted.float()).square(), settings.huber_c
         loss = off.mean() if settings.loss == "l2" else ((off + c**2).sqrt() - c).mean()
+    else:  # weighted as in section 3 of the paper: by the ratio of signal to noise, at least 1
+        _, predicted = path.forms(student(noisy, start, context, told), noisy, start)
+        loss = ((now / (1 - now)).clamp(min=1) * (predicted.float() - wanted.float()).square()).mean()
     return {"noisy": noisy, "w": column, "model_pred": predicted, "x_prev": previous, "target": wanted, "loss": loss}
 
 

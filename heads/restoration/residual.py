@@ -11,18 +11,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Predicts: TypeAlias = Literal["xstart", "residual", "epsilon", "epsilon_scale"]
-Objective: TypeAlias = Literal[
-    "pred_res_noise", "pred_res", "pred_noise", "pred_x0_noise", "pred_x0_add_noise", "pred_res_add_noise"
-]
-Network: TypeAlias = Callable[[Tensor, int | Tensor], Tensor]
-"""What a network says of a scaled state (B, C, H, W) at an original timestep; it knows the degraded image."""
+Predicts: TypeAlias = Literal[
+    "xstart", "residual", "epsilon", "epsilon_scale",  # of ResShift
+    "pred_res_noise", "pred_res", "pred_noise", "pred_x0_noise", "pred_x0_add_noise", "pred_res_add_noise",  # of RDDM
+]  # fmt: skip
+Network: TypeAlias = Callable[[Tensor, int | Tensor], Tensor | Sequence[Tensor]]
+"""One or two outputs for a scaled state (B, C, H, W) at an original timestep; it knows the degraded image."""
+Parts: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""(residual, noise, x_0), (B, C, H, W) each."""
 
 
 def _column(values: Tensor, t: int | Tensor, like: Tensor) -> Tensor:
@@ -40,16 +42,18 @@ class ResidualDiffusion:
         shift: (T,) float64, A_t, rising from about 0 to about 1.
         spread: (T,) float64, B_t, rising from about 0.
         timesteps: (T,), what the network is told of each step.
-        predicts: what its output is: the clean image, the degraded minus the clean one, the noise, or the noise times
-            its spread.
-        latent: inputs are divided by sqrt(B^2 + 1), as of latents; False: by 3 B + 1, as of pixels.
+        predicts: what its outputs are; the residual is the degraded minus the clean image, "epsilon_scale" the noise
+            times its spread, "add_noise" a second output that is the noise plus the first.
+        scaling: inputs are divided by sqrt(B^2 + 1), as of latents, by 3 B + 1, as of pixels, or not.
+        clips: what it takes for residual and clean image is cut off at -1 and 1.
     """
 
     shift: Tensor
     spread: Tensor
     timesteps: Tensor
     predicts: Predicts = "xstart"
-    latent: bool = True
+    scaling: Literal["latent", "pixel", "none"] = "latent"
+    clips: bool = False
 
     def __len__(self) -> int:
         return len(self.shift)
@@ -73,12 +77,9 @@ class ResidualDiffusion:
     @property
     def posterior(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Factors of x_t, of the residual and of x_0 in the mean of x_{t-1}, and its variance, (T,) each."""
-        alpha, beta2 = self.increments
-        before = F.pad(self.shift[:-1], (1, 0)), F.pad(self.spread[:-1].square(), (1, 0))
-        total = self.spread.square()
-        return (
-            before[1] / total, (beta2 * before[0] - before[1] * alpha) / total, beta2 / total, beta2 * before[1] / total
-        )  # fmt: skip
+        (alpha, beta2), total = self.increments, self.spread.square()
+        shift, before = self.shift - alpha, total - beta2  # of the step before
+        return before / total, (beta2 * shift - before * alpha) / total, beta2 / total, beta2 * before / total
 
     @property
     def log_variance(self) -> Tensor:
@@ -103,79 +104,103 @@ class ResidualDiffusion:
     def scaled(self, noisy: Tensor, t: int | Tensor) -> Tensor:
         """The network's input."""
         spread = _column(self.spread, t, noisy)
-        return noisy / ((spread.square() + 1).sqrt() if self.latent else 3 * spread + 1)
+        return noisy / {"latent": (spread.square() + 1).sqrt(), "pixel": 3 * spread + 1, "none": 1.0}[self.scaling]
 
-    def clean(self, output: Tensor, noisy: Tensor, degraded: Tensor, t: int | Tensor) -> Tensor:
-        """x_0 from the network's output."""
-        if self.predicts == "xstart":
-            return output
-        if self.predicts == "residual":
-            return degraded - output
+    def parts(self, output: Tensor | Sequence[Tensor], noisy: Tensor, degraded: Tensor, t: int | Tensor) -> Parts:
+        """What a network's outputs mean at x_t."""
+        outputs = [output] if isinstance(output, Tensor) else list(output)
+        first, second = outputs[0], outputs[1] if len(outputs) > 1 else None
         shift, spread = _column(self.shift, t, noisy), _column(self.spread, t, noisy)
-        noise = output if self.predicts == "epsilon_scale" else spread * output
-        return (noisy - noise - shift * degraded) / (1 - shift)
+        if second is not None and self.predicts.endswith("add_noise"):
+            second = second - first
 
-    def ask(self, network: Network, noisy: Tensor, degraded: Tensor, t: int | Tensor) -> Tensor:
-        """What a network takes for x_0."""
-        return self.clean(network(self.scaled(noisy, t), self.timesteps[t]), noisy, degraded, t)
+        def cut(values: Tensor) -> Tensor:
+            return values.clamp(-1, 1) if self.clips else values
+
+        kind = self.predicts.removeprefix("pred_")
+        if kind.startswith("x"):
+            residual, clean = cut(degraded - first), cut(first)
+        elif kind.startswith("res"):
+            residual = cut(first)
+            clean = cut(degraded - residual if second is None else noisy - shift * residual - spread * second)
+        else:
+            second = first / spread if kind == "epsilon_scale" else first
+            left = _column((1 - self.shift).clamp(min=1e-6), t, noisy)  # as RDDM counts the end, where it is none
+            clean = cut((noisy - shift * degraded - spread * second) / left)
+            residual = cut(degraded - clean)
+        noise = (noisy - degraded + (1 - shift) * residual) / spread if second is None else second
+        return residual, noise, clean
+
+    def ask(self, network: Network, noisy: Tensor, degraded: Tensor, t: int | Tensor) -> Parts:
+        """What a network takes for the parts of x_t."""
+        return self.parts(network(self.scaled(noisy, t), self.timesteps[t]), noisy, degraded, t)
+
+    def targets(self, clean: Tensor, degraded: Tensor, noise: Tensor, t: int | Tensor) -> list[Tensor]:
+        """What the network's outputs should be."""
+        kind = self.predicts.removeprefix("pred_")
+        if kind == "epsilon_scale":
+            return [_column(self.spread, t, noise) * noise]
+        first = {"x": clean, "r": degraded - clean}.get(kind[0], noise)
+        return [first, noise + first if kind.endswith("add_noise") else noise] if "_" in kind else [first]
 
     def losses(
         self, network: Network, clean: Tensor, degraded: Tensor, noise: Tensor, t: Tensor, *, weighted: bool = False
     ) -> Tensor:
         """ResShift's loss of each image, (B,): the squared error of what is predicted."""
-        noisy, spread = self.noisy(clean, degraded, noise, t), _column(self.spread, t, clean)
-        targets = {"xstart": clean, "residual": degraded - clean, "epsilon": noise, "epsilon_scale": spread * noise}
-        error = network(self.scaled(noisy, t), self.timesteps[t]) - targets[self.predicts]
+        output: Any = network(self.scaled(self.noisy(clean, degraded, noise, t), t), self.timesteps[t])
+        error = output - self.targets(clean, degraded, noise, t)[0]
         if self.predicts == "epsilon_scale":
-            error = error / spread
+            error = error / _column(self.spread, t, clean)
         squares = error.square().flatten(1).mean(1)
         return self.weights(self.predicts)[t].to(squares) * squares if weighted else squares
 
+    def absolute_loss(
+        self, outputs: Sequence[Tensor], clean: Tensor, degraded: Tensor, noise: Tensor, *, squared: bool = False
+    ) -> Tensor:
+        """RDDM's loss: the mean absolute (or squared) error, summed over what is predicted."""
+        pairs = zip(outputs, self.targets(clean, degraded, noise, 0), strict=True)
+        return torch.stack([(F.mse_loss if squared else F.l1_loss)(*pair) for pair in pairs]).sum()
+
     def sample(
-        self, network: Network, degraded: Tensor, noise: Tensor, step_noise: Sequence[Tensor] | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """From the prior to the clean image, step by step: (x_{t-1}, the estimate of x_0) of each.
+        self, network: Network, degraded: Tensor, noise: Tensor, step_noise: Sequence[Tensor] | None = None, *,
+        times: Sequence[int] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+        """From the prior to the clean image, step by step: (x_s, the estimate of x_0) of each.
 
         Args:
             noise: of the prior.
-            step_noise: of each step, the last one without effect; None takes SinSR's deterministic steps.
+            step_noise: of each step of the posterior, the last one without effect; None takes deterministic steps,
+                which are SinSR's and RDDM's with eta 0: the same noise stays in the state.
+            times: the steps that are visited, falling, for deterministic ones; all where None.
         """
-        state = self.prior(degraded, noise)
-        for number, t in enumerate(reversed(range(len(self)))):
-            clean = self.ask(network, state, degraded, t)
-            if step_noise is None:
-                state = self.step(state, clean, degraded, t)
+        state, posterior = self.prior(degraded, noise), self.posterior
+        for number, (t, after) in enumerate(itertools.pairwise([*(times or reversed(range(len(self)))), -1])):
+            residual, predicted, clean = self.ask(network, state, degraded, t)
+            if after < 0:
+                state = clean
+            elif step_noise is None:
+                shift, spread = (float(values[t] - values[after]) for values in (self.shift, self.spread))
+                state = state - shift * residual - spread * predicted
             else:
-                by_state, by_residual, by_clean, _ = (float(part[t]) for part in self.posterior)
-                state = by_state * state + by_residual * (degraded - clean) + by_clean * clean
-                if t:
-                    state = state + float((0.5 * self.log_variance[t]).exp()) * step_noise[number]
+                by_state, by_residual, by_clean, variance = (float(part[t]) for part in posterior)
+                state = by_state * state + by_residual * residual + by_clean * clean
+                state = state + variance**0.5 * step_noise[number]
             yield state, clean
-
-    def _factors(self, t: int) -> tuple[float, float, float]:
-        """Factors of x_0, x_t and the degraded image in SinSR's step from t to t - 1."""
-        shift, before = float(self.shift[t]), float(self.shift[t - 1]) if t else 0.0
-        ratio = float(self.spread[t - 1] / self.spread[t]) if t else 0.0
-        return 1 - before - ratio * (1 - shift), ratio, before - ratio * shift
-
-    def step(self, noisy: Tensor, clean: Tensor, degraded: Tensor, t: int) -> Tensor:
-        """x_{t-1} with the same noise in it as in x_t (SinSR)."""
-        by_clean, by_state, by_degraded = self._factors(t)
-        return by_clean * clean + by_state * noisy + by_degraded * degraded
 
     def invert(self, network: Network, clean: Tensor, degraded: Tensor) -> Tensor:
         """The x_T from which deterministic steps lead to a clean image, about: each step asks one step too late."""
         state = clean
         for t in range(1, len(self)):
-            by_clean, by_state, by_degraded = self._factors(t)
-            estimate = self.ask(network, state, degraded, t)
-            state = (state - by_clean * estimate - by_degraded * degraded) / by_state
+            *_, estimate = self.ask(network, state, degraded, t)
+            residual = degraded - estimate
+            before = state - estimate - float(self.shift[t - 1]) * residual
+            state = estimate + float(self.shift[t]) * residual + float(self.spread[t] / self.spread[t - 1]) * before
         return state
 
 
 def resshift(
     steps: int, *, kappa: float = 2.0, min_noise_level: float = 0.04, power: float = 0.3, etas_end: float = 0.99,
-    predicts: Predicts = "xstart", latent: bool = True, sinsr: bool = False,
+    predicts: Predicts = "xstart", sinsr: bool = False,
 ) -> ResidualDiffusion:  # fmt: skip
     """ResShift's schedule "exponential": B rises geometrically, A = (B / kappa)^2.
 
@@ -192,7 +217,27 @@ def resshift(
     base = math.exp(math.log(etas_end / start) / (steps - 1))
     exponents = torch.linspace(0, 1, steps, dtype=torch.float64) ** power * (steps - 1)
     roots = start * base**exponents
-    return ResidualDiffusion(roots.square(), kappa * roots, torch.arange(steps), predicts, latent)
+    return ResidualDiffusion(roots.square(), kappa * roots, torch.arange(steps), predicts)
+
+
+def rddm(
+    steps: int, sum_scale: float = 0.01, *, predicts: Predicts = "pred_res_noise", clips: bool = True
+) -> ResidualDiffusion:
+    """RDDM's schedule: residuals removed less and less, noise more and more; B_T^2 is `sum_scale`."""
+    ramp = torch.arange(1, steps + 1, dtype=torch.float64) / (steps * (steps + 1) / 2)
+    shift, spread = ramp.flip(0).cumsum(0), (ramp * sum_scale).cumsum(0).sqrt()
+    return ResidualDiffusion(shift, spread, torch.arange(steps), predicts, "none", clips)
+
+
+def even_times(total: int, steps: int) -> list[int]:
+    """The steps that RDDM visits, falling: ``int(linspace(-1, T - 1, steps + 1))`` without -1.
+
+    Raises:
+        ValueError: more steps than there are.
+    """
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be in 1..{total}, got {steps}")
+    return [int(t) for t in reversed(torch.linspace(-1, total - 1, steps + 1).tolist())][:-1]
 
 
 # -- distillation into one step ------------------------------------------------------------------------------
@@ -209,7 +254,7 @@ def sinsr_losses(
     start = process.prior(degraded, noise)
 
     def ask(state: Tensor, t: int) -> Tensor:
-        return process.clean(student(process.scaled(state, last), process.timesteps[t]), state, degraded, t)
+        return process.parts(student(process.scaled(state, last), process.timesteps[t]), state, degraded, t)[-1]
 
     with torch.no_grad():
         *_, (taught, _) = process.sample(teacher, degraded, noise)
@@ -219,14 +264,9 @@ def sinsr_losses(
 
 
 def hsd_gradient(
-    process: ResidualDiffusion,
-    teacher: Network,
-    student: Tensor,
-    taught: Tensor,
-    degraded: Tensor,
-    noise: Tensor,
+    process: ResidualDiffusion, teacher: Network, student: Tensor, taught: Tensor, degraded: Tensor, noise: Tensor,
     t: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """TAD-SR's score distillation: what pulls the student's x_0 to the teacher's, and the loss (B,) that carries it.
 
     Args:
@@ -234,105 +274,12 @@ def hsd_gradient(
         noise: uniform in [0, 1), as released; inputs are scaled twice, as released.
         t: (B,) small steps.
     """
-    shift, spread = _column(process.shift, t, student), _column(process.spread, t, student)
 
     def estimate(clean: Tensor) -> Tensor:
         mixed = process.noisy(clean, degraded, noise, t)
         output = teacher(process.scaled(process.scaled(mixed, t), t), process.timesteps[t])
-        predicted = process.clean(output, mixed, degraded, t)
-        return (mixed - predicted - shift * (degraded - predicted)) / spread
+        return process.parts(output, mixed, degraded, t)[1]
 
     with torch.no_grad():
         gradient = estimate(student.detach()) - estimate(taught)
     return gradient, (gradient * student).flatten(1).mean(1)
-
-
-# -- RDDM ---------------------------------------------------------------------------------------------------
-
-
-def rddm(steps: int, sum_scale: float = 0.01) -> ResidualDiffusion:
-    """RDDM's schedule: residuals removed less and less, noise more and more; B_T^2 is `sum_scale`."""
-    ramp = torch.arange(1, steps + 1, dtype=torch.float64) / (steps * (steps + 1) / 2)
-    return ResidualDiffusion(ramp.flip(0).cumsum(0), (ramp * sum_scale).cumsum(0).sqrt(), torch.arange(steps))
-
-
-def rddm_parts(
-    process: ResidualDiffusion,
-    objective: Objective,
-    outputs: Sequence[Tensor],
-    noisy: Tensor,
-    degraded: Tensor,
-    t: int | Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(residual, noise, x_0) that a network's outputs, (B, C, H, W) one or two, mean; the first and last in [-1, 1]."""
-    shift, spread = _column(process.shift, t, noisy), _column(process.spread, t, noisy)
-    first, noise = outputs[0], outputs[-1]
-    if objective.endswith("add_noise"):
-        noise = noise - first
-    if objective == "pred_noise":  # as published, the share of the clean image in the last state counts as 1e-6
-        left = torch.where(torch.as_tensor(t).view(-1, 1, 1, 1).to(noisy.device) == len(process) - 1, 1e-6, 1 - shift)
-        clean = ((noisy - shift * degraded - spread * noise) / left).clamp(-1, 1)
-        return (degraded - clean).clamp(-1, 1), noise, clean
-    if objective.startswith("pred_x0"):
-        return (degraded - first).clamp(-1, 1), noise, first.clamp(-1, 1)
-    residual = first.clamp(-1, 1)
-    if objective == "pred_res":
-        noise = (noisy - degraded - (shift - 1) * residual) / spread
-        return residual, noise, (degraded - residual).clamp(-1, 1)
-    return residual, noise, (noisy - shift * residual - spread * noise).clamp(-1, 1)
-
-
-def rddm_sample(
-    process: ResidualDiffusion,
-    network: Callable[[Tensor, int], Sequence[Tensor]],
-    objective: Objective,
-    degraded: Tensor,
-    noise: Tensor,
-    steps: int,
-    step_noise: Sequence[Tensor] = (),
-) -> Iterator[Tensor]:
-    """x_T, then the state after each of the steps; with all steps they are drawn from the posterior.
-
-    Args:
-        network: state and step -> its outputs.
-        noise: of x_T; step_noise: of each step but the last, where they are drawn.
-
-    Raises:
-        ValueError: more steps than the process has.
-    """
-    total = len(process)
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be in 1..{total}, got {steps}")
-    state = degraded + float(process.spread[-1]) * noise
-    yield state
-    times = [int(t) for t in reversed(torch.linspace(-1, total - 1, steps + 1).tolist())]
-    factors = process.posterior
-    for number, (t, following) in enumerate(itertools.pairwise(times)):
-        residual, predicted, clean = rddm_parts(process, objective, network(state, t), state, degraded, t)
-        if following < 0:
-            state = clean
-        elif steps == total:
-            by_state, by_residual, by_clean, variance = (float(part[t]) for part in factors)
-            state = by_state * state + by_residual * residual + by_clean * clean + variance**0.5 * step_noise[number]
-        else:
-            shift = float(process.shift[t] - process.shift[following])
-            state = state - shift * residual - float(process.spread[t] - process.spread[following]) * predicted
-        yield state
-
-
-def rddm_loss(
-    objective: Objective,
-    outputs: Sequence[Tensor],
-    clean: Tensor,
-    degraded: Tensor,
-    noise: Tensor,
-    *,
-    squared: bool = False,
-) -> Tensor:
-    """The mean absolute (or squared) error, summed over what is predicted."""
-    first = {"x0": clean, "res": degraded - clean, "noise": noise}[objective.split("_")[1]]
-    targets = [first]
-    if len(outputs) == 2:
-        targets.append(first + noise if objective.endswith("add_noise") else noise)
-    measure = F.mse_loss if squared else F.l1_loss
-    return torch.stack([measure(*pair) for pair in zip(outputs, targets, strict=True)]).sum()

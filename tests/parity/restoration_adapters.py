@@ -58,7 +58,8 @@ def check_pisa_sr(folder: Path, case: dict[str, Any]) -> None:
     stored = nested(part(inputs, "ckpt."))
     ranks = {key: parameters[key] for key in ("lora_rank_unet_pix", "lora_rank_unet_sem")}
     modules = {key: list(value) for key, value in parameters["modules"].items()}
-    modules |= {key.replace("_pix", "_sem"): value for key, value in modules.items()}  # both adapt the same layers
+    # both adapt the same layers unless the case says otherwise
+    modules = {key.replace("_pix", "_sem"): value for key, value in modules.items()} | modules
     with tempfile.TemporaryDirectory() as text:
         base = Path(text)
         unet = UNet2DConditionModel(**parameters["unet"])

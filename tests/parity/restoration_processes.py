@@ -13,11 +13,9 @@ from torch import Tensor
 from diffrep.heads.restoration.residual import (
     Network,
     ResidualDiffusion,
+    even_times,
     hsd_gradient,
     rddm,
-    rddm_loss,
-    rddm_parts,
-    rddm_sample,
     resshift,
     sinsr_losses,
 )
@@ -33,6 +31,8 @@ def near(got: Tensor, expected: Tensor, tolerance: Mapping[str, float], what: st
 
 def process_of(run: Any, **options: Any) -> ResidualDiffusion:
     names = ("min_noise_level", "kappa", "power", "etas_end")
+    if predicts := run.get("predict_type"):
+        options["predicts"] = predicts
     process = resshift(run["steps"], **{name: run[name] for name in names}, **options)
     if (steps := run.get("respace")) is not None:
         process = process.respaced(steps)
@@ -91,7 +91,7 @@ def check_resshift_sampling(folder: Path, case: dict[str, Any]) -> None:
     checked = 0
     for run in each(case["runs"]):
         i, factor, scale = run["index"], run["sf"], run["scale_factor"]
-        process = process_of(run, predicts=run["predict_type"])
+        process = process_of(run)
         lq = inputs[f"{i}.lq"]
         network, (encode, decode) = toy(inputs, f"{i}.", lq), first_stage(inputs, i, factor)
         degraded = scale * encode(F.interpolate(lq, scale_factor=factor, mode="bicubic"))
@@ -104,7 +104,7 @@ def check_resshift_sampling(folder: Path, case: dict[str, Any]) -> None:
             "pred_xstart": torch.stack([estimate for _, estimate in steps]),
             "decoded": decode(steps[-1][0] / scale),
             "train_z_t": noisy,
-            "train_pred_x0": process.ask(network, noisy, degraded, t),
+            "train_pred_x0": process.ask(network, noisy, degraded, t)[-1],
             "train_mse": process.losses(network, clean, degraded, noise, t, weighted=run["weighted_mse"]),
             "scaled_input": process.scaled(noisy, t),
         }
@@ -132,7 +132,7 @@ def check_sinsr(folder: Path, case: dict[str, Any]) -> None:
         (gradient,) = torch.autograd.grad(total.mean(), inputs[f"{i}.student_W"])
         got = {f"loss_{name}": loss for name, loss in losses.items()} | {
             "sqrt_etas": process.spread / run["kappa"],
-            "one_step_image": decode(process.ask(student, start, degraded, len(process) - 1)),
+            "one_step_image": decode(process.ask(student, start, degraded, len(process) - 1)[-1]),
             "teacher_steps": torch.stack([state for state, _ in process.sample(teacher, degraded, noise)]),
             "inverse_zT": process.invert(teacher, clean, degraded),
             "z_T": start,
@@ -176,7 +176,7 @@ def check_rddm(folder: Path, case: dict[str, Any]) -> None:
     checked = 0
     for run in each(case["runs"]):
         i, objective, steps = run["index"], run["objective"], run["sampling_timesteps"]
-        process = rddm(run["timesteps"], run["sum_scale"])
+        process = rddm(run["timesteps"], run["sum_scale"], predicts=objective)
         assert run["sampler"].startswith("posterior" if steps == run["timesteps"] else "ddim, eta 0")
         degraded, clean = (inputs[f"{i}.{name}"] * 2 - 1 for name in ("input", "gt"))
         weight, bias, slope = (inputs[f"{i}.{name}"] for name in ("W", "b", "v"))
@@ -190,10 +190,12 @@ def check_rddm(folder: Path, case: dict[str, Any]) -> None:
             return (output + 0.001 * times * slope.view(1, -1, 1, 1)).split(3, 1)
 
         noises = list(inputs[f"{i}.step_noise"]) if f"{i}.step_noise" in inputs else []
-        states = list(rddm_sample(process, network, objective, degraded, inputs[f"{i}.first_noise"], steps, noises))
+        first, times = inputs[f"{i}.first_noise"], even_times(len(process), steps)
+        walk = process.sample(network, degraded, first, noises if steps == len(process) else None, times=times)
+        states = [process.prior(degraded, first), *(state for state, _ in walk)]
         t, noise = inputs[f"{i}.t"], inputs[f"{i}.train_noise"]
         noisy = process.noisy(clean, degraded, noise, t)
-        parts = rddm_parts(process, objective, network(noisy, t), noisy, degraded, t)
+        parts = process.parts(network(noisy, t), noisy, degraded, t)
         squared = {"l1": False, "l2": True}[run["loss_type"]]
         by_state, by_residual, by_clean, variance = process.posterior
         alpha, beta2 = process.increments
@@ -203,7 +205,7 @@ def check_rddm(folder: Path, case: dict[str, Any]) -> None:
             "pred_res": parts[0],
             "pred_noise": parts[1],
             "pred_x_start": parts[2],
-            "loss": rddm_loss(objective, network(noisy, t), clean, degraded, noise, squared=squared)[None],
+            "loss": process.absolute_loss(network(noisy, t), clean, degraded, noise, squared=squared)[None],
         }
         if f"{i}.alphas" in expected:
             got |= {
