@@ -1,4 +1,4 @@
-"""``diffrep sample|search-schedule|likelihood``: images of prompts, a model's best timesteps, how likely it finds images."""
+"""``diffrep sample|search-schedule|likelihood``: images of prompts, the best timesteps, how likely images are."""
 
 from __future__ import annotations
 
