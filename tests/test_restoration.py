@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,30 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.commands.restore import comparison
 from diffrep.eval.restoration import evaluate_restoration, paired_files, psnr
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
+from diffrep.heads.restoration.adapters import DegradationEstimator
 from diffrep.heads.restoration.families import TINY
 from diffrep.heads.restoration.loading import recognise_restorer
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.pixels import blended_rows, low_band
+from diffrep.heads.restoration.residual import PROCESSES
 from diffrep.heads.restoration.restorer import RestorationHead, RestoreConfig, resized
-from diffrep.heads.training.restoration import PairSettings, RestorationTraining, degraded, restorer_of
+from diffrep.heads.training.restoration import (
+    PairSettings,
+    RestorationModel,
+    RestorationTraining,
+    degraded,
+    encoded,
+    process_terms,
+    restorer_of,
+)
+from diffrep.images import upright
 from diffrep.scenes import render_scene, scene_seed
 
 
@@ -39,24 +52,72 @@ def head() -> RestorationHead:
     return restorer_of(training.build(load_parts("tiny", pad=False)).eval())
 
 
+@pytest.mark.parametrize("ending", [".png", ".tif"])
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("grey", [False, True])
 @pytest.mark.parametrize("transparent", [False, True])
-def test_a_photograph_survives_its_file(tmp_path: Path, deep: bool, grey: bool, transparent: bool) -> None:
+def test_a_photograph_survives_its_file(tmp_path: Path, deep: bool, grey: bool, transparent: bool, ending: str) -> None:
     tags = Image.Exif()
     tags[0x010F], tags[0x0112] = "Maker", 1
+    tags.get_ifd(0x8769)[0x9003] = "2026:11:27 12:00:00"
     one = photograph(deep=deep)
     pixels = np.repeat(one.pixels[..., :1], 3, 2) if grey else one.pixels
     alpha = one.pixels[..., 1].copy() if transparent else None
     one = Photograph(pixels, alpha, tags.tobytes(), b"profile" * 20, grey)
-    one.save(tmp_path / "a.png")
-    back = Photograph.open(tmp_path / "a.png")
-    if not (deep and grey and transparent):  # Pillow and torchvision both open such a file as 8 bits or as colours
-        assert np.array_equal(back.pixels, one.pixels)
+    file = tmp_path / f"a{ending}"
+    one.save(file)
+    back = Photograph.open(file)
+    assert np.array_equal(back.pixels, one.pixels)
     assert (back.alpha is None) == (alpha is None)
+    assert alpha is None or np.array_equal(back.alpha, alpha)  # type: ignore[arg-type]
     assert back.icc == one.icc
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.getexif()[0x010F] == "Maker"
+    with Image.open(file) as image:
+        for exif in (image.getexif(), load_exif(back.exif)):
+            assert exif[0x010F] == "Maker"
+            assert exif.get_ifd(0x8769)[0x9003] == "2026:11:27 12:00:00"
+
+
+def load_exif(content: bytes) -> Image.Exif:
+    exif = Image.Exif()
+    exif.load(content)
+    return exif
+
+
+@pytest.mark.parametrize("ending", [".png", ".tif"])
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("transparent", [False, True])
+@pytest.mark.parametrize("turn", range(2, 9))
+def test_every_kind_of_photograph_is_turned_upright(
+    tmp_path: Path, ending: str, deep: bool, transparent: bool, turn: int
+) -> None:
+    tags, one = Image.Exif(), photograph(deep=deep)
+    tags[0x0112] = turn
+    one = replace(one, alpha=one.pixels[..., 1].copy() if transparent else None, exif=tags.tobytes())
+    one.save(tmp_path / f"a{ending}")
+    turned = Photograph.open(tmp_path / f"a{ending}")
+    plain = Image.fromarray((one.pixels >> (8 if deep else 0)).astype(np.uint8))
+    plain.getexif()[0x0112] = turn
+    assert np.array_equal(turned.pixels >> (8 if deep else 0), np.asarray(upright(plain)))
+    assert (turned.alpha is None) != transparent
+    assert not turned.exif
+
+
+@pytest.mark.parametrize("form", ["separate planes", "strips", "premultiplied"])
+def test_other_programs_sixteen_bit_tiffs_are_read(tmp_path: Path, form: str) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    one, alpha = photograph(deep=True).pixels, np.full((40, 52), 32768, np.uint16)
+    options: dict[str, Any] = {"photometric": "rgb"}
+    if form == "separate planes":
+        tifffile.imwrite(tmp_path / "a.tif", np.moveaxis(one, 2, 0), planarconfig="separate", **options)
+    elif form == "strips":
+        tifffile.imwrite(tmp_path / "a.tif", one, rowsperstrip=7, compression="zlib", byteorder=">", **options)
+    else:
+        values = np.dstack([(one / 65535 * alpha[..., None]).round().astype(np.uint16), alpha])
+        tifffile.imwrite(tmp_path / "a.tif", values, extrasamples=["assocalpha"], **options)
+    back = Photograph.open(tmp_path / "a.tif")
+    assert back.pixels.dtype == np.uint16
+    assert np.abs(back.pixels.astype(int) - one).max() <= (1 if form == "premultiplied" else 0)
+    assert (back.alpha is None) == (form != "premultiplied")
 
 
 def test_files_that_cannot_hold_a_photograph_are_refused(tmp_path: Path) -> None:
@@ -225,6 +286,142 @@ def test_a_training_that_cannot_be_meant_is_refused() -> None:
     with pytest.raises(ValueError, match="learns from pixels"):
         RestorationTraining(pixel=0.0)
     assert TINY.result == "residual"
+
+
+# -- S3Diff, half precision ---------------------------------------------------------------------------------
+
+S3DIFF = Path(__file__).parent / "parity" / "data" / "restoration-and-few-step" / "s3diff"
+
+
+def s3diff(folder: Path, dtype: torch.dtype = torch.float32) -> RestorationHead:
+    """The small S3Diff of the parity case, with a negative prompt."""
+    inputs = load_file(S3DIFF / "inputs.safetensors")
+    stored: dict[str, Any] = {}
+    for key, value in inputs.items():
+        if key.startswith("ckpt."):
+            *parents, last = key[5:].replace("state_embeddings.", "state_embeddings/").split("/")
+            place = stored
+            for parent in parents:
+                place = place.setdefault(parent, {})
+            place[last] = value.float()
+    ranks = {"rank_unet": 4, "rank_vae": 3}
+    shutil.copytree(S3DIFF / "model", folder / "base", dirs_exist_ok=True)
+    context = inputs["0.context"][:1].clone()
+    save_file({"context": context, "negative": context.flip(1).clone()}, folder / "base" / "context.safetensors")
+    torch.save(stored | ranks, folder / "s3diff.pkl")
+    torch.manual_seed(0)  # the estimator's weights take their draws from the global generator
+    torch.save(DegradationEstimator().state_dict(), folder / "de_net.pth")
+    head: RestorationHead = load_head(folder / "s3diff.pkl", base=folder / "base", device="cpu", dtype=dtype)
+    return head
+
+
+@torch.no_grad()
+def test_s3diff_pulls_away_from_its_negative_prompt(tmp_path: Path) -> None:
+    head = s3diff(tmp_path)
+    model = head.model
+    assert model.negative is not None
+    model.look(photograph(16, 16).tensor()[None])
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    towards, away = model.network(latents, 999), model.negative(latents, 999)
+    assert (towards - away).abs().max() > 1e-4
+    for guidance, scale in ((None, 1.07), (1.0, 1.0), (3.0, 3.0)):
+        expected = model.schedule.clean(away + scale * (towards - away), latents, 999)
+        got = model.clean(latents, RestoreConfig(guidance=guidance))
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    pictures = [head.predict(photograph(16, 20), RestoreConfig(guidance=g)).pixels for g in (1.0, 3.0)]
+    assert pictures[0].shape == (64, 80, 3)
+    assert not np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_restores_nearly_the_same(tmp_path: Path, head: RestorationHead, dtype: torch.dtype) -> None:
+    one, config = photograph(16, 20), RestoreConfig(colours="none", tile=6, overlap=2)
+    plain, half = (s3diff(tmp_path, kind).predict(one, config).pixels.astype(int) for kind in (torch.float32, dtype))
+    assert np.abs(plain - half).mean() < (8 if dtype == torch.bfloat16 else 2)
+    assert plain.std() > 5
+    embedded = [load_head("tiny-restore", device="cpu", dtype=kind) for kind in (torch.float32, dtype)]
+    plain, half = (model.predict(one, config).pixels.astype(int) for model in embedded)
+    assert np.abs(plain - half).mean() < 1
+
+
+# -- processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_a_network_that_knows_the_answer_restores_it(name: str) -> None:
+    process, generator = PROCESSES[name], torch.Generator().manual_seed(0)
+    clean, degraded = (torch.randn(2, 4, 6, 5, generator=generator) for _ in range(2))
+    noise = [torch.randn(2, 4, 6, 5, generator=generator) for _ in range(4)]
+
+    def network(state: torch.Tensor, t: Any) -> torch.Tensor:
+        return degraded - clean if process.predicts == "pred_res" else clean
+
+    for steps in (1, 2, 4):
+        got = process.restored(network, degraded, noise, steps)
+        torch.testing.assert_close(got, clean, atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="steps must be in"):
+        process.restored(network, degraded, noise, 5000)
+
+
+def process_batch(model: RestorationModel, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    generator, shape = torch.Generator().manual_seed(1), encoded(model.vae, images).shape
+    assert model.process is not None
+    return {
+        "noise": torch.randn(shape, generator=generator),
+        "mixed": torch.rand(shape, generator=generator),
+        "step": torch.randint(len(model.process), (len(images),), generator=generator),
+    }
+
+
+@pytest.mark.parametrize("family", ["resshift", "resshift-4", "rddm", "sinsr"])
+def test_a_process_learns_and_restores_in_steps(tmp_path: Path, family: Any) -> None:
+    parts = load_parts("tiny", pad=False)
+    teacher = None
+    if family == "sinsr":
+        first = RestorationTraining(family="resshift")
+        teacher = first.build(load_parts("tiny", pad=False)).eval().requires_grad_(False)
+        first.write(tmp_path / "teacher", teacher)
+        training = RestorationTraining(family=family, teacher=str(tmp_path / "teacher"), score=1.0)
+    else:
+        training = RestorationTraining(family=family)
+    model = training.build(parts)
+    assert model.unet.config.in_channels == 2 * model.vae.config.latent_channels
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batch, target = process_batch(model, images), encoded(model.vae, images.flip(-1)).detach()
+    losses = []
+    optimiser = torch.optim.Adam(model.unet.parameters(), lr=1e-3)
+    for _ in range(4):
+        terms, decoded = process_terms(model, batch, images, target, teacher, training.score)
+        assert decoded.shape == images.shape
+        optimiser.zero_grad()
+        terms["latent"].backward()
+        optimiser.step()
+        losses.append(float(terms["latent"].detach()))
+    assert losses[-1] < losses[0]
+    training.write(tmp_path / "head", model)
+    head = load_head(tmp_path / "head", device="cpu")
+    assert head.family.name == family
+    one = photograph(20, 24)
+    config = RestoreConfig(scale=2, tile=4, overlap=1, colours="none")
+    assert head.predict(one, config).size == (48, 40)
+    assert np.array_equal(head.predict(one, config).pixels, head.predict(one, config).pixels)
+    with pytest.raises(ValueError, match="steps must be in"):
+        head.predict(one, replace(config, steps=5000))
+
+
+def test_processes_refuse_what_they_do_not_learn(tmp_path: Path, head: RestorationHead) -> None:
+    for options in (
+        {"family": "sinsr"},
+        {"family": "rddm", "teacher": "x"},
+        {"score": 1.0},
+        {"family": "rddm", "pixel": 0},
+    ):
+        with pytest.raises(ValueError, match="learns"):
+            RestorationTraining(**options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="takes one"):
+        head.predict(photograph(), RestoreConfig(steps=2))
+    with pytest.raises(ValueError, match="does not learn from"):
+        RestorationTraining(family="sinsr", teacher="tiny-restore").build(load_parts("tiny", pad=False))
 
 
 def test_a_released_test_set_is_measured_beside_a_bicubic_and_the_papers(tmp_path: Path, head: RestorationHead) -> None:

@@ -60,9 +60,7 @@ class LatentDiffusion(LatentBackbone):
     ) -> None:
         super().__init__(unet, vae, alphas_cumprod, text, name=name, source=source)
         self.predicts = predicts
-        self.guided = bool(
-            getattr(unet.config, "time_cond_proj_dim", None)
-        )  # it is told the scale of guidance, as whole LCMs are
+        self.guided = bool(getattr(unet.config, "time_cond_proj_dim", None))  # as whole LCMs are
         self._taps = unet_taps(unet, self.stride)
         self._constants: dict[str, tuple[Tensor, dict[Any, Tensor]]] = {}
         default_tap = "up.1" if "up.1" in self._taps else "mid"
@@ -216,21 +214,21 @@ class LatentDiffusion(LatentBackbone):
         context = torch.cat([e.context for e in embeddings]).to(self.device, self.dtype)
         pools = [e.pooled for e in embeddings if e.pooled is not None]
         added = self._added_conditions(torch.cat(pools) if pools else None, len(states), states.shape[-2:])
-        told = list(added.values())
+        extra = list(added.values())
         if self.guided:
             scales = torch.full((len(states),), guidance - 1.0)
-            told.append(guidance_embedding(scales, self.network.config.time_cond_proj_dim).to(self.device, self.dtype))
+            extra.append(guidance_embedding(scales, self.network.config.time_cond_proj_dim).to(self.device, self.dtype))
 
-        def run(noisy: Tensor, step: Tensor, context: Tensor, *told: Tensor) -> Tensor:
-            named: dict[str, Any] = {"added_cond_kwargs": dict(zip(added, told, strict=False))} if added else {}
+        def run(noisy: Tensor, step: Tensor, context: Tensor, *extra: Tensor) -> Tensor:
+            named: dict[str, Any] = {"added_cond_kwargs": dict(zip(added, extra, strict=False))} if added else {}
             if self.guided:
-                named["timestep_cond"] = told[-1]
+                named["timestep_cond"] = extra[-1]
             with fused_blocks(self.network):
                 output: Tensor = self.network(noisy, step, encoder_hidden_states=context, **named).sample
             return output
 
         step = torch.full((1,), timestep, device=self.device)
-        predicted: Tensor = self.graphs("predicted", run, states.to(self.device, self.dtype), step, context, *told)
+        predicted: Tensor = self.graphs("predicted", run, states.to(self.device, self.dtype), step, context, *extra)
         return predicted
 
     def _added_conditions(self, pooled: Tensor | None, batch: int, size: Sequence[int]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ class Restore(ImageCommand):
     model: str = "tiny-restore"  # embedded head, folder of one, or the file of a PiSA-SR, OSEDiff or S3Diff
     base: str | None = None  # folder or hub id that such a file adapts: Stable Diffusion 2.1-base, SD-Turbo for S3Diff
     prompt: str | None = None  # of such a model; what its authors take where left out, without their image tagger
-    format: Literal["png", "jpg", "webp"] = "png"  # of the files; png holds 16 bits, png and webp transparency
+    format: Literal["png", "tif", "jpg", "webp"] = "png"  # of the files; png and tif hold 16 bits, jpg no transparency
     compare: bool = False  # also write a page with a slider between the enlarged and the restored image
     predict: Annotated[RestoreConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=RestoreConfig)
 

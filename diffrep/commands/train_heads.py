@@ -311,7 +311,9 @@ class TrainRestore(HeadTraining):
     detail: bool | None = None  # a decoder of its own that looks at the image; yes with base tiny, else the VAE's
     learns: Literal["unet", "decoder", "all"] = "unet"  # U-Net and a decoder of its own; a decoder alone; VAE too
     start: str = ""  # folder of a restorer to train on, for example its decoder alone
-    teacher: str = ""  # folder of a restorer of half the scale, whose clean latents are the targets
+    teacher: str = ""  # folder of a restorer of half the scale, whose clean latents are the targets; sinsr: a resshift
+    family: Literal["restore", "resshift", "resshift-4", "sinsr", "rddm"] = "restore"  # one step, or by a process
+    score: float = 0.0  # sinsr: weight of TAD-SR's distilled score
     latent: float | None = None  # weight of the latents' error; 0.1 with a decoder of its own, else 1
     pixel: float = 1.0  # weight of the pixels' error
     workers: int = 2  # processes that render scenes and degrade images
@@ -356,7 +358,9 @@ class TrainRestore(HeadTraining):
             base=self.base,
             start=self.start,
             teacher=self.teacher,
-            pairs=PairSettings(**pairs, half=bool(self.teacher), seed=self.seed or 0),
+            family=self.family,
+            score=self.score,
+            pairs=PairSettings(**pairs, half=bool(self.teacher) and self.family == "restore", seed=self.seed or 0),
             fit=self.changed(RestorationTraining().fit),
             batch_size=self.batch_size or 32,
             size=self.size,

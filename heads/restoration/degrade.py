@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from diffrep.settings import check
 Shape: TypeAlias = Literal["iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso"]
 Pair: TypeAlias = tuple[float, float]
 PUBLISHED_SIDE = 21  # of all kernels, padded
+MODES = ("area", "bilinear", "bicubic")  # of resizing
 ChoiceT = TypeVar("ChoiceT")
 
 
@@ -94,21 +95,8 @@ def sharpen(images: Tensor, *, radius: int = 50, weight: float = 0.5, threshold:
 # -- noise and JPEG -----------------------------------------------------------------------------------------
 
 
-class Draws(Protocol):
-    """Where random numbers come from: a generator, or the record of another program's run."""
-
-    def choice(self, options: Sequence[ChoiceT], weights: Sequence[float] | None = None) -> ChoiceT: ...
-    def uniform(self, low: float, high: float) -> float: ...
-    def random(self) -> float: ...
-    def integer(self, most: int) -> int: ...
-    def share(self, count: int) -> Tensor: ...
-    def quality(self, count: int, low: float, high: float) -> Tensor: ...
-    def normal(self, *shape: int) -> Tensor: ...
-    def poisson(self, rate: Tensor) -> Tensor: ...
-
-
-class SeededDraws:
-    """All draws of one image from one generator."""
+class Draws:
+    """Where all random numbers of an image come from: one generator; or, in a subclass, another program's record."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -342,14 +330,12 @@ def degrade(images: Tensor, kernels: tuple[Tensor, Tensor, Tensor], settings: De
     if settings.second_probability == 1 or draws.random() < settings.second_probability:
         if draws.random() < settings.second.blur:
             out = filter_images(out, kernels[1])
-        out = _resized(
-            out, settings.second, draws, (images.shape[-2] / settings.scale, images.shape[-1] / settings.scale)
-        )
+        out = _resized(out, settings.second, draws, tuple(side / settings.scale for side in images.shape[-2:]))  # type: ignore[arg-type]
         out = _noised(out, settings.second, draws)
     ringing_first = draws.random() < 0.5
     if not ringing_first:
         out = _saved(out, settings.second, draws)
-    out = _interpolated(out, draws.choice(("area", "bilinear", "bicubic")), size=(height, width))
+    out = F.interpolate(out, mode=draws.choice(MODES), size=(height, width))
     out = filter_images(out, kernels[2])
     if ringing_first:
         out = _saved(out, settings.second, draws)
@@ -357,21 +343,15 @@ def degrade(images: Tensor, kernels: tuple[Tensor, Tensor, Tensor], settings: De
     return (out * 255).round() / 255 if settings.rounds else out
 
 
-def _interpolated(images: Tensor, mode: str, **to: Any) -> Tensor:
-    return F.interpolate(images, mode=mode, **to)
-
-
 def _resized(images: Tensor, order: Order, draws: Draws, base: Pair | None = None) -> Tensor:
     """By a drawn factor, of the image's size or of `base` (H, W)."""
-    direction = draws.choice(("up", "down", "keep"), order.directions)
     low, high = order.resize
-    scale = {"up": lambda: draws.uniform(1, high), "down": lambda: draws.uniform(low, 1), "keep": lambda: 1.0}[
-        direction
-    ]()
-    mode = draws.choice(("area", "bilinear", "bicubic"))
+    direction = draws.choice(("up", "down", "keep"), order.directions)
+    scale = 1.0 if direction == "keep" else draws.uniform(*((1, high) if direction == "up" else (low, 1)))
+    mode = draws.choice(MODES)
     if base is None:
-        return _interpolated(images, mode, scale_factor=scale)
-    return _interpolated(images, mode, size=(int(base[0] * scale), int(base[1] * scale)))
+        return F.interpolate(images, mode=mode, scale_factor=scale)
+    return F.interpolate(images, mode=mode, size=(int(base[0] * scale), int(base[1] * scale)))
 
 
 def _noised(images: Tensor, order: Order, draws: Draws) -> Tensor:

@@ -5,7 +5,7 @@ Sources: PiSA-SR arXiv 2412.03017, OSEDiff arXiv 2406.08177, S3Diff arXiv 2409.1
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from diffrep.heads.families import Family
@@ -29,6 +29,8 @@ class RestorationFamily(Family):
     guidance: float = 1.0  # the negative prompt's output plus this times the difference to the prompt's
     prompt: str = ""
     negative: str = ""
+    process: str = ""  # of `residual.PROCESSES`: it starts from noise around the image; none: one pass on the image
+    steps: int = 1  # of the process
 
 
 PISA_SR = RestorationFamily(name="pisa-sr", result="residual", timestep=1, posterior="sample", smallest=512)
@@ -54,4 +56,10 @@ TINY = RestorationFamily(
     working_size=128,
 )  # fmt: skip
 
-RESTORATION_FAMILIES = {family.name: family for family in (PISA_SR, OSEDIFF, S3DIFF, TINY)}
+# ResShift, SinSR and RDDM on a latent U-Net that sees the image's latent beside the state. Their authors' networks have
+# no such layout: Swin layers and a VQ autoencoder, pixels.
+RESIDUAL = tuple(
+    replace(TINY, name=name, process=name, steps=steps, result="clean", first_latent="noise")
+    for name, steps in {"resshift": 15, "resshift-4": 4, "sinsr": 1, "rddm": 5}.items()
+)
+RESTORATION_FAMILIES = {family.name: family for family in (PISA_SR, OSEDIFF, S3DIFF, TINY, *RESIDUAL)}

@@ -6,18 +6,40 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
-from diffrep.files import write_whole
-from diffrep.images import ImageLike, decode_image, load_image, upright
+from diffrep.files import one_line, write_whole
+from diffrep.images import ImageError, ImageLike, decode_image, load_image, upright
 
 _ORIENTATION, _PNG = 0x0112, b"\x89PNG\r\n\x1a\n"
+_LAYOUT = (
+    *range(254, 260),
+    262,
+    266,
+    273,
+    *range(277, 281),
+    284,
+    317,
+    320,
+    *range(322, 326),
+    338,
+    339,
+    34675,
+)  # of TIFF
+_TURNS: Mapping[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF's numbers
+    2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: x.swapaxes(0, 1)[:, ::-1], 7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda x: x.swapaxes(0, 1)[::-1],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,19 +84,23 @@ class Photograph:
         load_image(source)  # refuses what is missing, damaged or too large, in one line
         content = Path(source).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            image.load()
+            turn = int(image.getexif().get(_ORIENTATION, 1))
+            image.load()  # which turns a TIFF
+            bits = image.tag_v2.get(258, ()) if isinstance(image, TiffImageFile) else ()
             photograph = cls._of(image, decode_image(content, str(source)))
+        if len(bits) > 1 and set(bits) == {16}:
+            return replace(photograph, **_upright_parts(_tiff_pixels(content, str(source)), turn))
         if content.startswith(_PNG) and content[24] == 16 and content[25] in (2, 6):
-            return replace(photograph, **_deep(content, image))  # type: ignore[arg-type]
+            return replace(photograph, **_upright_parts(_png_pixels(content), turn))
         return photograph
 
     @classmethod
     def _of(cls, image: Image.Image, plain: Image.Image) -> Photograph:
         """Of an image as its file has it; `plain` serves where its mode says nothing more."""
-        exif = image.getexif()
-        exif.pop(_ORIENTATION, None)
+        turned, exif = upright(image), image.getexif()
+        for tag in (_ORIENTATION, *_LAYOUT):
+            exif.pop(tag, None)
         about = {"exif": exif.tobytes() if len(exif) else b"", "icc": image.info.get("icc_profile")}
-        turned = upright(image)
         if turned.mode.startswith("I;16") or turned.mode == "I":
             values = np.asarray(turned).astype(np.uint16)
             return cls(np.repeat(values[..., None], 3, 2), grey=True, **about)  # type: ignore[arg-type]
@@ -99,21 +125,22 @@ class Photograph:
         return np.round(values / 257).astype(np.uint8) if values.dtype == np.uint16 else values
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it whole or not at all: ``.png`` (with all of it), ``.tif``, ``.jpg`` or ``.webp``.
+        """Write it whole or not at all: ``.png`` or ``.tif`` (with all of it), ``.jpg`` or ``.webp``.
 
         Raises:
-            ValueError: another ending, or one that cannot hold it: 16 bits go into png, transparency into png and webp.
+            ValueError: another ending, or one that cannot hold it: 16 bits go into png and tif, transparency not into
+                jpg.
         """
         path = Path(path)
         kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
         if (form := kind.get(path.suffix.lower())) is None:
             raise ValueError(f"{path}: restored images are written as {', '.join(kind)}")
-        if self.levels > 255 and form != "PNG":
-            raise ValueError(f"{path}: has 16 bits, which are written as .png")
+        if self.levels > 255 and form not in ("PNG", "TIFF"):
+            raise ValueError(f"{path}: has 16 bits, which are written as .png or .tif")
         if self.alpha is not None and form == "JPEG":
-            raise ValueError(f"{path}: is partly transparent, which is written as .png or .webp")
+            raise ValueError(f"{path}: is partly transparent, which is written as .png, .tif or .webp")
         if self.levels > 255:
-            write_whole(path, self._png16())
+            write_whole(path, self._png16() if form == "PNG" else self._tiff16())
             return
         image = self.image()
         if self.grey:
@@ -123,17 +150,21 @@ class Photograph:
             options["exif"] = self.exif  # type: ignore[assignment]
         write_whole(path, lambda partial: image.save(partial, form, icc_profile=self.icc, **options))
 
+    def _channels(self) -> np.ndarray:
+        """(H, W, 1, 3 or 4): one channel where it is grey and opaque."""
+        if self.alpha is None:
+            return self.pixels[..., :1] if self.grey else self.pixels
+        return np.dstack([self.pixels, self.alpha])
+
     def _png16(self) -> bytes:
-        """Pillow writes 16 bits of one channel alone."""
-        channels = [self.pixels[..., :1] if self.grey else self.pixels]
-        channels += [] if self.alpha is None else [self.alpha[..., None]]
-        values = np.concatenate(channels, 2).astype(">u2")
-        colour = {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
+        """Pillow writes 16 bits of one channel alone, here and in TIFF."""
+        values = self._channels().astype(">u2")
+        colour = {1: 0, 3: 2, 4: 6}[values.shape[2]]
 
         def chunk(kind: bytes, content: bytes) -> bytes:
             return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-        head = struct.pack(">IIBBBBB", self.size[0], self.size[1], 16, colour, 0, 0, 0)
+        head = struct.pack(">IIBBBBB", *self.size, 16, colour, 0, 0, 0)
         rows = b"".join(b"\x00" + row.tobytes() for row in values)  # each row with filter 0
         parts = [_PNG, chunk(b"IHDR", head)]
         if self.icc:
@@ -142,18 +173,58 @@ class Photograph:
             parts.append(chunk(b"eXIf", self.exif.removeprefix(b"Exif\x00\x00")))
         return b"".join([*parts, chunk(b"IDAT", zlib.compress(rows, 6)), chunk(b"IEND", b"")])
 
+    def _tiff16(self) -> bytes:
+        """One strip, compressed by Deflate, behind a directory that holds the EXIF tags too."""
+        values, tags, exif = self._channels().astype("<u2"), ImageFileDirectory_v2(), Image.Exif()
+        exif.load(self.exif)
+        for tag in exif:
+            tags[tag] = exif.get_ifd(tag) if tag in (0x8769, 0x8825) else exif[tag]
+        (width, height), count, strip = self.size, values.shape[2], zlib.compress(values.tobytes(), 6)
+        about = {
+            256: width, 257: height, 258: (16,) * count, 259: 8, 262: 1 if count == 1 else 2, 273: 0, 277: count,
+            278: height, 279: len(strip), 284: 1,
+        }  # fmt: skip
+        about |= ({338: 2} if count == 4 else {}) | ({34675: self.icc} if self.icc else {})
+        for tag, value in about.items():
+            tags[tag] = value
+        return b"II*\x00" + struct.pack("<I", 8) + tags.tobytes(8) + strip
 
-def _deep(content: bytes, image: Image.Image) -> dict[str, np.ndarray]:
-    """Colours and alpha of a PNG of 16 bits a channel, of which Pillow reads 8."""
+
+def _png_pixels(content: bytes) -> np.ndarray:
+    """(H, W, 3 or 4) uint16 of a PNG, of which Pillow reads 8 bits."""
     from torchvision.io import ImageReadMode  # type: ignore[import-untyped]
     from torchvision.io import decode_image as decode
 
     values = decode(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    pixels = values.permute(1, 2, 0).numpy()
-    turned = [
-        np.asarray(upright(Image.fromarray(np.ascontiguousarray(channel)))) for channel in pixels.transpose(2, 0, 1)
-    ]
-    if image.getexif().get(_ORIENTATION, 1) == 1:
-        turned = list(pixels.transpose(2, 0, 1))
-    parts = {"pixels": np.stack(turned[:3], 2)}
-    return parts | ({"alpha": turned[3]} if len(turned) == 4 else {})
+    pixels: np.ndarray = values.permute(1, 2, 0).numpy()
+    return pixels
+
+
+def _tiff_pixels(content: bytes, name: str) -> np.ndarray:
+    """(H, W, 3 or 4) uint16 of a TIFF, of which Pillow reads 8 bits.
+
+    Raises:
+        ImageError: tifffile is not installed, or cannot read this form of TIFF.
+    """
+    try:
+        import tifffile
+
+        with tifffile.TiffFile(io.BytesIO(content)) as file:
+            page: Any = file.pages[0]
+            values, extra = page.asarray(), [int(kind) for kind in page.extrasamples]
+            pixels = np.moveaxis(values, 0, 2) if int(page.planarconfig) == 2 else values
+    except ImportError:
+        raise ImageError(f'{name}: 16 bits of a TIFF need tifffile: pip install "diffrep[dense]"') from None
+    except Exception as error:  # compressions that need another package, among others
+        raise ImageError(f"{name}: cannot be read as a TIFF of 16 bits ({one_line(error)})") from None
+    if extra[:1] == [1]:  # colours are multiplied by their transparency
+        share = np.maximum(pixels[..., 3:], 1) / 65535
+        pixels = np.dstack([np.minimum((pixels[..., :3] / share).round(), 65535), pixels[..., 3]]).astype(np.uint16)
+    return pixels[..., : 4 if extra[:1] in ([1], [2]) else 3]
+
+
+def _upright_parts(pixels: np.ndarray, turn: int) -> dict[str, Any]:
+    """Colours and alpha, turned as EXIF's number says."""
+    pixels = _TURNS[turn](pixels) if turn in _TURNS else pixels
+    parts = {"pixels": np.ascontiguousarray(pixels[..., :3])}
+    return parts | ({"alpha": np.ascontiguousarray(pixels[..., 3])} if pixels.shape[2] == 4 else {})

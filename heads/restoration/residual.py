@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -46,6 +46,7 @@ class ResidualDiffusion:
             times its spread, "add_noise" a second output that is the noise plus the first.
         scaling: inputs are divided by sqrt(B^2 + 1), as of latents, by 3 B + 1, as of pixels, or not.
         clips: what it takes for residual and clean image is cut off at -1 and 1.
+        drawn: steps come from the posterior, of a respaced process; else the noise stays in the state (RDDM).
     """
 
     shift: Tensor
@@ -54,6 +55,7 @@ class ResidualDiffusion:
     predicts: Predicts = "xstart"
     scaling: Literal["latent", "pixel", "none"] = "latent"
     clips: bool = False
+    drawn: bool = True
 
     def __len__(self) -> int:
         return len(self.shift)
@@ -187,6 +189,24 @@ class ResidualDiffusion:
                 state = state + variance**0.5 * step_noise[number]
             yield state, clean
 
+    def restored(self, network: Network, degraded: Tensor, noise: Sequence[Tensor], steps: int) -> Tensor:
+        """The clean image in some steps; in one it is what the network says of the prior (SinSR).
+
+        Args:
+            noise: of the prior, then of each step that is drawn.
+
+        Raises:
+            ValueError: more steps than there are.
+        """
+        if steps == 1:
+            return self.ask(network, self.prior(degraded, noise[0]), degraded, len(self) - 1)[-1]
+        if self.drawn:
+            walk = self.respaced(steps).sample(network, degraded, noise[0], noise[1:])
+        else:
+            walk = self.sample(network, degraded, noise[0], times=even_times(len(self), steps))
+        *_, (clean, _) = walk
+        return clean
+
     def invert(self, network: Network, clean: Tensor, degraded: Tensor) -> Tensor:
         """The x_T from which deterministic steps lead to a clean image, about: each step asks one step too late."""
         state = clean
@@ -226,7 +246,7 @@ def rddm(
     """RDDM's schedule: residuals removed less and less, noise more and more; B_T^2 is `sum_scale`."""
     ramp = torch.arange(1, steps + 1, dtype=torch.float64) / (steps * (steps + 1) / 2)
     shift, spread = ramp.flip(0).cumsum(0), (ramp * sum_scale).cumsum(0).sqrt()
-    return ResidualDiffusion(shift, spread, torch.arange(steps), predicts, "none", clips)
+    return ResidualDiffusion(shift, spread, torch.arange(steps), predicts, "none", clips, drawn=False)
 
 
 def even_times(total: int, steps: int) -> list[int]:
@@ -244,11 +264,12 @@ def even_times(total: int, steps: int) -> list[int]:
 
 
 def sinsr_losses(
-    process: ResidualDiffusion, student: Network, teacher: Network, clean: Tensor, degraded: Tensor, noise: Tensor
+    process: ResidualDiffusion, student: Network, taught: Tensor, clean: Tensor, degraded: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
     """SinSR's three losses of each image, (B,): the teacher's result, the way back to x_T, the original.
 
-    All inputs of the student are scaled as those of the last step, also where it is asked at step 0, as released.
+    `taught` is what the teacher's deterministic steps lead to from the same noise. All inputs of the student are
+    scaled as those of the last step, also where it is asked at step 0, as released.
     """
     last = len(process) - 1
     start = process.prior(degraded, noise)
@@ -257,7 +278,6 @@ def sinsr_losses(
         return process.parts(student(process.scaled(state, last), process.timesteps[t]), state, degraded, t)[-1]
 
     with torch.no_grad():
-        *_, (taught, _) = process.sample(teacher, degraded, noise)
         inverted = ask(clean, 0)
     pairs = {"mse": (ask(start, last), taught), "xT": (start, ask(taught, 0)), "gt": (clean, ask(inverted, last))}
     return {name: (a - b).square().flatten(1).mean(1) for name, (a, b) in pairs.items()}
@@ -283,3 +303,11 @@ def hsd_gradient(
     with torch.no_grad():
         gradient = estimate(student.detach()) - estimate(taught)
     return gradient, (gradient * student).flatten(1).mean(1)
+
+
+PROCESSES: Mapping[str, ResidualDiffusion] = {  # of latents, by the names of their families
+    "resshift": resshift(15),
+    "resshift-4": resshift(4, min_noise_level=0.2),
+    "sinsr": resshift(15, sinsr=True),
+    "rddm": rddm(1000, predicts="pred_res", clips=False),
+}

@@ -6,7 +6,7 @@ first two and in pixels behind the last, so that no border is left to see.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from diffrep.heads.restoration.pixels import (
     blended_rows,
     wavelet_colours,
 )
+from diffrep.heads.restoration.residual import PROCESSES
 from diffrep.settings import check
 
 _BAND = 512  # rows whose colours are corrected together
@@ -50,12 +51,13 @@ class RestoreConfig:
     guidance: float | None = None  # S3Diff: pull away from the negative prompt; 1: one pass instead of two
     pixel: float = 1.0  # PiSA-SR: strength of its adapter for fidelity
     semantic: float = 1.0  # PiSA-SR: strength of its adapter for detail
+    steps: int | None = None  # ResShift, RDDM: passes of the network; None: the family's
     batch_size: int = 1  # images of one size that are read together; each goes through the network alone
 
     def __post_init__(self) -> None:
         check(
             self, scale="[1, 16]", tile="0..", overlap="0..", seed="[0, 2^63)", guidance="[0, 20]", pixel="[0, 10]",
-            semantic="[0, 10]", batch_size="1..",
+            semantic="[0, 10]", batch_size="1..", steps="1..",
         )  # fmt: skip
 
 
@@ -86,6 +88,7 @@ class Restorer(OneStep):
         self.pixel_network = None if pixel_unet is None else PlainUNet(pixel_unet, context)
         self.negative = None if negative is None else PlainUNet(self.network.unet, negative)
         self.modulations, self.estimator = nn.ModuleList(modulations), estimator
+        self.process = PROCESSES.get(self.family.process)
 
     def look(self, degraded: Tensor | None, scores: Tensor | None = None) -> None:
         """Set what depends on the photograph as a whole, (1, 3, H, W) in [0, 1] before it is enlarged.
@@ -102,9 +105,23 @@ class Restorer(OneStep):
             for modulation in self.modulations:
                 modulation.current = modulation(scores.float().to(self.device))
 
-    def clean(self, latents: Tensor, config: RestoreConfig) -> Tensor:
-        """(B, c, h, w) latents of a degraded image -> those of the clean one."""
+    def draws(self, shape: tuple[int, ...], config: RestoreConfig) -> list[Tensor]:
+        """The normal noise (1, *shape) of a process and of those of its steps that are drawn; none without one."""
+        if self.process is None:
+            return []
+        count = (config.steps or self.family.steps) if self.process.drawn else 1
+        return [draw_noise(shape, config.seed, 0, stream=2 + step) for step in range(count)]
+
+    def clean(self, latents: Tensor, config: RestoreConfig, noise: Sequence[Tensor] = ()) -> Tensor:
+        """(B, c, h, w) latents of a degraded image -> those of the clean one; `noise` as of `draws`."""
         family, t = self.family, self.family.timestep
+        if self.process is not None:
+
+            def network(state: Tensor, step: Any) -> Tensor:
+                return self.network(torch.cat([latents, state.to(latents)], 1), int(step)).float()
+
+            moved = [one.to(latents.device) for one in noise]
+            return self.process.restored(network, latents.float(), moved, config.steps or family.steps).to(latents)
         output = self.network(latents, t)
         guidance = family.guidance if config.guidance is None else config.guidance
         if self.negative is not None and guidance != 1:
@@ -143,6 +160,12 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
             )
         if config.guidance is not None and self.model.negative is None and config.guidance != 1:
             raise ValueError(f"guidance needs a negative prompt, which {self.name} does not have")
+        if config.steps is not None and self.model.process is None:
+            raise ValueError(f"steps are of ResShift and RDDM; {self.name} is a {self.family.name} and takes one")
+        if config.steps is not None and config.steps > len(self.model.process):
+            raise ValueError(
+                f"steps must be in 1..{len(self.model.process)} for {self.family.name}, got {config.steps}"
+            )
         tile, overlap = self._tiles(config)
         if tile and not 0 <= overlap < tile:
             raise ValueError(f"overlap must be below tile, got {overlap} and {tile} latent cells")
@@ -208,9 +231,12 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
 
         latents = self._whole(encode, cells, tile, overlap)
 
+        draws = model.draws((model.channels, *cells), config)
+
         def clean(top: int, left: int) -> Tensor:
-            part = latents[None, :, top : top + tile, left : left + tile].to(model.device, model.dtype)
-            return model.clean(part, config)[0]
+            place = (..., slice(top, top + tile), slice(left, left + tile))
+            part = latents[place][None].to(model.device, model.dtype)
+            return model.clean(part, config, [drawn[place] for drawn in draws])[0]
 
         cleaned = self._whole(clean, cells, tile, overlap)
 

@@ -1,5 +1,8 @@
 """Training a restorer: degraded images in, their originals out, in one pass; as Lotus-D is, with the rule "residual".
 
+The processes of `diffrep.heads.restoration.residual` are trained in latents too, by their own losses; a ResShift is
+distilled into one step by SinSR's losses, and TAD-SR's score (without its discriminator).
+
 The scale distillation is YONOS-SR's (arXiv 2401.17258), in its certain parts: a restorer of half the scale, which sees
 more, says what clean latent one of the whole scale should find; the decoder is tuned after the U-Net. Its weights by
 noise level do not apply, since nothing here starts from noise.
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,14 +27,17 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffrep.backbones import draw_noise
 from diffrep.backbones.pipelines import PipelineParts
 from diffrep.files import read_weights, save_weights
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.one_step import LatentCodec, Schedule
-from diffrep.heads.restoration.degrade import DEGRADATIONS, SeededDraws, degrade, draw_kernels
-from diffrep.heads.restoration.families import TINY, RestorationFamily
+from diffrep.heads.restoration.degrade import DEGRADATIONS, Draws, degrade, draw_kernels
+from diffrep.heads.restoration.families import RESTORATION_FAMILIES, TINY, RestorationFamily
 from diffrep.heads.restoration.pixels import imresize
+from diffrep.heads.restoration.residual import PROCESSES, hsd_gradient, sinsr_losses
 from diffrep.heads.restoration.restorer import RestorationHead, Restorer
+from diffrep.heads.training.dense import adapt_unet
 from diffrep.heads.training.fit import Feed, HeadSettings, prepared
 from diffrep.images import center_crop, load_image
 from diffrep.scenes import SceneSet
@@ -104,7 +110,7 @@ def degraded(pixels: Tensor, settings: PairSettings, number: int, *, half: bool 
     Args:
         half: with the same draws, as a scale half as large would have left it.
     """
-    draws, image = SeededDraws(step_generator(settings.seed, number)), pixels[None].float() / 255
+    draws, image = Draws(step_generator(settings.seed, number)), pixels[None].float() / 255
     scale = settings.scale // 2 if half else settings.scale
     if draws.random() < settings.clean:
         low = imresize(image, 1 / scale).clamp(0, 1)
@@ -171,28 +177,85 @@ class RestorationModel(nn.Module):
     context: Tensor
 
     def __init__(
-        self, unet: Any, vae: Any, context: Tensor, scheduler: Mapping[str, Any], decoder: DetailDecoder | None = None
-    ) -> None:
+        self, unet: Any, vae: Any, context: Tensor, scheduler: Mapping[str, Any], decoder: DetailDecoder | None = None,
+        family: RestorationFamily = TINY,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.unet, self.vae, self.decoder, self.scheduler = unet, vae, decoder, dict(scheduler)
+        self.family, self.process = family, PROCESSES.get(family.process)
         self.register_buffer("context", context.detach().clone())
 
-    def forward(self, images: Tensor, *, decoded: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Clean latents (B, c, h, w) and clean images in about [0, 1], of enlarged ones (B, 3, H, W) in [0, 1]."""
+    def forward(
+        self, images: Tensor, *, decoded: bool = True, terms: Callable[[RestorationModel], Any] | None = None
+    ) -> Any:
+        """Clean latents (B, c, h, w) and clean images in about [0, 1], of enlarged ones (B, 3, H, W) in [0, 1].
+
+        Args:
+            terms: computed instead, here so that several processes' gradients meet.
+        """
+        if terms is not None:
+            return terms(self)
         clean = self.clean(encoded(self.vae, images))
-        if not decoded:
-            return clean, None
+        return clean, self.drawn(clean, images) if decoded else None
+
+    def drawn(self, clean: Tensor, images: Tensor) -> Tensor:
+        """Clean images of clean latents and enlarged images."""
         if self.decoder is not None:
-            return clean, images + self.decoder(clean, images)
+            return images + self.decoder(clean, images)
         config = self.vae.config
         unscaled = clean / config.scaling_factor + (config.shift_factor or 0.0)
-        return clean, self.vae.decode(unscaled, return_dict=False)[0] / 2 + 0.5
+        image: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
+        return image / 2 + 0.5
+
+    def asked(self, latents: Tensor, state: Tensor, t: int | Tensor) -> Tensor:
+        """What the U-Net says of a process's state beside degraded latents, (B, c, h, w) both."""
+        return self._output(torch.cat([latents, state.to(latents)], 1), torch.as_tensor(t, device=latents.device))
 
     def clean(self, latents: Tensor) -> Tensor:
-        """Latents (B, c, h, w) of degraded images -> of clean ones."""
+        """Latents (B, c, h, w) of degraded images -> of clean ones, with one fixed noise where they need some."""
+        if self.process is None:
+            return latents - self._output(latents, TINY.timestep)
+        noise = [draw_noise(latents.shape[1:], 0, 0, stream=2 + n).to(latents) for n in range(self.family.steps)]
+        return self.process.restored(partial(self.asked, latents), latents, noise, self.family.steps)
+
+    def _output(self, latents: Tensor, timestep: int | Tensor) -> Tensor:
         context = self.context.expand(len(latents), -1, -1)
-        residual: Tensor = self.unet(latents, TINY.timestep, encoder_hidden_states=context).sample
-        return latents - residual
+        output: Tensor = self.unet(latents, timestep, encoder_hidden_states=context).sample
+        return output
+
+
+def process_terms(
+    model: RestorationModel, batch: Batch, images: Tensor, clean: Tensor, teacher: RestorationModel | None, score: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Losses of a process on enlarged images and clean latents, and the clean images that the network estimates.
+
+    Args:
+        batch: "noise" of the latents, "step" (B,) and, for TAD-SR's `score`, "mixed", uniform noise.
+        teacher: a ResShift, to be distilled into one step.
+    """
+    process, degraded, noise = model.process, encoded(model.vae, images).detach(), batch["noise"]
+    assert process is not None
+    t = batch["step"].cpu()  # as the tables that it indexes
+    said: list[Tensor] = []
+
+    def network(state: Tensor, step: int | Tensor) -> Tensor:
+        said.append(model.asked(degraded, state, step).float())
+        return said[-1]
+
+    if teacher is None:
+        noisy = process.noisy(clean, degraded, noise, t)
+        if process.drawn:
+            loss = process.losses(network, clean, degraded, noise, t).mean()
+        else:
+            loss = process.absolute_loss((network(noisy, t),), clean, degraded, noise)
+        return {"latent": loss}, model.drawn(process.parts(said[0], noisy, degraded, t)[-1], images)
+    asked = partial(teacher.asked, degraded)
+    with torch.no_grad():
+        *_, (taught, _) = process.sample(asked, degraded, noise)
+    losses = [one.mean() for one in sinsr_losses(process, network, taught, clean, degraded, noise).values()]
+    if score:  # of the student's answer to the prior, its second
+        losses.append(score * hsd_gradient(process, asked, said[1], taught, degraded, batch["mixed"], t % 3)[1].mean())
+    return {"latent": torch.stack(losses).sum()}, model.drawn(said[1], images)
 
 
 def encoded(vae: Any, images: Tensor) -> Tensor:
@@ -201,9 +264,9 @@ def encoded(vae: Any, images: Tensor) -> Tensor:
     return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-def restorer_of(model: RestorationModel, family: RestorationFamily = TINY) -> RestorationHead:
+def restorer_of(model: RestorationModel) -> RestorationHead:
     """The head that a model in training is; they share their weights."""
-    parts = model.unet, model.vae, model.context, Schedule.from_config(model.scheduler), family
+    parts = model.unet, model.vae, model.context, Schedule.from_config(model.scheduler), model.family
     return RestorationHead(Restorer(*parts, fold=False, decoder=model.decoder))
 
 
@@ -213,7 +276,9 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
 
     base: str = "tiny"  # embedded model, diffusers folder or hub id
     start: str = ""  # folder of a restorer whose networks are trained on
-    teacher: str = ""  # folder of a restorer of half the scale whose clean latents are the targets (YONOS-SR)
+    teacher: str = ""  # folder of a restorer of half the scale (YONOS-SR: its latents are targets); sinsr: a resshift
+    family: Literal["restore", "resshift", "resshift-4", "sinsr", "rddm"] = "restore"  # one step, or by a process
+    score: float = 0.0  # sinsr: weight of TAD-SR's distilled score
     pairs: PairSettings = field(default_factory=PairSettings)
     fit: FitSettings = field(default_factory=lambda: EMBEDDED_FIT)
     batch_size: int = 32
@@ -228,25 +293,36 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
 
     def __post_init__(self) -> None:
         check(self, batch_size="1..", workers="1..", size="16..", latent=NOT_NEGATIVE, pixel=NOT_NEGATIVE)
-        if self.teacher and (self.learns != "unet" or not self.latent or not self.pairs.half):
+        plain = self.family == "restore"
+        if not plain and (self.learns != "unet" or not self.latent or not self.pixel or self.start):
+            raise ValueError(f"a {self.family} learns its U-Net from latents and pixels: learns='unet', both above 0")
+        if (bool(self.teacher) != (self.family == "sinsr") and not plain) or (self.score and self.family != "sinsr"):
+            raise ValueError(
+                "a sinsr learns from a resshift (teacher), with score if wanted; other processes from data"
+            )
+        if plain and self.teacher and (self.learns != "unet" or not self.latent or not self.pairs.half):
             raise ValueError("a teacher's latents need learns='unet', latent above 0, and pairs of half the scale")
         if (self.learns != "unet" or self.detail) and not self.pixel:
             raise ValueError("a decoder learns from pixels: set pixel above 0")
 
     def build(self, parts: PipelineParts) -> RestorationModel:
         unet, vae, decoder = parts.unet, parts.vae, None
+        family = RESTORATION_FAMILIES[self.family]
         if place := self.start or self.teacher:
             machine = _restorer_in(place)
+            if machine.family.name != {"sinsr": "resshift"}.get(self.family, self.family):
+                raise ValueError(f"{place}: is a {machine.family.name}, which a {self.family} does not learn from")
             unet, vae, decoder = machine.network.unet, machine.vae, machine.decoder
         channels = (unet.config.in_channels, unet.config.out_channels)
-        if channels != (vae.config.latent_channels,) * 2:
+        if channels[1] != vae.config.latent_channels:
             raise ValueError(f"a restorer needs a U-Net from the VAE's latents to them, not one of {channels} channels")
+        unet = adapt_unet(unet, family)
         if self.detail and decoder is None:
             decoder = DetailDecoder.seeded(self.fit.seed, LatentCodec(vae), **DETAIL)
             nn.init.zeros_(decoder.leave.weight)  # it starts from the enlarged image
             nn.init.zeros_(decoder.leave.bias)  # type: ignore[arg-type]
         context = prepared(parts, unet, vae, decoder)
-        model = RestorationModel(unet, vae, context, parts.scheduler, decoder if self.detail else None)
+        model = RestorationModel(unet, vae, context, parts.scheduler, decoder if self.detail else None, family)
         model.requires_grad_(False)
         draws = [decoder] if self.detail else [vae.decoder, vae.post_quant_conv]
         taught = {"unet": [unet, decoder if self.detail else None], "decoder": draws, "all": [unet, vae, decoder]}
@@ -274,7 +350,8 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
         teacher = None
         if self.teacher:
             machine = _restorer_in(self.teacher)
-            teacher = RestorationModel(machine.network.unet, machine.vae, machine.network.context, parts.scheduler)
+            networks = machine.network.unet, machine.vae, machine.network.context
+            teacher = RestorationModel(*networks, parts.scheduler, family=machine.family)
             teacher.to(device).requires_grad_(False).eval()
         frozen = copy.deepcopy(model.vae).to(device).requires_grad_(False).eval()
         loaded = torch.stack([data.pixels(index) for index in range(len(data))]).to(device)
@@ -284,15 +361,28 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
             rows = torch.randint(len(pairs["low"]), (self.batch_size,), generator=generator).to(device)
             flips = (torch.rand(self.batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
             batch = {"originals": loaded[rows // versions], **{name: low[rows] for name, low in pairs.items()}}
-            return {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
+            batch = {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
+            if model.process is not None:
+                codec, count = LatentCodec(frozen), self.batch_size
+                shape = (count, codec.channels, *(side // codec.stride for side in batch["originals"].shape[-2:]))
+                batch["noise"] = torch.randn(shape, generator=generator)
+                batch["mixed"] = torch.rand(shape, generator=generator)
+                batch["step"] = torch.randint(len(model.process), (count,), generator=generator)
+            return batch
 
         def losses(module: nn.Module, ema: RestorationModel, batch: Batch) -> dict[str, Tensor]:
-            originals = batch["originals"].float() / 255
-            clean, decoded = module(enlarged(batch["low"], size), decoded=bool(self.pixel))
+            originals, images = batch["originals"].float() / 255, enlarged(batch["low"], size)
             terms: dict[str, Tensor] = {}
+            if model.process is not None:
+                with torch.no_grad():
+                    target = encoded(frozen, originals).float()
+                values = {"batch": batch, "images": images, "clean": target, "teacher": teacher, "score": self.score}
+                terms, decoded = module(images, terms=partial(process_terms, **values))
+            else:
+                clean, decoded = module(images, decoded=bool(self.pixel))
             if decoded is not None:
                 terms["pixel"] = F.l1_loss(decoded.float(), originals)
-            if self.latent:
+            if self.latent and model.process is None:
                 if self.learns == "all":  # there is no fixed latent space but that of the base
                     assert decoded is not None
                     clean = encoded(frozen, decoded)
@@ -309,7 +399,7 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
 
     def about(self) -> dict[str, Any]:
         extra = {"training": json.loads(json.dumps(asdict(self), default=str))}
-        return {"family": TINY.name, "task": "restore", "working_size": self.size, "extra": extra}
+        return {"family": self.family, "task": "restore", "working_size": self.size, "extra": extra}
 
 
 def _restorer_in(folder: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffrep.heads.restoration.degrade import (
     DEGRADATIONS,
     Degradation,
+    Draws,
     Order,
     add_gaussian,
     add_poisson,
@@ -29,7 +30,7 @@ from .cases import assert_within, each
 from .diffdis_unet import tensors_of
 
 
-class Replayed:
+class Replayed(Draws):
     """The recorded draws of another program, in order."""
 
     def __init__(self, python: Sequence[Any], tensors: Sequence[tuple[str, Tensor]], rates: list[Tensor]) -> None:

@@ -127,7 +127,8 @@ def check_sinsr(folder: Path, case: dict[str, Any]) -> None:
         degraded = encode(F.interpolate(lq, scale_factor=factor, mode="bicubic"))
         clean, noise = encode(inputs[f"{i}.gt"]), inputs[f"{i}.noise"]
         start = process.prior(degraded, noise)
-        losses = sinsr_losses(process, student, teacher, clean, degraded, noise)
+        *_, (taught, _) = process.sample(teacher, degraded, noise)
+        losses = sinsr_losses(process, student, taught.detach(), clean, degraded, noise)
         total = torch.stack(list(losses.values())).sum(0)
         (gradient,) = torch.autograd.grad(total.mean(), inputs[f"{i}.student_W"])
         got = {f"loss_{name}": loss for name, loss in losses.items()} | {
