@@ -13,6 +13,7 @@ import torch
 from diffrep.eval.benchmarks.__main__ import BENCHMARKS, main
 from diffrep.eval.benchmarks.heads import HeadsBenchmark
 from diffrep.eval.benchmarks.networks import FeaturesBenchmark
+from diffrep.eval.benchmarks.restoration import RestorationBenchmark
 from diffrep.eval.benchmarks.start import StartBenchmark, counted_imports
 from diffrep.eval.benchmarks.timing import Row, Timing, interleave, table
 
@@ -45,6 +46,21 @@ def test_a_folder_reaches_a_share_of_the_bare_network(capsys: pytest.CaptureFixt
     assert share == pytest.approx(100 * row.ratio, abs=0.1)
     assert 0 < share < 150
     assert row.claim in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_restoration_by_tiles_is_the_same_and_takes_less(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = RestorationBenchmark(side=96, tile=8, overlap=2, sides=(192,), repeats=1).run()
+    assert [re.findall(r"VAE, (one tile|tiles of 8 cells)", row.claim)[0] for row in rows] == [
+        "one tile",
+        "tiles of 8 cells",
+    ]
+    for row in rows:
+        assert float(re.findall(r"difference (\S+)", row.equality)[0]) < 1e-4
+        plain, ours = map(float, re.findall(r"GFLOP (\S+) against (\S+)", row.flops)[0])
+        assert ours < plain
+    released, ours = map(float, re.findall(r"192 x 192 +(\d+) +(\d+)", capsys.readouterr().out)[0])
+    assert ours < released
 
 
 @pytest.mark.slow

@@ -307,7 +307,7 @@ def s3diff(folder: Path, dtype: torch.dtype = torch.float32) -> RestorationHead:
     ranks = {"rank_unet": 4, "rank_vae": 3}
     shutil.copytree(S3DIFF / "model", folder / "base", dirs_exist_ok=True)
     context = inputs["0.context"][:1].clone()
-    save_file({"context": context, "negative": context.flip(1).clone()}, folder / "base" / "context.safetensors")
+    save_file({"context": context, "negative": -context}, folder / "base" / "context.safetensors")
     torch.save(stored | ranks, folder / "s3diff.pkl")
     torch.manual_seed(0)  # the estimator's weights take their draws from the global generator
     torch.save(DegradationEstimator().state_dict(), folder / "de_net.pth")

@@ -19,6 +19,7 @@ BENCHMARKS = {  # name -> module, one line
     "probes": ("probes", "a cached grid of probes against the released loop; a grid on a million features"),
     "gpu": ("gpu", "all of it at full size on a CUDA device, in bfloat16, and the tests that need one"),
     "peer": ("peer", "the real code of DIFT, Lotus or HeatGeo in a checkout of yours, --peer FOLDER, against ours"),
+    "restoration": ("restoration", "the released one-step restoration against ours: time, tiles, memory against area"),
     "depth": ("networks", "one-step heads against the official sequence of calls"),
     "heads": ("heads", "a folder of photographs to maps on disk: share of the bare network's images per second"),
 }
@@ -27,7 +28,7 @@ BENCHMARKS = {  # name -> module, one line
 def main(arguments: list[str]) -> int:
     """Run the benchmark that the first argument names; the others are its settings."""
     if not arguments or arguments[0] not in BENCHMARKS:
-        lines = [f"  {name:<10} {text}" for name, (_, text) in BENCHMARKS.items()]
+        lines = [f"  {name:<12} {text}" for name, (_, text) in BENCHMARKS.items()]
         print("\n".join(["usage: python -m diffrep.eval.benchmarks NAME [options]", *lines]), file=sys.stderr)
         return 2
     name, *options = arguments

@@ -52,7 +52,7 @@ S3DIFF = RestorationFamily(
 )
 # trained as Lotus-D is, on the latent of the original instead of an annotation's
 TINY = RestorationFamily(
-    name="restore", result="residual", timestep=1, posterior="mean", colours="wavelet", tile=32, overlap=8,
+    name="restore", result="residual", timestep=1, posterior="mean", colours="low-band", tile=32, overlap=8,
     working_size=128,
 )  # fmt: skip
 

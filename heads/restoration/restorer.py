@@ -24,9 +24,10 @@ from diffrep.heads.restoration.adapters import DegradationEstimator, Modulation
 from diffrep.heads.restoration.families import RestorationFamily
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.pixels import (
-    WAVELET_REACH,
+    REACH,
     Colours,
     blended_rows,
+    low_band_colours,
     wavelet_colours,
 )
 from diffrep.heads.restoration.residual import PROCESSES
@@ -41,9 +42,8 @@ class RestoreConfig:
 
     scale: float = 4.0  # sides of the result over those of the photograph
     keep_size: bool = False  # enlarge and restore, then bring the result back to the photograph's size
-    colours: Colours | None = (
-        None  # taken from the photograph: low frequencies, mean and spread, nothing; None: family's
-    )
+    # taken from the photograph: low frequencies as published, or to a level; mean and spread; None: family's
+    colours: Colours | None = None
     tile: int | None = None  # latent cells of a tile's side; 0: the whole at once; None: the family's
     overlap: int | None = None  # cells that neighbouring tiles have in common; None: the family's
     posterior: Literal["mean", "sample"] = "mean"  # which latent the image becomes; the authors draw a sample
@@ -271,12 +271,13 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
         if kind == "adain":
             (mean, spread), (wanted, breadth) = (_statistics(values) for values in (restored, enlarged))
             shift = (breadth / spread, wanted - mean * breadth / spread)
+        fix = {"wavelet": wavelet_colours, "low-band": low_band_colours}.get(kind)
         for top in range(0, height, _BAND):
-            first, last = max(top - WAVELET_REACH, 0), min(top + _BAND + WAVELET_REACH, height)
-            if shift is not None:
+            first, last = max(top - REACH[kind], 0), min(top + _BAND + REACH[kind], height)
+            if fix is None:
                 fixed = part(restored, first, last) * shift[0] + shift[1]
             else:
-                fixed = wavelet_colours(part(restored, first, last), part(enlarged, first, last))
+                fixed = fix(part(restored, first, last), part(enlarged, first, last))
             band = fixed[0, :, top - first : top - first + _BAND].clamp(0, 1) * levels
             result[top : top + band.shape[1]] = band.round().permute(1, 2, 0).numpy()
         return result
