@@ -27,7 +27,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "query": ("extract:Query", "find images, or places in them, that look like yours"),
     "search": ("extract:Search", "find images in a folder, or places in them, that look like yours, in one step"),
     "synthesize": ("synthesize:Synthesize", "paint an image of any size that looks like a reference"),
-    "sample": ("sampling:Sample", "paint images of prompts with any model and sampler"),
+    "sample": ("sampling:Paint", "paint images of prompts with any model and sampler"),
     "search-schedule": ("sampling:SearchSchedule", "the best timesteps of a sampler on a model"),
     "likelihood": ("sampling:Likelihood", "how likely a diffusion model finds images, in bits"),
     "convert": ("convert:Convert", "turn a published synthesis checkpoint into a diffusers folder"),

@@ -14,7 +14,7 @@ from diffrep.training.fokker_planck import PotentialTraining
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(BackboneOptions, PrecisionOptions):
+class Paint(BackboneOptions, PrecisionOptions):
     """Paint images of prompts side by side, with any model and any sampler.
 
     For example, in four steps: diffrep sample "a red fox" --model sd1.5 --lora lcm-lora-sdv1-5.safetensors --sampler

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffrep.sampling import solvers
-from diffrep.sampling.core import SolverTable, TableStepper, per_sample
-from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP, TimeGrid, table_times
+from diffrep.sampling.core import SolverTable, TableStepper, Update, per_sample
+from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP, TimeGrid, boundary, table_times
 
 Builder = Callable[..., SolverTable]  # (grid, schedule, **options)
 FAINT = 1000.0  # sigma / alpha above which a schedule begins almost without signal
@@ -50,6 +50,15 @@ def _hb(builder: Builder) -> Builder:
     return lambda grid, schedule, beta, **options: solvers.with_momentum(builder(grid, schedule, **options), beta)
 
 
+def consistency(grid: TimeGrid) -> SolverTable:
+    """LCM: what the consistency function says of the state, with new noise up to the next time."""
+    updates = []
+    for after, sigma, t in zip(grid.alpha[1:], grid.sigma[1:], grid.labels, strict=True):
+        skip, out = boundary(float(t))
+        updates.append(Update("data", float(after) * skip, (float(after) * out,), noise=float(sigma)))
+    return SolverTable("LCM", grid, tuple(updates))
+
+
 _dpm = _plain(solvers.multistep)
 _data = _plain(solvers.ddim_table, form="data")  # the noise form loses digits where a schedule begins without signal
 SAMPLERS: dict[str, Sampler] = {
@@ -73,7 +82,7 @@ SAMPLERS: dict[str, Sampler] = {
         _plain(solvers.evodiff), "weights from the predictions; whole images", {}, flow=False, faint=False
     ),
     "lcm": Sampler(
-        _plain(solvers.consistency),
+        _plain(consistency),
         "for models and LoRAs distilled by LCM; 1 to 8 steps",
         {},
         flow=False,

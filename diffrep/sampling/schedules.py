@@ -241,6 +241,13 @@ def distinct_indices(times: ArrayLike) -> Array:
     return np.array(sorted(whole, reverse=True), np.float64)
 
 
+def boundary(t: Any) -> tuple[Any, Any]:
+    """c_skip and c_out of f = c_skip x + c_out x0 at timesteps t: the identity at 0 (LCM, arXiv 2310.04378)."""
+    scaled = 10.0 * t
+    total = scaled**2 + 0.5**2
+    return 0.5**2 / total, scaled / total**0.5
+
+
 @dataclass(frozen=True)
 class FewStepGrid:
     """A grid of "Hyperparameters are all you need" (arXiv 2510.02390), tuned on Stable Diffusion's schedule."""

@@ -132,22 +132,6 @@ def ddim_table(grid: TimeGrid, *, form: Form = "noise", eta: float = 0.0) -> Sol
     return SolverTable("Euler" if form == "velocity" else "DDIM", grid, tuple(updates))
 
 
-def boundary(t: Any) -> tuple[Any, Any]:
-    """c_skip and c_out of f = c_skip x + c_out x0 at timesteps t: the identity at 0 (LCM, arXiv 2310.04378)."""
-    scaled = 10.0 * t
-    total = scaled**2 + 0.5**2
-    return 0.5**2 / total, scaled / total**0.5
-
-
-def consistency(grid: TimeGrid) -> SolverTable:
-    """LCM: what the consistency function says of the state, with new noise up to the next time."""
-    updates = []
-    for after, sigma, t in zip(grid.alpha[1:], grid.sigma[1:], grid.labels, strict=True):
-        skip, out = boundary(float(t))
-        updates.append(Update("data", float(after) * skip, (float(after) * out,), noise=float(sigma)))
-    return SolverTable("LCM", grid, tuple(updates))
-
-
 def multistep(
     grid: TimeGrid, *, order: int | Sequence[int] = 2, form: Form = "data", relaxation: str | None = "dpmsolver-2",
     corrected: bool = False, noisy: bool = False, final: bool | None = None, exact: bool = False,

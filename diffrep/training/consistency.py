@@ -20,7 +20,7 @@ from diffrep.backbones.latent_diffusion import guidance_embedding
 from diffrep.devices import resolve_device
 from diffrep.files import claim_folder
 from diffrep.sampling.core import PREDICTIONS
-from diffrep.sampling.solvers import boundary
+from diffrep.sampling.schedules import boundary
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.synthesis import SynthesisModel, load_synthesis
 from diffrep.synthesis.grids import ImageEncoder

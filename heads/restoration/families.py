@@ -24,6 +24,7 @@ class RestorationFamily(Family):
     smallest: int = 1  # pixels that the short side has at least, enlarged
     multiple: int = 8  # sides the network sees are multiples of this, padded by a mirror image and cut off behind it
     colours: Colours = "adain"  # how colours are taken from the enlarged image
+    tiled_colours: Colours | None = None  # of images larger than a tile, where tiles may differ; None: the same
     tile: int = 96  # latent cells of a tile's side
     overlap: int = 32  # cells that neighbours have in common
     guidance: float = 1.0  # the negative prompt's output plus this times the difference to the prompt's
@@ -52,7 +53,7 @@ S3DIFF = RestorationFamily(
 )
 # trained as Lotus-D is, on the latent of the original instead of an annotation's
 TINY = RestorationFamily(
-    name="restore", result="residual", timestep=1, posterior="mean", colours="low-band", tile=32, overlap=8,
+    name="restore", result="residual", timestep=1, posterior="mean", colours="wavelet", tiled_colours="low-band", tile=32, overlap=8,
     working_size=128,
 )  # fmt: skip
 

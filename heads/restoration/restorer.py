@@ -258,7 +258,9 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
 
     def _colours(self, restored: np.ndarray, enlarged: np.ndarray, config: RestoreConfig) -> np.ndarray:
         """Colours of the enlarged image on the restored one, (H, W, 3) of one kind, band by band."""
-        kind = config.colours or self.family.colours
+        kind, cells = config.colours or self.family.colours, self._tiles(config)[0] * self.model.stride
+        if config.colours is None and cells and restored.shape[0] * restored.shape[1] > cells**2:
+            kind = self.family.tiled_colours or kind
         if kind == "none":
             return restored
         levels = np.iinfo(restored.dtype).max

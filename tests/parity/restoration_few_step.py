@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffrep.backbones.latent_diffusion import guidance_embedding
 from diffrep.sampling.samplers import TableScheduler
-from diffrep.sampling.solvers import boundary
+from diffrep.sampling.schedules import boundary
 from diffrep.synthesis.schedulers import build_scheduler
 from diffrep.training.consistency import DiffusionPath, Distillation, distillation_terms
 
