@@ -53,8 +53,8 @@ S3DIFF = RestorationFamily(
 )
 # trained as Lotus-D is, on the latent of the original instead of an annotation's
 TINY = RestorationFamily(
-    name="restore", result="residual", timestep=1, posterior="mean", colours="wavelet", tiled_colours="low-band", tile=32, overlap=8,
-    working_size=128,
+    name="restore", result="residual", timestep=1, posterior="mean", colours="wavelet", tiled_colours="low-band",
+    tile=32, overlap=8, working_size=128,
 )  # fmt: skip
 
 # ResShift, SinSR and RDDM on a latent U-Net that sees the image's latent beside the state. Their authors' networks have
