@@ -334,6 +334,9 @@ def test_batches_of_scenes_are_their_step_s_and_their_truth_costs_nothing(task: 
         assert normal_terms(-batch["truth"], batch)["angle"] > 3
     else:
         assert all(term < 1e-5 for term in depth_terms(batch["truth"], batch).values())
+        terms = depth_terms(0.8 * batch["truth"] - 0.1, batch)
+        assert terms.pop("anchor") > 0.005  # only what is not aligned costs something
+        assert all(term < 1e-3 for term in terms.values())
 
 
 def test_looks_change_but_stay_colours() -> None:

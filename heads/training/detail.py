@@ -40,6 +40,7 @@ NEAR = 0.1  # metres: nearer than any surface of a scene
 JUMP = 1.15  # ratio of the depths of neighbouring pixels from which on there is a border
 BORDER = {"depth": 3.0, "normals": 1.0}  # how much more pixels within three of a border count
 STRETCH = 2.0  # factor by which a map's scale may be off before its loss counts that
+ANCHOR = 0.1  # of the error of maps that are not aligned
 MARGIN = 1e-4  # by which cosines stay away from 1, where the angle has no gradient
 REFINING = FitSettings(steps=20000, learning_rate=2e-3, warmup=50, ema_decay=0.995, seed=23)  # of a decoder alone
 REFINING_WIDTHS, REFINING_BATCH = (64, 48, 32), 16
@@ -180,20 +181,28 @@ def normal_terms(drawn: Tensor, batch: Batch) -> dict[str, Tensor]:
 
 
 def depth_terms(drawn: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Mean error of the logarithm of aligned depth; mean error, and mean error of the steps to the next pixels."""
+    """Of the map, aligned as it is measured: the mean error of its logarithm, of that logarithm's steps to the next
+    pixels, and of the map itself; and how far it is off where nothing is aligned, a little.
+    """
     picture, truth = drawn / 2 + 0.5, batch["truth"] / 2 + 0.5
-    with torch.no_grad():
-        scale, _ = fit_scale_shift(picture, truth, batch["counted"])
-        scale = scale.clamp(1 / STRETCH, STRETCH).view(-1, 1, 1, 1)
     counted, (low, high) = batch["counted"], batch["ends"].split(1, 1)
+    with torch.no_grad():
+        scale, _ = fit_scale_shift(picture, truth, counted)
+        scale = scale.clamp(1 / STRETCH, STRETCH).view(-1, 1, 1, 1)
     off = counted * (truth - scale * picture)
-    shift = off.sum((1, 2, 3), keepdim=True) / counted.sum((1, 2, 3), keepdim=True).clamp(min=1)
-    aligned = torch.minimum(torch.maximum(scale * picture + shift, low), high)
+    error = (
+        scale * picture + off.sum((1, 2, 3), keepdim=True) / counted.sum((1, 2, 3), keepdim=True).clamp(min=1) - truth
+    )
+    seen, known = (torch.minimum(torch.maximum(values, low), high).log() for values in (truth + error, truth))
     weight = 1 + BORDER["depth"] * batch["border"]
-    logs = (aligned.log() - torch.minimum(torch.maximum(truth, low), high).log()).abs()
-    error = picture - truth
-    steps = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    return {"logs": (weight * logs).sum() / weight.sum(), "error": error.abs().mean(), "steps": steps}
+
+    def mean(values: Tensor, weight: Tensor) -> Tensor:
+        return (weight * values.abs()).sum() / weight.sum()
+
+    logs = seen - known
+    steps = mean(logs.diff(dim=-1), weight[..., 1:]) + mean(logs.diff(dim=-2), weight[..., 1:, :])
+    anchor = ANCHOR * (picture - truth).abs().mean()
+    return {"logs": mean(logs, weight), "steps": steps, "error": mean(error, weight), "anchor": anchor}
 
 
 TERMS: Mapping[Task, Callable[[Tensor, Batch], dict[str, Tensor]]] = {
