@@ -19,7 +19,9 @@ from PIL import Image
 from diffrep import Correspondence, HeatGeodesicEmbedding, load_head, load_synthesis
 from diffrep.draw import draw_components, draw_field, draw_matches
 from diffrep.eval.toy_manifolds import swiss_roll
+from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.segmentation import composite
+from diffrep.heads.training.restoration import PairSettings, degraded
 from diffrep.index import contact_sheet, search_folder
 from diffrep.manifold.files import draw_embedding, figure_image
 from diffrep.matching import match_dense
@@ -105,6 +107,21 @@ def cutouts() -> Image.Image:
     return side_by_side(shown, height=256)[0]
 
 
+def restored() -> Image.Image:
+    """**Restored.** A scene that was made small, blurred, noisy and JPEG, enlarged four times; one pass of the restorer;
+    the scene as it was. [Guide](guides/restore.md)
+    """
+    head, settings, rows = load_head("tiny-restore"), PairSettings(clean=0.0), []
+    for category, number in (("boat", 2), ("motorbike", 7)):
+        original = scene(category, number)
+        pixels = torch.from_numpy(np.array(original)).permute(2, 0, 1)
+        low = degraded(pixels, settings, number).permute(1, 2, 0).numpy()
+        enlarged = Image.fromarray(low).resize(original.size, Image.Resampling.BICUBIC)
+        shown = [enlarged, head(Photograph(low)).image().convert("RGB"), original]
+        rows.append(side_by_side(shown, titles=["degraded", "restored", "as it was"], height=300)[0])
+    return stacked(rows)
+
+
 def swap() -> Image.Image:
     """**Swapped looks.** The first object with the looks of the second: its pose and surroundings stay.
     [Guide](guides/swap.md)
@@ -156,7 +173,7 @@ def roll() -> Image.Image:
 
 
 PICTURES: tuple[Callable[[], Image.Image], ...] = (
-    *(points, field, components, heads, cutouts, swap, search, painted, roll),
+    *(points, field, components, heads, cutouts, restored, swap, search, painted, roll),
 )
 
 
