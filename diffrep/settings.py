@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,8 @@ MAX_CANVAS = 2**26  # pixels that a network's canvas has at most, 8192 x 8192
 # ranges for `check`
 POSITIVE, NOT_NEGATIVE, FINITE = "(0, inf)", "[0, inf)", "(-inf, inf)"
 SEED = "(-2^63, 2^63)"  # what PyTorch's generators take
+_MOST = max(64, 4 * (os.cpu_count() or 1))  # processes that a machine bears
+WORKERS, ANY_WORKERS = f"1..{_MOST}", f"0..{_MOST}"  # of processes beside this one
 
 
 def check(settings: Any, /, **ranges: str) -> None:

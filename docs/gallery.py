@@ -108,8 +108,8 @@ def cutouts() -> Image.Image:
 
 
 def restored() -> Image.Image:
-    """**Restored.** A scene that was made small, blurred, noisy and JPEG, enlarged four times; one pass of the restorer;
-    the scene as it was. [Guide](guides/restore.md)
+    """**Restored.** A scene that was made small, blurred, noisy and JPEG, enlarged four times; one pass of the
+    restorer; the scene as it was. [Guide](guides/restore.md)
     """
     head, settings, rows = load_head("tiny-restore"), PairSettings(clean=0.0), []
     for category, number in (("boat", 2), ("motorbike", 7)):

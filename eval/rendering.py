@@ -30,7 +30,7 @@ from diffrep.scenes import (
     render_scene,
     scene_seed,
 )
-from diffrep.settings import check, check_ranges
+from diffrep.settings import ANY_WORKERS, check, check_ranges
 
 if TYPE_CHECKING:
     from diffrep.heads.probes.annotated import AnnotatedFiles
@@ -56,7 +56,7 @@ class RenderedScenes:
     workers: int = 2  # processes that render ahead; 0: none beside this one
 
     def __post_init__(self) -> None:
-        check(self, size=f"16..{LARGEST}", batch_size="1..", workers="0..")
+        check(self, size=f"16..{LARGEST}", batch_size="1..", workers=ANY_WORKERS)
         if not self.categories:
             raise ValueError("categories must name at least one")
         if unknown := sorted(set(self.categories) - set(CATEGORIES)):

@@ -203,7 +203,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--color", "tissue"], "there is no column tissue"),
         (["--t", "-3"], "t must be 'auto' or positive, got -3.0"),
         (["--t", "inf"], "t must be 'auto' or positive, got inf"),
-        (["--seed", "-1"], "seed must lie between 0 and 4294967295, got -1"),
+        (["--seed", "-1"], "seed must be in [0, 2^32), got -1"),
         (["--n-jobs", "0"], "n_jobs must be a number of threads"),
         (["-o", "map.gif"], "the output must end in .png"),
         (["--features", "branch"], "features must be numbers, column branch is not"),

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
+from diffrep.cli import main
 from diffrep.settings import POSITIVE, SEED, check, check_options
 
 
@@ -66,3 +67,10 @@ def test_an_option_is_named_as_it_is_typed() -> None:
 
     with pytest.raises(ValueError, match="--batch-size must be at least 1, got 0"):
         check_options(Command(), batch_size="1..")
+
+
+@pytest.mark.parametrize("workers", [10**9, 10**30])
+def test_no_number_of_processes_takes_the_machine_down(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["extract", "x", "-o", "y"], ["probe", "train", "x"], ["train", "tiny"], ["train", "depth"]):
+        assert main([*command, "--workers", str(workers)]) == 2
+        assert "workers must be in" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from diffrep.heads.dense import DenseHead
 from diffrep.heads.loading import load_head
 from diffrep.painting import diffusion_model
 from diffrep.scenes import SceneSet, render_set
-from diffrep.settings import check_options
+from diffrep.settings import WORKERS, check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class EvalJoint(ReportOptions, DeviceOptions):
 
     def run(self) -> None:
         self.check_output()
-        check_options(self, count="1..", workers="1..")
+        check_options(self, count="1..", workers=WORKERS)
         load_parts(self.base, pad=False)  # a base that cannot be loaded is refused before scenes are rendered for it
         rendered = self.work / "scenes", "train", self.count
         scenes = SceneSet(self.scenes) if self.scenes else render_set(*rendered, workers=self.workers)

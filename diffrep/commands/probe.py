@@ -57,7 +57,7 @@ from diffrep.heads.probes.probe import (
 )
 from diffrep.heads.probes.sweeps import check_prune
 from diffrep.images import Sizing, find_images
-from diffrep.settings import check
+from diffrep.settings import ANY_WORKERS, check
 from diffrep.tasks import note_embedded
 
 SWEPT = (10, 50, 100, 200, 350, 500)  # timesteps of a sweep
@@ -74,7 +74,7 @@ class WorkOptions:
     workers: int = 0  # processes that decode and render ahead
 
     def __post_init__(self) -> None:
-        check(self, split_seed=SEED, workers="0..")
+        check(self, split_seed=SEED, workers=ANY_WORKERS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from diffrep.commands.options import Command, DeviceOptions, training_output
 from diffrep.files import replace_folder
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
-from diffrep.settings import check_options
+from diffrep.settings import WORKERS, check_options
 from diffrep.synthesis import SynthesisModel
 from diffrep.training.consistency import FewStepTraining, train_few_step
 from diffrep.training.patches import ImagePatches, Patches, ScenePatches
@@ -49,7 +49,7 @@ class TrainTiny(Command):
     smoke: bool = False  # all stages in under a minute; the models are useless
 
     def run(self) -> None:
-        check_options(self, workers="1..", threads="1..", scenes="1..")
+        check_options(self, workers=WORKERS, threads=WORKERS, scenes="1..")
         output = self.output or self.work / "models"
         for model in ("tiny", "tiny-dino"):
             training_output(self.work, output / model)

@@ -49,7 +49,7 @@ from diffrep.heads.training.restoration import (
 )
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
-from diffrep.settings import check_options
+from diffrep.settings import WORKERS, check_options
 from diffrep.training.loop import FitSettings
 
 
@@ -83,7 +83,7 @@ class HeadTraining(DeviceOptions):
         check_options(
             self,
             scenes="1..", validate_every="1..", validation_scenes="1..", batch_size="1..", steps="1..",
-            seed="[0, 2^63)", workers="1..",
+            seed="[0, 2^63)", workers=WORKERS,
         )  # fmt: skip
         resolve_device(self.device)
         work = self.work or Path("runs") / name
@@ -321,7 +321,7 @@ class TrainRestore(HeadTraining):
     def run(self) -> None:
         from diffrep.eval.restoration import RestorationValidation
 
-        check_options(self, workers="1..", scale="2..16", size="16..")
+        check_options(self, workers=WORKERS, scale="2..16", size="16..")
         training = self.training()
         work, output, parts = self.checked("restore")
         training.build(parts)  # refuses a base that it does not fit

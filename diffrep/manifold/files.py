@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffrep.files import check_writable
-from diffrep.manifold.embedding import PRESETS, HeatGeodesicEmbedding
+from diffrep.manifold.embedding import HeatGeodesicEmbedding
 from diffrep.manifold.tables import Table, read_table, read_values, store_table
 from diffrep.pictures import data_uri, render
 from diffrep.results import Result
+from diffrep.settings import WORKERS, check
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,13 +60,7 @@ class EmbedConfig:
     id_features: bool = False  # integer columns called id, cell_id and the like are features too
 
     def __post_init__(self) -> None:
-        if self.method not in PRESETS:
-            raise ValueError(f"method must be one of {', '.join(PRESETS)}, got {self.method!r}")
-        for name, least in (("hover_points", 1), ("thumbnails", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
+        check(self, hover_points="1..", thumbnails="0..", seed="[0, 2^32)", n_jobs=f"-{WORKERS}")
 
     def estimator(self, *, verbose: bool = False) -> HeatGeodesicEmbedding:
         """The estimator that these settings describe."""

@@ -28,7 +28,7 @@ from diffrep.backbones import Backbone, load_backbone
 from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig, FeatureMaps, extract_canvases
 from diffrep.images import ImageError
-from diffrep.settings import check
+from diffrep.settings import ANY_WORKERS, check
 from diffrep.store.manifest import StoreWriter, environment, provenance, weights_sha256
 from diffrep.store.shards import (
     ImageFile,
@@ -67,7 +67,7 @@ class BulkConfig:
     address: str | None = None  # with ray: of the cluster; None: this machine
 
     def __post_init__(self) -> None:
-        check(self, shard_images="1..", workers="0..", actors="1..")
+        check(self, shard_images="1..", workers=ANY_WORKERS, actors="1..")
 
     def decoders(self) -> int:
         """Processes that decode."""

@@ -41,7 +41,7 @@ from diffrep.heads.training.dense import adapt_unet
 from diffrep.heads.training.fit import Feed, HeadSettings, prepared
 from diffrep.images import center_crop, load_image
 from diffrep.scenes import SceneSet
-from diffrep.settings import NOT_NEGATIVE, check
+from diffrep.settings import NOT_NEGATIVE, WORKERS, check
 from diffrep.training.loop import Batch, FitSettings, step_generator
 
 EMBEDDED_FIT = FitSettings(
@@ -292,7 +292,7 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
     workers: int = 2  # processes that degrade images
 
     def __post_init__(self) -> None:
-        check(self, batch_size="1..", workers="1..", size="16..", latent=NOT_NEGATIVE, pixel=NOT_NEGATIVE)
+        check(self, batch_size="1..", workers=WORKERS, size="16..", latent=NOT_NEGATIVE, pixel=NOT_NEGATIVE)
         plain = self.family == "restore"
         if not plain and (self.learns != "unet" or not self.latent or not self.pixel or self.start):
             raise ValueError(f"a {self.family} learns its U-Net from latents and pixels: learns='unet', both above 0")
