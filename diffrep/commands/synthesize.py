@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import numpy as np
+import torch
 import tyro
+from PIL import Image
 
-from diffrep.commands.options import PrecisionOptions
+from diffrep.commands.options import PrecisionOptions, numbers
 from diffrep.files import check_writable
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, synthesize_file
+from diffrep.synthesis.canvas import Lines, Run
+from diffrep.synthesis.composition import as_lines, compose_canvas, place_object
 from diffrep.synthesis.grids import ImageEncoder, interpolate_grids, load_grid, vary_grid
-from diffrep.synthesis.large import SUFFIXES, FileSettings, check_canvas, check_output, check_room, grid_shape
+from diffrep.synthesis.large import (
+    SUFFIXES,
+    FileSettings,
+    check_canvas,
+    check_output,
+    check_room,
+    grid_shape,
+    latent_size,
+    paint,
+    write_pixels,
+)
 from diffrep.synthesis.prior import load_prior
 from diffrep.synthesis.sampler import SchedulerName, share_of_operations
+
+COMPOSED = ("steps", "guidance", "seed", "batch_size", "decode_stride", "decode_weights", "decode_sigma", "quantize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +58,11 @@ class Synthesize(PrecisionOptions):
     encoder: str | None = None  # of the reference; the one that the model was trained with where left out
     sampler: SchedulerName | None = None  # the same as --scheduler
     schedule: Path | None = None  # what `diffrep search-schedule` wrote: timesteps, orders, skipped units
+    # paint what both references say at every place instead of what lies between them: avg; and: where both are as
+    # likely; or: where one is likelier (SuperDiff). In memory, with a sampler of its own
+    compose: Literal["avg", "and", "or"] | None = None
+    insert: Path | None = None  # instead: a cut-out of an object that stays as it is in the painted scene (COW)
+    insert_at: str = "0,0"  # x,y of its top left corner, pixels
     work: Path | None = None  # folder for what is unfinished; beside the output where left out
     quiet: bool = False  # no progress on stderr
     sampling: Annotated[SynthesisSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisSettings)
@@ -50,6 +72,7 @@ class Synthesize(PrecisionOptions):
         check_writable(self.output, SUFFIXES)
         if sum(source is not None for source in (self.reference, self.grid, self.text)) != 1:
             raise ValueError("say what to paint: one of --reference IMAGE, --grid FILE and --text TEXT")
+        self._check_composition()
         size = None if self.size is None else parse_size(self.size, "size")
         if size is not None:
             check_output(self.output, size)
@@ -64,12 +87,55 @@ class Synthesize(PrecisionOptions):
         size = size or (grid.shape[0] * cell, grid.shape[1] * cell)
         grid = grid.resized(grid_shape(model, size))
         check_canvas(model, grid, size, settings)
-        synthesize_file(
-            model, grid, self.output, size, settings, file=self.file, work=self.work, progress=not self.quiet
-        )
+        if self.compose is not None or self.insert is not None:
+            lines = self._composed(model, grid, size)
+            pixels = paint(model, grid, size, settings, Run(None, {}), latents=lines, progress=not self.quiet)
+            write_pixels(self.output, pixels, self.file)
+        else:
+            synthesize_file(
+                model, grid, self.output, size, settings, file=self.file, work=self.work, progress=not self.quiet
+            )
         print(f"wrote {self.output}: {size[0]} x {size[1]} pixels from {grid.shape[0]} x {grid.shape[1]} embeddings")
         if share != 1:
             print(f"the network ran {100 * share:.0f} % of the operations that all steps of the whole one take")
+
+    def _check_composition(self) -> None:
+        """Refuse options of a composition that do not go together, before any work.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if self.compose is not None and (self.towards is None or self.insert is not None or "blend" in self.typed):
+            raise ValueError("--compose needs --towards, a second reference, and goes without --blend and --insert")
+        if "insert_at" in self.typed and self.insert is None:
+            raise ValueError("--insert-at says where --insert goes, which is not asked for")
+        if self.compose is None and self.insert is None:
+            return
+        other = {f"sampling.{name}" for name in vars(self.sampling)} - {f"sampling.{name}" for name in COMPOSED}
+        if unused := sorted(self.typed & (other | {"sampler", "schedule", "work"})):
+            names = ", ".join(f"--{name.removeprefix('sampling.').replace('_', '-')}" for name in unused)
+            raise ValueError(f"--compose and --insert paint with a sampler of their own, which takes no {names}")
+
+    def _composed(self, model: SynthesisModel, grid: EmbeddingGrid, size: tuple[int, int]) -> Lines:
+        """Latents of the canvas under two grids, or around an object."""
+        s, latent = self.sampling, latent_size(model, size)
+        options: dict[str, Any] = {"guidance": s.guidance, "seed": s.seed, "batch_size": s.batch_size}
+        if "sampling.steps" in self.typed:
+            options["steps"] = s.steps
+        if self.compose is not None:
+            other = self._embed(model, self.towards).resized(grid.shape)
+            return as_lines(compose_canvas(model, grid, other, latent, method=self.compose, **options)[0])
+        assert self.insert is not None
+        with Image.open(self.insert) as opened:
+            cut = opened.convert("RGBA")
+        x, y = (round(v / model.factor) for v in numbers(self.insert_at, "point"))
+        width, height = (side // model.factor * model.factor for side in cut.size)
+        if min(width, height) < model.window * model.factor:
+            least = model.window * model.factor
+            raise ValueError(f"{self.insert}: an object needs {least} pixels a side, got {cut.width} x {cut.height}")
+        pixels = torch.from_numpy(np.array(cut)[:height, :width]).permute(2, 0, 1).float() / 255
+        one = replace(self, cells="1")._embed(model, self.insert).embeddings[0, 0]
+        return as_lines(place_object(model, grid, pixels[None, :3], pixels[3], one, (y, x), latent, **options))
 
     def _settings(self) -> SynthesisSettings:
         """Those of the options, with the sampler and the steps of a search."""
@@ -98,7 +164,7 @@ class Synthesize(PrecisionOptions):
             grid = self._draw(model, self.text)
         else:
             grid = self._embed(model, self.reference)
-        if self.towards is not None:
+        if self.towards is not None and self.compose is None:
             grid = interpolate_grids(grid, self._embed(model, self.towards), self.blend)
         return vary_grid(grid, self.vary, seed=self.sampling.seed) if self.vary else grid
 

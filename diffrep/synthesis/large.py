@@ -302,14 +302,20 @@ def paint(
     settings: SynthesisSettings,
     run: Run,
     *,
+    latents: Lines | None = None,
     progress: bool = False,
 ) -> Lines:
-    """Denoise and decode, going on where the run is; (H, W, 3) uint8 lines of the run."""
+    """Denoise and decode, going on where the run is; (H, W, 3) uint8 lines of the run.
+
+    Args:
+        latents: of a canvas that is denoised already.
+    """
     check_canvas(model, grid, size, settings)
     pixels = run.lines("pixels", (*size, 3), "uint8")
     if run.position.stage == "done":
         return pixels
-    latents = denoise_canvas(model, grid, latent_size(model, size), settings, run=run, progress=progress)
+    if latents is None:
+        latents = denoise_canvas(model, grid, latent_size(model, size), settings, run=run, progress=progress)
     for start, left, lines in decode_lines(model, latents, settings, run=run, progress=progress):
         inside = lines[: max(0, size[0] - start), :, : max(0, size[1] - left)]  # whole latents may cover more
         if inside.size:
