@@ -353,6 +353,11 @@ class RefineConfig:
     prompt: str = ""  # what the image shows
     guidance: float = 1.0  # scale of classifier-free guidance; 1: none
     seed: int = 0  # of the noise
+    # where the noise comes from: drawn, or the image's by an inversion without prompt; bdia and edict are exact, edict
+    # and null-text cost twice and ten times as much
+    inversion: Literal["none", "ddim", "bdia", "edict", "null-text"] = "none"
 
     def __post_init__(self) -> None:
         check(self, strength="(0, 1]", steps="1..", guidance=FINITE, seed=SEED)
+        if self.inversion == "null-text" and self.guidance == 1:
+            raise ValueError("null-text inversion makes guided sampling faithful: it needs a guidance other than 1")

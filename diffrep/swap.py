@@ -22,9 +22,12 @@ from torch import Tensor
 
 from diffrep.backbones import BackboneError, LatentDiffusion, draw_noise
 from diffrep.features import Descriptors, check_descriptors, lattice, sample
+from diffrep.guidance.core import levels
+from diffrep.guidance.inversion import METHODS, invert, optimise_null, redraw
 from diffrep.images import ImageLike, Sizing, fit_image, load_image, stack_pixels
 from diffrep.masks import read_mask
 from diffrep.matching import open_cells
+from diffrep.sampling.schedules import TableVP, TimeGrid
 from diffrep.settings import Metric, RefineConfig, SwapConfig
 from diffrep.similarity import nearest, similarities
 
@@ -333,7 +336,7 @@ def guided_filter(maps: Tensor, guide: Tensor, *, radius: int, regularity: float
 # -- refinement ---------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def refine(
     image: ImageLike,
     backbone: LatentDiffusion,
@@ -347,7 +350,8 @@ def refine(
     The image gets noise up to some timestep and is denoised again (SDEdit, arXiv:2108.01073); outside of the mask every
     step is overwritten with the noised original, so that only the object changes (Blended Diffusion,
     arXiv:2111.14818). The model sees the square around the mask, with a margin, at its own resolution. sd-dino
-    describes its refinement as DDIM inversion and sampling with injected features, but never released it.
+    describes its refinement as DDIM inversion and sampling with injected features, but never released it; an inversion
+    in place of drawn noise is `RefineConfig.inversion`, and what the mask does not select then goes back as it came.
 
     Args:
         image: as `load_image` takes it.
@@ -384,30 +388,40 @@ def refine(
 
 
 def _denoise_again(pixels: Tensor, backbone: LatentDiffusion, config: RefineConfig, inside: Tensor | None) -> Tensor:
-    """Add noise to images (B, 3, H, W) in [0, 1] and denoise them by DDIM: (B, 3, H, W), about [0, 1], not clamped.
+    """Bring images (B, 3, H, W) in [0, 1] up to noise and down again: (B, 3, H, W), about [0, 1], not clamped.
 
     `inside`, (1, 1, H / stride, W / stride) in [0, 1], says which latent cells may change; None: all.
     """
-    mean, _ = backbone.encode(pixels)
-    clean = backbone.scale(mean)
-    noise = draw_noise(clean.shape[1:], config.seed).to(clean)
-    context = backbone.embed(config.prompt).context
-    plain = backbone.embed("").context if config.guidance != 1 else None
+    like = backbone.scale(backbone.encode(pixels)[0]).clone()
+    clean = like.double()  # exact inversions need it
+    context, plain = (backbone.embed(prompt).context.clone() for prompt in (config.prompt, ""))
     first = max(round(config.strength * len(backbone.alphas_cumprod)) - 1, 0)
     times = torch.linspace(first, 0, min(config.steps, first + 1)).round().long().tolist()
+    grid = TimeGrid.of(TableVP(backbone.alphas_cumprod.double().cpu().numpy()), [*times, -1]).ending()
+    nulls: list[Tensor] = []
 
-    def original(timestep: int) -> Tensor:
-        return clean if timestep < 0 else backbone.add_noise(clean, noise, timestep)
+    def under(x: Tensor, t: float, prompt: Tensor) -> Tensor:
+        output = backbone.context_maps(x.to(like), ["out"], int(t), prompt.expand(len(x), -1, -1))["out"]
+        return backbone.as_noise(x, output.double(), int(t))
 
-    latents = original(times[0])
-    for before, after in zip(times, [*times[1:], -1], strict=True):
-        predicted = backbone.predict_noise(latents, before, context)
-        if plain is not None:
-            without = backbone.predict_noise(latents, before, plain)
-            predicted = without + config.guidance * (predicted - without)
-        latents, _ = backbone.ddim_step(latents, predicted, before, after)
-        if inside is not None:
-            latents = torch.lerp(original(after), latents, inside.to(latents))
+    def guided(x: Tensor, t: float) -> Tensor:
+        towards = under(x, t, context)
+        if config.guidance == 1:
+            return towards
+        away = under(x, t, nulls[times.index(int(t))] if nulls else plain)
+        return away + config.guidance * (towards - away)
+
+    method = config.inversion
+    if method == "none":
+        noise = draw_noise(clean.shape[1:], config.seed).to(clean)
+        pairs = [(alpha * clean + sigma * noise,) * 2 for alpha, sigma in levels(grid)]
+    else:
+        source, steps = (context, "ddim") if method == "null-text" else (plain, method)
+        pairs = invert(lambda x, t: under(x, t, source), clean, grid, steps)[::-1]
+    if method == "null-text":
+        pivots = [state for state, _ in reversed(pairs)]
+        nulls, _ = optimise_null(under, pivots, grid, context, plain, guidance=config.guidance)
+    latents = redraw(guided, pairs, grid, method if method in METHODS else "ddim", inside=inside)
     vae = _decoder_of(backbone)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     decoded: Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.backbones.diffusion import draw_noise
+from diffrep.backbones.diffusion import draw_noise, keyed_generator
 from diffrep.eval.rendering import SceneMapSettings, render_job
 from diffrep.eval.report import Report, Section
 from diffrep.eval.restoration import FeatureDistance, score_images, to_levels
 from diffrep.files import write_image
 from diffrep.guidance import operators
-from diffrep.guidance.core import guided
+from diffrep.guidance.core import Guide, Network, guided
+from diffrep.guidance.ensembles import afdps, karras_grid, reconstruct_volume
 from diffrep.guidance.operators import Operator
-from diffrep.guidance.posterior import dps, flowchef_latent, pigdm, red_diff, through_decoder
+from diffrep.guidance.posterior import dps, flowchef, flowchef_latent, pigdm, psld, red_diff, stsl, through_decoder
 from diffrep.painting import DiffusionModel
 from diffrep.pictures import image_grid
+from diffrep.sampling.core import to_forms
 from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid, table_times
+from diffrep.sampling.score_sde import ScoreSDE
 from diffrep.settings import NOT_NEGATIVE, check_ranges
 
 MEASUREMENTS: dict[str, Callable[[tuple[int, int, int]], Operator]] = {
@@ -75,7 +80,7 @@ def evaluate_guidance(
     """Restore scenes from measurements; all methods work on the model's latents, through its decoder.
 
     Args:
-        model: under one condition.
+        model: under one condition, or the same several times: as many states then pass the network together.
         pictures: folder for a picture of each measurement: scenes, then what each method made of them, row by row.
 
     Raises:
@@ -93,7 +98,7 @@ def evaluate_guidance(
         y = operator(2 * images - 1)
         y = y + settings.noise * draw_noise(y.shape[1:], settings.seed, stream=2)
         for method in METHODS:
-            each = [restore(method, model, operator, one, grid, settings.seed) for one in y.split(1)]
+            each = [restore(method, model, operator, one, grid, settings.seed, settings.noise) for one in y.split(1)]
             rows[method] = torch.cat([image for image, _ in each])
             missed = float((operator(2 * rows[method] - 1) - y).square().mean().sqrt())
             row = score_images(to_levels(rows[method]), to_levels(images), distance)
@@ -103,48 +108,137 @@ def evaluate_guidance(
     return GuidanceReport(model.name, settings, scores)
 
 
-METHODS = ("pseudo-inverse", "DPS", "PiGDM", "RED-diff", "FlowChef")
+@dataclass(frozen=True)
+class Task:
+    """One measurement of one image, and what samplers need of the model: all work on its states, through its decoder.
+
+    Attributes:
+        network: of the model under its condition; every call counts.
+        operator: of images (1, 3, H, W) in -1..1; latent: the same of states, which is not linear.
+        noise: standard normal noise (1, c, h, w) of a number.
+    """
+
+    model: DiffusionModel
+    network: Network
+    operator: Operator
+    latent: Operator
+    y: Tensor
+    grid: TimeGrid
+    noise: Callable[[int], Tensor]
+    sigma: float  # of the measurement's noise
+
+    def encode(self, image: Tensor) -> Tensor:
+        """States of images in -1..1."""
+        return self.model.encode((image + 1) / 2).clone()  # an encoder may run in inference mode
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images in -1..1 of states, differentiable."""
+        return 2 * self.model.decode(z) - 1
+
+    def follow(self, guide: Guide, *, gradient: bool = True) -> Tensor:
+        """The loop of guides, from noise."""
+        start = float(self.grid.sigma[0]) * self.noise(0)
+        return guided(
+            self.network, start, self.grid, guide, prediction=self.model.prediction, gradient=gradient,
+            noise=lambda i: self.noise(i + 1),
+        )  # fmt: skip
+
+    def exploding(self, x: Tensor, sigma: float) -> Tensor:
+        """The clean states in `x0 + sigma n`, asked at the nearest time of the table."""
+        schedule = self.model.schedule
+        assert isinstance(schedule, TableVP)
+        times = np.arange(len(schedule.table))
+        t = float(np.abs(np.log(schedule.sigma(times) / schedule.alpha(times)) - math.log(sigma)).argmin())
+        alpha, spread = float(schedule.alpha(t)), float(schedule.sigma(t))
+        scaled = x * alpha
+        return to_forms(self.model.prediction, self.network(scaled, t), scaled, alpha, spread)["data"]
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """The largest and the smallest of the grid, as of an exploding SDE."""
+        return float(self.grid.rho[0]), float(self.grid.rho[-2])
+
+    def many(self, count: int, number: int, like: Tensor | None = None) -> Tensor:
+        """Standard normal noise (count, ...) of states, or like another tensor's samples."""
+        shape = tuple(self.noise(0).shape[1:] if like is None else like.shape[1:])
+        return torch.cat([draw_noise(shape, 1000 * number + i, stream=3) for i in range(count)])
+
+
+PARTICLES, SLICES = 4, 3
+FLOWCHEF_SCALE, AFDPS_WIDENING = 500.0, 2.0  # chosen on scenes of the training split
+
+
+def particles(task: Task) -> Tensor:
+    """AFDPS with the likelihood of the clean estimate; the heaviest of a few particles."""
+    high, low = task.sigmas
+    x, weights = afdps(
+        task.exploding, task.latent, task.y, high * task.many(PARTICLES, 0), karras_grid(task.grid.steps, low, high),
+        lambda i: task.many(PARTICLES, i + 1), sigma_y=max(task.sigma, 1e-3), at="denoised", widening=AFDPS_WIDENING,
+        resample=lambda i, shares: torch.multinomial(shares, PARTICLES, True, generator=keyed_generator(0, i)),
+        probe=lambda i: task.many(PARTICLES, i, task.y),
+    )  # fmt: skip
+    return x[weights.argmax()][None]
+
+
+def stacked(task: Task) -> Tensor:
+    """DiffusionMBIR of a stack of slices that all have the one measurement; the first of them."""
+    high, low = task.sigmas
+    sde = ScoreSDE("ve", sigma_min=low, sigma_max=high, steps=task.grid.steps)
+
+    def score(x: Tensor, t: float) -> Tensor:
+        sigma = float(sde.sigma(t))
+        return (task.exploding(x, sigma) - x) / sigma**2
+
+    draws = (task.many(SLICES, i + 1) for i in range(2 * sde.steps))
+    y, start = task.y.expand(SLICES, *task.y.shape[1:]), high * task.many(SLICES, 0)
+    return reconstruct_volume(sde, score, task.latent, y, start, draws, final_consistency=False)[:1]
+
+
+METHODS: Mapping[str, Callable[[Task], Tensor]] = {
+    "pseudo-inverse": lambda t: t.latent.pinv(t.y),
+    "DPS": lambda t: t.follow(dps(t.latent, t.y, weight=4.0)),
+    "PiGDM": lambda t: t.follow(pigdm(t.latent, t.y)),
+    "PSLD": lambda t: t.follow(psld(t.operator, t.y, t.decode, t.encode, weight=4.0, glue_weight=0.4)),
+    "STSL": lambda t: t.follow(stsl(t.network, t.latent, t.y, lambda i: t.noise(1000 + i), weight=6.0)),
+    "RED-diff": lambda t: red_diff(
+        t.network, t.latent, t.y, t.grid, lambda i: (t.noise(0), t.noise(i + 1)), prediction=t.model.prediction
+    )[1],
+    "FlowChef, pixels": lambda t: t.follow(flowchef(t.latent, t.y, scale=FLOWCHEF_SCALE), gradient=False),
+    "FlowChef, latents": lambda t: t.follow(
+        flowchef_latent(through_decoder(t.operator, t.y, t.decode), rounds=2), gradient=False
+    ),
+    f"AFDPS, {PARTICLES} particles": particles,
+    f"DiffusionMBIR, {SLICES} slices": stacked,
+}
+"""Posterior samplers, with weights that were chosen on other scenes; what they make of a task are states."""
 
 
 def restore(
-    method: str, model: DiffusionModel, operator: Operator, y: Tensor, grid: TimeGrid, seed: int
+    method: str, model: DiffusionModel, operator: Operator, y: Tensor, grid: TimeGrid, seed: int, sigma: float
 ) -> tuple[Tensor, int]:
-    """What a method of `METHODS` makes of one measurement: an image (1, 3, H, W) in [0, 1], and its network calls."""
+    """What a method of `METHODS` makes of one measurement: an image (1, 3, H, W) in [0, 1], and its network calls.
+
+    Raises:
+        SamplingError: naming the method where one diverges.
+    """
     calls = 0
 
     def network(x: Tensor, t: float) -> Tensor:
         nonlocal calls
-        calls += 1
-        return model.predict(x, t, slice(0, 1))
+        calls += len(x)
+        return torch.cat([model.predict(rows, t, slice(0, len(rows))) for rows in x.split(model.count)])
 
-    def encode(image: Tensor) -> Tensor:
-        return model.encode((image + 1) / 2).clone()  # an encoder may run in inference mode
+    def measure(z: Tensor) -> Tensor:
+        return operator(2 * model.decode(z) - 1)
 
-    def decode(z: Tensor) -> Tensor:
-        return 2 * model.decode(z) - 1
+    def states(m: Tensor) -> Tensor:
+        return model.encode((operator.pinv(m) + 1) / 2).clone()
 
-    channels, height, width = encode(y.new_zeros(1, *operator.shape)).shape[1:]
-    shape = (int(channels), int(height), int(width))
-    latent = Operator(
-        operator.name, shape, lambda z: operator(decode(z)), None, lambda m: encode(operator.pinv(m)), linear=False
-    )
-    noise = partial(draw_noise, shape, seed)
-    follow = partial(
-        guided,
-        network,
-        float(grid.sigma[0]) * noise(0),
-        grid,
-        prediction=model.prediction,
-        noise=lambda i: noise(i + 1),
-    )
-    ways: dict[str, Callable[[], Tensor]] = {
-        "pseudo-inverse": lambda: latent.pinv(y),
-        "DPS": lambda: follow(dps(latent, y, weight=0.5), gradient=True, name=method),
-        "PiGDM": lambda: follow(pigdm(latent, y), gradient=True, name=method),
-        "RED-diff": lambda: red_diff(
-            network, latent, y, grid, lambda i: (noise(0), noise(i + 1)), prediction=model.prediction
-        )[1],
-        "FlowChef": lambda: follow(flowchef_latent(through_decoder(operator, y, decode), rounds=2), name=method),
-    }
+    shape = torch.Size(states(y).shape[1:])
+    latent = Operator(operator.name, (shape[0], shape[1], shape[2]), measure, None, states, linear=False)
+    task = Task(model, network, operator, latent, y, grid, partial(draw_noise, shape, seed), sigma)
     with torch.no_grad():
-        return model.decode(ways[method]()).float().clamp(0, 1).cpu(), calls
+        try:
+            return model.decode(METHODS[method](task)).float().clamp(0, 1).cpu(), calls
+        except SamplingError as error:
+            raise SamplingError(f"{method} on {operator.name}: {error}") from None

@@ -27,6 +27,8 @@ from diffrep.sampling.schedules import TableVP, TimeGrid
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 
 FEWEST = 50  # known depths from which on a one-step head's latent is moved
+MOST = 1500  # known depths that errors are kriged from; all others are met by `carry_errors`
+LIKE_DEPTH, LIKE_COLOUR, UNSURE = 0.3, 0.3, 0.1  # lengths of logarithms and of colours in [0, 1]; share of chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class CompletionConfig:
     rounds: int = 30
     rate: float | None = None  # of Adam, on the latent; .05 on a Marigold, .02 on others where left out
     spread: float = 4.0  # cells of the latent over which a one-step head spreads a correction
-    reach: float = 0.35  # share of the known pixels' spacing that the errors which are left are carried; 0: none
+    reach: float = 2.0  # share of the known pixels' spacing that the errors which are left are carried; 0: none
 
     def __post_init__(self) -> None:
         check(self, steps="1..1000", rounds="0..", rate=POSITIVE, spread=NOT_NEGATIVE, reach=NOT_NEGATIVE)
@@ -90,7 +92,10 @@ def complete_depth(
             noise = head.model.draw((int(latents.shape[-2]), int(latents.shape[-1])), config.seed, member).to(
                 head.device
             )
-        members.append(follow(head, read, latents, known, noise, how).cpu())
+        depth = follow(head, read, latents, known, noise, how).cpu()
+        if not diffuses and how.reach:
+            depth = krige_errors(depth, known.cpu(), pixels[0].cpu() / 255, reach=how.reach)
+        members.append(depth)
     depths = torch.stack(members)
     depth, uncertainty = depths[0], None
     if len(members) > 1:
@@ -128,6 +133,34 @@ def carry_errors(depth: Tensor, known: Tensor, *, reach: float) -> Tensor:
     return depth * (total / (weight + 0.1 * single)).exp()
 
 
+def krige_errors(depth: Tensor, known: Tensor, image: Tensor, *, reach: float) -> Tensor:
+    """Depth without what it misses at known pixels, at pixels that lie near, at a like depth and with a like colour.
+
+    Gaussian process regression of errors of logarithms, that is, simple kriging of what is left of a fit.
+
+    Args:
+        depth, known: (H, W) metres; known is 0 where there is none.
+        image: (3, H, W) in [0, 1].
+        reach: share of the mean spacing of known pixels.
+    """
+    height, width = depth.shape
+    places, logs = known.flatten().nonzero()[:, 0], depth.clamp(min=1e-3).log()
+    length = reach * math.sqrt(depth.numel() / len(places))
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    features = torch.stack([x / length, y / length, logs / LIKE_DEPTH, *(image / LIKE_COLOUR)], -1).flatten(0, 1)
+    mixed = torch.randperm(len(places), generator=torch.Generator().manual_seed(0))[:MOST]
+    used = places[mixed]
+
+    def likeness(rows: Tensor) -> Tensor:
+        return (-torch.cdist(rows, features[used]).square() / 2).exp().double()
+
+    missed = (known.flatten()[used].log() - logs.flatten()[used]).double()
+    weights = torch.linalg.solve(likeness(features[used]) + UNSURE * torch.eye(len(used), dtype=torch.double), missed)
+    errors = torch.cat([likeness(rows) @ weights for rows in features.split(65536)])
+    met = (logs + errors.view(height, width).to(logs)).exp()
+    return met if len(places) <= MOST else carry_errors(met, known, reach=length)
+
+
 def _follow_diffusion(
     head: DenseHead, read: Reader, latents: Tensor, known: Tensor, noise: Any, how: CompletionConfig
 ) -> Tensor:
@@ -157,7 +190,7 @@ def _follow_latent(
 
     Errors are counted in logarithms: far pixels do not outweigh all others. A gradient reaches few cells around each
     known pixel; it is blurred, so that a correction carries its surroundings along. A fifth of the known pixels is left
-    out and says after how many rounds the latent is best, which may be none. Then `carry_errors`, with all of them.
+    out and says after how many rounds the latent is best, which may be none.
     """
     with torch.no_grad():
         start = head.model.predict(latents, noise)
@@ -186,7 +219,7 @@ def _follow_latent(
             parameter.grad = slope
         adam.step()
         check_finite("guided completion", leaf.detach(), step, rounds + 1)
-    return carry_errors(best, known, reach=how.reach * math.sqrt(known.numel() / len(mixed)))
+    return best
 
 
 def _blurred(x: Tensor, sigma: float) -> Tensor:

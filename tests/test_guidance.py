@@ -24,12 +24,14 @@ from diffrep.guidance.posterior import dps, flowchef, measured_start, pigdm, red
 from diffrep.images import fit_image, load_image
 from diffrep.painting import diffusion_model
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP, TimeGrid
-from diffrep.synthesis.composition import compose_patches
+from diffrep.synthesis import EmbeddingGrid
+from diffrep.synthesis.composition import compose_canvas, place_object
 from diffrep.training.sara import SaRA
 
 from .synthetic_painter import Painter
 
 SHAPE = (3, 12, 12)
+SUPERPOSITIONS = ("and", "or", "avg", "and_ode")
 GENERATOR = torch.Generator().manual_seed(3)
 MASK = (torch.rand(12, 12, generator=GENERATOR) > 0.4).float()
 LINEAR: dict[str, Operator] = {
@@ -277,7 +279,7 @@ def test_particles_that_explode_say_why() -> None:
 # -- composition ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["and", "or", "avg", "and_ode"])
+@pytest.mark.parametrize("method", SUPERPOSITIONS)
 def test_superposition(method: str) -> None:
     """Two normal densities, left and right: AND ends between them with equal densities, OR at one of them."""
     sigmas = [*np.geomspace(10, 0.02, 200), 0.0]
@@ -384,29 +386,49 @@ def test_inverted_noise_is_refused(settings: dict[str, object], message: str) ->
         extract("tiny", torch.rand(3, 64, 64), taps="up.1", noise="inverted", **settings)
 
 
-def test_patches_under_two_embeddings() -> None:
-    model, kinds = Painter(), torch.eye(6)
-    first, second = kinds[:2], kinds[2:4]
-    painted = {m: compose_patches(model, first, second, method=m, steps=12)[0] for m in ("avg", "and", "or", "and_ode")}
-    assert painted["avg"].shape == (2, 3, 8, 8)
+def test_canvases_under_two_grids() -> None:
+    model, size = Painter(), (8, 14)
+    first, second = (EmbeddingGrid(torch.eye(6)[rows][None]) for rows in ([0, 1], [2, 3]))
+    painted = {m: compose_canvas(model, first, second, size, method=m, steps=12)[0] for m in SUPERPOSITIONS}
+    assert all(x.shape == (1, 3, 8, 14) for x in painted.values())
     assert not torch.allclose(painted["avg"], painted["or"])
-    _, record = compose_patches(model, first, second, method="and", steps=12)
-    assert torch.allclose(*record[1][-1], atol=1e-2)
-    alike = [compose_patches(model, first, first, method=m, steps=12)[0] for m in ("avg", "and", "or")]
+    _, (kappas, densities) = compose_canvas(model, first, second, size, method="and", steps=12)
+    assert kappas[-1].shape == (1, 1, 8, 14)  # a weight for every place
+    assert torch.allclose(*densities[-1], atol=1e-2)
+    alike = [compose_canvas(model, first, first, size, method=m, steps=12)[0] for m in ("avg", "and", "or")]
     assert torch.allclose(alike[0], alike[1], atol=1e-4)
     assert torch.allclose(alike[0], alike[2], atol=1e-4)
-    alone = compose_patches(model, first[1:], second[1:], steps=12, seed=0)[0]
-    assert alone.shape == (1, 3, 8, 8)
+    # the noise is that of each line: a canvas of one window is not changed by how many windows pass together
+    others = compose_canvas(model, first, second, size, steps=12, batch_size=1)[0]
+    assert torch.allclose(others, painted["avg"], atol=1e-5)
+
+
+def test_an_object_stays_as_it_is_in_a_scene() -> None:
+    class Coded(Painter):
+        def encode(self, images: Tensor) -> Tensor:
+            return torch.nn.functional.avg_pool2d(images * 2 - 1, self.factor)
+
+    model, picture = Coded(), torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    scene, mask = EmbeddingGrid(torch.eye(6)[:4].view(2, 2, 6)), torch.ones(32, 32)
+    painted = place_object(model, scene, picture, mask, torch.eye(6)[5], (4, 4), (16, 16), steps=20, cycles=2)
+    other = place_object(model, scene, 1 - picture, mask, torch.eye(6)[5], (4, 4), (16, 16), steps=20, cycles=2)
+    truth = model.encode(picture)
+    inside = painted[..., 4:12, 4:12]
+    assert float((inside - truth).square().mean()) < 0.5 * float((other[..., 4:12, 4:12] - truth).square().mean())
+    with pytest.raises(SamplingError, match="leaves the canvas"):
+        place_object(model, scene, picture, mask, torch.eye(6)[5], (12, 4), (16, 16))
 
 
 @pytest.mark.slow
 def test_samplers_through_a_decoder(tmp_path: Path) -> None:
-    model = diffusion_model("tiny", "", guidance=1.0, device="cpu")
+    model = diffusion_model("tiny", [""] * 4, guidance=1.0, device="cpu")
     settings = GuidanceEvaluation(count=1, steps=3, size=64, workers=0)
     report = evaluate_guidance(model, settings, tmp_path)
     assert set(report.scores) == set(MEASUREMENTS)
     for rows in report.scores.values():
-        assert {m: row["calls"] for m, row in rows.items()} == {m: 3.0 * (m != "pseudo-inverse") for m in METHODS}
+        assert set(rows) == set(METHODS)
+        calls = {"pseudo-inverse": 0, "STSL": 6, "AFDPS, 4 particles": 12, "DiffusionMBIR, 3 slices": 18}
+        assert {m: row["calls"] for m, row in rows.items()} == {m: calls.get(m, 3) for m in METHODS}
         assert all(math.isfinite(value) for row in rows.values() for value in row.values())
     assert len(list(tmp_path.glob("*.png"))) == 4
     assert "super-resolution by 4" in report.table()

@@ -34,7 +34,7 @@ class EvalGuidance(ReportOptions, PrecisionOptions):
     def run(self) -> None:
         self.check_output()
         device, dtype = self.resolved()
-        model = diffusion_model(self.model, self.prompt, guidance=1.0, device=device, dtype=dtype)
+        model = diffusion_model(self.model, [self.prompt] * 4, guidance=1.0, device=device, dtype=dtype)
         self.show(evaluate_guidance(model, self.settings, self.pictures))
 
 

@@ -172,22 +172,22 @@ def regenerate(
 
 
 def redraw(
-    source: Network, target: Network, x: Tensor, grid: TimeGrid, method: str = "ddim", *, inside: Tensor | None = None
+    network: Network, pairs: list[Pair], grid: TimeGrid, method: str = "ddim", *, inside: Tensor | None = None
 ) -> Tensor:
-    """Up under one condition and down under another; what a mask does not select takes the way back that it came.
+    """The clean state at the end of a way down; what a mask does not select goes the known way.
 
     Args:
-        inside: like x in 0..1: what may change; everything where None.
+        pairs: the known way, noisiest first: of `invert`, or noised states (twice each).
+        inside: like a state, in 0..1: what may change; everything where None.
     """
-    pairs = invert(source, x, grid, method)[::-1]
 
     def write(i: int, pair: Pair) -> Pair:
         if inside is None:
             return pair
         known = pairs[i + 1] if method == "edict" else (pairs[i + 1][0], pairs[i][0])
-        return torch.lerp(known[0], pair[0], inside.to(x)), torch.lerp(known[1], pair[1], inside.to(x))
+        return torch.lerp(known[0], pair[0], inside.to(pair[0])), torch.lerp(known[1], pair[1], inside.to(pair[1]))
 
-    return regenerate(target, pairs[0], grid, method, after_step=write)[0]
+    return regenerate(network, pairs[0], grid, method, after_step=write)[0]
 
 
 def optimise_null(
