@@ -196,7 +196,7 @@ def stacked(task: Task) -> Tensor:
 
 METHODS: Mapping[str, Callable[[Task], Tensor]] = {
     "pseudo-inverse": lambda t: t.latent.pinv(t.y),
-    "DPS": lambda t: t.follow(dps(t.latent, t.y, weight=4.0)),
+    "DPS": lambda t: t.follow(dps(t.latent, t.y, weight=2.0)),
     "PiGDM": lambda t: t.follow(pigdm(t.latent, t.y)),
     "PSLD": lambda t: t.follow(psld(t.operator, t.y, t.decode, t.encode, weight=4.0, glue_weight=0.4)),
     "STSL": lambda t: t.follow(stsl(t.network, t.latent, t.y, lambda i: t.noise(1000 + i), weight=6.0)),

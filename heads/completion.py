@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.alignment import LEAST_DISPARITY, fit_robust
+from diffrep.files import one_line
 from diffrep.guidance.completion import Reader, Ruler, complete_by_diffusion
 from diffrep.guidance.core import Level, check_finite
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.maps import DepthMap
+from diffrep.heads.segmentation import ObjectMask
 from diffrep.heads.tiling import resize
 from diffrep.sampling.schedules import TableVP, TimeGrid
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
@@ -126,11 +129,54 @@ def carry_errors(depth: Tensor, known: Tensor, *, reach: float) -> Tensor:
     """
     if not reach:
         return depth
-    seen = (known > 0).float()
-    missed = torch.where(known > 0, known.clamp(min=1e-6).log() - depth.clamp(min=1e-3).log(), 0.0)
-    total, weight = (_blurred(part[None, None], reach)[0, 0] for part in (missed, seen))
+    missed = known.clamp(min=1e-6).log() - depth.clamp(min=1e-3).log()
+    return depth * _carried(missed, known > 0, reach).exp()
+
+
+def _carried(missed: Tensor, seen: Tensor, reach: float) -> Tensor:
+    """Errors (H, W) at the pixels that are seen, around them."""
+    parts = torch.where(seen, missed, 0.0), seen.float()
+    total, weight = (_blurred(part[None, None], reach)[0, 0] for part in parts)
     single = 1 / (2 * math.pi * reach**2)  # weight of a known pixel on itself
-    return depth * (total / (weight + 0.1 * single)).exp()
+    return total / (weight + 0.1 * single)
+
+
+def fill_mask(predicted: ObjectMask, known: Tensor) -> ObjectMask:
+    """A mask that is the known one where it is known, and the predicted one elsewhere, met at the rims.
+
+    Args:
+        known: (H, W) in [0, 1] at the image's size; nan where nothing is known.
+
+    Raises:
+        ValueError: the known mask has another size, or values beyond [0, 1].
+    """
+    seen = ~torch.isnan(known)
+    if known.shape != predicted.mask.shape or not bool(((known >= 0) & (known <= 1))[seen].all()):
+        size = tuple(predicted.mask.shape)
+        raise ValueError(f"a known mask is {size} like the image, in [0, 1] or nan; this one is {tuple(known.shape)}")
+    logits, wanted = predicted.mask.clamp(0.02, 0.98).logit(), known.nan_to_num(0.5).clamp(0.02, 0.98).logit()
+    filled = (logits + _carried(wanted - logits, seen, 8.0)).sigmoid()
+    settings = {**predicted.settings, "filled": int((~seen).sum())}
+    return replace(predicted, mask=torch.where(seen, known, filled), settings=settings)
+
+
+def read_known_mask(file: Path) -> Tensor:
+    """(H, W) in [0, 1], nan where unknown, of a .npy map or of a grey picture that is transparent where unknown.
+
+    Raises:
+        ValueError: the file cannot be read so, or the picture has no transparency.
+    """
+    try:
+        if file.suffix.lower() == ".npy":
+            return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+        with Image.open(file) as opened:
+            opaque = "A" not in opened.getbands() and "transparency" not in opened.info
+            grey, alpha = (np.asarray(band, np.float32) for band in opened.convert("LA").split())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file}: cannot be read as a known mask ({one_line(error)})") from None
+    if opaque:
+        raise ValueError(f"{file}: a known mask is transparent where nothing is known, this picture is opaque")
+    return torch.from_numpy(np.where(alpha > 127, grey / 255, np.nan))
 
 
 def krige_errors(depth: Tensor, known: Tensor, image: Tensor, *, reach: float) -> Tensor:

@@ -33,7 +33,7 @@ from diffrep.files import (
     write_image,
     write_whole,
 )
-from diffrep.heads.completion import CompletionConfig, complete_depth, fill_holes
+from diffrep.heads.completion import CompletionConfig, complete_depth, fill_holes, fill_mask, read_known_mask
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
 from diffrep.heads.loading import load_head
@@ -297,12 +297,18 @@ class Segment(ImageCommand):
     background: str = "white"  # of the composite: a colour such as white or #20c040, or an image file
     threshold: float = 0.5  # of the binary mask
     base: str | None = None  # where VAE and text encoder are, for a U-Net alone, for example sd-turbo
+    # what is known of the mask, grey and transparent (or .npy and nan) where it is not, or a folder of such files
+    known: Path | None = None
+    fill: bool = False  # keep what is known of the mask as it is and fill what is missing
     foreground: bool = True  # estimate the object's own colour along outlines, against halos
     predict: Annotated[SegmentConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=SegmentConfig)
 
     def run(self) -> None:
         outputs = self._outputs()
+        if self.fill != (self.known is not None):
+            raise ValueError("--known and --fill go together: a mask with holes, and that they are filled")
         inputs = self.inputs()
+        known = {} if self.known is None else known_files(self.known, {i.path: (i.below, Path(i.name)) for i in inputs})
         head = self.load(task="segmentation", base=self.base)
         config = replace(self.predict, edges="edge" in outputs)
         if self.to_video:
@@ -313,6 +319,10 @@ class Segment(ImageCommand):
         numbers: dict[str, int] = {}
 
         def write(item: Item, image: Image.Image, result: ObjectMask) -> list[Path]:
+            if self.known is not None:
+                if item.source.path not in known:
+                    raise ValueError(f"{self.known}: has no known mask for {item.source.path.name}")
+                result = fill_mask(result, read_known_mask(known[item.source.path]))
             about[item.label], numbers[item.label] = result.metadata(self.threshold), item.number
             files = {kind: item.place.file(f"{kind}.png") for kind in outputs}
             for kind, file in files.items():
@@ -351,6 +361,8 @@ class Segment(ImageCommand):
             ValueError: naming them.
         """
         outputs: list[str] = list(dict.fromkeys(self.outputs))
+        if self.to_video and self.known is not None:
+            raise ValueError(f"--known goes with a folder, not with the video {self.output}")
         if self.to_video and "outputs" not in self.typed:
             outputs = ["mask"]
         if not outputs:

@@ -49,7 +49,7 @@ from diffrep.heads.training.restoration import (
 )
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
-from diffrep.settings import WORKERS, check_options
+from diffrep.settings import POSITIVE, WORKERS, check_options
 from diffrep.training.loop import FitSettings
 
 
@@ -64,6 +64,7 @@ class HeadTraining(DeviceOptions):
     minutes: float | None = None  # or this long, whichever ends first
     batch_size: int | None = None  # images of a batch and device
     learning_rate: float | None = None
+    sara: float | None = None  # train only weights of a smaller magnitude (SaRA), for example 2e-3
     seed: int | None = None
     scenes: int = 24000  # rendered for training where --data scenes names no folder
     latents: Path | None = None  # encoded scenes, which heads of one base can share; in WORK
@@ -83,7 +84,7 @@ class HeadTraining(DeviceOptions):
         check_options(
             self,
             scenes="1..", validate_every="1..", validation_scenes="1..", batch_size="1..", steps="1..",
-            seed="[0, 2^63)", workers=WORKERS,
+            seed="[0, 2^63)", workers=WORKERS, sara=POSITIVE,
         )  # fmt: skip
         resolve_device(self.device)
         work = self.work or Path("runs") / name
@@ -93,13 +94,13 @@ class HeadTraining(DeviceOptions):
         """A training's settings with the options that are named; steps alone decide, unless minutes are named too."""
         if self.steps is not None:
             fit = replace(fit, minutes=None)
-        values = {name: getattr(self, name) for name in ("steps", "minutes", "learning_rate", "seed", *names)}
+        values = {name: getattr(self, name) for name in ("steps", "minutes", "learning_rate", "sara", "seed", *names)}
         return replace(fit, **{name: value for name, value in values.items() if value is not None})
 
 
 REFINE_OPTIONS = frozenset(
-    ("refine", "data", "space", "work", "output", "steps", "minutes", "batch_size", "learning_rate", "seed", "scenes",
-     "workers", "device")
+    ("refine", "data", "space", "work", "output", "steps", "minutes", "batch_size", "learning_rate", "sara", "seed",
+     "scenes", "workers", "device")
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from diffrep.devices import resolve_device
 from diffrep.files import read_weights, save_weights
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
+from diffrep.training.sara import SaRA
 
 Batch = Mapping[str, Tensor]
 
@@ -45,6 +46,8 @@ class FitSettings:
     betas: tuple[float, float] = (0.9, 0.99)  # of AdamW
     epsilon: float = 1e-8  # of AdamW
     faster: tuple[tuple[str, float], ...] = ()  # (part of parameters' names, factor of their learning rate)
+    sara: float | None = None  # train only weights of a smaller magnitude (SaRA); the papers have 2e-3 to 1e-2
+    sara_rank: float = 5e-4  # weight of the nuclear norm of their change (SaRA)
     accumulate: int = 1  # batches whose gradients are averaged in each step
     clip: float = 1.0  # largest norm of the gradient
     ema_decay: float = 0.999  # of the moving average that is kept; it starts faster
@@ -56,6 +59,7 @@ class FitSettings:
         check(
             self,
             steps="1..", accumulate="1..", epochs="1..", warmup="0..", minutes=POSITIVE, learning_rate=POSITIVE,
+            sara=POSITIVE, sara_rank=NOT_NEGATIVE,
             epsilon=POSITIVE, clip="(0, inf]", ema_decay="[0, 1)", betas="[0, 1)", final_rate="[0, 1]",
             weight_decay=NOT_NEGATIVE,
         )  # fmt: skip
@@ -192,27 +196,26 @@ def fit(
     return ema
 
 
-def make_optimiser(module: nn.Module, settings: FitSettings) -> torch.optim.AdamW:
-    """AdamW over the parameters that require gradients; a group's "factor" is that of its learning rate."""
+def make_optimiser(module: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    """AdamW, or SaRA, over the parameters that require gradients; a group's "factor" is that of its learning rate."""
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             factor = math.prod(f for part, f in settings.faster if part in name)
             groups.setdefault((parameter.ndim >= 2 or settings.decay == "all", factor), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": settings.weight_decay if decayed else 0.0,
-                "lr": settings.learning_rate * factor,
-                "factor": factor,
-            }
-            for (decayed, factor), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
-        ],
-        betas=settings.betas,
-        eps=settings.epsilon,
-        fused=True,
-    )
+    chosen: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
+            "lr": settings.learning_rate * factor,
+            "factor": factor,
+        }
+        for (decayed, factor), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
+    options: dict[str, Any] = {"betas": settings.betas, "eps": settings.epsilon}
+    if settings.sara is not None:
+        return SaRA(chosen, settings.sara, lr=settings.learning_rate, lambda_rank=settings.sara_rank, **options)
+    return torch.optim.AdamW(chosen, fused=True, **options)
 
 
 def accelerator_of(device: str | torch.device = "auto") -> Accelerator:

@@ -16,10 +16,8 @@ from torch import Tensor
 class SaRA(torch.optim.Optimizer):
     """AdamW on the entries of every parameter whose magnitude is below a threshold.
 
-    What is saved of it goes by position: load it with the same threshold.
-
     Args:
-        parameters: of the network.
+        parameters: of the network, or groups of them.
         threshold: of magnitudes.
         lr: 1e-3 exp(-350 threshold) where left out.
         reselect: the entries are chosen again at the call after so many steps, which updates nothing; None: never.
@@ -33,7 +31,7 @@ class SaRA(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],
         threshold: float,
         *,
         lr: float | None = None,
@@ -94,6 +92,19 @@ class SaRA(torch.optim.Optimizer):
                 if p.grad is not None:
                     self._update(p, group)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of `torch.optim.Optimizer`, with the numbers of calls and of steps since the last choice."""
+        for state in self.state.values():
+            state["calls"], state["age"] = torch.tensor(float(self.calls)), torch.tensor(float(self.age))
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on as another SaRA of the same parameters would."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["mask"] = state["mask"].bool()  # torch has given it the parameter's dtype
+            self.calls, self.age = int(state["calls"]), int(state["age"])
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         assert p.grad is not None
