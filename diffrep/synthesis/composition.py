@@ -91,6 +91,8 @@ def compose_canvas(
 ) -> tuple[Tensor, Superposition]:
     """Sample a canvas under two grids at once; densities are compared around every place, within a window.
 
+    The weight then changes from place to place, so that "and" holds densities about equal, and not exactly.
+
     Args:
         size: (H, W) in latent pixels; each grid has a cell for every window's side, begun or whole.
         method: "avg" takes the mean of both predictions, "and" holds both densities equal, "or" follows the denser.
