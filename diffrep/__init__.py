@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from diffrep.store import Store, open_store
     from diffrep.swap import refine, swap_appearance
     from diffrep.synthesis import load_synthesis, synthesize
+    from diffrep.table_scheduler import TableScheduler
     from diffrep.tasks import pipeline
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ _NAMES = {  # module -> the public names that it defines
     "manifold": "HeatGeodesicEmbedding",
     "synthesis": "load_synthesis synthesize",
     "painting": "sample",
+    "table_scheduler": "TableScheduler",
     "store": "open_store Store",
 }
 _HOME = {name: f"diffrep.{module}" for module, names in _NAMES.items() for name in names.split()}
@@ -93,6 +95,7 @@ __all__ = [  # noqa: RUF022  # in the order in which one meets them
     "load_synthesis",
     "synthesize",
     "sample",
+    "TableScheduler",
     "open_store",
     "Store",
 ]

@@ -225,12 +225,12 @@ def distance_to_fine(
 
 def _usual(model: DiffusionModel) -> Sequence[str]:
     flow = isinstance(model.schedule, Flow)
-    return [name for name, s in SAMPLERS.items() if (s.flow or not flow) and not _adds_noise(name)]
+    return [name for name, s in SAMPLERS.items() if (s.flow if flow else s.table) and not _adds_noise(name)]
 
 
 def _adds_noise(name: str) -> bool:
     options = SAMPLERS[name].options
-    return name == "lcm" or bool(options.get("eta") or options.get("noisy"))
+    return name == "lcm" or bool(options.get("eta") or options.get("noisy") or "norm" in options)
 
 
 def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Samples:

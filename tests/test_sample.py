@@ -65,7 +65,7 @@ def test_samples_show_themselves_and_do_not_know_their_company(tiny: DiffusionMo
 def test_a_pipeline_with_our_scheduler_paints_what_sample_paints(tiny: DiffusionModel) -> None:
     """The loop that diffusers' pipelines have, with guidance."""
     from diffrep.backbones.pipelines import load_parts
-    from diffrep.sampling.samplers import TableScheduler
+    from diffrep.table_scheduler import TableScheduler
 
     parts = load_parts("tiny")
     assert parts.text is not None

@@ -18,9 +18,9 @@ from diffrep.backbones.partial import PartialNetwork
 from diffrep.eval.likelihood import likelihood
 from diffrep.eval.search import SearchSettings, search_steps
 from diffrep.heads.mean_reverting import MeanReverting
-from diffrep.sampling.core import SolverTable, TableStepper, Update, run, to_forms
+from diffrep.sampling.core import SolverTable, Update, run, to_forms
 from diffrep.sampling.flows import Transport
-from diffrep.sampling.samplers import SAMPLERS, TableScheduler, build_table, model_schedule
+from diffrep.sampling.samplers import SAMPLERS, build_table, model_schedule
 from diffrep.sampling.schedules import GRIDS, Exploding, Flow, LinearVP, SamplingError, TableVP, TimeGrid, spaced_times
 from diffrep.sampling.score_sde import ScoreSDE, sample_pc
 from diffrep.sampling.search import Candidate, read_candidate
@@ -37,6 +37,9 @@ from diffrep.sampling.solvers import (
     rho_runge_kutta,
     unified,
 )
+from diffrep.synthesis.sampler import KeyedNoise
+from diffrep.synthesis.schedulers import SCHEDULERS, Stepper, build_scheduler
+from diffrep.table_scheduler import TableScheduler
 from diffrep.training.interpolants import interpolant
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -240,7 +243,7 @@ def test_named_samplers_equal_those_of_diffusers(name: str, kind: str, options: 
         torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if sampler.table])
 def test_every_sampler_ends_near_the_data(name: str) -> None:
     config = {**SD, "prediction_type": "epsilon"}
     _, schedule = model_schedule(config)
@@ -269,32 +272,43 @@ def test_flow_samplers_end_at_the_data(name: str) -> None:
     assert abs(float(got.mean()) - MEAN) < 0.05
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_strips_and_stops_do_not_change_a_bit(name: str) -> None:
-    _, schedule = model_schedule({**SD, "prediction_type": "v_prediction"})
-    table = build_table(name, schedule, 6)
-    if table.whole:
-        pytest.skip(f"{name} needs whole samples, and says so")
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(5, 2, 1, 7, generator=generator)
-    count = len(table.updates)
-    outputs = [torch.randn(x.shape, generator=generator) for _ in range(count)]
-    draws = [torch.randn(x.shape, generator=generator) for _ in range(count)]
-    stepper = TableStepper(table, "v_prediction")
+@pytest.mark.parametrize("name", sorted({*SAMPLERS, *SCHEDULERS}))
+def test_stops_batches_and_strips_change_no_bit(name: str) -> None:
+    """Of every solver, ours and diffusers'. Those that need whole images say so, and are not stepped by strips."""
+    flow = name not in SCHEDULERS and not SAMPLERS[name].table
+    config = {"prediction_type": "flow_prediction"} if flow else {**SD, "prediction_type": "epsilon"}
 
-    def go(part: slice, *, stop: int) -> Tensor:
-        state, memory = x[part], {}
-        for step in range(count):
-            state, memory = stepper.step(step, outputs[step][part], state, memory, draws[step][part])
-            if step == stop:  # what a resumed run reads back
-                state, memory = state.clone(), {k: v.clone() for k, v in memory.items()}
-                stepper_again = TableStepper(table, "v_prediction")
-                assert stepper_again.table is table
-        return state
+    def build() -> Stepper:
+        return Stepper(TableScheduler.from_config(config, sampler=name) if flow else build_scheduler(name, config, 6))
 
-    whole = go(slice(None), stop=-1)
-    strips = torch.cat([go(slice(i, i + 1), stop=2) for i in range(5)])
-    assert torch.equal(whole, strips)
+    def paint(start: Tensor, parts: list[slice], *, stops: bool = False) -> Tensor:
+        """Each part from the first step to the last; with stops each step is a run's that reads back all it has."""
+        noise, ends = KeyedNoise(3), []
+        for part in parts:
+            stepper, state, memory = build(), start[part], dict[str, Tensor]()
+            while stepper.position < len(stepper):
+                shown = stepper.scale(state)
+                draws = noise.arguments(stepper.position, range(*part.indices(len(start))))
+                state, memory = stepper.step(0.3 * shown + 0.1 * shown.abs(), state, memory, draws)
+                stepper.advance()
+                if stops:
+                    step, stepper = stepper.position, build()
+                    for _ in range(step):
+                        stepper.advance()
+                    state, memory = torch.tensor(state.numpy()), {k: torch.tensor(v.numpy()) for k, v in memory.items()}
+            ends.append(state)
+        return torch.cat(ends)
+
+    samples = KeyedNoise(0).start(range(5), (4, 20, 24)) * float(build().scheduler.init_noise_sigma)
+    together = paint(samples, [slice(0, 5)])
+    assert torch.isfinite(together).all()
+    assert torch.equal(together, paint(samples, [slice(0, 2), slice(2, 3), slice(3, 5)]))
+    assert torch.equal(together, paint(samples, [slice(0, 5)], stops=True))
+    assert build().whole == (name in ("lml", "evodiff"))
+    if not build().whole:
+        rows = samples[0].movedim(1, 0)[:, :, None]  # a canvas as it is stepped: its rows are the batch
+        by_seven = [slice(i, min(i + 7, 20)) for i in range(0, 20, 7)]
+        assert torch.equal(paint(rows, [slice(0, 20)]), paint(rows, by_seven, stops=True))
 
 
 def test_what_cannot_be_is_said_before_the_first_step() -> None:
@@ -306,6 +320,8 @@ def test_what_cannot_be_is_said_before_the_first_step() -> None:
         (r"steps must be in 1\.\.1000", lambda: build_table("unipc", table, 1001)),
         ("twice on this schedule", lambda: build_table("unipc", cosine, 30, spacing="karras")),
         ("does not work on rectified flows", lambda: build_table("ghvb", Flow(), 10)),
+        ("only on rectified flows; take one of euler", lambda: build_table("sit-sde", table, 10)),
+        ("form SBDM is infinite without signal", lambda: build_table("sit-sde", Flow(), 4, form="SBDM")),
         ("few-step grids have 4, 5, 6, 8 steps", lambda: build_table("unipc", table, 7, spacing="few-step")),
         ("timesteps must fall inside", lambda: build_table("unipc", table, 2, timesteps=[10, 500])),
         ("spacing must be one of", lambda: build_table("unipc", table, 5, spacing="golden")),

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.sampling.schedules import LinearVP, NoiseSchedule, SamplingError, slope
+from diffrep.sampling.core import SolverTable, Update
+from diffrep.sampling.schedules import LinearVP, NoiseSchedule, SamplingError, TimeGrid, slope
 from diffrep.sampling.solvers import RUNGE_KUTTA
 
 Field = Callable[[Tensor, float], Tensor]  # (x, t) -> like x
@@ -60,7 +61,7 @@ def solve_rk45(
 
 
 # by torchdiffeq's names
-ODE_METHODS = {"euler": "1euler", "midpoint": "2midpoint", "heun2": "2heun", "rk4": "4three-eighths"}
+ODE_METHODS = {"euler": "1euler", "midpoint": "2midpoint", "heun2": "2heun", "heun3": "3heun", "rk4": "4three-eighths"}
 
 
 def integrate_ode(field: Field, x: Tensor, times: Sequence[float], method: str = "heun2") -> Tensor:
@@ -177,10 +178,20 @@ class Transport(NoiseSchedule):
         value = norm * float(FORMS[form](self, t))
         return (value + 1) ** 2 / 4 if form == "decreasing" else value
 
-    def sample_ode(self, network: Field, x: Tensor, points: int, method: str = "euler") -> Tensor:
-        """From noise to data along the probability flow, over `points` times."""
-        times = np.linspace(*self.interval(), points).tolist()
-        return integrate_ode(lambda y, t: self.velocity(network(y, t), y, t), x, times, method)
+    def sample_ode(
+        self, network: Field, x: Tensor, points: int = 50, method: str = "euler", *, tolerance: float = 1e-4
+    ) -> Tensor:
+        """From noise to data along the probability flow, over `points` times.
+
+        The method "dopri5", SiT's default, chooses its own times by a tolerance, relative and absolute.
+        """
+
+        def field(y: Tensor, t: float) -> Tensor:
+            return self.velocity(network(y, t), y, t)
+
+        if method == "dopri5":
+            return solve_rk45(lambda y, t: (field(y, t), torch.zeros(len(y))), x, *self.interval(), tolerance)[0]
+        return integrate_ode(field, x, np.linspace(*self.interval(), points).tolist(), method)
 
     def sample_sde(
         self, network: Field, x: Tensor, points: int, noise: Sequence[Tensor], *,
@@ -215,3 +226,21 @@ class Transport(NoiseSchedule):
             ),
         }
         return steps[last_step]() if last_step else x
+
+
+def transport_sde(grid: TimeGrid, *, form: str = "sigma", norm: float = 1.0) -> SolverTable:
+    """SiT's SDE on a rectified flow: `dx = (velocity + w score) dt + sqrt(2 w) dW`; the last step is its mean.
+
+    Raises:
+        SamplingError: no such form, or one that is infinite without signal.
+    """
+    transport, updates = Transport(), []
+    for i, (sigma, after) in enumerate(pairwise(grid.sigma.tolist())):
+        with np.errstate(divide="ignore"):
+            w = transport.diffusion(form, 1 - sigma, norm=norm)
+        if not math.isfinite(w) or norm < 0:
+            raise SamplingError(f"the diffusion form {form} is infinite without signal, or norm negative; take sigma")
+        h, share = sigma - after, w * (sigma - after) / sigma  # the score is -(x + alpha (eps - x0)) / sigma
+        spread = math.sqrt(2 * w * h) if after else 0.0
+        updates.append(Update("velocity", 1 - share, (-h - share * float(grid.alpha[i]),), noise=spread))
+    return SolverTable(f"SiT SDE {form}", grid, tuple(updates))

@@ -1,18 +1,16 @@
-"""Samplers by name: which table a name stands for, on which grid, and a scheduler in diffusers' shape around it."""
+"""Samplers by name: which table a name stands for, and on which grid."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from diffrep.sampling import solvers
-from diffrep.sampling.core import SolverTable, TableStepper, Update, per_sample
+from diffrep.sampling.core import SolverTable, Update
+from diffrep.sampling.flows import transport_sde
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP, TimeGrid, boundary, table_times
 
 Builder = Callable[..., SolverTable]  # (grid, schedule, **options)
@@ -27,6 +25,7 @@ class Sampler:
     about: str  # for people
     options: Mapping[str, Any]  # what `build` takes, with the defaults of this name
     flow: bool = True  # it works on rectified flows, whose first time has no signal
+    table: bool = True  # and on noise schedules
     faint: bool = True  # it works where there is almost none; one that does not extrapolates x / alpha
     spacing: str = "trailing"  # where its timesteps lie unless said
 
@@ -60,6 +59,7 @@ def consistency(grid: TimeGrid) -> SolverTable:
 
 
 _dpm = _plain(solvers.multistep)
+_sde = _plain(transport_sde)
 _data = _plain(solvers.ddim_table, form="data")  # the noise form loses digits where a schedule begins without signal
 SAMPLERS: dict[str, Sampler] = {
     "euler": Sampler(_data, "Euler on a flow; DDIM elsewhere", {}),
@@ -78,6 +78,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dpm++-hb": Sampler(_hb(_dpm), "DPM-Solver++ with heavy ball", {"order": 2, "beta": 0.8}),
     "unipc-hb": Sampler(_hb(_unipc), "UniPC with heavy ball", {"order": 2, "variant": "bh2", "beta": 0.8}),
     "lml": Sampler(_lml, "DPM-Solver++ corrected; kappa 0 does nothing", {"damping": 1e-3, "kappa": 0.0, "order": 3}),
+    "sit-sde": Sampler(_sde, "SiT's SDE: noise at every step", {"form": "sigma", "norm": 1.0}, table=False),
     "evodiff": Sampler(
         _plain(solvers.evodiff), "weights from the predictions; whole images", {}, flow=False, faint=False
     ),
@@ -113,9 +114,10 @@ def build_table(
     if unknown := sorted(set(options) - set(sampler.options)):
         known = ", ".join(sampler.options) or "none"
         raise SamplingError(f"the sampler {name} has no option {', '.join(unknown)}; its options are {known}")
-    if flow and not sampler.flow:
-        works = ", ".join(key for key, value in SAMPLERS.items() if value.flow)
-        raise SamplingError(f"{name} does not work on rectified flows, which start without signal; take one of {works}")
+    if not (sampler.flow if flow else sampler.table):
+        kind = "rectified flows, which start without signal" if flow else "noise schedules, only on rectified flows"
+        works = ", ".join(key for key, value in SAMPLERS.items() if (value.flow if flow else value.table))
+        raise SamplingError(f"{name} does not work on {kind}; take one of {works}")
     grid = sampling_grid(schedule, steps, spacing or sampler.spacing, timesteps)
     if not sampler.faint and grid.rho[0] > FAINT:
         raise SamplingError(
@@ -166,86 +168,7 @@ def model_schedule(config: Mapping[str, Any]) -> tuple[str, NoiseSchedule]:
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         ends = tuple(float(config.get(name, usual)) for name, usual in names.items())
         dynamic = ends if config.get("use_dynamic_shifting") else None
-        return "flow_prediction", Flow(shift=float(config.get("shift") or 1.0), dynamic=dynamic)  # type: ignore[arg-type]
+        shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
+        return "flow_prediction", Flow(shift=shift, dynamic=dynamic)  # type: ignore[arg-type]
     known = {key: value for key, value in config.items() if value is not None}
     return str(config.get("prediction_type") or "epsilon"), TableVP(alphas_cumprod(known).double().numpy())
-
-
-class TableScheduler:
-    """A sampler in the shape of a diffusers scheduler, for pipelines of others.
-
-    For example: `pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="ghvb", order=1.8)`.
-
-    Its memory is a list of (B, ...) tensors of earlier steps, which a caller that steps a canvas by strips sets.
-    """
-
-    order = 1
-    init_noise_sigma = 1.0
-
-    def __init__(
-        self, sampler: str = "unipc", *, config: Mapping[str, Any], spacing: str | None = None,
-        timesteps: Sequence[float] | None = None, **options: Any,
-    ) -> None:  # fmt: skip
-        self.sampler, self.spacing, self.options = sampler, spacing, options
-        self.prediction, self.schedule = model_schedule(config)
-        self.config = SimpleNamespace(**{**dict(config), "prediction_type": self.prediction})
-        self.num_train_timesteps = int(config.get("num_train_timesteps", 1000))
-        if isinstance(self.schedule, TableVP):
-            self.alphas_cumprod = torch.from_numpy(self.schedule.table).float()
-        self.set_timesteps(min(20, self.num_train_timesteps), timesteps=timesteps)
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], *, sampler: str = "unipc", **options: Any) -> TableScheduler:
-        """The scheduler of a model that another scheduler was configured for."""
-        return cls(sampler, config=dict(config), **options)
-
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, *,
-        timesteps: Sequence[float] | None = None, **_: Any,
-    ) -> None:  # fmt: skip
-        """Start anew with a number of steps, or with timesteps; see `build_table`."""
-        steps = 20 if num_inference_steps is None else int(num_inference_steps)
-        self.table = build_table(
-            self.sampler, self.schedule, steps, spacing=self.spacing, timesteps=timesteps, **self.options
-        )
-        labels = torch.from_numpy(self.table.grid.labels)
-        whole = bool((labels == labels.round()).all())
-        self.timesteps = (labels.long() if whole else labels.float()).to(device or "cpu")
-        self.stepper = TableStepper(self.table, self.prediction)
-        self.num_inference_steps, self._position = len(labels), 0
-        self.memory, self._names = list[Tensor](), tuple[str, ...]()
-
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample as it is."""
-        return sample
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Clean samples with the noise of (B,) timesteps."""
-        times = timesteps.double().cpu().numpy() / (1000 if isinstance(self.schedule, Flow) else 1)
-        alpha, sigma = (
-            per_sample(torch.as_tensor(values).to(original_samples), noise)
-            for values in (self.schedule.alpha(times), self.schedule.sigma(times))
-        )
-        return alpha * original_samples + sigma * noise
-
-    def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, generator: Any = None,
-        variance_noise: Tensor | None = None, return_dict: bool = True, **_: Any,
-    ) -> Any:  # fmt: skip
-        """One step; calls must follow `timesteps`.
-
-        Samplers that add noise take `variance_noise`, or draw it from a generator, or one for each sample.
-        """
-        step = self._position
-        if variance_noise is None and self.table.updates[step].noise:
-            from diffusers.utils.torch_utils import randn_tensor
-
-            like: dict[str, Any] = {"device": sample.device, "dtype": sample.dtype}
-            variance_noise = randn_tensor(tuple(sample.shape), generator=generator, **like)
-        memory = dict(zip(self._names, self.memory, strict=True))
-        moved, state = self.stepper.step(step, model_output.to(sample.dtype), sample, memory, variance_noise)
-        self._names, self.memory, self._position = tuple(state), list(state.values()), step + 1
-        return SimpleNamespace(prev_sample=moved) if return_dict else (moved,)
-
-    def __len__(self) -> int:
-        return self.num_train_timesteps

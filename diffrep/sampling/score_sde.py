@@ -158,7 +158,8 @@ def sample_pc(
 
     Args:
         x: (B, ...) states at t = 1.
-        noise: standard normal draws like x: for each step those of the corrector, then the predictor's one.
+        noise: standard normal draws like x: for each step those of the corrector, then the predictor's one, if there
+            is a predictor.
         last: the time of the last step; the SDE's own where left out.
 
     Returns:
@@ -173,7 +174,8 @@ def sample_pc(
     for t in np.linspace(1, sde.last if last is None else last, sde.steps, dtype=np.float32).tolist():
         for _ in range(corrector_steps if corrector != "none" else 0):
             x = correct(sde, score, x, t, next(noise), corrector, snr, batch_mean=batch_mean)
-        x, mean = predict(sde, score, x, t, next(noise), predictor, flow=flow)
+        z = next(noise) if predictor != "none" else x
+        x, mean = predict(sde, score, x, t, z, predictor, flow=flow)
     return mean, x
 
 

@@ -371,19 +371,26 @@ def with_momentum(table: SolverTable, beta: float) -> SolverTable:
     )
 
 
-def levenberg_marquardt(damping: float = 1e-3, kappa: float = 0.0) -> Filter:
+def levenberg_marquardt(damping: float = 1e-3, kappa: float = 0.0, *, released: bool = False) -> Filter:
     """LML's correction of an increment (Wang et al. 2025). At the published kappa = 0 it does nothing but round.
 
-    `damping` is lambda, `kappa` the share of the previous raw increment in the direction that is damped.
+    `damping` is lambda, `kappa` the share of the previous raw increment in the direction e that is damped. The released
+    `d - e <d, e> / (lambda + <e, e>)` cancels to rounding, or to nothing; the same is had without cancellation.
     """
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         return per_sample((a * b).flatten(1).sum(1), a)
 
     def act(increment: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        # the first increment is its own memory: then, as at kappa 0, the correction only rounds
-        mixed = increment if memory is increment else kappa * memory + (1 - kappa) * increment
-        turned = increment - mixed * product(mixed, increment) / (damping + product(mixed, mixed))
+        first = memory is increment  # its own memory: then, as at kappa 0, the correction only rounds
+        mixed = increment if first else kappa * memory + (1 - kappa) * increment
+        if released:
+            turned = increment - mixed * product(mixed, increment) / (damping + product(mixed, mixed))
+        elif first:
+            return increment, increment
+        else:
+            turned = (damping + kappa * product(mixed, memory)) * increment
+            turned = turned - kappa * product(mixed, increment) * memory
         return turned * product(increment, increment).sqrt() / product(turned, turned).sqrt(), increment
 
     return Filter(act, whole=True, watches=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffrep.sampling.samplers import SAMPLERS, TableScheduler
+from diffrep.sampling.samplers import SAMPLERS
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> diffusers class, its options
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
@@ -72,6 +72,8 @@ def build_scheduler(
         names = ", ".join([*AT_TIMESTEPS, *(n for n in SAMPLERS if n not in SCHEDULERS)])
         raise ValueError(f"the scheduler {name} takes no timesteps of a search; take one of {names}")
     if timesteps or name not in SCHEDULERS:
+        from diffrep.table_scheduler import TableScheduler
+
         table = TableScheduler.from_config(schedule, sampler=name, timesteps=timesteps or None, **options)
         table.set_timesteps(steps, timesteps=timesteps or None)
         return table
@@ -203,7 +205,7 @@ class Stepper:
         """Go on to the next step, when all lines have been stepped."""
         dummy = torch.zeros(1, 1, 1, 1)
         arguments = {"generator": [torch.Generator().manual_seed(0)]} if "generator" in self.accepts else {}
-        self.scheduler.step(dummy, self.timestep, dummy, **self.options, **arguments)
+        self.scheduler.step(dummy, self.timestep, self.scale(dummy), **self.options, **arguments)
         self.position += 1
 
 

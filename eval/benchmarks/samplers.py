@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark
-from diffrep.sampling.samplers import TableScheduler
+from diffrep.table_scheduler import TableScheduler
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 PAIRS: dict[str, tuple[str, dict[str, Any]]] = {  # our sampler -> class of diffusers that gives the same, its options
