@@ -24,7 +24,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
     """A sampler in the place of a pipeline's scheduler, whose noise schedule and kind of prediction it takes over.
 
     For example: `pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="ghvb", order=1.8)`. The
-    timesteps lie by `spacing`, the sampler's where left out, not by the configuration's. It is saved and loaded with its pipeline.
+    timesteps lie by `spacing`, the sampler's own where left out, and not by the configuration's. It is saved and loaded
+    with its pipeline.
 
     Its memory is a list of (B, ...) tensors of earlier steps, which a caller that steps a canvas by strips sets.
 

@@ -390,7 +390,7 @@ def samplers(place: Place) -> list[Tensor]:
 
 @case("sampling.samplers.TableScheduler.set_timesteps")
 def scheduler(place: Place) -> list[Tensor]:
-    from diffrep.sampling.samplers import TableScheduler
+    from diffrep.table_scheduler import TableScheduler
 
     table = TableScheduler.from_config({"beta_schedule": "scaled_linear", "beta_start": 8e-4, "beta_end": 0.012})
     table.set_timesteps(5, device=place.device)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.latent_diffusion import guidance_embedding
-from diffrep.sampling.samplers import TableScheduler
 from diffrep.sampling.schedules import boundary
 from diffrep.synthesis.schedulers import build_scheduler
+from diffrep.table_scheduler import TableScheduler
 from diffrep.training.consistency import DiffusionPath, Distillation, distillation_terms
 
 from .cases import each
