@@ -35,10 +35,12 @@ HeatMethod = Literal["auto", "chebyshev", "squaring", "euler", "crank-nicolson",
 # up to here all pairs are computed, where nobody says otherwise, and on the CPU: 1.2 s, and a rank correlation that is
 # 0.01 higher on trees than with landmarks; at 1,500 points 3.2 s, longer than UMAP takes
 FEW_POINTS = 1000
+GPU_FROM = 10_000  # points: below, the import of torch alone takes longer than the heat
 _HUBS = 256  # points over which far pairs are stitched where all pairs are computed
 _STITCH = 12  # near landmarks over which a path to a far one may go
 _SHEPARD = 8  # near landmarks from which the volume at a point is interpolated
 _BLOCK_NUMBERS = 1 << 24  # numbers in a block of heat columns
+_KERNEL_WIDTH = 64  # columns of the whole kernel that are worked on at once: they stay in the cache
 _THETA = {"euler": 1.0, "crank-nicolson": 0.5}  # of the implicit steps
 
 
@@ -130,7 +132,11 @@ class HeatGraph:
             return kernels.spectral_heat(self.laplacian, t)
         if method == "chebyshev" and order is None:
             order = max(64, int(1.5 * hop_diameter(self.affinity)), series_order(t, self.phi, 1e-16))
-        return self._spread(self.laplacian, np.identity(self.n), t, order)
+        (lap, place), heat = self.local_laplacian, np.empty((self.n, self.n))
+        near = np.argsort(place)
+        for block in np.split(near, range(_KERNEL_WIDTH, self.n, _KERNEL_WIDTH)):
+            heat[block] = self._spread(lap, self._sparks(place[block]), t, order)[place].T  # the kernel is symmetric
+        return heat
 
     def columns(self, landmarks: NDArray[np.int64], t: float, progress: Progress = quiet) -> tuple[Array, float]:
         """Heat from the landmarks, (n, m), and the value below which it says nothing."""
@@ -258,7 +264,7 @@ def _stitch_whole(graph: HeatGraph, distances: Array, near: NDArray[np.bool_], r
 
 def heat_device(name: str, n: int) -> str:
     """The device of the Chebyshev series on n points; small graphs are faster on the CPU."""
-    if name == "cpu" or (name == "auto" and n <= FEW_POINTS):
+    if name == "cpu" or (name == "auto" and n < GPU_FROM):
         return "cpu"
     from diffrep.devices import DeviceError, resolve_device
 

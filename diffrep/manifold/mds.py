@@ -14,6 +14,7 @@ Array = NDArray[Any]
 Progress: TypeAlias = Callable[[Sequence[Any], str], Iterable[Any]]  # (steps, what they do) -> the steps, shown or not
 _TINY = 1e-12
 _ROUNDS = 64  # of a tournament, whose distances are looked up at once
+_PARTNERS = 256  # of a point, in an epoch of the descent that another method finishes
 
 
 def quiet(steps: Sequence[Any], what: str) -> Iterable[Any]:
@@ -102,6 +103,7 @@ def sgd_mds(
     *,
     weights: Array | None = None,
     epochs: int = 30,
+    most_rounds: int | None = None,
     rng: np.random.Generator,
     progress: Progress = quiet,
 ) -> NDArray[np.float64]:
@@ -116,6 +118,7 @@ def sgd_mds(
         distances: (n, n), symmetric.
         start: (n, k).
         weights: (n, n) of positive pair weights.
+        most_rounds: of an epoch, which then visits as many partners of each point, drawn anew, and not all.
     """
     n = len(start)
     if n < 2:
@@ -132,8 +135,9 @@ def sgd_mds(
     smallest, factors = np.full(half - out, _TINY), np.zeros(half - out, dtype=np.complex128)
     for eta in progress(np.geomspace(1.0 / w_min, 0.01 / w_max, epochs).tolist(), "scaling"):
         players = np.concatenate([np.full(out, n - 1), rng.permutation(n)])
-        for turn in range(0, ring, _ROUNDS):
-            rounds = min(_ROUNDS, ring - turn)
+        played = min(ring, most_rounds or ring)
+        for turn in range(0, played, _ROUNDS):
+            rounds = min(_ROUNDS, played - turn)
             around = np.roll(players[1:], turn)
             # before each round the last of the ring comes to its front: windows that move towards the front
             windows = sliding_window_view(np.concatenate([around[ring - rounds + 1 :], around]), ring)[::-1]
@@ -183,24 +187,27 @@ def smacof(
     x = np.array(start, dtype=np.float64)
     if n < 2 or not d.any():
         return x
-    if weights is None:
-        w: Any = 1.0
-    else:
+    w = inverse = None
+    if weights is not None:
         w = np.array(weights, dtype=np.float64)
         np.fill_diagonal(w, 0.0)
-        v = np.diag(w.sum(axis=1)) - w
-        inverse = np.linalg.inv(v + 1.0 / n) - 1.0 / n
-    total = float((w * d**2).sum())
-    before = np.inf
+        inverse = np.linalg.inv(np.diag(w.sum(axis=1)) - w + 1.0 / n) - 1.0 / n
+    total = float(((1.0 if w is None else w) * d**2).sum())
+    before, blocks = np.inf, row_blocks(n, n, 1 << 17)  # which stay in the cache
     for _ in range(max_iter):
-        e = squareform(pdist(x))
-        now = float((w * (d - e) ** 2).sum()) / total
-        if before - now < tolerance:
+        off, guttman = 0.0, np.empty_like(x)
+        for block in blocks:
+            e = cdist(x[block], x)
+            missed = d[block] - e
+            off += float(np.vdot(missed, missed if w is None else w[block] * missed))
+            ratio = np.divide(d[block], np.maximum(e, _TINY, out=e), out=e)
+            if w is not None:
+                ratio *= w[block]
+            guttman[block] = ratio.sum(axis=1)[:, None] * x[block] - ratio @ x
+        if before - off / total < tolerance:
             break
-        before = now
-        ratio = w * d / np.maximum(e, _TINY)
-        guttman = ratio.sum(axis=1)[:, None] * x - ratio @ x
-        x = guttman / n if weights is None else inverse @ guttman
+        before = off / total
+        x = guttman / n if inverse is None else inverse @ guttman
     return x
 
 
@@ -212,8 +219,11 @@ def metric_mds(
     rng: np.random.Generator,
     progress: Progress = quiet,
 ) -> NDArray[np.float64]:
-    """Stress minimised by `sgd_mds`, which finds the right valley, then `smacof`, which finds its floor."""
-    valley = sgd_mds(distances, start, weights=weights, rng=rng, progress=progress)
+    """Stress minimised by `sgd_mds`, which finds the right valley, then `smacof`, which finds its floor.
+
+    To find it, a point needs some hundred partners in each epoch, not all.
+    """
+    valley = sgd_mds(distances, start, weights=weights, most_rounds=_PARTNERS, rng=rng, progress=progress)
     return smacof(distances, valley, weights=weights, max_iter=100)
 
 
