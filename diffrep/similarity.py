@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from diffrep.features import Descriptors, Rows, lattice
+from diffrep.graphs import Graphs
 from diffrep.settings import Metric
 
 OFFICIAL_METRICS: dict[str, Metric] = {"cos": "cosine", "l2": "euclidean", "l1": "manhattan"}  # sd-dino's `dist`
 FAISS_FROM = 50_000  # vectors: below, an exact product on the tensor's device is as fast or faster
 # of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
+_GRAPHS = Graphs()  # on a GPU the launches of a few small kernels take longer than the products
 SPLIT_FROM = 256  # sources: for fewer, splitting the targets for tensor cores takes longer than it saves
 
 
@@ -51,6 +53,17 @@ def _halves(values: Tensor) -> tuple[Tensor, Tensor]:
     return leading, values - leading
 
 
+def check_parts(sources: Rows, targets: Rows) -> None:
+    """Refuse sources of other parts than the targets.
+
+    Raises:
+        ValueError: the message lists both.
+    """
+    channels, others = ([part.shape[1] for part in rows.parts] for rows in (sources, targets))
+    if channels != others:
+        raise ValueError(f"source parts have {channels} channels, target parts {others}")
+
+
 class Scorer:
     """Scores sources against a fixed set of targets.
 
@@ -65,7 +78,7 @@ class Scorer:
     def __init__(self, targets: Rows, metric: Metric) -> None:
         if metric not in get_args(Metric):
             raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}, got {metric!r}")
-        self.metric = metric
+        self.metric, self.targets = metric, targets
         self.count = len(targets)
         self.parts = [part.float() for part in targets.parts]
         self.weights = targets.weights
@@ -80,16 +93,6 @@ class Scorer:
         """
         halves = (_halves(part.contiguous()) for part in self.parts)
         return [torch.cat([one, two, one], dim=1).T for one, two in halves]
-
-    def check(self, sources: Rows) -> None:
-        """Refuse sources of other parts than the targets.
-
-        Raises:
-            ValueError: the message lists both.
-        """
-        channels = [part.shape[1] for part in sources.parts]
-        if channels != [part.shape[1] for part in self.parts]:
-            raise ValueError(f"source parts have {channels} channels, target parts {[p.shape[1] for p in self.parts]}")
 
     def products(self, sources: Rows, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(n, M) products with the targets, and (n,) squared lengths of the sources; `scores` makes scores of them.
@@ -120,7 +123,7 @@ class Scorer:
 
     def chunks(self, sources: Rows, memory: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Yield (rows, scores (n, M)); the scores' memory is used again for the next chunk."""
-        self.check(sources)
+        check_parts(sources, self.targets)
         if memory is None:
             memory = CPU_CHUNK_BYTES if self.device.type == "cpu" else GPU_CHUNK_BYTES
         step = max(1, min(len(sources), memory // (4 * self.count)))
@@ -182,15 +185,22 @@ def nearest(
     """
     if len(targets) == 0:
         raise ValueError("there is no target location to match: the mask leaves none on the image")
-    scorer = Scorer(targets, metric)
-    best = torch.empty(len(sources), device=scorer.device)
-    indices = torch.empty(len(sources), dtype=torch.int64, device=scorer.device)
-    columns = torch.full((len(targets),), -torch.inf, device=scorer.device)
-    for rows, scores in scorer.chunks(sources, memory):
-        best[rows], indices[rows] = scores.max(1)
-        if mutual:
-            columns = torch.maximum(columns, scores.amax(0))
-    return Nearest(indices, best, _mutual(indices, best, columns) if mutual else None)
+    check_parts(sources, targets)
+
+    def run(*parts: Tensor) -> tuple[Tensor, ...]:
+        half = len(parts) // 2
+        scorer, queries = Scorer(replace(targets, parts=parts[half:]), metric), replace(sources, parts=parts[:half])
+        best = torch.empty(len(queries), device=scorer.device)
+        indices = torch.empty(len(queries), dtype=torch.int64, device=scorer.device)
+        columns = torch.full((scorer.count,), -torch.inf, device=scorer.device)
+        for rows, scores in scorer.chunks(queries, memory):
+            best[rows], indices[rows] = scores.max(1)
+            if mutual:
+                columns = torch.maximum(columns, scores.amax(0))
+        return (indices, best, *([_mutual(indices, best, columns)] if mutual else []))
+
+    key = (metric, mutual, memory, sources.weights, targets.weights)
+    return Nearest(*_GRAPHS(key, run, *sources.parts, *targets.parts))
 
 
 def _mutual(indices: Tensor, best: Tensor, columns: Tensor) -> Tensor:
@@ -198,7 +208,7 @@ def _mutual(indices: Tensor, best: Tensor, columns: Tensor) -> Tensor:
     candidate = best == columns[indices]
     order = torch.arange(len(indices), device=indices.device)
     first = torch.full_like(columns, len(indices), dtype=torch.int64)
-    first.scatter_reduce_(0, indices[candidate], order[candidate], "amin")
+    first.scatter_reduce_(0, indices, torch.where(candidate, order, len(indices)), "amin")
     return candidate & (first[indices] == order)
 
 
@@ -277,7 +287,7 @@ class PixelScorer:
 
     def chunks(self, sources: Rows, memory: int = 2**26) -> Iterator[tuple[slice, Tensor]]:
         """Yield (sources, scores (n, H, W)), float32."""
-        self.scorer.check(sources)
+        check_parts(sources, self.scorer.targets)
         for rows in _slices(len(sources), max(1, memory // (4 * self.size[0] * self.size[1]))):
             if self.scorer.metric == "manhattan":
                 yield rows, self._minus_absolute_differences(sources[rows], memory)

@@ -82,7 +82,7 @@ class FeatureDistance:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         from diffrep.backbones import load_backbone
 
-        self.backbone = load_backbone("tiny-dino", device=device)
+        self.backbone = load_backbone("tiny-dino", device=device, dtype=torch.float32)  # a measure
         self.taps = [tap.name for tap in self.backbone.taps()]
 
     @torch.no_grad()

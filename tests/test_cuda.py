@@ -27,6 +27,7 @@ cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reaso
 BFLOAT16 = 0.03  # of the largest value, root mean square: 8 bits, rounded after each of some hundred layers
 ELSEWHERE = {  # what takes a device and has no case, and why
     "index.stored.IndexConfig": "its device is FAISS's: it needs faiss-gpu, and trains what is on the CPU",
+    "eval.joint.evaluate_joint": "trains by `train_head`, which has cases",
     "store.extraction.ShardActor.__init__": "lives in Ray's processes; makes what `extract_store` makes",
 }
 

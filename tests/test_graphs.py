@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from diffrep import similarity
+from diffrep.features import Rows
 from diffrep.graphs import LIMIT, Graphs, without_graphs
 
 RECORDED: list[tuple[int, ...]] = []
@@ -51,6 +53,27 @@ def test_a_call_is_recorded_when_it_comes_again(graphs: Everywhere) -> None:
     graphs.clear()
     graphs("double", lambda t: 2 * t, x)
     assert RECORDED == [(1, 2)]
+
+
+def test_matching_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    recordings = Everywhere(record=fake)
+    monkeypatch.setattr(similarity, "_GRAPHS", recordings)
+    RECORDED.clear()
+    generator = torch.Generator().manual_seed(0)
+    sources, targets = (
+        Rows(tuple(torch.randn(n, width, generator=generator) for width in (8, 4)), (1.0, 0.5)) for n in (30, 40)
+    )
+    with without_graphs():
+        plain = similarity.nearest(sources, targets, mutual=True)
+    assert plain.mutual is not None
+    for _ in range(3):
+        again = similarity.nearest(sources, targets, mutual=True)
+        assert torch.equal(again.indices, plain.indices)
+        assert torch.equal(again.scores, plain.scores)
+        assert again.mutual is not None
+        assert torch.equal(again.mutual, plain.mutual)
+    similarity.nearest(sources, Rows(targets.parts, (1.0, 1.0)))  # other weights are another call
+    assert RECORDED == [(30, 8)]
 
 
 @torch.no_grad()

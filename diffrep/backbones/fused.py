@@ -45,7 +45,9 @@ def channels_last(network: nn.Module) -> None:
     convolutions = (m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1))
     first = next(convolutions, None)
     if first is not None and not first.weight.is_contiguous(memory_format=torch.channels_last):
-        network.to(memory_format=torch.channels_last)
+        # what is stored in inference mode could not be part of a gradient later, as guidance takes it
+        with torch.inference_mode(False), torch.no_grad():
+            network.to(memory_format=torch.channels_last)
 
 
 def _fused(network: nn.Module) -> Iterator[tuple[Any, Callable[..., Any]]]:

@@ -387,7 +387,7 @@ def whiten_tokens(embedder: ConditionEmbedder, embeddings: Tensor) -> None:
     count = int(min(embedder.width, (spread > 1e-3 * spread[0]).sum()))
     linear: Any = embedder.tokens[0]
     linear.weight[:count] = (axes[:count] / spread[:count, None]).to(linear.weight)
-    linear.bias.copy_(-(linear.weight.double() @ mean))
+    linear.bias.copy_(-(linear.weight.double() @ mean.to(linear.weight.device)))
 
 
 def unrelated_cosine(embeddings: Tensor) -> float:
