@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -19,10 +20,10 @@ from diffrep.eval.restoration import evaluate_restoration, paired_files, psnr
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.adapters import DegradationEstimator
-from diffrep.heads.restoration.families import TINY
+from diffrep.heads.restoration.families import PISA_SR, TINY
 from diffrep.heads.restoration.loading import recognise_restorer
 from diffrep.heads.restoration.photograph import Photograph
-from diffrep.heads.restoration.pixels import blended_rows, low_band
+from diffrep.heads.restoration.pixels import blended_rows, low_band, windows
 from diffrep.heads.restoration.residual import PROCESSES
 from diffrep.heads.restoration.restorer import RestorationHead, RestoreConfig, resized
 from diffrep.heads.training.restoration import (
@@ -154,10 +155,71 @@ def test_colours_come_from_the_photograph(head: RestorationHead) -> None:
     darker = enlarged - 15
     tensor = torch.from_numpy(enlarged.astype(np.float32)).permute(2, 0, 1)[None]
     for colours in ("wavelet", "adain"):
-        fixed = head._colours(darker, enlarged, RestoreConfig(colours=colours))  # type: ignore[arg-type]
+        fixed = head._colours(darker.copy(), enlarged, RestoreConfig(colours=colours))  # type: ignore[arg-type]
         values = torch.from_numpy(fixed.astype(np.float32)).permute(2, 0, 1)[None]
         assert float((values.mean((2, 3)) - tensor.mean((2, 3))).abs().max()) < 1.5
         assert float((low_band(values) - low_band(tensor)).abs().max()) < 1.5
+
+
+def low_difference(one: np.ndarray, other: np.ndarray) -> float:
+    """How far low frequencies of two images (H, W, 3) are apart at most, in levels of 255."""
+    bands = [low_band(torch.from_numpy(x.astype(np.float32)).permute(2, 0, 1)[None]) for x in (one, other)]
+    return float((bands[0] - bands[1]).abs().max())
+
+
+def texture(height: int, width: int, noise: float = 6.0) -> np.ndarray:
+    """Detail of all scales, and noise, (H, W, 3) uint8."""
+    generator = torch.Generator().manual_seed(0)
+    values = sum(
+        F.interpolate(torch.randn(1, 3, height // k + 2, width // k + 2, generator=generator), (height, width),
+                      mode="bicubic")[0] * k**0.6
+        for k in (3, 6, 12, 25, 50)
+    )  # fmt: skip
+    assert isinstance(values, torch.Tensor)
+    values = (values - values.mean()) / values.std() * 45 + 125
+    values = values + noise * torch.randn(values.shape, generator=generator)
+    return values.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def test_low_frequencies_are_the_photographs_to_a_level(head: RestorationHead) -> None:
+    enlarged, (y, x) = texture(160, 208, noise=25), np.mgrid[:160, :208]
+    shifted = enlarged + 25 * np.sin(x / 17 + y / 11)[..., None] + 10  # half way between the bands, cut off at 255
+    shifted = shifted.clip(0, 255).astype(np.uint8)
+    differences = {
+        kind: low_difference(head._colours(shifted.copy(), enlarged, RestoreConfig(colours=kind)), enlarged)
+        for kind in ("none", "wavelet", "low-band")
+    }  # type: ignore[arg-type]
+    assert differences["none"] > 10
+    assert differences["wavelet"] > 2  # as published
+    assert differences["low-band"] < 1
+
+
+def test_no_border_of_a_tile_is_left_to_see() -> None:
+    embedded, one = load_head("tiny-restore", device="cpu"), Photograph(texture(128, 192))
+
+    def steps(**options: Any) -> list[np.ndarray]:
+        pixels = embedded.predict(one, RestoreConfig(scale=1, **options)).pixels.astype(float).mean(2)
+        return [np.abs(np.diff(pixels, axis=axis)).mean(1 - axis) for axis in (0, 1)]
+
+    def at_borders(lines: np.ndarray, tile: int, overlap: int) -> float:
+        """The mean step across borders of tiles to that inside."""
+        cells = (len(lines) + 1) // 8
+        starts = windows(cells, tile, overlap)
+        borders = sorted({8 * s - 1 for s in starts if s} | {8 * (s + tile) - 1 for s in starts if s + tile < cells})
+        return float(lines[borders].mean() / np.delete(lines, borders).mean())
+
+    whole = steps(tile=0)
+    for tile, overlap, colours in ((8, 4, None), (8, 4, "none"), (10, 3, "none")):
+        for lines, plain in zip(steps(tile=tile, overlap=overlap, colours=colours), whole, strict=True):
+            ratio = at_borders(lines, tile, overlap) / at_borders(plain, tile, overlap)
+            assert abs(ratio - 1) < 0.05, (tile, overlap, colours)
+    ratios = [
+        at_borders(lines, 4, 0) / at_borders(plain, 4, 0)
+        for lines, plain in zip(steps(tile=4, overlap=0, colours="none"), whole, strict=True)
+    ]
+    assert max(ratios) > 1.05  # without overlap there are borders
+    result = embedded.predict(one, RestoreConfig(scale=1, tile=8, overlap=4)).pixels
+    assert low_difference(result, one.pixels) < 1
 
 
 def test_alpha_and_tags_stay(head: RestorationHead) -> None:
@@ -198,6 +260,19 @@ def test_resizing_is_that_of_pillow_and_close_for_sixteen_bits() -> None:
     eight, sixteen = photograph(), photograph(deep=True)
     small, deep = (resized(one.pixels, (30, 33), "bicubic") for one in (eight, sixteen))
     assert float(np.abs(small - deep / 257).max()) < 2
+
+
+def test_published_families_make_sides_multiples_by_lanczos(head: RestorationHead) -> None:
+    one = photograph(131, 150)
+    assert head.enlarge(one.pixels, (524, 601)).shape == (524, 601, 3)
+    machine = RestorationHead(head.model)
+    machine.model.family = PISA_SR
+    try:
+        enlarged = machine.enlarge(one.pixels, (524, 601))
+    finally:
+        machine.model.family = TINY
+    expected = Image.fromarray(one.pixels).resize((601, 524), Image.Resampling.BICUBIC)
+    assert np.array_equal(enlarged, np.asarray(expected.resize((600, 520), Image.Resampling.LANCZOS)))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ class RestorationFamily(Family):
     first_latent: Literal["none", "noise", "zeros"] = "none"
     upscale: Literal["bicubic", "bilinear"] = "bicubic"  # how the image is enlarged before the network
     smallest: int = 1  # pixels that the short side has at least, enlarged
-    multiple: int = 8  # sides the network sees are multiples of this, padded by a mirror image and cut off behind it
+    multiple: int = 8  # sides the network sees are multiples of this:
+    fit: Literal["mirror", "lanczos"] = "mirror"  # padded by a mirror image and cut off behind it, or made smaller
     colours: Colours = "adain"  # how colours are taken from the enlarged image
     tiled_colours: Colours | None = None  # of images larger than a tile, where tiles may differ; None: the same
     tile: int = 96  # latent cells of a tile's side
@@ -34,10 +35,10 @@ class RestorationFamily(Family):
     steps: int = 1  # of the process
 
 
-PISA_SR = RestorationFamily(name="pisa-sr", result="residual", timestep=1, posterior="sample", smallest=512)
-OSEDIFF = RestorationFamily(
-    name="osediff", result="clean", image_is_noisy=True, predicts="epsilon", posterior="sample", smallest=512
+PISA_SR = RestorationFamily(
+    name="pisa-sr", result="residual", timestep=1, posterior="sample", smallest=512, fit="lanczos"
 )
+OSEDIFF = replace(PISA_SR, name="osediff", result="clean", timestep=999, image_is_noisy=True, predicts="epsilon")
 S3DIFF = RestorationFamily(
     name="s3diff",
     result="clean",

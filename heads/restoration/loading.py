@@ -180,19 +180,13 @@ def _adapters(
     listed = _listed(checkpoint, network, module)
     own = dict(module.named_parameters())
     copied = {key.replace(".base_layer.", "."): value for key, value in others.items()}
-    _report(
-        name,
-        f"{network}'s adapters",
-        listed - stored,
-        (stored - listed if listed else set()) | (set(copied) - set(own)),
-    )
+    left = (stored - listed if listed else set()) | (set(copied) - set(own))
+    _report(name, f"{network}'s adapters", listed - stored, left)
     for key, rank in checkpoint.items():
         if "rank" in key and network in key and isinstance(rank, int):
             suffix = key.rsplit("_", 1)[1] if key.endswith(("_pix", "_sem")) else ""
-            ranks = {
-                len(a) for adapter, layers in adapters.items() if adapter.endswith(suffix) for a, _ in layers.values()
-            }
-            if ranks - {rank}:
+            of_this = (layers for adapter, layers in adapters.items() if adapter.endswith(suffix))
+            if (ranks := {len(first) for layers in of_this for first, _ in layers.values()}) - {rank}:
                 raise HeadError(f"{name}: {key} is {rank}, the adapters have {', '.join(map(str, sorted(ranks)))}")
     with torch.no_grad():
         for key, value in copied.items():
@@ -204,21 +198,14 @@ def _adapters(
 
 def _listed(checkpoint: Mapping[str, Any], network: str, module: nn.Module) -> set[str]:
     """The layers that a checkpoint says it adapts: by their names, or by peft's endings or pattern of names."""
+    layers = [layer for layer, kind in module.named_modules() if isinstance(kind, (nn.Linear, nn.Conv2d))]
     listed: set[str] = set()
     for key, names in checkpoint.items():
-        if not key.startswith(f"{network}_lora_"):
-            continue
-        if "target" not in key:
+        if key.startswith(f"{network}_lora_"):
+            if "target" in key:
+                pattern = names if isinstance(names, str) else rf"(.*\.)?({'|'.join(map(re.escape, names))})"
+                names = [layer for layer in layers if re.fullmatch(pattern, layer)]
             listed |= set(names)
-            continue
-        for layer, _ in (pair for pair in module.named_modules() if isinstance(pair[1], (nn.Linear, nn.Conv2d))):
-            endings = () if isinstance(names, str) else names
-            if (
-                re.fullmatch(names, layer)
-                if isinstance(names, str)
-                else any(f".{layer}".endswith(f".{e}") for e in endings)
-            ):
-                listed.add(layer)
     return listed
 
 
@@ -237,11 +224,9 @@ def _modulated(checkpoint: Mapping[str, Any], unet: nn.Module, vae: nn.Module, *
     modulations = []
     for network, module in (("unet", unet), ("vae", vae)):
         layers = {
-            key: value
+            f"{piece}.{key}": value
             for piece in ("de_mlp", "block_mlp", "fuse_mlp")
-            for key, value in (
-                (f"{piece}.{k}", v) for k, v in part(checkpoint, f"state_dict_{network}_{piece}").items()
-            )
+            for key, value in part(checkpoint, f"state_dict_{network}_{piece}").items()
         }
         blocks = checkpoint[f"state_embeddings/state_dict_{network}_block/weight"]
         modulation = Modulation(checkpoint["w"].detach(), blocks, layers)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,7 +32,7 @@ from diffrep.heads.restoration.pixels import (
 from diffrep.heads.restoration.residual import PROCESSES
 from diffrep.settings import check
 
-_BAND = 512  # rows whose colours are corrected together
+_BAND = 1024  # rows whose colours are corrected together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +200,12 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
 
     def enlarge(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """(H, W, 3) at a size, or larger where the family needs more, in its own kind of integer."""
-        more = max(self.family.smallest / min(size), 1)
-        return resized(pixels, (round(size[0] * more), round(size[1] * more)), self.family.upscale)
+        more, multiple = max(self.family.smallest / min(size), 1), self.family.multiple
+        enlarged = resized(pixels, (round(size[0] * more), round(size[1] * more)), self.family.upscale)
+        if self.family.fit == "mirror":
+            return enlarged
+        height, width = (max(side - side % multiple, multiple) for side in enlarged.shape[:2])
+        return resized(enlarged, (height, width), "lanczos")
 
     @torch.no_grad()
     def restore_pixels(self, enlarged: np.ndarray, config: RestoreConfig) -> np.ndarray:
@@ -212,8 +215,8 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
         stride = model.stride
         multiple = max(family.multiple, stride)
         rows, columns = (side + -side % multiple for side in (height, width))
-        around = (0, rows - height), (0, columns - width), (0, 0)
-        padded = np.pad(enlarged, around, mode="reflect" if min(height, width) > 1 else "edge")  # type: ignore[arg-type]
+        mode: Any = "reflect" if min(height, width) > 1 else "edge"
+        mirrored = [np.pad(np.arange(n), (0, more - n), mode=mode) for n, more in ((height, rows), (width, columns))]
         cells = rows // stride, columns // stride
         tile, overlap = self._tiles(config)
         if not tile or cells[0] * cells[1] <= tile**2:
@@ -221,7 +224,10 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
         noise = draw_noise((model.channels, *cells), config.seed, 0, stream=1) if config.posterior == "sample" else None
 
         def window(top: int, left: int) -> Tensor:
-            part = padded[top * stride : (top + tile) * stride, left * stride : (left + tile) * stride]
+            places = [
+                at[first * stride : (first + tile) * stride] for at, first in zip(mirrored, (top, left), strict=True)
+            ]
+            part = enlarged[np.ix_(*places)]
             return torch.from_numpy(part.astype(np.float32) / levels).permute(2, 0, 1)[None]
 
         def encode(top: int, left: int) -> Tensor:
@@ -257,7 +263,7 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
         return torch.cat([band for _, band in blended_rows(run, cells, tile, overlap)], 1)
 
     def _colours(self, restored: np.ndarray, enlarged: np.ndarray, config: RestoreConfig) -> np.ndarray:
-        """Colours of the enlarged image on the restored one, (H, W, 3) of one kind, band by band."""
+        """Colours of the enlarged image on the restored one, (H, W, 3) of one kind, in place, band by band."""
         kind, cells = config.colours or self.family.colours, self._tiles(config)[0] * self.model.stride
         if config.colours is None and cells and restored.shape[0] * restored.shape[1] > cells**2:
             kind = self.family.tiled_colours or kind
@@ -265,39 +271,43 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
             return restored
         levels = np.iinfo(restored.dtype).max
 
-        def part(values: np.ndarray, top: int, bottom: int) -> Tensor:
-            return torch.from_numpy(values[top:bottom].astype(np.float32) / levels).permute(2, 0, 1)[None]
+        def tensor(rows: np.ndarray) -> Tensor:
+            return torch.from_numpy(rows.astype(np.float32) / levels)[None, None]
 
-        result, height = np.empty_like(restored), len(restored)
+        height, reach = len(restored), REACH[kind]
+        above = restored[:0].copy()  # rows that a band looks back on, as they were
         shift: Any = None
         if kind == "adain":
             (mean, spread), (wanted, breadth) = (_statistics(values) for values in (restored, enlarged))
             shift = (breadth / spread, wanted - mean * breadth / spread)
         fix = {"wavelet": wavelet_colours, "low-band": low_band_colours}.get(kind)
         for top in range(0, height, _BAND):
-            first, last = max(top - REACH[kind], 0), min(top + _BAND + REACH[kind], height)
-            if fix is None:
-                fixed = part(restored, first, last) * shift[0] + shift[1]
-            else:
-                fixed = fix(part(restored, first, last), part(enlarged, first, last))
-            band = fixed[0, :, top - first : top - first + _BAND].clamp(0, 1) * levels
-            result[top : top + band.shape[1]] = band.round().permute(1, 2, 0).numpy()
-        return result
+            first, last = max(top - reach, 0), min(top + _BAND + reach, height)
+            rows = np.concatenate([above[len(above) - (top - first) :], restored[top:last]])
+            above = rows[: top - first + _BAND].copy()
+            for channel in range(3):  # alone, for the sake of memory
+                image = tensor(rows[..., channel])
+                if fix is None:
+                    fixed = image * shift[0][channel] + shift[1][channel]
+                else:
+                    fixed = fix(image, tensor(enlarged[first:last, :, channel]))
+                band = fixed[0, 0, top - first : top - first + _BAND].clamp(0, 1) * levels
+                restored[top : top + len(band), :, channel] = band.round().numpy()
+        return restored
 
 
-def resized(values: np.ndarray, size: tuple[int, int], method: Literal["bicubic", "bilinear"]) -> np.ndarray:
+def resized(values: np.ndarray, size: tuple[int, int], method: Literal["bicubic", "bilinear", "lanczos"]) -> np.ndarray:
     """(H, W, C) uint8 or uint16 at another size, antialiased where it shrinks, rounded to its own levels."""
     if values.shape[:2] == size:
         return values
+    how = Image.Resampling[method.upper()]
     if values.dtype == np.uint8:
         picture = Image.fromarray(values if values.shape[2] > 1 else values[..., 0])
-        return np.array(picture.resize(size[::-1], Image.Resampling[method.upper()])).reshape(*size, -1)
-    channels = []  # one by one: in float they take twice the memory
-    for channel in np.moveaxis(values, 2, 0):
-        plane = torch.from_numpy(channel.astype(np.float32))[None, None]
-        larger = F.interpolate(plane, size, mode=method, antialias=True)[0, 0].round()
-        channels.append(larger.clamp(0, np.iinfo(values.dtype).max).numpy().astype(values.dtype))
-    return np.stack(channels, 2)
+        return np.array(picture.resize(size[::-1], how)).reshape(*size, -1)
+    planes = (Image.fromarray(plane.astype(np.float32)) for plane in np.moveaxis(values, 2, 0))
+    limit = np.iinfo(values.dtype).max
+    larger = (np.asarray(plane.resize(size[::-1], how)).round().clip(0, limit) for plane in planes)
+    return np.stack([plane.astype(values.dtype) for plane in larger], 2)
 
 
 def _statistics(values: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -310,5 +320,5 @@ def _statistics(values: np.ndarray) -> tuple[Tensor, Tensor]:
         squares += (band**2).sum((0, 1))
     mean = total / count
     variance = (squares - count * mean**2) / max(count - 1, 1)
-    column = (torch.from_numpy(x).float().view(1, 3, 1, 1) for x in (mean, np.sqrt(variance + 1e-5)))
+    column = (torch.from_numpy(x).float() for x in (mean, np.sqrt(variance + 1e-5)))
     return tuple(column)  # type: ignore[return-value]
