@@ -23,7 +23,10 @@ from diffrep.synthesis.grids import ImageEncoder
 if TYPE_CHECKING:
     from PIL import Image
 
-DETERMINISTIC: dict[str, dict[str, Any]] = {"lml": {"kappa": 0.3}}  # beside the defaults; LML's kappa 0 does nothing
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # further rows: sampler and options. LML's kappa 0 does nothing
+    "dpm++ of order 3": ("dpm++", {"order": 3}),
+    "lml, kappa 0.3": ("lml", {"kappa": 0.3}),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class SamplersEvaluation:
 
     Attributes:
         calls: network calls of a sample, each a column.
-        samplers: names; none: all deterministic ones that work with the model.
+        samplers: names, of `SAMPLERS` or `VARIANTS`; none: all deterministic ones that work with the model.
         spacing: where the timesteps lie.
         schedule: what a search wrote: its steps are a further column, of the samplers that can take them.
         fid: feature spaces of FID, see `load_features`; it needs many images.
@@ -52,8 +55,8 @@ class SamplersEvaluation:
             raise ValueError(
                 f"calls must be at least 1 and fewer than the reference's, got {self.calls} and {self.reference}"
             )
-        if unknown := [name for name in self.samplers if name not in SAMPLERS]:
-            raise ValueError(f"there is no sampler {', '.join(unknown)}; known are {', '.join(SAMPLERS)}")
+        if unknown := [name for name in self.samplers if name not in {**SAMPLERS, **VARIANTS}]:
+            raise ValueError(f"there is no sampler {', '.join(unknown)}; known are {', '.join([*SAMPLERS, *VARIANTS])}")
 
 
 @dataclass(frozen=True)
@@ -180,9 +183,8 @@ def evaluate_samplers(
             shown[name] = torch.stack([rows[n].images[0] if n in rows else blank for n in settings.calls])
             if found is not None:
                 try:
-                    got = sample(
-                        model, sampler=name, timesteps=found, seed=settings.seed, **DETERMINISTIC.get(name, {})
-                    )
+                    sampler, options = VARIANTS.get(name, (name, {}))
+                    got = sample(model, sampler=sampler, timesteps=found, seed=settings.seed, **options)
                     searched[guidance][name] = _distance(got, fine)
                 except SamplingError as error:
                     refused[f"{name} at the searched steps"] = str(error)
@@ -225,7 +227,8 @@ def distance_to_fine(
 
 def _usual(model: DiffusionModel) -> Sequence[str]:
     flow = isinstance(model.schedule, Flow)
-    return [name for name, s in SAMPLERS.items() if (s.flow if flow else s.table) and not _adds_noise(name)]
+    usual = [name for name, s in SAMPLERS.items() if (s.flow if flow else s.table) and not _adds_noise(name)]
+    return [*usual, *VARIANTS]
 
 
 def _adds_noise(name: str) -> bool:
@@ -235,11 +238,11 @@ def _adds_noise(name: str) -> bool:
 
 def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Samples:
     """What is painted after as many network calls."""
-    options = {"spacing": settings.spacing, **DETERMINISTIC.get(name, {})}
-    steps = calls
-    while steps > 1 and build_table(name, model.schedule, steps, **options).grid.steps > calls:  # several a step
+    sampler, options = VARIANTS.get(name, (name, {}))
+    options, steps = {"spacing": settings.spacing, **options}, calls
+    while steps > 1 and build_table(sampler, model.schedule, steps, **options).grid.steps > calls:  # several a step
         steps -= 1
-    return sample(model, sampler=name, steps=steps, seed=settings.seed, **options)
+    return sample(model, sampler=sampler, steps=steps, seed=settings.seed, **options)
 
 
 def _overhead(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> float:

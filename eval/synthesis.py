@@ -111,6 +111,7 @@ class SynthesisReport(Report):
     """The measures of one model."""
 
     model: str
+    checksum: str  # of its weights
     sampling: SynthesisSettings
     settings: SynthesisEvaluation
     fid: Mapping[str, Fid]  # by feature space
@@ -222,6 +223,7 @@ def evaluate_synthesis(
         augmentation = augmentation_experiment(model, encoder, settings.augmentation, sampling, progress=progress)
     return SynthesisReport(
         model=model.name,
+        checksum=model.checksum(),
         sampling=sampling,
         settings=settings,
         fid=fid,

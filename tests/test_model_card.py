@@ -12,6 +12,7 @@ from diffrep.commands.evaluate import head_fingerprint, head_method
 from diffrep.eval.scene_maps import SceneMapSettings, evaluate_scene_maps
 from diffrep.heads.dense import PredictConfig
 from diffrep.heads.loading import load_head
+from diffrep.synthesis import SynthesisSettings, load_synthesis
 
 DOCS = Path(__file__).parents[1] / "docs"
 HEADS = {"tiny-depth": 600, "tiny-normals": 280}  # scenes that the card's figures are of
@@ -48,6 +49,27 @@ def test_the_card_says_what_was_measured(name: str) -> None:
         assert f"**{value:.1f} %** ({low:.1f}..{high:.1f})" in row_of(name)
     for metric, (digits, unit) in shown.items():
         assert f"{mean[metric]['value']:.{digits}f}{unit}" in row_of(name), metric
+
+
+def test_the_card_says_what_was_measured_of_painted_pictures() -> None:
+    """`diffrep eval synthesis --images 8 --no-augment -o docs/figures/tiny-synthesis.json` writes the figures."""
+    measured, card = report("tiny-synthesis"), (DOCS / "model-card.md").read_text()
+    assert measured["checksum"] == load_synthesis().checksum()
+    settings = SynthesisSettings()
+    assert (measured["sampling"]["scheduler"], measured["sampling"]["steps"]) == (settings.scheduler, settings.steps)
+    for name, start in (("unrelated", "| every cell from another scene"), ("whole", "| the cells of one scene")):
+        row, pictures = next(line for line in card.splitlines() if line.startswith(start)), measured[name]
+        seams = pictures["seams"]
+        shown = (pictures["own"], seams["every 64 px: windows"], seams["every 128 px: cells"], pictures["control"])
+        assert all(f"{value:.3f}" in row for value in shown), row
+        assert f"{100 * pictures['right']:.1f} %" in row
+    fid = measured["fid"]["tiny-dino@class"]
+    text = " ".join(card.split())
+    assert f"{100 * measured['right_patches']:.1f} % are nearest to their own embedding" in text
+    assert (
+        f"{fid['patches']:.1f} (other real scenes: {fid['real']:.1f}), of crops of the pictures {fid['crops']:.1f}"
+        in text
+    )
 
 
 @pytest.mark.slow

@@ -129,6 +129,8 @@ def test_samplers_are_ranked_on_an_exact_model() -> None:
     for name in ("unipc", "dpm++", "ghvb"):
         assert rows[name][20] < rows[name][5]
         assert rows[name][20] < rows["ddim"][20]
+    assert rows["lml"][20] == pytest.approx(rows["dpm++ of order 3"][20], rel=1e-4)  # as published it does nothing
+    assert rows["lml, kappa 0.3"][20] != pytest.approx(rows["lml"][20], rel=1e-2)
     assert "network calls" in report.table()
     assert json.loads(report.to_json())["distances"]["1"]["unipc"]["20"] == rows["unipc"][20]
     refused = evaluate_samplers({"1": exact_model(table())}, replace(settings, samplers=("ipndm",), spacing="few-step"))

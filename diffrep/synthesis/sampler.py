@@ -46,8 +46,8 @@ SchedulerName = Literal[
 class SynthesisSettings:
     """How an image is sampled. The result depends on all of these but batch_size and band, and on those by rounding."""
 
-    scheduler: SchedulerName = "dpmpp_2m"
-    steps: int = 20
+    scheduler: SchedulerName = "unipc"
+    steps: int = 12
     timesteps: tuple[int, ...] = ()  # falling, in place of the steps
     orders: tuple[int, ...] = ()  # of the sampler, one for each timestep; its own where left out
     skipped: tuple[str, ...] = ()  # for each timestep the units of the U-Net that are left out: "3,4", or "" for none
