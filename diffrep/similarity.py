@@ -208,7 +208,7 @@ def _mutual(indices: Tensor, best: Tensor, columns: Tensor) -> Tensor:
     candidate = best == columns[indices]
     order = torch.arange(len(indices), device=indices.device)
     first = torch.full_like(columns, len(indices), dtype=torch.int64)
-    first.scatter_reduce_(0, indices, torch.where(candidate, order, len(indices)), "amin")
+    first.scatter_reduce_(0, indices, order.masked_fill(~candidate, len(indices)), "amin")
     return candidate & (first[indices] == order)
 
 
