@@ -202,10 +202,11 @@ def error_line(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, MemoryError):
         return "out of memory"
-    text = str(error)
+    from diffrep.files import words_of
+
+    text = words_of(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    text = " ".join(text.split())
+        text = " ".join(f"{error.filename}: {error.strerror}".split())
     return (
         text
         if _expected(error) and text

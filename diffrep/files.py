@@ -319,9 +319,14 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def words_of(problem: BaseException) -> str:
+    """What an error says, in one line; PyTorch's frames of C++ are left out."""
+    return " ".join(str(problem).partition("\nException raised from ")[0].split())
+
+
 def one_line(problem: BaseException) -> str:
     """What an error says of a file's content, in one short line."""
     if isinstance(problem, RecursionError):
         return "nested too deeply"
-    text = " ".join(str(problem).split())[:200]
+    text = words_of(problem)[:200]
     return f"it lacks {text}" if isinstance(problem, KeyError) else text or type(problem).__name__

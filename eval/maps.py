@@ -28,7 +28,7 @@ from diffrep.eval.report import (
     Section,
     published_maps,
 )
-from diffrep.files import claim_folder
+from diffrep.files import claim_folder, words_of
 from diffrep.heads.tiling import resize, working_size
 
 Predict = Callable[[Tensor], Tensor]
@@ -260,7 +260,7 @@ def evaluate_maps(
         except FileNotFoundError as error:
             problems.append(Problem(names[0], f"{error.filename} is missing"))
         except (OSError, ValueError) as error:
-            problems.append(Problem(names[0], " ".join(str(error).split())))
+            problems.append(Problem(names[0], words_of(error)))
     images = {name: results.rows[name] for name in counted}
     metrics = protocol.summarise(results, counted)
     return MapReport(layout, method, settings, metrics, images, problems=tuple(problems))

@@ -58,7 +58,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         check(
-            self, size="0..", ensemble="1..", steps="1..", batch_size="1..", seed="[0, 2^63)", timestep="0..999",
+            self, size="0..8192", ensemble="1..", steps="1..", batch_size="1..", seed="[0, 2^63)", timestep="0..999",
             tile="64..", overlap="(0, 0.5]",
         )  # fmt: skip
         if self.timestep is not None and self.steps > 1:

@@ -17,7 +17,7 @@ from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component, network_class
 from diffrep.backbones.repositories import expand, repository, split_options, weight_files, with_options
 from diffrep.devices import resolve_device, resolve_dtype
-from diffrep.files import read_weights
+from diffrep.files import read_weights, words_of
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
@@ -177,7 +177,7 @@ def load_head(
     except SafetensorError as error:
         raise HeadError(f"{name}: a weight file is damaged ({error})") from None
     except (ValueError, OSError, RuntimeError, KeyError) as error:  # of the parts and the hub, in their own words
-        raise HeadError(" ".join(str(error).split())) from None
+        raise HeadError(words_of(error)) from None
 
 
 def _names_adapters(file: Path) -> bool:

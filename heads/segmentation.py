@@ -329,7 +329,7 @@ class SegmentConfig:
     batch_size: int = 4  # images or windows that go through the network together
 
     def __post_init__(self) -> None:
-        check(self, size="1..", batch_size="1..", seed="[0, 2^63)", overlap="(0, 0.5]")
+        check(self, size="1..8192", batch_size="1..", seed="[0, 2^63)", overlap="(0, 0.5]")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -178,6 +178,15 @@ def test_a_broken_file_is_said_in_one_line(page: Any, pair: dict[str, Any], tmp_
     assert "/" not in text.replace("image/", ""), "a folder of this machine is shown"
 
 
+def test_only_names_that_load_alone_are_offered() -> None:
+    pytest.importorskip("gradio", reason="the page needs the extra app")
+    from diffrep.commands.app_page import HEADS, _models
+
+    offered = {task: _models(task) for task in HEADS}
+    assert all(" " not in name for names in offered.values() for name in names)
+    assert "prs-eth/marigold-depth-v1-1" in offered["depth"]
+
+
 @pytest.mark.slow
 def test_depth_appears_and_the_task_can_be_changed(page: Any, pair: dict[str, Any]) -> None:
     page.get_by_role("tab", name="Depth, normals, masks, restoration").click()
@@ -188,7 +197,14 @@ def test_depth_appears_and_the_task_can_be_changed(page: Any, pair: dict[str, An
     assert shown(page, "head-answer") == (256, 256)
     page.locator("#task").get_by_text("segmentation").click()
     page.locator("#head-run").click()
-    assert "object: 0." in words(page, "head-words", other_than=text)
+    mask = words(page, "head-words", other_than=text)
+    assert "object: 0." in mask
+    page.locator("#task").get_by_text("restore").click()
+    page.locator("#head-run").click()
+    assert words(page, "head-words", other_than=mask) == "width: 1024, height: 1024"
+    page.wait_for_function(
+        "[...document.querySelectorAll('#head-answer img')].some(e => e.naturalWidth === 1024)", timeout=PATIENCE
+    )
 
 
 @pytest.mark.slow

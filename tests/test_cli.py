@@ -16,7 +16,7 @@ import torch
 import tyro
 from PIL import Image
 
-from diffrep.cli import COMMANDS, command_kind, main
+from diffrep.cli import COMMANDS, command_kind, error_line, main
 from diffrep.commands.options import DeviceOptions
 from diffrep.commands.parsing import UsageError, options_of, read_command
 
@@ -355,3 +355,21 @@ def test_a_process_that_fails_exits_with_two(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["depth", "a.png", "--size", "9" * 20],
+        ["probe", "sweep", "x", "--pool", "1", "9" * 20],
+        ["probe", "feedback", "x", "--fit.width", "-" + "9" * 20],
+    ],
+)
+def test_whole_numbers_that_no_library_takes_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "takes whole numbers below 2^63, got" in capsys.readouterr().err
+
+
+def test_frames_of_c_are_no_message() -> None:
+    error = RuntimeError("value cannot be converted\nException raised from fn at x.cpp:1\nframe #1: std::f (0x7f)\n")
+    assert error_line(error) == "RuntimeError: value cannot be converted; --traceback shows where"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -13,6 +14,20 @@ import tyro
 
 from diffrep.commands.options import DeviceOptions
 from diffrep.settings import check_options
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that something else serves.
+
+    Raises:
+        OSError: naming it.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise OSError(f"port {port} cannot be taken ({error.strerror}): name another, --port N") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +49,8 @@ class App(DeviceOptions):
 
     def run(self) -> None:
         check_options(self, port="1..65535", upload_mb="1..")
+        if self.port is not None:
+            check_port(self.port)
         from diffrep.devices import resolve_device
         from diffrep.index import open_index
         from diffrep.recipes import recipe

@@ -28,7 +28,7 @@ from diffrep.index import contact_sheet, open_index, query_image
 from diffrep.manifold.files import EmbedConfig, embed_file
 from diffrep.matching import match_points, open_cells
 from diffrep.recipes import RECIPES, Correspondence
-from diffrep.scenes import SEEN, held_out_pair, render_scene, scene_seed
+from diffrep.scenes import held_out_pair, render_scene, scene_seed
 from diffrep.similarity import similarities
 from diffrep.store import Keep, extract_store
 from diffrep.tasks import MODELS, TASKS, Pipeline, pipeline
@@ -39,10 +39,15 @@ LOOK = {  # no font and no script is fetched from elsewhere
     "theme": gr.themes.Soft(
         primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ),
-    "css": ".gradio-container {max-width: 1200px !important} #map iframe {width: 100%; height: 720px; border: 0}",
+    "css": ".gradio-container {max-width: min(1200px, 100vw) !important; margin: 0 auto !important}"
+    " .gradio-container main, .gradio-container .tabs {width: 100%; min-width: 0}"
+    " .gradio-container .fillable {padding: 12px !important}"
+    " #map iframe {width: 100%; height: 720px; border: 0}",
 }
 HEADS = [name for name in TASKS if name not in ("features", "correspondence")]  # image -> picture
 EXAMPLE_PAIRS = (("dog", 2), ("chair", 3), ("car", 6))
+EXAMPLE_SIDE = 448  # of them, pixels: what half the page shows
+KINDS = ("dog", "chair", "car", "bird", "person", "boat")
 COLLECTION = 48  # rendered images that are searched and mapped where no collection was named
 Points = list[tuple[int, int]]
 SHOWN = ("kind", "unit", "large_values_are", "frame", "axes", "object", "box")  # of what a result says of itself
@@ -63,7 +68,7 @@ class Rooms:
         pairs = []
         for category, number in EXAMPLE_PAIRS:
             pair = []
-            for letter, scene in zip("ab", held_out_pair(category, number), strict=True):
+            for letter, scene in zip("ab", held_out_pair(category, number, EXAMPLE_SIDE), strict=True):
                 file = self._files("examples") / f"{category}-{letter}.png"
                 Image.fromarray(scene.image).save(file)
                 pair.append(str(file))
@@ -91,7 +96,7 @@ class Rooms:
         place = self.folder / f"examples.{kind}"
         if not place.exists():
             for number in range(COLLECTION):
-                category = SEEN[number % 6]
+                category = KINDS[number % len(KINDS)]
                 scene = render_scene(scene_seed("val", 900 + number), category=category, size=128)
                 Image.fromarray(scene.image).save(self._files(f"collection/{category}") / f"{number}.png")
             extract_store([self.folder / "collection"], place, "tiny", keep=Keep(kind=kind), device=self.device)
@@ -133,8 +138,10 @@ def _matching(rooms: Rooms, recipe: str, examples: Sequence[Sequence[str]]) -> N
     clicked: Any = gr.State([])
     words = gr.Textbox(label="places", elem_id="match-words", interactive=False)
     with gr.Row():
-        drawn = _answer("matches", "matches")
-        heat = _answer("similarity to the last place", "similarity")
+        with gr.Column(scale=8):
+            drawn = _answer("matches", "matches")
+        with gr.Column(scale=5):
+            heat = _answer("similarity to the last place", "similarity")
 
     def click(
         a: str | None, b: str | None, name: str, points: Points, event: gr.SelectData, progress: Any = _BAR
@@ -154,11 +161,11 @@ def _heads(rooms: Rooms, examples: Sequence[Sequence[str]]) -> None:
         model = gr.Dropdown(
             _models(HEADS[0]), value="", label="model (empty: in the package)", allow_custom_value=True, elem_id="model"
         )
+    go = gr.Button("Run", variant="primary", elem_id="head-run")
     with gr.Row():
         image = _upload("image", "head-image", examples[0][0])
         answer = gr.ImageSlider(label="before | after", elem_id="head-answer", interactive=False, buttons=_BUTTONS)
     words = gr.Textbox(label="what it is", elem_id="head-words", interactive=False)
-    go = gr.Button("Run", variant="primary", elem_id="head-run")
 
     def run(image: str | None, task: str, model: str, progress: Any = _BAR) -> Any:
         progress(0.1, desc=task)
@@ -172,8 +179,10 @@ def _heads(rooms: Rooms, examples: Sequence[Sequence[str]]) -> None:
 def _search(rooms: Rooms, examples: Sequence[Sequence[str]]) -> None:
     gr.Markdown(f"Searched: `{rooms.index}`" if rooms.index else "Searched: rendered examples; `--index` names others.")
     with gr.Row():
-        image = _upload("click the part to look for", "search-image", examples[1][0])
-        sheet = _answer("where it is", "search-answer")
+        with gr.Column(scale=1):
+            image = _upload("click the part to look for", "search-image", examples[0][0])
+        with gr.Column(scale=2):
+            sheet = _answer("where it is", "search-answer")
     words = gr.Textbox(label="best", elem_id="search-words", interactive=False)
 
     def click(image: str | None, event: gr.SelectData, progress: Any = _BAR) -> Any:
@@ -216,8 +225,9 @@ def _answer(label: str, name: str) -> Any:
 
 
 def _models(task: str) -> list[str]:
-    """What may be written as the model of a task."""
-    return ["", *(model.option.removeprefix("--model ") for model in MODELS if model.job == task)]
+    """What may be written as the model of a task; a file of adapters needs a base beside it, and the command line."""
+    names = [model.option.removeprefix("--model ") for model in MODELS if model.job == task]
+    return ["", *(name for name in names if " " not in name)]
 
 
 def _in_one_line(run: Callable[..., Any], rooms: Rooms) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffrep.commands.options import refuse_failed
-from diffrep.files import is_written_by_diffrep, printable, sweep_partials, write_document, write_image
+from diffrep.files import is_written_by_diffrep, printable, sweep_partials, words_of, write_document, write_image
 from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
 from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
 
@@ -358,7 +358,7 @@ class ImageRun:
 
     def fail(self, label: str, error: Exception) -> None:
         label = printable(label)
-        reason = " ".join(str(error).split()).removeprefix(f"{label}: ")
+        reason = words_of(error).removeprefix(f"{label}: ")
         if not isinstance(error, (ValueError, OSError)):
             reason = f"{type(error).__name__}: {reason}"
         self.failed.append(f"{label}: {reason}")

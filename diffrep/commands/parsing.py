@@ -12,6 +12,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import re
@@ -24,9 +25,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast
 
 import tyro
+
+LARGEST = 2**63  # whole numbers below it are what PyTorch and NumPy take
 
 WORDS = {  # what a field of this name means wherever no comment says more
     "batch_size": "images or samples that go through the network together",
@@ -246,6 +249,11 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
     command = _parse(kind, arguments, program, options)
     if getattr(kind, "defaults", Command.defaults) is not Command.defaults:  # one that does not inherit has none
         command = _parse(kind, arguments, program, options, command.defaults())
+    for option in typed:
+        value = functools.reduce(getattr, option.field.split("."), cast(Any, command))
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and abs(number) >= LARGEST:
+                raise UsageError(f"{option.flags[0]} takes whole numbers below 2^63, got {number}")
     object.__setattr__(command, "typed", frozenset(option.field for option in typed))
     return command
 

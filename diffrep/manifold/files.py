@@ -60,7 +60,9 @@ class EmbedConfig:
     id_features: bool = False  # integer columns called id, cell_id and the like are features too
 
     def __post_init__(self) -> None:
-        check(self, hover_points="1..", thumbnails="0..", seed="[0, 2^32)", n_jobs=f"-{WORKERS}")
+        check(
+            self, n_components="1..1024", hover_points="1..", thumbnails="0..", seed="[0, 2^32)", n_jobs=f"-{WORKERS}"
+        )
 
     def estimator(self, *, verbose: bool = False) -> HeatGeodesicEmbedding:
         """The estimator that these settings describe."""

@@ -9,6 +9,13 @@ const box = { x: (min(d.x) + max(d.x)) / 2, y: (min(d.y) + max(d.y)) / 2,
 const radius = Math.max(1.2, Math.min(5, 160 / Math.sqrt(n)));
 const byShade = d.palette.map(() => []);
 for (let i = 0; i < n; i++) byShade[d.shade[i]].push(i);
+const SIDE = 56, switched = document.getElementById("pictures"), images = new Map();
+for (const [i, source] of Object.entries(d.pictures)) {
+  const image = new Image();
+  image.onload = () => { images.set(+i, image); if (images.size % 20 === 0 || images.size === total) draw(); };
+  image.src = source;
+}
+const total = Object.keys(d.pictures).length;
 let view, width, height, drag = null, marked = -1;
 function reset() {
   const scale = 0.92 * Math.min(width / box.w, height / box.h);
@@ -26,9 +33,24 @@ function draw() {
     g.fill();
   });
   g.globalAlpha = 1;
+  if (switched && switched.checked) thumbnails();
   if (marked >= 0) { g.lineWidth = 2; g.strokeStyle = "#000"; g.beginPath();
     g.arc(sx(marked), sy(marked), radius + 3, 0, 6.2832); g.stroke(); }
 }
+function thumbnails() { // of as many points as have room; more of them when one comes closer
+  const taken = [];
+  g.lineWidth = 3;
+  for (const [i, image] of [...images].sort((p, q) => p[0] - q[0])) {
+    const x = sx(i), y = sy(i), reach = Math.max(image.width, image.height);
+    if (x < 0 || y < 0 || x > width || y > height) continue;
+    if (taken.some(([u, v]) => Math.abs(u - x) < SIDE && Math.abs(v - y) < SIDE)) continue;
+    taken.push([x, y]);
+    const w = SIDE * image.width / reach, h = SIDE * image.height / reach;
+    g.drawImage(image, x - w / 2, y - h / 2, w, h);
+    g.strokeStyle = d.palette[d.shade[i]]; g.strokeRect(x - w / 2, y - h / 2, w, h);
+  }
+}
+if (switched) switched.onchange = draw;
 function resize() {
   width = innerWidth; height = innerHeight - document.querySelector("header").offsetHeight - 1;
   canvas.style.width = width + "px"; canvas.style.height = height + "px";

@@ -39,6 +39,7 @@ from diffrep.store.manifest import provenance
 from diffrep.store.shards import write_tensors
 
 SHARD_IMAGES = 256
+MOST_POOLED = 256  # sides of a grid of averaged vectors
 MANIFEST = "features.json"
 _PLANNED = frozenset({"taps", "timestep"})  # of the provenance: named in the plan instead
 
@@ -90,8 +91,8 @@ class ReadPlan:
             raise ValueError(f"{backbone.name} has no timesteps, got {', '.join(map(str, timesteps))}")
         for timestep in timesteps:
             Conditions(timestep=timestep)
-        if not self.pools or min(self.pools) < 1:
-            raise ValueError(f"pools must be at least 1, got {', '.join(map(str, self.pools)) or 'none'}")
+        if not self.pools or not all(1 <= pool <= MOST_POOLED for pool in self.pools):
+            raise ValueError(f"pools must be in 1..{MOST_POOLED}, got {', '.join(map(str, self.pools)) or 'none'}")
         extract = replace(self.extract, taps=tuple(taps), timestep=timesteps[0]).resolve(backbone)
         if extract.window is not None or extract.freeu is not None:
             raise ValueError("probes read whole images: window and freeu are not for them")
