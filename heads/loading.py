@@ -444,7 +444,7 @@ def _unet_files(source: _Source) -> list[Path]:
         return [source.place]
     if not source.place.exists() or (source.place / "unet").is_dir():
         files = repository(source.path)
-        if source.place.exists() and not files.tensors("unet"):
+        if source.place.exists() and not any(source.place.glob("unet/*.safetensors")):
             return []
         folder, variant = files.part("unet")
         return weight_files(folder / "unet", variant)

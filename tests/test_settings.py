@@ -73,4 +73,5 @@ def test_an_option_is_named_as_it_is_typed() -> None:
 def test_no_number_of_processes_takes_the_machine_down(workers: int, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["extract", "x", "-o", "y"], ["probe", "train", "x"], ["train", "tiny"], ["train", "depth"]):
         assert main([*command, "--workers", str(workers)]) == 2
-        assert "workers must be in" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "workers must be in" in error or "--workers takes whole numbers below 2^63" in error

@@ -133,8 +133,8 @@ def build(rooms: Rooms, recipe: str) -> Any:
 def _matching(rooms: Rooms, recipe: str, examples: Sequence[Sequence[str]]) -> None:
     name = gr.Dropdown(list(RECIPES), value=recipe, label="recipe", allow_custom_value=True, elem_id="recipe")
     with gr.Row():
-        a = _upload("click places in this image", "match-a", examples[0][0])
-        b = _upload("they are looked for in this one", "match-b", examples[0][1])
+        a = _upload("click places here", "match-a", examples[0][0])
+        b = _upload("matched here", "match-b", examples[0][1])
     clicked: Any = gr.State([])
     words = gr.Textbox(label="places", elem_id="match-words", interactive=False)
     with gr.Row():

@@ -6,7 +6,7 @@ import logging
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -78,7 +78,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, GeodesicSettings):
     """Embedding that keeps geodesic distances, measured by how heat spreads over a neighbourhood graph.
 
@@ -153,8 +153,7 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
     (300, 2)
     """
 
-    n_components: int = 2
-    _: KW_ONLY
+    n_components: int = field(default=2, kw_only=False)
     n_neighbors: int = 10
     decay: float = 40.0
     thresh: float = 1e-4
