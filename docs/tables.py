@@ -70,10 +70,10 @@ def page() -> str:
         [
             INTRO,
             TASKS,
-            table(("task", "option", "what it is", "licence", "memory", "time"), tasks),
+            table(("task", "option", "what it is", "licence", "memory", "time, ms"), tasks),
             measured["about"] + "\n",
             RECIPES,
-            table(("recipe", "backbones", "source", "time"), recipes),
+            table(("recipe", "backbones", "source", "time, ms"), recipes),
             NAMES,
             table(("name", "weights come from", "form"), names),
         ]

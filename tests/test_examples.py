@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import shlex
@@ -83,6 +84,13 @@ def test_the_citation_names_the_version_and_every_paper_of_the_code() -> None:
     cited = {entry["value"] for paper in citation["references"] for entry in paper["identifiers"]}
     recipes = set(re.findall(r"arXiv:[\d.]+\d", (ROOT / "diffrep/recipes.toml").read_text()))
     assert recipes <= cited
+    named = set()  # by the modules of the parts that are a paper's method
+    for folder in ("diffrep/guidance", "heads/restoration"):
+        for file in (ROOT / folder).glob("*.py"):
+            words = (ast.get_docstring(ast.parse(file.read_text())) or "").replace("\n", " ")
+            named |= {f"arXiv:{number}" for number in re.findall(r"\b\d{4}\.\d{5}\b", words)}
+    assert len(named) > 10
+    assert named <= cited
     for paper in citation["references"]:
         assert paper["notes"]
         assert paper["authors"]
