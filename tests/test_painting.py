@@ -224,6 +224,30 @@ def test_samples_leave_early_by_their_own_uncertainty(
         load_early_exit(tmp_path)
 
 
+def test_the_command_paints_with_parts_of_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = UViTConfig(img_size=8, embed_dim=16, depth=5, num_heads=2)
+    folder = tmp_path / "exits"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**vars(about), "_class_name": "EarlyExitUViT"}))
+    save_weights(folder / "model.safetensors", EarlyExitUViT(about).state_dict())
+    file, operations = str(tmp_path / "painted.png"), []
+    for more in (["--threshold", "-1"], ["--threshold", "0.99"], ["--depths", "-1", "2", "2"]):
+        assert main(["sample", "--model", str(folder), "--steps", "3", "-o", file, *more]) == 0
+        operations.append(float(capsys.readouterr().out.split(" G operations")[0].split()[-1]))
+    assert operations[1] < operations[2] < operations[0]
+    tiny = ["sample", "a cat", "--steps", "3", "-o", file]
+    assert main([*tiny, "--inherit", "2", "--branch", "1", "--sampler", "ghvb", "--options", "order=2.5"]) == 0
+    assert "G operations" in capsys.readouterr().out
+    for more, message in (
+        (["--options", "order"], "written NAME=VALUE"),
+        (["--options", "orders=2"], "no option orders"),
+        (["--threshold", "0.1"], "estimates no uncertainty"),
+        (["--depths", "-1"], "one entry for each of 3"),
+    ):
+        assert main([*tiny, *more]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_an_early_exit_follows_its_table() -> None:
     network = EarlyExitUViT(UViTConfig(img_size=8, embed_dim=16, depth=5, num_heads=2)).eval()
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10.0])

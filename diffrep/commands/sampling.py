@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -24,7 +26,7 @@ class Paint(BackboneOptions, PrecisionOptions):
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # one image of each; none: of the empty prompt
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sample.png")  # the picture
     model: str = "tiny"  # a diffusion model: embedded, short name, folder, file or hub id
-    label: int | None = None  # of a class-conditional ADM or DiT
+    label: int | None = None  # of a class-conditional ADM, DiT or SiT
     sampler: str = "unipc"  # one of diffrep.sampling's, such as unipc, dpm++, ddim, lcm
     steps: int = 20
     guidance: float | None = None  # the model's own where left out, with lcm none; 1: none
@@ -33,9 +35,15 @@ class Paint(BackboneOptions, PrecisionOptions):
     spacing: str | None = None  # where the timesteps lie; as the sampler wants them where left out
     schedule: Path | None = None  # what `diffrep search-schedule` wrote, in place of steps and spacing
     seed: int = 0  # of all noise
+    options: tuple[str, ...] = ()  # of the sampler, as NAME=VALUE: order=3, eta=0.5, method=4rk
+    inherit: int = 1  # every how many steps all of a U-Net runs; the others inherit its deep features (DeepCache)
+    branch: int = 0  # how deep these others go: block times units a block, plus units of it
+    depths: tuple[int, ...] = ()  # for each step how deep it goes, such a number (early exit: blocks), or -1: whole
+    threshold: float | None = None  # early-exit networks: the estimated uncertainty at which an image leaves (DeeDiff)
 
     def run(self) -> None:
         from diffrep.backbones import load_backbone
+        from diffrep.backbones.early_exit import is_early_exit, load_early_exit
         from diffrep.painting import sample
 
         check_writable(self.output, (".png", ".jpg", ".webp"))
@@ -44,15 +52,44 @@ class Paint(BackboneOptions, PrecisionOptions):
         if self.schedule and {"steps", "spacing"} & self.typed:
             raise ValueError("--schedule says the steps: leave --steps and --spacing out")
         device, dtype = self.resolved()
-        backbone = load_backbone(self.named(self.model), decoder=True, device=device, dtype=dtype)
-        guidance = 1.0 if self.guidance is None and self.sampler == "lcm" and not backbone.guided else self.guidance
+        name = self.named(self.model)
+        if is_early_exit(name):
+            model: Any = load_early_exit(name).to(device, dtype)
+        else:
+            model = load_backbone(name, decoder=True, device=device, dtype=dtype)
+        told = getattr(model, "guided", False)
+        guidance = 1.0 if self.guidance is None and self.sampler == "lcm" and not told else self.guidance
+        partial = bool(self.inherit != 1 or self.depths or self.threshold is not None or self.schedule)
         painted = sample(
-            backbone, self.prompt or self.label, sampler=self.sampler, steps=self.steps,
+            model, self.prompt or self.label, sampler=self.sampler, steps=self.steps,
             seed=self.seed, guidance=guidance, negative=self.negative, size=self.size, spacing=self.spacing,
-            timesteps=self.schedule,
+            timesteps=self.schedule, inherit=self.inherit, branch=self.branch, depths=self.depths,
+            threshold=self.threshold, count_flops=partial, **sampler_options(self.options),
         )  # fmt: skip
         painted.save(self.output)
-        print(f"{painted.calls} calls of the network for an image; wrote {self.output}")
+        counted = f", {painted.flops / 1e9:.3g} G operations" if painted.flops is not None else ""
+        print(f"{painted.calls} calls of the network for an image{counted}; wrote {self.output}")
+
+
+def sampler_options(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as arguments: numbers and words.
+
+    Raises:
+        ValueError: one is not of that form.
+
+    >>> sampler_options(["order=1.8", "method=4rk"])
+    {'order': 1.8, 'method': '4rk'}
+    """
+    values = dict[str, Any]()
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"an option of a sampler is written NAME=VALUE, for example order=3, got {text!r}")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
 
 
 @dataclass(frozen=True, kw_only=True)
