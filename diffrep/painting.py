@@ -17,7 +17,6 @@ from diffrep.backbones.base import BackboneError
 from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone, keyed_generator
 from diffrep.backbones.early_exit import EarlyExitUViT, LayerOutputs, is_early_exit, load_early_exit
 from diffrep.backbones.partial import PartialNetwork
-from diffrep.backbones.transformers import FLOW
 from diffrep.devices import resolve_device
 from diffrep.results import Result
 from diffrep.sampling.core import run
@@ -160,7 +159,7 @@ def is_synthesis(name: str) -> bool:
 def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative: str) -> DiffusionModel:
     config, latent = backbone.network.config, isinstance(backbone, LatentBackbone)
     conditions, null = backbone.painted_under(condition, negative)
-    scale, flow = backbone.guidance if guidance is None else guidance, getattr(backbone, "kind", None) in FLOW
+    scale, flow = backbone.guidance if guidance is None else guidance, getattr(backbone, "flow", False)
     if scale != 1 and not latent:
         raise SamplingError(f"{backbone.name}: a pixel diffusion has no classifier-free guidance")
     network = backbone.predicted

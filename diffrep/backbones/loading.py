@@ -36,6 +36,7 @@ from diffrep.backbones.repositories import (
     with_options,
 )
 from diffrep.backbones.single_files import add_lora, load_single_file, parse_lora
+from diffrep.backbones.sit import load_sit
 from diffrep.backbones.vit import VisionTransformer
 from diffrep.backbones.vit_loading import (
     load_dinov2_model,
@@ -225,6 +226,7 @@ def _open_component(source: Repository, options: LoadOptions) -> Backbone:
 
 # What a config.json that has this key belongs to; the first key counts
 _CONFIGS: Mapping[str, Callable[[Repository, LoadOptions], Backbone]] = {
+    "path_type": load_sit,
     "_class_name": _open_component,
     "num_res_blocks": _open_adm,
     "architecture": load_timm_model,

@@ -68,7 +68,7 @@ class DiffusionTransformer(LatentBackbone):
             raise BackboneError(f"{name}: a {self.kind} cannot be tapped; known are {', '.join(KINDS)}")
         if alphas_cumprod is None and self.kind not in FLOW:
             raise BackboneError(f"{name}: a {self.kind} needs the schedule it was trained with")
-        alphas = torch.ones(1000) if alphas_cumprod is None else alphas_cumprod
+        alphas, self.flow = torch.ones(1000) if alphas_cumprod is None else alphas_cumprod, self.kind in FLOW
         super().__init__(transformer, vae, alphas, text, name=name, source=source)
         self.patch = 2 if self.kind == "FluxTransformer2DModel" else int(transformer.config.patch_size)
         self.multiple = self.stride * self.patch
@@ -93,7 +93,7 @@ class DiffusionTransformer(LatentBackbone):
 
     def add_noise(self, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
         """Noise scaled latents as the network was trained: by rectified flow or by the schedule of a DDPM."""
-        if self.kind not in FLOW:
+        if not self.flow:
             return super().add_noise(latents, noise, timestep)
         share = timestep / 1000
         return share * noise + (1 - share) * latents
