@@ -2,8 +2,8 @@
 
 The published checkpoints are weights alone. A folder has one such file (``SiT-XL-2-256x256.pt``, or safetensors), the
 VAE in diffusers' layout (``vae/``), and ``config.json`` with the flags of SiT's own scripts: ``path_type`` and
-``prediction``, which no tensor tells, and ``num_heads`` where the width is not that of a published model. The network is
-diffusers' DiT under other names, but for the frequencies of the time.
+``prediction``, which no tensor tells, and ``num_heads`` where the width is not that of a published model. Its network
+is diffusers' DiT under other names, but for the frequencies of the time.
 
 The linear path with a velocity network, which is what was published, is a rectified flow whose time runs backwards.
 """
