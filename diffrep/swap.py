@@ -401,7 +401,9 @@ def _denoise_again(pixels: Tensor, backbone: LatentDiffusion, config: RefineConf
     nulls: list[Tensor] = []
 
     def under(x: Tensor, t: float, prompt: Tensor) -> Tensor:
-        output = backbone.context_maps(x.to(like), ["out"], int(t), prompt.expand(len(x), -1, -1))["out"]
+        # called as it is: gradients flow back to the prompt
+        network: Any = backbone.network
+        output = network(x.to(like), int(t), encoder_hidden_states=prompt.to(like).expand(len(x), -1, -1)).sample
         return backbone.as_noise(x, output.double(), int(t))
 
     def guided(x: Tensor, t: float) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from diffrep.cli import main
 from diffrep.eval.completion import CompletionEvaluation, CompletionReport, evaluate_completion, known_depths
-from diffrep.heads.completion import CompletionConfig, carry_errors, complete_depth, fill_holes
+from diffrep.heads.completion import CompletionConfig, carry_errors, complete_depth, fill_holes, fill_mask, krige_errors
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import DepthMap, nearest_known
+from diffrep.heads.segmentation import ObjectMask
 from diffrep.scenes import render_scene
 
 from .one_step_heads import random_head
@@ -110,6 +111,53 @@ def test_errors_are_carried_around_known_pixels_alone() -> None:
     carried = carry_errors(depth, known, reach=2.0)
     assert 2.6 < float(carried[4, 4]) < 3.0
     assert float(carried[28, 28]) == pytest.approx(2.0)
+
+
+def test_errors_are_kriged_to_like_pixels() -> None:
+    """Two surfaces side by side: what is missed on one is taken off there, up to the edge and not beyond."""
+    truth, image = torch.full((32, 32), 2.0), torch.zeros(3, 32, 32)
+    truth[:, 16:], image[:, :, 16:] = 6.0, 1.0
+    depth, known = torch.where(truth == 2.0, 2.4, 6.0), torch.zeros(32, 32)
+    for x, y in ((4, 6), (10, 20), (22, 8), (28, 24)):
+        known[y, x] = truth[y, x]
+    kriged = krige_errors(depth, known, image, reach=2.0)
+    assert float((kriged - truth).abs()[:, :16].mean()) < 0.3 * 0.4
+    assert float((kriged - truth).abs()[:, 16:].max()) < 0.05
+    many = torch.where(torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < 0.6, 3.0, 0.0)
+    met = krige_errors(torch.full((64, 64), 2.0), many, torch.zeros(3, 64, 64), reach=2.0)
+    assert float((met - 3).abs().max()) < 0.3
+
+
+def test_masks_with_holes_are_filled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth = (torch.arange(40)[:, None] > 15).float().expand(40, 56)
+    known = truth.clone()
+    known[10:22, 20:40] = torch.nan
+    unsure = ObjectMask(0.5 + 0.1 * (truth - 0.5))
+    filled = fill_mask(unsure, known).mask
+    assert torch.equal(filled[~torch.isnan(known)], truth[~torch.isnan(known)])
+    hole = torch.isnan(known)
+    assert float((filled - truth)[hole].abs().mean()) < float((unsure.mask - truth)[hole].abs().mean())
+    picture().save(tmp_path / "photo.png")
+    seen = (~hole).numpy().astype(np.uint8) * 255
+    Image.merge("LA", [Image.fromarray((truth.numpy() * 255).astype(np.uint8)), Image.fromarray(seen)]).save(
+        tmp_path / "part.png"
+    )
+    np.save(tmp_path / "part.npy", known.numpy())
+    call = ["segment", str(tmp_path / "photo.png"), "--outputs", "mask", "-o", str(tmp_path / "out")]
+    masks = []
+    for file in ("part.png", "part.npy"):
+        assert main([*call, "--known", str(tmp_path / file), "--fill"]) == 0
+        masks.append(np.asarray(Image.open(tmp_path / "out" / "photo_mask.png")))
+    assert np.array_equal(*masks)
+    assert np.array_equal(masks[0][seen > 0], (truth.numpy() * 255)[seen > 0])
+    Image.new("L", (56, 40)).save(tmp_path / "opaque.png")
+    np.save(tmp_path / "small.npy", np.zeros((3, 3), np.float32))
+    capsys.readouterr()
+    for file, message in (("opaque.png", "this picture is opaque"), ("small.npy", "is (40, 56) like the image")):
+        assert main([*call, "--known", str(tmp_path / file), "--fill"]) != 0
+        assert message in capsys.readouterr().err
+    assert main([*call, "--fill"]) == 2
+    assert "--known and --fill go together" in capsys.readouterr().err
 
 
 def test_nearest_known() -> None:

@@ -51,6 +51,8 @@ SMALL = {
     "--calls 4 6": "--calls 4",
     "search-schedule --steps 3": "search-schedule --steps 3 --reference 6 --population 2 --epochs 1 --count 1",
     "restore photos/ -o restored --keep-size": "restore photos/ -o restored --keep-size --scale 2",
+    "--compose and --steps 60": "--compose and --steps 3",
+    "--insert-at 32,32": "--insert-at 32,32 --steps 10",
     "--points 25 100": "--points 25 --count 2 --workers 0 --guidance.rounds 2",
     "--fit guided": "--fit guided --guidance.rounds 2",
     "--engine ray --actors 2": "",  # tests/test_store.py compares both engines

@@ -8,9 +8,21 @@ import pytest
 import torch
 from PIL import Image
 
+from diffrep.backbones import load_backbone
 from diffrep.cli import main
 from diffrep.features import Descriptors
-from diffrep.swap import SwapConfig, SwapField, composite, smooth_field, swap_appearance, swap_colours, swap_field, warp
+from diffrep.settings import RefineConfig
+from diffrep.swap import (
+    SwapConfig,
+    SwapField,
+    composite,
+    refine,
+    smooth_field,
+    swap_appearance,
+    swap_colours,
+    swap_field,
+    warp,
+)
 
 from .fields import generator
 
@@ -138,6 +150,32 @@ def test_the_command_writes_the_swapped_image(
         assert overview.width > 4 * 360
     assert main(["swap", *files, "--recipe", str(recipe), "--whole", "-o", str(plain)]) == 0
     assert not np.array_equal(np.asarray(Image.open(plain))[:6], image[:6])
+
+
+def test_a_swap_refined_by_an_exact_inversion_changes_nothing(sd_folder: Path) -> None:
+    """However far it goes up, without a prompt it comes back to what encoder and decoder make of the image."""
+    backbone, image = load_backbone(str(sd_folder), device="cpu"), picture(1, 64, 64)
+    drawn: dict[str, list[np.ndarray]] = {}
+    for method in ("none", "ddim", "bdia", "edict"):
+        settings = (RefineConfig(strength=share, steps=5, inversion=method) for share in (0.2, 0.7))
+        drawn[method] = [np.asarray(refine(image, backbone, one)).astype(int) for one in settings]
+    apart = {method: int(np.abs(low - high).max()) for method, (low, high) in drawn.items()}
+    assert apart["bdia"] <= 1
+    assert apart["edict"] <= 1
+    assert apart["none"] > 5
+    assert np.abs(drawn["bdia"][0] - drawn["edict"][0]).max() <= 1
+
+
+def test_null_text_brings_guided_sampling_nearer_to_the_image(sd_folder: Path) -> None:
+    backbone, image = load_backbone(str(sd_folder), device="cpu"), picture(1, 64, 64)
+    plain = np.asarray(refine(image, backbone, RefineConfig(strength=0.7, steps=5, inversion="bdia"))).astype(float)
+    errors = {}
+    for method in ("ddim", "null-text"):
+        config = RefineConfig(strength=0.7, steps=5, inversion=method, prompt="a cat", guidance=5.0)
+        errors[method] = float(np.square(np.asarray(refine(image, backbone, config)) - plain).mean())
+    assert errors["null-text"] < errors["ddim"]
+    with pytest.raises(ValueError, match="needs a guidance other than 1"):
+        RefineConfig(inversion="null-text")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,37 @@ def test_a_reference_becomes_an_image(model_folder: Path, reference: Path, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "c.png", "d.tiff", "reference.png"]
 
 
+def test_two_references_and_an_object(
+    model_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.random.default_rng(1).integers(0, 256, (48, 40, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "other.png")
+    both = ["--reference", reference, "--towards", tmp_path / "other.png", "--size", "32x48"]
+    painted = {}
+    for how in ("avg", "and", "or"):
+        assert paint(model_folder, tmp_path / f"{how}.png", *both, "--compose", how) == 0
+        painted[how] = np.asarray(Image.open(tmp_path / f"{how}.png"))
+        assert painted[how].shape == (32, 48, 3)
+    assert not np.array_equal(painted["avg"], painted["or"])
+    Image.fromarray(values[:32, :32]).save(tmp_path / "object.png")
+    inside = ["--insert", tmp_path / "object.png", "--steps", 10]
+    scene = ["--reference", reference, "--size", "48x64"]
+    assert paint(model_folder, tmp_path / "placed.png", *scene, *inside, "--insert-at", "16,8") == 0
+    with Image.open(tmp_path / "placed.png") as image:
+        assert image.size == (64, 48)
+    capsys.readouterr()
+    for options, message in (
+        ([*scene, "--compose", "and"], "--compose needs --towards"),
+        ([*both, "--compose", "and", "--blend", 0.2], "without --blend"),
+        ([*both, "--compose", "and", "--scheduler", "ddim"], "a sampler of their own, which takes no --scheduler"),
+        ([*scene, "--insert-at", "1,2"], "where --insert goes"),
+        ([*scene, *inside, "--insert-at", "40,0"], "leaves the canvas"),
+    ):
+        assert paint(model_folder, tmp_path / "none.png", *options) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_a_grid_becomes_an_image(model_folder: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "grid.npy", np.random.default_rng(0).normal(size=(2, 3, 24)).astype(np.float32))
     assert paint(model_folder, tmp_path / "a.png", "--grid", tmp_path / "grid.npy", "--vary", 10) == 0

@@ -92,6 +92,31 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
         assert not torch.equal(a, b)
 
 
+def test_sara_trains_small_weights_alone_and_resumes(tmp_path: Path) -> None:
+    sparse = replace(SHORT, sara=0.15, weight_decay=0.0, ema_decay=0.0)
+    before, after = small_network(), run(tmp_path / "whole", sparse)
+    for old, new in zip(before.parameters(), after.parameters(), strict=True):
+        small = old.abs() < 0.15
+        assert torch.equal(old[~small], new[~small])
+        assert bool((old != new)[small].all())
+    left = 20
+
+    def interrupted(source: torch.Generator) -> Batch:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return random_batches(source)
+
+    often = replace(sparse, checkpoint_seconds=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", often, interrupted)
+    for ours, theirs in zip(run(tmp_path / "broken", often).parameters(), after.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="sara must be"):
+        FitSettings(steps=1, sara=0.0)
+
+
 def test_a_finished_run_returns_at_once(tmp_path: Path) -> None:
     first = run(tmp_path, SHORT)
 
