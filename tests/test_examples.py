@@ -43,6 +43,7 @@ LEAVES: dict[str, Callable[[], bool]] = {  # example -> what it leaves behind is
     "cut_out_folder": lambda: [form(f"cutouts/{name}.png") for name in "01"] == [("RGBA", 256)] * 2,
     "search_parts": lambda: Path("photos.search").is_dir(),
     "own_recipe": lambda: True,
+    "label_free": lambda: Path("scenes/vit/log.jsonl").is_file(),
 }
 
 
