@@ -48,7 +48,8 @@ def draw_matches(
     titles: Sequence[str] = (),
     height: int = HEIGHT,
 ) -> Image.Image:
-    """The points of the source and where they went, numbered, joined by lines.
+    """The points of the source and where they went, numbered, joined by lines. Of places so near to each other that one
+    number would hide another, the numbers stand beside them.
 
     Args:
         points: (N, 2) in pixels of the source.
@@ -69,6 +70,7 @@ def draw_matches(
     colours = point_colours(len(points))
     for start, end, colour in zip(starts, ends, colours, strict=True):
         pen.line([start, end], fill=(*colour, 130), width=2 * scale)
+    labels = [apart(places, 20 * scale, layer.size) for places in (starts, ends)]
     for i, (start, end, colour) in enumerate(zip(starts, ends, colours, strict=True)):
         ring = WHITE
         if truth is not None:
@@ -78,10 +80,38 @@ def draw_matches(
             if not good:
                 pen.line([end, _at(large[1], goal)], fill=(*WRONG, 230), width=2 * scale)
                 _dot(pen, _at(large[1], goal), 3 * scale, WRONG, WHITE, scale)
-        _dot(pen, start, 8 * scale, colour, WHITE, 2 * scale, str(i + 1))
-        _dot(pen, end, 8 * scale, colour, ring, (2 if truth is None else 3) * scale, str(i + 1))
+        for place, label in ((start, labels[0][i]), (end, labels[1][i])):
+            if math.dist(place, label) > scale:
+                pen.line([place, label], fill=(*colour, 255), width=2 * scale)
+                _dot(pen, place, 3 * scale, colour, WHITE, scale)
+        _dot(pen, labels[0][i], 8 * scale, colour, WHITE, 2 * scale, str(i + 1))
+        _dot(pen, labels[1][i], 8 * scale, colour, ring, (2 if truth is None else 3) * scale, str(i + 1))
     reduced = layer.resize(picture.size, Image.Resampling.LANCZOS)
     return Image.alpha_composite(picture.convert("RGBA"), reduced).convert("RGB")
+
+
+def apart(
+    places: Sequence[tuple[float, float]], least: float, size: tuple[int, int], *, rounds: int = 100
+) -> list[tuple[float, float]]:
+    """Places (x, y) of a picture (width, height) pushed away from each other until `least` pixels lie between any two,
+    or all rounds are over; who has room stays.
+    """
+    moved = np.asarray(places, dtype=float).reshape(-1, 2)
+    turns = 2.4 * np.arange(len(moved))  # which way places that coincide part
+    away = np.stack([np.cos(turns), np.sin(turns)], -1)
+    margin = min(least / 2, *(side / 2 for side in size))
+    for _ in range(rounds):
+        gaps = moved[:, None] - moved[None]
+        distances = np.linalg.norm(gaps, axis=-1)
+        lacking = (least - distances).clip(0)
+        np.fill_diagonal(lacking, 0)
+        if lacking.max(initial=0) < 0.5:
+            break
+        ways = np.where(distances[..., None] > 1e-3, gaps / np.maximum(distances, 1e-3)[..., None], away[:, None])
+        pushed = moved + 0.5 * (lacking[..., None] * ways).sum(1)
+        held = pushed.clip(margin, np.array(size) - margin)
+        moved = np.where(lacking.any(1)[:, None], held, moved)
+    return [(float(x), float(y)) for x, y in moved]
 
 
 def _at(place: tuple[float, float, float], point: Sequence[float]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from diffrep.draw import (
     HEIGHT,
     RIGHT,
     WRONG,
+    apart,
     draw_components,
     draw_contact_sheet,
     draw_field,
@@ -62,6 +63,16 @@ def test_points_and_matches_stand_where_they_belong() -> None:
     assert not near(picture, *right, WRONG)
     assert near(picture, *wrong, WRONG)
     assert not near(picture, *wrong, RIGHT)
+
+
+def test_numbers_of_places_that_coincide_stand_apart_and_others_stay() -> None:
+    places = [(50.0, 50.0), (50.0, 50.0), (58.0, 50.0), (2.0, 2.0), (150.0, 90.0)]
+    moved = np.array(apart(places, 20, (200, 100)))
+    gaps = np.linalg.norm(moved[:, None] - moved[None], axis=-1) + 100 * np.eye(5)
+    assert gaps.min() > 19
+    assert np.abs(moved[:3] - np.array(places[:3])).max() < 25
+    assert moved[3:].tolist() == [list(place) for place in places[3:]]
+    assert apart([], 20, (200, 100)) == []
 
 
 def test_a_field_of_an_image_onto_itself_wears_the_same_colours() -> None:
