@@ -112,7 +112,7 @@ def distillation_terms(
     signal, spread = path.levels(start)
     noisy = signal * latents + spread * noise
     w = settings.w_min + (settings.w_max - settings.w_min) * uniform
-    told, column = (w if conditioned else None), w.view(-1, 1, 1, 1)
+    scales, column = (w if conditioned else None), w.view(-1, 1, 1, 1)
     with torch.no_grad():
         outputs = [teacher(noisy, start, text, None) for text in (context, null)]
         forms = [path.forms(output, noisy, start) for output in outputs]
@@ -122,13 +122,13 @@ def distillation_terms(
         previous = before.sqrt() * guided + (1 - before - sigma**2).sqrt() * epsilon
         previous = previous if more is None else previous + sigma * more
         jumps = settings.method == "consistency"
-        wanted = path.consistent(target, previous, end, context, told) if jumps else guided
+        wanted = path.consistent(target, previous, end, context, scales) if jumps else guided
     if jumps:
-        predicted = path.consistent(student, noisy, start, context, told)
+        predicted = path.consistent(student, noisy, start, context, scales)
         off, c = (predicted.float() - wanted.float()).square(), settings.huber_c
         loss = off.mean() if settings.loss == "l2" else ((off + c**2).sqrt() - c).mean()
     else:  # weighted as in section 3 of the paper: by the ratio of signal to noise, at least 1
-        _, predicted = path.forms(student(noisy, start, context, told), noisy, start)
+        _, predicted = path.forms(student(noisy, start, context, scales), noisy, start)
         loss = ((now / (1 - now)).clamp(min=1) * (predicted.float() - wanted.float()).square()).mean()
     return {"noisy": noisy, "w": column, "model_pred": predicted, "x_prev": previous, "target": wanted, "loss": loss}
 
@@ -165,8 +165,8 @@ class FewStepUNet(nn.Module):
         self.unet = unet
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, w: Tensor | None = None) -> Tensor:
-        told = None if w is None else guidance_embedding(w, self.unet.config.time_cond_proj_dim).to(latents)
-        output: Tensor = self.unet(latents, timesteps, encoder_hidden_states=context, timestep_cond=told).sample
+        scales = None if w is None else guidance_embedding(w, self.unet.config.time_cond_proj_dim).to(latents)
+        output: Tensor = self.unet(latents, timesteps, encoder_hidden_states=context, timestep_cond=scales).sample
         return output
 
 

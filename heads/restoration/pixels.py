@@ -73,9 +73,9 @@ def low_band_colours(restored: Tensor, reference: Tensor) -> Tensor:
 
     The published formula leaves a quarter of the difference at the frequencies where its two bands meet, since a blur
     of a blur is not the blur. Here the difference is blurred and taken away several times, by Chebyshev's steps, which
-    leave least of what a blur passes; what is cut off at 0 and 1 is made up for once more.
+    leave least of what a blur passes; what is cut off at 0 and 1 is made up for in the next round.
     """
-    for _ in range(2):
+    for _ in range(_ROUNDS):
         for step in _LOW_BAND_STEPS:
             restored = restored - step * low_band(restored - reference)
         restored = restored.clamp(0, 1)
@@ -88,8 +88,8 @@ def _chebyshev(count: int) -> list[float]:
     return [(1 + zeros[0]) / (zeros[0] - zero) for zero in zeros[1:]]
 
 
-_LOW_BAND_STEPS = _chebyshev(6)
-REACH = {"wavelet": WAVELET_REACH, "low-band": 2 * len(_LOW_BAND_STEPS) * WAVELET_REACH, "adain": 0}  # pixels
+_ROUNDS, _LOW_BAND_STEPS = 4, _chebyshev(4)
+REACH = {"wavelet": WAVELET_REACH, "low-band": _ROUNDS * len(_LOW_BAND_STEPS) * WAVELET_REACH, "adain": 0}  # pixels
 
 
 def adain_colours(restored: Tensor, reference: Tensor) -> Tensor:
