@@ -148,7 +148,7 @@ def test_heads_of_the_other_command_are_refused(
     assert "use diffrep depth" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert main(["depth", str(photos), "-o", str(tmp_path / "file"), "--model", heads["disparity"]]) == 2
-    assert "is a file; the maps go into a folder" in capsys.readouterr().err
+    assert "is a file; a folder goes there" in capsys.readouterr().err
 
 
 # -- files --------------------------------------------------------------------------------------------------

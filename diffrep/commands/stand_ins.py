@@ -44,7 +44,9 @@ class _StandIn(ABCMeta):
     def _same(cls, *_: Any) -> Any:
         return cls
 
-    __getitem__ = __add__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = __or__ = __ror__ = __pow__ = _same
+    __getitem__ = __neg__ = __or__ = __ror__ = __matmul__ = _same
+    __add__ = __sub__ = __mul__ = __truediv__ = __floordiv__ = __mod__ = __pow__ = _same
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rfloordiv__ = __rmod__ = __rpow__ = _same
 
     def __float__(cls) -> float:
         return 0.0
