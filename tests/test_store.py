@@ -697,7 +697,7 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
     for settings, message in (({"points": "grid:0"}, "grid:N, random:N"), ({"kind": "all"}, "kind must be")):
         with pytest.raises(ValueError, match=message):
             Keep(**settings)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="workers must be in 0.."):
+    with pytest.raises(ValueError, match=r"workers must be in 0\.\."):
         BulkConfig(workers=-1)
 
 
