@@ -32,8 +32,8 @@ from diffrep.manifold.mds import Progress, quiet, row_blocks
 Array = NDArray[Any]
 HeatMethod = Literal["auto", "chebyshev", "squaring", "euler", "crank-nicolson", "exact"]
 
-# up to here all pairs are computed, where nobody says otherwise, and on the CPU: 1.2 s, and a rank correlation that is
-# 0.01 higher on trees than with landmarks; at 1,500 points 3.2 s, longer than UMAP takes
+# up to here all pairs are computed, where nobody says otherwise: 0.95 s, and a rank correlation that is 0.01 higher on
+# trees than with landmarks; at 1,500 points 3.3 s, longer than UMAP takes
 FEW_POINTS = 1000
 GPU_FROM = 10_000  # points: below, the import of torch alone takes longer than the heat
 _HUBS = 256  # points over which far pairs are stitched where all pairs are computed

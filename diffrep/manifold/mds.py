@@ -14,7 +14,7 @@ Array = NDArray[Any]
 Progress: TypeAlias = Callable[[Sequence[Any], str], Iterable[Any]]  # (steps, what they do) -> the steps, shown or not
 _TINY = 1e-12
 _ROUNDS = 64  # of a tournament, whose distances are looked up at once
-_PARTNERS = 256  # of a point, in an epoch of the descent that another method finishes
+_PARTNERS = 128  # of a point, in an epoch of the descent that another method finishes
 
 
 def quiet(steps: Sequence[Any], what: str) -> Iterable[Any]:

@@ -9,7 +9,8 @@ HeatGeo    ``heatgeo/embedding.py``    ``HeatGeo(knn=5).fit_transform(points)``
 =========  ==========================  ============================================================================
 
 DIFT moves its networks to CUDA by itself, so it runs where there is one. sd-dino is recognised and refused: its
-extractor needs ODISE and Detectron2, which no checkout of it brings along.
+extractor runs inside ODISE (Detectron2, a compiled operator), which no checkout of it brings along, and reads ODISE's
+checkpoint, of which no folder can be made that ours loads too. `matching` restates its loops and its joint PCA.
 """
 
 from __future__ import annotations
