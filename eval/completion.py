@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval.rendering import SceneMapSettings, render_job
-from diffrep.eval.report import Report, Section, bootstrap, with_interval
+from diffrep.eval.report import Report, Section, bootstrap, mean_interval, with_interval
 from diffrep.eval.scene_maps import SCENE_BOUNDS
 from diffrep.heads.completion import CompletionConfig, complete_depth
 from diffrep.heads.dense import DenseHead
@@ -46,8 +46,7 @@ class CompletionReport(Report):
 
     def mean(self, method: str, points: int) -> tuple[float, float, float]:
         """Over the scenes, with a 95 % interval."""
-        values = np.array(self.errors[method][points])
-        return float(values.mean()), *bootstrap(lambda rows: values[rows].mean(1), len(values))
+        return mean_interval(self.errors[method][points])
 
     def gain(self, points: int) -> tuple[float, float, float]:
         """What guidance takes off the error of the least-squares fit, as a share, with a 95 % interval."""

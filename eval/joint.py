@@ -22,7 +22,7 @@ from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.eval.maps import angular_error
 from diffrep.eval.one_step_ablation import AblationSettings
 from diffrep.eval.rendering import SceneMapSettings, render_job
-from diffrep.eval.report import Report, Section, bootstrap, with_interval
+from diffrep.eval.report import Report, Section, mean_interval, with_interval
 from diffrep.eval.scene_maps import scene_depth_metrics, scene_truth
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image
@@ -135,31 +135,24 @@ class JointReport(Report):
     settings: AblationSettings
     scores: Mapping[str, Mapping[str, Sequence[float]]]
 
-    def difference(self, target: str) -> tuple[float, float, float]:
-        """By how much the score of the joint U-Net is higher, with a 95 % interval over the same scenes."""
-        apart = np.array(self.scores[target][JOINT]) - np.array(self.scores[target]["alone"])
-        return float(apart.mean()), *bootstrap(lambda rows: apart[rows].mean(1), len(apart))
-
-    def mean(self, target: str, which: str) -> tuple[float, float, float]:
-        """Over the scenes, with a 95 % interval."""
-        values = np.array(self.scores[target][which])
-        return float(values.mean()), *bootstrap(lambda rows: values[rows].mean(1), len(values))
+    def values(self, target: str) -> dict[str, tuple[float, float, float]]:
+        """Of both, and by how much the joint U-Net's is higher on the same scenes: means with 95 % intervals."""
+        scores = self.scores[target]
+        apart = [ours - theirs for ours, theirs in zip(scores[JOINT], scores["alone"], strict=True)]
+        return {w: mean_interval(v) for w, v in (*scores.items(), ("difference", apart))}
 
     def sections(self) -> Iterator[Section]:
         rows = []
         for target, measure in TARGETS.items():
             digits = 2 if target == "normals" else 4
-            cells = [self.mean(target, JOINT), self.mean(target, "alone"), self.difference(target)]
-            rows.append((f"{target}: {measure}", *(with_interval(*cell, digits=digits) for cell in cells)))
+            cells = (with_interval(*cell, digits=digits) for cell in self.values(target).values())
+            rows.append((f"{target}: {measure}", *cells))
         s = self.settings
         title = f"{s.steps} steps of {s.batch_size} images each, {s.held_out} held-out scenes (95 % interval)"
         yield Section(title, (f"one U-Net, {JOINT}", "three U-Nets", "difference"), rows)
 
     def document(self) -> Mapping[str, object]:
-        found = {
-            t: {w: self.mean(t, w) for w in of} | {"difference": self.difference(t)} for t, of in self.scores.items()
-        }
-        return {"settings": self.settings, "scores": found}
+        return {"settings": self.settings, "scores": {target: self.values(target) for target in self.scores}}
 
 
 def evaluate_joint(

@@ -140,6 +140,14 @@ def bootstrap(
     return float(low), float(high)
 
 
+def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """The mean over samples with its 95 % interval; samples without a value, NaN, are left out."""
+    known = np.array([value for value in values if math.isfinite(value)])
+    if not len(known):
+        return math.nan, math.nan, math.nan
+    return float(known.mean()), *bootstrap(lambda rows: known[rows].mean(1), len(known))
+
+
 def with_interval(value: float, low: float, high: float, *, digits: int = 2, percent: bool = False) -> str:
     """A value and its interval as a cell.
 

@@ -7,7 +7,6 @@ are a bootstrap over images.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from diffrep.eval.borders import halo_metrics, thin_places
 from diffrep.eval.cache import ImageResults
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics
 from diffrep.eval.rendering import SceneJob, SceneMapSettings, name_of, scene_groups
-from diffrep.eval.report import Report, Section, bootstrap, with_interval
+from diffrep.eval.report import Report, Section, mean_interval, with_interval
 from diffrep.files import claim_folder
 from diffrep.heads.families import FRAME_SIGNS, Task
 from diffrep.heads.training.dense_data import scene_depth
@@ -118,11 +117,7 @@ class SceneMapReport(MethodsReport):
 
     def mean(self, method: str, metric: str, group: str = "all") -> Interval:
         """Mean over images of one metric of a method, with a 95 % interval."""
-        values = np.array([self.rows[method][name][metric] for name in self.groups[group]])
-        values = values[np.isfinite(values)]  # of thin parts, for example, where there are any
-        if not len(values):
-            return math.nan, math.nan, math.nan
-        return float(values.mean()), *bootstrap(lambda rows: values[rows].mean(1), len(values))
+        return mean_interval(self.rows[method][name][metric] for name in self.groups[group])
 
     def values(self, method: str, group: str) -> dict[str, Interval]:
         metrics = next(iter(self.rows[method].values()))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
-from diffrep.guidance.completion import complete_by_diffusion
 from diffrep.guidance.composition import Prompts, cycle, superpose
 from diffrep.guidance.inversion import leading_grid
+from diffrep.heads.completion import complete_by_diffusion
 from diffrep.sampling.schedules import TableVP, TimeGrid
 from diffrep.training.sara import SaRA
 
