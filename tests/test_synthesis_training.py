@@ -20,6 +20,7 @@ from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_syn
 from diffrep.synthesis.grids import ImageEncoder
 from diffrep.training.loop import FitSettings, fit
 from diffrep.training.patches import ImagePatches, ScenePatches, encode_patches
+from diffrep.training.prior import PriorTraining, prior_batch
 from diffrep.training.synthesis import (
     PUBLISHED,
     Objective,
@@ -74,6 +75,19 @@ def small_model(prediction: str = "v_prediction", *, channels: tuple[int, ...] =
 
 
 @torch.no_grad()
+def test_a_prior_sees_perturbed_conditions() -> None:
+    grids, conditions = draw(12, 2, 2, 5, seed=1), draw(12, 16, seed=2)
+    plain, perturbed = (
+        prior_batch(
+            grids, conditions, PriorTraining(batch_size=6, cep=cep, gamma=2.0), torch.Generator().manual_seed(3)
+        )
+        for cep in ("none", "uniform")
+    )
+    apart = (perturbed["conditions"] - plain["conditions"]).abs()
+    assert 0 < float(apart.max()) <= 2.0 / 4  # gamma / sqrt(16)
+    assert torch.equal(plain["clean"], perturbed["clean"])
+
+
 def test_dropped_samples_see_the_null_condition_and_no_perturbation() -> None:
     objective = Objective(small_model()).eval()
     latents, noise, embeddings = draw(3, 2, 8, 8), draw(3, 2, 8, 8, seed=1), draw(3, 4, seed=2)

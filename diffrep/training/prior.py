@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from diffrep.files import read_weights, save_weights
 from diffrep.scenes import CATEGORIES, SceneSet
-from diffrep.settings import check
+from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.synthesis.grids import ImageEncoder, Pooling
 from diffrep.synthesis.prior import TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
 from diffrep.training.loop import Batch, FitSettings, fit
-from diffrep.training.synthesis import condition_check, conditional_batch
+from diffrep.training.synthesis import Cep, condition_check, conditional_batch, draw_perturbation
 from diffrep.training.tiny.crops import gather
 from diffrep.training.tiny.unet import build_scheduler
 
@@ -37,6 +37,8 @@ class PriorTraining:
     width: int = 96
     layers: int = 3
     dropout: float = 0.1  # share of samples that lose their condition
+    cep: Cep = "none"  # condition embedding perturbation
+    gamma: float = 1.0  # its strength
     held_out: int = 256
     batch_size: int = 128
     fit: FitSettings = field(
@@ -44,7 +46,7 @@ class PriorTraining:
     )
 
     def __post_init__(self) -> None:
-        check(self, shape="1..", held_out="2..", batch_size="1..", dropout="[0, 1)")
+        check(self, shape="1..", held_out="2..", batch_size="1..", dropout="[0, 1)", gamma=NOT_NEGATIVE)
         if self.count <= self.held_out:
             raise ValueError(f"count must be more than held_out, got {self.count} and {self.held_out}")
 
@@ -89,6 +91,13 @@ def prior_loss(module: PriorObjective, ema: PriorObjective, batch: Batch) -> Map
     return {"loss": module(*(batch[k] for k in ("clean", "noise", "timesteps", "conditions", "dropped")))}
 
 
+def prior_batch(grids: Tensor, conditions: Tensor, training: PriorTraining, generator: torch.Generator) -> Batch:
+    """A `conditional_batch` with perturbed conditions, where that is asked for (CEP)."""
+    batch = conditional_batch(grids, conditions, TIMESTEPS, training.batch_size, training.dropout, generator)
+    noise = draw_perturbation(batch["conditions"].shape, training.cep, training.gamma, generator)
+    return batch if noise is None else {**batch, "conditions": batch["conditions"] + noise}
+
+
 def train_prior(
     training: PriorTraining, scenes: SceneSet | Callable[[], SceneSet], folder: Path, *, progress: bool = True
 ) -> EmbeddingPrior:
@@ -123,9 +132,7 @@ def train_prior(
     prior.mean.copy_(learnt.mean(0))
     prior.std.copy_(learnt.std(0).clamp(min=1e-6))
     grids, conditions, cut = (data["grids"].float() - prior.mean) / prior.std, data["conditions"], -training.held_out
-    batches = partial(
-        conditional_batch, grids[:cut], conditions[:cut], TIMESTEPS, training.batch_size, training.dropout
-    )
+    batches = partial(prior_batch, grids[:cut], conditions[:cut], training)
     average = fit(
         PriorObjective(prior), batches, prior_loss, training.fit, folder,
         validate=condition_check(grids[cut:], conditions[cut:], prior_loss), validate_every=500, progress=progress,
