@@ -12,14 +12,25 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from diffrep.backbones.diffusion import draw_noise
+from diffrep.backbones.diffusion import DiffusionBackbone, draw_noise
+from diffrep.eval.protocols import within
+from diffrep.eval.scenes import render_pair
+from diffrep.eval.synthesis import accuracy, labelled_scenes
+from diffrep.features import FeatureMaps, extract_each
 from diffrep.files import read_document, write_document
+from diffrep.fusion import Fusion, fuse
+from diffrep.matching import match_points
 from diffrep.sampling.schedules import SamplingError
 from diffrep.sampling.search import Candidate, Row
+from diffrep.scenes import SEEN
+from diffrep.scenes.sets import scene_pairs
 from diffrep.settings import check
 
 Way = tuple[Callable[[], Candidate], int]  # how candidates are made, and how many
@@ -39,6 +50,7 @@ class SearchSettings:
         layers: units of the network, for searches that skip some; 0: none are skipped.
         skip_after: generation after which layers are skipped, at the latest; before, once the best no longer changes.
         skip_share: largest share of the layers that a step skips, reached in five generations.
+        taps: of which one is read at each timestep, for searches of features.
     """
 
     population: int = 50
@@ -51,6 +63,7 @@ class SearchSettings:
     layers: int = 0
     skip_after: int = 4
     skip_share: float = 0.2
+    taps: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,19 +109,21 @@ class _Generation:
     def row(self, timestep: float) -> Row:
         s, most = self.settings, math.ceil(self.skip * self.settings.layers)
         skipped = tuple(sorted(self.draw.sample(range(s.layers), self.draw.randint(0, most)))) if most else None
-        return timestep, self.draw.randint(1, s.orders) if s.orders else None, skipped
+        order = self.draw.randint(1, s.orders) if s.orders else None
+        return timestep, order, skipped, self.draw.choice(s.taps) if s.taps else None
 
     def drawn(self) -> Candidate:
         return Candidate.of([self.row(t) for t in self.draw.sample(range(self.total), self.count)])
 
     def mutated(self, parent: Candidate, rate: float) -> Candidate:
         rows, taken = list[Row](), list(parent.timesteps)
-        for i, (timestep, order, skipped) in enumerate(parent.rows):
+        for i, (timestep, order, skipped, tap) in enumerate(parent.rows):
             if self.draw.random() < rate and len(taken) < self.total:
                 timestep = taken[i] = self.draw.choice([t for t in range(self.total) if t not in taken])
-            _, other_order, other_skipped = self.row(timestep)
+            _, other_order, other_skipped, other_tap = self.row(timestep)
             order = other_order if self.draw.random() < rate else order
-            rows.append((timestep, order, other_skipped if skipped is None or self.draw.random() < rate else skipped))
+            skipped = other_skipped if skipped is None or self.draw.random() < rate else skipped
+            rows.append((timestep, order, skipped, other_tap if tap and self.draw.random() < rate else tap))
         return Candidate.of(rows)
 
     def crossed(self, one: Candidate, other: Candidate) -> Candidate:
@@ -149,7 +164,11 @@ def search_steps(
     s = settings or SearchSettings()
     if not 1 <= count <= total:
         raise SamplingError(f"count must be in 1..{total}, got {count}")
-    about, path = {"count": count, "total": total, **vars(s)}, None if file is None else Path(file)
+    about, path = (
+        {"count": count, "total": total, **vars(s), "taps": list(s.taps)},
+        None if file is None else Path(file),
+    )
+    about = {name: value for name, value in about.items() if name != "taps" or value}
     known, seen, best, skip = dict[str, float](), set[str](), list[tuple[float, str, Candidate]](), 0.0
     if path is not None and path.exists():
         document = read_document(path, error=SamplingError)
@@ -179,6 +198,62 @@ def search_steps(
         if progress is not None:
             progress(epoch, best[0][0])
     return [(value, candidate) for value, _, candidate in best]
+
+
+def extraction_fitness(
+    backbone: DiffusionBackbone,
+    measure: Literal["pck", "probe"],
+    *,
+    count: int = 2,
+    cost: float = 0.25,
+    size: int = 128,
+    seed: int = 0,
+) -> Callable[[Candidate], float]:
+    """A fitness of a tap and a timestep: the share of wrong answers times that of the operations to the power `cost`.
+
+    Args:
+        measure: "pck": keypoints of rendered pairs that are not met within a tenth of the object; "probe": wrong
+            classes of a linear probe on averaged features. Both on objects of the validation split.
+        count: pairs, or scenes to train and as many to test on, of each category.
+        size: of the rendered images, in pixels.
+    """
+    pairs = [render_pair((*pair, size)) for pair in scene_pairs("val", count, seed=seed)] if measure == "pck" else []
+    drawn = [
+        labelled_scenes("val", count, SEEN, first=n * 2**12, size=size) for n in range(2 if measure == "probe" else 0)
+    ]
+    kinds = torch.arange(len(SEEN)).repeat_interleave(count)
+    operations: dict[str, int] = {}
+
+    def read(images: Sequence[Any], tap: str, timestep: int) -> list[FeatureMaps]:
+        return list(extract_each(backbone, images, taps=tap, timestep=timestep))
+
+    def counted(tap: str) -> int:
+        if tap not in operations:
+            with FlopCounterMode(display=False) as counter:
+                read([np.zeros((size, size, 3), np.uint8)], tap, 100)
+            operations[tap] = counter.get_total_flops()
+        return operations[tap]
+
+    def wrong(tap: str, timestep: int) -> float:
+        if measure == "probe":
+            train, test = (torch.cat([m[tap].mean((2, 3)) for m in read(list(x), tap, timestep)]).cpu() for x in drawn)
+            return 1 - accuracy(train, kinds, test, kinds)
+        missed = []
+        for pair in pairs:
+            source, target = pair.views
+            a, b = fuse([[maps] for maps in read([source.image, target.image], tap, timestep)], Fusion.of(tap))
+            points, truth = pair.points
+            scale = max(target.box[2] - target.box[0], target.box[3] - target.box[1])
+            missed.append(~within(match_points(a, b, points).points.cpu(), truth, scale, (0.1,)).flatten())
+        return float(torch.cat(missed).float().mean())
+
+    whole = counted(backbone.taps()[-1].name)
+
+    def fitness(candidate: Candidate) -> float:
+        (tap,), (timestep,) = candidate.taps, candidate.timesteps
+        return wrong(tap, int(timestep)) * (counted(tap) / whole) ** cost
+
+    return fitness
 
 
 def best_start(

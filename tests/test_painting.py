@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffrep import sample
+from diffrep import load_backbone, sample
 from diffrep.backbones import BackboneError, early_exit
 from diffrep.backbones.early_exit import PROBES, EarlyExitUViT, LayerOutputs, UViTConfig, load_early_exit
 from diffrep.backbones.partial import PartialNetwork, skippable_units
 from diffrep.cli import main
 from diffrep.eval.benchmarks.samplers import SamplersBenchmark
 from diffrep.eval.samplers import SamplersEvaluation, evaluate_samplers
-from diffrep.eval.search import SearchSettings, best_start, search_steps
+from diffrep.eval.search import SearchSettings, best_start, extraction_fitness, search_steps
 from diffrep.files import save_weights
 from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.core import run
 from diffrep.sampling.samplers import SAMPLERS, build_table, model_schedule
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP
-from diffrep.sampling.search import Candidate, as_candidate
+from diffrep.sampling.search import Candidate, as_candidate, read_candidate
 from diffrep.synthesis import (
     EmbeddingGrid,
     SynthesisModel,
@@ -316,6 +316,27 @@ def test_a_search_may_find_orders_and_units(tmp_path: Path) -> None:
     found = as_candidate(tmp_path / "steps.json")
     assert found is not None
     assert best[0][0] == sum(found.orders) + 10 - sum(map(len, found.skipped))
+
+
+def test_the_best_tap_and_timestep_are_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By wrong keypoints times operations: what is no better than another costs less, and a file takes its place."""
+    file = tmp_path / "cell.json"
+    line = ["search-schedule", "--population", "4", "--epochs", "1", "--per-category", "1", "-o", str(file)]
+    assert main([*line, "--fitness", "pck"]) == 0
+    assert "at the recommended" in capsys.readouterr().out
+    found = read_candidate(file)
+    backbone = load_backbone("tiny")
+    assert found.taps[0] in [tap.name for tap in backbone.taps()]
+    usual = Candidate((50,), taps=("up.2.resnet.0",))
+    costs = [extraction_fitness(backbone, "pck", count=1, cost=c)(usual) for c in (0.0, 1.0)]  # type: ignore[arg-type]
+    assert 0 < costs[1] < costs[0] < 1
+    noise = extraction_fitness(backbone, "pck", count=1, cost=0.0)(Candidate((999,), taps=("up.2.resnet.0",)))  # type: ignore[arg-type]
+    assert costs[0] < noise
+    assert main([*line, "--fitness", "probe", "--steps", "3"]) == 2
+    assert "--steps does not go with it" in capsys.readouterr().err
+    file.write_text('{"timesteps": [1], "taps": [2]}')
+    with pytest.raises(SamplingError, match="taps are a list of names"):
+        read_candidate(file)
 
 
 def test_the_comparison_has_fid_searched_steps_and_a_picture(tiny: DiffusionModel, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -111,9 +111,13 @@ class SearchSchedule(PrecisionOptions):
     label: int | None = None  # of a class-conditional ADM
     count: int = 4  # of a synthesis model: embeddings of held-out scenes that are painted
     guidance: float | None = None  # the model's own where left out; 1: none
+    # what is made smaller: the distance to a fine solution; or, of one tap and timestep of a backbone, the wrong
+    # keypoints or the wrong classes of its features times the share of operations
+    fitness: Literal["distance", "pck", "probe"] = "distance"
+    per_category: int = 2  # pck, probe: rendered pairs, or scenes, of each category
     orders: int = 0  # highest order of the solver's steps to search for; 0: the sampler's own
     skip: float = 0.0  # largest share of the network's units that a step may leave out; 0: none are
-    cost: float = 0.5  # with --skip: the distance counts times the share of operations to this power
+    cost: float = 0.5  # with --skip, pck and probe: the fitness counts times the share of operations to this power
     reference: int = 50  # steps of UniPC that stand for the fine solution
     population: int = 20  # candidates of a generation
     epochs: int = 5  # generations
@@ -128,6 +132,8 @@ class SearchSchedule(PrecisionOptions):
         from diffrep.sampling.search import Candidate
 
         check_writable(self.output, (".json",))
+        if self.fitness != "distance":
+            return self._features()
         if self.sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
         if self.steps < 1 or self.reference <= self.steps:
@@ -162,6 +168,39 @@ class SearchSchedule(PrecisionOptions):
         skipped = f", {sum(map(len, found.skipped))} units left out" if found.skipped else ""
         timesteps = ", ".join(map(str, found.timesteps)) + orders + skipped
         print(f"{self.steps} steps of {self.sampler}: {best[0][0]:.4f} at {timesteps}; {even:.4f} at even steps")
+        print(f"wrote {self.output}")
+
+    def _features(self) -> None:
+        from diffrep.backbones import load_backbone
+        from diffrep.backbones.diffusion import DiffusionBackbone
+        from diffrep.eval.search import SearchSettings, extraction_fitness, search_steps
+        from diffrep.sampling.search import Candidate
+
+        if clash := sorted(self.typed & {"sampler", "steps", "prompt", "label", "count", "guidance", "orders", "skip"}):
+            raise ValueError(
+                f"--fitness {self.fitness} searches one tap and timestep; --{clash[0]} does not go with it"
+            )
+        device, dtype = self.resolved()
+        backbone = load_backbone("tiny" if "model" not in self.typed else self.model, device=device, dtype=dtype)
+        if not isinstance(backbone, DiffusionBackbone):
+            raise ValueError(f"{self.model}: has no timesteps to search; give a diffusion backbone")
+        settings = SearchSettings(
+            population=self.population, parents=max(self.population // 5, 1), mutations=self.population // 2,
+            crossovers=self.population // 4, epochs=self.epochs, seed=self.seed,
+            taps=tuple(tap.name for tap in backbone.taps()),
+        )  # fmt: skip
+        measure: Any = self.fitness
+        fitness = extraction_fitness(backbone, measure, count=self.per_category, cost=self.cost, seed=self.seed)
+        usual = Candidate((backbone.recommended.conditions.timestep,), taps=backbone.recommended.taps[:1])
+        best = search_steps(
+            fitness, 1, total=len(backbone.alphas_cumprod), settings=settings, file=self.output, first=[usual],
+            progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
+        )  # fmt: skip
+        (tap,), (timestep,) = best[0][1].taps, best[0][1].timesteps
+        print(
+            f"{backbone.name}: {best[0][0]:.4f} at tap {tap}, timestep {timestep}; {fitness(usual):.4f} at the"
+            f" recommended {usual.taps[0]}, {usual.timesteps[0]}"
+        )
         print(f"wrote {self.output}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from diffrep.files import read_document
 from diffrep.sampling.schedules import SamplingError
 
-Row = tuple[float, int | None, tuple[int, ...] | None]  # timestep, order, skipped units
+Row = tuple[float, int | None, tuple[int, ...] | None, str | None]  # timestep, order, skipped units, tap
 
 
 @dataclass(frozen=True)
@@ -22,27 +22,31 @@ class Candidate:
         timesteps: distinct, falling.
         orders: of the solver, for each timestep; none: the sampler's.
         skipped: for each timestep, the numbers of the units of the network that are left out.
+        taps: for each timestep, what is read of the network, for searches of features.
     """
 
     timesteps: tuple[float, ...]
     orders: tuple[int, ...] = ()
     skipped: tuple[tuple[int, ...], ...] = ()
+    taps: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Candidate:
         """Of its steps in any order."""
-        timesteps, orders, skipped = zip(*sorted(rows, key=lambda row: -row[0]), strict=True)
-        return cls(timesteps, orders if all(orders) else (), tuple(s or () for s in skipped) if any(skipped) else ())
+        timesteps, orders, skipped, taps = zip(*sorted(rows, key=lambda row: -row[0]), strict=True)
+        left_out = tuple(units or () for units in skipped) if any(skipped) else ()
+        return cls(timesteps, orders if all(orders) else (), left_out, taps if all(taps) else ())
 
     @property
     def rows(self) -> list[Row]:
         """Its steps."""
-        return list(zip_longest(self.timesteps, self.orders, self.skipped))
+        return list(zip_longest(self.timesteps, self.orders, self.skipped, self.taps))
 
     def to_json(self) -> dict[str, Any]:
         """As a document; lists that say nothing are left out."""
         skipped = [list(units) for units in self.skipped]
         lists = {"timesteps": list(self.timesteps), "orders": list(self.orders), "skipped": skipped}
+        lists["taps"] = list(self.taps)
         return {name: values for name, values in lists.items() if values}
 
 
@@ -54,8 +58,8 @@ def read_candidate(path: str | Path) -> Candidate:
     """
     values = read_document(Path(path), error=SamplingError)
     best = values["best"][0][1] if isinstance(values.get("best"), list) and values["best"] else values
-    timesteps, orders, skipped = (
-        best.get(n, []) if isinstance(best, dict) else [] for n in ("timesteps", "orders", "skipped")
+    timesteps, orders, skipped, taps = (
+        best.get(n, []) if isinstance(best, dict) else [] for n in ("timesteps", "orders", "skipped", "taps")
     )
 
     def whole(values: Any, least: int = 0) -> bool:
@@ -67,9 +71,11 @@ def read_candidate(path: str | Path) -> Candidate:
         raise SamplingError(f"{path}: its timesteps are not distinct")
     if not whole(orders, 1) or not isinstance(skipped, list) or not all(whole(units) for units in skipped):
         raise SamplingError(f"{path}: orders are whole numbers from 1, skipped are lists of them")
-    if {len(orders), len(skipped)} - {0, len(timesteps)}:
-        raise SamplingError(f"{path}: orders and skipped have one entry for each of {len(timesteps)} timesteps")
-    return Candidate.of(list(zip_longest(timesteps, orders, map(tuple, skipped))))
+    if not isinstance(taps, list) or not all(isinstance(tap, str) for tap in taps):
+        raise SamplingError(f"{path}: taps are a list of names")
+    if {len(orders), len(skipped), len(taps)} - {0, len(timesteps)}:
+        raise SamplingError(f"{path}: orders, skipped and taps have one entry for each of {len(timesteps)} timesteps")
+    return Candidate.of(list(zip_longest(timesteps, orders, map(tuple, skipped), taps)))
 
 
 def as_candidate(timesteps: Candidate | Sequence[float] | str | Path | None) -> Candidate | None:
