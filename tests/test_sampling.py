@@ -208,6 +208,11 @@ def test_the_solver_that_contributing_shows_is_ddim() -> None:
         assert one.direction == pytest.approx(other.direction)
 
 
+def test_all_samplers_are_few_lines() -> None:
+    files = (Path(__file__).parents[1] / "diffrep" / "sampling").glob("*.py")
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= 1800
+
+
 # -- samplers by name -----------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,12 @@
 """How far a score network is from a Fokker-Planck equation, as a training term (Deveney et al. 2023).
 
 The network is a potential u(t, x) = log p_t(x) whose gradient is the score. Its residual bounds how far samples of the
-ODE and of the SDE are apart; a smaller one improves ODE samples and may worsen those of the SDE. No gain for images is
-known.
+ODE and of the SDE are apart; a smaller one is said to improve ODE samples and may worsen those of the SDE.
+
+We found no weight that does. W2 of ODE to SDE samples (1,024 of each), and to data, on the mixture of `PotentialTraining`,
+for two seeds: without 2.0 and 1.0 (to data 2.1, 1.1); 1e-4 2.3, 0.9; 1e-3 2.6, 0.5; 3e-3 2.7, 2.6; from 1e-2 on both leave
+the data (9 and more): a potential that only rises in time has no residual. After 8,000 steps: without 0.9, 0.8; 1e-3 2.1, 1.1.
+The residual itself falls as it should, from 4 to 3 at 1e-3. No gain for images is known.
 """
 
 from __future__ import annotations
@@ -105,7 +109,9 @@ def sample_reverse(
 class PotentialTraining:
     """How a potential of two-dimensional data is trained; the data are a mixture of normal distributions."""
 
-    weight: float = 0.1  # of the Fokker-Planck residual; 0: denoising score matching alone
+    weight: float = (
+        1e-3  # of the Fokker-Planck residual; from 1e-2 on it wins over the data; 0: denoising score matching alone
+    )
     boundary: float = 0.1  # of the density on the border of the square, which should vanish
     steps: int = 2000
     batch: int = 256  # samples of a step, and as many places of the residual
