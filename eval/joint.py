@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def joint_maps(model: OneStepModel, vae: Any, pixels: Tensor, targets: Sequence[
         Target -> disparity or mask (B, 1, H, W) in [0, 1], or normals (B, 3, H, W) in LUB, of any length.
     """
     codec = LatentCodec(vae)
-    images = codec.encode(pixels / 2 + 0.5, batch_size=16).float()
+    images = codec.encode(pixels / 2 + 0.5, batch_size=16).float().to(model.context.device)
     steps = torch.full((len(images),), EMBEDDED_RECIPE.timestep, device=images.device)
     assert EMBEDDED_RECIPE.task_vector is not None
     output = model(images, steps, images.new_tensor(EMBEDDED_RECIPE.task_vector).expand(len(images), -1))
@@ -183,7 +184,7 @@ def evaluate_joint(
         training = JointTraining(targets=targets, base=base, fit=settings.fit(), batch_size=settings.batch_size)
         model = train_head(training, scenes, work / name, latents=work, device=device, progress=progress)
         place = vae.to(model.context.device)
-        methods[name] = lambda pixels, m=model, t=targets, v=place: joint_maps(m, v, pixels.to(m.context.device), t)
+        methods[name] = partial(joint_maps, model, place, targets=targets)
     scores: dict[str, dict[str, list[float]]] = {target: {JOINT: [], "alone": []} for target in TARGETS}
     measured = SceneMapSettings(count=settings.held_out, workers=workers)
     for batch in measured.batches(render_job, measured.jobs()):

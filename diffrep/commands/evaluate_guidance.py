@@ -70,7 +70,11 @@ class EvalJoint(ReportOptions, DeviceOptions):
         self.check_output()
         check_options(self, count="1..", workers=WORKERS)
         load_parts(self.base, pad=False)  # a base that cannot be loaded is refused before scenes are rendered for it
-        rendered = self.work / "scenes", "train", self.count
-        scenes = SceneSet(self.scenes) if self.scenes else render_set(*rendered, workers=self.workers)
-        where = {"device": self.device, "workers": self.workers}
-        self.show(evaluate_joint(scenes, self.work, self.settings, base=self.base, **where))
+        if self.scenes is not None:
+            scenes = SceneSet(self.scenes)
+        else:
+            scenes = render_set(self.work / "scenes", "train", self.count, workers=self.workers)
+        report = evaluate_joint(
+            scenes, self.work, self.settings, base=self.base, device=self.device, workers=self.workers
+        )
+        self.show(report)
