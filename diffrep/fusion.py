@@ -11,7 +11,6 @@ parts' similarities, so nothing has to be concatenated, and weights can be chang
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -166,18 +165,17 @@ def _part(
     features: Sequence[Sequence[FeatureMaps]], part: Part, pca: str, generator: torch.Generator
 ) -> list[Descriptors]:
     """One part's map of every image, before it is resampled to the reference."""
-    taps = [[_find(entry, tap) for entry in features] for tap in part.taps]
-    for tap, maps in zip(part.taps, taps, strict=True):
+    taps: list[list[Descriptors]] = []
+    for number, tap in enumerate(part.taps):
+        maps = [_find(entry, tap) for entry in features]
         channels = {m.parts[0].shape[-1] for m in maps}
         if len(channels) != 1:
             raise ValueError(f"the images' maps of tap {tap!r} have different channels: {sorted(channels)}")
-    if part.dims is not None:
-        groups = [[m.parts[0].movedim(-1, 0) for m in maps] for maps in taps]
-        reduced = joint_pcas(groups, part.dims, generator=generator if pca == "lowrank" else None)
-        taps = [
-            [replace(m, parts=(v.movedim(0, -1),)) for m, v in zip(maps, values, strict=True)]
-            for maps, values in zip(taps, reduced, strict=True)
-        ]
+        if part.dims is not None:
+            values = [m.parts[0].movedim(-1, 0) for m in maps]
+            values = joint_pca(values, part.dims[number], generator=generator if pca == "lowrank" else None)
+            maps = [replace(m, parts=(v.movedim(0, -1),)) for m, v in zip(maps, values, strict=True)]
+        taps.append(maps)
     return [_weigh(_join_taps(chain, part.upsampling), part) for chain in zip(*taps, strict=True)]
 
 
@@ -227,33 +225,6 @@ def _resample(single: Descriptors, onto: Descriptors) -> Tensor:
     if (single.placement, single.grid, single.size) == (onto.placement, onto.grid, onto.size):
         return single.parts[0]
     return single.at(onto.cell_centres()).parts[0]
-
-
-def joint_pcas(
-    groups: Sequence[Sequence[Tensor]], dims: Sequence[int], *, generator: torch.Generator | None = None
-) -> list[list[Tensor]]:
-    """`joint_pca` of several groups of maps, one for each tap.
-
-    On CUDA each has a thread and a stream of its own: an eigen-decomposition is a long chain of small kernels, which
-    leaves room for others beside it.
-    """
-    device = groups[0][0].device
-    if generator is not None or device.type != "cuda" or len(groups) == 1:
-        return [joint_pca(maps, kept, generator=generator) for maps, kept in zip(groups, dims, strict=True)]
-    here, gradients = torch.cuda.current_stream(device), torch.is_grad_enabled()
-
-    def aside(maps: Sequence[Tensor], kept: int) -> list[Tensor]:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream), torch.set_grad_enabled(gradients):
-            reduced = joint_pca(maps, kept)
-        stream.synchronize()
-        for value in reduced:
-            value.record_stream(here)  # its memory was taken on the other stream, and is used on this one
-        return reduced
-
-    with ThreadPoolExecutor(len(groups)) as threads:
-        return list(threads.map(aside, groups, dims))
 
 
 def joint_pca(maps: Sequence[Tensor], dims: int, *, generator: torch.Generator | None = None) -> list[Tensor]:

@@ -24,6 +24,7 @@ FAISS_FROM = 50_000  # vectors: below, an exact product on the tensor's device i
 # of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
 _GRAPHS = Graphs()  # on a GPU the launches of a few small kernels take longer than the products
+RECORDED_NUMBERS = 2**24  # in both sides; larger ones take longer than their launches, and a recording holds them
 SPLIT_FROM = 256  # sources: for fewer, splitting the targets for tensor cores takes longer than it saves
 
 
@@ -199,8 +200,10 @@ def nearest(
                 columns = torch.maximum(columns, scores.amax(0))
         return (indices, best, *([_mutual(indices, best, columns)] if mutual else []))
 
-    key = (metric, mutual, memory, sources.weights, targets.weights)
-    return Nearest(*_GRAPHS(key, run, *sources.parts, *targets.parts))
+    parts = (*sources.parts, *targets.parts)
+    if sum(part.numel() for part in parts) > RECORDED_NUMBERS:
+        return Nearest(*run(*parts))
+    return Nearest(*_GRAPHS((metric, mutual, memory, sources.weights, targets.weights), run, *parts))
 
 
 def _mutual(indices: Tensor, best: Tensor, columns: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from diffrep.backbones import Conditions, load_backbone, load_cleandift
 from diffrep.backbones.pipelines import load_parts
 from diffrep.devices import resolve_device
 from diffrep.features import Descriptors, ExtractConfig
-from diffrep.fusion import joint_pca, joint_pcas
+from diffrep.fusion import joint_pca
 from diffrep.images import Sizing
 from diffrep.matching import match_dense, match_points, mutual_matches
 from diffrep.painting import diffusion_model
@@ -212,9 +212,8 @@ def matches(place: Place) -> list[Tensor]:
 @case()
 def joint_pca_of_a_pair(place: Place) -> list[Tensor]:
     maps = [smooth(place.device, shift).parts[0].movedim(-1, 0) for shift in (0.0, 3.0)]
-    together = [m for group in joint_pcas([maps, maps[::-1]], [4, 6]) for m in group]
     drawn = [m.flatten(1) for m in joint_pca(maps, 4, generator=torch.Generator().manual_seed(1))]
-    return [*joint_pca(maps, 4), *together, drawn[0].T @ drawn[1]]  # directions that are drawn have no fixed signs
+    return [*joint_pca(maps, 4), drawn[0].T @ drawn[1]]  # directions that are drawn have no fixed signs
 
 
 @case("recipes.Correspondence.__init__", "recipes.with_backbones")
@@ -393,7 +392,7 @@ def samplers(place: Place) -> list[Tensor]:
     return [diffrep.sample(model, sampler=name, steps=3, size=(32, 32), spacing="leading").latents for name in SAMPLERS]
 
 
-@case("sampling.samplers.TableScheduler.set_timesteps")
+@case("table_scheduler.TableScheduler.set_timesteps")
 def scheduler(place: Place) -> list[Tensor]:
     from diffrep.table_scheduler import TableScheduler
 

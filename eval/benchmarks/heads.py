@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.commands.image_runs import find_inputs, run_images, write_map
+from diffrep.commands.image_runs import Item, find_inputs, run_images, write_map
 from diffrep.eval.benchmarks.networks import NetworkBenchmark, as_loaded, random_parts
 from diffrep.eval.benchmarks.timing import Row, summary
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import FAMILIES
+from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.one_step import OneStep
 from diffrep.images import load_image
 
@@ -50,8 +51,8 @@ class HeadsBenchmark(NetworkBenchmark):
         photographs = folder / "photographs"
         photographs.mkdir()
         for number in range(self.images):
-            noise = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            picture = Image.fromarray(noise).resize(self.image_size[::-1], Image.Resampling.BICUBIC)
+            cells = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            picture = Image.fromarray(cells).resize(self.image_size[::-1], Image.Resampling.BICUBIC)
             picture.save(photographs / f"{number:04d}.jpg")
         inputs = find_inputs([str(photographs)], folder)
         files = [np.array(load_image(item.path)) for item in inputs[: self.batch_size]]
@@ -68,11 +69,12 @@ class HeadsBenchmark(NetworkBenchmark):
                 drawn = head.model.draw_maps(maps, canvas, batch_size=self.batch_size)
             return drawn
 
+        def write(item: Item, image: Any, result: DepthMap | NormalMap) -> list[Path]:
+            return write_map(item.place, result, ["png"])
+
         def pipeline(turn: int) -> list[Any]:
             output = folder / f"maps{turn}"
-            return run_images(
-                head, inputs, output, config, lambda item, _, result: write_map(item.place, result, ["png"])
-            )
+            return run_images(head, inputs, output, config, write)
 
         def clock() -> float:
             if self.device == "cpu":

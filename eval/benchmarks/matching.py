@@ -21,7 +21,7 @@ from torch import Tensor
 from diffrep.backbones import Grid, load_backbone
 from diffrep.eval.benchmarks.timing import PairedBenchmark, Row, Timing, interleave
 from diffrep.features import Descriptors, ExtractConfig, extract_canvases
-from diffrep.fusion import joint_pcas
+from diffrep.fusion import joint_pca
 from diffrep.images import Placement, Sizing, fit_image, load_image
 from diffrep.index import FaissIndex, IndexConfig, IndexKind, StoredIndex, search
 from diffrep.index.stored import index_vectors
@@ -127,7 +127,7 @@ class MatchingBenchmark(PairedBenchmark):
 
         def reduced(exact: bool) -> list[list[Tensor]]:
             draw = None if exact else torch.Generator().manual_seed(0)
-            return joint_pcas(pairs, [self.pca_dims] * len(pairs), generator=draw)
+            return [joint_pca(pair, self.pca_dims, generator=draw) for pair in pairs]
 
         sides = {"plain": lambda: reduced(exact=False), "ours": lambda: reduced(exact=True)}
         times = interleave(sides, repeats=self.repeats, device=self.device)
