@@ -294,6 +294,8 @@ def export_head(
     """
     from diffrep.backbones.export import export_module
 
+    if head.task == "segmentation":
+        raise ValueError(f"{head.name}: is a DiffDIS, whose U-Net is called several times: it is not exported")
     side = size or head.working_size
     if side % head.model.stride:
         raise ValueError(f"{head.name}: the size must be a multiple of {head.model.stride}, got {side}")

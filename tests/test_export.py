@@ -74,3 +74,9 @@ def test_what_cannot_be_exported_is_one_line(
 def test_endings_are_checked_by_the_library_too(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"must end in \.onnx or \.pt2"):
         export_backbone(load_backbone("tiny-dino"), tmp_path / "a.bin", size=64)
+
+
+def test_a_head_of_masks_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "tiny-segmentation", "--head", "-o", str(tmp_path / "m.onnx")]) == 2
+    assert "is a DiffDIS" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -201,3 +201,34 @@ def test_networks_conditioned_on_more_than_the_image_are_named(channels: int, wh
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(BackboneError, match=what):
         load_backbone(tmp_path / "model.safetensors")
+
+
+FORMS = {  # how files name the two factors of a layer
+    "diffusers": "unet.{}.lora_{}.weight",
+    "peft": "base_model.model.{}.lora_{}.weight",
+    "of a network alone": "{}.lora_{}.weight",
+    "of processors": "unet.{}.lora_{}.weight",
+    "of processors alone": "{}.lora_{}.weight",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loras_are_read_under_all_their_names(sd_folder: Path, form: str, tmp_path: Path) -> None:
+    plain = load_backbone(sd_folder)
+    before, generator = dict(plain.network.named_parameters()), torch.Generator().manual_seed(1)
+    weights, added = {}, {}
+    for layer in ("to_q", "to_out.0"):
+        path = f"mid_block.attentions.0.transformer_blocks.0.attn1.{layer}"
+        out, inner = before[f"{path}.weight"].shape
+        down, up = torch.randn(4, inner, generator=generator), torch.randn(out, 4, generator=generator)
+        added[f"{path}.weight"] = up @ down
+        for letter, word, factor in (("A", "down", down), ("B", "up", up)):
+            key = FORMS[form].format(path, letter)
+            if "processors" in form:
+                name = layer.removesuffix(".0")
+                key = key.replace(f".{layer}.lora_{letter}", f".processor.{name}_lora.{word}")
+            weights[key] = factor
+    save_file(weights, tmp_path / "style.safetensors")
+    backbone = load_backbone(sd_folder, lora=tmp_path / "style.safetensors")
+    for name, ours in backbone.network.named_parameters():
+        torch.testing.assert_close(ours, before[name] + added.get(name, 0), rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffrep.backbones.base import Backbone, BackboneError
 from diffrep.backbones.diffusion import LatentBackbone
@@ -262,6 +262,18 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(text), 1.0
 
 
+def _lora_key(key: str, network: nn.Module) -> str:
+    """A key of a LoRA as diffusers writes it today: one of peft, of attention processors, or of a network alone.
+
+    kohya's keys, which have underscores, stay.
+    """
+    key = key.removeprefix("base_model.model.")
+    key = re.sub(r"\.processor\.(to_\w+?)_lora\.(down|up)\.", r".\1.lora.\2.", key)
+    key = key.replace(".to_out.lora.", ".to_out.0.lora.")
+    alone = key.partition(".")[0] in dict(network.named_children())
+    return f"{'unet' if type(network).__name__ == 'UNet2DConditionModel' else 'transformer'}.{key}" if alone else key
+
+
 def add_lora(backbone: Backbone, text: str) -> None:
     """Merge a LoRA into a diffusion backbone; its part for the text encoders is applied whenever a prompt is encoded.
 
@@ -272,7 +284,7 @@ def add_lora(backbone: Backbone, text: str) -> None:
         BackboneError: the file is missing, damaged or no LoRA; it belongs to another model; or peft is missing.
     """
     path, scale = parse_lora(text)
-    weights = read_weights(path)
+    weights = {_lora_key(key, backbone.network): value for key, value in read_weights(path).items()}
     if "LoRA" not in describe_weights(weights)[0]:
         raise BackboneError(f"{path}: is no LoRA: it holds {', '.join(sorted(weights)[:2])}, ...")
     network = backbone.network
