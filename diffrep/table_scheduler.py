@@ -20,7 +20,7 @@ from diffrep.sampling.solvers import RUNGE_KUTTA
 HALF = (torch.float16, torch.bfloat16)  # states are stepped in float32
 
 
-class TableScheduler(SchedulerMixin, ConfigMixin):
+class TableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' bases name their file twice
     """A sampler in the place of a pipeline's scheduler, whose noise schedule and kind of prediction it takes over.
 
     For example: `pipe.scheduler = TableScheduler.from_config(pipe.scheduler.config, sampler="ghvb", order=1.8)`. The
