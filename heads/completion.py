@@ -88,7 +88,7 @@ def complete_depth(
     latents = head.model.encode(canvas)
 
     def read(latent: Tensor) -> Tensor:
-        shown = head.read(head.model.decode(latent))[..., : size[0], : size[1]]
+        shown = head.read(head.model.draw_maps(latent, canvas))[..., : size[0], : size[1]]
         return resize(shown, (image.height, image.width))[0, 0]
 
     diffuses = head.family.result == "sample" and head.task == "depth"

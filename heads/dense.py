@@ -33,6 +33,7 @@ from diffrep.heads.tiling import (
 )
 from diffrep.settings import check
 
+BEYOND = 0.005  # share of the pixels that are brought back to the farthest of the others
 ENSEMBLES = {"e2e-ft": E2E_ENSEMBLE, "marigold-diffusers": DIFFUSERS_ENSEMBLE}
 
 
@@ -97,10 +98,17 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
                 towards the camera.
 
         Returns:
-            Depth or disparity (B, 1, h, w) in [0, 1]; normals (B, 3, h, w) in the family's frame.
+            Depth or disparity (B, 1, h, w) in [0, 1], from a decoder of its own of any scale and shift; normals
+            (B, 3, h, w) in the family's frame.
         """
         decoded = decoded.float()
         if self.task != "normals":
+            if self.model.decoder is not None:  # of any scale and shift; along outlines it overshoots beyond the sky
+                values = decoded.mean(1, keepdim=True) / 2 + 0.5
+                beyond, order = int(BEYOND * values[0].numel()), values.flatten(1).sort(1).values
+                if self.task == "disparity":
+                    return torch.maximum(values, order[:, beyond].view(-1, 1, 1, 1))
+                return torch.minimum(values, order[:, -1 - beyond].view(-1, 1, 1, 1))
             if self.family.depth == "clamp, mean":
                 return (decoded / 2 + 0.5).clamp(0, 1).mean(1, keepdim=True)
             return (decoded.mean(1, keepdim=True).clamp(-1, 1) + 1) / 2
@@ -226,7 +234,8 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
             results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])
         if members > 1:
             return self._combined(torch.stack(results, dim=1), config)
-        return (stretch(results[0]) if self.task != "normals" and family.stretch else results[0]), None
+        unbounded = family.stretch or model.decoder is not None
+        return (stretch(results[0]) if self.task != "normals" and unbounded else results[0]), None
 
     def _combined(self, members: Tensor, config: PredictConfig) -> tuple[Tensor, Tensor]:
         """(B, E, C, h, w) -> the ensemble's maps (B, C, h, w) and uncertainty (B, 1, h, w)."""

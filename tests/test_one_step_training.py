@@ -507,3 +507,13 @@ def test_what_cannot_be_trained_is_refused_before_a_scene_is_rendered(
     assert main(["train", command, "--work", "w", *options]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+def test_depth_from_a_decoder_of_its_own_has_any_scale_and_no_overshoot() -> None:
+    head, drawn = load_head("tiny-depth"), torch.linspace(-3, 5, 10_000).view(1, 1, 100, 100)
+    values = head.read(drawn).flatten()
+    assert values[-1] == 3  # (5 + 1) / 2: not clamped to 1
+    assert int((values == values[0]).sum()) == 51  # half a per cent is brought back to the farthest of the others
+    assert bool((values.diff() >= 0).all())
+    shown = head(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).values
+    assert 0 <= float(shown.min()) < 0.1 < 0.9 < float(shown.max()) <= 1
