@@ -50,10 +50,11 @@ class RestorationBenchmark(NetworkBenchmark):
         latent = latent.to(self.device, parts.dtype)
         for tile in (self.side // 8, self.tile):
             what = "one tile" if tile > self.tile else f"tiles of {tile} cells"
-            sides = (
-                partial(run, latent, tile, self.overlap) for run in (partial(released, parts), partial(ours, head))
+            plain, other = partial(released, parts), partial(ours, head)
+            options = latent, tile, self.overlap
+            yield Claim(
+                f"everything but the VAE, {what}, {self.about}", partial(plain, *options), partial(other, *options)
             )
-            yield Claim(f"everything but the VAE, {what}, {self.about}", *sides)
 
     def _both(self) -> tuple[RandomParts, RestorationHead]:
         """The parts of the released side, and our head with the same random weights."""

@@ -159,12 +159,11 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
             )
         if config.guidance is not None and self.model.negative is None and config.guidance != 1:
             raise ValueError(f"guidance needs a negative prompt, which {self.name} does not have")
-        if config.steps is not None and self.model.process is None:
+        process = self.model.process
+        if config.steps is not None and process is None:
             raise ValueError(f"steps are of ResShift and RDDM; {self.name} is a {self.family.name} and takes one")
-        if config.steps is not None and config.steps > len(self.model.process):
-            raise ValueError(
-                f"steps must be in 1..{len(self.model.process)} for {self.family.name}, got {config.steps}"
-            )
+        if config.steps is not None and process is not None and config.steps > len(process):
+            raise ValueError(f"steps must be in 1..{len(process)} for {self.family.name}, got {config.steps}")
         tile, overlap = self._tiles(config)
         if tile and not 0 <= overlap < tile:
             raise ValueError(f"overlap must be below tile, got {overlap} and {tile} latent cells")

@@ -376,7 +376,13 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
             if model.process is not None:
                 with torch.no_grad():
                     target = encoded(frozen, originals).float()
-                values = {"batch": batch, "images": images, "clean": target, "teacher": teacher, "score": self.score}
+                values: dict[str, Any] = {
+                    "batch": batch,
+                    "images": images,
+                    "clean": target,
+                    "teacher": teacher,
+                    "score": self.score,
+                }
                 terms, decoded = module(images, terms=partial(process_terms, **values))
             else:
                 clean, decoded = module(images, decoded=bool(self.pixel))
