@@ -303,7 +303,8 @@ def export_head(
     """
     from diffrep.backbones.export import export_module
 
-    if head.task == "segmentation":
+    task: str = head.task  # callers without type checks bring heads of masks too
+    if task == "segmentation":
         raise ValueError(f"{head.name}: is a DiffDIS, whose U-Net is called several times: it is not exported")
     side = size or head.working_size
     if side % head.model.stride:

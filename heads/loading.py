@@ -170,7 +170,7 @@ def load_head(
             raise HeadError(f"{name}: {_why_no_diffdis(source)}")
         else:
             head = _load_dense(source, task, family, place, numbers, fold)
-        head.name, head.base = with_options(name, **files), source.base
+        head.name, head.base = with_options(name, variant=files["variant"], revision=files["revision"]), source.base
         return head
     except HeadError:
         raise
