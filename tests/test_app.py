@@ -65,7 +65,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert list(place.glob("diffrep-app-*"))
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 130
+        assert process.wait(120) == 130
     assert not list(place.glob("diffrep-app-*")), "the temporary folder stays"
     assert "Traceback" not in (place / "log").read_text()
 

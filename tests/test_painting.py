@@ -134,7 +134,7 @@ def test_a_sampler_works_or_says_so_before_the_first_step(name: str, kind: str) 
     x = torch.randn(100, 1, 4, 4, generator=generator)
     if refused := refusal(name, schedule):
         assert "\n" not in refused
-        assert len(refused) < 200
+        assert len(refused) < 300  # it may list the samplers that work
         assert kind in ("cosine", "without signal", "flow") or not SAMPLERS[name].table, f"{name} works elsewhere"
         assert kind != "cosine" or name in ("rho-rk", "evodiff", "sit-sde")
         return

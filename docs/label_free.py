@@ -1,4 +1,4 @@
-"""How far the embedded models get without labels: `python examples/label_free.py scenes 33 0.02 cpu`.
+"""How far the embedded models get without labels: `python docs/label_free.py scenes 33 0.02 cpu`.
 
 A U-Net like that of `tiny` learns by the diffusion loss alone, without captions; a transformer like `tiny-dino` learns
 from two views of an image. Then features of several taps and timesteps, standardised by channel, are put side by side
