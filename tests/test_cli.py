@@ -17,6 +17,7 @@ import tyro
 from PIL import Image
 
 from diffrep.cli import COMMANDS, command_kind, error_line, main
+from diffrep.commands.match import Match
 from diffrep.commands.options import DeviceOptions
 from diffrep.commands.parsing import UsageError, options_of, read_command
 
@@ -156,6 +157,17 @@ def test_a_comment_belongs_to_one_option() -> None:
 def test_every_option_has_a_help_text(name: str) -> None:
     options = options_of(command_kind(name))
     assert not [option.field for option in options if not option.help]
+
+
+def test_a_repeated_option_gives_all_its_values_once() -> None:
+    words = "a.png b.png --recipe tiny --backbone diffusion=X --points 1,2 --lora L"
+    words += " --backbone=vit=Y --points 3,4 --lora M:2"
+    command = read_command(Match, words.split(), "diffrep match")
+    assert command.backbone == ("diffusion=X", "vit=Y")
+    assert command.points == ("1,2", "3,4")
+    assert command.lora == ("L", "M:2")  # a recipe's defaults are read after a first pass: not each one twice
+    command = read_command(Match, ["a.png", "b.png", "--backbone", "X", "--points=1,2", "--lora", "L"], "diffrep match")
+    assert (command.backbone, command.points, command.lora) == (("X",), ("1,2",), ("L",))
 
 
 def test_what_was_typed_wins_over_defaults_that_depend_on_it() -> None:

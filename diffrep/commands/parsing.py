@@ -107,6 +107,7 @@ class Option:
     default: object  # `dataclasses.MISSING` where it has to be given
     help: str
     nested: bool  # it is a field of a dataclass inside the command
+    append: bool = False  # it takes one value, each time that it stands there
 
     @property
     def positional(self) -> bool:
@@ -189,7 +190,8 @@ def _options(kind: type, field: str, flag: str, default: object, *, bare: bool =
         if tyro.conf.Positional in extras:
             flags = ()
         text = comments.get(f.name) or WORDS.get(f.name, "")
-        yield Option(path, flags, hint, value, text, nested=bool(field))
+        append = tyro.conf.UseAppendAction in extras
+        yield Option(path, flags, hint, value, text, nested=bool(field), append=append)
 
 
 def _without_none(hint: Any) -> Any:
@@ -245,10 +247,13 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
         UsageError: it cannot be read.
     """
     options = options_of(kind)
-    typed = _typed(options, arguments)
+    typed, arguments = _typed(options, arguments), _joined(options, arguments)
     command = _parse(kind, arguments, program, options)
     if getattr(kind, "defaults", Command.defaults) is not Command.defaults:  # one that does not inherit has none
-        command = _parse(kind, arguments, program, options, command.defaults())
+        fresh = {
+            option.field: option.default for option in typed if option.append
+        }  # else values are added to themselves
+        command = _parse(kind, arguments, program, options, dataclasses.replace(command.defaults(), **fresh))
     for option in typed:
         value = functools.reduce(getattr, option.field.split("."), cast(Any, command))
         for number in value if isinstance(value, tuple) else (value,):
@@ -290,6 +295,26 @@ def _split(token: str, flags: dict[str, Option]) -> tuple[str, str | None] | Non
     if token.startswith("-") and token[1:2].isalpha():
         return token[:2], token[2:].removeprefix("=") or None
     return None
+
+
+def _joined(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
+    """The command line with the values of an option that takes many behind one flag, however often it stands there."""
+    flags, parts, places = _flags(options), [list[str]()], dict[Option, list[str]]()
+    for token in arguments:
+        split = _split(token, flags)
+        option = flags.get(split[0]) if split else None
+        if split is None:
+            parts[-1].append(token)
+        elif option is None or not option.many or option.append:
+            parts.append([token])
+        else:
+            if option in places:  # values that follow go there too
+                parts.append(parts.pop(next(i for i, part in enumerate(parts) if part is places[option])))
+            else:
+                places[option] = [split[0]]
+                parts.append(places[option])
+            parts[-1].extend([] if split[1] is None else [split[1]])
+    return [token for part in parts for token in part]
 
 
 def _typed(options: Sequence[Option], arguments: Sequence[str]) -> set[Option]:
