@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -425,10 +426,17 @@ NO_DIFFDIS = (
 
 
 def head_in(name: str) -> str | None:
-    """The family of a head in a local folder whose configurations are those of a plain backbone; None: no head."""
-    if not Path(os.path.expanduser(name)).is_dir():
+    """The family of a head in a local folder whose configurations are those of a plain backbone; None: no head.
+
+    Weights that cannot be read say nothing: whoever loads them is told.
+    """
+    folder, options = split_options(expand(name))
+    if not Path(folder).is_dir():
         return None
-    return DIFFDIS if _holds_diffdis(_find(name, None)) else None
+    options.pop("lora", None)
+    with suppress(SafetensorError, OSError):
+        return DIFFDIS if _holds_diffdis(_find(folder, None, **options)) else None
+    return None
 
 
 def _why_no_diffdis(source: _Source) -> str:

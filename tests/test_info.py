@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 
@@ -88,3 +89,29 @@ def test_options_without_a_backbone_are_refused(capsys: pytest.CaptureFixture[st
     for arguments in (["info", "models", "--lora", "a"], ["match", image, image, "--points", "1,1", "--lora", "a"]):
         assert main(arguments) == 2
         assert "--lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b"\x40"])
+def test_a_folder_with_damaged_weights_is_described_without_them(
+    sd_folder: Path, tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(sd_folder, tmp_path / "model")
+    for file in folder.glob("unet/*.safetensors"):
+        file.write_bytes(content)
+    assert main(["info", str(folder), "--json"]) == 0
+    assert "head" not in json.loads(capsys.readouterr().out)
+
+
+def test_the_variant_says_which_weights_are_looked_at(
+    sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(sd_folder, tmp_path / "model")
+    names = ("rgb_proj.0.weight", "attn3.weight", "class_embedding.weight")
+    save_file({name: torch.zeros(1) for name in names}, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffrep.heads.loading.is_diffdis", lambda found: found == set(names))
+        assert main(["info", str(folder), "--json"]) == 0
+        assert "head" not in json.loads(capsys.readouterr().out)
+        assert main(["info", str(folder), "--variant", "fp16", "--json"]) == 0
+    use = json.loads(capsys.readouterr().out)["head"]["use"]
+    assert use == f"diffrep segment --model '{folder}?variant=fp16'"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,11 +49,13 @@ class Info(BackboneOptions):
             facts = read()
         else:
             from diffrep.backbones import load_backbone
+            from diffrep.backbones.repositories import with_options
             from diffrep.heads.loading import head_in
 
             facts = describe(load_backbone(self.named(self.backbone), weights=False))
-            if (family := head_in(self.backbone)) is not None:
-                facts["head"] = {"family": family, "use": f"diffrep segment --model {self.backbone}"}
+            if (family := head_in(self.named(self.backbone))) is not None:
+                head = shlex.quote(with_options(self.backbone, variant=self.variant, revision=self.revision))
+                facts["head"] = {"family": family, "use": f"diffrep segment --model {head}"}
             text = _all_taps_text if self.all else _facts_text
         print(json.dumps(facts, indent=2) if self.json else text(facts))
 
