@@ -170,6 +170,20 @@ def test_a_repeated_option_gives_all_its_values_once() -> None:
     assert (command.backbone, command.points, command.lora) == (("X",), ("1,2",), ("L",))
 
 
+@pytest.mark.parametrize("option", [("--timestep", "5"), ("--prompt", "a cat"), ("--ensemble", "2")])
+def test_a_transformer_takes_no_noise(
+    option: tuple[str, str],
+    vit_folder: Path,
+    photos: tuple[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = str(tmp_path / "store")
+    for words in (["match", *photos, "--points", "3,3"], ["extract", photos[0], "-o", store]):
+        assert f"{option[0]} is for diffusion models" in fails(capsys, *words, "--backbone", str(vit_folder), *option)
+    assert not Path(store).exists()
+
+
 def test_what_was_typed_wins_over_defaults_that_depend_on_it() -> None:
     def read(*words: str) -> _Sample:
         return read_command(_Sample, ["here", *words], "sample")

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, Command, DeviceOptions, PrecisionOptions, numbers, refuse_failed
+from diffrep.backbones import load_backbone
+from diffrep.commands.options import (
+    NOISE,
+    BackboneOptions,
+    Command,
+    DeviceOptions,
+    PrecisionOptions,
+    numbers,
+    refuse_failed,
+    refuse_noise,
+)
 from diffrep.features import ExtractConfig
 from diffrep.files import DRAWING, check_writable, printable, write_image
 from diffrep.images import Sizing
@@ -60,6 +70,8 @@ class Extract(BackboneOptions, PrecisionOptions):
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
         device, dtype = self.resolved()
+        if any(option.removeprefix("extract.").partition(".")[0] in NOISE for option in self.typed):
+            refuse_noise(self.typed, load_backbone(self.named(self.backbone), weights=False))
         new = not self.output.exists()
         done = extract_store(
             self.images,

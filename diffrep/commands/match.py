@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, PrecisionOptions, numbers
+from diffrep.commands.options import BackboneOptions, PrecisionOptions, numbers, refuse_noise
 from diffrep.files import DRAWING, check_folder, check_writable, one_line, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
@@ -197,6 +197,7 @@ class Match(BackboneOptions, PrecisionOptions):
         if len(self.backbone) > 1:
             raise ValueError("--backbone takes several models only with --recipe, which says how they are joined")
         backbone = load_backbone(self.named(self.backbone[0]), device=device, dtype=dtype)
+        refuse_noise(self.typed, backbone)
         extract = self.extract
         if self.size is not None:
             multiple = max(backbone.multiple, 64) if backbone.denoises else backbone.multiple

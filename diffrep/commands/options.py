@@ -15,6 +15,8 @@ from diffrep.files import check_folder, check_replaceable, check_writable, write
 if TYPE_CHECKING:
     import torch
 
+    from diffrep.backbones import Backbone
+
 __all__ = [
     "BackboneOptions",
     "Command",
@@ -87,6 +89,20 @@ class BackboneOptions(WeightOptions):
                 " name: 'NAME?lora=FILE'"
             )
         return tuple(map(self.named, backbones))
+
+
+NOISE = ("timestep", "clean", "prompt", "ensemble", "posterior", "noise", "inversion_steps", "freeu", "label")
+
+
+def refuse_noise(typed: frozenset[str], backbone: Backbone) -> None:
+    """Refuse settings of a diffusion model's noise and conditions for a network that has none.
+
+    Raises:
+        ValueError: the message names the option and the backbone.
+    """
+    for name in NOISE if backbone.denoises is None else ():
+        if any(option == f"extract.{name}" or option.startswith(f"extract.{name}.") for option in typed):
+            raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, {backbone.name} is none")
 
 
 FORMS = {  # what numbers stand for -> how they are written
