@@ -49,12 +49,15 @@ KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task,
 }
 
 
-def head_path(name: str, *, whole: bool, variant: str | None = None, revision: str | None = None) -> str:
+def head_path(
+    name: str, *, whole: bool, task: str | None = None, variant: str | None = None, revision: str | None = None
+) -> str:
     """Where a head's files lie: a folder, a file, or a hub id, with the variant and revision behind it.
 
     Args:
         name: an embedded head, a path, a cache folder of the hub, or a hub id.
         whole: a U-Net alone stands for the diffusers folder that it lies in.
+        task: what the head is wanted for, which the refusal of a file names.
 
     Raises:
         HeadError: there is nothing of that name, or no head; the message says what it is.
@@ -71,7 +74,7 @@ def head_path(name: str, *, whole: bool, variant: str | None = None, revision: s
     if Path(path).is_file():
         if variant or revision:
             raise HeadError(f"{path}: is a file, which has no variant and no revision")
-        _check_file(Path(path))
+        _check_file(Path(path), task)
     elif local:
         if (snapshot := cached_snapshot(Path(path), revision)) is not None:
             path, revision = str(snapshot), None
@@ -88,7 +91,7 @@ def folder_of(source: str) -> Path:
     return Path(split_options(source)[0])
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, task: str | None) -> None:
     """Refuse a file that holds no DiffDIS.
 
     Raises:
@@ -105,7 +108,15 @@ def _check_file(path: Path) -> None:
         formats.describe_weights(names)[0]
         or f"no head, it holds {len(names)} tensors ({', '.join(sorted(names)[:2])}, ...)"
     )
-    raise HeadError(f"{path}: is {what}; a head for depth or normals is given as its whole diffusers folder or hub id")
+    raise HeadError(f"{path}: is {what}; {_GIVEN_AS.get(task or 'depth', _GIVEN_AS['depth'])}")
+
+
+_GIVEN_AS = {  # task -> how its heads are given
+    "depth": "a head for depth or normals is given as its whole diffusers folder or hub id",
+    "segmentation": "a head for segmentation is given as the folder or the weight file of a DiffDIS U-Net",
+    "restore": "a restorer is given as a folder of `diffrep train restore`, or as the file of a PiSA-SR, OSEDiff or"
+    " S3Diff with its base",
+}
 
 
 def published(name: str) -> tuple[str | None, Any]:

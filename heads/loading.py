@@ -154,7 +154,8 @@ def load_head(
             return _load_adapters(adapters, name, task, family, base, place, numbers, fold, prompt, adjustable)
         if prompt is not None or adjustable:
             raise HeadError(f"{name}: prompt and adjustable are of PiSA-SR, OSEDiff and S3Diff, which it is not")
-        source = _find(name, None if base is None else os.fspath(base), **files)
+        wanted = RESTORATION if family in RESTORATION_FAMILIES else "segmentation" if family == DIFFDIS else task
+        source = _find(name, None if base is None else os.fspath(base), wanted, **files)
         if source.head.get("family") in RESTORATION_FAMILIES:
             if (task or RESTORATION) != RESTORATION or family not in (None, source.head["family"]):
                 raise HeadError(f"{name}: is a restorer, not {task or family}")
@@ -236,8 +237,8 @@ def _check_names(task: str | None, family: str | None) -> None:
             raise HeadError(f"there is no {what} {value!r}; known are {', '.join(allowed)}")
 
 
-def _find(name: str, base: str | None, **files: str | None) -> _Source:
-    path = head_path(name, whole=base is None, **files)
+def _find(name: str, base: str | None, task: str | None = None, **files: str | None) -> _Source:
+    path = head_path(name, whole=base is None, task=task, **files)
     head = json_of(path, HEAD_FILE)
     config = json_of(path, "unet/config.json") or json_of(path, "config.json")
     if not config and not folder_of(path).exists():

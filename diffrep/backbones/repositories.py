@@ -34,6 +34,7 @@ EMBEDDED: dict[str, str] = _NAMES["embedded"]  # name -> what it is
 REPOSITORIES: dict[str, tuple[str, ...]] = {name: tuple(ids) for name, ids in _NAMES["repositories"].items()}
 CLEANDIFT: dict[str, tuple[str, str]] = {name: (base, file) for name, (base, file) in _NAMES["cleandift"].items()}
 TIMM: dict[str, str] = _NAMES["timm"]
+REMOVED = frozenset(_NAMES["removed"])  # hub ids that answer no more, which a cache may still hold
 HUB = {name: ids[0] for name, ids in REPOSITORIES.items()}  # short name -> the authors' hub id
 
 _WEIGHTS = re.compile(
@@ -378,9 +379,10 @@ def _find(name: str, ids: tuple[str, ...], revision: str | None) -> _Place:
     tried = f"{name} ({', '.join(ids)})" if ids != (name,) else name
     if offline:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
+        there = next((hub_id for hub_id in ids if hub_id not in REMOVED), ids[0])
         raise BackboneError(
             f"{tried}: the hub cannot be reached ({why}) and the model is not in its local cache; where there is a"
-            f" connection, `hf download {ids[-1]}` and give its folder here instead"
+            f" connection, `hf download {there}` and give its folder here instead"
         )
     raise BackboneError(
         f"{tried}: huggingface.co has no such repository (misspelt, moved, or private: then `hf auth login`);"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffrep.files import one_line, write_whole
 from diffrep.images import ImageError, ImageLike, decode_image, load_image, upright
+from diffrep.results import Result
 
 _ORIENTATION, _PNG = 0x0112, b"\x89PNG\r\n\x1a\n"
 _LAYOUT = (
@@ -42,8 +43,8 @@ _TURNS: Mapping[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF's numbers
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Photograph:
+@dataclass(frozen=True, repr=False)
+class Photograph(Result):
     """An upright image.
 
     Attributes:
@@ -52,6 +53,8 @@ class Photograph:
         exif: tags without the orientation, as files hold them; icc: the colour profile.
         grey: its file holds one channel, which it is saved with again.
     """
+
+    MAIN = "pixels"
 
     pixels: np.ndarray
     alpha: np.ndarray | None = None
@@ -121,11 +124,17 @@ class Photograph:
             return Image.fromarray(pixels)
         return Image.fromarray(np.dstack([pixels, self._bytes(self.alpha)]))
 
+    def picture(self) -> Image.Image:
+        return self.image()
+
     def _bytes(self, values: np.ndarray) -> np.ndarray:
         return np.round(values / 257).astype(np.uint8) if values.dtype == np.uint16 else values
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str]) -> Path:
         """Write it whole or not at all: ``.png`` or ``.tif`` (with all of it), ``.jpg`` or ``.webp``.
+
+        Returns:
+            The path.
 
         Raises:
             ValueError: another ending, or one that cannot hold it: 16 bits go into png and tif, transparency not into
@@ -141,7 +150,7 @@ class Photograph:
             raise ValueError(f"{path}: is partly transparent, which is written as .png, .tif or .webp")
         if self.levels > 255:
             write_whole(path, self._png16() if form == "PNG" else self._tiff16())
-            return
+            return path
         image = self.image()
         if self.grey:
             image = image.convert("L" if self.alpha is None else "LA")
@@ -149,6 +158,7 @@ class Photograph:
         if self.exif:
             options["exif"] = self.exif  # type: ignore[assignment]
         write_whole(path, lambda partial: image.save(partial, form, icc_profile=self.icc, **options))
+        return path
 
     def _channels(self) -> np.ndarray:
         """(H, W, 1, 3 or 4): one channel where it is grey and opaque."""
