@@ -255,7 +255,8 @@ def sample(
         model, condition, guidance, negative, device, dtype: see `diffusion_model`; a `DiffusionModel` as it is.
         sampler: a name of `SAMPLERS`.
         steps: how many.
-        seed: of the first noise and of what steps add; a sample does not depend on its batch.
+        seed: of the first noise and of what steps add. No bit of the noise or of the solver depends on the batch; how
+            the network rounds may.
         size: (H, W) of the images; as the model was trained where left out.
         spacing: where the timesteps lie, one of `GRIDS`; as the sampler wants them where left out.
         timesteps: these instead; or what a search found, with its orders and skipped units: a `Candidate` or its file.

@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -73,6 +73,37 @@ def check_ranges(settings: Any, /, **ranges: str) -> None:
 def check_options(command: Any, /, **ranges: str) -> None:
     """`check`, of ranges alone, of a command: the message names the option, ``--batch-size``."""
     _check_ranges(command, ranges, lambda name: f"--{name.replace('_', '-')}")
+
+
+def check_values(
+    values: Mapping[str, Any],
+    usual: Mapping[str, Any],
+    *,
+    what: str,
+    choices: Mapping[str, Collection[str]],
+    several: Collection[str] = (),
+    error: type[ValueError] = ValueError,
+    **ranges: str,
+) -> None:
+    """`check`, of values that no class has: each is of the type of its usual value, and numbers are finite.
+
+    Args:
+        what: the values belong to, for the message.
+        several: of these there may also be a tuple.
+    """
+    for name, value in values.items():
+        plain = type(usual[name])
+        kind: type = {int: Integral, float: Real}.get(plain, plain)
+        more = name in several and isinstance(value, (tuple, list)) and len(value) > 0
+        expected = _WORDS.get(kind, kind.__name__) + (", or one for each step" if name in several else "")
+        fits = all(isinstance(v, kind) and (kind is bool) == isinstance(v, bool) for v in (value if more else (value,)))
+        if fits and name in choices:
+            fits, expected = value in choices[name], f"one of {', '.join(choices[name])}"
+        if fits and plain is float:
+            allowed = _range(ranges.get(name, FINITE))
+            fits, expected = allowed.holds(value), allowed.words
+        if not fits:
+            raise error(f"{what}: {name} must be {expected}, got {value!r}")
 
 
 def _check_ranges(settings: Any, ranges: dict[str, str], label: Callable[[str], str]) -> None:

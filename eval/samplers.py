@@ -17,7 +17,7 @@ from diffrep.eval.report import Report, Section, read_tables
 from diffrep.painting import DiffusionModel, Samples, diffusion_model, is_synthesis, sample
 from diffrep.sampling.samplers import SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError
-from diffrep.sampling.search import Candidate, read_candidate
+from diffrep.sampling.search import Candidate, as_candidate
 from diffrep.synthesis.grids import ImageEncoder
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SamplersEvaluation:
         calls: network calls of a sample, each a column.
         samplers: names, of `SAMPLERS` or `VARIANTS`; none: all deterministic ones that work with the model.
         spacing: where the timesteps lie.
-        schedule: what a search wrote: its steps are a further column, of the samplers that can take them.
+        schedule: what a search wrote: its steps are a further column, empty for samplers that cannot take them.
         fid: feature spaces of FID, see `load_features`; it needs many images.
         reference: steps of UniPC that stand for the fine solution.
     """
@@ -46,7 +46,7 @@ class SamplersEvaluation:
     samplers: tuple[str, ...] = ()
     spacing: str = "trailing"
     reference: int = 125
-    schedule: Path | None = None
+    schedule: Path | None = None  # what `diffrep search-schedule` wrote: a further column, at its steps
     fid: tuple[str, ...] = ()  # FID to the fine images in these feature spaces: tiny-dino@class, inception:FILE
     seed: int = 0
 
@@ -152,7 +152,7 @@ def evaluate_samplers(
     """
     settings = settings or SamplersEvaluation()
     spaces = {name: load_features(name) for name in settings.fid}
-    found = None if settings.schedule is None else read_candidate(settings.schedule)
+    found = as_candidate(settings.schedule)
     distances: dict[str, dict[str, dict[int, float]]] = {}
     fid: dict[str, Any] = {space: {guidance: {} for guidance in models} for space in spaces}
     searched: dict[str, dict[str, float]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -142,6 +142,7 @@ def search_steps(
     total: int = 1000,
     settings: SearchSettings | None = None,
     first: Sequence[Candidate] = (),
+    of: Mapping[str, Any] | None = None,
     file: str | Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[tuple[float, Candidate]]:
@@ -152,7 +153,8 @@ def search_steps(
         count: timesteps of a candidate.
         total: timesteps of the model.
         first: candidates that the first generation has, the sampler's usual steps for example.
-        file: keeps every fitness; a search with the same settings goes on from it.
+        of: what the fitness is of, the model and the sampler for example; the file keeps it.
+        file: keeps every fitness; a search of the same, with the same settings, goes on from it.
         progress: gets each generation's number and best fitness.
 
     Returns:
@@ -164,16 +166,14 @@ def search_steps(
     s = settings or SearchSettings()
     if not 1 <= count <= total:
         raise SamplingError(f"count must be in 1..{total}, got {count}")
-    about, path = (
-        {"count": count, "total": total, **vars(s), "taps": list(s.taps)},
-        None if file is None else Path(file),
-    )
-    about = {name: value for name, value in about.items() if name != "taps" or value}
+    about, path = {"count": count, "total": total, **vars(s), "of": of}, None if file is None else Path(file)
+    about = {name: value for name, value in about.items() if name not in ("taps", "of") or value}
+    about = json.loads(json.dumps(about))  # as it is read back
     known, seen, best, skip = dict[str, float](), set[str](), list[tuple[float, str, Candidate]](), 0.0
     if path is not None and path.exists():
         document = read_document(path, error=SamplingError)
         if document.get("search") != about:
-            raise SamplingError(f"{path}: is of another search; its settings are {document.get('search')}")
+            raise SamplingError(f"{path}: is of another search: {_difference(document.get('search'), about)}")
         known = {str(k): float(v) for k, v in document.get("evaluated", {}).items()}
     for epoch in range(s.epochs):
         generation = _Generation(s, count, total, random.Random(f"{s.seed}-{epoch}"), skip, first)
@@ -198,6 +198,21 @@ def search_steps(
         if progress is not None:
             progress(epoch, best[0][0])
     return [(value, candidate) for value, _, candidate in best]
+
+
+def _difference(found: Any, about: Mapping[str, Any]) -> str:
+    """What the search of a file has otherwise, in words."""
+
+    def flat(search: Any) -> dict[str, Any]:
+        known = search if isinstance(search, dict) else {}
+        of: dict[str, Any] = known.get("of") or {}
+        named = {"timesteps" if name == "count" else name: value for name, value in known.items() if name != "of"}
+        return named | of
+
+    theirs, ours = flat(found), flat(about)
+    names = [name for name in {**ours, **theirs} if theirs.get(name, ...) != ours.get(name, ...)]
+    said = [f"{n} {json.dumps(theirs[n]) if n in theirs else 'unknown'}, not {json.dumps(ours.get(n))}" for n in names]
+    return "; ".join(said)
 
 
 def extraction_fitness(

@@ -286,6 +286,7 @@ def test_tables_have_one_order_for_each_step() -> None:
     assert isinstance(schedule, TableVP)
     with pytest.raises(SamplingError, match="one for each of 3 steps"):
         build_table("unipc", schedule, 3, order=(1, 2))
+    assert build_table("unipc", schedule, 3, order=np.int64(2)).name == "UniPC-2"
 
 
 # -- what searches, compares and times ------------------------------------------------------------------------
@@ -334,6 +335,12 @@ def test_the_best_tap_and_timestep_are_searched(tmp_path: Path, capsys: pytest.C
     assert costs[0] < noise
     assert main([*line, "--fitness", "probe", "--steps", "3"]) == 2
     assert "--steps does not go with it" in capsys.readouterr().err
+    assert main([*line, "--fitness", "pck", "--cost", "0.7"]) == 2
+    assert "is of another search: cost 0.5, not 0.7" in capsys.readouterr().err
+    with pytest.raises(SamplingError, match=r"cell\.json: is of a search for taps"):
+        as_candidate(file)
+    with pytest.raises(SamplingError, match="these are of a search for taps"):
+        as_candidate(found)
     file.write_text('{"timesteps": [1], "taps": [2]}')
     with pytest.raises(SamplingError, match="taps are a list of names"):
         read_candidate(file)
@@ -343,15 +350,17 @@ def test_the_comparison_has_fid_searched_steps_and_a_picture(tiny: DiffusionMode
     (tmp_path / "steps.json").write_text('{"timesteps": [950, 400], "orders": [1, 2]}')
     settings = SamplersEvaluation(
         calls=(2, 3),
-        samplers=("unipc", "ddim"),
+        samplers=("unipc", "ddim", "ghvb"),
         reference=6,
         schedule=tmp_path / "steps.json",
         fid=("tiny-dino@class",),
     )
     report = evaluate_samplers({"2": diffusion_model("tiny", ["a cat", "a car"], guidance=2.0)}, settings)
-    assert report.picture().size == (2 * 132, 3 * 132)
+    assert report.picture().size == (2 * 132, 4 * 132)
     assert report.searched["2"]["unipc"] > 0
     assert "no option order" in report.refused["ddim at the searched steps"]
+    assert "order must be a number" in report.refused["ghvb at the searched steps"]
+    assert set(report.searched["2"]) == {"unipc"}
     assert set(report.fid["tiny-dino@class"]["2"]["unipc"]) == {2, 3}
     document = json.loads(report.to_json())
     assert document["fid"]["tiny-dino@class"]["2"]["ddim"]["3"] >= 0

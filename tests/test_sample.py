@@ -146,6 +146,13 @@ def test_searched_steps_beat_even_ones() -> None:
     assert fitness(None) == distance_to_fine(exact_model(table()), "ddim", 3, 100)(Candidate((999, 666, 332)))
 
 
+def test_the_help_says_which_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "samplers", "--help-all"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "search-schedule" in shown
+    assert "how the learning rate falls" not in shown
+
+
 @pytest.mark.slow
 def test_the_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
@@ -174,6 +181,9 @@ def test_the_commands_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     first = steps.read_bytes()
     assert main([*search, "-o", str(steps)]) == 0
     assert steps.read_bytes() == first
+    capsys.readouterr()
+    assert main([*search, "--sampler", "ddim", "-o", str(steps)]) == 2
+    assert 'is of another search: sampler "unipc", not "ddim"' in capsys.readouterr().err
     report = tmp_path / "samplers.json"
     compare = ["eval", "samplers", "--count", "1", "--calls", "2", "--reference", "4", "--samplers", "unipc", "ghvb"]
     assert main([*compare, "-o", str(report)]) == 0

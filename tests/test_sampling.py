@@ -331,6 +331,21 @@ def test_what_cannot_be_is_said_before_the_first_step() -> None:
         ("timesteps must fall inside", lambda: build_table("unipc", table, 2, timesteps=[10, 500])),
         ("spacing must be one of", lambda: build_table("unipc", table, 5, spacing="golden")),
         ("orders are 1 to 3", lambda: build_table("dpm++", table, 5, order=4)),
+        (r"order must be a number, got \(1, 2\)", lambda: build_table("ghvb", table, 2, order=(1, 2))),
+        (r"deis-tab: order must be a whole number, got \[1", lambda: build_table("deis-tab", table, 2, order=[1, 2])),
+        ("ipndm: order must be a whole number, got 2.5", lambda: build_table("ipndm", table, 4, order=2.5)),
+        ("whole number, or one for each step, got 'x'", lambda: build_table("unipc", table, 4, order="x")),
+        (r"or one for each step, got \(\)", lambda: build_table("unipc", table, 4, order=())),
+        (
+            "order must be a whole number, or one for each step, got True",
+            lambda: build_table("lml", table, 4, order=True),
+        ),
+        ("form must be one of noise, data, got 'velocity'", lambda: build_table("dpm", table, 4, form="velocity")),
+        ("variant must be one of bh1, bh2, vary, got 'x'", lambda: build_table("unipc", table, 4, variant="x")),
+        ("exact must be a bool, got 1", lambda: build_table("dpm++", table, 4, exact=1)),
+        ("method must be text, got 2", lambda: build_table("rho-rk", table, 4, method=2)),
+        ("ddim: eta must be finite and at least 0, got -0.5", lambda: build_table("ddim", table, 4, eta=-0.5)),
+        ("beta must be a finite number, got nan", lambda: build_table("unipc-hb", table, 4, beta=math.nan)),
         (
             "two steps or more",
             lambda: evodiff(TimeGrid.of(Exploding(), [80, 1])),
@@ -452,6 +467,17 @@ def test_a_search_goes_on_where_it_stopped_and_never_asks_twice(tmp_path: Path) 
     assert read_candidate(tmp_path / "search.json") == whole[0][1]
     with pytest.raises(SamplingError, match="of another search"):
         search_steps(fitness, 4, total=100, settings=settings, file=tmp_path / "search.json")
+    of, file = {"model": "one", "prompt": ("a", "b")}, tmp_path / "of.json"
+    kept = search_steps(fitness, 3, total=100, settings=settings, file=file, of=of)
+    count = len(asked)
+    assert search_steps(fitness, 3, total=100, settings=settings, file=file, of=of) == kept
+    assert len(asked) == count  # everything was in the file
+    for other, said in (
+        ({**of, "model": "two"}, 'model "one", not "two"'),
+        ({}, r'model "one", not null; prompt \["a'),
+    ):
+        with pytest.raises(SamplingError, match=rf"of\.json: is of another search: {said}"):
+            search_steps(fitness, 3, total=100, settings=settings, file=file, of=other)
     (tmp_path / "hand.json").write_text('{"timesteps": [1, 1]}')
     with pytest.raises(SamplingError, match=r"hand\.json: its timesteps are not distinct"):
         read_candidate(tmp_path / "hand.json")

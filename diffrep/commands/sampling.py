@@ -158,9 +158,14 @@ class SearchSchedule(PrecisionOptions):
         cost = self.cost if self.skip else 0.0
         fitness = distance_to_fine(model, self.sampler, self.steps, self.reference, seed=self.seed, cost=cost)
         usual = Candidate(tuple(int(t) for t in table_times(model.schedule, self.steps)))
+        of = {
+            "fitness": self.fitness, "sampler": self.sampler, "model": self.model, "prompt": self.prompt,
+            "label": self.label, "count": self.count, "guidance": self.guidance, "reference": self.reference,
+            "cost": cost,
+        }  # fmt: skip
         best = search_steps(
             fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output, first=[usual],
-            progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
+            of=of, progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
         )  # fmt: skip
         even = fitness(None)
         found = best[0][1]
@@ -181,7 +186,8 @@ class SearchSchedule(PrecisionOptions):
                 f"--fitness {self.fitness} searches one tap and timestep; --{clash[0]} does not go with it"
             )
         device, dtype = self.resolved()
-        backbone = load_backbone("tiny" if "model" not in self.typed else self.model, device=device, dtype=dtype)
+        model = "tiny" if "model" not in self.typed else self.model
+        backbone = load_backbone(model, device=device, dtype=dtype)
         if not isinstance(backbone, DiffusionBackbone):
             raise ValueError(f"{self.model}: has no timesteps to search; give a diffusion backbone")
         settings = SearchSettings(
@@ -192,8 +198,9 @@ class SearchSchedule(PrecisionOptions):
         measure: Any = self.fitness
         fitness = extraction_fitness(backbone, measure, count=self.per_category, cost=self.cost, seed=self.seed)
         usual = Candidate((backbone.recommended.conditions.timestep,), taps=backbone.recommended.taps[:1])
+        of = {"fitness": self.fitness, "model": model, "cost": self.cost, "per_category": self.per_category}
         best = search_steps(
-            fitness, 1, total=len(backbone.alphas_cumprod), settings=settings, file=self.output, first=[usual],
+            fitness, 1, total=len(backbone.alphas_cumprod), settings=settings, file=self.output, first=[usual], of=of,
             progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
         )  # fmt: skip
         (tap,), (timestep,) = best[0][1].taps, best[0][1].timesteps

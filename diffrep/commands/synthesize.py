@@ -139,19 +139,18 @@ class Synthesize(PrecisionOptions):
 
     def _settings(self) -> SynthesisSettings:
         """Those of the options, with the sampler and the steps of a search."""
-        from diffrep.sampling.search import read_candidate
+        from diffrep.sampling.search import as_candidate
 
         settings = self.sampling
         if self.sampler is not None:
             if "sampling.scheduler" in self.typed and self.sampler != settings.scheduler:
                 raise ValueError(f"--sampler and --scheduler are one option, got {self.sampler}, {settings.scheduler}")
             settings = replace(settings, scheduler=self.sampler)
-        if self.schedule is not None:
+        if (found := as_candidate(self.schedule)) is not None:
             if clash := sorted(
                 self.typed & {f"sampling.{name}" for name in ("steps", "timesteps", "orders", "skipped")}
             ):
                 raise ValueError(f"--schedule says what --{clash[0].removeprefix('sampling.')} would; give one of them")
-            found = read_candidate(self.schedule)
             units = tuple(",".join(map(str, row)) for row in found.skipped)
             timesteps = tuple(int(t) for t in found.timesteps)
             settings = replace(settings, timesteps=timesteps, orders=found.orders, skipped=units)

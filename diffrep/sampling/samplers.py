@@ -12,6 +12,7 @@ from diffrep.sampling import solvers
 from diffrep.sampling.core import SolverTable, Update
 from diffrep.sampling.flows import transport_sde
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP, TimeGrid, boundary, table_times
+from diffrep.settings import NOT_NEGATIVE, check_values
 
 Builder = Callable[..., SolverTable]  # (grid, schedule, **options)
 FAINT = 1000.0  # sigma / alpha above which a schedule begins almost without signal
@@ -35,8 +36,6 @@ def _plain(builder: Builder, **fixed: Any) -> Builder:
 
 
 def _unipc(grid: TimeGrid, schedule: NoiseSchedule, variant: str, **options: Any) -> SolverTable:
-    if variant not in ("bh1", "bh2", "vary"):
-        raise SamplingError(f"UniPC has the variants bh1, bh2 and vary, got {variant!r}")
     relaxation = None if variant == "vary" else f"unipc-{variant}"
     return solvers.multistep(grid, relaxation=relaxation, corrected=True, **options)
 
@@ -90,6 +89,7 @@ SAMPLERS: dict[str, Sampler] = {
         spacing="lcm",
     ),
 }
+ONE_ORDER = ("deis-tab", "ipndm", "ghvb", "hb", "nesterov")  # no order of its own for each step
 
 
 def build_table(
@@ -106,7 +106,7 @@ def build_table(
         options: of the sampler, in place of those in `SAMPLERS`.
 
     Raises:
-        SamplingError: no such sampler, spacing or option, or they do not go together.
+        SamplingError: no such sampler, spacing or option, a wrong value of one, or they do not go together.
     """
     if name not in SAMPLERS:
         raise SamplingError(f"there is no sampler {name!r}; known are {', '.join(SAMPLERS)}")
@@ -114,6 +114,11 @@ def build_table(
     if unknown := sorted(set(options) - set(sampler.options)):
         known = ", ".join(sampler.options) or "none"
         raise SamplingError(f"the sampler {name} has no option {', '.join(unknown)}; its options are {known}")
+    choices = {"variant": ("bh1", "bh2", "vary")} | ({"form": ("noise", "data")} if name == "dpm" else {})
+    several = () if name in ONE_ORDER else ("order",)
+    check_values(
+        options, sampler.options, what=name, choices=choices, several=several, error=SamplingError, eta=NOT_NEGATIVE
+    )
     if not (sampler.flow if flow else sampler.table):
         kind = "rectified flows, which start without signal" if flow else "noise schedules, only on rectified flows"
         works = ", ".join(key for key, value in SAMPLERS.items() if (value.flow if flow else value.table))

@@ -79,7 +79,9 @@ def read_candidate(path: str | Path) -> Candidate:
 
 
 def as_candidate(timesteps: Candidate | Sequence[float] | str | Path | None) -> Candidate | None:
-    """Timesteps as a candidate: a candidate, its file, or falling timesteps themselves."""
-    if timesteps is None or isinstance(timesteps, Candidate):
-        return timesteps
-    return read_candidate(timesteps) if isinstance(timesteps, (str, Path)) else Candidate(tuple(timesteps))
+    """Timesteps to paint at as a candidate: a candidate, its file, or falling timesteps themselves."""
+    found = read_candidate(timesteps) if isinstance(timesteps, (str, Path)) else timesteps
+    if isinstance(found, Candidate) and found.taps:
+        where = f"{timesteps}: is" if isinstance(timesteps, (str, Path)) else "these are"
+        raise SamplingError(f"{where} of a search for taps of features, not for a sampler's steps")
+    return found if found is None or isinstance(found, Candidate) else Candidate(tuple(found))

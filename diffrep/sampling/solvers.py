@@ -153,7 +153,7 @@ def multistep(
     Raises:
         SamplingError: an order that there is not.
     """
-    several, largest = (grid.steps * (order,) if isinstance(order, int) else tuple(order)), np.max(order)
+    several, largest = (tuple(order) if isinstance(order, Sequence) else grid.steps * (order,)), np.max(order)
     if len(several) != grid.steps or min(several) < 1 or (largest > (2 if noisy else 3) and not corrected):
         raise SamplingError(f"orders are 1 to 3 (2 with noise), one for each of {grid.steps} steps, got {order}")
     final, usable = corrected or grid.steps < 15 if final is None else final, np.isfinite(grid.log_snr).cumsum()
