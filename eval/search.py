@@ -205,9 +205,9 @@ def _difference(found: Any, about: Mapping[str, Any]) -> str:
 
     def flat(search: Any) -> dict[str, Any]:
         known = search if isinstance(search, dict) else {}
-        of: dict[str, Any] = known.get("of") or {}
+        of: Any = known.get("of")
         named = {"timesteps" if name == "count" else name: value for name, value in known.items() if name != "of"}
-        return named | of
+        return {**named, **(of if isinstance(of, dict) else {})}
 
     theirs, ours = flat(found), flat(about)
     names = [name for name in {**ours, **theirs} if theirs.get(name, ...) != ours.get(name, ...)]
