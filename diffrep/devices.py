@@ -14,7 +14,7 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class DeviceError(ValueError):
-    """A device or a precision that cannot be used here; the message names the option, what was given, what is there."""
+    """A device or a precision that cannot be used here; the message says what was given and what is there."""
 
 
 def resolve_device(device: str | torch.device = "auto") -> torch.device:
@@ -38,11 +38,11 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
     except (RuntimeError, ValueError):
         wanted = torch.device("meta")
     if wanted.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+        raise DeviceError(f"the device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
     if f"{wanted.type}:{wanted.index or 0}" not in known:
         shown = ", ".join(each if each.startswith("cuda") else each.removesuffix(":0") for each in known)
         lacking = f"PyTorch finds no {wanted.type.upper()} device here; " if wanted.index in (None, 0) else ""
-        raise DeviceError(f"--device {name}: {lacking}there is {shown}")
+        raise DeviceError(f"device {name}: {lacking}there is {shown}")
     return wanted
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.backbones import Backbone, Grid, load_backbone
+from diffrep.backbones import Backbone, BackboneError, Grid, load_backbone
 from diffrep.images import ImageLike, Placement, fit_image, load_image, stack_pixels
 from diffrep.pictures import component_colours, side_by_side, stacked
 from diffrep.results import Result
@@ -358,6 +358,7 @@ def extract(
         settings: of `ExtractConfig`, in the place of those of `config`: ``taps="up.1"``, ``timestep=100``.
 
     Raises:
+        BackboneError: the backbone was loaded without its weights, or cannot be loaded.
         ImageError: an image cannot be read.
         TapError: the backbone has no such tap.
         TypeError: there is no such setting; the message lists the near names.
@@ -395,6 +396,8 @@ def extract_each(
     """
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone)
+    if backbone.device.type == "meta":
+        raise BackboneError(f"{backbone.name}: was loaded without its weights (weights=False) and has no features")
     resolved = configured(config, settings).resolve(backbone)
     return _extract_each(backbone, listed(images), resolved, progress)
 

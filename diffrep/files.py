@@ -26,6 +26,7 @@ MARK = "diffrep"
 DRAWING = f"{MARK} drawing"  # of pictures about images: matches, contact sheets, heat maps
 # one of these lies in every folder that `replace_folder` replaces
 _REPLACEABLE = ("head.json", "model_index.json", "config.json", "synthesis.json", "index.json", ".zattrs", "zarr.json")
+UNFETCHED, _POINTER = "is a Git LFS pointer: run `git lfs pull`", b"version https://git-lfs"
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 
 
@@ -185,7 +186,8 @@ def read_weights(
         Its tensors by their names, on the CPU, and its metadata.
 
     Raises:
-        error: the file is missing, cut off, or no safetensors file; the message begins with its path.
+        error: the file is missing, cut off, a Git LFS pointer, or no safetensors file; the message begins with its
+            path.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -194,7 +196,31 @@ def read_weights(
             names = file.keys() if only is None else only
             return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as problem:
-        raise error(f"{path}: cannot be read as safetensors ({one_line(problem)})") from None
+        raise error(f"{path}: {_why_unreadable(path, problem)}") from None
+
+
+def weight_names(path: str | os.PathLike[str], *, error: type[Exception] = ValueError) -> set[str]:
+    """The names of the tensors of a safetensors file, whose values are not read; errors as of `read_weights`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError, ValueError, RecursionError) as problem:
+        raise error(f"{path}: {_why_unreadable(path, problem)}") from None
+
+
+def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is the note that Git leaves of a large one that it has not fetched."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def _why_unreadable(path: str | os.PathLike[str], problem: Exception) -> str:
+    return UNFETCHED if is_lfs_pointer(path) else f"cannot be read as safetensors ({one_line(problem)})"
 
 
 def claim_folder(folder: str | os.PathLike[str], settings: Mapping[str, object], *, name: str = SETTINGS) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from diffrep.backbones import weight_files as formats
@@ -35,7 +34,7 @@ from diffrep.backbones.repositories import (
     without_fetching,
 )
 from diffrep.backbones.text import TextEncoders
-from diffrep.files import read_document, read_weights, save_weights, write_document, write_whole
+from diffrep.files import read_document, read_weights, save_weights, weight_names, write_document, write_whole
 from diffrep.heads.head import Head, HeadError
 
 HEAD_FILE, CONTEXT_FILE, WEIGHTS = "head.json", "context.safetensors", "diffusion_pytorch_model.safetensors"
@@ -98,8 +97,7 @@ def _check_file(path: Path, task: str | None) -> None:
         HeadError: saying what it is instead.
     """
     if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as opened:  # names alone: a file of gigabytes is read once, by what takes it
-            names = set(opened.keys())
+        names = weight_names(path, error=HeadError)  # a file of gigabytes is read once, by what takes it
     else:
         names = set(formats.read_weights(path))
     if any(key.endswith("rgb_proj.0.weight") for key in names):

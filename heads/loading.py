@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component, network_class
 from diffrep.backbones.repositories import expand, repository, split_options, weight_files, with_options
 from diffrep.devices import resolve_device, resolve_dtype
-from diffrep.files import read_weights, words_of
+from diffrep.files import read_weights, weight_names, words_of
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
@@ -140,7 +140,7 @@ def load_head(
     if not isinstance(name, (str, os.PathLike)):
         raise HeadError(f"a head is named by text or a path, got {type(name).__name__}")
     place = resolve_device(device)
-    numbers = resolve_dtype(dtype, place)
+    numbers = resolve_dtype(dtype, place, option="dtype")
     _check_names(task, family)
     head: DenseHead | SegmentationHead | RestorationHead
     try:
@@ -189,8 +189,7 @@ def _names_adapters(file: Path) -> bool:
             return any(key.startswith("state_dict_unet") for key in read_checkpoint(file))
         except HeadError:  # damage, which the reader of the whole names
             return True
-    with safe_open(file, "pt") as opened:
-        return any(key.startswith("state_dict_unet") for key in opened.keys())  # noqa: SIM118
+    return any(key.startswith("state_dict_unet") for key in weight_names(file, error=HeadError))
 
 
 def _load_adapters(
@@ -415,8 +414,7 @@ def _holds_diffdis(source: _Source) -> bool:
     stated = any(key in source.config for key in ("use_swci", "mid_extra_cross"))
     names: set[str] = set()
     for file in _unet_files(source) if plain or stated else ():
-        with safe_open(file, "pt") as opened:
-            names |= set(opened.keys())
+        names |= weight_names(file, error=HeadError)
     return is_diffdis(names)
 
 
@@ -435,8 +433,9 @@ def head_in(name: str) -> str | None:
     if not Path(folder).is_dir():
         return None
     options.pop("lora", None)
-    with suppress(SafetensorError, OSError):
-        return DIFFDIS if _holds_diffdis(_find(folder, None, **options)) else None
+    source = _find(folder, None, **options)
+    with suppress(HeadError, OSError):
+        return DIFFDIS if _holds_diffdis(source) else None
     return None
 
 

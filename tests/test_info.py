@@ -16,6 +16,10 @@ import diffrep
 from diffrep.backbones import BackboneError, load_backbone
 from diffrep.backbones.repositories import split_options, with_options
 from diffrep.cli import main
+from diffrep.devices import DeviceError
+from diffrep.features import extract
+from diffrep.heads.head import HeadError
+from diffrep.heads.loading import load_head
 from diffrep.recipes import RECIPES
 from diffrep.store import open_store
 from diffrep.tasks import MODELS
@@ -115,3 +119,25 @@ def test_the_variant_says_which_weights_are_looked_at(
         assert main(["info", str(folder), "--variant", "fp16", "--json"]) == 0
     use = json.loads(capsys.readouterr().out)["head"]["use"]
     assert use == f"diffrep segment --model '{folder}?variant=fp16'"
+
+
+def test_a_git_lfs_pointer_is_called_one(sd_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sd_folder, tmp_path / "model")
+    for file in (*folder.glob("unet/*.safetensors"), tmp_path / "model.ckpt"):
+        file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    for place in (folder, tmp_path / "model.ckpt"):
+        with pytest.raises(BackboneError, match="is a Git LFS pointer: run `git lfs pull`"):
+            load_backbone(place, device="cpu")
+    with pytest.raises(HeadError, match="is a Git LFS pointer"):
+        load_head(folder, task="depth", device="cpu")
+
+
+def test_what_was_loaded_without_weights_has_no_features(sd_folder: Path) -> None:
+    with pytest.raises(BackboneError, match="was loaded without its weights"):
+        extract(load_backbone(sd_folder, weights=False), Image.new("RGB", (64, 64)))
+
+
+@pytest.mark.parametrize("argument", ["device", "dtype"])
+def test_a_wrong_argument_is_no_option_of_the_command_line(argument: str) -> None:
+    with pytest.raises(DeviceError, match=f"^(the )?{argument} must be"):
+        load_backbone("tiny", **{argument: "nonsense"})  # type: ignore[arg-type]

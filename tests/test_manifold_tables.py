@@ -263,7 +263,7 @@ def test_notes_are_lines_on_standard_error(tmp_path: Path, capsys: pytest.Captur
     assert shown.err.strip().startswith("diffrep embed: ")
     assert "taken for column names" in shown.err
     assert main(["embed", str(tmp_path / "points.csv"), "-o", str(tmp_path / "m.png"), "--device", "nonsense"]) == 2
-    assert "--device must be auto, cpu" in capsys.readouterr().err
+    assert "device must be auto, cpu" in capsys.readouterr().err
 
 
 def test_integers_stay_integers_and_maps_describe_and_save_themselves(tmp_path: Path) -> None:

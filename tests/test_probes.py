@@ -474,7 +474,7 @@ def test_a_sweep_does_not_load_the_renderer() -> None:
         (["--shares", "nan", "0.5", "0.5"], "shares of train, val and test must add up to 1"),
         (["--batch-size", "0"], "batch_size"),
         (["--size", "0"], "size"),
-        (["--device", "nonsense"], "--device must be auto, cpu"),
+        (["--device", "nonsense"], "device must be auto, cpu"),
         (["--cells"], "at least one"),
         (["--head", "mlp", "--fit.learning-rates", "1e30"], "diverged"),
     ],

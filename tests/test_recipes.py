@@ -234,7 +234,7 @@ def test_what_was_typed_wins_over_a_recipe(
         (("--timestep", "1000"), "timestep must be in -1..999"),
         (("--taps", "mid"), "made for its taps"),
         (("--seed", str(2**70)), "seed must be in"),
-        (("--device", "nonsense"), "--device must be"),
+        (("--device", "nonsense"), "device must be"),
         (("--backbone", str(sd_folder), str(sd_folder)), "only with --recipe"),
     ):
         assert message in matched(picture, capsys, *options), options

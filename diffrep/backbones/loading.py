@@ -102,7 +102,7 @@ def load_backbone(
     options = LoadOptions(
         name=base,
         device=device,
-        dtype=resolve_dtype(dtype, device),
+        dtype=resolve_dtype(dtype, device, option="dtype"),
         stride=stride,
         variant=variant,
         revision=revision,
@@ -295,7 +295,7 @@ def load_cleandift(
         BackboneError: the weights do not fit the base's U-Net.
     """
     place = resolve_device(device)
-    options = LoadOptions(name=name, device=place, dtype=resolve_dtype(dtype, place))
+    options = LoadOptions(name=name, device=place, dtype=resolve_dtype(dtype, place, option="dtype"))
     backbone = load_pipeline(repository(base, variant=variant), options)
     if not isinstance(backbone, LatentDiffusion):
         raise BackboneError(f"{base}: is a {type(backbone).__name__}, no Stable Diffusion")

@@ -47,7 +47,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     everything else becomes an inert object.
 
     Raises:
-        BackboneError: the file is missing, damaged, of another format, or has no state dict of tensors.
+        BackboneError: the file is missing, damaged, a Git LFS pointer, of another format, or holds no state dict.
     """
     if not path.is_file():
         raise BackboneError(f"{path}: there is no such file")
@@ -55,6 +55,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         start = opened.read(4)
     if start == b"GGUF":
         raise BackboneError(f"{path}: is a GGUF file, whose weights are quantised; give the model as safetensors")
+    if files.is_lfs_pointer(path):
+        raise BackboneError(f"{path}: {files.UNFETCHED}")
     if path.suffix == ".safetensors":
         return files.read_weights(path, error=BackboneError)[0]
     try:

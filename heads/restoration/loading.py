@@ -16,7 +16,7 @@ from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component
 from diffrep.backbones.repositories import repository
 from diffrep.backbones.text import TextEncoders
-from diffrep.files import one_line, read_weights
+from diffrep.files import UNFETCHED, is_lfs_pointer, one_line, read_weights
 from diffrep.heads.head import HeadError
 from diffrep.heads.head_folders import CONTEXT_FILE, folder_of, json_of
 from diffrep.heads.one_step import Schedule
@@ -61,6 +61,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     """
     if file.suffix == ".safetensors":
         return dict(read_weights(file, error=HeadError)[0])
+    if is_lfs_pointer(file):
+        raise HeadError(f"{file}: {UNFETCHED}")
     try:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for files that are damaged or forbidden
