@@ -298,8 +298,12 @@ def _split(token: str, flags: dict[str, Option]) -> tuple[str, str | None] | Non
 
 
 def _joined(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
-    """The command line with the values of an option that takes many behind one flag, however often it stands there."""
-    flags, parts, places = _flags(options), [list[str]()], dict[Option, list[str]]()
+    """The command line with the values of an option that takes many behind one flag, however often it stands there.
+
+    Raises:
+        UsageError: it stands there several times, once without a value.
+    """
+    flags, parts, places = _flags(options), [list[str]()], dict[Option, list[list[str]]]()
     for token in arguments:
         split = _split(token, flags)
         option = flags.get(split[0]) if split else None
@@ -308,12 +312,14 @@ def _joined(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
         elif option is None or not option.many or option.append:
             parts.append([token])
         else:
-            if option in places:  # values that follow go there too
-                parts.append(parts.pop(next(i for i, part in enumerate(parts) if part is places[option])))
-            else:
-                places[option] = [split[0]]
-                parts.append(places[option])
-            parts[-1].extend([] if split[1] is None else [split[1]])
+            parts.append([] if split[1] is None else [split[1]])
+            places.setdefault(option, []).append(parts[-1])
+    for option, values in places.items():
+        if len(values) > 1 and not all(values):
+            raise UsageError(f"{option.flags[-1]} takes at least one value each time that it is there")
+        values[0][:] = [option.flags[-1], *(word for part in values for word in part)]
+        for part in values[1:]:
+            part.clear()
     return [token for part in parts for token in part]
 
 
