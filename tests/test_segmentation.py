@@ -192,7 +192,7 @@ def test_folders_that_are_no_heads(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(HeadError, match="is no folder of a head"):
         load_segmentation(tmp_path / "empty")
     (folder / "unet" / WEIGHTS).write_bytes(b"none")
-    with pytest.raises(HeadError, match="damaged"):
+    with pytest.raises(HeadError, match="cannot be read as safetensors"):
         load_segmentation(folder)
 
 
