@@ -396,7 +396,7 @@ def extract_each(
     """
     if not isinstance(backbone, Backbone):
         backbone = load_backbone(backbone)
-    if backbone.device.type == "meta":
+    if backbone.device.type == "meta" and backbone.source != "random":  # those made in memory count operations
         raise BackboneError(f"{backbone.name}: was loaded without its weights (weights=False) and has no features")
     resolved = configured(config, settings).resolve(backbone)
     return _extract_each(backbone, listed(images), resolved, progress)
