@@ -16,11 +16,11 @@ import tyro
 
 from diffrep.backbones import load_backbone
 from diffrep.commands.options import (
-    NOISE,
     BackboneOptions,
     Command,
     DeviceOptions,
     PrecisionOptions,
+    noise_options,
     numbers,
     refuse_failed,
     refuse_noise,
@@ -70,7 +70,7 @@ class Extract(BackboneOptions, PrecisionOptions):
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
         device, dtype = self.resolved()
-        if any(option.removeprefix("extract.").partition(".")[0] in NOISE for option in self.typed):
+        if noise_options(self.typed):
             refuse_noise(self.typed, load_backbone(self.named(self.backbone), weights=False))
         new = not self.output.exists()
         done = extract_store(

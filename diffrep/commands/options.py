@@ -94,15 +94,20 @@ class BackboneOptions(WeightOptions):
 NOISE = ("timestep", "clean", "prompt", "ensemble", "posterior", "noise", "inversion_steps", "freeu", "label")
 
 
+def noise_options(typed: frozenset[str]) -> list[str]:
+    """The settings of noise and conditions among the options that were typed, in the order of `NOISE`."""
+    names = {option.removeprefix("extract.").partition(".")[0] for option in typed if option.startswith("extract.")}
+    return [name for name in NOISE if name in names]
+
+
 def refuse_noise(typed: frozenset[str], backbone: Backbone) -> None:
     """Refuse settings of a diffusion model's noise and conditions for a network that has none.
 
     Raises:
         ValueError: the message names the option and the backbone.
     """
-    for name in NOISE if backbone.denoises is None else ():
-        if any(option == f"extract.{name}" or option.startswith(f"extract.{name}.") for option in typed):
-            raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, {backbone.name} is none")
+    for name in noise_options(typed) if backbone.denoises is None else ():
+        raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, {backbone.name} is none")
 
 
 FORMS = {  # what numbers stand for -> how they are written
