@@ -24,7 +24,7 @@ from diffrep.eval.maps import angular_error
 from diffrep.eval.one_step_ablation import AblationSettings
 from diffrep.eval.rendering import SceneMapSettings, render_job
 from diffrep.eval.report import Report, Section, mean_interval, with_interval
-from diffrep.eval.scene_maps import scene_depth_metrics, scene_truth
+from diffrep.eval.scene_maps import scene_depth_metrics, scene_pixels, scene_truth
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image
 from diffrep.heads.families import Task
@@ -188,7 +188,7 @@ def evaluate_joint(
     scores: dict[str, dict[str, list[float]]] = {target: {JOINT: [], "alone": []} for target in TARGETS}
     measured = SceneMapSettings(count=settings.held_out, workers=workers)
     for batch in measured.batches(render_job, measured.jobs()):
-        pixels = torch.stack([torch.from_numpy(s.image.copy()).permute(2, 0, 1) for s in batch]).float() / 127.5 - 1
+        pixels = scene_pixels(batch)
         for name, method in methods.items():
             for target, maps in method(pixels).items():
                 which = JOINT if name == JOINT else "alone"

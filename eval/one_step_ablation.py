@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from diffrep.backbones.pipelines import load_parts
@@ -25,6 +24,7 @@ from diffrep.eval.scene_maps import (
     evaluate_scene_maps,
     maps_through_vae,
     no_look,
+    scene_pixels,
 )
 from diffrep.heads.families import LOTUS_D, LOTUS_G, Family, Task
 from diffrep.heads.training.dense import OneStepModel, predict_maps
@@ -215,8 +215,7 @@ def _folder_name(variant: Variant) -> str:
 def _method(model: OneStepModel, vae: Any, task: Task, steps: int) -> Callable[[Sequence[Scene]], Tensor]:
     def method(scenes: Sequence[Scene]) -> Tensor:
         device = model.alphas_cumprod.device
-        pixels = torch.stack([torch.from_numpy(scene.image.copy()).permute(2, 0, 1) for scene in scenes])
-        measured = predict_maps(model, vae.to(device), pixels.float().to(device) / 127.5 - 1, task, steps=steps)
+        measured = predict_maps(model, vae.to(device), scene_pixels(scenes).to(device), task, steps=steps)
         return measured.cpu()
 
     return method

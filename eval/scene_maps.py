@@ -229,6 +229,12 @@ def scene_depth_metrics(
     return metrics | halo_metrics(aligned.clamp(near, far).numpy(), depth.clamp(near, far).numpy(), mask)
 
 
+def scene_pixels(scenes: Sequence[Scene]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] of scenes of one size."""
+    images = torch.stack([torch.from_numpy(scene.image.copy()).permute(2, 0, 1) for scene in scenes])
+    return images.float() / 127.5 - 1
+
+
 def scene_truth(scene: Scene, task: Task) -> Tensor:
     """The picture that a head is trained to draw: (1 or 3, H, W) in [-1, 1]."""
     if task == "normals":

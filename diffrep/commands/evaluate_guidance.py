@@ -18,7 +18,7 @@ from diffrep.heads.completion import CompletionConfig
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.loading import load_head
 from diffrep.painting import diffusion_model
-from diffrep.scenes import SceneSet, render_set
+from diffrep.scenes import open_or_render
 from diffrep.settings import WORKERS, check_options
 
 
@@ -70,10 +70,7 @@ class EvalJoint(ReportOptions, DeviceOptions):
         self.check_output()
         check_options(self, count="1..", workers=WORKERS)
         load_parts(self.base, pad=False)  # a base that cannot be loaded is refused before scenes are rendered for it
-        if self.scenes is not None:
-            scenes = SceneSet(self.scenes)
-        else:
-            scenes = render_set(self.work / "scenes", "train", self.count, workers=self.workers)
+        scenes = open_or_render(self.scenes, self.work, self.count, workers=self.workers)
         report = evaluate_joint(
             scenes, self.work, self.settings, base=self.base, device=self.device, workers=self.workers
         )

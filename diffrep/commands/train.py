@@ -14,7 +14,7 @@ import tyro
 from diffrep.commands.options import Command, DeviceOptions, training_output
 from diffrep.files import replace_folder
 from diffrep.images import find_images
-from diffrep.scenes import SceneSet, render_set
+from diffrep.scenes import open_or_render
 from diffrep.settings import WORKERS, check_options
 from diffrep.synthesis import SynthesisModel
 from diffrep.training.consistency import FewStepTraining, train_few_step
@@ -92,7 +92,7 @@ class TrainSynthesis(DeviceOptions):
             if self.scenes is not None:
                 raise ValueError("--images and --scenes are two sources of patches: give one")
             return ImagePatches(tuple(find_images(self.images)), self.sides)
-        scenes = _scenes(self.scenes, self.work, self.count)
+        scenes = open_or_render(self.scenes, self.work, self.count)
         return ScenePatches(scenes, self.sides or ScenePatches.sides, self.count)
 
 
@@ -114,7 +114,7 @@ class TrainFewStep(DeviceOptions):
     def run(self) -> None:
         check_options(self, count="1..")
         output = training_output(self.work, self.output)
-        patches = ScenePatches(_scenes(self.scenes, self.work, self.count), count=self.count)
+        patches = ScenePatches(open_or_render(self.scenes, self.work, self.count), count=self.count)
         model = train_few_step(self.training, patches, self.work / "run", device=self.device)
         replace_folder(output, half(model.to("cpu")).save)
         print(f"wrote {output}")
@@ -134,14 +134,10 @@ class TrainPrior(Command):
 
     def run(self) -> None:
         output = training_output(self.work, self.output)
-        scenes = partial(_scenes, self.scenes, self.work, self.training.count)
+        scenes = partial(open_or_render, self.scenes, self.work, self.training.count)
         prior = train_prior(self.training, scenes, self.work / "run")
         replace_folder(output, half(prior.to("cpu")).save)
         print(f"wrote {output}")
-
-
-def _scenes(folder: Path | None, work: Path, count: int) -> SceneSet:
-    return SceneSet(folder) if folder else render_set(work / "scenes", "train", count)
 
 
 def write_model(output: Path, model: SynthesisModel, training: SynthesisTraining, patches: Patches, run: Path) -> None:

@@ -19,7 +19,15 @@ from diffrep.scenes.categories import (
 )
 from diffrep.scenes.look import VOCABULARY
 from diffrep.scenes.render import Scene, mirror, render_scene
-from diffrep.scenes.sets import SceneSet, held_out_pair, render_set, scene_pairs, scene_seed, shared_keypoints
+from diffrep.scenes.sets import (
+    SceneSet,
+    held_out_pair,
+    open_or_render,
+    render_set,
+    scene_pairs,
+    scene_seed,
+    shared_keypoints,
+)
 
 __all__ = [
     "CATEGORIES",
@@ -38,6 +46,7 @@ __all__ = [
     "SceneSet",
     "held_out_pair",
     "mirror",
+    "open_or_render",
     "render_scene",
     "render_set",
     "scene_pairs",

@@ -220,6 +220,11 @@ class SceneSet:
         return row | {"category": CATEGORIES[int(row["category"])]} | words
 
 
+def open_or_render(folder: Path | None, work: Path, count: int, *, workers: int = 2) -> SceneSet:
+    """A rendered set to train on; where none is named, WORK/scenes is rendered; errors as of `render_set`."""
+    return SceneSet(folder) if folder else render_set(work / "scenes", "train", count, workers=workers)
+
+
 def render_set(
     folder: str | os.PathLike[str],
     split: Split,
