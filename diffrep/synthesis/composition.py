@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from itertools import count
 from typing import Any
 
 import torch
@@ -39,15 +41,22 @@ def canvas_networks(
         raise SamplingError(f"{model.name}: conditions are composed on tables of noise, not on flows")
     side, profile = model.window, window_weights("hann", model.window)
 
+    @cache
+    def layout(height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(N, 2) corners, (N, side, side) places in a state that lies flat, and (H W,) how much meets at each."""
+        plan = WindowPlan((height, width), side, max(side // 2, 1))
+        corners = torch.cartesian_prod(torch.tensor(plan.rows), torch.tensor(plan.columns)).view(-1, 2)
+        inside = torch.arange(side)[:, None] * width + torch.arange(side)
+        places = (corners[:, 0] * width + corners[:, 1])[:, None, None] + inside
+        weights = profile.expand(len(places), -1, -1).flatten()
+        return corners, places, torch.zeros(height * width).index_add(0, places.flatten(), weights)
+
     def under(grid: EmbeddingGrid | None) -> Network:
         def noise(x: Tensor, t: float) -> Tensor:
             height, width = x.shape[-2:]
-            plan = WindowPlan((height, width), side, max(side // 2, 1))
-            corners = torch.cartesian_prod(torch.tensor(plan.rows), torch.tensor(plan.columns)).view(-1, 2)
-            inside = torch.arange(side)[:, None] * width + torch.arange(side)
-            places = (corners[:, 0] * width + corners[:, 1])[:, None, None] + inside  # (N, side, side) of the state
+            corners, places, weight = layout(height, width)
             flat = x[0].flatten(1)
-            total, weight = torch.zeros_like(flat), flat.new_zeros(flat.shape[1])
+            total = torch.zeros_like(flat)
             for rows in torch.arange(len(places)).split(batch_size):
                 context = model.null_context(len(rows))
                 if grid is not None:
@@ -55,9 +64,7 @@ def canvas_networks(
                     context = model.context(grid.at(offsets, side).to(model.device, model.dtype))
                 windows = flat[:, places[rows]].movedim(1, 0).to(model.device, model.dtype)
                 output = model(windows, torch.tensor(t, device=model.device), context).to(x) * profile
-                where = places[rows].flatten()
-                total = total.index_add(1, where, output.movedim(0, 1).flatten(1))
-                weight = weight.index_add(0, where, profile.expand(len(rows), -1, -1).flatten())
+                total = total.index_add(1, places[rows].flatten(), output.movedim(0, 1).flatten(1))
             output = (total / weight).unflatten(1, (height, width))[None]
             return to_forms(prediction, output, x, float(schedule.alpha(t)), float(schedule.sigma(t)))["noise"]
 
@@ -173,7 +180,7 @@ def place_object(
         raise SamplingError(f"an object of {height} x {width} pixels at row {top}, column {left} leaves the canvas")
     room.copy_(torch.where(mask > 0.5, picture, room))
     kind, none = EmbeddingGrid(embedding.view(1, 1, -1)), under(None)
-    draws = iter(range(10**9))
+    draws = count()
     return cycle(
         Prompts(empty=none, prompt=under(scene), negative=none, suppress=under(kind), diverse=none),
         model.encode(picture).float().cpu(), model.encode(grey).float().cpu(),
