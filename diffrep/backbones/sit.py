@@ -108,10 +108,8 @@ def transformer_of(weights: Mapping[str, Tensor], config: Mapping[str, Any], nam
 def _renamed(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     """The tensors under diffusers' names; each block has an embedding of time and class of its own there."""
     left = {key: value for key, value in weights.items() if key != "pos_embed"}
-    named, embedding = (
-        dict[str, Tensor](),
-        {"class_embedder.embedding_table.weight": left.pop("y_embedder.embedding_table.weight")},
-    )
+    named = dict[str, Tensor]()
+    embedding = {"class_embedder.embedding_table.weight": left.pop("y_embedder.embedding_table.weight")}
     for kind in ("weight", "bias"):
         named |= {f"{ours}.{kind}": left.pop(f"{theirs}.{kind}") for ours, theirs in _ENDS.items()}
         embedding |= {f"{ours}.{kind}": left.pop(f"{theirs}.{kind}") for ours, theirs in _TIME.items()}

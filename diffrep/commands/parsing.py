@@ -250,9 +250,8 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
     typed, arguments = _typed(options, arguments), _joined(options, arguments)
     command = _parse(kind, arguments, program, options)
     if getattr(kind, "defaults", Command.defaults) is not Command.defaults:  # one that does not inherit has none
-        fresh = {
-            option.field: option.default for option in typed if option.append
-        }  # else values are added to themselves
+        # values of options that append would be added to themselves
+        fresh = {option.field: option.default for option in typed if option.append}
         command = _parse(kind, arguments, program, options, dataclasses.replace(command.defaults(), **fresh))
     for option in typed:
         value = functools.reduce(getattr, option.field.split("."), cast(Any, command))

@@ -53,9 +53,8 @@ class SynthesisSettings:
     skipped: tuple[str, ...] = ()  # for each timestep the units of the U-Net that are left out: "3,4", or "" for none
     inherit: int = 1  # every how many steps all of the U-Net runs; the others inherit its deep features (DeepCache)
     branch: int = 0  # how deep these others go: block times units a block, plus units of it
-    depths: tuple[
-        int, ...
-    ] = ()  # for each step how deep it goes, such a number, or -1: whole; in place of the two above
+    # for each step how deep it goes, such a number, or -1: whole; in place of the two above
+    depths: tuple[int, ...] = ()
     guidance: float | None = None  # null + guidance * (conditional - null); 1: none; the model's own where left out
     eta: float = 0.0  # of ddim: 0 deterministic, 1 as noisy as DDPM
     stride: int | None = None  # latent pixels between windows; half a window where left out

@@ -109,9 +109,8 @@ def sample_reverse(
 class PotentialTraining:
     """How a potential of two-dimensional data is trained; the data are a mixture of normal distributions."""
 
-    weight: float = (
-        1e-3  # of the Fokker-Planck residual; from 1e-2 on it wins over the data; 0: denoising score matching alone
-    )
+    # of the Fokker-Planck residual; from 1e-2 on it wins over the data; 0: denoising score matching alone
+    weight: float = 1e-3
     boundary: float = 0.1  # of the density on the border of the square, which should vanish
     steps: int = 2000
     batch: int = 256  # samples of a step, and as many places of the residual

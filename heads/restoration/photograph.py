@@ -22,20 +22,9 @@ from diffrep.images import ImageError, ImageLike, decode_image, load_image, upri
 from diffrep.results import Result
 
 _ORIENTATION, _PNG = 0x0112, b"\x89PNG\r\n\x1a\n"
-_LAYOUT = (
-    *range(254, 260),
-    262,
-    266,
-    273,
-    *range(277, 281),
-    284,
-    317,
-    320,
-    *range(322, 326),
-    338,
-    339,
-    34675,
-)  # of TIFF
+_LAYOUT = (  # of TIFF
+    *range(254, 260), 262, 266, 273, *range(277, 281), 284, 317, 320, *range(322, 326), 338, 339, 34675,
+)  # fmt: skip
 _TURNS: Mapping[int, Callable[[np.ndarray], np.ndarray]] = {  # EXIF's numbers
     2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: lambda x: x.swapaxes(0, 1),
     6: lambda x: x.swapaxes(0, 1)[:, ::-1], 7: lambda x: x.swapaxes(0, 1)[::-1, ::-1],
