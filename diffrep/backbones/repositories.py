@@ -308,8 +308,9 @@ class Repository:
         safe = "model" if others[0].startswith("pytorch_model") else Path(others[0]).stem
         raise BackboneError(
             f"{self.label}: {part or 'it'} has {others[0]} alone, a pickle, which is not read: save it as safetensors,"
-            f' `python -c "import torch; from safetensors.torch import save_file; save_file(dict(torch.load('
-            f"'{others[0]}', weights_only=True)), '{safe}.safetensors', dict(format='pt'))\"` in {part or 'its folder'}"
+            ' `python -c "import torch; from safetensors.torch import save_file; save_file(dict('
+            f"torch.load('{others[0]}', weights_only=True)), '{safe}.safetensors', dict(format='pt'))\"`"
+            f" in {part or 'its folder'}"
         )
 
     def tensors(self, part: str) -> set[str]:
