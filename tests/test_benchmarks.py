@@ -57,8 +57,7 @@ def test_restoration_by_tiles_is_the_same_and_takes_less(capsys: pytest.CaptureF
     ]
     for row in rows:
         assert float(re.findall(r"difference (\S+)", row.equality)[0]) < 1e-4
-        plain, ours = map(float, re.findall(r"GFLOP (\S+) against (\S+)", row.flops)[0])
-        assert ours < plain
+        assert float(re.findall(r"\(([\d.]+)x\)", row.flops)[0]) > 1  # plain / ours; in GFLOP both round to 1.0
     released, ours = map(float, re.findall(r"192 x 192 +(\d+) +(\d+)", capsys.readouterr().out)[0])
     assert ours <= released  # MiB: both are about 1
 

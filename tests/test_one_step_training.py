@@ -504,7 +504,7 @@ def test_what_cannot_be_trained_is_refused_before_a_scene_is_rendered(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("scenes were rendered")
 
-    monkeypatch.setattr("diffrep.commands.train.render_set", refuse)
+    monkeypatch.setattr("diffrep.commands.train_heads.render_set", refuse)
     monkeypatch.chdir(tmp_path)
     assert main(["train", command, "--work", "w", *options]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
