@@ -68,6 +68,15 @@ def test_a_device_gives_what_the_cpu_gives(
         assert share <= (case.bound if dtype == torch.float32 else BFLOAT16), f"result {number}: {share:.1e}"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CASES if "training" not in name])  # which have tests of their own
+def test_a_case_runs_on_the_cpu(name: str, shared: Path, tmp_path: Path) -> None:
+    """Cases that are compared on a card alone would go stale unseen where there is none."""
+    results = CASES[name].run(Place("cpu", torch.float32, tmp_path, shared))
+    assert results
+    assert all(torch.isfinite(result).all() for result in results)
+
+
 # -- every device has a case ----------------------------------------------------------------------------------------
 
 
