@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -22,10 +22,10 @@ from diffrep.files import read_weights, weight_names, words_of
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.diffdis import DiffDisUNet, is_diffdis
-from diffrep.heads.families import FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
 from diffrep.heads.head import HeadError
 from diffrep.heads.head_folders import (
     DIFFDIS,
+    EMBEDDED_HEADS,
     HEAD_FILE,
     KNOWN,
     WEIGHTS,
@@ -34,12 +34,19 @@ from diffrep.heads.head_folders import (
     head_path,
     json_of,
     named,
-    published,
     save_head,
     stored_context,
     write_head,
 )
 from diffrep.heads.one_step import OneStep, Schedule
+from diffrep.heads.recognition import (
+    RESTORATION,
+    Recognised,
+    check_names,
+    integer,
+    recognise,
+    spacing_note,
+)
 from diffrep.heads.restoration.families import RESTORATION_FAMILIES, TINY, RestorationFamily
 from diffrep.heads.restoration.loading import checkpoint_in, load_restorer, read_checkpoint
 from diffrep.heads.restoration.restorer import RestorationHead, Restorer
@@ -55,19 +62,6 @@ __all__ = [
     "save_head",
     "write_head",
 ]
-
-RESTORATION = "restore"
-TASKS, FAMILY_NAMES = (*get_args(Task), "segmentation", RESTORATION), (*FAMILIES, DIFFDIS, *RESTORATION_FAMILIES)
-PIPELINE_TASKS: dict[str, Task] = {"MarigoldDepthPipeline": "depth", "MarigoldNormalsPipeline": "normals"}
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """What a folder is, and which of its files said so."""
-
-    family: Family
-    task: Task
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ def load_head(
         raise HeadError(f"a head is named by text or a path, got {type(name).__name__}")
     place = resolve_device(device)
     numbers = resolve_dtype(dtype, place, option="dtype")
-    _check_names(task, family)
+    check_names(task, family)
     head: DenseHead | SegmentationHead | RestorationHead
     try:
         name, behind = split_options(expand(name))
@@ -216,7 +210,7 @@ def _load_restorer(source: _Source, device: torch.device, dtype: torch.dtype, fo
     unet = load_component(unet_class, source.path, "unet", dtype)
     own = dataclasses.replace(source, base=source.path) if json_of(source.path, "vae/config.json") else source
     parts, decoder = _parts(own, unet, device, dtype, scheduler=source.base), _decoder(source, device, dtype)
-    size = _integer(source.name, source.head, "working_size", TINY.working_size)
+    size = integer(source.name, source.head, "working_size", TINY.working_size)
     family: RestorationFamily = dataclasses.replace(RESTORATION_FAMILIES[source.head["family"]], working_size=size)
     about = f"{family.name}, a restorer, said by {HEAD_FILE}"
     return RestorationHead(
@@ -228,12 +222,6 @@ def load_segmentation(name: str | os.PathLike[str], **options: Any) -> Segmentat
     """Load a segmentation head; see `load_head`."""
     head: SegmentationHead = load_head(name, task="segmentation", **options)
     return head
-
-
-def _check_names(task: str | None, family: str | None) -> None:
-    for what, value, allowed in (("task", task, TASKS), ("family", family, FAMILY_NAMES)):
-        if value is not None and value not in allowed:
-            raise HeadError(f"there is no {what} {value!r}; known are {', '.join(allowed)}")
 
 
 def _find(name: str, base: str | None, task: str | None = None, **files: str | None) -> _Source:
@@ -248,12 +236,7 @@ def _find(name: str, base: str | None, task: str | None = None, **files: str | N
 def _load_dense(
     source: _Source, task: str | None, family: str | None, device: torch.device, dtype: torch.dtype, fold: bool
 ) -> DenseHead:
-    if not json_of(source.path, "unet/config.json"):
-        raise HeadError(f"{source.name}: is no folder of a head, unet/config.json is missing")
-    vae_config, index = json_of(source.base, "vae/config.json"), json_of(source.path, "model_index.json")
-    if not vae_config:
-        raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
-    recognised = recognise(source.name, source.config, vae_config, source.head, index, task, family)
+    recognised = _recognise(source, task, family)
     unet_class = network_class("UNet2DConditionModel", json_of(source.path, "unet/config.json"))
     unet = load_component(unet_class, source.path, "unet", dtype)
     decoder = _decoder(source, device, dtype)
@@ -261,12 +244,19 @@ def _load_dense(
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
     if decoder is not None:
         about += ", drawn by its own decoder"
-    if recognised.family.result == "sample" and model.schedule.stated != "trailing":
-        about += (
-            f"; its scheduler says {model.schedule.stated} timesteps, with which a single step would see no noise:"
-            " trailing ones are taken (spacing)"
-        )
+    if note := spacing_note(recognised.family, model.schedule):
+        about += f"; {note}"
     return DenseHead(model, recognised.task, name=source.name, recognised=about, source=source.path)
+
+
+def _recognise(source: _Source, task: str | None, family: str | None = None) -> Recognised:
+    """`recognise` with the configurations of a folder or hub id."""
+    if not json_of(source.path, "unet/config.json"):
+        raise HeadError(f"{source.name}: is no folder of a head, unet/config.json is missing")
+    if not (vae := json_of(source.base, "vae/config.json")):
+        raise HeadError(f"{source.name}: has no VAE, {source.base}/vae/config.json is missing")
+    index = json_of(source.path, "model_index.json")
+    return recognise(source.name, source.config, vae, source.head, index, task, family)
 
 
 def _load_segmentation(
@@ -280,7 +270,7 @@ def _load_segmentation(
     config = source.config or json_of(source.base, "unet/config.json")
     unet = diffdis_unet(_read_diffdis(source), config, name=source.name)
     decoder = _decoder(source, device, dtype)
-    size = _integer(source.name, source.head, "working_size", 0) or 1024
+    size = integer(source.name, source.head, "working_size", 0) or 1024
     model = DiffDis(*_parts(source, unet, device, dtype), working_size=size, decoder=decoder)
     drawn = "its own decoder" if decoder is not None else "the VAE"
     about = f"DiffDIS (recognised by its weights), {unet.levels} levels, masks drawn by {drawn}"
@@ -308,97 +298,21 @@ def _parts(
         module.eval().requires_grad_(False)
     if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
         vae.float()
-    file = "scheduler/scheduler_config.json"
-    if not (values := json_of(source.path, file) or json_of(scheduler or source.base, file)):
-        raise HeadError(f"{source.name}: {file} is missing")
+    schedule = _schedule(source, scheduler or source.base)
     context = stored_context(source.path, source.base).to(device, dtype)
     if context.shape[-1] != unet.config.cross_attention_dim:
         raise HeadError(
             f"{source.name}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
             f" {unet.config.cross_attention_dim}: it belongs to another base"
         )
-    return unet, vae, context, Schedule.from_config(values)
+    return unet, vae, context, schedule
 
 
-# -- recognising --------------------------------------------------------------------------------------------
-
-
-def recognise(
-    name: str,
-    unet: Mapping[str, Any],
-    vae: Mapping[str, Any],
-    head: Mapping[str, Any],
-    index: Mapping[str, Any],
-    task: str | None = None,
-    family: str | None = None,
-) -> Recognised:
-    """What a folder of a head for depth or normals holds, from its configs.
-
-    A class embedding of 4 numbers is Lotus': with the image's latent alone D, with noise beside it G. Without one, a
-    U-Net that takes two latents is Marigold's or E2E-FT's, which the files do not tell apart.
-
-    Args:
-        unet, vae: ``unet/config.json``, ``vae/config.json``.
-        head: our own ``head.json``; empty where there is none.
-        index: ``model_index.json``; Marigold's says its task in newer releases.
-        task, family: named by the caller, for what is not known.
-
-    Raises:
-        HeadError: another kind of network, a contradiction, or a task that nothing tells.
-    """
-    _check_names(task, family)
-    latent, inputs = _integer(name, vae, "latent_channels", 4), _integer(name, unet, "in_channels", 0)
-    width = unet.get("projection_class_embeddings_input_dim") if unet.get("class_embed_type") else None
-    shape = f"{inputs} input channels, {'task vector' if width else 'no task vector'}"
-    known_family, known_task = published(name)
-    asked = family or head.get("family") or known_family or MARIGOLD.name
-    by_shape: dict[Any, Family] = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
-    detected = by_shape.get((width, inputs / latent))
-    if width == 10:
-        raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")
-    if unet.get("class_embed_type") not in (None, "projection") or width not in (None, 4) or inputs % latent:
-        raise HeadError(
-            f"{name}: is no one-step head: its U-Net takes {inputs} channels and a class embedding of {width} numbers"
-        )
-    if (width, inputs) == (None, latent):
-        raise HeadError(
-            f"{name}: is a plain diffusion model and no head: {shape}; `diffrep train depth` makes one of it"
-        )
-    if detected is None:
-        raise HeadError(f"{name}: is no one-step head: {shape}")
-    if width is None and detected.task_vector is not None:
-        raise HeadError(f"{name}: is no {detected.name}: {shape}")
-    if family is not None and FAMILIES[family] != detected:
-        raise HeadError(f"{name}: is no {family}: {shape}, which is {detected.name}")
-
-    tasks = get_args(Task)
-    by_index = index.get("prediction_type") if index.get("prediction_type") in tasks else None
-    by_index = by_index or PIPELINE_TASKS.get(str(index.get("_class_name")))
-    sayings = ((head.get("task"), HEAD_FILE), (known_task, "a published checkpoint"), (by_index, "model_index.json"))
-    said, by = next((saying for saying in sayings if saying[0]), (None, ""))
-    if said is not None and said not in tasks:
-        raise HeadError(f"{name}: is a head for {said}, not for {', '.join(tasks)}")
-    if task is not None and said is not None and task != said:
-        raise HeadError(f"{name}: predicts {said} (said by {by}), but the task {task} was asked for")
-    final: Any = said or task
-    if final is None:
-        raise HeadError(
-            f"{name}: is a {detected.name} ({shape}), but its files do not say what it predicts: name the task, one of"
-            f" {', '.join(tasks)}"
-        )
-    working = _integer(name, head, "working_size", 0) or _integer(name, index, "default_processing_resolution", 0)
-    frame = head["frame"] if head.get("frame") in get_args(Frame) else detected.frame
-    detected = dataclasses.replace(detected, working_size=working or detected.working_size, frame=frame)
-    return Recognised(detected, final, f"{shape}; task {f'said by {by}' if said else 'as asked for'}")
-
-
-def _integer(name: str, config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, int) or value < 0:
-        raise HeadError(f"{name}: {key} must be a whole number, the configuration has {value!r}")
-    return value
+def _schedule(source: _Source, base: str) -> Schedule:
+    file = "scheduler/scheduler_config.json"
+    if not (values := json_of(source.path, file) or json_of(base, file)):
+        raise HeadError(f"{source.name}: {file} is missing")
+    return Schedule.from_config(values)
 
 
 # -- DiffDIS: its authors publish a U-Net beside the config of its base, which knows nothing of it -----------
@@ -424,18 +338,33 @@ NO_DIFFDIS = (
 )
 
 
-def head_in(name: str) -> str | None:
-    """The family of a head in a local folder whose configurations are those of a plain backbone; None: no head.
+def head_in(name: str) -> dict[str, Any] | None:
+    """What head lies in a local folder, or is embedded under a name, by its configurations; None: no head.
 
-    Weights that cannot be read say nothing: whoever loads them is told.
+    Returns:
+        JSON-ready: ``family``, ``task`` (None where the files do not say it), ``command`` that uses it, ``reason`` and
+        ``timesteps``, a note where they are not those of its scheduler. Weights that cannot be read say nothing:
+        whoever loads them is told.
     """
     folder, options = split_options(expand(name))
-    if not Path(folder).is_dir():
+    if not Path(folder).is_dir() and folder not in EMBEDDED_HEADS:
         return None
     options.pop("lora", None)
     source = _find(folder, None, **options)
+    head = {"family": str(source.head.get("family")), "reason": f"said by {HEAD_FILE}", "timesteps": ""}
     with suppress(HeadError, OSError):
-        return DIFFDIS if _holds_diffdis(source) else None
+        if _holds_diffdis(source):
+            return head | {"family": DIFFDIS, "task": "segmentation", "command": "segment"}
+        if head["family"] in RESTORATION_FAMILIES:
+            return head | {"task": RESTORATION, "command": RESTORATION}
+        pipeline = str(json_of(source.path, "model_index.json").get("_class_name"))
+        for assumed in (None, "depth") if pipeline.startswith(("Marigold", "Lotus")) else (None,):
+            with suppress(HeadError):
+                found = _recognise(source, assumed)
+                note = spacing_note(found.family, _schedule(source, source.base))
+                task, command = (None if assumed else found.task), "normals" if found.task == "normals" else "depth"
+                about = {"family": found.family.name, "reason": found.reason, "timesteps": note}
+                return head | about | {"task": task, "command": command}
     return None
 
 

@@ -52,7 +52,14 @@ class Schedule:
         alphas = alphas_cumprod(config)
         last = 1.0 if config.get("set_alpha_to_one", True) else float(alphas[0])
         spacing, offset = str(config.get("timestep_spacing", "leading")), int(config.get("steps_offset", 0))
+        if config.get("_class_name") == "LCMScheduler":  # of its timesteps, the last comes first whatever it says
+            spacing = "trailing"
         return cls(alphas.double(), str(config.get("prediction_type", "epsilon")), last, spacing, offset)
+
+    @property
+    def stated_single(self) -> int:
+        """The timestep of a single step with the spacing that the folder's scheduler names, as diffusers reads it."""
+        return {"leading": self.offset, "linspace": 0}.get(self.stated, len(self.alphas_cumprod) - 1)
 
     def timesteps(self, steps: int, spacing: Spacing = "trailing") -> list[int]:
         """From noise to image. Trailing: one step is 999, four are 999, 749, 499, 249; leading, with an offset of 1:

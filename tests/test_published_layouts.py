@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from diffrep.backbones.loading import load_cleandift
 from diffrep.cli import main
-from diffrep.heads.loading import KNOWN, PIPELINE_TASKS
+from diffrep.heads.loading import KNOWN
+from diffrep.heads.recognition import PIPELINE_TASKS
 
 from . import layouts
 from .layouts import published
@@ -114,11 +115,18 @@ def test_one_step_heads(name: str, photos: Path, tmp_path: Path, run: Run, refus
     other = "depth" if command == "normals" else "normals"
     assert str(folder) in refused(other, image, "--model", folder, *output)
     assert str(folder) in refused("segment", image, "--model", folder, "-o", tmp_path / "masks")
-    for message in [refused("info", folder), *refuse_as_backbone(folder, photos, tmp_path, refused)]:
+    for message in refuse_as_backbone(folder, photos, tmp_path, refused):
         assert str(folder) in message
         assert "`diffrep depth --model`" in message
+    about = json.loads(run("info", folder, "--json"))["head"]
+    assert (about["task"], about["use"]) == (head.task, f"diffrep {command} --model {folder}")
+    leading = head.scheduler.get("timestep_spacing") == "leading"  # the first Marigolds' single step: at noise alone
+    assert ("takes a single step at 1; trailing ones are taken, a single step at 999" in about["timesteps"]) == leading
+    assert ("its scheduler says leading" in run("info", folder)) == leading
     renamed = folder.rename(tmp_path / "mine")  # under another name only Marigold's newer index or class says the task
-    if "prediction_type" in head.index or head.pipeline in PIPELINE_TASKS:
+    says_task = "prediction_type" in head.index or head.pipeline in PIPELINE_TASKS
+    assert ("that its files do not say" in run("info", renamed)) != says_task
+    if says_task:
         run(command, image, "--model", renamed, *output)
     else:
         assert "name the task" in refused(command, image, "--model", renamed, *output)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Info(BackboneOptions):
     """List the known backbones, or the taps of one with channels, strides, parameters and the origin of its weights.
 
+    Of a head's folder it says what it is, what uses it and where its timesteps lie.
+
     `diffrep info models` lists published models to use for each task, `diffrep info recipes` the recipes of matching.
     No weights are read but those of checkpoints in one file.
     """
@@ -48,14 +50,20 @@ class Info(BackboneOptions):
             read, text = lists.get(str(self.backbone), (known_backbones, _list_text))
             facts = read()
         else:
-            from diffrep.backbones import load_backbone
+            from diffrep.backbones import BackboneError, load_backbone
             from diffrep.backbones.repositories import with_options
             from diffrep.heads.loading import head_in
 
-            facts = describe(load_backbone(self.named(self.backbone), weights=False))
-            if (family := head_in(self.named(self.backbone))) is not None:
-                head = shlex.quote(with_options(self.backbone, variant=self.variant, revision=self.revision))
-                facts["head"] = {"family": family, "use": f"diffrep segment --model {head}"}
+            name, head = self.named(self.backbone), head_in(self.named(self.backbone))
+            try:
+                facts = describe(load_backbone(name, weights=False))
+            except BackboneError:
+                if head is None:
+                    raise
+                facts = {}  # a head that is no backbone too
+            if head is not None:
+                model = shlex.quote(with_options(self.backbone, variant=self.variant, revision=self.revision))
+                facts["head"] = head | {"use": f"diffrep {head.pop('command')} --model {model}"}
             text = _all_taps_text if self.all else _facts_text
         print(json.dumps(facts, indent=2) if self.json else text(facts))
 
@@ -163,13 +171,19 @@ def _all_taps_text(facts: dict[str, Any]) -> str:
 def _facts_text(
     facts: dict[str, Any], fine: Sequence[str] = (".block.", ".increment", ".query", ".key", ".value")
 ) -> str:
+    head = facts.get("head")
+    if head and "taps" not in facts:
+        lines = [
+            f"a head: {head['family']}, {head['task'] or 'of a --task that its files do not say'} ({head['reason']})"
+        ]
+        return "\n  ".join([*lines, *filter(None, (f"use `{head['use']}`", head["timesteps"]))])
     lines = [f"{facts['backbone']}: {facts['kind']}, weights from {facts['weights']}"]
     lines += [f"  {name}: {count / 1e6:.2f} M parameters" for name, count in facts["parameters"].items()]
     recommended = facts["recommended"]
     lines.append(f"  used by default: taps {', '.join(recommended['taps'])}; {_pairs(recommended['sizing'])}")
     if facts["denoises"]:
         lines.append(f"  conditions: {_pairs(recommended['conditions'])}")
-    if head := facts.get("head"):
+    if head:
         lines.append(f"  its U-Net's weights are those of a head, {head['family']}: use `{head['use']}`")
     taps = [tap for tap in facts["taps"] if not any(part in tap["name"] for part in fine)]
     rows = [(tap["name"], f"{tap['channels']:>8}", f"{tap['stride']:>6}", tap["module"]) for tap in taps]
