@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from diffrep.eval.rendering import SceneMapSettings, render_job
-from diffrep.eval.report import Report, Section, bootstrap, mean_interval, with_interval
+from diffrep.eval.report import ScoreTables, Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import SCENE_BOUNDS
 from diffrep.heads.completion import CompletionConfig, complete_depth
 from diffrep.heads.dense import DenseHead
@@ -37,41 +38,28 @@ class CompletionEvaluation(SceneMapSettings):
 
 
 @dataclass(frozen=True)
-class CompletionReport(Report):
-    """Root mean square errors in metres of every scene: method -> number of known depths -> scenes."""
+class CompletionReport(ScoreTables):
+    """Root mean square errors in metres of every scene, in one table: method -> number of known depths -> scenes."""
 
-    head: str
-    settings: CompletionEvaluation
-    errors: Mapping[str, Mapping[int, Sequence[float]]]
+    def gains(self) -> dict[int, tuple[float, float, float]]:
+        """By number of known depths what guidance takes off the least-squares fit's error, a share, with 95 %."""
+        (errors,) = self.scores.values()
 
-    def mean(self, method: str, points: int) -> tuple[float, float, float]:
-        """Over the scenes, with a 95 % interval."""
-        return mean_interval(self.errors[method][points])
+        def gain(fit: NDArray[np.float64], guided: NDArray[np.float64]) -> tuple[float, float, float]:
+            low, high = bootstrap(lambda rows: 1 - guided[rows].mean(1) / fit[rows].mean(1), len(fit))
+            return float(1 - guided.mean() / fit.mean()), low, high
 
-    def gain(self, points: int) -> tuple[float, float, float]:
-        """What guidance takes off the error of the least-squares fit, as a share, with a 95 % interval."""
-        fit, guided = (np.array(self.errors[method][points]) for method in ("least squares", "guided"))
-        share = 1 - guided.mean() / fit.mean()
-        return float(share), *bootstrap(lambda rows: 1 - guided[rows].mean(1) / fit[rows].mean(1), len(fit))
+        both = (errors["least squares"], errors["guided"])
+        return {points: gain(*(np.array(method[points]) for method in both)) for points in both[0]}
 
     def sections(self) -> Iterator[Section]:
-        points = self.settings.points
-        rows = [(method, *(with_interval(*self.mean(method, n)) for n in points)) for method in self.errors]
-        gains = (
-            "guided against least squares",
-            *(with_interval(*self.gain(n), percent=True, digits=0) for n in points),
-        )
-        title = f"{self.head} on {self.settings.count} held-out scenes: RMSE in metres, by known depths; 95 % interval"
-        yield Section(title, [*map(str, points)], [*rows, gains])
+        yield from super().sections()
+        gains = self.gains()
+        cells = (with_interval(*gain, percent=True, digits=0) for gain in gains.values())
+        yield Section("error taken off", [*map(str, gains)], [("guided against least squares", *cells)])
 
     def document(self) -> Mapping[str, object]:
-        mean = {method: {n: self.mean(method, n) for n in of} for method, of in self.errors.items()}
-        return {
-            "head": self.head,
-            "settings": self.settings,
-            "rmse": mean,
-            "gain": {n: self.gain(n) for n in self.settings.points},
-        }
+        return {**super().document(), "gain": self.gains()}
 
 
 def evaluate_completion(
@@ -99,7 +87,8 @@ def evaluate_completion(
             }
             for name, complete in ways.items():
                 errors.setdefault(name, {}).setdefault(count, []).append(scene_rmse(complete(known), scene))
-    return CompletionReport(head.name, settings, errors)
+    title = f"{head.name} on {settings.count} held-out scenes: RMSE in metres, by known depths; 95 % interval"
+    return CompletionReport(settings, {title: errors})
 
 
 def fitted(relative: DepthMap, known: Tensor, method: Literal["least squares", "robust"]) -> Tensor:

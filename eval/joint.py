@@ -9,7 +9,7 @@ Source of the idea: MT-Diffusion, arXiv 2407.17571, of which no code is publishe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.eval.maps import angular_error
 from diffrep.eval.one_step_ablation import AblationSettings
 from diffrep.eval.rendering import SceneMapSettings, render_job
-from diffrep.eval.report import Report, Section, mean_interval, with_interval
+from diffrep.eval.report import ScoreTables
 from diffrep.eval.scene_maps import scene_depth_metrics, scene_pixels, scene_truth
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image
@@ -37,7 +37,7 @@ from diffrep.training.loop import FitSettings
 
 TARGETS: Mapping[str, str] = {"disparity": "AbsRel", "normals": "angle, degrees", "mask": "max F"}
 """What is drawn, in the order of the output's channels, and how it is scored."""
-JOINT = "together"
+JOINT, ALONE = "together", "alone"
 
 
 class MaskSamples(SceneSamples):
@@ -129,33 +129,6 @@ def score(target: str, drawn: Tensor, scene: Scene) -> float:
     return scene_depth_metrics(drawn[0], torch.from_numpy(scene.depth), "disparity")["abs_rel"]
 
 
-@dataclass(frozen=True)
-class JointReport(Report):
-    """Scores of every held-out scene: target -> "together" or "alone" -> scenes."""
-
-    settings: AblationSettings
-    scores: Mapping[str, Mapping[str, Sequence[float]]]
-
-    def values(self, target: str) -> dict[str, tuple[float, float, float]]:
-        """Of both, and by how much the joint U-Net's is higher on the same scenes: means with 95 % intervals."""
-        scores = self.scores[target]
-        apart = [ours - theirs for ours, theirs in zip(scores[JOINT], scores["alone"], strict=True)]
-        return {w: mean_interval(v) for w, v in (*scores.items(), ("difference", apart))}
-
-    def sections(self) -> Iterator[Section]:
-        rows = []
-        for target, measure in TARGETS.items():
-            digits = 2 if target == "normals" else 4
-            cells = (with_interval(*cell, digits=digits) for cell in self.values(target).values())
-            rows.append((f"{target}: {measure}", *cells))
-        s = self.settings
-        title = f"{s.steps} steps of {s.batch_size} images each, {s.held_out} held-out scenes (95 % interval)"
-        yield Section(title, (f"one U-Net, {JOINT}", "three U-Nets", "difference"), rows)
-
-    def document(self) -> Mapping[str, object]:
-        return {"settings": self.settings, "scores": {target: self.values(target) for target in self.scores}}
-
-
 def evaluate_joint(
     scenes: SceneSet,
     work: Path,
@@ -165,7 +138,7 @@ def evaluate_joint(
     device: str | torch.device = "auto",
     workers: int = 2,
     progress: bool = True,
-) -> JointReport:
+) -> ScoreTables:
     """Train one U-Net for all targets and one for each, and measure them. The same folder again goes on where it was.
 
     Args:
@@ -185,12 +158,19 @@ def evaluate_joint(
         model = train_head(training, scenes, work / name, latents=work, device=device, progress=progress)
         place = vae.to(model.context.device)
         methods[name] = partial(joint_maps, model, place, targets=targets)
-    scores: dict[str, dict[str, list[float]]] = {target: {JOINT: [], "alone": []} for target in TARGETS}
+    scores: dict[str, dict[str, list[float]]] = {target: {JOINT: [], ALONE: []} for target in TARGETS}
     measured = SceneMapSettings(count=settings.held_out, workers=workers)
     for batch in measured.batches(render_job, measured.jobs()):
         pixels = scene_pixels(batch)
         for name, method in methods.items():
             for target, maps in method(pixels).items():
-                which = JOINT if name == JOINT else "alone"
-                scores[target][which] += [score(target, m, s) for m, s in zip(maps.cpu(), batch, strict=True)]
-    return JointReport(settings, scores)
+                scores[target][JOINT if name == JOINT else ALONE] += [
+                    score(target, m, s) for m, s in zip(maps.cpu(), batch, strict=True)
+                ]
+    for both in scores.values():
+        both["difference"] = [ours - theirs for ours, theirs in zip(both[JOINT], both[ALONE], strict=True)]
+    s = settings
+    of = f"{s.steps} steps of {s.batch_size} images, {s.held_out} held-out scenes (95 % interval)"
+    title = f"One U-Net for all three together, and three alone, each {of}"
+    rows = {f"{target}: {measure}": scores[target] for target, measure in TARGETS.items()}
+    return ScoreTables(settings, {title: rows}, dict.fromkeys((JOINT, ALONE, "difference"), 3))

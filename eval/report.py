@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -156,6 +156,42 @@ def with_interval(value: float, low: float, high: float, *, digits: int = 2, per
     """
     scale, sign = (100, "%") if percent else (1, "")
     return f"{scale * value:.{digits}f}{sign} ({scale * low:.{digits}f}..{scale * high:.{digits}f})"
+
+
+@dataclass(frozen=True)
+class ScoreTables(Report):
+    """Values of every sample, shown as means with 95 % intervals; a mean alone where all samples have one value.
+
+    Attributes:
+        settings: that made them.
+        scores: title of a table -> row -> column -> values.
+        digits: column -> digits; 2 where left out.
+    """
+
+    settings: object
+    scores: Mapping[str, Mapping[str, Mapping[Any, Sequence[float]]]]
+    digits: Mapping[str, int] = field(default_factory=dict)
+
+    def mean(self, title: str, row: str, column: object) -> tuple[float, float, float]:
+        """With its interval."""
+        return mean_interval(self.scores[title][row][column])
+
+    def sections(self) -> Iterator[Section]:
+        for title, rows in self.scores.items():
+            columns = [*next(iter(rows.values()))]
+            cells = [(row, *(self._cell(column, self.mean(title, row, column)) for column in columns)) for row in rows]
+            yield Section(title, [*map(str, columns)], cells)
+
+    def _cell(self, column: object, mean: tuple[float, float, float]) -> str:
+        digits = self.digits.get(str(column), 2)
+        return with_interval(*mean, digits=digits) if mean[1] < mean[2] else f"{mean[0]:.{digits}f}"
+
+    def document(self) -> Mapping[str, object]:
+        means = {
+            title: {row: {column: self.mean(title, row, column) for column in cells} for row, cells in rows.items()}
+            for title, rows in self.scores.items()
+        }
+        return {"settings": self.settings, "means": means}
 
 
 # -- Numbers from papers, each with its source, to print beside ours. They lie in `eval/data/*.toml` ---------

@@ -433,7 +433,7 @@ def posteriors(place: Place) -> list[Tensor]:
     grid = TimeGrid.of(model.schedule, times).ending()
     operator = next(iter(MEASUREMENTS.values()))((3, 64, 64))
     y = operator(2 * pixels(1) - 1)
-    return [restore(method, model, operator, y, grid, 0, 0.05)[0] for method in METHODS]
+    return [restore(method, model, operator, y, grid, weight=weights[0])[0] for method, (_, weights) in METHODS.items()]
 
 
 @case()

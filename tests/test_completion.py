@@ -193,11 +193,15 @@ def test_the_evaluation(tmp_path: Path) -> None:
     settings = CompletionEvaluation(count=3, points=(10, 40), size=32, workers=0)
     report = evaluate_completion(head, settings, CompletionConfig(rounds=2), progress=False)
     assert isinstance(report, CompletionReport)
-    assert set(report.errors) == {"nearest known", "least squares", "robust", "robust, errors carried", "guided"}
-    assert all(len(of[n]) == 3 for of in report.errors.values() for n in (10, 40))
-    assert report.mean("nearest known", 40)[0] < report.mean("nearest known", 10)[0]
+    ((title, errors),) = report.scores.items()
+    assert set(errors) == {"nearest known", "least squares", "robust", "robust, errors carried", "guided"}
+    assert all(len(of[n]) == 3 for of in errors.values() for n in (10, 40))
+    assert report.mean(title, "nearest known", 40)[0] < report.mean(title, "nearest known", 10)[0]
     assert "guided against least squares" in report.table()
-    assert json.loads(report.to_json())["rmse"]["guided"]["10"][0] == pytest.approx(report.mean("guided", 10)[0])
+    document = json.loads(report.to_json())
+    assert document["means"][title]["guided"]["10"][0] == pytest.approx(np.mean(errors["guided"][10]))
+    fit, guided = (np.mean(errors[name][40]) for name in ("least squares", "guided"))
+    assert document["gain"]["40"][0] == pytest.approx(1 - guided / fit)
 
 
 def test_known_depths_are_of_the_scene() -> None:

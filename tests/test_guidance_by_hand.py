@@ -13,7 +13,7 @@ from diffrep.guidance.composition import superpose
 from diffrep.guidance.core import guided
 from diffrep.guidance.ensembles import afdps, karras_grid, reconstruct_volume
 from diffrep.guidance.operators import Operator
-from diffrep.guidance.posterior import pigdm, red_diff, spaced_grid, stsl
+from diffrep.guidance.posterior import measured_start, pigdm, red_diff, spaced_grid, stsl
 from diffrep.sampling.score_sde import ScoreSDE
 
 from .test_guidance import LINEAR, SHAPE, TABLE, Mixture, random
@@ -110,10 +110,13 @@ def test_red_diff_by_hand(weighting: str, of: object) -> None:
     prior, grid, operator = Mixture(), spaced_grid(TABLE, 5), LINEAR["averaging"]
     y = operator(prior.means[:1])
     draws = [random(1, *SHAPE, seed=i).float() for i in range(2 * grid.steps)]
-    before, after = red_diff(
-        prior, operator, y, grid, lambda i: (draws[2 * i], draws[2 * i + 1]), lr=0.2, prior=0.5, weighting=weighting,
+    guide = red_diff(
+        operator, y, lambda i: (draws[2 * i], draws[2 * i + 1]), lr=0.2, prior=0.5, weighting=weighting,
         data_weight=2.0, spread=0.1,
     )  # fmt: skip
+    states = [measured_start(operator, y, grid, draws[1], 0.1 * draws[0])]
+    guided(prior, states[0], grid, guide, after_step=lambda i, x: states.append(x))
+    before, after = (states[-2] - float(grid.sigma[-2]) * draws[-1]) / float(grid.alpha[-2]), states[-1]
     mu = operator.pinv(y)
     first = second = torch.zeros_like(mu)
     for i, t in enumerate(grid.labels.tolist()):

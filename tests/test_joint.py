@@ -41,7 +41,8 @@ def test_scores_of_the_truth() -> None:
 def test_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     call = ["eval", "joint", "--count", "16", "--steps", "2", "--batch-size", "4", "--held-out", "3", "--device", "cpu"]
     assert main([*call, "--work", str(tmp_path / "work"), "-o", str(tmp_path / "joint.json")]) == 0
-    assert "one U-Net, together" in capsys.readouterr().out
-    scores = json.loads((tmp_path / "joint.json").read_text())["scores"]
-    assert set(scores) == set(TARGETS)
-    assert scores["mask"]["difference"][0] == pytest.approx(scores["mask"]["together"][0] - scores["mask"]["alone"][0])
+    assert "One U-Net for all three together" in capsys.readouterr().out
+    (rows,) = json.loads((tmp_path / "joint.json").read_text())["means"].values()
+    assert set(rows) == {f"{target}: {measure}" for target, measure in TARGETS.items()}
+    mask = rows["mask: max F"]
+    assert mask["difference"][0] == pytest.approx(mask["together"][0] - mask["alone"][0])

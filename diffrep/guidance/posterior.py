@@ -33,9 +33,9 @@ def spaced_grid(schedule: TableVP, steps: int) -> TimeGrid:
     return TimeGrid.of(schedule, [*range(0, total, total // steps)][::-1] + [-1]).ending()
 
 
-def measured_start(operator: Operator, y: Tensor, grid: TimeGrid, z: Tensor) -> Tensor:
-    """The first state of RED-diff's PiGDM and DPS: the pseudo-inverse under noise. The original DPS: noise alone."""
-    return float(grid.alpha[0]) * operator.pinv(y) + float(grid.sigma[0]) * z
+def measured_start(operator: Operator, y: Tensor, grid: TimeGrid, z: Tensor, around: Tensor | float = 0.0) -> Tensor:
+    """The first state of RED-diff, and of its PiGDM and DPS: the pseudo-inverse, moved, under noise; DPS: noise."""
+    return float(grid.alpha[0]) * (operator.pinv(y) + around) + float(grid.sigma[0]) * z
 
 
 # -- gradients through the network ----------------------------------------------------------------------------
@@ -252,10 +252,8 @@ WEIGHTINGS: dict[str, Callable[[float], float]] = {
 
 
 def red_diff(
-    network: Network,
     operator: Operator,
     y: Tensor,
-    grid: TimeGrid,
     noise: Callable[[int], tuple[Tensor, Tensor]],
     *,
     lr: float = 0.1,
@@ -263,39 +261,36 @@ def red_diff(
     weighting: Weighting = "linear",
     data_weight: float = 1.0,
     spread: float = 0.0,
-    prediction: str = "epsilon",
-) -> tuple[Tensor, Tensor]:
+) -> Guide:
     """RED-diff: the mean of a narrow posterior by Adam, drawn to what the network makes of it under noise.
 
-    No gradient runs through the network; one call a step.
+    No gradient runs through the network; one call a step. What the network sees is the mean under fresh noise: the loop
+    begins with `measured_start`, under the first draws, and ends with the mean after the last update.
 
     Args:
-        grid: times that are visited once each, falling.
         noise: of each step two draws, of the posterior's spread and of the diffusion.
         prior: lambda, the weight of the network.
         weighting: of noise to signal.
         data_weight: of the measurement. Both terms are means, over different sizes: the balance shifts with A.
         spread: standard deviation of the posterior.
-
-    Returns:
-        The images of the last step, and after the last update (the released code returns the first).
     """
     if weighting not in WEIGHTINGS:
         raise SamplingError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}")
     mu = operator.pinv(operator.check(y)).detach().clone().requires_grad_()
-    adam, data = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99)), mu.detach()
-    for step, label in enumerate(grid.labels.tolist()):
-        alpha, sigma = float(grid.alpha[step]), float(grid.sigma[step])
-        around, z = noise(step)
+    adam = torch.optim.Adam([mu], lr=lr, betas=(0.9, 0.99))
+
+    def guide(between: Between) -> Tensor:
+        ratio, (around, z) = between.now[1] / between.now[0], noise(between.step)
+        missed = between.forms()["noise"] - z
         with torch.enable_grad():
             current = mu + spread * around
-            data = current.detach()
-            with torch.no_grad():
-                state = alpha * data + sigma * z
-                seen = to_forms(prediction, network(state, label), state, alpha, sigma)["noise"]
-            loss = prior * WEIGHTINGS[weighting](sigma / alpha) * ((seen - z) * current).mean()
+            loss = prior * WEIGHTINGS[weighting](ratio) * (missed * current).mean()
             loss = loss + data_weight * (y - operator(current)).square().mean() / 2
             (mu.grad,) = torch.autograd.grad(loss, mu)
         adam.step()
-        check_finite("RED-diff", mu.detach(), step, grid.steps)
-    return data, mu.detach()
+        if between.last:
+            return mu.detach()
+        around, z = noise(between.step + 1)
+        return between.then[0] * (mu.detach() + spread * around) + between.then[1] * z
+
+    return guide
