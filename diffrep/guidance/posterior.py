@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffrep.guidance.core import Between, Guide, Network, check_finite, squares
+from diffrep.guidance.core import Between, Guide, Network, squares
 from diffrep.guidance.operators import Operator
 from diffrep.sampling.core import per_sample, to_forms
 from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid
