@@ -109,7 +109,7 @@ def load_image(
     if not isinstance(source, (str, os.PathLike)):
         kinds = "a path, a PIL image, an array or a tensor"
         raise ImageError(f"an image must be {kinds}, got {type(source).__name__}")
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     name = printable(path)
     if not path.is_file():
         folder = "is not a file but a folder; `diffrep.images.find_images` lists the images in it"
@@ -225,7 +225,7 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """
     files: dict[tuple[str, str], Path] = {}
     real: dict[Path, str] = {}  # folder -> where it lies, looked up once per folder and not once per image
-    for source in sources:
+    for source in map(os.path.expanduser, sources):
         path = Path(source)
         if not str(source):
             raise ImageError("the name of an image or folder is empty")

@@ -109,7 +109,7 @@ class Result:
             ValueError: the result has no such form; the message lists those that it has.
             OSError: the path cannot be written.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         ending = path.suffix.lower()
         forms = self._writers()
         if ending not in forms:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def pipeline(
 
     Args:
         task: "depth", "normals", "segmentation" or "restore" of an image; "features" of one or more images (`extract`);
-            "correspondence" of two images and points of the first (`Correspondence.match`).
+            "correspondence" of two images and points of the first (`Correspondence.match`); or one of `SYNONYMS`.
         model: a name, folder or hub id of a head or backbone, a recipe for correspondence; the embedded one where None.
         device, dtype: as `load_backbone` has them.
 
@@ -63,22 +64,61 @@ def pipeline(
         HeadError, BackboneError: the model cannot be loaded.
         DeviceError: there is no such device here.
     """
-    if task not in TASKS:
-        near = difflib.get_close_matches(str(task), TASKS, n=2) or list(TASKS)
-        raise ValueError(f"there is no task {task!r}; near names: {', '.join(near)}")
     from diffrep.devices import resolve_device
 
+    task = task_named(task)
     embedded, load = TASKS[task]
     name = embedded if model is None else os.fspath(model)
     loaded, run = load(name, task, device=resolve_device(device), dtype=dtype)
     return Pipeline(task, loaded, run)
 
 
+def task_named(name: str) -> str:
+    """The name in `TASKS` that one of them or of `SYNONYMS` stands for.
+
+    >>> task_named("segment")
+    'segmentation'
+
+    Raises:
+        ValueError: there is no such task; the message lists the near names.
+    """
+    if (task := SYNONYMS.get(name, name)) in TASKS:
+        return task
+    near = difflib.get_close_matches(str(name), [*TASKS, *SYNONYMS], n=2) or list(TASKS)
+    raise ValueError(f"there is no task {name!r}; near names: {', '.join(near)}")
+
+
+def embedded_head(name: str) -> str:
+    """The embedded head that a task's name or "tiny-" and a task's name stands for; any other name as it is.
+
+    A head of one's own in a folder of that name goes first.
+
+    >>> embedded_head("depth"), embedded_head("tiny-restoration"), embedded_head("lotus")
+    ('tiny-depth', 'tiny-restore', 'lotus')
+    """
+    task = name.removeprefix("tiny-")
+    task = SYNONYMS.get(task, task)
+    if task not in TASKS or TASKS[task][1] is not _head or Path(name).is_file():
+        return name
+    own = any((Path(name) / file).is_file() for file in ("head.json", "unet/config.json", "config.json"))
+    return name if own else TASKS[task][0]
+
+
 def _head(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:
+    from diffrep.heads.head import HeadError
     from diffrep.heads.loading import load_head
 
-    known: Any = None if name.startswith("tiny-") else task
-    head = load_head(name, task=known, **where)
+    try:
+        head = load_head(name, task=task, **where)
+    except HeadError:
+        if task != "depth":
+            raise
+        try:  # which says how near things are as well
+            head = load_head(name, task="disparity", **where)
+        except HeadError:
+            head = None
+        if head is None:
+            raise
     return head, head
 
 
@@ -104,6 +144,22 @@ TASKS: dict[str, tuple[str, Callable[..., tuple[Any, Callable[..., Any]]]]] = { 
     "restore": ("tiny-restore", _head),
     "features": ("tiny", _features),
     "correspondence": ("tiny", _correspondence),
+}
+
+SYNONYMS = {  # other words for the tasks
+    "disparity": "depth",
+    "depth-estimation": "depth",
+    "normal": "normals",
+    "surface-normals": "normals",
+    "segment": "segmentation",
+    "mask": "segmentation",
+    "restoration": "restore",
+    "upscale": "restore",
+    "super-resolution": "restore",
+    "extract": "features",
+    "feature-extraction": "features",
+    "match": "correspondence",
+    "matching": "correspondence",
 }
 
 
@@ -170,10 +226,16 @@ def recommended(job: Job) -> PublishedModel:
     return next(model for model in MODELS if model.job == job)
 
 
-def note_embedded(name: str, job: Job) -> None:
-    """Say on stderr, once for each job, that an embedded model answers; nothing where `name` is none."""
-    if name == "tiny" or name.startswith("tiny-"):
-        _say(name, job)
+def note_embedded(job: Job, *names: str) -> None:
+    """Say on stderr, once for each job, that an embedded model answers: the first of these; nothing without one."""
+    for name in names:
+        if (model := name.partition("?")[0]) in _embedded():
+            return _say(model, job)
+
+
+@cache
+def _embedded() -> frozenset[str]:
+    return frozenset(entry.name for entry in Path(__file__).with_name("models").iterdir())
 
 
 @cache

@@ -51,6 +51,7 @@ from diffrep.heads.restoration.families import RESTORATION_FAMILIES, TINY, Resto
 from diffrep.heads.restoration.loading import checkpoint_in, load_restorer, read_checkpoint
 from diffrep.heads.restoration.restorer import RestorationHead, Restorer
 from diffrep.heads.segmentation import DiffDis, SegmentationHead
+from diffrep.tasks import embedded_head
 
 __all__ = [
     "WEIGHTS",
@@ -105,10 +106,11 @@ def load_head(
     """Load a head for depth, disparity, normals, segmentation or restoration.
 
     Args:
-        name: an embedded head ("tiny-depth", "tiny-normals", "tiny-segmentation"); a folder that `write_head` made; a
-            local diffusers folder or hub id of Lotus, Marigold, E2E-FT or DiffDIS; a folder or safetensors file with
-            the U-Net of a DiffDIS alone, which needs `base`; the file of a PiSA-SR, OSEDiff or S3Diff, or the folder
-            that it lies in, which needs `base` too (S3Diff: with ``de_net.pth`` beside it).
+        name: an embedded head ("tiny-depth", "tiny-normals", "tiny-segmentation", "tiny-restore", or the task's name
+            alone, see `diffrep.tasks.SYNONYMS`); a folder that `write_head` made; a local diffusers folder or hub id of
+            Lotus, Marigold, E2E-FT or DiffDIS; a folder or safetensors file with the U-Net of a DiffDIS alone, which
+            needs `base`; the file of a PiSA-SR, OSEDiff or S3Diff, or the folder that it lies in, which needs `base`
+            too (S3Diff: with ``de_net.pth`` beside it).
         task: what it predicts; needed where the files do not say it.
         family: a name out of `diffrep.heads.families.FAMILIES`, for what the files do not say: an eight-channel U-Net
             without class embedding is "marigold" unless named "e2e-ft"; "marigold-diffusers" treats sizes as
@@ -138,7 +140,7 @@ def load_head(
     check_names(task, family)
     head: DenseHead | SegmentationHead | RestorationHead
     try:
-        name, behind = split_options(expand(name))
+        name, behind = split_options(expand(embedded_head(os.fspath(name))))
         if "lora" in behind:
             raise HeadError(f"{name}: is loaded as a head, which takes no LoRA files")
         files = {"variant": variant or behind.get("variant"), "revision": revision or behind.get("revision")}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ import torch
 import tyro
 from PIL import Image
 
+from diffrep import tasks
+from diffrep.backbones.repositories import MODELS
 from diffrep.cli import COMMANDS, command_kind, error_line, main
 from diffrep.commands.match import Match
 from diffrep.commands.options import DeviceOptions
 from diffrep.commands.parsing import UsageError, options_of, read_command
+from diffrep.images import load_image
 
 
 @pytest.fixture
@@ -401,3 +405,37 @@ def test_whole_numbers_that_no_library_takes_are_refused(words: list[str], capsy
 def test_frames_of_c_are_no_message() -> None:
     error = RuntimeError("value cannot be converted\nException raised from fn at x.cpp:1\nframe #1: std::f (0x7f)\n")
     assert error_line(error) == "RuntimeError: value cannot be converted; --traceback shows where"
+
+
+def test_a_quoted_tilde_is_the_home_folder_in_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: tuple[str, str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (["~/a.png", "~/b.jpg", "-o", "~/m.png"], ["~/a.png", "~/b.jpg", "--output=~/m.png"]):
+        command = read_command(Match, [*words, "--backbone=diffusion=~/sd", "vit=~/dino"], "diffrep match")
+        assert (command.a, command.output) == (tmp_path / "a.png", tmp_path / "m.png")
+        assert command.backbone == (f"diffusion={tmp_path}/sd", f"vit={tmp_path}/dino")
+    assert main(["depth", "~/a.png", "-o", "~/maps"]) == 0
+    assert (tmp_path / "maps" / "a_disparity.png").is_file()
+    (embedded,) = read_command(command_kind("sample"), ["~ the sea = ~/", "-o", "~/x.png"], "diffrep sample").prompt
+    assert embedded == "~ the sea = ~/"
+    assert load_image("~/a.png").size == (90, 70)
+
+
+def test_the_note_about_an_embedded_model_comes_once_and_not_where_it_was_replaced(
+    photos: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("tiny", "tiny-dino"):
+        shutil.copytree(MODELS / name, tmp_path / f"own-{name}")
+    tasks._say.cache_clear()
+    words = ["match", *photos, "--points", "3,3", "-o", str(tmp_path / "m.png"), "--recipe", "tiny"]
+    own = [f"diffusion={tmp_path}/own-tiny", f"vit={tmp_path}/own-tiny-dino"]
+    assert main([*words, "--backbone", *own]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert main(words) == 0
+    note = capsys.readouterr().err
+    assert note.count("\n") == 1
+    assert note.startswith("note: tiny is a small model")
+    assert "--recipe sd2.1-dinov2" in note
+    assert main(words) == 0
+    assert "note:" not in capsys.readouterr().err

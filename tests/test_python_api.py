@@ -17,6 +17,7 @@ from PIL import Image
 import diffrep
 from diffrep import Correspondence, ExtractConfig, extract, extract_each, load_backbone, pipeline
 from diffrep.backbones import Backbone, TapError
+from diffrep.tasks import SYNONYMS, TASKS, task_named
 
 PIXELS = (np.random.default_rng(0).random((48, 64, 3)) * 255).astype(np.uint8)
 
@@ -212,3 +213,21 @@ def test_points_and_images_come_as_people_write_them(vit: Backbone, picture: Pat
     assert diffrep.draw_matches(picture, picture, points, matches).width > 100
     assert diffrep.draw_components([picture], [described]).width > 100
     assert diffrep.swap_appearance(picture, picture, described, described).size == diffrep.load_image(picture).size
+
+
+def test_tasks_have_the_names_that_people_use(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for word, task in {**SYNONYMS, **{name: name for name in TASKS}}.items():
+        assert task_named(word) == task
+    monkeypatch.chdir(tmp_path)
+    assert repr(pipeline("segment", device="cpu")) == "pipeline('segmentation', 'tiny-segmentation')"
+    for name in ("segment", "tiny-segment", "segmentation", "tiny-segmentation"):
+        assert diffrep.load_head(name).name == "tiny-segmentation"
+    for name in ("restoration", "tiny-restoration"):
+        assert diffrep.load_head(name).task == "restore"
+    diffrep.load_head("tiny-depth").save_pretrained(tmp_path / "normals")  # a folder of one's own goes first
+    assert diffrep.load_head("normals").task == "disparity"
+    assert pipeline("depth", "normals")(picture).kind == "disparity"  # which is depth, too
+    (tmp_path / "depth").mkdir()  # the output of an earlier command is no head
+    assert diffrep.load_head("depth").name == "tiny-depth"
+    with pytest.raises(ValueError, match="predicts disparity"):
+        pipeline("normals", "normals")

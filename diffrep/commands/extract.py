@@ -85,7 +85,7 @@ class Extract(BackboneOptions, PrecisionOptions):
             dtype=dtype,
             progress=not self.json,
         )
-        note_embedded(self.backbone, "features")
+        note_embedded("features", self.backbone)
         if self.json:
             print(json.dumps(dataclasses.asdict(done) | {"folder": str(done.folder)}, indent=2))
         else:
@@ -227,6 +227,7 @@ class Query(BackboneOptions, QuestionOptions):
             answer = input(f"{printable(self.index)} was made with {printable(name)}, fetch it? [y/N] ")
             backbone = name if answer.strip().lower() in ("y", "yes") else None
         hits = query_image(index, picture, **question, backbone=backbone, device=self.device)
+        note_embedded("search", backbone or str(index.features.get("backbone")))
         self.answer(picture, hits, question, {"index": str(self.index), "image": str(self.image)})
         if index.level == "image" and (question["point"] or question["box"]):
             print(
@@ -267,6 +268,6 @@ class Search(BackboneOptions, QuestionOptions):
             device=self.device,
             progress=not self.json,
         )
-        note_embedded(self.backbone, "search")
+        note_embedded("search", self.backbone)
         self.answer(picture, searched.hits, question, {"folder": str(self.folder), "image": str(self.image)})
         refuse_quarantined(searched.extracted)

@@ -34,14 +34,15 @@ class Info(BackboneOptions):
     def run(self) -> None:
         facts: Any
         text: Callable[[Any], str]
+        options = self.lora or self.variant or self.revision
         if self.system:
-            if self.backbone is not None or self.named("") or self.all:
+            if self.backbone is not None or options or self.all:
                 raise ValueError("--system goes with no other option than --json")
             from diffrep.devices import describe_system
 
             facts, text = describe_system(_LIBRARIES), _system_text
         elif self.backbone in (None, "models", "recipes"):
-            if self.named("") or self.all:
+            if options or self.all:
                 raise ValueError("--all, --lora, --variant and --revision go with the name of a backbone")
             lists: dict[str, tuple[Callable[[], Any], Callable[[Any], str]]] = {
                 "models": (published_models, _models_text),

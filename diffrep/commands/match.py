@@ -100,7 +100,7 @@ class Match(BackboneOptions, PrecisionOptions):
         correspondence = self._correspondence()
         described = correspondence.describe(*images)
         result, lines = self._matched(images, described, points, correspondence.recipe, output, masks)
-        note_embedded(correspondence.recipe.name, "matching")
+        note_embedded("matching", *(backbone.name for backbone in correspondence.backbones))
         about = {"a": str(self.a), "b": str(self.b), "recipe": dataclasses.asdict(correspondence.recipe)}
         print(json.dumps(about | result, indent=2) if self.json else "\n".join(lines))
 
@@ -148,7 +148,7 @@ class Match(BackboneOptions, PrecisionOptions):
                 if not self.json:
                     run.bar.write("\n".join([f"{pair.source} {pair.target}", *lines]), file=sys.stdout)
                 run.bar.update()
-        note_embedded(recipe.name, "matching")
+        note_embedded("matching", *(backbone.name for backbone in correspondence.backbones))
         if self.json:
             print(json.dumps({"recipe": dataclasses.asdict(recipe), "pairs": results}, indent=2))
         run.check()
@@ -261,7 +261,7 @@ class Swap(BackboneOptions, PrecisionOptions):
         write_image(self.output, result)
         if self.sheet is not None:
             write_image(self.sheet, side_by_side(pictures, titles=titles)[0], mark=DRAWING)
-        note_embedded(chosen.name, "matching")
+        note_embedded("matching", *(backbone.name for backbone in correspondence.backbones))
         print(f"wrote {self.output}" + (f" and {self.sheet}" if self.sheet is not None else ""))
 
 

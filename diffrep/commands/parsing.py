@@ -246,7 +246,7 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
     Raises:
         UsageError: it cannot be read.
     """
-    options = options_of(kind)
+    options, arguments = options_of(kind), [_at_home(word) for word in arguments]
     typed, arguments = _typed(options, arguments), _joined(options, arguments)
     command = _parse(kind, arguments, program, options)
     if getattr(kind, "defaults", Command.defaults) is not Command.defaults:  # one that does not inherit has none
@@ -260,6 +260,15 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
                 raise UsageError(f"{option.flags[0]} takes whole numbers below 2^63, got {number}")
     object.__setattr__(command, "typed", frozenset(option.field for option in typed))
     return command
+
+
+def _at_home(word: str) -> str:
+    """A word with the ``~`` at the beginning of a path, or behind ``OPTION=``, that the shell left where it was quoted.
+
+    >>> _at_home("--work=~/runs") == f"--work={Path.home()}/runs", _at_home("~ the sea")
+    (True, '~ the sea')
+    """
+    return re.sub(r"^((?:[\w.-]+=){0,2})~(?=/|$)", lambda found: found[1] + str(Path.home()), word)
 
 
 def _parse(

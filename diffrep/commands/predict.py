@@ -91,7 +91,7 @@ class ImageCommand(WeightOptions, PrecisionOptions):
         device, dtype = self.resolved()
         options |= {"variant": self.variant, "revision": self.revision}
         head = load_head(self.model, device=device, dtype=dtype, **options)
-        note_embedded(self.model, self.JOB)
+        note_embedded(self.JOB, head.name)
         return head
 
     def write_video(

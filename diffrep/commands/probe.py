@@ -133,8 +133,7 @@ class Extraction(BackboneOptions, PrecisionOptions):
         device, dtype = self.resolved()
         models = dict.fromkeys(self.named_alone(names))
         backbones = {name: load_backbone(name, device=device, dtype=dtype) for name in models}
-        for name in names:
-            note_embedded(name, "probes")
+        note_embedded("probes", *names)
         return backbones
 
     def load_one(self, name: str) -> Backbone:
@@ -377,6 +376,7 @@ class Predict:
             raise ValueError("say which images: diffrep probe predict MODEL IMAGES")
         backbones = self._backbones()
         probe = load_probe(self.model, backbone=next(iter(backbones.values()), None))
+        note_embedded("probes", *(backbone.name for backbone in backbones.values()))
         if isinstance(probe, MapProbe):
             self._maps(probe, *backbones.values())
             return
