@@ -58,7 +58,13 @@ def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[
     assert main([*name.split(), "--help"]) == 0
     short = capsys.readouterr().out
     assert f"usage: diffrep {name} " in short
-    for text in (short, _everything(name, capsys)):
+    everything = _everything(name, capsys)
+    shown, all_options = (re.findall(r"^  (?:-\w, )?(--[\w.\[\]-]+)", text, re.M) for text in (short, everything))
+    assert len(shown) == min(10, len(all_options))
+    assert set(shown) <= set(all_options)
+    if len(shown) < len(all_options):
+        assert re.search(rf"^{len(all_options) - 10} more options?: diffrep {name} --help-all$", short, re.M)
+    for text in (short, everything):
         assert "{None}" not in text
         assert "None)" not in text
         assert "(default: )" not in text
@@ -78,6 +84,7 @@ def test_help_shows_ten_options_and_the_rest_when_asked(capsys: pytest.CaptureFi
     assert f"{hidden} more options: diffrep match --help-all" in short
     assert "--matching.temperature" in everything
     assert "--matching.temperature" not in short
+    assert "--taps" in short  # named in `FIRST`, though it is one of the shared settings of extraction
 
 
 @pytest.mark.slow
@@ -159,8 +166,10 @@ def test_a_comment_belongs_to_one_option() -> None:
 
 @pytest.mark.parametrize("name", [name for name, (home, _) in COMMANDS.items() if home])
 def test_every_option_has_a_help_text(name: str) -> None:
-    options = options_of(command_kind(name))
+    kind = command_kind(name)
+    options = options_of(kind)
     assert not [option.field for option in options if not option.help]
+    assert set(getattr(kind, "FIRST", "").split()) <= {option.field for option in options}
 
 
 def test_a_repeated_option_gives_all_its_values_once() -> None:

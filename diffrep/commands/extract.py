@@ -50,6 +50,8 @@ class Extract(BackboneOptions, PrecisionOptions):
     Run the same command again to resume, to append new images, or to have damaged shards made again.
     """
 
+    FIRST = "output backbone extract.taps extract.timestep extract.ensemble size keep.kind device precision json"
+
     images: Annotated[tuple[str, ...], tyro.conf.Positional]  # files, folders, globs, .tar archives, .parquet of paths
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]  # the store, a folder; docs/store.md describes it
     backbone: str = "tiny"  # by name, folder or hub id
@@ -210,6 +212,8 @@ class Query(BackboneOptions, QuestionOptions):
     For example: diffrep query photos.index cat.jpg --point 120,80 -o found.png
     """
 
+    FIRST = "point box k output backbone json"
+
     index: Annotated[Path, tyro.conf.Positional]  # made by `diffrep index`
     image: Annotated[Path, tyro.conf.Positional]  # what to look for
     backbone: str | None = None  # that made the index: where it lies now if it has moved, or what may be fetched
@@ -247,6 +251,8 @@ class Search(BackboneOptions, QuestionOptions):
     extracted then. A place is the centre of a cell of the backbone's grid, which is coarse: `diffrep info BACKBONE`
     prints its stride, `diffrep match` answers to the pixel.
     """
+
+    FIRST = "point box k output backbone work json device"
 
     folder: Annotated[Path, tyro.conf.Positional]  # where to look
     image: Annotated[Path, tyro.conf.Positional]  # what to look for

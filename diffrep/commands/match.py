@@ -41,6 +41,8 @@ class Match(BackboneOptions, PrecisionOptions):
     loaded once: diffrep match --pairs pairs.csv -o matches
     """
 
+    FIRST = "points dense output recipe backbone extract.taps extract.timestep size pairs json"
+
     a: Annotated[Path | None, tyro.conf.Positional] = None  # the image with the points
     b: Annotated[Path | None, tyro.conf.Positional] = None  # the image in which they are looked for
     points: tuple[str, ...] = ()  # places in A as x,y in pixels

@@ -79,6 +79,8 @@ class UsageError(ValueError):
 class Command:
     """What every command has in common. A subclass has a method `run`, and may have `defaults`."""
 
+    FIRST: ClassVar[str] = ""  # the options that `--help` shows before the others, as dotted fields
+
     typed: ClassVar[frozenset[str]] = frozenset()  # options on the command line, as dotted fields: "matching.mode"
 
     def defaults(self: CommandT) -> CommandT:
@@ -410,13 +412,15 @@ def help_text(kind: type[Command], program: str, *, everything: bool = False) ->
     """The help of a command.
 
     Args:
-        everything: all options instead of the first `FEW`.
+        everything: all options instead of the first `FEW`, those of `Command.FIRST` before the others.
     """
     width = min(shutil.get_terminal_size().columns, 110)
     options = options_of(kind)
     places = [option for option in options if option.positional]
     flagged = [option for option in options if not option.positional]
-    shown = flagged if everything else flagged[:FEW]
+    first = {field: place for place, field in enumerate(getattr(kind, "FIRST", "").split())}
+    few = sorted(flagged, key=lambda option: first.get(option.field, len(first)))[:FEW]
+    shown = flagged if everything else few
     lines = [" ".join([f"usage: {program}", *(place.usage() for place in places), "[options]"]), ""]
     lines += [*_paragraphs(inspect.getdoc(kind) or "", width), ""]
     lines += [line for place in places for line in _entry(place.usage(), place.text(), width)]
@@ -436,14 +440,15 @@ def help_text(kind: type[Command], program: str, *, everything: bool = False) ->
 
 def _paragraphs(text: str, width: int) -> list[str]:
     parts = [
-        textwrap.wrap(part, width) if not part.startswith(" ") else part.splitlines() for part in text.split("\n\n")
+        textwrap.wrap(part, width, break_on_hyphens=False) if not part.startswith(" ") else part.splitlines()
+        for part in text.split("\n\n")
     ]
     return [line for i, part in enumerate(parts) for line in ([""] if i else []) + part]
 
 
 def _entry(name: str, text: str, width: int) -> list[str]:
     column = 26
-    rows = textwrap.wrap(text, max(width - column, 20)) or [""]
+    rows = textwrap.wrap(text, max(width - column, 20), break_on_hyphens=False) or [""]
     if len(name) > column - 4:
         return [f"  {name}", *(" " * column + row for row in rows if row)]
     return [f"  {name:<{column - 2}}{rows[0]}", *(" " * column + row for row in rows[1:])]

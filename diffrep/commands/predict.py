@@ -115,6 +115,7 @@ class Depth(ImageCommand):
     depths in metres. All frames of a video see the same noise.
     """
 
+    FIRST = "output model formats predict.size predict.steps predict.ensemble known skip_existing device json"
     JOB = "depth"
     NEEDS: ClassVar[Mapping[str, str]] = {"fit": "known", "known_per_metre": "known", "fill": "known"}
 
@@ -244,6 +245,7 @@ class Normals(ImageCommand):
     same noise.
     """
 
+    FIRST = "output model formats frame predict.size predict.steps predict.ensemble skip_existing device json"
     JOB = "normals"
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("normals")  # folder of the files, or a video (.mp4)
@@ -288,6 +290,7 @@ class Segment(ImageCommand):
     summary.json into the output folder.
     """
 
+    FIRST = "output model outputs background threshold predict.size base skip_existing device json"
     JOB = "segmentation"
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("segments")  # folder of the files, or a video (.mp4)

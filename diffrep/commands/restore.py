@@ -34,6 +34,7 @@ class Restore(ImageCommand):
     stay. A restorer invents what it cannot see: what it draws is likely, not true.
     """
 
+    FIRST = "output model base predict.scale predict.keep_size format compare skip_existing device json"
     JOB = "restore"
     NEEDS: ClassVar[Mapping[str, str]] = {"overlap": "overlap"}  # tiles are there without being asked for
 

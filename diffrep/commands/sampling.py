@@ -23,6 +23,8 @@ class Paint(BackboneOptions, PrecisionOptions):
     lcm --steps 4. A model that was distilled as a whole (LCM) needs no --lora.
     """
 
+    FIRST = "output model sampler steps guidance negative size seed lora label"
+
     prompt: Annotated[tuple[str, ...], tyro.conf.Positional] = ()  # one image of each; none: of the empty prompt
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sample.png")  # the picture
     model: str = "tiny"  # a diffusion model: embedded, short name, folder, file or hub id

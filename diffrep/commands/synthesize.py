@@ -44,6 +44,8 @@ class Synthesize(PrecisionOptions):
     OME-TIFF files have a pyramid that slide viewers read.
     """
 
+    FIRST = "reference grid text size output model sampling.steps sampling.guidance sampling.seed cells"
+
     reference: Path | None = None  # an image: its cells' embeddings say what is painted where
     grid: Path | None = None  # instead: embeddings as .npy or zarr, (rows, columns, dim)
     text: str | None = None  # instead: a text, or a label, whose embeddings `--prior` draws

@@ -112,7 +112,7 @@ class PotentialTraining:
     # of the Fokker-Planck residual; from 1e-2 on it wins over the data; 0: denoising score matching alone
     weight: float = 1e-3
     boundary: float = 0.1  # of the density on the border of the square, which should vanish
-    steps: int = 2000
+    steps: int = 2000  # of the optimiser
     batch: int = 256  # samples of a step, and as many places of the residual
     rate: float = 1e-3  # of Adam
     components: int = 4  # of the mixture, on a circle
