@@ -65,6 +65,43 @@ def test_adjoint(name: str) -> None:
     assert abs(float(left - right)) <= 1e-5 * float(measured.norm() * y.norm())
 
 
+def _any_operator(name: str, rng: np.random.Generator) -> Operator:
+    """Of a random size, with random parameters."""
+    factor = int(rng.integers(1, 5))
+    height, width = (factor * int(n) for n in rng.integers(2, 9, size=2))
+    shape = (int(rng.integers(1, 5)), height, width)
+    places = rng.permutation(height * width)[: int(rng.integers(1, height * width))]
+    kinds = {
+        "inpainting": lambda: operators.inpainting(
+            torch.from_numpy(rng.random((height, width)) > 0.5), channels=shape[0]
+        ),
+        "box": lambda: operators.box(shape, int(rng.integers(1, min(height, width) + 1))),
+        "averaging": lambda: operators.averaging(shape, factor),
+        "bicubic": lambda: operators.bicubic(shape, factor),
+        "gaussian": lambda: operators.gaussian(shape, rng.uniform(0.2, 4)),
+        "motion": lambda: operators.motion(shape, rng.uniform(1, 12), rng.uniform(-180, 180)),
+        "colours": lambda: operators.colours(shape, rng.normal(size=shape[0]).tolist()),
+        "points": lambda: operators.points(shape, torch.from_numpy(np.stack([places % width, places // width], 1))),
+        "projections": lambda: operators.projections((shape[0], height, height), rng.uniform(-180, 180, 3).tolist()),
+    }
+    return kinds[name]()
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adjoint_at_any_size(name: str, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng([*name.encode()])
+    for seed in range(8):
+        operator = _any_operator(name, rng)
+        x = random(2, *operator.shape, seed=seed).to(dtype)
+        measured = operator(x)
+        y = random(*measured.shape, seed=50 + seed).to(dtype)
+        left, right = ((a.double() * b.double()).sum() for a, b in ((measured, y), (x, operator.adjoint(y))))
+        assert measured.dtype == dtype
+        assert abs(float(left - right)) <= 1e-5 * float(x.norm() * y.norm()), operator.shape
+        assert torch.equal(operator.check(measured), measured)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_pseudo_inverse(name: str) -> None:
     operator = LINEAR[name]
@@ -108,6 +145,9 @@ def test_projections_of_a_point() -> None:
     [
         (lambda: operators.points(SHAPE, torch.tensor([[12, 0]])), "lies outside of an image of 12 x 12"),
         (lambda: operators.points(SHAPE, torch.tensor([[1, 0], [1, 0]])), "two points lie on one pixel"),
+        (lambda: operators.points(SHAPE, torch.tensor([[-0.5, 3.0]])), "the point -0.5, 3 lies outside"),
+        (lambda: operators.points(SHAPE, torch.tensor([[math.nan, 3.0]])), "the point nan, 3 lies outside"),
+        (lambda: operators.colours(SHAPE, (0.5, 0.5)), "need 3 weights"),
         (lambda: operators.averaging(SHAPE, 5), "needs sides that it divides"),
         (lambda: operators.box(SHAPE, 13), "a side of 1..12 pixels, got 13"),
         (lambda: operators.gaussian(SHAPE, 0), "a sigma above 0"),

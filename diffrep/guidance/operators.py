@@ -152,12 +152,12 @@ def points(shape: tuple[int, int, int], places: Tensor) -> Operator:
         places: (N, 2) integers (x, y), each pixel once.
     """
     height, width = shape[1:]
-    x, y = places.long().unbind(-1)
-    outside = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+    x, y = places.unbind(-1)
+    outside = ~((x >= 0) & (x < width) & (y >= 0) & (y < height))
     if bool(outside.any()):
         first = places[outside][0].tolist()
         raise SamplingError(f"the point {first[0]:g}, {first[1]:g} lies outside of an image of {width} x {height}")
-    flat = y * width + x
+    flat = y.long() * width + x.long()
     if len(flat.unique()) < len(flat):
         raise SamplingError("two points lie on one pixel: join them first")
 
@@ -168,9 +168,14 @@ def points(shape: tuple[int, int, int], places: Tensor) -> Operator:
     return Operator("points", shape, lambda v: v.flatten(2)[:, :, flat.to(v.device)], scatter, scatter)
 
 
-def colours(shape: tuple[int, int, int], weights: Sequence[float] = (1 / 3, 1 / 3, 1 / 3)) -> Operator:
-    """A weighted sum of the channels, (B, 1, H, W): colourisation."""
-    w = torch.tensor(weights).view(1, -1, 1, 1)
+def colours(shape: tuple[int, int, int], weights: Sequence[float] | None = None) -> Operator:
+    """A weighted sum of the channels, (B, 1, H, W), their mean where no weights are named: colourisation."""
+    weights = [1 / shape[0]] * shape[0] if weights is None else weights
+    if len(weights) != shape[0] or not any(weights):
+        raise SamplingError(
+            f"colours of {_sized(shape)} images need {shape[0]} weights, not all 0, got {list(weights)}"
+        )
+    w = torch.tensor(weights, dtype=torch.float64).view(1, -1, 1, 1)
     return Operator(
         "colourisation",
         shape,
