@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor
 
 from diffrep.alignment import LEAST_DISPARITY, fit_robust
@@ -35,7 +35,7 @@ from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 Reader = Callable[[Tensor], Tensor]  # latent (1, c, h, w) -> depth (H, W) in [0, 1], differentiable
 
 FEWEST = 50  # known depths from which on a one-step head's latent is moved
-MOST = 1500  # known depths that errors are kriged from; all others are met by `carry_errors`
+MOST = 1500  # known depths that errors are kriged from; all others are met by `carried`
 LIKE_DEPTH, LIKE_COLOUR, UNSURE = 0.3, 0.3, 0.1  # lengths of logarithms and of colours in [0, 1]; share of chance
 
 
@@ -121,29 +121,21 @@ def fill_holes(completed: DepthMap, known: Tensor) -> DepthMap:
         known: (H, W) metres; 0 or not finite where nothing is known.
     """
     known = torch.where(torch.isfinite(known) & (known > 0), known, 0.0).float()
-    values = torch.where(known > 0, known, carry_errors(completed.values, known, reach=8.0))
+    logs, wanted = (depth.clamp(min=1e-3).log() for depth in (completed.values, known))
+    values = torch.where(known > 0, known, carried(logs, wanted, known > 0, reach=8.0).exp())
     return replace(completed, values=values, settings={**completed.settings, "filled": int((known == 0).sum())})
 
 
-def carry_errors(depth: Tensor, known: Tensor, *, reach: float) -> Tensor:
-    """Depth without what it misses at known pixels, around them: a normalised convolution of errors of logarithms.
+def carried(values: Tensor, wanted: Tensor, seen: Tensor, *, reach: float) -> Tensor:
+    """Values without what they miss where it is seen, and around there: a normalised convolution of errors.
 
     Args:
-        depth, known: (H, W) metres; known is 0 where there is none.
-        reach: sigma in pixels; 0: none. Where nothing is known within it, the depth stays as it is.
+        values, wanted, seen: (H, W); what is wanted counts where it is seen.
+        reach: sigma in pixels. Where nothing is seen within it, the values stay as they are.
     """
-    if not reach:
-        return depth
-    missed = known.clamp(min=1e-6).log() - depth.clamp(min=1e-3).log()
-    return depth * _carried(missed, known > 0, reach).exp()
-
-
-def _carried(missed: Tensor, seen: Tensor, reach: float) -> Tensor:
-    """Errors (H, W) at the pixels that are seen, around them."""
-    parts = torch.where(seen, missed, 0.0), seen.float()
-    total, weight = (_blurred(part[None, None], reach)[0, 0] for part in parts)
+    total, weight = _smoothed(torch.stack([torch.where(seen, wanted - values, 0.0), seen.to(values)]), reach)
     single = 1 / (2 * math.pi * reach**2)  # weight of a known pixel on itself
-    return total / (weight + 0.1 * single)
+    return values + total / (weight + 0.1 * single)
 
 
 def fill_mask(predicted: ObjectMask, known: Tensor) -> ObjectMask:
@@ -160,7 +152,7 @@ def fill_mask(predicted: ObjectMask, known: Tensor) -> ObjectMask:
         size = tuple(predicted.mask.shape)
         raise ValueError(f"a known mask is {size} like the image, in [0, 1] or nan; this one is {tuple(known.shape)}")
     logits, wanted = predicted.mask.clamp(0.02, 0.98).logit(), known.nan_to_num(0.5).clamp(0.02, 0.98).logit()
-    filled = (logits + _carried(wanted - logits, seen, 8.0)).sigmoid()
+    filled = carried(logits, wanted, seen, reach=8.0).sigmoid()
     settings = {**predicted.settings, "filled": int((~seen).sum())}
     return replace(predicted, mask=torch.where(seen, known, filled), settings=settings)
 
@@ -207,9 +199,9 @@ def krige_errors(depth: Tensor, known: Tensor, image: Tensor, *, reach: float) -
 
     missed = (known.flatten()[used].log() - logs.flatten()[used]).double()
     weights = torch.linalg.solve(likeness(features[used]) + UNSURE * torch.eye(len(used), dtype=torch.double), missed)
-    errors = torch.cat([likeness(rows) @ weights for rows in features.split(65536)])
-    met = (logs + errors.view(height, width).to(logs)).exp()
-    return met if len(places) <= MOST else carry_errors(met, known, reach=length)
+    errors = torch.cat([likeness(rows) @ weights for rows in features.split(16384)])
+    met = logs + errors.view(height, width).to(logs)
+    return (met if len(places) <= MOST else carried(met, known.log(), known > 0, reach=length)).exp()
 
 
 class Ruler:
@@ -299,16 +291,16 @@ def _follow_diffusion(
     times, total = schedule.timesteps(how.steps), len(schedule.alphas_cumprod)
     table = TableVP(schedule.alphas_cumprod.numpy())
 
-    def level(t: int) -> Level:
-        alpha = float(schedule.alphas_cumprod[t]) if t >= 0 else schedule.last_alpha
-        return alpha**0.5, (1 - alpha) ** 0.5
-
     def network(x: Tensor, t: float) -> Tensor:
         output: Tensor = head.model.network(head.model.unet_input(latents, x), int(t), head.family.task_vector)
         return output.float()
 
     grid = TimeGrid.of(table, [*times, -1])
-    lands = [level(t - total // how.steps) for t in times]
+    ends = [
+        float(schedule.alphas_cumprod[t]) if t >= 0 else schedule.last_alpha
+        for t in (t - total // how.steps for t in times)
+    ]
+    lands = [(alpha**0.5, (1 - alpha) ** 0.5) for alpha in ends]
     return complete_by_diffusion(
         network, read, known, noise, grid, prediction=schedule.predicts, lands=lands, lr=how.rate or 0.05
     )
@@ -345,7 +337,7 @@ def _follow_latent(
         missed = float((error[judges] if len(judges) else error).detach().abs().mean())
         if missed < least:
             best, least = depth.detach(), missed
-        leaf.grad = _blurred(gradient, how.spread)
+        leaf.grad = _smoothed(gradient, how.spread)
         for parameter, slope in zip(ruler.parameters, others, strict=True):
             parameter.grad = slope
         adam.step()
@@ -353,14 +345,7 @@ def _follow_latent(
     return best
 
 
-def _blurred(x: Tensor, sigma: float) -> Tensor:
-    """(B, c, h, w) under a Gaussian of so many cells."""
-    if not sigma:
-        return x
-    half = int(3 * sigma) + 1
-    line = (-((torch.arange(-half, half + 1, device=x.device) / sigma) ** 2) / 2).exp()
-    line = (line / line.sum()).to(x)
-    for axis, pad in ((-1, (half, half, 0, 0)), (-2, (0, 0, half, half))):
-        kernel = line.view(1, 1, 1, -1) if axis == -1 else line.view(1, 1, -1, 1)
-        x = F.conv2d(F.pad(x, pad, mode="replicate"), kernel.expand(x.shape[1], 1, -1, -1), groups=x.shape[1])
-    return x
+def _smoothed(x: Tensor, sigma: float) -> Tensor:
+    """(..., H, W) under a Gaussian of so many cells, borders repeated."""
+    sigmas = (*(0.0,) * (x.ndim - 2), sigma, sigma)
+    return torch.from_numpy(ndimage.gaussian_filter(x.cpu().numpy(), sigmas, mode="nearest", truncate=3.0)).to(x)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffrep.cli import main
 from diffrep.eval.completion import CompletionEvaluation, CompletionReport, evaluate_completion, known_depths
-from diffrep.heads.completion import CompletionConfig, carry_errors, complete_depth, fill_holes, fill_mask, krige_errors
+from diffrep.heads.completion import CompletionConfig, carried, complete_depth, fill_holes, fill_mask, krige_errors
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import DepthMap, nearest_known
@@ -108,9 +108,9 @@ def test_holes_are_filled_and_the_rest_stays() -> None:
 def test_errors_are_carried_around_known_pixels_alone() -> None:
     depth, known = torch.full((32, 32), 2.0), torch.zeros(32, 32)
     known[4, 4] = 3.0
-    carried = carry_errors(depth, known, reach=2.0)
-    assert 2.6 < float(carried[4, 4]) < 3.0
-    assert float(carried[28, 28]) == pytest.approx(2.0)
+    met = carried(depth, known, known > 0, reach=2.0)
+    assert 2.6 < float(met[4, 4]) < 3.0
+    assert float(met[28, 28]) == pytest.approx(2.0)
 
 
 def test_errors_are_kriged_to_like_pixels() -> None:
