@@ -17,7 +17,7 @@ from tqdm import tqdm
 from diffrep.eval.rendering import SceneMapSettings, render_job
 from diffrep.eval.report import ScoreTables, Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import SCENE_BOUNDS
-from diffrep.heads.completion import CompletionConfig, complete_depth
+from diffrep.heads.completion import CompletionConfig, complete_depth, follows
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.maps import DepthMap, nearest_known
 from diffrep.scenes import Scene
@@ -85,6 +85,8 @@ def evaluate_completion(
                 "robust, errors carried": partial(guided, head, scene, replace(how, rounds=0)),
                 "guided": partial(guided, head, scene, how),
             }
+            if follows(head):  # there is no fit whose errors are carried
+                del ways["robust, errors carried"]
             for name, complete in ways.items():
                 errors.setdefault(name, {}).setdefault(count, []).append(scene_rmse(complete(known), scene))
     title = f"{head.name} on {settings.count} held-out scenes: RMSE in metres, by known depths; 95 % interval"

@@ -55,6 +55,21 @@ class CompletionConfig:
         check(self, steps="1..1000", rounds="0..", rate=POSITIVE, spread=NOT_NEGATIVE, reach=NOT_NEGATIVE)
 
 
+def follows(head: DenseHead) -> bool:
+    """Whether a head's diffusion follows known depths, as a Marigold's; the latent of others is moved."""
+    return head.family.result == "sample" and head.task == "depth"
+
+
+def guidance_of(head: DenseHead, how: CompletionConfig, ensemble: int = 1) -> dict[str, Any]:
+    """What is done to a head under known depths: its name, the options that count, and what it costs an image."""
+    if follows(head):
+        cost = f"{ensemble * how.steps} passes of U-Net and decoder with gradients"
+        return {"guidance": "Marigold-DC", "steps": how.steps, "rate": how.rate or 0.05, "cost": cost}
+    options = {name: value for name, value in vars(how).items() if name != "steps"} | {"rate": how.rate or 0.02}
+    cost = f"{ensemble} passes of the U-Net, then up to {ensemble * how.rounds} of the decoder with gradients"
+    return {"guidance": "latent through the decoder", **options, "cost": cost}
+
+
 def complete_depth(
     head: DenseHead,
     image: Image.Image,
@@ -91,8 +106,7 @@ def complete_depth(
         shown = head.read(head.model.draw_maps(latent, canvas))[..., : size[0], : size[1]]
         return resize(shown, (image.height, image.width))[0, 0]
 
-    diffuses = head.family.result == "sample" and head.task == "depth"
-    follow = _follow_diffusion if diffuses else _follow_latent
+    follow = _follow_diffusion if follows(head) else _follow_latent
     members = []
     for member in range(config.ensemble):
         noise = None
@@ -101,7 +115,7 @@ def complete_depth(
                 head.device
             )
         depth = follow(head, read, latents, known, noise, how).cpu()
-        if not diffuses and how.reach:
+        if not follows(head) and how.reach:
             depth = krige_errors(depth, known.cpu(), pixels[0].cpu() / 255, reach=how.reach)
         members.append(depth)
     depths = torch.stack(members)
@@ -110,7 +124,7 @@ def complete_depth(
         depth = depths.quantile(0.5, 0)
         uncertainty = (depths - depth).abs().quantile(0.5, 0)
     settings = head.settings(config, family=head.family.name, fit="guided", known_depths=int((known > 0).sum()))
-    settings |= {"guidance": "Marigold-DC" if diffuses else "latent through the decoder", **vars(how)}
+    settings |= guidance_of(head, how, config.ensemble)
     return DepthMap(depth.clamp(min=0), "depth", metric=True, uncertainty=uncertainty, settings=settings)
 
 

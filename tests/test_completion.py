@@ -186,6 +186,26 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "--guidance.rounds says how --fit guided works" in capsys.readouterr().err
     assert main([*call, "--fill"]) == 2
     assert "--fill says how --known works" in capsys.readouterr().err
+    assert main([*call, *guided[:4], "--guidance.steps", "2"]) == 2
+    assert "guided by latent through the decoder, which has no --guidance.steps" in capsys.readouterr().err
+
+
+def test_the_command_on_a_marigold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, (_, known) = str(random_head(tmp_path / "head", family="marigold", task="depth")), some_depths()
+    picture().save(tmp_path / "photo.png")
+    np.save(tmp_path / "known.npy", known.numpy())
+    call = ["depth", str(tmp_path / "photo.png"), "--model", model, "--formats", "npy", "-o", str(tmp_path / "out")]
+    guided = ["--known", str(tmp_path / "known.npy"), "--fit", "guided", "--ensemble", "2", "--guidance.steps", "3"]
+    assert main([*call, *guided]) == 0
+    assert "Marigold-DC, for an image 6 passes of U-Net and decoder with gradients" in capsys.readouterr().out
+    about = json.loads((tmp_path / "out" / "photo_depth.json").read_text())
+    assert about["unit"] == "metres"
+    assert about["settings"]["steps"] == 3
+    assert "rounds" not in about["settings"]
+    assert np.load(tmp_path / "out" / "photo_depth.npy").shape == (40, 56)
+    assert (tmp_path / "out" / "photo_uncertainty.png").exists()
+    assert main([*call, *guided, "--guidance.rounds", "3"]) == 2
+    assert "guided by Marigold-DC, which has no --guidance.rounds" in capsys.readouterr().err
 
 
 def test_the_evaluation(tmp_path: Path) -> None:

@@ -33,7 +33,14 @@ from diffrep.files import (
     write_image,
     write_whole,
 )
-from diffrep.heads.completion import CompletionConfig, complete_depth, fill_holes, fill_mask, read_known_mask
+from diffrep.heads.completion import (
+    CompletionConfig,
+    complete_depth,
+    fill_holes,
+    fill_mask,
+    guidance_of,
+    read_known_mask,
+)
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.families import Frame
 from diffrep.heads.loading import load_head
@@ -152,6 +159,12 @@ class Depth(ImageCommand):
             raise ValueError(f"{self.model}: predicts {head.task}; use diffrep {_command_of(head.task)}")
         if self.to_video:
             return self.write_video(head, inputs, self.predict, lambda image, result: result.picture())
+        about = head.recognised
+        if self.fit == "guided":
+            guidance = guidance_of(head, self.guidance, self.predict.ensemble)
+            about += f"; {guidance['guidance']}, for an image {guidance['cost']}"
+            if unused := sorted(t for t in self.typed if t.startswith("guidance.") and t[9:] not in guidance):
+                raise ValueError(f"{self.model}: is guided by {guidance['guidance']}, which has no --{unused[0]}")
         normals = None
         if self.normals_model is not None:
             device, dtype = self.resolved()
@@ -181,7 +194,7 @@ class Depth(ImageCommand):
             existing = ["points.ply"] if "ply" in self.formats else []
             existing += map_endings(kind, [k for k in self.formats if k != "ply"], show=self.preview)
         done = run_images(head, inputs, self.output, self.predict, write, existing=existing)
-        print_files(self.model, head.recognised, done, self.output, as_json=self.json)
+        print_files(self.model, about, done, self.output, as_json=self.json)
 
     def _check(self) -> None:
         """Refuse options that do not go together before any work.
