@@ -138,6 +138,35 @@ class DetailDecoder(nn.Module):
         return decoder.eval().requires_grad_(False)
 
 
+def sharp_at_edges(values: Tensor, pixels: Tensor, *, reach: int = 3, likeness: float = 0.06) -> Tensor:
+    """Move the edges of maps to those of their images: the joint weighted median (Ma et al., ICCV 2013, eq. 1).
+
+    Args:
+        values: (B, 1, H, W).
+        pixels: (B, 3, H, W) in [0, 1].
+        reach: pixels that count, on each side.
+        likeness: standard deviation of the Gaussian of the distance of two colours, which is a pixel's weight.
+
+    Returns:
+        (B, 1, H, W): of the values around each pixel the least whose weight, with that of all smaller ones, is half of
+        the total.
+    """
+    side = 2 * reach + 1
+
+    def around(maps: Tensor) -> Tensor:
+        patches = F.unfold(F.pad(maps, (reach,) * 4, mode="replicate"), side)  # (1, C N, H W)
+        return patches.view(maps.shape[1], side**2, -1)
+
+    rows = []
+    for value, image in zip(values.split(1), pixels.split(1), strict=True):
+        away = (around(image) - image[0].flatten(1)[:, None]).square().sum(0)
+        ordered, order = around(value)[0].sort(0)
+        weight = torch.exp(-away / (2 * likeness**2)).gather(0, order).cumsum(0)
+        middle = (weight < weight[-1:] / 2).sum(0, keepdim=True)
+        rows.append(ordered.gather(0, middle).view_as(value))
+    return torch.cat(rows)
+
+
 def _same(width: int) -> nn.Conv2d:
     return nn.Conv2d(width, width, 3, padding=1)
 

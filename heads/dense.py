@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from diffrep.heads.decoder import sharp_at_edges
 from diffrep.heads.families import Family, Frame, Task
 from diffrep.heads.head import Head
 from diffrep.heads.maps import DepthMap, NormalMap, facing_camera, unit_length
@@ -90,10 +91,11 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
 
     # -- what is decoded ------------------------------------------------------------------------------------
 
-    def read(self, decoded: Tensor, *, unit: bool = True) -> Tensor:
+    def read(self, decoded: Tensor, pixels: Tensor | None = None, *, unit: bool = True) -> Tensor:
         """What was decoded, (B, 3, h, w), or of depth (B, 1, h, w), as a map.
 
         Args:
+            pixels: images (B, 3, h, w) in [0, 1] at whose edges depth from a decoder of its own is made sharp.
             unit: bring normals to unit length where the family's released code does not; where there is no surface,
                 towards the camera.
 
@@ -105,6 +107,8 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         if self.task != "normals":
             if self.model.decoder is not None:  # of any scale and shift; along outlines it overshoots beyond the sky
                 values = decoded.mean(1, keepdim=True) / 2 + 0.5
+                if pixels is not None:
+                    values = sharp_at_edges(values, pixels.to(values))
                 beyond, order = int(BEYOND * values[0].numel()), values.flatten(1).sort(1).values
                 if self.task == "disparity":
                     return torch.maximum(values, order[:, beyond].view(-1, 1, 1, 1))
@@ -217,21 +221,27 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         if family.first_latent == "noise" and noise is None:
             noise = torch.cat([model.draw(latent_size, config.seed, k) for k in range(members)])
         draws = [None] if posterior_noise is None else list(posterior_noise.split(1))
+        # depth from a decoder of its own is the mean of what is drawn of the image and of its mirror image
+        twice = model.decoder is not None and self.task != "normals"
+        views = (canvas, canvas.flip(-1)) if twice else (canvas,)
         results = []
         for member in range(members):
             if member < len(draws):  # every member has a latent of its own, or all share one
-                latents = model.encode(canvas, draws[member], batch_size=config.batch_size)
+                latents = [model.encode(view, draws[member], batch_size=config.batch_size) for view in views]
             start = None if noise is None else noise[member : member + 1]
-            annotation = model.predict(
-                latents,
-                start,
-                steps=config.steps,
-                timestep=config.timestep,
-                spacing=config.spacing,
-                batch_size=config.batch_size,
-            )
-            decoded = model.draw_maps(annotation, canvas, batch_size=config.batch_size)
-            results.append(self.read(decoded, unit=not config.official)[..., : size[0], : size[1]])
+            decoded = []
+            for view, latent in zip(views, latents, strict=True):
+                annotation = model.predict(
+                    latent,
+                    start,
+                    steps=config.steps,
+                    timestep=config.timestep,
+                    spacing=config.spacing,
+                    batch_size=config.batch_size,
+                )
+                decoded.append(model.draw_maps(annotation, view, batch_size=config.batch_size).float())
+            drawn = (decoded[0] + decoded[1].flip(-1)) / 2 if twice else decoded[0]
+            results.append(self.read(drawn, canvas, unit=not config.official)[..., : size[0], : size[1]])
         if members > 1:
             return self._combined(torch.stack(results, dim=1), config)
         unbounded = family.stretch or model.decoder is not None
