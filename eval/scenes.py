@@ -31,7 +31,7 @@ from diffrep.heads.families import Task
 from diffrep.heads.segmentation import DiffDis, finish
 from diffrep.heads.training.dense import OneStepModel, predict_maps
 from diffrep.heads.training.dense_data import SceneSamples
-from diffrep.heads.training.masks import scene_maps
+from diffrep.heads.training.masks import held_scenes, scene_maps
 from diffrep.pictures import image_grid
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, mirror, render_scene, scene_pairs, shared_keypoints
 from diffrep.settings import POSITIVE, check_ranges
@@ -281,7 +281,7 @@ class MaskValidation:
         rows: dict[str, list[Tensor]] = {}
         for start in range(0, len(self.scenes), self.batch_size):
             chosen = torch.arange(start, min(start + self.batch_size, len(self.scenes))).numpy()
-            images, masks, edges = (part.to(head.device) for part in scene_maps(self.scenes, chosen))
+            images, masks, edges = scene_maps(*held_scenes(self.scenes, chosen, head.device))
             noise = head.draw((images.shape[-2], images.shape[-1]), 0)
             wanted = start < self.shown
             mask, edge = head.forward(images, noise, edges=wanted)

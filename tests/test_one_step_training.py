@@ -17,6 +17,7 @@ from torch import nn
 from diffrep.cli import main
 from diffrep.commands.train_heads import TrainDepth, TrainNormals, open_set
 from diffrep.eval.maps import angular_error
+from diffrep.heads.decoder import sharp_at_edges
 from diffrep.heads.families import E2E_FT, FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Task, task_vector
 from diffrep.heads.loading import load_head
 from diffrep.heads.point_cloud import Intrinsics, unproject
@@ -52,7 +53,7 @@ from diffrep.heads.training.detail import (
     normal_terms,
 )
 from diffrep.heads.training.fit import EMBEDDED_BATCH, EMBEDDED_FIT, EMBEDDED_RECIPE, OneStepTraining, train_head
-from diffrep.scenes import SceneSet, render_set
+from diffrep.scenes import SceneSet, render_scene, render_set, scene_seed
 from diffrep.training.loop import FitSettings
 
 from .one_step_heads import random_head
@@ -519,3 +520,29 @@ def test_depth_from_a_decoder_of_its_own_has_any_scale_and_no_overshoot() -> Non
     assert bool((values.diff() >= 0).all())
     shown = head(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).values
     assert 0 <= float(shown.min()) < 0.1 < 0.9 < float(shown.max()) <= 1
+
+
+def test_blurred_depth_is_sharp_where_the_image_has_an_edge() -> None:
+    image = torch.zeros(2, 3, 12, 40)
+    image[0, :, :, 20:] = 0.8
+    ramp = ((torch.arange(40.0) - 17) / 6).clamp(0, 1).expand(2, 1, 12, 40)  # blurred from 17 to 23
+    sharp = sharp_at_edges(ramp, image)
+    assert sharp.shape == ramp.shape
+    assert float(sharp[0, ..., 19].max()) < 0.1 < 0.6 < float(sharp[0, ..., 20].min())  # 0.33 and 0.5 before
+    assert torch.equal(sharp[1, 0, :, 3:-3], ramp[1, 0, :, 3:-3])  # no edge in the image: a ramp is its own median
+    assert torch.equal(sharp_at_edges(ramp[:1], image[:1]), sharp[:1])  # no image looks at another
+
+
+def test_depth_of_a_mirrored_image_is_the_mirrored_depth() -> None:
+    head, image = load_head("tiny-depth", device="cpu"), render_scene(scene_seed("test", 3), category="chair").image
+    shown = head(image).values
+    assert torch.allclose(head(np.ascontiguousarray(image[:, ::-1])).values, shown.flip(-1), atol=1e-4)
+    with torch.no_grad():  # one look alone is not
+        plain = [head.model.draw_maps(head.model.predict(head.model.encode(x), None), x) for x in looks_of(image)]
+    assert not torch.allclose(plain[0], plain[1].flip(-1), atol=1e-2)
+
+
+def looks_of(image: np.ndarray) -> list[torch.Tensor]:
+    """An image (H, W, 3) and its mirror image as (1, 3, H, W) in [0, 1]."""
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 255
+    return [pixels, pixels.flip(-1)]

@@ -336,6 +336,7 @@ class TrainRestore(HeadTraining):
             latents=self.latents or work / "pairs.safetensors",
             validate=RestorationValidation(enlargements(held_out, training.pairs), work / "pictures"),
             validate_every=self.validate_every,
+            device=self.device,
         )  # fmt: skip
         training.write(output, model)
         print(f"wrote {output}")

@@ -279,7 +279,7 @@ def latent_batches(
     images, targets = latents["images"], latents["targets"]
 
     def batches(generator: torch.Generator) -> Batch:
-        chosen = torch.randint(len(images), (batch_size,), generator=generator)
+        chosen = torch.randint(len(images), (batch_size,), generator=generator).to(images.device)
         drawn = draw_rows(batch_size, recipe, tuple(images.shape[1:]), generator)
         rebuilt = chosen[: len(drawn["timesteps"]) - batch_size]
         return {

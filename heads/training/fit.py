@@ -47,6 +47,7 @@ from diffrep.heads.training.masks import (
     SegmentationModel,
     cache_scenes,
     drawn_losses,
+    held_scenes,
     image_batches,
     image_latents,
     scene_batches,
@@ -287,12 +288,17 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
             raise ValueError(f"latents are cached of one data set, not of {len(sets)}")
         vae, made_with = parts.vae.to(memory_format=torch.channels_last), _made_with(self.base, parts)
         cached = cache_latents(vae, sets[0], self.task, latents or folder, made_with=made_with, progress=progress)
-        return latent_batches(cached, self.recipe, batch_size=size), latent_losses, None
+        return latent_batches(_moved(cached, device), self.recipe, batch_size=size), latent_losses, None
 
     def about(self) -> dict[str, Any]:
         frame = {"frame": "lub"} if self.task == "normals" else {}  # of all that we train on
         extra = {**frame, "training": json.loads(json.dumps(asdict(self), default=str))}
         return {"family": self.recipe.name, "task": self.task, "extra": extra}
+
+
+def _moved(latents: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Cached latents on the device that trains, which draws its batches there."""
+    return {name: values.to(device) for name, values in latents.items()}
 
 
 def _encoding(vae: Any, training: OneStepTraining, stride: int) -> Loss[Any]:
@@ -373,8 +379,9 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
         count, file = min(self.scenes, len(data)), latents or folder / "latents.safetensors"
         made_with = _made_with(self.base, parts)
         cached = cache_scenes(codec.encode, data, count, levels, file, made_with=made_with, progress=progress)
-        batches = scene_batches(data, cached, pixels=self.decoder, **shape)
-        finish = partial(sharpen_decoder, data=data, cached=cached, training=self, folder=folder, progress=progress)
+        cached, held = _moved(cached, device), held_scenes(data, slice(count), device) if self.decoder else None
+        batches = scene_batches(cached, held, **shape)
+        finish = partial(sharpen_decoder, held=held, cached=cached, training=self, folder=folder, progress=progress)
         return batches, segmentation_losses, finish if self.sharpen else None
 
     def about(self) -> dict[str, Any]:
@@ -408,7 +415,7 @@ def predicted_latents(
 
 def sharpen_decoder(
     model: SegmentationModel,
-    data: SceneSet,
+    held: tuple[Tensor, Tensor],
     cached: Mapping[str, Tensor],
     training: SegmentationTraining,
     folder: Path,
@@ -416,17 +423,23 @@ def sharpen_decoder(
     count: int = 4000,
     progress: bool = True,
 ) -> None:
-    """Train the decoder on, alone, on latents that the finished U-Net predicts; in place."""
+    """Train the decoder on, alone, on latents that the finished U-Net predicts; in place.
+
+    Args:
+        held: scenes as `held_scenes` gives them, on the model's device.
+        cached: latents of `cache_scenes`.
+    """
     assert model.decoder is not None
     file, count = folder / "predicted.safetensors", min(count, len(cached["mask"]))
     if not file.exists():
         save_weights(file, {"latents": predicted_latents(model, cached, training, count).half()})
-    latents = read_weights(file)[0]["latents"]
+    device = model.context.device
+    latents = read_weights(file)[0]["latents"].to(device)
 
     def batches(generator: torch.Generator) -> Batch:
-        rows = torch.randint(count, (SHARPENING_BATCH,), generator=generator)
-        images, masks, edges = scene_maps(data, rows.numpy())
-        edged = torch.rand(SHARPENING_BATCH, generator=generator) < (0.25 if training.edges else 0.0)
+        rows = torch.randint(count, (SHARPENING_BATCH,), generator=generator).to(device)
+        images, masks, edges = scene_maps(held[0][rows], held[1][rows])
+        edged = (torch.rand(SHARPENING_BATCH, generator=generator) < (0.25 if training.edges else 0.0)).to(device)
         return {
             "latents": latents[rows + edged * count].float(),
             "pixels": images.to(memory_format=torch.channels_last),
@@ -435,7 +448,6 @@ def sharpen_decoder(
 
     decoder = model.decoder.requires_grad_(True)
     settings = replace(SHARPENING, minutes=training.sharpen)
-    device = model.context.device
     sharper = fit(decoder, batches, drawn_losses, settings, folder / "decoder", device=device, progress=progress)
     model.decoder.load_state_dict(sharper.state_dict())
     model.eval()

@@ -184,11 +184,18 @@ def drawn_losses(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str
 # -- rendered scenes ----------------------------------------------------------------------------------------
 
 
-def scene_maps(scenes: SceneSet, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    """Image (B, 3, H, W), mask and edge (B, 1, H, W) of scenes, all in [0, 1]."""
-    images = torch.from_numpy(np.array(scenes.image[rows])).permute(0, 3, 1, 2).float() / 255
-    masks = torch.from_numpy(np.array(scenes.mask[rows]))[:, None].to(torch.uint8) * 255
-    return images, masks.float() / 255, edge_map(masks).float() / 255
+def held_scenes(
+    scenes: SceneSet, rows: slice | np.ndarray, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Images uint8 (B, H, W, 3) and masks bool (B, H, W) of scenes, on a device."""
+    images, masks = (torch.from_numpy(np.array(part[rows])).to(device) for part in (scenes.image, scenes.mask))
+    return images, masks
+
+
+def scene_maps(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Image (B, 3, H, W), mask and edge (B, 1, H, W), all in [0, 1], of what `held_scenes` gives, where that lies."""
+    levels = masks[:, None].to(torch.uint8) * 255
+    return images.permute(0, 3, 1, 2).float() / 255, levels.float() / 255, edge_map(levels).float() / 255
 
 
 @torch.no_grad()
@@ -198,7 +205,7 @@ def cache_scenes(
     """Latents of the first `count` scenes, as of `encode_step`; see `cached_latents`."""
 
     def encoded(rows: range) -> dict[str, Tensor]:
-        images, masks, edges = scene_maps(scenes, np.array(rows))
+        images, masks, edges = scene_maps(*held_scenes(scenes, np.array(rows)))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return encode_step(encode, images, masks, edges, levels=levels)
 
@@ -207,20 +214,20 @@ def cache_scenes(
 
 
 def scene_batches(
-    scenes: SceneSet, latents: Mapping[str, Tensor], *, batch_size: int, edges: bool, pixels: bool
+    latents: Mapping[str, Tensor], held: tuple[Tensor, Tensor] | None, *, batch_size: int, edges: bool
 ) -> Callable[[torch.Generator], Batch]:
-    """Batches of cached latents with pyramid noise; see `SegmentationModel`.
+    """Batches of cached latents with pyramid noise, where the latents lie; see `SegmentationModel`.
 
     Args:
         latents: of `cache_scenes`.
+        held: of `held_scenes`, beside the latents: also give images and maps, for a decoder.
         edges: train the edges too.
-        pixels: also give images and maps, for a decoder.
     """
 
     def batches(generator: torch.Generator) -> Batch:
-        rows = torch.randint(len(latents["mask"]), (batch_size,), generator=generator)
+        rows = torch.randint(len(latents["mask"]), (batch_size,), generator=generator).to(latents["mask"].device)
         drawn = {name: values[rows].float() for name, values in latents.items()}
-        maps = scene_maps(scenes, rows.numpy()) if pixels else None
+        maps = scene_maps(held[0][rows], held[1][rows]) if held is not None else None
         return _batch(drawn, maps, edges, generator)
 
     return batches
