@@ -527,11 +527,11 @@ def segmentation_training(place: Place) -> list[Tensor]:
 
 @case()
 def restoration_training(place: Place) -> list[Tensor]:
-    from diffrep.heads.training.restoration import PairSettings, RestorationTraining, SceneOriginals
+    from diffrep.heads.training.restoration import PairSettings, RestorationTraining, scene_originals
 
-    pairs = PairSettings(versions=1)
+    pairs = PairSettings(degradation="s3diff", versions=1)
     training = RestorationTraining(fit=SHORT, batch_size=2, size=64, pairs=pairs, workers=1)
-    return trained_head(training, SceneOriginals(place.scenes), place)
+    return trained_head(training, scene_originals(place.scenes), place)
 
 
 @case("heads.training.detail.train_decoder")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffrep.backbones.pipelines import load_parts
+from diffrep.cli import main
+from diffrep.commands.parsing import read_command
 from diffrep.commands.restore import comparison
+from diffrep.commands.train_heads import TrainRestore
 from diffrep.eval.restoration import evaluate_restoration, paired_files, psnr
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
@@ -32,6 +36,7 @@ from diffrep.heads.training.restoration import (
     RestorationModel,
     RestorationTraining,
     degraded,
+    degraded_pairs,
     encoded,
     process_terms,
     restorer_of,
@@ -257,6 +262,29 @@ def test_a_degradation_is_a_function_of_its_number() -> None:
     assert degraded(image, settings, 3, half=True).shape == (3, 32, 32)
 
 
+def test_pairs_lie_version_by_version_and_are_not_taken_for_others(tmp_path: Path) -> None:
+    images = torch.stack([torch.from_numpy(texture(48, 48, noise=n)).permute(2, 0, 1) for n in range(34)])
+    settings, file = PairSettings(degradation="s3diff", clean=0.5), tmp_path / "pairs.safetensors"
+    pairs = degraded_pairs(images, settings, file, seed=3, half=True, workers=1, progress=False)
+    assert (pairs["low"].shape, pairs["half"].shape) == ((68, 3, 12, 12), (68, 3, 24, 24))
+    assert torch.equal(pairs["low"][67], degraded(images[33], settings, 67, seed=3))
+    assert torch.equal(pairs["half"][65], degraded(images[32], settings, 65, seed=3, half=True))
+    with pytest.raises(ValueError, match="holds pairs of"):
+        degraded_pairs(images, settings, file, seed=4, half=True, workers=1, progress=False)
+
+
+def test_the_command_trains_a_restorer_with_defaults_of_its_base(tmp_path: Path) -> None:
+    options = "--scenes 8 --validation-scenes 2 --size 80 --steps 1 --batch-size 2 --workers 1 --versions 1"
+    assert main(["train", "restore", *options.split(), "--work", str(tmp_path)]) == 0
+    said = json.loads((tmp_path / "head" / "head.json").read_text())["training"]
+    assert (said["detail"], said["latent"], said["fit"]["minutes"]) == (True, 0.1, None)
+    assert load_head(tmp_path / "head", device="cpu").predict(photograph()).size == (208, 160)
+    command = read_command(TrainRestore, ["--base", "folder", "--pixel", "2"], "train restore")
+    assert (command.training.detail, command.training.latent, command.training.pixel) == (False, 1.0, 2.0)
+    command = read_command(TrainRestore, ["--base", "folder", "--detail", "--minutes", "3", "--steps", "9"], "")
+    assert (command.training.detail, command.training.latent, command.training.fit.minutes) == (True, 0.1, 3)
+
+
 def test_resizing_is_that_of_pillow_and_close_for_sixteen_bits() -> None:
     eight, sixteen = photograph(), photograph(deep=True)
     small, deep = (resized(one.pixels, (30, 33), "bicubic") for one in (eight, sixteen))
@@ -357,8 +385,10 @@ def test_a_comparison_shows_both_and_runs_its_own_script_alone() -> None:
 
 
 def test_a_training_that_cannot_be_meant_is_refused() -> None:
-    with pytest.raises(ValueError, match="half the scale"):
-        RestorationTraining(teacher="folder")
+    with pytest.raises(ValueError, match="a teacher's latents need"):
+        RestorationTraining(teacher="folder", latent=0.0)
+    with pytest.raises(ValueError, match="size must be at least 74"):
+        RestorationTraining(size=64)
     with pytest.raises(ValueError, match="learns from pixels"):
         RestorationTraining(pixel=0.0)
     assert TINY.result == "residual"

@@ -250,7 +250,9 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
     """
     options, arguments = options_of(kind), [_at_home(word) for word in arguments]
     typed, arguments = _typed(options, arguments), _joined(options, arguments)
+    names = frozenset(option.field for option in typed)
     command = _parse(kind, arguments, program, options)
+    object.__setattr__(command, "typed", names)
     if getattr(kind, "defaults", Command.defaults) is not Command.defaults:  # one that does not inherit has none
         # values of options that append would be added to themselves
         fresh = {option.field: option.default for option in typed if option.append}
@@ -260,7 +262,7 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, int) and abs(number) >= LARGEST:
                 raise UsageError(f"{option.flags[0]} takes whole numbers below 2^63, got {number}")
-    object.__setattr__(command, "typed", frozenset(option.field for option in typed))
+    object.__setattr__(command, "typed", names)
     return command
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,12 +40,10 @@ from diffrep.heads.training.fit import (
 )
 from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.heads.training.restoration import (
-    Originals,
-    PairSettings,
-    PhotoCrops,
     RestorationTraining,
-    SceneOriginals,
     enlargements,
+    photo_originals,
+    scene_originals,
 )
 from diffrep.images import find_images
 from diffrep.scenes import SceneSet, render_set
@@ -295,7 +293,7 @@ class TrainSegmentation(HeadTraining):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainRestore(HeadTraining):
+class TrainRestore(DeviceOptions):
     """Turn a diffusion model into a one-step restorer of degraded images, by the rule of PiSA-SR.
 
     With `--base tiny --data scenes` the defaults are those of the embedded `tiny-restore`. Called again with the same
@@ -304,74 +302,45 @@ class TrainRestore(HeadTraining):
 
     data: tuple[str, ...] = ("scenes",)  # scenes, scenes=FOLDER, or files, folders and patterns of photographs
     scenes: int = 16000  # to train on; rendered where --data scenes names no folder
-    size: int = 128  # pixels a side of the originals; photographs are cropped to their middle square and resized
-    degradation: Literal["resshift", "s3diff"] = "resshift"  # how originals are made worse: the papers' settings
-    scale: int = 4  # sides of originals over those of degraded images
-    clean: float = 0.25  # share of images that are only made smaller
-    versions: int = 2  # of each original, degraded once before the training
-    detail: bool | None = None  # a decoder of its own that looks at the image; yes with base tiny, else the VAE's
-    learns: Literal["unet", "decoder", "all"] = "unet"  # U-Net and a decoder of its own; a decoder alone; VAE too
-    start: str = ""  # folder of a restorer to train on, for example its decoder alone
-    teacher: str = ""  # folder of a restorer of half the scale, whose clean latents are the targets; sinsr: a resshift
-    family: Literal["restore", "resshift", "resshift-4", "sinsr", "rddm"] = "restore"  # one step, or by a process
-    score: float = 0.0  # sinsr: weight of TAD-SR's distilled score
-    latent: float | None = None  # weight of the latents' error; 0.1 with a decoder of its own, else 1
-    pixel: float = 1.0  # weight of the pixels' error
-    workers: int = 2  # processes that render scenes and degrade images
+    work: Path = Path("runs/restore")  # degraded pairs, checkpoints, logs, validation pictures
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the head's folder; WORK/head
+    validate_every: int = 500  # steps between measurements and pictures of held-out scenes
+    validation_scenes: int = 48
+    training: Annotated[RestorationTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=RestorationTraining)
+
+    def defaults(self) -> TrainRestore:
+        training, typed = self.training, {name.rpartition(".")[2] for name in self.typed}
+        detail = training.detail if "detail" in typed else training.base == "tiny"
+        fit = replace(training.fit, minutes=None) if "steps" in typed else training.fit
+        return replace(
+            self, training=replace(training, detail=detail, latent=training.latent if detail else 1.0, fit=fit)
+        )
 
     def run(self) -> None:
         from diffrep.eval.restoration import RestorationValidation
 
-        check_options(self, workers=WORKERS, scale="2..16", size="16..")
-        training = self.training()
-        work, output, parts = self.checked("restore")
-        training.build(parts)  # refuses a base that it does not fit
-        del parts
-        originals = self._originals(work)
-        held_out = SceneOriginals(
-            render_set(work / "validation", "val", self.validation_scenes, size=self.size, workers=1)
-        )
+        check_options(self, scenes="1..", validate_every="1..", validation_scenes="1..")
+        training, work, output = self.training, self.work, training_output(self.work, self.output, "head")
+        resolve_device(self.device)
+        training.build(load_parts(training.base, pad=False))  # refuses a base that it does not fit
+        held_out = render_set(work / "validation", "val", self.validation_scenes, size=training.size, workers=1)
+        pairs = enlargements(scene_originals(held_out), training.pairs, seed=training.fit.seed)
         model = train_head(
-            training, originals, work / "run",
-            latents=self.latents or work / "pairs.safetensors",
-            validate=RestorationValidation(enlargements(held_out, training.pairs), work / "pictures"),
-            validate_every=self.validate_every,
-            device=self.device,
+            training, self._originals(), work / "run",
+            latents=work / "pairs.safetensors", device=self.device,
+            validate=RestorationValidation(pairs, work / "pictures"), validate_every=self.validate_every,
         )  # fmt: skip
         training.write(output, model)
         print(f"wrote {output}")
 
-    def _originals(self, work: Path) -> Originals:
+    def _originals(self) -> torch.Tensor:
         kind, _, folder = self.data[0].partition("=") if len(self.data) == 1 else ("", "", "")
+        size, workers = self.training.size, self.training.workers
         if kind != "scenes":
-            return PhotoCrops(tuple(find_images(self.data)), self.size)
-        return SceneOriginals(
-            SceneSet(folder)
-            if folder
-            else render_set(work / "scenes", "train", self.scenes, size=self.size, workers=self.workers)
-        )
-
-    def training(self) -> RestorationTraining:
-        """The settings that these options mean."""
-        detail = self.base == "tiny" if self.detail is None else self.detail
-        latent = (0.1 if detail else 1.0) if self.latent is None else self.latent
-        pairs = {name: getattr(self, name) for name in ("degradation", "scale", "clean", "versions")}
-        return RestorationTraining(
-            base=self.base,
-            start=self.start,
-            teacher=self.teacher,
-            family=self.family,
-            score=self.score,
-            pairs=PairSettings(**pairs, half=bool(self.teacher) and self.family == "restore", seed=self.seed or 0),
-            fit=self.changed(RestorationTraining().fit),
-            batch_size=self.batch_size or 32,
-            size=self.size,
-            detail=detail,
-            learns=self.learns,
-            latent=latent,
-            pixel=self.pixel,
-            workers=self.workers,
-        )
+            return photo_originals(find_images(self.data), size)
+        if folder:
+            return scene_originals(SceneSet(folder))
+        return scene_originals(render_set(self.work / "scenes", "train", self.scenes, size=size, workers=workers))
 
 
 def open_set(text: str, task: Task, work: Path, scenes: int, workers: int = 2) -> Callable[[], SampleSet]:

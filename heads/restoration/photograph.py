@@ -92,7 +92,8 @@ class Photograph(Result):
         turned, exif = upright(image), image.getexif()
         for tag in (_ORIENTATION, *_LAYOUT):
             exif.pop(tag, None)
-        about = {"exif": exif.tobytes() if len(exif) else b"", "icc": image.info.get("icc_profile")}
+        icc = None if image.mode in ("CMYK", "YCbCr", "LAB") else image.info.get("icc_profile")  # of other colours
+        about = {"exif": exif.tobytes() if len(exif) else b"", "icc": icc}
         if turned.mode.startswith("I;16") or turned.mode == "I":
             values = np.asarray(turned).astype(np.uint16)
             return cls(np.repeat(values[..., None], 3, 2), grey=True, **about)  # type: ignore[arg-type]

@@ -311,13 +311,9 @@ def resized(values: np.ndarray, size: tuple[int, int], method: Literal["bicubic"
 
 def _statistics(values: np.ndarray) -> tuple[Tensor, Tensor]:
     """`pixels.channel_statistics` of (H, W, 3) integers, without a float copy of the whole."""
-    levels, count = np.iinfo(values.dtype).max, values.shape[0] * values.shape[1]
-    total, squares = np.zeros(3), np.zeros(3)
-    for top in range(0, len(values), _BAND):
-        band = values[top : top + _BAND].astype(np.float64) / levels
-        total += band.sum((0, 1))
-        squares += (band**2).sum((0, 1))
-    mean = total / count
-    variance = (squares - count * mean**2) / max(count - 1, 1)
+    rows, levels = values.reshape(-1, 3), np.iinfo(values.dtype).max
+    mean = rows.mean(0, dtype=np.float64) / levels
+    squares = np.einsum("nc,nc->c", rows, rows, dtype=np.float64) / levels**2
+    variance = (squares - len(rows) * mean**2) / max(len(rows) - 1, 1)
     column = (torch.from_numpy(x).float() for x in (mean, np.sqrt(variance + 1e-5)))
     return tuple(column)  # type: ignore[return-value]

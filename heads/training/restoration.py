@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from diffrep.backbones.pipelines import PipelineParts
 from diffrep.files import read_weights, save_weights
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.one_step import LatentCodec, Schedule
-from diffrep.heads.restoration.degrade import DEGRADATIONS, Draws, degrade, draw_kernels
+from diffrep.heads.restoration.degrade import DEGRADATIONS, PUBLISHED_SIDE, Draws, degrade, draw_kernels
 from diffrep.heads.restoration.families import RESTORATION_FAMILIES, TINY, RestorationFamily
 from diffrep.heads.restoration.pixels import imresize
 from diffrep.heads.restoration.residual import PROCESSES, hsd_gradient, sinsr_losses
@@ -50,40 +51,15 @@ EMBEDDED_FIT = FitSettings(
 DETAIL: Mapping[str, Any] = {"widths": (128, 64, 48), "blocks": 2, "outputs": 3}  # of a decoder of its own
 
 
-class Originals(Protocol):
-    """Images to degrade, all of one size."""
-
-    def __len__(self) -> int: ...
-    def pixels(self, index: int) -> Tensor:
-        """(3, H, W) uint8."""
+def scene_originals(scenes: SceneSet) -> Tensor:
+    """The images of a rendered set, (N, 3, H, W) uint8."""
+    return torch.from_numpy(np.array(scenes.image[: len(scenes)])).permute(0, 3, 1, 2)
 
 
-@dataclass(frozen=True)
-class SceneOriginals:
-    """The images of a rendered set."""
-
-    scenes: SceneSet
-
-    def __len__(self) -> int:
-        return len(self.scenes)
-
-    def pixels(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.scenes.image[index])).permute(2, 0, 1)
-
-
-@dataclass(frozen=True)
-class PhotoCrops:
-    """The middle squares of photographs."""
-
-    files: tuple[Path, ...]
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def pixels(self, index: int) -> Tensor:
-        image = center_crop(load_image(self.files[index]), self.size).resize((self.size,) * 2, Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def photo_originals(files: Sequence[Path], size: int) -> Tensor:
+    """The middle squares of photographs, (N, 3, size, size) uint8."""
+    crops = (center_crop(load_image(file), size).resize((size, size), Image.Resampling.BICUBIC) for file in files)
+    return torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in crops])
 
 
 # -- pairs --------------------------------------------------------------------------------------------------
@@ -96,21 +72,19 @@ class PairSettings:
     degradation: Literal["resshift", "s3diff"] = "resshift"
     scale: int = 4
     clean: float = 0.25  # share that is only made smaller
-    versions: int = 2  # of each original
-    half: bool = False  # also as half the scale would have left them
-    seed: int = 0
+    versions: int = 2  # of each original, degraded once before the training
 
     def __post_init__(self) -> None:
-        check(self, scale="2..16", clean="[0, 1]", versions="1..", seed="[0, 2^63)")
+        check(self, scale="2..16", clean="[0, 1]", versions="1..")
 
 
-def degraded(pixels: Tensor, settings: PairSettings, number: int, *, half: bool = False) -> Tensor:
+def degraded(pixels: Tensor, settings: PairSettings, number: int, *, seed: int = 0, half: bool = False) -> Tensor:
     """An image (3, H, W) uint8 made worse with the draws of a number: (3, H / scale, W / scale) uint8.
 
     Args:
         half: with the same draws, as a scale half as large would have left it.
     """
-    draws, image = Draws(step_generator(settings.seed, number)), pixels[None].float() / 255
+    draws, image = Draws(step_generator(seed, number)), pixels[None].float() / 255
     scale = settings.scale // 2 if half else settings.scale
     if draws.random() < settings.clean:
         low = imresize(image, 1 / scale).clamp(0, 1)
@@ -121,23 +95,26 @@ def degraded(pixels: Tensor, settings: PairSettings, number: int, *, half: bool 
 
 
 def degraded_pairs(
-    originals: Originals, settings: PairSettings, file: Path, *, workers: int = 2, progress: bool = True
-) -> dict[str, Tensor]:
-    """All versions of all originals, degraded once, in several processes, and stored in a file.
+    originals: Tensor, settings: PairSettings, file: Path, *, seed: int = 0, half: bool = False, workers: int = 2,
+    progress: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
+    """All versions of all originals (N, 3, H, W) uint8, degraded once, in several processes, and stored in a file.
+
+    Args:
+        half: also as half the scale would have left them.
 
     Returns:
-        "low" (versions * N, 3, h, w) uint8, the versions of each original beside each other, and where the settings
-        say so "half".
+        "low" (versions * N, 3, h, w) uint8, the versions of each original beside each other, and "half" where wanted.
 
     Raises:
         ValueError: the file holds pairs of something else.
     """
-    made_with = json.dumps([len(originals), asdict(settings)])
+    made_with = json.dumps([len(originals), asdict(settings), seed, half])
     if not file.exists():
-        count = len(originals) * settings.versions
-        chunks = [range(start, min(start + 64, count)) for start in range(0, count, 64)]
+        chunks = [chunk.numpy() for chunk in originals.split(32)]
+        chunk = partial(_chunk, settings, {"low": False} | ({"half": True} if half else {}), seed)
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            results = pool.map(partial(_chunk, originals, settings), chunks)
+            results = pool.map(chunk, range(0, len(originals), 32), chunks)
             parts = list(tqdm(results, desc="degrading", total=len(chunks), unit="batch", disable=not progress))
         save_weights(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, made_with=made_with)
     stored, metadata = read_weights(file)
@@ -148,12 +125,14 @@ def degraded_pairs(
     return stored
 
 
-def _chunk(originals: Originals, settings: PairSettings, numbers: range) -> dict[str, Tensor]:
+def _chunk(
+    settings: PairSettings, kinds: Mapping[str, bool], seed: int, first: int, originals: np.ndarray
+) -> dict[str, Tensor]:
     torch.set_num_threads(1)
-    kinds = {"low": False, "half": True} if settings.half else {"low": False}
+    copies = list(enumerate(torch.from_numpy(originals).repeat_interleave(settings.versions, 0)))
     return {
         name: torch.stack([
-            degraded(originals.pixels(number // settings.versions), settings, number, half=half) for number in numbers
+            degraded(image, settings, first * settings.versions + i, seed=seed, half=half) for i, image in copies
         ])
         for name, half in kinds.items()
     }  # fmt: skip
@@ -271,28 +250,29 @@ def restorer_of(model: RestorationModel) -> RestorationHead:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RestorationTraining(HeadSettings[RestorationModel, Originals]):
+class RestorationTraining(HeadSettings[RestorationModel, Tensor]):
     """One restorer: from which base, on which degradation, and how it is trained."""
 
-    base: str = "tiny"  # embedded model, diffusers folder or hub id
-    start: str = ""  # folder of a restorer whose networks are trained on
-    teacher: str = ""  # folder of a restorer of half the scale (YONOS-SR: its latents are targets); sinsr: a resshift
+    base: str = "tiny"  # embedded model, diffusers folder or hub id whose U-Net is trained
+    start: str = ""  # folder of a restorer to train on, for example its decoder alone
+    teacher: str = ""  # folder of a restorer of half the scale, whose clean latents are the targets; sinsr: a resshift
     family: Literal["restore", "resshift", "resshift-4", "sinsr", "rddm"] = "restore"  # one step, or by a process
     score: float = 0.0  # sinsr: weight of TAD-SR's distilled score
     pairs: PairSettings = field(default_factory=PairSettings)
     fit: FitSettings = field(default_factory=lambda: EMBEDDED_FIT)
     batch_size: int = 32
-    size: int = 128  # pixels of a side of the originals
-    detail: bool = True  # a decoder of its own draws what is added to the enlarged image; else the VAE's the image
-    learns: Literal["unet", "decoder", "all"] = (
-        "unet"  # U-Net, with a decoder of its own; a decoder alone; all, VAE too
-    )
-    latent: float = 0.1  # weight of the squared error of the clean latent
+    size: int = 128  # pixels a side of the originals; photographs are cropped to their middle square and resized
+    detail: bool = True  # a decoder of its own that looks at the image and adds to it; with base tiny, else the VAE's
+    learns: Literal["unet", "decoder", "all"] = "unet"  # U-Net and a decoder of its own; a decoder alone; VAE too
+    latent: float = 0.1  # weight of the squared error of the clean latent; 1 without a decoder of its own
     pixel: float = 1.0  # weight of the mean absolute error behind the decoder
     workers: int = 2  # processes that degrade images
 
     def __post_init__(self) -> None:
-        check(self, batch_size="1..", workers=WORKERS, size="16..", latent=NOT_NEGATIVE, pixel=NOT_NEGATIVE)
+        check(self, batch_size="1..", workers=WORKERS, latent=NOT_NEGATIVE, pixel=NOT_NEGATIVE)
+        shrunk = min(1 / self.pairs.scale, DEGRADATIONS[self.pairs.degradation].first.resize[0])
+        if self.size < (least := math.ceil((PUBLISHED_SIDE // 2 + 1) / shrunk)):
+            raise ValueError(f"size must be at least {least}, so that blurs fit into what is left, got {self.size}")
         plain = self.family == "restore"
         if not plain and (self.learns != "unet" or not self.latent or not self.pixel or self.start):
             raise ValueError(f"a {self.family} learns its U-Net from latents and pixels: learns='unet', both above 0")
@@ -300,8 +280,8 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
             raise ValueError(
                 "a sinsr learns from a resshift (teacher), with score if wanted; other processes from data"
             )
-        if plain and self.teacher and (self.learns != "unet" or not self.latent or not self.pairs.half):
-            raise ValueError("a teacher's latents need learns='unet', latent above 0, and pairs of half the scale")
+        if plain and self.teacher and (self.learns != "unet" or not self.latent):
+            raise ValueError("a teacher's latents need learns='unet' and latent above 0")
         if (self.learns != "unet" or self.detail) and not self.pixel:
             raise ValueError("a decoder learns from pixels: set pixel above 0")
 
@@ -344,8 +324,9 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
         device: torch.device,
     ) -> Feed:
         pairs = degraded_pairs(
-            data, self.pairs, latents or folder / "pairs.safetensors", workers=self.workers, progress=progress
-        )
+            data, self.pairs, latents or folder / "pairs.safetensors", seed=self.fit.seed,
+            half=bool(self.teacher) and model.process is None, workers=self.workers, progress=progress,
+        )  # fmt: skip
         size, versions = (self.size, self.size), self.pairs.versions
         teacher = None
         if self.teacher:
@@ -354,13 +335,12 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
             teacher = RestorationModel(*networks, parts.scheduler, family=machine.family)
             teacher.to(device).requires_grad_(False).eval()
         frozen = copy.deepcopy(model.vae).to(device).requires_grad_(False).eval()
-        loaded = torch.stack([data.pixels(index) for index in range(len(data))]).to(device)
-        pairs = {name: low.to(device) for name, low in pairs.items()}
+        data, pairs = data.to(device), {name: low.to(device) for name, low in pairs.items()}
 
         def batches(generator: torch.Generator) -> Batch:
             rows = torch.randint(len(pairs["low"]), (self.batch_size,), generator=generator).to(device)
             flips = (torch.rand(self.batch_size, 1, 1, 1, generator=generator) < 0.5).to(device)
-            batch = {"originals": loaded[rows // versions], **{name: low[rows] for name, low in pairs.items()}}
+            batch = {"originals": data[rows // versions], **{name: low[rows] for name, low in pairs.items()}}
             batch = {name: torch.where(flips, value.flip(-1), value) for name, value in batch.items()}
             if model.process is not None:
                 codec, count = LatentCodec(frozen), self.batch_size
@@ -370,34 +350,26 @@ class RestorationTraining(HeadSettings[RestorationModel, Originals]):
                 batch["step"] = torch.randint(len(model.process), (count,), generator=generator)
             return batch
 
+        @torch.no_grad()
+        def wanted(batch: Batch) -> Tensor:
+            """Clean latents to learn: the originals', or what the teacher of half the scale makes of what it sees."""
+            if teacher is None or model.process is not None:
+                return encoded(frozen, batch["originals"].float() / 255).float()
+            return teacher.clean(encoded(teacher.vae, enlarged(batch["half"], size))).float()
+
         def losses(module: nn.Module, ema: RestorationModel, batch: Batch) -> dict[str, Tensor]:
             originals, images = batch["originals"].float() / 255, enlarged(batch["low"], size)
             terms: dict[str, Tensor] = {}
             if model.process is not None:
-                with torch.no_grad():
-                    target = encoded(frozen, originals).float()
-                values: dict[str, Any] = {
-                    "batch": batch,
-                    "images": images,
-                    "clean": target,
-                    "teacher": teacher,
-                    "score": self.score,
-                }
-                terms, decoded = module(images, terms=partial(process_terms, **values))
+                values = {"batch": batch, "images": images, "clean": wanted(batch), "teacher": teacher}
+                terms, decoded = module(images, terms=partial(process_terms, **values, score=self.score))
             else:
                 clean, decoded = module(images, decoded=bool(self.pixel))
+                if self.latent:  # a VAE in training has no fixed latent space: that of its base counts
+                    clean = encoded(frozen, decoded) if self.learns == "all" else clean
+                    terms["latent"] = F.mse_loss(clean.float(), wanted(batch))
             if decoded is not None:
                 terms["pixel"] = F.l1_loss(decoded.float(), originals)
-            if self.latent and model.process is None:
-                if self.learns == "all":  # there is no fixed latent space but that of the base
-                    assert decoded is not None
-                    clean = encoded(frozen, decoded)
-                with torch.no_grad():
-                    if teacher is None:
-                        target = encoded(frozen, originals)
-                    else:
-                        target = teacher.clean(encoded(teacher.vae, enlarged(batch["half"], size)))
-                terms["latent"] = F.mse_loss(clean.float(), target.float())
             weights = {"pixel": self.pixel, "latent": self.latent}
             return {"loss": torch.stack([weights[name] * term for name, term in terms.items()]).sum(), **terms}
 
@@ -418,13 +390,11 @@ def _restorer_in(folder: str) -> Any:
 # -- measuring ----------------------------------------------------------------------------------------------
 
 
-def enlargements(originals: Originals, settings: PairSettings) -> dict[str, tuple[Tensor, Tensor]]:
+def enlargements(originals: Tensor, settings: PairSettings, *, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """Originals (N, 3, H, W) uint8 beside their enlarged versions in [0, 1], "degraded" and "clean"."""
-    pixels = torch.stack([originals.pixels(i) for i in range(len(originals))])
-    size = (int(pixels.shape[-2]), int(pixels.shape[-1]))
     result = {}
     for name, share in (("degraded", 0.0), ("clean", 1.0)):
         one = replace(settings, clean=share)
-        low = torch.stack([degraded(image, one, number) for number, image in enumerate(pixels)])
-        result[name] = pixels, enlarged(low, size)
+        low = torch.stack([degraded(image, one, number, seed=seed) for number, image in enumerate(originals)])
+        result[name] = originals, enlarged(low, (originals.shape[-2], originals.shape[-1]))
     return result
