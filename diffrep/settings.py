@@ -58,10 +58,8 @@ def check(settings: Any, /, **ranges: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
     for name, kinds in _kinds(kind).items():
         value = getattr(settings, name, None)
-        flag = isinstance(value, bool) and bool not in kinds  # to Python, True is a whole number
-        if value is not None and (flag or not isinstance(value, kinds)):
-            expected = " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one not in (NoneType, list))
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
+        if value is not None and not _is_one(value, kinds):
+            raise ValueError(f"{name} must be {_in_words(kinds)}, got {value!r}")
     check_ranges(settings, **ranges)
 
 
@@ -92,14 +90,13 @@ def check_values(
         several: of these there may also be a tuple.
     """
     for name, value in values.items():
-        plain = type(usual[name])
-        kind: type = {int: Integral, float: Real}.get(plain, plain)
+        kinds = _TYPES.get(type(usual[name]), (type(usual[name]),))
         more = name in several and isinstance(value, (tuple, list)) and len(value) > 0
-        expected = _WORDS.get(kind, kind.__name__) + (", or one for each step" if name in several else "")
-        fits = all(isinstance(v, kind) and (kind is bool) == isinstance(v, bool) for v in (value if more else (value,)))
+        expected = _in_words(kinds) + (", or one for each step" if name in several else "")
+        fits = all(_is_one(item, kinds) for item in (value if more else (value,)))
         if fits and name in choices:
             fits, expected = value in choices[name], f"one of {', '.join(choices[name])}"
-        if fits and plain is float:
+        if fits and kinds == (Real,):
             allowed = _range(ranges.get(name, FINITE))
             fits, expected = allowed.holds(value), allowed.words
         if not fits:
@@ -180,18 +177,26 @@ def _choices(kind: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
 
 
 _UNIONS = (Union, UnionType)
+_TYPES: dict[Any, tuple[type, ...]] = {int: (Integral,), float: (Real,), tuple: (tuple, list)}  # what may stand for one
 _WORDS: dict[type, str] = {Integral: "a whole number", Real: "a number", str: "text", tuple: "a tuple", bool: "a bool"}
+
+
+def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))  # to Python, True is a number
+
+
+def _in_words(kinds: tuple[type, ...]) -> str:
+    return " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one not in (NoneType, list))
 
 
 @cache
 def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
     """field -> the types that its value may have, of the fields of a dataclass for which that can be said."""
-    numbers_too: dict[Any, tuple[type, ...]] = {int: (Integral,), float: (Real,), tuple: (tuple, list)}
     kinds = {}
     for name, hint in get_type_hints(kind).items():
         parts = [get_origin(part) or part for part in (get_args(hint) if get_origin(hint) in _UNIONS else [hint])]
         if all(isinstance(part, type) for part in parts):
-            kinds[name] = tuple(one for part in parts for one in numbers_too.get(part, (part,)))
+            kinds[name] = tuple(one for part in parts for one in _TYPES.get(part, (part,)))
     return kinds
 
 
