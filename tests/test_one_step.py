@@ -509,3 +509,15 @@ def test_spacing_goes_with_marigold_alone(folders: dict[str, Path], head: DenseH
     marigold = load_head(random_head(tmp_path / "m", family="marigold", task="depth"))
     maps = [marigold(picture(40, 40), spacing=spacing).values for spacing in ("trailing", "leading")]
     assert not torch.allclose(*maps)
+
+
+@pytest.mark.parametrize("task", ["depth", "disparity"])
+def test_what_lies_beyond_almost_all_is_drawn_back(task: str, head: DenseHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder of its own overshoots: the farthest half percent of an image, whatever is near, becomes as the next."""
+    monkeypatch.setattr(head, "task", task)
+    monkeypatch.setattr(head.model, "decoder", torch.nn.Identity())
+    decoded = torch.randn(2, 1, 40, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values, order = decoded.float() / 2 + 0.5, (decoded.float() / 2 + 0.5).flatten(1).sort(1).values
+    low, high = (order[:, 10], order[:, -1]) if task == "disparity" else (order[:, 0], order[:, -11])
+    expected = torch.stack([v.clamp(a, b) for v, a, b in zip(values, low, high, strict=True)])
+    assert torch.equal(head.read(decoded), expected)
