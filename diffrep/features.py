@@ -40,8 +40,8 @@ def sample(values: Tensor, cells: Tensor) -> Tensor:
     left, top = x.floor().long(), y.floor().long()
     right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
     corners = torch.stack([top * width + left, bottom * width + left, top * width + right, bottom * width + right])
-    across, down = torch.stack([x - left, y - top])[..., None].to(values.device)
-    four = values.reshape(-1, channels)[corners.to(values.device)].float()
+    across, down = torch.stack([x - left, y - top])[..., None].to(values.device, non_blocking=True)
+    four = values.reshape(-1, channels)[corners.to(values.device, non_blocking=True)].float()
     upper, lower = torch.lerp(four[:2], four[2:], across)
     return torch.lerp(upper, lower, down)
 

@@ -117,12 +117,14 @@ def match_points(
     """
     check_descriptors(source=source, target=target)
     config = config or MatchConfig()
-    places = check_points(points, source.placement.image_size).cpu()  # a few numbers: a GPU would wait for launches
+    # a few numbers, on the host: a GPU would wait for the launches
+    points = points.cpu() if isinstance(points, Tensor) else points
+    places = check_points(points, source.placement.image_size)
     if config.source == "bilinear":
         queries = source.at(places)
     else:
         queries = source.rows()[source.nearest_cells(places).to(source.device)]
-    points = places.to(source.device)
+    points = places.to(source.device, non_blocking=True)
     allowed = open_cells(target, mask)
     matched, scores = _find(queries, target, allowed, mask, config)
     if not config.mutual:
@@ -224,8 +226,8 @@ def open_cells(descriptors: Descriptors, mask: Tensor | None) -> Tensor:
     return allowed.flatten().nonzero()[:, 0]
 
 
-def _layout(descriptors: Descriptors) -> tuple[Tensor, Tensor]:
-    """The numbers (M,) of the cells that lie on the image, and the centres (h, w, 2) of all.
+def _layout(descriptors: Descriptors) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers (M,) of the cells that lie on the image, the centres (h, w, 2) of all, and the same drawn onto it.
 
     Worked out on the host, once for all pairs of a size: on a GPU these few numbers would cost more than the products.
     """
@@ -233,10 +235,17 @@ def _layout(descriptors: Descriptors) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=64)
-def _layout_of(size: tuple[int, int], placement: Placement, grid: Grid, device: str) -> tuple[Tensor, Tensor]:
+def _layout_of(size: tuple[int, int], placement: Placement, grid: Grid, device: str) -> tuple[Tensor, Tensor, Tensor]:
     bare = Descriptors((torch.empty(*size, 0),), (1.0,), placement, grid)
     with torch.inference_mode(False):
-        return bare.on_image().flatten().nonzero()[:, 0].to(device), bare.cell_centres().to(device)
+        cells, centres = bare.on_image().flatten().nonzero()[:, 0], bare.cell_centres()
+        return cells.to(device), centres.to(device), _onto_image(centres.flatten(0, 1), placement).to(device)
+
+
+def _onto_image(points: Tensor, placement: Placement) -> Tensor:
+    """Points (N, 2), those beyond the image's edge drawn to it."""
+    (height, width), (x, y) = placement.image_size, points.unbind(-1)
+    return torch.stack([x.clamp(0, width - 1), y.clamp(0, height - 1)], dim=-1)
 
 
 def _take(descriptors: Descriptors, cells: Tensor) -> Rows:
@@ -262,12 +271,9 @@ def _best_cells(queries: Rows, targets: Rows, config: MatchConfig) -> Nearest:
 
 def _place(descriptors: Descriptors, cells: Tensor) -> Tensor:
     """(N, 2) image points of cells, by number or as (N, 2); those half on padding are drawn to the image's edge."""
-    height, width = descriptors.placement.image_size
     if cells.ndim == 1:
-        x, y = _layout(descriptors)[1].flatten(0, 1)[cells].unbind(-1)
-    else:
-        x, y = descriptors.points(cells).unbind(-1)
-    return torch.stack([x.clamp(0, width - 1), y.clamp(0, height - 1)], dim=-1)
+        return _layout(descriptors)[2][cells]
+    return _onto_image(descriptors.points(cells), descriptors.placement)
 
 
 def _find(

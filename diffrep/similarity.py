@@ -193,12 +193,13 @@ def nearest(
         scorer, queries = Scorer(replace(targets, parts=parts[half:]), metric), replace(sources, parts=parts[:half])
         best = torch.empty(len(queries), device=scorer.device)
         indices = torch.empty(len(queries), dtype=torch.int64, device=scorer.device)
-        columns = torch.full((scorer.count,), -torch.inf, device=scorer.device)
+        columns: Tensor | None = None
         for rows, scores in scorer.chunks(queries, memory):
-            best[rows], indices[rows] = scores.max(1)
+            torch.max(scores, 1, out=(best[rows], indices[rows]))
             if mutual:
-                columns = torch.maximum(columns, scores.amax(0))
-        return (indices, best, *([_mutual(indices, best, columns)] if mutual else []))
+                highest = scores.amax(0)
+                columns = highest if columns is None else torch.maximum(columns, highest)
+        return (indices, best) if columns is None else (indices, best, _mutual(indices, best, columns))
 
     parts = (*sources.parts, *targets.parts)
     if sum(part.numel() for part in parts) > RECORDED_NUMBERS:
