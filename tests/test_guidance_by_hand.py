@@ -156,9 +156,11 @@ def test_stsl_step_by_hand() -> None:
 def test_a_nonlinear_operator_is_its_jacobian() -> None:
     curved = Operator("curved", SHAPE, lambda x: torch.tanh(LINEAR["averaging"](x)), linear=False)
     x, d, y = random(1, *SHAPE), random(1, *SHAPE, seed=1), random(1, 3, 4, 4, seed=2)
-    pushed = curved.push(x, d)
+    measured, pull, push = curved.at(x)
+    pushed = push(d)
+    assert torch.equal(measured, curved(x))
     assert torch.allclose(pushed, (curved(x + 1e-5 * d) - curved(x - 1e-5 * d)) / 2e-5, atol=1e-6)
-    assert float((pushed * y).sum()) == pytest.approx(float((d * curved.pull(x, y)).sum()), rel=1e-6)
+    assert float((pushed * y).sum()) == pytest.approx(float((d * pull(y)).sum()), rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [1, 12])

@@ -74,11 +74,12 @@ def afdps(
         variance = sigma_y**2 + (widening * t) ** 2 if at == "denoised" else sigma_y**2
         clean = denoiser(x, t)
         place = clean if at == "denoised" else x
-        gradient = operator.pull(place, operator(place) - y) / variance
-        energy = energy if probe is None else squares(operator.pull(place, probe(step)))
+        measured, pull, _ = operator.at(place)
+        gradient = pull(measured - y) / variance
+        energy = energy if probe is None else squares(pull(probe(step)))
         growth = squares(gradient) - energy / variance
-        pull = 2 / t * ((x - clean) * gradient).flatten(1).sum(1)
-        log_weights = log_weights + h * (t * growth + pull)
+        drift = 2 / t * ((x - clean) * gradient).flatten(1).sum(1)
+        log_weights = log_weights + h * (t * growth + drift)
         log_weights = log_weights - log_weights.max()
         x = x - 2 * h / t * (x - clean) - 2 * h * t * gradient + math.sqrt(2 * h * t) * noise(step)
         stiff = 2 * t * h / variance
@@ -141,8 +142,9 @@ def reconstruct_volume(
             piece = predict(sde, score, piece, t, first, "reverse_diffusion")[0]
             moved.append(correct(sde, score, piece, t, second, "langevin", snr, batch_mean=batch_mean))
         x = torch.cat(moved)
-        residual = operator.pull(x, y - operator(x)) + rho * across(split - dual - across(x), 1)
-        normal = operator.pull(x, operator.push(x, residual)) + rho * across(across(residual), 1)
+        measured, pull, push = operator.at(x)
+        residual = pull(y - measured) + rho * across(split - dual - across(x), 1)
+        normal = pull(push(residual)) + rho * across(across(residual), 1)
         length = residual.square().sum() / (residual * normal).sum().clamp(min=1e-30)
         x = x + length * residual
         jumps = across(x) + dual

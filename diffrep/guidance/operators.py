@@ -53,22 +53,24 @@ class Operator:
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y, images: `<A x, y> = <x, A^T y>` for all x."""
         self._linear("adjoint")
-        return self.pull(y.new_zeros(len(y), *self.shape), y) if self.transpose is None else self.transpose(y)
+        return self.at(y.new_zeros(len(y), *self.shape))[1](y)
 
-    def pull(self, x: Tensor, y: Tensor) -> Tensor:
-        """J(x)^T y at images x, the adjoint where the operator is linear."""
+    def at(self, x: Tensor) -> tuple[Tensor, Linear, Linear]:
+        """Around images x: their measurement, J(x)^T of measurements and J(x) of directions; A^T and A where linear."""
         if self.linear and self.transpose is not None:
-            return self.transpose(y)
+            return self.forward(x), self.transpose, self.forward
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            return torch.autograd.grad(self.forward(leaf), leaf, y, create_graph=y.requires_grad)[0]
+            measured = self.forward(leaf)
 
-    def push(self, x: Tensor, direction: Tensor) -> Tensor:
-        """J(x) times a direction like x, the measurement of it where the operator is linear."""
-        if self.linear:
-            return self.forward(direction)
-        product: Tensor = torch.autograd.functional.jvp(self.forward, x.detach(), direction)[1]
-        return product
+        def pull(y: Tensor) -> Tensor:
+            return torch.autograd.grad(measured, leaf, y, retain_graph=True, create_graph=y.requires_grad)[0]
+
+        def push(direction: Tensor) -> Tensor:  # the derivative of J^T y in y
+            blank = torch.zeros_like(measured, requires_grad=True)
+            return torch.autograd.grad(pull(blank), blank, direction)[0]
+
+        return measured.detach(), pull, self.forward if self.linear else push
 
     def pinv(self, y: Tensor, *, rounds: int = 100) -> Tensor:
         """The image of least norm among those whose measurement is nearest to y.

@@ -179,12 +179,12 @@ def flowchef(
     def guide(between: Between) -> Tensor:
         if between.last:
             return between.ahead()
-        data = between.forms()["data"].detach()
-        difference = operator(data) - y
+        measured, pull, _ = operator.at(between.forms()["data"])
+        difference = measured - y
         if not mean:
             return between.ahead() - scale * difference
         counted = difference if mask is None else mask * difference
-        return between.ahead() - 2 * scale / y.numel() * operator.pull(data, counted)
+        return between.ahead() - 2 * scale / y.numel() * pull(counted)
 
     return guide
 
