@@ -183,6 +183,16 @@ def test_a_repeated_option_gives_all_its_values_once() -> None:
     assert (command.backbone, command.points, command.lora) == (("X",), ("1,2",), ("L",))
 
 
+@pytest.mark.parametrize(
+    ("words", "value"), [([], None), (["--decoder"], True), (["--no-decoder"], False), (["--decoder=False"], False)]
+)
+def test_a_flag_whose_default_depends_on_others_takes_no_value(words: list[str], value: bool | None) -> None:
+    kind = command_kind("train depth")
+    command = read_command(kind, [*words, "--steps", "3"], "diffrep train depth")
+    assert (command.decoder, command.steps, "decoder" in command.typed) == (value, 3, value is not None)
+    assert "--[no-]decoder" in [option.usage() for option in options_of(kind)]
+
+
 @pytest.mark.parametrize("option", [("--timestep", "5"), ("--prompt", "a cat"), ("--ensemble", "2")])
 def test_a_transformer_takes_no_noise(
     option: tuple[str, str],

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from diffrep.cli import command_kind
 from diffrep.commands.evaluate import head_fingerprint, head_method
+from diffrep.commands.parsing import read_command
 from diffrep.eval.scene_maps import SceneMapSettings, evaluate_scene_maps
 from diffrep.heads.dense import PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.synthesis import SynthesisSettings, load_synthesis
 
 DOCS = Path(__file__).parents[1] / "docs"
-HEADS = {"tiny-depth": 140, "tiny-normals": 280}  # scenes that the card's figures are of
+MODELS = Path(__file__).parents[1] / "diffrep" / "models"
+HEADS = {"tiny-depth": 600, "tiny-normals": 280}  # scenes that the card's figures are of
 FIRST = 28  # scenes that are measured again
 
 
@@ -24,10 +30,16 @@ def report(name: str) -> dict[str, Any]:
     return dict(json.loads((DOCS / "figures" / f"{name}.json").read_text()))
 
 
-def row_of(name: str) -> str:
-    """The head's line in its table of the card."""
+def row_of(name: str, method: str) -> list[str]:
+    """The cells behind the first of a method's row in a head's table of the card."""
     lines = (DOCS / "model-card.md").read_text().splitlines()
-    return next(line for line in lines if line.startswith((f"| `{name}` | **", f"| `{name}`, ")))
+    head = next(at for at, line in enumerate(lines) if line.startswith(f"| `{name}` ("))
+    starts = {
+        "head": f"| `{name}`", "unseen": "| on categories that training never saw", "no look": "| no look",
+        "truth through the VAE": "| the true map through the VAE",
+    }  # fmt: skip
+    row = next(line for line in lines[head + 1 :] if line.startswith(starts[method]))
+    return [cell.strip().replace("**", "") for cell in row.strip("|").split("|")[1:]]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -37,18 +49,38 @@ def test_the_figures_are_of_the_weights_in_the_package(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_the_card_says_what_was_measured(name: str) -> None:
-    measured = report(name)
-    mean = measured["mean of images"][name]["all"]
-    assert mean["images"] == HEADS[name]
-    shown = {"halo": (1, ""), "wide halos": (0, " %"), "thin seen": (0, " %")}
+@pytest.mark.parametrize("method", ["head", "unseen", "no look", "truth through the VAE"])
+def test_the_card_says_what_was_measured(name: str, method: str) -> None:
+    """Every cell of the rows that are of the scenes of the file, and how many scenes there are."""
+    measured, group = report(name), "unseen" if method == "unseen" else "all"
+    whole = name if method in ("head", "unseen") else method
+    mean = measured["mean of images"][whole][group]
+    assert measured["mean of images"][name]["all"]["images"] == measured["settings"]["count"] == HEADS[name]
+    assert measured["settings"]["split"] == "test"
     if name == "tiny-normals":
-        shown = {"mean": (1, ""), "thin": (1, "")}
+        pooled = measured["all pixels together"][whole][group]
+        value = [f"{mean['mean'][key]:.1f}" for key in ("value", "low", "high")]
+        cells = [f"{pooled['mean']:.1f}", f"{pooled['under 11.25']:.0f} %", f"{mean['thin']['value']:.1f}"]
     else:
-        value, low, high = (100 * mean["abs_rel"][key] for key in ("value", "low", "high"))
-        assert f"**{value:.1f} %** ({low:.1f}..{high:.1f})" in row_of(name)
-    for metric, (digits, unit) in shown.items():
-        assert f"{mean[metric]['value']:.{digits}f}{unit}" in row_of(name), metric
+        value = [f"{100 * mean['abs_rel'][key]:.1f}" for key in ("value", "low", "high")]
+        cells = [
+            f"{100 * mean['delta1']['value']:.1f} %", f"{mean['halo']['value']:.1f}",
+            f"{mean['wide halos']['value']:.0f} %", f"{mean['thin seen']['value']:.0f} %",
+        ]  # fmt: skip
+        value[0] += " %"
+    assert row_of(name, method) == [f"{value[0]} ({value[1]}..{value[2]})", *cells]
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_says_what_was_measured_of_it(name: str) -> None:
+    """The numbers in its ``head.json`` are those of the file."""
+    stated = json.loads((MODELS / name / "head.json").read_text())["measured"]
+    mean = report(name)["mean of images"][name]["all"]
+    assert stated.pop("by") == f"diffrep eval {name.removeprefix('tiny-')} --count {HEADS[name]}"
+    steps = stated.pop("step")
+    assert f"{steps} steps" in " ".join((DOCS / "model-card.md").read_text().split())
+    assert stated == {metric: pytest.approx(mean[metric]["value"]) for metric in stated}
+    assert len(stated) >= 3
 
 
 def test_the_card_says_what_was_measured_of_painted_pictures() -> None:
@@ -70,6 +102,61 @@ def test_the_card_says_what_was_measured_of_painted_pictures() -> None:
         f"{fid['patches']:.1f} (other real scenes: {fid['real']:.1f}), of crops of the pictures {fid['crops']:.1f}"
         in text
     )
+
+
+# -- the commands that make the weights again ---------------------------------------------------------------
+
+
+def training_commands() -> list[list[str]]:
+    """The words of each `diffrep train` command of the card's list."""
+    block = re.search(r"^```sh\n(.*?)^```$", (DOCS / "model-card.md").read_text(), re.M | re.S)
+    assert block is not None
+    return [shlex.split(line)[1:] for line in block[1].splitlines()]
+
+
+class Started(Exception):
+    """A training has come to its scenes."""
+
+
+@pytest.mark.parametrize("words", training_commands(), ids=" ".join)
+def test_a_command_of_the_card_starts(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything before the first scene is rendered: options are read and checked, the base is loaded and fits."""
+
+    def start(*args: object, **kwargs: object) -> None:
+        raise Started
+
+    for module in ("train_heads.render_set", "train.open_or_render", "train.train_tiny"):
+        monkeypatch.setattr(f"diffrep.commands.{module}", start)
+    monkeypatch.chdir(tmp_path)
+    replaced = [{"cuda": "cpu"}.get(word, word) for word in words]  # it also starts where there is no GPU
+    for at, word in enumerate(words):
+        if word.startswith("runs/") and words[at - 1] in ("--start", "--base"):  # what an earlier command wrote
+            replaced[at] = f"tiny-{words[1]}"
+    command = read_command(command_kind(" ".join(words[:2])), replaced[2:], "diffrep")
+    with pytest.raises(Started):
+        command.run()
+
+
+@pytest.mark.parametrize("model", ["tiny-depth", "tiny-normals", "tiny-restore", "tiny-synthesis"])
+def test_the_last_command_of_a_model_has_the_settings_of_its_weights(model: str) -> None:
+    words = [words for words in training_commands() if words[1] == model.removeprefix("tiny-")][-1]
+    command: Any = read_command(command_kind(" ".join(words[:2])), words[2:], "diffrep")
+    if model == "tiny-synthesis":
+        ours, weights = command.training, json.loads((MODELS / model / "model-card.json").read_text())["settings"]
+    else:
+        task = {"tiny-depth": ("disparity",), "tiny-normals": ("normals",)}.get(model, ())
+        ours, weights = command.training(*task), json.loads((MODELS / model / "head.json").read_text())["training"]
+    stated = json.loads(json.dumps(asdict(ours)))
+    minutes = stated["fit"].pop("minutes"), weights["fit"].pop("minutes")
+    assert minutes[0] == pytest.approx(minutes[1], abs=0.05)
+    stated["fit"] = {key: stated["fit"][key] for key in weights["fit"]}  # options that are newer are left out
+    different = {key for key in weights if stated[key] != weights[key]}
+    assert different <= {"start", "base"}  # folders of the stage before
+    if model != "tiny-synthesis":
+        assert stated["decoder" if "decoder" in stated else "detail"]
+
+
+# -- measured again -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

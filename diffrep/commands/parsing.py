@@ -136,7 +136,7 @@ class Option:
             name = self.field.rpartition(".")[2].upper()
             return f"{name} ..." if self.many else name
         flags = list(self.flags[:-1] if self.kind is bool else self.flags)
-        if self.default is True:
+        if self.kind is bool and self.default is not False:
             flags[-1] = self.flags[-1].replace("no-", "[no-]", 1)
         return f"{', '.join(flags)} {values}".rstrip()
 
@@ -312,6 +312,8 @@ def _split(token: str, flags: dict[str, Option]) -> tuple[str, str | None] | Non
 def _joined(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
     """The command line with the values of an option that takes many behind one flag, however often it stands there.
 
+    A flag that is neither yes nor no where it is left out, for which tyro wants a value, gets it.
+
     Raises:
         UsageError: it stands there several times, once without a value.
     """
@@ -321,6 +323,8 @@ def _joined(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
         option = flags.get(split[0]) if split else None
         if split is None:
             parts[-1].append(token)
+        elif option is not None and option.kind is bool and option.default is None and split[1] is None:
+            parts.append([option.flags[-2], str(split[0] != option.flags[-1])])
         elif option is None or not option.many or option.append:
             parts.append([token])
         else:
