@@ -66,8 +66,7 @@ def compare(evaluate: Callable[..., Report], whole: Correspondence, *settings: o
 
 def correspondence(recipe: str, options: PrecisionOptions) -> Correspondence:
     """A recipe's models where and as the options say."""
-    device, dtype = options.resolved()
-    return Correspondence(recipe, device=device, dtype=dtype)
+    return Correspondence(recipe, **options.placed())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +105,7 @@ class Synthesis(ReportOptions, PrecisionOptions):
 
     def run(self) -> None:
         self.check_output()
-        device, dtype = self.resolved()
-        model = load_synthesis(self.model, device=device, dtype=dtype)
+        model = load_synthesis(self.model, **self.placed())
         self.show(evaluate_synthesis(model, self.settings, self.sampling))
 
 
@@ -131,15 +129,13 @@ class Samplers(ReportOptions, PrecisionOptions):
         self.check_output()
         if self.picture is not None:
             check_writable(self.picture, (".png",))
-        device, dtype = self.resolved()
         models = guided_models(
             self.model,
             self.guidance,
             prompts=self.prompt,
             label=self.label,
             count=self.count,
-            device=device,
-            dtype=dtype,
+            **self.placed(),
         )
         report = evaluate_samplers(models, self.settings)
         if self.picture is not None:
@@ -324,8 +320,7 @@ class EvalDepth(DenseEvaluation):
     def run(self) -> None:
         self.check_output()
         refuse_unused(self.typed, self.benchmark, {"scenes": frozenset({"root", "listing", "protocol"})})
-        device, dtype = self.resolved()
-        head = load_head(self.head, task=self.task, device=device, dtype=dtype)
+        head = load_head(self.head, task=self.task, **self.placed())
         if head.task == "normals":
             raise ValueError(f"{self.head} predicts normals: `diffrep eval normals` measures them")
         if self.benchmark == "scenes":
@@ -356,8 +351,7 @@ class EvalNormals(DenseEvaluation):
     def run(self) -> None:
         self.check_output()
         refuse_unused(self.typed, self.benchmark, {"scenes": frozenset({"root", "listing", "protocol", "average"})})
-        device, dtype = self.resolved()
-        head = load_head(self.head, task="normals", device=device, dtype=dtype)
+        head = load_head(self.head, task="normals", **self.placed())
         if self.benchmark == "scenes":
             self._finish(self._scenes(head))
             return
@@ -396,8 +390,7 @@ class EvalSegmentation(ReportOptions, PrecisionOptions):
         self.show(self._scenes() if self.benchmark == "scenes" else self._dis())
 
     def _load(self, name: str) -> SegmentationHead:
-        device, dtype = self.resolved()
-        return load_head(name, task="segmentation", base=self.base, device=device, dtype=dtype)
+        return load_head(name, task="segmentation", base=self.base, **self.placed())
 
     def _scenes(self) -> MaskReport:
         head = self._load(self.head)

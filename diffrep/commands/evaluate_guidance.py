@@ -33,8 +33,7 @@ class EvalGuidance(ReportOptions, PrecisionOptions):
 
     def run(self) -> None:
         self.check_output()
-        device, dtype = self.resolved()
-        model = diffusion_model(self.model, [self.prompt] * 4, guidance=1.0, device=device, dtype=dtype)
+        model = diffusion_model(self.model, [self.prompt] * 4, guidance=1.0, **self.placed())
         self.show(evaluate_guidance(model, self.settings, self.pictures))
 
 
@@ -48,8 +47,7 @@ class EvalCompletion(ReportOptions, PrecisionOptions):
 
     def run(self) -> None:
         self.check_output()
-        device, dtype = self.resolved()
-        head = load_head(self.head, device=device, dtype=dtype)
+        head = load_head(self.head, **self.placed())
         if not isinstance(head, DenseHead) or head.task == "normals":
             raise ValueError(f"{self.head}: predicts {head.task}, not depth")
         self.show(evaluate_completion(head, self.settings, self.guidance))

@@ -71,7 +71,7 @@ class Extract(BackboneOptions, PrecisionOptions):
         config = self.extract
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
-        device, dtype = self.resolved()
+        placed = self.placed()
         if noise_options(self.typed):
             refuse_noise(self.typed, load_backbone(self.named(self.backbone), weights=False))
         new = not self.output.exists()
@@ -83,8 +83,7 @@ class Extract(BackboneOptions, PrecisionOptions):
             self.keep,
             self.bulk,
             root=self.root,
-            device=device,
-            dtype=dtype,
+            **placed,
             progress=not self.json,
         )
         note_embedded("features", self.backbone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypedDict
 
 import tyro
 
@@ -31,6 +31,13 @@ __all__ = [
 ]
 
 
+class DeviceAndType(TypedDict):
+    """Two arguments that go together."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Command):
     """Where the networks run."""
@@ -44,6 +51,11 @@ class PrecisionOptions(DeviceOptions):
 
     # floating point numbers of the networks; auto: bfloat16 on CUDA, float32 elsewhere
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    def placed(self) -> DeviceAndType:
+        """`resolved`, as the arguments of what loads a network."""
+        device, dtype = self.resolved()
+        return {"device": device, "dtype": dtype}
 
     def resolved(self) -> tuple[torch.device, torch.dtype]:
         """The device and the floating point type, as `diffrep.devices` has them.

@@ -95,9 +95,8 @@ class ImageCommand(WeightOptions, PrecisionOptions):
 
     def load(self, **options: Any) -> Any:
         """The head that `model` names; says once where it is a small one of ours."""
-        device, dtype = self.resolved()
         options |= {"variant": self.variant, "revision": self.revision}
-        head = load_head(self.model, device=device, dtype=dtype, **options)
+        head = load_head(self.model, **self.placed(), **options)
         note_embedded(self.JOB, head.name)
         return head
 
@@ -167,8 +166,7 @@ class Depth(ImageCommand):
                 raise ValueError(f"{self.model}: is guided by {guidance['guidance']}, which has no --{unused[0]}")
         normals = None
         if self.normals_model is not None:
-            device, dtype = self.resolved()
-            normals = load_head(self.normals_model, device=device, dtype=dtype)
+            normals = load_head(self.normals_model, **self.placed())
             if normals.task != "normals":
                 raise ValueError(f"{self.normals_model}: predicts {normals.task}, not normals")
 

@@ -130,9 +130,8 @@ class Extraction(BackboneOptions, PrecisionOptions):
         if not names:
             raise ValueError("--cells must name at least one backbone")
         self.config()  # refuses what means nothing before anything is loaded
-        device, dtype = self.resolved()
-        models = dict.fromkeys(self.named_alone(names))
-        backbones = {name: load_backbone(name, device=device, dtype=dtype) for name in models}
+        models, placed = dict.fromkeys(self.named_alone(names)), self.placed()
+        backbones = {name: load_backbone(name, **placed) for name in models}
         note_embedded("probes", *names)
         return backbones
 

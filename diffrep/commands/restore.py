@@ -111,7 +111,6 @@ class EvalRestoration(ReportOptions, PrecisionOptions):
         if self.data is None:
             raise ValueError("say where the test set lies: --data FOLDER")
         pairs = paired_files(self.data)
-        device, dtype = self.resolved()
-        head = load_head(self.model, task="restore", base=self.base, device=device, dtype=dtype)
+        head = load_head(self.model, task="restore", base=self.base, **self.placed())
         options: dict[str, Any] = {"benchmark": self.benchmark, "crop": self.crop, "measures": self.measures}
         self.show(evaluate_restoration(head, pairs, self.predict, **options))

@@ -6,13 +6,16 @@ import ast
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
 from diffrep.files import check_writable
 from diffrep.training.fokker_planck import PotentialTraining
+
+if TYPE_CHECKING:
+    from diffrep.eval.search import SearchSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +56,11 @@ class Paint(BackboneOptions, PrecisionOptions):
             raise ValueError("prompts and --label are conditions of two kinds of models: give one")
         if self.schedule and {"steps", "spacing"} & self.typed:
             raise ValueError("--schedule says the steps: leave --steps and --spacing out")
-        device, dtype = self.resolved()
-        name = self.named(self.model)
+        name, placed = self.named(self.model), self.placed()
         if is_early_exit(name):
-            model: Any = load_early_exit(name).to(device, dtype)
+            model: Any = load_early_exit(name).to(**placed)
         else:
-            model = load_backbone(name, decoder=True, device=device, dtype=dtype)
+            model = load_backbone(name, decoder=True, **placed)
         told = getattr(model, "guided", False)
         guidance = 1.0 if self.guidance is None and self.sampler == "lcm" and not told else self.guidance
         partial = bool(self.inherit != 1 or self.depths or self.threshold is not None or self.schedule)
@@ -128,7 +130,7 @@ class SearchSchedule(PrecisionOptions):
     def run(self) -> None:
         from diffrep.backbones.partial import skippable_units
         from diffrep.eval.samplers import distance_to_fine, guided_models
-        from diffrep.eval.search import SearchSettings, search_steps
+        from diffrep.eval.search import search_steps
         from diffrep.sampling.samplers import SAMPLERS
         from diffrep.sampling.schedules import TableVP, table_times
         from diffrep.sampling.search import Candidate
@@ -142,15 +144,10 @@ class SearchSchedule(PrecisionOptions):
             raise ValueError(
                 f"steps must be at least 1 and fewer than the reference's {self.reference}, got {self.steps}"
             )
-        settings = SearchSettings(
-            population=self.population, parents=max(self.population // 5, 1), mutations=self.population // 2,
-            crossovers=self.population // 4, epochs=self.epochs, orders=self.orders, skip_share=self.skip,
-            seed=self.seed,
-        )  # fmt: skip
-        device, dtype = self.resolved()
+        settings = self._settings(orders=self.orders, skip_share=self.skip)
         models = guided_models(
-            self.model, self.guidance, prompts=self.prompt, label=self.label, count=self.count, device=device,
-            dtype=dtype,
+            self.model, self.guidance, prompts=self.prompt, label=self.label, count=self.count,
+            **self.placed(),
         )  # fmt: skip
         model = models["1"] if self.guidance == 1 else list(models.values())[-1]
         if not isinstance(model.schedule, TableVP):
@@ -167,7 +164,7 @@ class SearchSchedule(PrecisionOptions):
         }  # fmt: skip
         best = search_steps(
             fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output, first=[usual],
-            of=of, progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
+            of=of, progress=_tell,
         )  # fmt: skip
         even = fitness(None)
         found = best[0][1]
@@ -177,33 +174,36 @@ class SearchSchedule(PrecisionOptions):
         print(f"{self.steps} steps of {self.sampler}: {best[0][0]:.4f} at {timesteps}; {even:.4f} at even steps")
         print(f"wrote {self.output}")
 
+    def _settings(self, **more: Any) -> SearchSettings:
+        from diffrep.eval.search import SearchSettings
+
+        return SearchSettings(
+            population=self.population, parents=max(self.population // 5, 1), mutations=self.population // 2,
+            crossovers=self.population // 4, epochs=self.epochs, seed=self.seed, **more,
+        )  # fmt: skip
+
     def _features(self) -> None:
         from diffrep.backbones import load_backbone
         from diffrep.backbones.diffusion import DiffusionBackbone
-        from diffrep.eval.search import SearchSettings, extraction_fitness, search_steps
+        from diffrep.eval.search import extraction_fitness, search_steps
         from diffrep.sampling.search import Candidate
 
         if clash := sorted(self.typed & {"sampler", "steps", "prompt", "label", "count", "guidance", "orders", "skip"}):
             raise ValueError(
                 f"--fitness {self.fitness} searches one tap and timestep; --{clash[0]} does not go with it"
             )
-        device, dtype = self.resolved()
         model = "tiny" if "model" not in self.typed else self.model
-        backbone = load_backbone(model, device=device, dtype=dtype)
+        backbone = load_backbone(model, **self.placed())
         if not isinstance(backbone, DiffusionBackbone):
             raise ValueError(f"{self.model}: has no timesteps to search; give a diffusion backbone")
-        settings = SearchSettings(
-            population=self.population, parents=max(self.population // 5, 1), mutations=self.population // 2,
-            crossovers=self.population // 4, epochs=self.epochs, seed=self.seed,
-            taps=tuple(tap.name for tap in backbone.taps()),
-        )  # fmt: skip
+        settings = self._settings(taps=tuple(tap.name for tap in backbone.taps()))
         measure: Any = self.fitness
         fitness = extraction_fitness(backbone, measure, count=self.per_category, cost=self.cost, seed=self.seed)
         usual = Candidate((backbone.recommended.conditions.timestep,), taps=backbone.recommended.taps[:1])
         of = {"fitness": self.fitness, "model": model, "cost": self.cost, "per_category": self.per_category}
         best = search_steps(
             fitness, 1, total=len(backbone.alphas_cumprod), settings=settings, file=self.output, first=[usual], of=of,
-            progress=lambda epoch, value: print(f"generation {epoch + 1}: {value:.4f}"),
+            progress=_tell,
         )  # fmt: skip
         (tap,), (timestep,) = best[0][1].taps, best[0][1].timesteps
         print(
@@ -211,6 +211,10 @@ class SearchSchedule(PrecisionOptions):
             f" recommended {usual.taps[0]}, {usual.timesteps[0]}"
         )
         print(f"wrote {self.output}")
+
+
+def _tell(epoch: int, value: float) -> None:
+    print(f"generation {epoch + 1}: {value:.4f}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,10 +252,9 @@ class Likelihood(PrecisionOptions):
             raise ValueError("tolerance must be between 0 and 1, probes and size at least 1")
         files = find_images(self.images)
         run = ImageRun(len(files), "likelihood")
-        device, dtype = self.resolved()
         bits = image_likelihood(
             files, self.backbone, prompt=self.prompt, label=self.label, size=self.size, tolerance=self.tolerance,
-            probes=self.probes, seed=self.seed, device=device, dtype=dtype,
+            probes=self.probes, seed=self.seed, **self.placed(),
             skip=lambda file, error: run.fail(str(file), error),
         )  # fmt: skip
         text = io.StringIO()

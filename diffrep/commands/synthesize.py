@@ -79,8 +79,7 @@ class Synthesize(PrecisionOptions):
         if size is not None:
             check_output(self.output, size)
         settings = self._settings()
-        device, dtype = self.resolved()
-        model = load_synthesis(self.model, device=device, dtype=dtype)
+        model = load_synthesis(self.model, **self.placed())
         share = share_of_operations(model, settings)
         if size is not None:
             check_room(self.output, size, model, settings, self.work)
