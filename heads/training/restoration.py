@@ -69,8 +69,8 @@ def photo_originals(files: Sequence[Path], size: int) -> Tensor:
 class PairSettings:
     """What originals are made into, once, before a training."""
 
-    degradation: Literal["resshift", "s3diff"] = "resshift"
-    scale: int = 4
+    degradation: Literal["resshift", "s3diff"] = "resshift"  # the published draws that photographs are made worse by
+    scale: int = 4  # sides of an original over those of what is made of it
     clean: float = 0.25  # share that is only made smaller
     versions: int = 2  # of each original, degraded once before the training
 
