@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 
+from diffrep.eval.benchmarks import gpu
 from diffrep.eval.benchmarks.matching import MatchingBenchmark
 
 
@@ -16,17 +18,28 @@ def _restore_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+SMALL = {
+    "side": 16,
+    "channels": 96,
+    "keypoints": 4,
+    "image": (48, 64),
+    "image_side": 8,
+    "pca_maps": ((6, 20), (8, 90)),
+    "pca_dims": 12,
+}
+
+
+def test_the_table_of_a_card_has_them(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu, "MatchingBenchmark", partial(MatchingBenchmark, **SMALL))
+    rows = gpu.GpuBenchmark(device="cpu", size="small", repeats=1, parts=("matching",)).run()
+    printed = capsys.readouterr().out
+    assert all(row.claim in printed for row in rows)
+    for work in ("one product alone", "mutual", "4 keypoints", "features upsampled", "joint PCA of 2 maps"):
+        assert sum(work in row.claim for row in rows) >= 1, work
+
+
 def test_both_sides_of_every_claim_find_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark = MatchingBenchmark(
-        side=16,
-        channels=96,
-        keypoints=4,
-        image=(48, 64),
-        image_side=8,
-        pca_maps=((6, 20), (8, 90)),
-        pca_dims=12,
-        repeats=1,
-    )
+    benchmark = MatchingBenchmark(**SMALL, repeats=1)  # type: ignore[arg-type]
     rows = benchmark.run()
     printed = capsys.readouterr().out
     assert all(row.claim in printed for row in rows)
