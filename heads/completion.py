@@ -63,10 +63,10 @@ def follows(head: DenseHead) -> bool:
 def guidance_of(head: DenseHead, how: CompletionConfig, ensemble: int = 1) -> dict[str, Any]:
     """What is done to a head under known depths: its name, the options that count, and what it costs an image."""
     if follows(head):
-        cost = f"{ensemble * how.steps} passes of U-Net and decoder with gradients"
+        cost = f"passes with gradients: {ensemble * how.steps} of U-Net and decoder"
         return {"guidance": "Marigold-DC", "steps": how.steps, "rate": how.rate or 0.05, "cost": cost}
     options = {name: value for name, value in vars(how).items() if name != "steps"} | {"rate": how.rate or 0.02}
-    cost = f"{ensemble} passes of the U-Net, then up to {ensemble * how.rounds} of the decoder with gradients"
+    cost = f"passes: {ensemble} of the U-Net, then up to {ensemble * how.rounds} of the decoder with gradients"
     return {"guidance": "latent through the decoder", **options, "cost": cost}
 
 

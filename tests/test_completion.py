@@ -197,7 +197,7 @@ def test_the_command_on_a_marigold(tmp_path: Path, capsys: pytest.CaptureFixture
     call = ["depth", str(tmp_path / "photo.png"), "--model", model, "--formats", "npy", "-o", str(tmp_path / "out")]
     guided = ["--known", str(tmp_path / "known.npy"), "--fit", "guided", "--ensemble", "2", "--guidance.steps", "3"]
     assert main([*call, *guided]) == 0
-    assert "Marigold-DC, for an image 6 passes of U-Net and decoder with gradients" in capsys.readouterr().out
+    assert "Marigold-DC; for an image, passes with gradients: 6 of U-Net and decoder" in capsys.readouterr().out
     about = json.loads((tmp_path / "out" / "photo_depth.json").read_text())
     assert about["unit"] == "metres"
     assert about["settings"]["steps"] == 3

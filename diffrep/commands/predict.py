@@ -161,7 +161,7 @@ class Depth(ImageCommand):
         about = head.recognised
         if self.fit == "guided":
             guidance = guidance_of(head, self.guidance, self.predict.ensemble)
-            about += f"; {guidance['guidance']}, for an image {guidance['cost']}"
+            about += f"; {guidance['guidance']}; for an image, {guidance['cost']}"
             if unused := sorted(t for t in self.typed if t.startswith("guidance.") and t[9:] not in guidance):
                 raise ValueError(f"{self.model}: is guided by {guidance['guidance']}, which has no --{unused[0]}")
         normals = None
