@@ -4,6 +4,10 @@ SITE ?= $(CURDIR)/build/site
 
 .PHONY: test fast lint types docs browser parity
 
+test fast lint types docs parity: | $(filter .venv/%,$(PYTHON)) # a fresh checkout gets its environment
+.venv/bin/python:
+	python3 -m venv .venv && .venv/bin/pip install -e ".[test]"
+
 test:  ## all tests
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 

@@ -187,11 +187,19 @@ class PublishedModel:
 
 
 MODELS = (  # of each job the first is recommended
-    PublishedModel("depth", "--model jingheya/lotus-depth-d-v1-1", 2.6, "Lotus-D: one pass, depth, no noise"),
-    PublishedModel("depth", "--model prs-eth/marigold-depth-v1-1", 2.6, "Marigold: one step or several, ensembles"),
+    PublishedModel(
+        "depth", "--model jingheya/lotus-depth-d-v1-1", 2.6, "Lotus-D: one pass, depth, no noise", "none stated"
+    ),
+    PublishedModel(
+        "depth", "--model prs-eth/marigold-depth-v1-1", 2.6, "Marigold: one step or several, ensembles", "RAIL++-M"
+    ),
     PublishedModel("depth", "--model GonzaloMG/marigold-e2e-ft-depth", 2.6, "E2E-FT: Marigold tuned to one step"),
-    PublishedModel("normals", "--model jingheya/lotus-normal-d-v1-1", 2.6, "Lotus-D: one pass, no noise"),
-    PublishedModel("normals", "--model prs-eth/marigold-normals-v1-1", 2.6, "Marigold: one step or several"),
+    PublishedModel(
+        "normals", "--model jingheya/lotus-normal-d-v1-1", 2.6, "Lotus-D: one pass, no noise", "none stated"
+    ),
+    PublishedModel(
+        "normals", "--model prs-eth/marigold-normals-v1-1", 2.6, "Marigold: one step or several", "RAIL++-M"
+    ),
     PublishedModel(
         "segmentation",
         "--model qianyu1217/diffdis",
@@ -204,11 +212,24 @@ MODELS = (  # of each job the first is recommended
         "--model pisa_sr.pkl --base stable-diffusion-2-1-base",
         2.6,
         "PiSA-SR: one pass, two strengths",
+        "none stated",
     ),
     PublishedModel("restore", "--model osediff.pkl --base stable-diffusion-2-1-base", 2.6, "OSEDiff", "Apache-2.0"),
-    PublishedModel("restore", "--model s3diff.pkl --base sd-turbo", 2.6, "S3Diff: looks at blur and noise first"),
-    PublishedModel("matching", "--recipe sd2.1-dinov2", 3.2, "Stable Diffusion 2.1 fused with DINOv2"),
-    PublishedModel("matching", "--recipe dift", 2.6, "DIFT: Stable Diffusion 2.1 alone"),
+    PublishedModel(
+        "restore",
+        "--model s3diff.pkl --base sd-turbo",
+        2.6,
+        "S3Diff: looks at blur and noise first",
+        "Apache-2.0, of SD-Turbo besides",
+    ),
+    PublishedModel(
+        "matching",
+        "--recipe sd2.1-dinov2",
+        2.8,
+        "Stable Diffusion 2.1 fused with DINOv2",
+        "CreativeML Open RAIL++-M; Apache-2.0",
+    ),
+    PublishedModel("matching", "--recipe dift", 2.6, "DIFT: Stable Diffusion 2.1 alone", "CreativeML Open RAIL++-M"),
     PublishedModel("features", "--backbone sd2.1", 2.6, "Stable Diffusion 2.1", "CreativeML Open RAIL++-M"),
     PublishedModel("features", "--backbone dinov2-base", 0.2, "a vision transformer, fast", "Apache-2.0"),
     PublishedModel("search", "--backbone dinov2-base", 0.2, "a vision transformer, fast", "Apache-2.0"),

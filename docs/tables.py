@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffrep.backbones.repositories import CLEANDIFT, REPOSITORIES, TIMM
+from diffrep.backbones.repositories import CLEANDIFT, REPOSITORIES, TIMM, WEIGHTS
 from diffrep.commands.info import known_recipes, published_models
 
 FOLDER = Path(__file__).parent
@@ -24,11 +24,12 @@ weights.
 RECIPES = """## Recipes of matching
 
 Published systems from two images to matches, with the settings of their papers: `diffrep match A B --recipe NAME`.
-`--backbone ROLE=MODEL` puts a model of yours into one. Several passes: noise is averaged, or windows are read.
+`--backbone ROLE=MODEL` puts a model of yours into one. Memory is that of the weights of all its backbones.
 """
 NAMES = """## Short names
 
-The first repository that answers is taken.
+The first repository that answers is taken. What stands here of licences is what the authors' pages said when this was
+written; theirs count.
 """
 
 
@@ -57,15 +58,16 @@ def page() -> str:
             f"`{recipe['name']}`",
             ", ".join(f"`{name}`" for name in recipe["backbones"]),
             recipe["source"],
+            recipe["licence"],
+            f"{recipe['gigabytes']:g} GB",
             times.get(f"--recipe {recipe['name']}", ""),
         )
         for recipe in known_recipes()
     ]
-    names = [(f"`{name}`", ", ".join(ids), "diffusers") for name, ids in REPOSITORIES.items()]
-    names += [
-        (f"`{name}`", f"`{base}` with CompVis/cleandift", "a fine-tuned U-Net") for name, (base, _) in CLEANDIFT.items()
-    ]
-    names += [(f"`{name}`", architecture, "timm") for name, architecture in TIMM.items()]
+    origins = {name: (", ".join(ids), "diffusers") for name, ids in REPOSITORIES.items()}
+    origins |= {name: (f"`{base}` with CompVis/cleandift", "a U-Net for it") for name, (base, _) in CLEANDIFT.items()}
+    origins |= {name: (architecture, "timm") for name, architecture in TIMM.items()}
+    names = [(f"`{name}`", *origin, WEIGHTS[name][0], f"{WEIGHTS[name][1]:g} GB") for name, origin in origins.items()]
     return "\n".join(
         [
             INTRO,
@@ -73,9 +75,9 @@ def page() -> str:
             table(("task", "option", "what it is", "licence", "memory", "time, ms"), tasks),
             measured["about"] + "\n",
             RECIPES,
-            table(("recipe", "backbones", "source", "time, ms"), recipes),
+            table(("recipe", "backbones", "source", "licence", "memory", "time, ms"), recipes),
             NAMES,
-            table(("name", "weights come from", "form"), names),
+            table(("name", "weights come from", "form", "licence", "memory"), names),
         ]
     )
 

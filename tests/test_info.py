@@ -32,6 +32,7 @@ def test_published_models_and_recipes_are_listed(capsys: pytest.CaptureFixture[s
     assert main(["info", "recipes", "--json"]) == 0
     recipes = json.loads(capsys.readouterr().out)
     assert [recipe["name"] for recipe in recipes] == list(RECIPES)
+    assert all(recipe["licence"] and recipe["gigabytes"] > 0 for recipe in recipes)
     assert main(["info", "recipes"]) == 0
     assert all(name in capsys.readouterr().out for name in list(RECIPES)[:1])
     assert main(["info"]) == 0

@@ -34,6 +34,7 @@ EMBEDDED: dict[str, str] = _NAMES["embedded"]  # name -> what it is
 REPOSITORIES: dict[str, tuple[str, ...]] = {name: tuple(ids) for name, ids in _NAMES["repositories"].items()}
 CLEANDIFT: dict[str, tuple[str, str]] = {name: (base, file) for name, (base, file) in _NAMES["cleandift"].items()}
 TIMM: dict[str, str] = _NAMES["timm"]
+WEIGHTS: dict[str, tuple[str, float]] = {name: (licence, size) for name, (licence, size) in _NAMES["weights"].items()}
 REMOVED = frozenset(_NAMES["removed"])  # hub ids that answer no more, which a cache may still hold
 HUB = {name: ids[0] for name, ids in REPOSITORIES.items()}  # short name -> the authors' hub id
 

@@ -97,13 +97,17 @@ def published_models() -> list[dict[str, Any]]:
 
 
 def known_recipes() -> list[dict[str, Any]]:
-    """The recipes of matching: name, backbones, source."""
+    """The recipes of matching: name, backbones, source, the licences and gigabytes in 16 bits of their weights."""
+    from diffrep.backbones.repositories import WEIGHTS
     from diffrep.recipes import RECIPES
 
-    return [
-        {"name": name, "backbones": [reading.backbone for reading in recipe.readings], "source": recipe.source}
-        for name, recipe in RECIPES.items()
-    ]
+    recipes = []
+    for name, recipe in RECIPES.items():
+        backbones = [reading.backbone for reading in recipe.readings]
+        licences, sizes = zip(*(WEIGHTS[backbone] for backbone in backbones), strict=True)
+        facts = {"licence": "; ".join(dict.fromkeys(licences)), "gigabytes": round(sum(sizes), 2)}
+        recipes.append({"name": name, "backbones": backbones, "source": recipe.source, **facts})
+    return recipes
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
@@ -150,8 +154,11 @@ def _models_text(models: Sequence[dict[str, Any]]) -> str:
 
 
 def _recipes_text(recipes: Sequence[dict[str, Any]]) -> str:
-    rows = [(recipe["name"], " + ".join(recipe["backbones"]), recipe["source"]) for recipe in recipes]
-    return _table(("recipe", "backbones", "source"), rows)
+    rows = [
+        (recipe["name"], " + ".join(recipe["backbones"]), f"{recipe['gigabytes']:g} GB", recipe["source"])
+        for recipe in recipes
+    ]
+    return _table(("recipe", "backbones", "memory", "source"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
