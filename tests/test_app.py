@@ -30,6 +30,11 @@ BROWSER = os.environ.get("DIFFREP_BROWSER") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome", "msedge"))), None
 )
 QUIET = ("no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-sync")
+WATCH = """() => {
+    window.bars = new Set()
+    const look = () => document.querySelectorAll('.progress-level-inner').forEach(e => window.bars.add(e.innerText))
+    new MutationObserver(look).observe(document.body, {subtree: true, childList: true, characterData: true})
+}"""
 PATIENCE = 120_000  # milliseconds for an answer: a model is loaded, and others use the machine too
 
 
@@ -89,6 +94,7 @@ def page(address: str) -> Iterator[Any]:
         )
         page.goto(address)
         page.wait_for_selector("#match-a img")
+        page.evaluate(WATCH)
         yield page
         browser.close()
 
@@ -108,8 +114,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def upload(page: Any, place: str, file: Path) -> None:
     """Put a file in an image's place as a person does: empty it, then choose a file."""
-    if page.locator(f"#{place} button[aria-label='Clear']").count():
-        page.locator(f"#{place} button[aria-label='Clear']").click()
+    remove = page.locator(f"#{place}").get_by_role("button", name="Remove Image")
+    if remove.count():
+        remove.click()
+    page.wait_for_selector(f"#{place} img", state="detached")
     page.locator(f"#{place} input[type=file]").set_input_files(str(file))
     page.wait_for_selector(f"#{place} img")
 
@@ -142,13 +150,21 @@ def shown(page: Any, place: str) -> tuple[int, int]:
     return tuple(size)
 
 
+def bars(page: Any) -> str:
+    """What progress bars have said since this was last asked."""
+    said = page.evaluate("[...window.bars].join('; ')")
+    page.evaluate("window.bars.clear()")
+    return str(said)
+
+
 def complaint(page: Any) -> str:
     """The line of an error, which is closed."""
     toast = page.locator(".toast-body.error, [data-testid=toast-body]").first
     toast.wait_for()
     text = toast.inner_text()
-    page.locator(".toast-close, [data-testid=toast-close]").first.click()
-    return text
+    page.locator(".toast-close, [data-testid=toast-close]").first.dispatch_event("click")
+    page.wait_for_function("!document.querySelector('.toast-body, [data-testid=toast-body]')")
+    return str(text)
 
 
 @pytest.mark.slow
@@ -162,7 +178,16 @@ def test_a_click_shows_the_same_place_in_the_other_image(page: Any, pair: dict[s
     assert shown(page, "matches")[0] > 256
     assert shown(page, "similarity")[0] > 256
     click(page, "match-a", np.array([128, 128]))
-    assert words(page, "match-words", other_than=text).count("->") == 2
+    both = words(page, "match-words", other_than=text)
+    assert both.count("->") == 2
+    assert "features" in bars(page)
+    page.locator("#recipe input").click()
+    page.get_by_role("option", name="tiny-views").click()  # another model: the page begins anew
+    page.wait_for_function("!document.querySelector('#match-words textarea, #match-words input').value")
+    click(page, "match-a", pair["point"])
+    other = words(page, "match-words")
+    assert other.count("->") == 1
+    assert other not in both
 
 
 @pytest.mark.slow
@@ -195,6 +220,11 @@ def test_depth_appears_and_the_task_can_be_changed(page: Any, pair: dict[str, An
     text = words(page, "head-words")
     assert "kind: disparity" in text
     assert shown(page, "head-answer") == (256, 256)
+    assert "depth" in bars(page)
+    page.locator("#task").get_by_text("normals").click()
+    page.locator("#head-run").click()
+    text = words(page, "head-words", other_than=text)
+    assert "frame: lub, axes: x left, y up, z towards the camera" in text
     page.locator("#task").get_by_text("segmentation").click()
     page.locator("#head-run").click()
     mask = words(page, "head-words", other_than=text)
@@ -207,11 +237,59 @@ def test_depth_appears_and_the_task_can_be_changed(page: Any, pair: dict[str, An
     )
 
 
+def covered(page: Any) -> float:
+    """The share of the width, percent, on which the slider shows what was before."""
+    style = page.locator("#head-answer img.fixed").get_attribute("style")
+    return float(re.search(r"inset\(0px 0px 0px ([\d.]+)%\)", style)[1])
+
+
+@pytest.mark.slow
+def test_the_slider_is_dragged(page: Any, pair: dict[str, Any]) -> None:
+    page.get_by_role("tab", name="Depth, normals, masks, restoration").click()
+    before = covered(page)
+    handle = page.locator("#head-answer .outer")
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.mouse.move(x - 100, y, steps=5)
+    page.mouse.up()
+    width = page.locator("#head-answer img.fixed").bounding_box()["width"]
+    assert covered(page) == pytest.approx(before - 10_000 / width, abs=2)
+
+
+@pytest.mark.slow
+def test_the_model_is_chosen_by_name(page: Any) -> None:
+    page.get_by_role("tab", name="Depth, normals, masks, restoration").click()
+    page.locator("#task").get_by_text("depth").click()
+    before = words(page, "head-words")
+
+    def run(name: str) -> None:
+        page.locator("#model input").fill(name)
+        page.keyboard.press("Enter")
+        page.locator("#head-run").click()
+
+    run("tiny-depth")
+    assert "kind: disparity" in words(page, "head-words", other_than=before)
+    for name in ("no-such/model", "tiny-normals"):  # one that is not there, and one for another task
+        run(name)
+        text = complaint(page)
+        assert name in text
+        assert len(text.strip().splitlines()) <= 4, text  # the title and the cross of the box, the line
+    page.locator("#task").get_by_text("normals").click()
+    page.wait_for_function("!document.querySelector('#model input').value")  # the name was of the other task
+    page.locator("#model input").click()
+    assert "jingheya/lotus-normal-d-v1-1" in page.get_by_role("option").all_inner_texts()
+    page.keyboard.press("Escape")
+
+
 @pytest.mark.slow
 def test_a_part_is_looked_for_in_the_collection(page: Any) -> None:
     page.get_by_role("tab", name="Search").click()
     click(page, "search-image", np.array([128, 128]))
     assert words(page, "search-words").count(".png") == 3
+    assert "extract" in bars(page)  # the examples, for the first search
     assert shown(page, "search-answer")[0] > 600
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import runpy
 import shlex
@@ -85,13 +84,21 @@ def test_the_citation_names_the_version_and_every_paper_of_the_code() -> None:
     cited = {entry["value"] for paper in citation["references"] for entry in paper["identifiers"]}
     recipes = set(re.findall(r"arXiv:[\d.]+\d", (ROOT / "diffrep/recipes.toml").read_text()))
     assert recipes <= cited
-    named = set()  # by the modules of the parts that are a paper's method
-    for folder in ("diffrep/guidance", "heads/restoration"):
-        for file in (ROOT / folder).glob("*.py"):
-            words = (ast.get_docstring(ast.parse(file.read_text())) or "").replace("\n", " ")
+    written = {(a.get("family-names"), paper["year"]) for paper in citation["references"] for a in paper["authors"]}
+    dated = re.compile(r"\b([A-Z][a-z]+) (?:et al\.|(?:and|&) [A-Z][a-z]+),? \(?(?:[A-Z]+ )?(\d{4})")
+    named, people = set(), set()  # by the parts that are papers' methods
+    for place in ("diffrep/guidance", "diffrep/sampling", "diffrep/training", "heads/restoration", "eval/search.py"):
+        for file in (ROOT / place).rglob("*.py") if (ROOT / place).is_dir() else [ROOT / place]:
+            words = file.read_text(encoding="utf-8").replace("\n", " ")
             named |= {f"arXiv:{number}" for number in re.findall(r"\b\d{4}\.\d{5}\b", words)}
-    assert len(named) > 10
+            people |= set(dated.findall(words))
+    assert len(named) > 20
     assert named <= cited
+    assert len(people) > 8
+    for name, year in people:  # a paper is printed up to two years after it is in the archive
+        assert any((name, int(year) - later) in written for later in range(3)), f"{name} {year} is not cited"
+    for method in ("EVODiff", "LML", "MRS", "A-SDM", "Hyperparameters are all you need", "boundary conditions"):
+        assert any(method in paper["title"] for paper in citation["references"]), method
     for paper in citation["references"]:
         assert paper["notes"]
         assert paper["authors"]

@@ -42,6 +42,7 @@ LOOK = {  # no font and no script is fetched from elsewhere
     "css": ".gradio-container {max-width: min(1200px, 100vw) !important; margin: 0 auto !important}"
     " .gradio-container main, .gradio-container .tabs {width: 100%; min-width: 0}"
     " .gradio-container .fillable {padding: 12px !important}"
+    " #similarity .top-panel {top: 44px}"  # what the scale's upper end is stands above the buttons
     " #map iframe {width: 100%; height: 720px; border: 0}",
 }
 HEADS = [name for name in TASKS if name not in ("features", "correspondence")]  # image -> picture
@@ -99,7 +100,9 @@ class Rooms:
                 category = KINDS[number % len(KINDS)]
                 scene = render_scene(scene_seed("val", 900 + number), category=category, size=128)
                 Image.fromarray(scene.image).save(self._files(f"collection/{category}") / f"{number}.png")
-            extract_store([self.folder / "collection"], place, "tiny", keep=Keep(kind=kind), device=self.device)
+            extract_store(
+                [self.folder / "collection"], place, "tiny", keep=Keep(kind=kind), device=self.device, progress=True
+            )
         return place
 
     def _files(self, name: str) -> Path:
@@ -146,8 +149,7 @@ def _matching(rooms: Rooms, recipe: str, examples: Sequence[Sequence[str]]) -> N
     def click(
         a: str | None, b: str | None, name: str, points: Points, event: gr.SelectData, progress: Any = _BAR
     ) -> Any:
-        progress(0.1, desc="features")
-        return matched(a, b, name, rooms.device, [*points, tuple(event.index)])
+        return matched(a, b, name, rooms.device, [*points, tuple(event.index)], progress)
 
     a.select(_in_one_line(click, rooms), [a, b, name, clicked], [drawn, heat, words, clicked], concurrency_id="model")
     for changed in (a.change, b.change, name.change):
@@ -168,8 +170,7 @@ def _heads(rooms: Rooms, examples: Sequence[Sequence[str]]) -> None:
     words = gr.Textbox(label="what it is", elem_id="head-words", interactive=False)
 
     def run(image: str | None, task: str, model: str, progress: Any = _BAR) -> Any:
-        progress(0.1, desc=task)
-        return head_answer(image, task, model, rooms.device)
+        return head_answer(image, task, model, rooms.device, progress)
 
     go.click(_in_one_line(run, rooms), [image, task, model], [answer, words], concurrency_id="model")
     task.change(lambda task: gr.Dropdown(choices=_models(task), value=""), task, model, queue=False)
@@ -185,10 +186,9 @@ def _search(rooms: Rooms, examples: Sequence[Sequence[str]]) -> None:
             sheet = _answer("where it is", "search-answer")
     words = gr.Textbox(label="best", elem_id="search-words", interactive=False)
 
-    def click(image: str | None, event: gr.SelectData, progress: Any = _BAR) -> Any:
-        progress(0.1, desc="search")
-        index = open_index(rooms.searched())
-        picture = _picture(image, "the image")
+    def click(image: str | None, event: gr.SelectData, progress: Any = _BARS) -> Any:
+        index, picture = open_index(rooms.searched()), _picture(image, "the image")
+        progress(0.8, desc="search")
         hits = query_image(index, picture, point=event.index, k=8, device=rooms.device)
         return contact_sheet(picture, hits, point=event.index), ", ".join(hit.place.image for hit in hits[:3])
 
@@ -247,11 +247,15 @@ def _in_one_line(run: Callable[..., Any], rooms: Rooms) -> Callable[..., Any]:
 # -- what a click calls -------------------------------------------------------------------------------------
 
 
-def matched(a: str | None, b: str | None, name: str, device: str, points: Points) -> Any:
+def matched(a: str | None, b: str | None, name: str, device: str, points: Points, progress: Any) -> Any:
     """The pictures of matches and similarities, words, and the points, of which the last is new."""
     images = _picture(a, "the first image"), _picture(b, "the second image")
+    progress(0.1, desc="models")
+    recipe = correspondence(name, device).recipe
+    progress(0.4, desc="features")
     one, other = described(str(a), str(b), name, device)
-    matches = match_points(one, other, points, correspondence(name, device).recipe.matching)
+    progress(0.8, desc="matches")
+    matches = match_points(one, other, points, recipe.matching)
     similar = torch.full((other.size[0] * other.size[1],), torch.nan)
     inside = open_cells(other, None).cpu()  # padding is no place
     last = torch.tensor(points[-1:], dtype=torch.float32, device=one.device)
@@ -265,10 +269,13 @@ def matched(a: str | None, b: str | None, name: str, device: str, points: Points
     return draw_matches(*images, torch.tensor(points, dtype=torch.float32), matches), heat, "; ".join(words), points
 
 
-def head_answer(image: str | None, task: str, model: str, device: str) -> Any:
+def head_answer(image: str | None, task: str, model: str, device: str, progress: Any) -> Any:
     """The image and its answer, for the slider, and words."""
     picture = _picture(image, "the image")
-    result = head(task, model.strip() or None, device)(picture)
+    progress(0.1, desc="model")
+    loaded = head(task, model, device)
+    progress(0.5, desc=task)
+    result = loaded(picture)
     if isinstance(result, Photograph):
         answer, facts = result.image(), {"width": result.size[0], "height": result.size[1]}
     else:
@@ -291,9 +298,9 @@ def described(a: str, b: str, name: str, device: str) -> tuple[Descriptors, ...]
 
 
 @cache
-def head(task: str, model: str | None, device: str) -> Pipeline:
-    """A head, which stays loaded."""
-    return pipeline(task, model, device=device)
+def head(task: str, model: str, device: str) -> Pipeline:
+    """A head, which stays loaded; the one in the package where no model is named."""
+    return pipeline(task, model.strip() or None, device=device)
 
 
 def _picture(path: str | None, which: str) -> Image.Image:
