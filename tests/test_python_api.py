@@ -100,7 +100,7 @@ def test_a_task_is_one_line(picture: Path) -> None:
         assert pipeline(task, device="cpu")(picture) is not None
     with pytest.raises(ValueError, match="no task 'deep'; near names: depth"):
         pipeline("deep")
-    with pytest.raises(ValueError, match="tiny-normals: predicts normals .*depth was asked for"):
+    with pytest.raises(ValueError, match=r"tiny-normals: predicts normals .*depth was asked for"):
         pipeline("depth", "tiny-normals")
     for inputs, message in (((picture,), "takes two images and points"), ((picture, picture), "say which points")):
         with pytest.raises(ValueError, match=message):
