@@ -17,41 +17,25 @@ from diffrep.synthesis.grids import ImageEncoder
 
 
 @dataclass(frozen=True)
-class FewStepRow:
-    """One model at one number of steps.
+class FewStepReport(Report):
+    """Rows by name, the teacher's 20 steps first.
 
     Attributes:
-        calls: of the U-Net for a patch.
-        fid: Fréchet distance to real patches, in the features of the embedded DINO: comparable within a table alone.
-        cosine: of a painted patch's embedding to the one that was asked for, mean.
-        near: mean absolute difference to what the teacher paints in its 20 steps, of 255 levels.
+        rows: of each "calls" of the U-Net for a patch; "fid", the Fréchet distance to real patches in the features of
+            the embedded DINO, comparable within a table alone; "cosine", the mean of a painted patch's embedding to the
+            one that was asked for; "near", the mean absolute difference to the teacher's 20 steps, of 255 levels.
     """
 
-    calls: int
-    fid: float
-    cosine: float
-    near: float
-
-
-@dataclass(frozen=True)
-class FewStepReport(Report):
-    """Rows by name, the teacher's 20 steps first."""
-
-    rows: Mapping[str, FewStepRow]
+    rows: Mapping[str, Mapping[str, float]]
     patches: int
 
     def document(self) -> Mapping[str, object]:
-        return {"patches": self.patches, "rows": {name: vars(row) for name, row in self.rows.items()}}
+        return {"patches": self.patches, "rows": self.rows}
 
     def sections(self) -> Iterator[Section]:
-        yield Section(
-            f"{self.patches} patches of held-out scenes",
-            ("calls", "FID (tiny-dino)", "cosine to the condition", "difference to the teacher"),
-            [
-                (name, str(row.calls), f"{row.fid:.2f}", f"{row.cosine:.3f}", f"{row.near:.1f}")
-                for name, row in self.rows.items()
-            ],
-        )
+        columns = ("calls", "FID (tiny-dino)", "cosine to the condition", "difference to the teacher")
+        rows = [(name, *(f"{value:.4g}" for value in row.values())) for name, row in self.rows.items()]
+        yield Section(f"{self.patches} patches of held-out scenes", columns, rows)
 
 
 def compare_few_step(
@@ -65,16 +49,18 @@ def compare_few_step(
     conditions = encoder(shown)
     reference: Tensor | None = None
 
-    def measured(model: SynthesisModel, settings: SynthesisSettings) -> FewStepRow:
+    def measured(model: SynthesisModel, settings: SynthesisSettings) -> dict[str, float]:
         nonlocal reference
         latents = sample_patches(model, conditions, settings)
         images = torch.cat([model.decode(part) for part in latents.split(32)]).float().clamp(0, 1).cpu()
         reference = images if reference is None else reference
         guidance = model.about.guidance if settings.guidance is None else settings.guidance
-        cosine = F.cosine_similarity(encoder(images), conditions).mean()
-        near = 255 * (images - reference).abs().mean()
-        calls = settings.steps * (1 if guidance == 1 else 2)
-        return FewStepRow(calls, frechet_distance(others, images, extractor), float(cosine), float(near))
+        return {
+            "calls": settings.steps * (1 if guidance == 1 else 2),
+            "fid": frechet_distance(others, images, extractor),
+            "cosine": float(F.cosine_similarity(encoder(images), conditions).mean()),
+            "near": 255 * float((images - reference).abs().mean()),
+        }
 
     rows = {
         f"teacher, {steps} steps": measured(teacher, SynthesisSettings(steps=steps, seed=seed))

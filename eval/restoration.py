@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -104,13 +107,15 @@ def to_levels(images: Tensor) -> Tensor:
     return (images.float().clamp(0, 1) * 255).round().byte().cpu()
 
 
-def score_images(restored: Tensor, originals: Tensor, distance: FeatureDistance | None = None) -> dict[str, float]:
+def score_images(
+    restored: Tensor, originals: Tensor, distance: FeatureDistance | None = None, *, crop: int = 0
+) -> dict[str, float]:
     """Means over images (N, 3, H, W) uint8: PSNR of RGB and of Y in dB, SSIM of Y, and the distance of features."""
     pairs = list(zip(restored, originals, strict=True))
     scores = {
-        "psnr": sum(psnr(a, b, y=False) for a, b in pairs),
-        "psnr_y": sum(psnr(a, b) for a, b in pairs),
-        "ssim": sum(ssim(a, b) for a, b in pairs),
+        "psnr": sum(psnr(a, b, crop=crop, y=False) for a, b in pairs),
+        "psnr_y": sum(psnr(a, b, crop=crop) for a, b in pairs),
+        "ssim": sum(ssim(a, b, crop=crop) for a, b in pairs),
     }
     if distance is not None:
         scores["distance"] = float(distance(restored / 255, originals / 255).sum())
@@ -166,7 +171,7 @@ PUBLISHED_RESTORATION = read_tables("restoration", PublishedRestoration)
 
 
 def paired_files(folder: Path) -> list[tuple[Path, Path]]:
-    """Degraded images and their originals in a released test set, matched by their names.
+    """Degraded images and their originals in a released test set, matched by their names but for _LR4, _HR or _x4.
 
     Raises:
         ValueError: no such folders, or an image without its pair.
@@ -174,7 +179,11 @@ def paired_files(folder: Path) -> list[tuple[Path, Path]]:
     places = [next((folder / name for name in names if (folder / name).is_dir()), None) for names in (LOW, HIGH)]
     if None in places:
         raise ValueError(f"{folder}: a test set has a folder {' or '.join(LOW)} and a folder {' or '.join(HIGH)}")
-    low, high = ({file.stem: file for file in images_below(place)} for place in places if place is not None)
+    low, high = (
+        {re.sub(r"_(LR|HR|x)\d*$", "", file.stem, flags=re.IGNORECASE): file for file in images_below(place)}
+        for place in places
+        if place is not None
+    )
     if not low or set(low) != set(high):
         alone = ", ".join(sorted(set(low) ^ set(high))[:3])
         raise ValueError(f"{folder}: {len(low)} degraded images, {len(high)} originals, without a pair: {alone}")
@@ -192,18 +201,25 @@ def perceptual(name: str) -> Callable[[Tensor, Tensor], float]:
         if name in ("lpips", "dists"):
             from torchmetrics.functional import image as functional
 
-            if name == "dists":
-                measure: Any = functional.deep_image_structure_and_texture_similarity
-                return lambda a, b: float(measure(a, b))
+            dists: Any = functional.deep_image_structure_and_texture_similarity
             lpips: Any = functional.learned_perceptual_image_patch_similarity
-            return lambda a, b: float(lpips(a, b, net_type="alex", normalize=True))
-        import pyiqa
+            measure: Any = dists if name == "dists" else partial(lpips, net_type="alex", normalize=True)
+        else:
+            import pyiqa
 
-        metric: Any = pyiqa.create_metric(name)
-        return lambda a, b: float(metric(a, b) if metric.metric_mode == "FR" else metric(a))
+            metric: Any = pyiqa.create_metric(name)
+            measure = metric if metric.metric_mode == "FR" else lambda restored, _: metric(restored)
     except ImportError:
         package = "torchmetrics" if name in ("lpips", "dists") else "pyiqa (for non-commercial use)"
         raise ImportError(f"{name} needs {package}, which is not installed") from None
+
+    def measured(restored: Tensor, original: Tensor) -> float:
+        try:
+            return float(measure(restored, original))
+        except URLError as error:
+            raise OSError(f"{name} fetches its weights when it is first used, which failed: {error.reason}") from None
+
+    return measured
 
 
 @dataclass(frozen=True)
@@ -254,13 +270,11 @@ def evaluate_restoration(
         if restored.size != original.size:
             raise ValueError(f"{high}: has {original.size}, the restored image {restored.size} (--scale?)")
         enlarged = resized(degraded.pixels, restored.pixels.shape[:2], "bicubic")
-        truth = torch.from_numpy(original.pixels).permute(2, 0, 1)
+        truth = torch.from_numpy(original.pixels).permute(2, 0, 1)[None]
         for who, values in ((head.name, restored.pixels), ("bicubic", enlarged)):
-            image, total = torch.from_numpy(values).permute(2, 0, 1), sums[who]
-            one = {"psnr": psnr(image, truth, crop=crop, y=False), "psnr_y": psnr(image, truth, crop=crop)}
-            one |= {"ssim": ssim(image, truth, crop=crop)}
-            a, b = image[None] / 255, truth[None] / 255
-            one |= {"distance": float(distance(a, b)), **{name: measure(a, b) for name, measure in more.items()}}
+            image, total = torch.from_numpy(values).permute(2, 0, 1)[None], sums[who]
+            one = score_images(image, truth, distance, crop=crop)
+            one |= {name: measure(image / 255, truth / 255) for name, measure in more.items()}
             for name, value in one.items():
                 total[name] = total.get(name, 0.0) + value / len(pairs)
     rows = [row for row in PUBLISHED_RESTORATION if row.benchmark == benchmark]

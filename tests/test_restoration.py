@@ -59,6 +59,12 @@ def head() -> RestorationHead:
     return restorer_of(training.build(load_parts("tiny", pad=False)).eval())
 
 
+def test_a_profile_of_other_colours_is_not_written_beside_rgb(tmp_path: Path) -> None:
+    for mode, kept in (("RGB", b"profile"), ("CMYK", None)):
+        Image.new(mode, (8, 8)).save(tmp_path / "a.jpg", icc_profile=b"profile")
+        assert Photograph.open(tmp_path / "a.jpg").icc == kept
+
+
 @pytest.mark.parametrize("ending", [".png", ".tif"])
 @pytest.mark.parametrize("deep", [False, True])
 @pytest.mark.parametrize("grey", [False, True])
@@ -540,7 +546,10 @@ def test_a_released_test_set_is_measured_beside_a_bicubic_and_the_papers(tmp_pat
     assert report.rows["head"] == pytest.approx(report.rows["bicubic"])
     assert report.rows["head"]["psnr"] > 30
     assert "OSEDiff" in report.table()
-    (tmp_path / "test_LR" / "b.png").write_bytes((tmp_path / "test_LR" / "a.png").read_bytes())
+    for folder, name in (("test_LR", "a_LR4.png"), ("test_HR", "a_HR.png")):  # as RealSR names a pair
+        (tmp_path / folder / "a.png").rename(tmp_path / folder / name)
+    assert paired_files(tmp_path) == [(tmp_path / "test_LR" / "a_LR4.png", tmp_path / "test_HR" / "a_HR.png")]
+    (tmp_path / "test_LR" / "b.png").write_bytes((tmp_path / "test_LR" / "a_LR4.png").read_bytes())
     with pytest.raises(ValueError, match="without a pair"):
         paired_files(tmp_path)
 

@@ -290,7 +290,7 @@ class FewStep(ReportOptions):
 
         check_options(self, patches="2..", seed="[0, 2^20)")
         self.check_output()
-        students = {Path(name).name: load_synthesis(name) for name in self.models}
+        students = {name: load_synthesis(name) for name in self.models}
         self.show(compare_few_step(load_synthesis(self.teacher), students, patches=self.patches, seed=self.seed))
 
 
