@@ -69,6 +69,7 @@ COMMANDS = {  # name -> (module:class, one line of help); "eval depth" is the co
     "train restore": ("train_heads:TrainRestore", "a one-step restorer of degraded images"),
     "train synthesis": ("train:TrainSynthesis", "a painter of patches from embeddings"),
     "train fewstep": ("train:TrainFewStep", "a painter that needs one to four steps"),
+    "train early-exit": ("train:TrainEarlyExit", "a painter whose images leave the network early (DeeDiff)"),
     "train potential": ("sampling:TrainPotential", "a score of points in the plane, with Fokker-Planck regularisation"),
     "train prior": ("train:TrainPrior", "a model that draws embeddings from texts or labels"),
     "export": ("convert:Export", "write a backbone up to a tap, or a head, as ONNX or torch.export"),

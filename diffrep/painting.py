@@ -22,7 +22,7 @@ from diffrep.results import Result
 from diffrep.sampling.core import run
 from diffrep.sampling.samplers import build_table, model_schedule
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP
-from diffrep.sampling.search import Candidate, as_candidate
+from diffrep.searched import Candidate, as_candidate
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -112,18 +112,10 @@ def diffusion_model(
         BackboneError: the model cannot be loaded.
         SamplingError: it cannot be sampled, or not under such a condition.
     """
-    from diffrep.backbones import load_backbone
-    from diffrep.synthesis.model import SynthesisModel, load_synthesis
+    from diffrep.synthesis.model import SynthesisModel
 
     if isinstance(model, (str, os.PathLike)):
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        name = os.fspath(model)
-        if is_early_exit(name):
-            model = load_early_exit(name).to(resolve_device(device), dtype)
-        elif is_synthesis(name):
-            model = load_synthesis(name, **where)
-        else:
-            model = load_backbone(name, decoder=True, **where)
+        model = load_model(os.fspath(model), device=device, dtype=dtype)
     if isinstance(model, EarlyExitUViT):
         return _of_early_exit(model, condition, guidance)
     if isinstance(model, SynthesisModel):
@@ -149,11 +141,21 @@ def diffusion_model(
     return _of_backbone(model, condition, guidance, negative)
 
 
-def is_synthesis(name: str) -> bool:
-    """Whether a name is that of a synthesis model: an embedded one, or a folder with an embedder."""
-    from diffrep.synthesis.model import EMBEDDED
+def load_model(name: str, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> Any:
+    """Whatever can be sampled, by its name: an early-exit network, a synthesis model (embedded, or a folder with an
+    embedder), or a diffusion backbone with its decoder.
 
-    return name in EMBEDDED or any((Path(name) / part).is_dir() for part in ("embedder", "cond_stage"))
+    Raises:
+        BackboneError: it cannot be loaded.
+    """
+    from diffrep.backbones import load_backbone
+    from diffrep.synthesis.model import EMBEDDED, load_synthesis
+
+    if is_early_exit(name):
+        return load_early_exit(name).to(resolve_device(device), dtype)
+    if name in EMBEDDED or any((Path(name) / part).is_dir() for part in ("embedder", "cond_stage")):
+        return load_synthesis(name, device=device, dtype=dtype)
+    return load_backbone(name, decoder=True, device=device, dtype=dtype)
 
 
 def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative: str) -> DiffusionModel:
@@ -181,30 +183,38 @@ def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative
 
 
 def _of_early_exit(network: EarlyExitUViT, condition: Any, guidance: float | None) -> DiffusionModel:
-    """A U-ViT of pixels, which the reproduction of DeeDiff trains on the schedule of DDPM."""
+    """A U-ViT of pixels or latents, which the reproduction of DeeDiff trains on the schedule of DDPM."""
+    from diffrep.synthesis.model import load_synthesis
+
     about, name = network.about, type(network).__name__
     labels = [] if condition is None else torch.as_tensor(condition).flatten().tolist()
     if bool(labels) != (about.num_classes > 0) or not all(0 <= label < about.num_classes for label in labels):
         needs = f"needs a class, 0..{about.num_classes - 1}" if about.num_classes > 0 else "has no classes"
         raise BackboneError(f"{name} {needs}, got the condition {condition!r}")
     if guidance not in (None, 1.0):
-        raise SamplingError(f"{name}: a pixel diffusion has no classifier-free guidance")
+        raise SamplingError(f"{name}: has no classifier-free guidance")
     device = network.uvit.pos_embed.device
 
     def predict(x: Tensor, t: float, rows: slice) -> Tensor:
         if x.shape[-2:] != (about.img_size, about.img_size):
-            raise SamplingError(
-                f"{name}: paints {about.img_size} x {about.img_size}, got {x.shape[-2]} x {x.shape[-1]}"
-            )
+            painted, asked = about.img_size * factor, [int(n) * factor for n in x.shape[-2:]]
+            raise SamplingError(f"{name}: paints {painted} x {painted}, got {asked[0]} x {asked[1]}")
         times = torch.full((len(x),), t, device=device)
         classes = torch.tensor(labels[rows], device=device) if labels else None
         output = network(x.to(network.uvit.pos_embed), times, classes)
         return (output.full if isinstance(output, LayerOutputs) else output).float().to(x)
 
     _, schedule = model_schedule({"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02})
+    decode, encode, factor = (lambda x: x / 2 + 0.5), (lambda x: x.to(device) * 2 - 1), 1
+    if network.autoencoder:
+        coder = load_synthesis(network.autoencoder, device=device)
+        if (coder.window, coder.channels) != (about.img_size, about.in_chans):
+            raise BackboneError(f"{name}: its autoencoder {network.autoencoder} has latents of another size")
+        decode, encode, factor = coder.decode, coder.encode, coder.factor
+    side = factor * about.img_size
     return DiffusionModel(
-        name, network, predict, "epsilon", schedule, lambda x: x / 2 + 0.5, lambda x: x.to(device) * 2 - 1,
-        about.in_chans, 1, about.img_size, max(len(labels), 1), device, about.img_size,
+        name, network, predict, "epsilon", schedule, decode, encode, about.in_chans, factor, side,
+        max(len(labels), 1), device, side,
     )  # fmt: skip
 
 

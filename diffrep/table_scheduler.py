@@ -13,7 +13,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from diffrep.sampling.core import TableStepper, per_sample
-from diffrep.sampling.samplers import build_table, model_schedule
+from diffrep.sampling.samplers import build_table, model_schedule, named_sampler
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP
 from diffrep.sampling.solvers import RUNGE_KUTTA
 
@@ -40,15 +40,16 @@ class TableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diff
         self, sampler: str = "unipc", *, config: Mapping[str, Any], spacing: str | None = None,
         timesteps: Sequence[float] | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        self.sampler, self.spacing, self.options = sampler, spacing, options
+        sampler, fixed = named_sampler(sampler)
+        self.sampler, self.spacing, self.options = sampler, spacing, {**fixed, **options}
         self.prediction, self.schedule = model_schedule(config)
-        own = {"sampler": sampler, "spacing": spacing, "options": options, "prediction_type": self.prediction}
+        own = {"sampler": sampler, "spacing": spacing, "options": self.options, "prediction_type": self.prediction}
         self.register_to_config(**{**config, **own})
         self.num_train_timesteps = int(config.get("num_train_timesteps") or 1000)
         if isinstance(self.schedule, TableVP):
             self.alphas_cumprod = torch.from_numpy(self.schedule.table).float()
         if sampler == "rho-rk":
-            self.order = len(RUNGE_KUTTA[options.get("method", "2heun")][2])
+            self.order = len(RUNGE_KUTTA[self.options.get("method", "2heun")][2])
         self.set_timesteps(min(20, self.num_train_timesteps), timesteps=timesteps)
 
     @classmethod
@@ -59,8 +60,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diff
         """The scheduler of a model that another scheduler was configured for, or this one again."""
         saved = {name: config.get(name) for name in ("sampler", "spacing", "options")}
         model = {key: value for key, value in config.items() if key not in saved}
-        name = sampler or saved["sampler"] or "unipc"
-        options = {**(saved["options"] or {} if name == saved["sampler"] else {}), **options}
+        name, fixed = named_sampler(sampler or saved["sampler"] or "unipc")
+        options = {**(saved["options"] or {} if name == saved["sampler"] else {}), **fixed, **options}
         made = cls(name, config=model, spacing=spacing or saved["spacing"], **options)
         return (made, {}) if return_unused_kwargs else made
 

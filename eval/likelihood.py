@@ -6,17 +6,20 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffrep.backbones import PixelDiffusion
 from diffrep.backbones.diffusion import keyed_generator
 from diffrep.images import Sizing, fit_image, load_image
-from diffrep.painting import DiffusionModel, diffusion_model
+from diffrep.painting import DiffusionModel, diffusion_model, load_model
 from diffrep.sampling.core import to_forms
-from diffrep.sampling.flows import Field, divergence, probability_flow, solve_rk45
+from diffrep.sampling.flows import Field, divergence, integrate_with_density, probability_flow, solve_rk45
 from diffrep.sampling.schedules import SamplingError, TableVP
 from diffrep.sampling.score_sde import ScoreSDE
+from diffrep.searched import as_candidate
 
 
 def normal_log_density(z: Tensor, deviation: float) -> Tensor:
@@ -46,8 +49,9 @@ def likelihood(
 
 
 def model_likelihood(
-    model: DiffusionModel, x: Tensor, probe: Tensor, *, tolerance: float = 1e-3, offset: float = 0.0
-) -> Tensor:
+    model: DiffusionModel, x: Tensor, probe: Tensor, *, tolerance: float = 1e-3, offset: float = 0.0,
+    timesteps: Sequence[float] = (),
+) -> Tensor:  # fmt: skip
     """(B,) bits per dimension of states under a model with a table of noise.
 
     In the half log-SNR l the flow of the rho-scaled state y = x / alpha is `dy / d rho = eps`, with rho = e^-l; its
@@ -58,6 +62,7 @@ def model_likelihood(
         probe: like x, of -1 and 1.
         tolerance: of the adaptive solver, relative and absolute.
         offset: bits that the scaling of the data adds, see `likelihood`.
+        timesteps: where Heun's steps lie instead, those of a search for example; the ends are the table's.
 
     Raises:
         SamplingError: the model is a flow.
@@ -76,7 +81,12 @@ def model_likelihood(
         return math.exp(log_rho) * to_forms(model.prediction, output, state, alpha, sigma)["noise"]
 
     alpha = float(schedule.alpha(0.0))
-    end, change = solve_rk45(lambda y, t: divergence(field, y, t, probe), x / alpha, lowest, highest, tolerance)
+    if timesteps:
+        between = sorted(v for v in (-schedule.log_snr(timesteps)).tolist() if lowest < v < highest)
+        end, lost = integrate_with_density(field, x / alpha, [lowest, *between, highest], "heun2", probe)
+        change = -lost.double().cpu()
+    else:
+        end, change = solve_rk45(lambda y, t: divergence(field, y, t, probe), x / alpha, lowest, highest, tolerance)
     # at the noisy end y is normal with a deviation of rho and a little of the data's own; their mean is neglected
     prior = normal_log_density(end, math.sqrt(math.exp(2 * highest) + 1))
     log_density = prior.double().cpu() + change - dims * math.log(alpha)
@@ -93,6 +103,7 @@ def image_likelihood(
     tolerance: float = 1e-3,
     probes: int = 1,
     seed: int = 0,
+    timesteps: Sequence[float] | str | Path | None = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     skip: Callable[[str | os.PathLike[str], Exception], object] | None = None,
@@ -103,14 +114,19 @@ def image_likelihood(
         backbone: a Stable Diffusion 1 or 2, or an ADM, by name, folder or file.
         size: side of the square that images are squashed to; that of the model's training where left out.
         probes: draws of the probe, whose mean is taken; they depend on the seed and on the image's number alone.
+        timesteps: where Heun's steps lie in place of adaptive ones, or the file of a search for them.
         skip: called with a file that is no image, which is left out; None: that is an error.
 
     Raises:
         SamplingError: the model cannot be sampled, or the size does not fit it.
         ImageError: a file is no image.
     """
-    condition = label if label is not None or Path(backbone).is_file() else prompt
-    model = diffusion_model(backbone, condition, guidance=1.0, device=device, dtype=dtype)
+    searched = as_candidate(timesteps)
+    if searched is not None and (searched.orders or searched.skipped):
+        raise SamplingError(f"{timesteps}: has orders or skipped units, which a likelihood takes none of")
+    network = load_model(backbone, device=device, dtype=dtype)
+    condition = label if label is not None or isinstance(network, PixelDiffusion) else prompt
+    model = diffusion_model(network, condition, guidance=1.0)
     side = size or model.side
     if side % model.factor:
         raise SamplingError(f"{model.name}: the size must be a multiple of {model.factor}, got {side}")
@@ -128,5 +144,6 @@ def image_likelihood(
         for draw in range(probes):
             generator = keyed_generator(seed, number, stream=draw)
             probe = (2 * torch.randint(0, 2, tuple(state.shape), generator=generator) - 1).to(state)
-            drawn.append(float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset)[0]))
+            options: dict[str, Any] = {"timesteps": () if searched is None else searched.timesteps}
+            drawn.append(float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset, **options)[0]))
         yield file, sum(drawn) / probes

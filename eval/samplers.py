@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffrep.backbones.early_exit import EarlyExitUViT
 from diffrep.eval.painted import frechet_distance, load_features
 from diffrep.eval.report import Report, Section, read_tables
-from diffrep.painting import DiffusionModel, Samples, diffusion_model, is_synthesis, sample
-from diffrep.sampling.samplers import SAMPLERS, build_table
+from diffrep.painting import DiffusionModel, Samples, diffusion_model, load_model, sample
+from diffrep.sampling.samplers import ALIASES, SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError
-from diffrep.sampling.search import Candidate, as_candidate
+from diffrep.searched import Candidate, as_candidate
 from diffrep.synthesis.grids import ImageEncoder
+from diffrep.synthesis.model import SynthesisModel
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -55,8 +57,9 @@ class SamplersEvaluation:
             raise ValueError(
                 f"calls must be at least 1 and fewer than the reference's, got {self.calls} and {self.reference}"
             )
-        if unknown := [name for name in self.samplers if name not in {**SAMPLERS, **VARIANTS}]:
-            raise ValueError(f"there is no sampler {', '.join(unknown)}; known are {', '.join([*SAMPLERS, *VARIANTS])}")
+        known = {**SAMPLERS, **VARIANTS, **ALIASES}
+        if unknown := [name for name in self.samplers if name not in known]:
+            raise ValueError(f"there is no sampler {', '.join(unknown)}; known are {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -200,15 +203,24 @@ def _distance(got: Samples, fine: Samples) -> float:
 
 
 def distance_to_fine(
-    model: DiffusionModel, sampler: str, steps: int, reference: int, *, seed: int = 0, cost: float = 0.0
-) -> Callable[[Candidate | None], float]:
+    model: DiffusionModel, sampler: str, steps: int, reference: int, *, seed: int = 0, cost: float = 0.0,
+    features: str | None = None, real: Tensor | None = None,
+) -> Callable[[Candidate | None], float]:  # fmt: skip
     """A fitness of timesteps for `search_steps`: the distance of what a sampler paints to a fine solution.
 
     Args:
         steps: how many even steps stand for None.
         reference: steps of UniPC that stand for the fine solution.
         cost: the distance counts times the share of the whole network's operations to this power.
+        features: a space of `load_features`, in which the distance is FID; None: that of the latents.
+        real: (N, 3, H, W) in [0, 1], what FID compares with in place of the fine solution's images.
+
+    Raises:
+        SamplingError: the model paints fewer than two images, which FID needs.
     """
+    if features and model.count < 2:
+        raise SamplingError(f"{model.name}: FID needs at least 2 images, got the conditions of {model.count}")
+    space = load_features(features) if features else None
     fine = sample(model, sampler="unipc", steps=reference, seed=seed)
     whole = sample(model, sampler=sampler, steps=steps, seed=seed, count_flops=True).flops if cost else None
 
@@ -220,7 +232,9 @@ def distance_to_fine(
         except SamplingError:  # it diverges, or begins where no signal is left
             return math.inf
         share = (got.flops or 0) / whole if whole else 1.0
-        return _distance(got, fine) * share**cost
+        if space is None:
+            return _distance(got, fine) * share**cost
+        return frechet_distance(fine.images if real is None else real, got.images, space) * share**cost
 
     return fitness
 
@@ -233,7 +247,7 @@ def _usual(model: DiffusionModel) -> Sequence[str]:
 
 def _adds_noise(name: str) -> bool:
     options = SAMPLERS[name].options
-    return name == "lcm" or bool(options.get("eta") or options.get("noisy") or "norm" in options)
+    return name == "lcm" or bool(options.get("eta") or options.get("noisy") or {"norm", "noise_scale"} & set(options))
 
 
 def _paint(model: DiffusionModel, name: str, calls: int, settings: SamplersEvaluation) -> Samples:
@@ -260,6 +274,7 @@ def guided_models(
     prompts: Sequence[str] = (),
     label: int | None = None,
     count: int = 4,
+    repeated: bool = False,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, DiffusionModel]:
@@ -268,23 +283,23 @@ def guided_models(
     Args:
         prompts: of a Stable Diffusion; label: of a class-conditional ADM; count: of a synthesis model, how many
             embeddings of held-out scenes.
+        repeated: prompts, the label, or no condition at all, again and again up to `count` images.
     """
-    from diffrep.backbones import PixelDiffusion, load_backbone
+    from diffrep.backbones import PixelDiffusion
     from diffrep.eval.synthesis import held_out_images
-    from diffrep.synthesis import load_synthesis
 
-    condition: Any = list(prompts)
-    model: Any = name
-    if is_synthesis(name):
-        model = load_synthesis(name, device=device, dtype=dtype)
+    model, images = load_model(name, device=device, dtype=dtype), count if repeated else 1
+    pixels = isinstance(model, (PixelDiffusion, EarlyExitUViT))
+    condition: Any = [prompts[i % len(prompts)] for i in range(max(images, len(prompts)))] if prompts else None
+    if isinstance(model, SynthesisModel):
         condition = ImageEncoder.of_model(model)(held_out_images(count, model.window * model.factor, first=0))
         guidance = model.about.guidance if guidance is None else guidance
-    elif Path(name).is_file() or (Path(name).is_dir() and not (Path(name) / "vae").is_dir()):
-        model = load_backbone(name, device=device, dtype=dtype)
-        condition = label
-    where: dict[str, Any] = {"device": device, "dtype": dtype}
-    models = {"1": diffusion_model(model, condition, guidance=1.0, **where)}
-    if not isinstance(model, PixelDiffusion):
+    elif pixels or label is not None:
+        condition = None if label is None else [label] * images
+    models = {"1": diffusion_model(model, condition, guidance=1.0)}
+    if condition is None:
+        models["1"].count = images
+    if not pixels:
         scale = 7.5 if guidance is None else guidance
-        models[f"{scale:g}"] = diffusion_model(model, condition, guidance=scale, **where)
+        models[f"{scale:g}"] = diffusion_model(model, condition, guidance=scale)
     return models

@@ -28,9 +28,9 @@ from diffrep.files import read_document, write_document
 from diffrep.fusion import Fusion, fuse
 from diffrep.matching import match_points
 from diffrep.sampling.schedules import SamplingError
-from diffrep.sampling.search import Candidate, Row
 from diffrep.scenes import SEEN
 from diffrep.scenes.sets import scene_pairs
+from diffrep.searched import Candidate, Row
 from diffrep.settings import check
 
 Way = tuple[Callable[[], Candidate], int]  # how candidates are made, and how many

@@ -51,6 +51,7 @@ FLOORS = {
     "diffrep.painting": 3,
     "diffrep.manifold": 3,
     "diffrep.sampling": 3,
+    "diffrep.searched": 3,
     "diffrep.table_scheduler": 3,
     "diffrep.guidance": 3,
     "diffrep.synthesis": 3,

@@ -19,7 +19,7 @@ from diffrep.eval.samplers import SamplersEvaluation, distance_to_fine, evaluate
 from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.samplers import model_schedule
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP
-from diffrep.sampling.search import Candidate, read_candidate
+from diffrep.searched import Candidate, read_candidate
 
 from .test_sampling import MEAN, SPREAD, gaussian
 

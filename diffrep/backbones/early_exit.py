@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError, check_weights
 from diffrep.backbones.weight_files import read_weights
-from diffrep.files import one_line, read_document
+from diffrep.files import one_line, read_document, save_weights, write_document
 
 
 class _Block(nn.Module):
@@ -126,10 +126,10 @@ class LayerOutputs:
 
     def losses(self, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The training losses for a target like `full`: of the network, of the probes, of the heads; and the true
-        uncertainty (depth, B), the mean of `tanh |output - target|`.
+        uncertainty (depth, B), the mean of `tanh |output - target|`, a label that nothing learns through.
         """
         error = self.outputs - target
-        truth = error.abs().tanh().flatten(2).mean(2)
+        truth = error.detach().abs().tanh().flatten(2).mean(2)
         weighted = (1 - truth) * error.square().flatten(2).mean(2)
         return (
             F.mse_loss(self.full, target), (self.uncertainty - truth).square().sum(), weighted.mean(1).sum(), truth
@@ -177,6 +177,7 @@ class EarlyExitUViT(nn.Module):
     Attributes:
         limit: how many blocks run, of a fixed table (`PartialNetwork`); None: all.
         threshold: each sample leaves at the first layer whose uncertainty is at most this; None: none does.
+        autoencoder: synthesis model that decodes what it denoises; none of pixels.
 
     Raises:
         BackboneError: the sizes do not fit, or there are no such probes.
@@ -191,6 +192,7 @@ class EarlyExitUViT(nn.Module):
         self.about, self.probe, side = about, probe, about.img_size // about.patch_size
         self.limit: int | None = None
         self.threshold: float | None = None
+        self.autoencoder = ""
 
         def head() -> _OutputHead:
             return _OutputHead(about.embed_dim, about.patch_size, about.in_chans, about.extras, side)
@@ -226,21 +228,21 @@ class EarlyExitUViT(nn.Module):
         heads, half = [*self.in_blocks_heads, self.mid_block_head, *self.out_blocks_heads], len(net.in_blocks)
         for layer, block in enumerate([*net.in_blocks, net.mid_block, *net.out_blocks]):
             if layer == self.limit:
-                result[inside] = heads[layer](h)
+                result[inside] = heads[layer](h).to(result)
                 return result
             if self.limit is None or self.threshold is not None:
                 uncertainty.append(self.matrix[PROBES[self.probe](layer, int(t[0]))](h))
             if self.limit is None and self.threshold is None:
                 outputs.append(heads[layer](h))
             elif self.threshold is not None and bool((sure := uncertainty[-1] <= self.threshold).any()):
-                result[inside[sure]] = heads[layer](h[sure])
+                result[inside[sure]] = heads[layer](h[sure]).to(result)
                 inside, h, skips = inside[~sure], h[~sure], [skip[~sure] for skip in skips]
                 if not len(inside):
                     return result
             h = block(h, skips.pop()) if layer > half else block(h)
             if layer < half:
                 skips.append(h)
-        result[inside] = _OutputHead.forward(net, h)
+        result[inside] = _OutputHead.forward(net, h).to(result)
         return LayerOutputs(result, torch.stack(outputs), torch.stack(uncertainty)) if outputs else result
 
 
@@ -253,8 +255,8 @@ def is_early_exit(name: str) -> bool:
 def load_early_exit(folder: str | os.PathLike[str]) -> EarlyExitUViT:
     """A network from a folder with ``config.json`` and one file of weights.
 
-    The configuration says "_class_name": "EarlyExitUViT", "probe" and the sizes of `UViTConfig`; weights are
-    ``.safetensors``, or the reproduction's ``.pth``.
+    The configuration says "_class_name": "EarlyExitUViT", "probe" and the sizes of `UViTConfig`, and of latents the
+    "autoencoder"; weights are ``.safetensors``, or the reproduction's ``.pth``.
 
     Raises:
         BackboneError: a file is missing or damaged, or the weights do not fit.
@@ -268,10 +270,20 @@ def load_early_exit(folder: str | os.PathLike[str]) -> EarlyExitUViT:
         probe, names = str(values.pop("probe")), UViTConfig.__dataclass_fields__
         network = EarlyExitUViT(UViTConfig(**{k: v for k, v in values.items() if k in names}), probe)
         network.load_state_dict(read_weights(files[0]))
+        network.autoencoder = str(values.get("autoencoder", ""))
     except (RuntimeError, TypeError) as error:
         raise BackboneError(f"{files[0]}: does not fit its config.json ({one_line(error)})") from None
     check_weights(network, str(path))
     return network.eval()
+
+
+def save_early_exit(network: EarlyExitUViT, folder: Path) -> None:
+    """Write what `load_early_exit` reads into a folder."""
+    about = {"_class_name": "EarlyExitUViT", "probe": network.probe, **vars(network.about)}
+    write_document(
+        folder / "config.json", about | ({"autoencoder": network.autoencoder} if network.autoencoder else {})
+    )
+    save_weights(folder / "model.safetensors", network.state_dict())
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions
+from diffrep.commands.options import ReadingOptions
 from diffrep.files import check_writable, one_line, replace_folder
 
 
@@ -71,7 +71,7 @@ class Convert:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(BackboneOptions):
+class Export(ReadingOptions):
     """Write a backbone up to a tap, or a one-step head, as an ONNX or torch.export file, and check what it computes.
 
     For example: diffrep export tiny --taps up.1 -o tiny.onnx
@@ -101,18 +101,21 @@ class Export(BackboneOptions):
             from diffrep.heads.dense import export_head
             from diffrep.heads.loading import load_head
 
-            if self.taps is not None or chosen or self.lora:
-                raise ValueError("--head goes without --taps, --timestep, --prompt, --seed and --lora")
+            if self.taps is not None or chosen or self.lora or self.schedule:
+                raise ValueError("--head goes without --taps, --timestep, --schedule, --prompt, --seed and --lora")
             head = load_head(self.model, variant=self.variant, revision=self.revision)
             difference = export_head(head, self.output, size=self.size, batch_size=self.batch_size)
         else:
             backbone = load_backbone(self.named(self.model))
             if chosen and backbone.denoises is None:
                 raise ValueError(f"--{next(iter(chosen))} does not go with {self.model}, which takes no noise")
+            place = self.place(self.typed, backbone)
+            taps = place.pop("taps", self.taps)
+            chosen |= place
             difference = export_backbone(
                 backbone,
                 self.output,
-                taps=self.taps,
+                taps=taps,
                 conditions=replace(backbone.recommended.conditions, **chosen),  # type: ignore[arg-type]
                 size=self.size,
                 batch_size=self.batch_size,

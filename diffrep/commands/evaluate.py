@@ -117,7 +117,8 @@ class Samplers(ReportOptions, PrecisionOptions):
 
     model: str = "tiny-synthesis"  # or the folder of a synthesis model, a Stable Diffusion or an ADM
     prompt: tuple[str, ...] = ("a photograph",)  # of a Stable Diffusion: what is painted
-    count: int = 4  # of a synthesis model: embeddings of held-out scenes that are painted
+    # of a synthesis model: embeddings of held-out scenes that are painted; with --fid, images of any model
+    count: int = 4
     label: int | None = None  # of a class-conditional ADM
     guidance: float | None = None  # the second table's, the first has none; the model's own where left out
     picture: Path | None = None  # also write what they paint as this picture: rows are samplers, columns calls
@@ -135,6 +136,7 @@ class Samplers(ReportOptions, PrecisionOptions):
             prompts=self.prompt,
             label=self.label,
             count=self.count,
+            repeated=bool(self.settings.fid),
             **self.placed(),
         )
         report = evaluate_samplers(models, self.settings)

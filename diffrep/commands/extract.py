@@ -20,6 +20,7 @@ from diffrep.commands.options import (
     Command,
     DeviceOptions,
     PrecisionOptions,
+    ReadingOptions,
     noise_options,
     numbers,
     refuse_failed,
@@ -42,7 +43,7 @@ _BATCH = 32  # images or noise draws that go through the network together; halve
 
 
 @dataclass(frozen=True)
-class Extract(BackboneOptions, PrecisionOptions):
+class Extract(ReadingOptions, PrecisionOptions):
     """Extract the features of a collection of images into a store, and go on after an interruption.
 
     For example: diffrep extract photos/ -o photos.store --taps up.1
@@ -72,8 +73,10 @@ class Extract(BackboneOptions, PrecisionOptions):
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
         placed = self.placed()
-        if noise_options(self.typed):
-            refuse_noise(self.typed, load_backbone(self.named(self.backbone), weights=False))
+        if self.schedule is not None or noise_options(self.typed):
+            backbone = load_backbone(self.named(self.backbone), weights=False)
+            refuse_noise(self.typed, backbone)
+            config = dataclasses.replace(config, **self.place(self.typed, backbone))
         new = not self.output.exists()
         done = extract_store(
             self.images,

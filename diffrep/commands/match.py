@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, PrecisionOptions, numbers, refuse_noise
+from diffrep.commands.options import BackboneOptions, PrecisionOptions, ReadingOptions, numbers, refuse_noise
 from diffrep.files import DRAWING, check_folder, check_writable, one_line, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
@@ -34,7 +34,7 @@ DEFAULT_RECIPE = "tiny"
 
 
 @dataclass(frozen=True)
-class Match(BackboneOptions, PrecisionOptions):
+class Match(ReadingOptions, PrecisionOptions):
     """Point at places in image A and get the same places in image B, as a picture and as numbers.
 
     For example: diffrep match cat.jpg dog.jpg --points 212,130 240,131 -o match.png, or many pairs with the models
@@ -192,15 +192,14 @@ class Match(BackboneOptions, PrecisionOptions):
 
         if self.recipe is not None or not self.backbone:
             models = self.named_alone(self.backbone)
-            chosen, backbones = chosen_recipe(
-                self.recipe, models, typed_extraction(self.typed, self.extract), self.size, device, dtype
-            )
+            settings = typed_extraction(self.typed, self.extract) | self.place(self.typed)
+            chosen, backbones = chosen_recipe(self.recipe, models, settings, self.size, device, dtype)
             return dataclasses.replace(chosen, matching=self.matching), backbones
         if len(self.backbone) > 1:
             raise ValueError("--backbone takes several models only with --recipe, which says how they are joined")
         backbone = load_backbone(self.named(self.backbone[0]), device=device, dtype=dtype)
         refuse_noise(self.typed, backbone)
-        extract = self.extract
+        extract = dataclasses.replace(self.extract, **self.place(self.typed, backbone))
         if self.size is not None:
             multiple = max(backbone.multiple, 64) if backbone.denoises else backbone.multiple
             extract = dataclasses.replace(extract, sizing=Sizing("fit", self.size, multiple=multiple))

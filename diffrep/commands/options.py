@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypedDict
 
 import tyro
 
@@ -22,6 +22,7 @@ __all__ = [
     "Command",
     "DeviceOptions",
     "PrecisionOptions",
+    "ReadingOptions",
     "ReportOptions",
     "WeightOptions",
     "numbers",
@@ -101,6 +102,35 @@ class BackboneOptions(WeightOptions):
                 " name: 'NAME?lora=FILE'"
             )
         return tuple(map(self.named, backbones))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(BackboneOptions):
+    """A backbone, and where features are read in it."""
+
+    schedule: Path | None = None  # what `search-schedule --fitness pck` (or probe) wrote: the tap and the timestep
+
+    def place(self, typed: frozenset[str], backbone: Backbone | None = None) -> dict[str, Any]:
+        """The tap and the timestep of a search, as settings of `ExtractConfig`; none where there is no file.
+
+        Args:
+            typed: the options on the command line.
+            backbone: that is read, where it is known.
+
+        Raises:
+            ValueError: the file is of another search, the backbone has no noise, or a tap or timestep was typed too.
+        """
+        if self.schedule is None:
+            return {}
+        from diffrep.searched import read_place
+
+        names = {option.rpartition(".")[2] for option in typed}
+        if clash := sorted(names & {"taps", "timestep", "timesteps", "clean"}):
+            raise ValueError(f"--schedule says the tap and the timestep: leave --{clash[0]} out")
+        if backbone is not None and backbone.denoises is None:
+            raise ValueError(f"--schedule is for diffusion models, {backbone.name} is none")
+        tap, timestep = read_place(self.schedule)
+        return {"taps": (tap,), "timestep": timestep}
 
 
 NOISE = ("timestep", "clean", "prompt", "ensemble", "posterior", "noise", "inversion_steps", "freeu", "label")

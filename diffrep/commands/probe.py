@@ -17,7 +17,7 @@ from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.image_runs import Item, find_inputs, run_images, write_beside, write_map
-from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
+from diffrep.commands.options import Command, PrecisionOptions, ReadingOptions, ReportOptions
 from diffrep.features import ExtractConfig
 from diffrep.files import DRAWING, check_folder, check_writable, write_image, write_whole
 from diffrep.heads.probes import (
@@ -106,7 +106,7 @@ class Images(WorkOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extraction(BackboneOptions, PrecisionOptions):
+class Extraction(ReadingOptions, PrecisionOptions):
     """How the backbone is used; what is left out is as it recommends."""
 
     size: int | None = None  # side of the square that images are brought to, pixels
@@ -156,7 +156,11 @@ class Classifier(Command):
     def read(self, data: LabelledImages, texts: Sequence[str]) -> tuple[ProbeData, list[Cell]]:
         """Load the backbones of cells that are written as text, and read what is not kept yet."""
         names = [text.split(",")[0] for text in texts]
+        if self.extraction.schedule is not None and list(texts) != names[:1]:
+            raise ValueError(f"--schedule says where one backbone is read, got the cells {' '.join(texts)}")
         backbones = self.extraction.load(names)
+        if place := self.extraction.place(self.typed, backbones[self.extraction.named(names[0])]):
+            texts = [f"{names[0]},{place['taps'][0]},{place['timestep']}"]
         named = [self.extraction.named(n) + text.removeprefix(n) for n, text in zip(names, texts, strict=True)]
         cells = parse_cells(named, backbones)
         return self.images.read(data, backbones, readings_of(cells, self.extraction.config())), cells
@@ -251,6 +255,8 @@ class TrainFeedback(NewProbe):
 
     def run(self) -> None:
         self.check_new("feedback")
+        if self.extraction.schedule is not None:
+            raise ValueError("--schedule says one tap and timestep; this probe reads the whole decoder")
         data = self.images.find(self.data)
         split = split_rows(data, shares=self.images.shares, seed=self.images.split_seed)
         backbone = self.extraction.load_one(self.backbone)
@@ -285,7 +291,9 @@ class SweepCells(Classifier):
         backbones = self.extraction.load(self.backbones)
         readings = []
         for name, backbone in backbones.items():
+            place = self.extraction.place(self.typed, backbone)
             taps, timesteps = self.taps or block_taps(backbone), self.timesteps if backbone.denoises else None
+            taps, timesteps = (place["taps"], (place["timestep"],)) if place else (taps, timesteps)
             readings.append(ReadPlan(name, taps, timesteps, self.pool, self.extraction.config()))
         prepared = self.images.read(data, backbones, readings)
         done = sweep(prepared, self.output, prune=self.prune, **self.training())

@@ -85,6 +85,8 @@ class TrainPixels(NewProbe):
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("taps", "timesteps", "pixels_per_image", "resizing")
         }
+        if place := self.extraction.place(self.typed, backbone):
+            options |= {"taps": place["taps"], "timesteps": (place["timestep"],)}
         config = self.extraction.config()
         probe = train_pixel_probe(examples, labels.names, backbone, extract=config, settings=self.fit, **options)
         scores = score_pixel_probe(probe, test, backbone, labels).document()
@@ -137,7 +139,8 @@ class TrainDense(NewProbe):
         annotation = Annotation() if self.images == SCENES else self.annotation
         backbone = self.extraction.load_one(self.backbone)
         options: dict[str, Any] = {"settings": self.fit, "annotation": annotation, "workers": self.data.workers}
-        config = self.extraction.config(taps=self.taps, timestep=self.timestep)
+        place = {"taps": self.taps, "timestep": self.timestep} | self.extraction.place(self.typed, backbone)
+        config = self.extraction.config(**place)
         probe = train_dense_probe(train, self.task, backbone, self.data.work / "maps", extract=config, **options)
         scores = score_dense_probe(probe, test, backbone, annotation)
         self.finish(replace(probe, about={**probe.about, "test": scores}), _lines(scores))

@@ -15,6 +15,8 @@ from diffrep.files import check_writable
 from diffrep.training.fokker_planck import PotentialTraining
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from diffrep.eval.search import SearchSettings
 
 
@@ -47,20 +49,14 @@ class Paint(BackboneOptions, PrecisionOptions):
     threshold: float | None = None  # early-exit networks: the estimated uncertainty at which an image leaves (DeeDiff)
 
     def run(self) -> None:
-        from diffrep.backbones import load_backbone
-        from diffrep.backbones.early_exit import is_early_exit, load_early_exit
-        from diffrep.painting import sample
+        from diffrep.painting import load_model, sample
 
         check_writable(self.output, (".png", ".jpg", ".webp"))
         if self.prompt and self.label is not None:
             raise ValueError("prompts and --label are conditions of two kinds of models: give one")
         if self.schedule and {"steps", "spacing"} & self.typed:
             raise ValueError("--schedule says the steps: leave --steps and --spacing out")
-        name, placed = self.named(self.model), self.placed()
-        if is_early_exit(name):
-            model: Any = load_early_exit(name).to(**placed)
-        else:
-            model = load_backbone(name, decoder=True, **placed)
+        model = load_model(self.named(self.model), **self.placed())
         told = getattr(model, "guided", False)
         guidance = 1.0 if self.guidance is None and self.sampler == "lcm" and not told else self.guidance
         partial = bool(self.inherit != 1 or self.depths or self.threshold is not None or self.schedule)
@@ -102,8 +98,8 @@ class SearchSchedule(PrecisionOptions):
 
     For example: diffrep search-schedule --model tiny-synthesis --steps 5 -o steps.json
 
-    Orders of the solver and units of the network that a step leaves out are searched for where asked. The result goes
-    to `diffrep synthesize --schedule`, `diffrep eval samplers --schedule`, or in Python to `sample(timesteps=)`. An
+    Orders of the solver and units of the network that a step leaves out are searched for where asked. Commands that
+    paint take the result with --schedule, and those that read features what --fitness pck or probe finds. An
     interrupted search goes on when the same command is run again.
     """
 
@@ -113,11 +109,14 @@ class SearchSchedule(PrecisionOptions):
     steps: int = 5  # timesteps to find
     prompt: tuple[str, ...] = ("a photograph",)  # of a Stable Diffusion
     label: int | None = None  # of a class-conditional ADM
-    count: int = 4  # of a synthesis model: embeddings of held-out scenes that are painted
+    # of a synthesis model: embeddings of held-out scenes that are painted; with fid, images of any model
+    count: int = 4
     guidance: float | None = None  # the model's own where left out; 1: none
-    # what is made smaller: the distance to a fine solution; or, of one tap and timestep of a backbone, the wrong
-    # keypoints or the wrong classes of its features times the share of operations
-    fitness: Literal["distance", "pck", "probe"] = "distance"
+    # what is made smaller: the distance to a fine solution; FID to its images, which takes a --count of hundreds; or,
+    # of one tap and timestep of a backbone, its wrong keypoints or classes times the share of operations
+    fitness: Literal["distance", "fid", "pck", "probe"] = "distance"
+    features: str = "tiny-dino@class"  # fid: its feature space; inception:FILE and open_clip models too
+    real: Path | None = None  # fid: a folder of images to compare with in place of the fine solution's
     per_category: int = 2  # pck, probe: rendered pairs, or scenes, of each category
     orders: int = 0  # highest order of the solver's steps to search for; 0: the sampler's own
     skip: float = 0.0  # largest share of the network's units that a step may leave out; 0: none are
@@ -131,22 +130,23 @@ class SearchSchedule(PrecisionOptions):
         from diffrep.backbones.partial import skippable_units
         from diffrep.eval.samplers import distance_to_fine, guided_models
         from diffrep.eval.search import search_steps
-        from diffrep.sampling.samplers import SAMPLERS
+        from diffrep.sampling.samplers import named_sampler
         from diffrep.sampling.schedules import TableVP, table_times
-        from diffrep.sampling.search import Candidate
+        from diffrep.searched import Candidate
 
         check_writable(self.output, (".json",))
-        if self.fitness != "distance":
+        if self.fitness != "fid" and (clash := sorted(self.typed & {"features", "real"})):
+            raise ValueError(f"--{clash[0]} goes with --fitness fid")
+        if self.fitness in ("pck", "probe"):
             return self._features()
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"there is no sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
+        named_sampler(self.sampler)
         if self.steps < 1 or self.reference <= self.steps:
             raise ValueError(
                 f"steps must be at least 1 and fewer than the reference's {self.reference}, got {self.steps}"
             )
-        settings = self._settings(orders=self.orders, skip_share=self.skip)
+        settings, fid = self._settings(orders=self.orders, skip_share=self.skip), self.fitness == "fid"
         models = guided_models(
-            self.model, self.guidance, prompts=self.prompt, label=self.label, count=self.count,
+            self.model, self.guidance, prompts=self.prompt, label=self.label, count=self.count, repeated=fid,
             **self.placed(),
         )  # fmt: skip
         model = models["1"] if self.guidance == 1 else list(models.values())[-1]
@@ -155,12 +155,15 @@ class SearchSchedule(PrecisionOptions):
         if self.skip:
             settings = replace(settings, layers=len(skippable_units(model.network)), skip_after=0)
         cost = self.cost if self.skip else 0.0
-        fitness = distance_to_fine(model, self.sampler, self.steps, self.reference, seed=self.seed, cost=cost)
+        fitness = distance_to_fine(
+            model, self.sampler, self.steps, self.reference, seed=self.seed, cost=cost,
+            features=self.features if fid else None, real=self._real(model.side),
+        )  # fmt: skip
         usual = Candidate(tuple(int(t) for t in table_times(model.schedule, self.steps)))
         of = {
             "fitness": self.fitness, "sampler": self.sampler, "model": self.model, "prompt": self.prompt,
             "label": self.label, "count": self.count, "guidance": self.guidance, "reference": self.reference,
-            "cost": cost,
+            "cost": cost, **({"features": self.features, "real": self.real and str(self.real)} if fid else {}),
         }  # fmt: skip
         best = search_steps(
             fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output, first=[usual],
@@ -182,11 +185,22 @@ class SearchSchedule(PrecisionOptions):
             crossovers=self.population // 4, epochs=self.epochs, seed=self.seed, **more,
         )  # fmt: skip
 
+    def _real(self, side: int) -> Tensor | None:
+        """The images that FID compares with, squashed to squares of a side."""
+        if self.real is None:
+            return None
+        import torch
+
+        from diffrep.images import Sizing, find_images, fit_image, load_image
+
+        files = find_images([self.real])
+        return torch.stack([fit_image(load_image(file), Sizing("squash", side))[0] for file in files])
+
     def _features(self) -> None:
         from diffrep.backbones import load_backbone
         from diffrep.backbones.diffusion import DiffusionBackbone
         from diffrep.eval.search import extraction_fitness, search_steps
-        from diffrep.sampling.search import Candidate
+        from diffrep.searched import Candidate
 
         if clash := sorted(self.typed & {"sampler", "steps", "prompt", "label", "count", "guidance", "orders", "skip"}):
             raise ValueError(
@@ -234,6 +248,7 @@ class Likelihood(PrecisionOptions):
     prompt: str = ""  # of a Stable Diffusion
     label: int | None = None  # of a class-conditional ADM
     tolerance: float = 1e-3  # of the ODE solver, relative and absolute
+    schedule: Path | None = None  # what `diffrep search-schedule` wrote: Heun's steps there, in place of adaptive ones
     probes: int = 1  # random probes of the divergence; their mean is taken
     seed: int = 0  # of the probes
 
@@ -250,11 +265,13 @@ class Likelihood(PrecisionOptions):
         check_writable(self.output, (".csv",))
         if not 0 < self.tolerance < 1 or self.probes < 1 or (self.size is not None and self.size < 1):
             raise ValueError("tolerance must be between 0 and 1, probes and size at least 1")
+        if self.schedule is not None and "tolerance" in self.typed:
+            raise ValueError("--schedule says the solver's steps: leave --tolerance out")
         files = find_images(self.images)
         run = ImageRun(len(files), "likelihood")
         bits = image_likelihood(
             files, self.backbone, prompt=self.prompt, label=self.label, size=self.size, tolerance=self.tolerance,
-            probes=self.probes, seed=self.seed, **self.placed(),
+            probes=self.probes, seed=self.seed, timesteps=self.schedule, **self.placed(),
             skip=lambda file, error: run.fail(str(file), error),
         )  # fmt: skip
         text = io.StringIO()

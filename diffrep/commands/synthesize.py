@@ -29,7 +29,7 @@ from diffrep.synthesis.large import (
     write_pixels,
 )
 from diffrep.synthesis.prior import load_prior
-from diffrep.synthesis.sampler import SchedulerName, share_of_operations
+from diffrep.synthesis.sampler import share_of_operations
 
 COMPOSED = ("steps", "guidance", "seed", "batch_size", "decode_stride", "decode_weights", "decode_sigma", "quantize")
 
@@ -58,7 +58,7 @@ class Synthesize(PrecisionOptions):
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("synthesis.png")  # .png, .tiff, .ome.tiff, .zarr
     model: str = "tiny-synthesis"  # or a folder
     encoder: str | None = None  # of the reference; the one that the model was trained with where left out
-    sampler: SchedulerName | None = None  # the same as --scheduler
+    sampler: str | None = None  # any that `diffrep sample` takes and that needs no whole images; same as --scheduler
     schedule: Path | None = None  # what `diffrep search-schedule` wrote: timesteps, orders, skipped units
     # paint what both references say at every place instead of what lies between them: avg; and: where both are as
     # likely; or: where one is likelier (SuperDiff). In memory, with a sampler of its own
@@ -140,7 +140,7 @@ class Synthesize(PrecisionOptions):
 
     def _settings(self) -> SynthesisSettings:
         """Those of the options, with the sampler and the steps of a search."""
-        from diffrep.sampling.search import as_candidate
+        from diffrep.searched import as_candidate
 
         settings = self.sampling
         if self.sampler is not None:

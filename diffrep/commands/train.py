@@ -1,4 +1,4 @@
-"""``diffrep train tiny|synthesis|fewstep|prior``: the embedded backbones again, painters of your own."""
+"""``diffrep train tiny|synthesis|fewstep|early-exit|prior``: the embedded backbones again, painters of your own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from diffrep.backbones.early_exit import save_early_exit
 from diffrep.commands.options import Command, DeviceOptions, training_output
 from diffrep.files import replace_folder
 from diffrep.images import find_images
@@ -18,6 +19,7 @@ from diffrep.scenes import open_or_render
 from diffrep.settings import WORKERS, check_options
 from diffrep.synthesis import SynthesisModel
 from diffrep.training.consistency import FewStepTraining, train_few_step
+from diffrep.training.early_exit import EarlyExitTraining, train_early_exit
 from diffrep.training.patches import ImagePatches, Patches, ScenePatches
 from diffrep.training.prior import PriorTraining, train_prior
 from diffrep.training.synthesis import PUBLISHED, SynthesisTraining, train_synthesis
@@ -117,6 +119,33 @@ class TrainFewStep(DeviceOptions):
         patches = ScenePatches(open_or_render(self.scenes, self.work, self.count), count=self.count)
         model = train_few_step(self.training, patches, self.work / "run", device=self.device)
         replace_folder(output, half(model.to("cpu")).save)
+        print(f"wrote {output}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainEarlyExit(DeviceOptions):
+    """Train a small painter whose images leave the network early, where it is sure of them (DeeDiff).
+
+    It paints patches of rendered scenes without a condition. Paint with the result: diffrep sample --model FOLDER
+    --threshold 0.3. What thresholds save and cost is printed, beside a table of fixed depths, one for each timestep.
+    Called again with the same work folder it goes on where it was.
+    """
+
+    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
+    count: int = 2000  # scenes that patches are cut from
+    work: Path = Path("runs/early-exit")  # encoded patches, checkpoints and log
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    training: Annotated[EarlyExitTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=EarlyExitTraining)
+
+    def run(self) -> None:
+        check_options(self, count="1..")
+        output = training_output(self.work, self.output)
+        patches = ScenePatches(open_or_render(self.scenes, self.work, self.count), count=self.count)
+        network, rows = train_early_exit(self.training, patches, self.work / "run", device=self.device)
+        replace_folder(output, partial(save_early_exit, network.to("cpu")))
+        print(f"{'threshold':>9}{'blocks':>9}{'error':>9}{'fixed table':>13}   (mean squared, of the noise)")
+        for threshold, blocks, error, fixed in rows:
+            print(f"{threshold:>9}{blocks:9.2f}{error:9.4f}{fixed:13.4f}")
         print(f"wrote {output}")
 
 

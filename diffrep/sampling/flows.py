@@ -79,12 +79,12 @@ def integrate_ode(field: Field, x: Tensor, times: Sequence[float], method: str =
 
 
 def integrate_with_density(
-    field: Field, x: Tensor, times: Sequence[float], method: str = "rk4"
+    field: Field, x: Tensor, times: Sequence[float], method: str = "rk4", probe: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`integrate_ode`, and the change (B,) of the log-density along it: minus the integral of the divergence."""
+    """`integrate_ode`, and the change (B,) of the log-density along it: minus the integral of the `divergence`."""
 
     def joint(state: Tensor, t: float) -> Tensor:
-        value, trace = divergence(field, state[:, :-1].view_as(x), t)
+        value, trace = divergence(field, state[:, :-1].view_as(x), t, probe)
         return torch.cat([value.flatten(1), -trace[:, None]], dim=1)
 
     end = integrate_ode(joint, torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], dim=1), times, method)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -57,6 +59,35 @@ def consistency(grid: TimeGrid) -> SolverTable:
     return SolverTable("LCM", grid, tuple(updates))
 
 
+def pndm(grid: TimeGrid) -> SolverTable:
+    """PNDM without its Runge-Kutta steps, "PLMS" (Liu et al. 2022): iPNDM whose first step is made twice.
+
+    The second time with the mean of the noise at both its ends, which later steps do not look back on. As many calls as
+    steps and one.
+    """
+    n = grid.steps
+    steps = [solvers.ddim(grid, i, i + 1) for i in range(n)]
+    mean = replace(steps[0], direction=(0.5, 0.5), scale=steps[0].direction[0], start=-2)
+    updates = [steps[0], *([mean] if n > 1 else [])]
+    for i, step in enumerate(steps[1:], 1):
+        row = solvers.momentum_weights(min(i + 1, 4), 1.0)
+        row = row if i > 3 else (*row[:i], 0.0, row[i])
+        updates.append(replace(step, direction=row, scale=step.direction[0]))
+    return SolverTable("PNDM", grid.taken([0, *range(1, min(n, 2)), *range(1, n + 1)]), tuple(updates))
+
+
+def large_image(grid: TimeGrid, schedule: NoiseSchedule, *, noise_scale: float = 1.0) -> SolverTable:
+    """The sampler of the authors' large-image code: DDIM with the noise of a single timestep's beta, however long its
+    steps. `noise_scale` is the share of that variance.
+    """
+    updates = []
+    for i, (sigma, after) in enumerate(pairwise(grid.sigma.tolist())):
+        abar = schedule.alpha([max(grid.times[i] - 1, 0), grid.times[i]]) ** 2
+        beta = 1 - float(abar[1] / (abar[0] if grid.times[i] else 1.0))
+        updates.append(solvers.ddim(grid, i, i + 1, noise=math.sqrt(noise_scale * beta) * after / sigma))
+    return SolverTable("large-image DDIM", grid, tuple(updates))
+
+
 _dpm = _plain(solvers.multistep)
 _sde = _plain(transport_sde)
 _data = _plain(solvers.ddim_table, form="data")  # the noise form loses digits where a schedule begins without signal
@@ -78,18 +109,31 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc-hb": Sampler(_hb(_unipc), "UniPC with heavy ball", {"order": 2, "variant": "bh2", "beta": 0.8}),
     "lml": Sampler(_lml, "DPM-Solver++ corrected; kappa 0 does nothing", {"damping": 1e-3, "kappa": 0.0, "order": 3}),
     "sit-sde": Sampler(_sde, "SiT's SDE: noise at every step", {"form": "sigma", "norm": 1.0}, table=False),
-    "evodiff": Sampler(
-        _plain(solvers.evodiff), "weights from the predictions; whole images", {}, flow=False, faint=False
-    ),
-    "lcm": Sampler(
-        _plain(consistency),
-        "for models and LoRAs distilled by LCM; 1 to 8 steps",
-        {},
-        flow=False,
-        spacing="lcm",
-    ),
+    "evodiff": Sampler(_plain(solvers.evodiff), "adaptive weights; whole images", {}, flow=False, faint=False),
+    "lcm": Sampler(_plain(consistency), "for models distilled by LCM; 1 to 8 steps", {}, flow=False, spacing="lcm"),
+    "pndm": Sampler(_plain(pndm), "ipndm with a first step in two calls", {}, flow=False),
+    "official": Sampler(large_image, "of the authors' large-image code", {"noise_scale": 1.0}, flow=False),
+}
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # names that diffusers has; its deis and lms end otherwise
+    "dpmpp_2m": ("dpm++", {}),
+    "dpmpp_2m_sde": ("dpm++-sde", {}),
+    "deis": ("deis-tab", {"order": 1, "variable": "log-snr"}),
+    "lms": ("deis-tab", {"order": 3, "variable": "rho"}),
+    "heun": ("rho-rk", {"method": "2heun"}),
+    "euler_ancestral": ("ddpm", {}),
 }
 ONE_ORDER = ("deis-tab", "ipndm", "ghvb", "hb", "nesterov")  # no order of its own for each step
+
+
+def named_sampler(name: str) -> tuple[str, dict[str, Any]]:
+    """A name, or one of `ALIASES`, as a name of `SAMPLERS` and the options that it stands for.
+
+    Raises:
+        SamplingError: no such sampler.
+    """
+    if name not in {**SAMPLERS, **ALIASES}:
+        raise SamplingError(f"there is no sampler {name!r}; known are {', '.join([*SAMPLERS, *ALIASES])}")
+    return ALIASES.get(name, (name, {}))
 
 
 def build_table(
@@ -99,7 +143,7 @@ def build_table(
     """The table of a sampler on a grid that ends without noise.
 
     Args:
-        name: of `SAMPLERS`.
+        name: of `SAMPLERS`, or an alias.
         steps: how many.
         spacing: one of `GRIDS`, the sampler's where None; flows have even steps, shifted as the schedule says.
         timesteps: what the network is called with instead, falling; of a search, for example. Of flows 1000 sigma.
@@ -108,8 +152,8 @@ def build_table(
     Raises:
         SamplingError: no such sampler, spacing or option, a wrong value of one, or they do not go together.
     """
-    if name not in SAMPLERS:
-        raise SamplingError(f"there is no sampler {name!r}; known are {', '.join(SAMPLERS)}")
+    name, fixed = named_sampler(name)
+    options = {**fixed, **options}
     sampler, flow = SAMPLERS[name], isinstance(schedule, Flow)
     if unknown := sorted(set(options) - set(sampler.options)):
         known = ", ".join(sampler.options) or "none"
@@ -117,7 +161,14 @@ def build_table(
     choices = {"variant": ("bh1", "bh2", "vary")} | ({"form": ("noise", "data")} if name == "dpm" else {})
     several = () if name in ONE_ORDER else ("order",)
     check_values(
-        options, sampler.options, what=name, choices=choices, several=several, error=SamplingError, eta=NOT_NEGATIVE
+        options,
+        sampler.options,
+        what=name,
+        choices=choices,
+        several=several,
+        error=SamplingError,
+        eta=NOT_NEGATIVE,
+        noise_scale="[0, 1]",
     )
     if not (sampler.flow if flow else sampler.table):
         kind = "rectified flows, which start without signal" if flow else "noise schedules, only on rectified flows"

@@ -4,7 +4,7 @@ from diffrep.synthesis.grids import EmbeddingGrid, GridError, slerp
 from diffrep.synthesis.large import synthesize, synthesize_file
 from diffrep.synthesis.model import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.sampler import OFFICIAL, SynthesisSettings, denoise_canvas, sample_patches
-from diffrep.synthesis.schedulers import OfficialScheduler, build_scheduler
+from diffrep.synthesis.schedulers import build_scheduler
 
 __all__ = [
     "OFFICIAL",
@@ -12,7 +12,6 @@ __all__ = [
     "ConditionEmbedder",
     "EmbeddingGrid",
     "GridError",
-    "OfficialScheduler",
     "SynthesisModel",
     "SynthesisSettings",
     "build_scheduler",

@@ -208,7 +208,7 @@ def scratch_bytes(size: tuple[int, int], channels: int, factor: int, carried: in
 
 STRIP, WINDOWS = 2048, 8  # pixels, or windows: width of what is decoded from top to bottom before the next
 DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more memory than the denoiser
-MOST_CARRIED = 4  # tensors that the hungriest scheduler keeps
+MOST_CARRIED = 5  # tensors that the hungriest sampler keeps, pndm
 
 
 def synthesize(

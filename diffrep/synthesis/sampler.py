@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from diffrep.backbones.diffusion import keyed_generator
 from diffrep.backbones.partial import PartialNetwork
+from diffrep.sampling.samplers import named_sampler
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.synthesis.canvas import (
     Block,
@@ -35,18 +36,12 @@ from diffrep.synthesis.grids import EmbeddingGrid, GridError
 from diffrep.synthesis.model import SynthesisModel
 from diffrep.synthesis.schedulers import Stepper, build_scheduler
 
-SchedulerName = Literal[
-    "dpmpp_2m", "dpmpp_2m_sde", "ddim", "ddpm", "unipc", "deis", "euler", "euler_ancestral", "heun", "pndm", "lms",
-    "lcm", "official", "dpm", "dpm++-hb", "dpm++-sde", "unipc-hb", "deis-tab", "ipndm", "rho-rk", "ghvb", "hb",
-    "nesterov",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class SynthesisSettings:
     """How an image is sampled. The result depends on all of these but batch_size and band, and on those by rounding."""
 
-    scheduler: SchedulerName = "unipc"
+    scheduler: str = "unipc"  # a sampler, see `diffrep sample`
     steps: int = 12
     timesteps: tuple[int, ...] = ()  # falling, in place of the steps
     orders: tuple[int, ...] = ()  # of the sampler, one for each timestep; its own where left out
@@ -77,6 +72,7 @@ class SynthesisSettings:
             decode_sigma=POSITIVE, eta="[0, 1]", guidance=NOT_NEGATIVE, timesteps="0..", orders="1..", inherit="1..",
             branch="0..", depths="-1..",
         )  # fmt: skip
+        named_sampler(self.scheduler)
         for name in ("orders", "skipped"):
             if (count := len(getattr(self, name))) not in (0, len(self.timesteps)):
                 raise ValueError(f"{name} must have one entry for each of {len(self.timesteps)} timesteps, got {count}")
@@ -89,13 +85,14 @@ class SynthesisSettings:
         Raises:
             ValueError: it does not go with the model or the timesteps.
         """
-        options: dict[str, Any] = {"timesteps": self.timesteps, "order": self.orders} if self.timesteps else {}
+        options: dict[str, Any] = {"eta": self.eta}
+        options |= {"timesteps": self.timesteps, "order": self.orders} if self.timesteps else {}
         steps = len(self.timesteps) or self.steps
         return build_scheduler(self.scheduler, config, steps, **{k: v for k, v in options.items() if v})
 
     def stepper(self, model: SynthesisModel, scheduler: Any = None) -> Stepper:
         """`build` for a model, or a scheduler of its caller's, to step canvases with."""
-        return Stepper(scheduler or self.build(model.scheduler), eta=self.eta)
+        return Stepper(self.build(model.scheduler)) if scheduler is None else Stepper(scheduler, eta=self.eta)
 
     def part(self, model: Any, steps: int) -> PartialNetwork:
         """A model's network without what its steps skip and inherit.

@@ -92,7 +92,7 @@ Patches: TypeAlias = ScenePatches | ImagePatches
 def encode_patches(
     patches: Patches,
     model: SynthesisModel,
-    encoder: ImageEncoder,
+    encoder: ImageEncoder | None,
     file: Path,
     *,
     copies: int = 1,
@@ -103,6 +103,7 @@ def encode_patches(
     """Encode patches once and keep them in `file`; what is there already is read.
 
     Args:
+        encoder: None: the embeddings have no width.
         copies: patches drawn of each image.
         flips: mirror half of the patches left to right, or also upside down, with the embedding of the unmirrored
             patch, as the authors train: the model does not learn to tell the orientation.
@@ -119,7 +120,7 @@ def encode_patches(
         "flips": flips,
         "seed": seed,
         "autoencoder": fingerprint(model.autoencoder),
-        "encoder": f"{encoder.name}, {encoder.pooling}, {fingerprint(encoder.backbone.network)}",
+        "encoder": encoder and f"{encoder.name}, {encoder.pooling}, {fingerprint(encoder.backbone.network)}",
     }
     if file.exists():
         tensors, metadata = read_weights(file)
@@ -133,7 +134,7 @@ def encode_patches(
         for _ in range(copies):
             images = patches.draw(range(start, min(start + 64, len(patches))), size, generator)
             with torch.autocast(model.device.type, dtype=torch.bfloat16):
-                embeddings.append(encoder(images).half())
+                embeddings.append(images.new_zeros(len(images), 0) if encoder is None else encoder(images).half())
                 latents.append(model.encode(_flipped(images, flips, generator)).float().cpu().half())
     encoded = {"latents": torch.cat(latents), "embeddings": torch.cat(embeddings)}
     save_weights(file, encoded, made_with=json.dumps(made_with))

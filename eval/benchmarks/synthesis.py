@@ -22,7 +22,6 @@ from diffrep.synthesis import (
     OFFICIAL,
     ConditionEmbedder,
     EmbeddingGrid,
-    OfficialScheduler,
     SynthesisModel,
     SynthesisSettings,
     build_scheduler,
@@ -30,6 +29,7 @@ from diffrep.synthesis import (
 )
 from diffrep.synthesis.canvas import WindowPlan
 from diffrep.synthesis.sampler import GivenNoise
+from diffrep.table_scheduler import TableScheduler
 
 DIM = 384  # of the embeddings
 
@@ -132,7 +132,7 @@ def official_loop(
     grid: EmbeddingGrid,
     start: Tensor,
     noise: Tensor,
-    scheduler: OfficialScheduler,
+    scheduler: TableScheduler,
     settings: SynthesisSettings,
 ) -> Tensor:
     """The structure of the authors' loop: all windows in one batch, sums and counts of the whole canvas.

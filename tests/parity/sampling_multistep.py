@@ -25,7 +25,6 @@ from diffrep.sampling.schedules import (
     distinct_indices,
     spaced_times,
 )
-from diffrep.sampling.search import Candidate
 from diffrep.sampling.solvers import (
     Derivative,
     ddim_table,
@@ -41,6 +40,7 @@ from diffrep.sampling.solvers import (
     with_levenberg_marquardt,
     with_momentum,
 )
+from diffrep.searched import Candidate
 
 from .cases import each
 from .sampling_mixture import Mixture, assert_like, tensors_of

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDIMScheduler, PNDMScheduler
 from safetensors.torch import load_file
 
-from diffrep.synthesis import EmbeddingGrid, OfficialScheduler, SynthesisSettings, denoise_canvas, sample_patches, slerp
+from diffrep.synthesis import EmbeddingGrid, SynthesisSettings, denoise_canvas, sample_patches, slerp
 from diffrep.synthesis.canvas import Lines, WindowPlan, decode_weights
 from diffrep.synthesis.grids import NEARLY_PARALLEL
 from diffrep.synthesis.large import decode_lines, to_uint8
@@ -65,10 +67,11 @@ def check_panorama(folder: Path, case: dict[str, Any]) -> None:
         torch.testing.assert_close(
             alpha.sqrt() * given["noise_a"][0] + (1 - alpha).sqrt() * given["noise_b"][0], start, rtol=0, atol=1e-5
         )
-    scheduler = OfficialScheduler(
-        model.scheduler, time_stride=parameters["time_stride"], noise_scale=parameters["noise_scale_ddim"]
+    timesteps = list(range(len(model.alphas_cumprod) - 1, -1, -parameters["time_stride"]))
+    assert [t + 1 for t in timesteps] == parameters["timesteps"]
+    scheduler = build_scheduler(
+        "official", model.scheduler, len(timesteps), timesteps=timesteps, noise_scale=parameters["noise_scale_ddim"]
     )
-    assert [int(t) + 1 for t in scheduler.timesteps] == parameters["timesteps"]
     settings = SynthesisSettings(
         scheduler="official",
         guidance=1 + parameters["guidance"],
@@ -124,13 +127,16 @@ def check_patch_samplers(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     parameters, model = case["parameters"], model_of(folder, case)
     assert parameters["guidance_formula"] == "eps_null + scale*(eps_cond - eps_null)"
-    spacing = {k: model.scheduler[k] for k in ("timestep_spacing", "steps_offset", "set_alpha_to_one")}
+    config = {k: v for k, v in model.scheduler.items() if not k.startswith(("_", "clip_sample"))}
     tried = []
     for name, reference in expected.items():
         kind = "pndm" if name.startswith("plms") else "ddim"
         eta = float(match[1]) if (match := re.search(r"eta([0-9.]+)", name)) else 0.0
         scale = float(match[1]) if (match := re.search(r"scale([0-9.]+)", name)) else parameters["guidance_scale"]
-        scheduler = build_scheduler(kind, model.scheduler, parameters["S"], **spacing)
+        # diffusers' schedulers step our canvases, too; ours end at the clean image, and not at timestep 0
+        plms, ddim = partial(PNDMScheduler, skip_prk_steps=True), partial(DDIMScheduler, clip_sample=False)
+        scheduler: Any = (plms if kind == "pndm" else ddim)(**config)
+        scheduler.set_timesteps(parameters["S"])
         steps = sorted({int(t) for t in scheduler.timesteps})
         assert steps == parameters["timesteps_ascending"]
         settings = SynthesisSettings(guidance=scale, eta=eta)

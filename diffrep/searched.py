@@ -85,3 +85,12 @@ def as_candidate(timesteps: Candidate | Sequence[float] | str | Path | None) -> 
         where = f"{timesteps}: is" if isinstance(timesteps, (str, Path)) else "these are"
         raise SamplingError(f"{where} of a search for taps of features, not for a sampler's steps")
     return found if found is None or isinstance(found, Candidate) else Candidate(tuple(found))
+
+
+def read_place(path: str | Path) -> tuple[str, int]:
+    """The tap and the timestep of the file of a search for features."""
+    found = read_candidate(path)
+    if len(found.taps) != 1:
+        kind = f"has {len(found.taps)} taps" if found.taps else "is of a search for a sampler's steps"
+        raise SamplingError(f"{path}: {kind}, expected one tap and timestep (search-schedule --fitness pck or probe)")
+    return found.taps[0], int(found.timesteps[0])
