@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +126,14 @@ def check_patch_samplers(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
     parameters, model = case["parameters"], model_of(folder, case)
     assert parameters["guidance_formula"] == "eps_null + scale*(eps_cond - eps_null)"
-    config = {k: v for k, v in model.scheduler.items() if not k.startswith(("_", "clip_sample"))}
     tried = []
     for name, reference in expected.items():
         kind = "pndm" if name.startswith("plms") else "ddim"
         eta = float(match[1]) if (match := re.search(r"eta([0-9.]+)", name)) else 0.0
         scale = float(match[1]) if (match := re.search(r"scale([0-9.]+)", name)) else parameters["guidance_scale"]
         # diffusers' schedulers step our canvases, too; ours end at the clean image, and not at timestep 0
-        plms, ddim = partial(PNDMScheduler, skip_prk_steps=True), partial(DDIMScheduler, clip_sample=False)
-        scheduler: Any = (plms if kind == "pndm" else ddim)(**config)
+        theirs, option = (PNDMScheduler, "skip_prk_steps") if kind == "pndm" else (DDIMScheduler, "clip_sample")
+        scheduler: Any = theirs.from_config(model.scheduler, **{option: kind == "pndm"})
         scheduler.set_timesteps(parameters["S"])
         steps = sorted({int(t) for t in scheduler.timesteps})
         assert steps == parameters["timesteps_ascending"]
