@@ -57,6 +57,7 @@ SMALL = {
     "--fit guided": "--fit guided --guidance.rounds 2",
     "--engine ray --actors 2": "",  # tests/test_store.py compares both engines
     "export tiny --taps up.1": "export tiny --taps up.1 --size 64",
+    "early-exit --work": "early-exit --count 8 --held-out 2 --width 16 --heads 2 --blocks 3 --steps 2 --work",
     "likelihood photos/": "likelihood photos/0.jpg --tolerance 0.1",
 }
 VIDEO = "clip.mp4"  # needs PyAV, an extra

@@ -17,7 +17,7 @@ from diffrep.cli import main
 from diffrep.eval.likelihood import model_likelihood
 from diffrep.eval.samplers import SamplersEvaluation, distance_to_fine, evaluate_samplers
 from diffrep.painting import DiffusionModel, diffusion_model
-from diffrep.sampling.samplers import model_schedule
+from diffrep.sampling.samplers import SAMPLERS, model_schedule
 from diffrep.sampling.schedules import Flow, SamplingError, TableVP
 from diffrep.searched import Candidate, read_candidate
 
@@ -60,6 +60,18 @@ def test_samples_show_themselves_and_do_not_know_their_company(tiny: DiffusionMo
     torch.testing.assert_close(alone.latents, both.latents, atol=1e-3, rtol=1e-4)
     other = sample(tiny, steps=4, sampler="dpm++-sde", seed=1)
     assert (other.latents - both.latents).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_batches_change_no_bit_where_the_network_has_none_to_change(name: str) -> None:
+    """The solver's arithmetic is each sample's own; what is left is how a network rounds."""
+    model = exact_model(table() if SAMPLERS[name].table else Flow())
+    model.predict = lambda x, t, rows: 0.3 * x + 0.1 * x.abs()
+    if not SAMPLERS[name].table:
+        model.prediction = "flow_prediction"
+    together, *parts = (sample(model, sampler=name, steps=4, batch_size=n).latents for n in (4, 1, 3))
+    assert torch.isfinite(together).all()
+    assert all(torch.equal(part, together) for part in parts)
 
 
 def test_a_pipeline_with_our_scheduler_paints_what_sample_paints(tiny: DiffusionModel) -> None:

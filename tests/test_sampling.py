@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -364,6 +366,35 @@ def test_a_schedule_without_signal_is_refused() -> None:
     with pytest.raises(SamplingError, match="no signal left"):
         TableScheduler.from_config(config)
     assert TableScheduler.from_config(config, spacing="leading").timesteps[0] == 950
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("dpmpp_2m", "DPMSolverMultistepScheduler", {}),
+        ("heun", "HeunDiscreteScheduler", {}),
+        ("euler", "EulerDiscreteScheduler", {}),
+        ("pndm", "PNDMScheduler", {"skip_prk_steps": True, "set_alpha_to_one": True}),
+    ],
+)
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_names_of_diffusers_stand_for_what_they_compute(
+    name: str, kind: str, options: dict[str, Any], steps: int
+) -> None:
+    theirs: Any = getattr(diffusers, kind)(**SD, timestep_spacing="trailing", **options)
+    theirs.set_timesteps(steps)
+    ours = TableScheduler.from_config(SD, sampler=name)
+    ours.set_timesteps(steps)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scaled = kind.startswith(("Heun", "Euler"))  # theirs are x / alpha
+    y = x / float(ours.table.grid.alpha[0]) if scaled else x
+    for t in ours.timesteps:
+        x = ours.step(torch.tanh(0.7 * x) + 0.2 * x, t, x).prev_sample
+    for t in theirs.timesteps:
+        shown = theirs.scale_model_input(y, t)
+        y = theirs.step(torch.tanh(0.7 * shown) + 0.2 * shown, t, y).prev_sample
+    torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
 def test_the_scheduler_can_be_called_as_pipelines_call_it() -> None:

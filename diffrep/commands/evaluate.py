@@ -126,10 +126,12 @@ class Samplers(ReportOptions, PrecisionOptions):
 
     def run(self) -> None:
         from diffrep.eval.samplers import guided_models
+        from diffrep.searched import as_candidate
 
         self.check_output()
         if self.picture is not None:
             check_writable(self.picture, (".png",))
+        as_candidate(self.settings.schedule)  # refuses another kind of file before anything is loaded
         models = guided_models(
             self.model,
             self.guidance,

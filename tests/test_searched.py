@@ -1,0 +1,173 @@
+"""What searches find in every command that takes it: steps of samplers, and the tap and timestep of features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffrep.backbones.early_exit import load_early_exit, save_early_exit
+from diffrep.cli import main
+from diffrep.eval.likelihood import model_likelihood
+from diffrep.eval.samplers import distance_to_fine
+from diffrep.painting import diffusion_model, sample
+from diffrep.sampling.schedules import SamplingError
+from diffrep.searched import Candidate, read_candidate
+from diffrep.store import open_store
+from diffrep.training.early_exit import EarlyExitTraining, train_early_exit
+from diffrep.training.loop import FitSettings
+from diffrep.training.patches import ImagePatches
+
+from .test_sample import exact_model, table
+from .test_sampling import MEAN, SPREAD
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures in two classes, and the file of each kind of search."""
+    folder, draw = tmp_path_factory.mktemp("searched"), np.random.default_rng(0)
+    for number in range(12):
+        place = folder / "photos" / ("red", "blue")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 100, (64, 64, 3), np.uint8)
+        pixels[..., 2 * (number % 2)] += 100
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    (folder / "cell.json").write_text('{"timesteps": [30], "taps": ["up.1"]}')
+    (folder / "steps.json").write_text('{"timesteps": [900, 500, 100]}')
+    (folder / "orders.json").write_text('{"timesteps": [900, 500], "orders": [1, 2]}')
+    return folder
+
+
+# -- features -------------------------------------------------------------------------------------------------
+
+
+def test_features_are_read_at_the_place_of_a_search(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (str(work / "photos" / name) for name in ("red/0.png", "blue/1.png"))
+    line = ["match", a, b, "--points", "20,20", "--backbone", "tiny", "--json"]
+    told = []
+    for place in (["--schedule", str(work / "cell.json")], ["--taps", "up.1", "--timestep", "30"], []):
+        assert main([*line, *place]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1] != told[2]
+    store = work / "photos.store"
+    assert main(["extract", str(work / "photos"), "-o", str(store), "--schedule", str(work / "cell.json")]) == 0
+    assert [*open_store(store).taps] == ["up.1"]
+    cells = ["probe", "train", str(work / "photos"), "--work", str(work / "w"), "--json"]
+    assert main([*cells, "-o", str(work / "trained"), "--schedule", str(work / "cell.json")]) == 0
+    assert "up.1" in (work / "trained" / "probe.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "file", "message"),
+    [
+        ("match A B --points 1,1 --backbone tiny", "steps", "is of a search for a sampler's steps, expected one tap"),
+        ("match A B --points 1,1", "cell", "the fusion of the recipe tiny is made for its taps"),
+        ("match A B --points 1,1 --backbone tiny-dino", "cell", "is for diffusion models, tiny-dino is none"),
+        ("match A B --points 1,1 --backbone tiny --taps up.1", "cell", "leave --taps out"),
+        ("extract A -o OUT --timestep 3", "cell", "leave --timestep out"),
+        ("extract A -o OUT", "orders", "is of a search for a sampler's steps"),
+        ("export tiny -o OUT.onnx", "steps", "is of a search for a sampler's steps"),
+        ("export tiny-depth --head -o OUT.onnx", "cell", "--head goes without --taps, --timestep, --schedule"),
+        ("probe train PHOTOS --cells tiny tiny-dino", "cell", "says where one backbone is read, got the cells tiny ti"),
+        ("probe sweep PHOTOS --timesteps 3", "cell", "leave --timesteps out"),
+        ("probe feedback PHOTOS", "cell", "this probe reads the whole decoder"),
+        ("sample", "cell", "is of a search for taps of features"),
+        ("likelihood A", "cell", "is of a search for taps of features"),
+        ("likelihood A", "orders", "has orders or skipped units"),
+        ("likelihood A --tolerance 0.1", "steps", "leave --tolerance out"),
+        ("synthesize --reference A", "cell", "is of a search for taps of features"),
+        ("eval samplers", "cell", "is of a search for taps of features"),
+    ],
+)
+def test_a_file_of_the_wrong_kind_is_named(
+    line: str, file: str, message: str, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(work)
+    words = {"A": "photos/red/0.png", "B": "photos/blue/1.png", "PHOTOS": "photos"}
+    arguments = [words.get(word, word) for word in line.split()]
+    before = {*work.iterdir()}
+    assert main([*arguments, "--schedule", f"{file}.json"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert message in said
+    assert {path.name for path in {*work.iterdir()} - before} <= {"runs"}  # probes keep what they read there
+
+
+# -- samplers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_steps_are_searched_by_fid(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["search-schedule", "--steps", "2", "--reference", "5", "--population", "3", "--epochs", "1", "--fitness"]
+    file = str(work / "fid.json")
+    assert main([*line, "fid", "--count", "3", "--real", str(work / "photos"), "-o", file]) == 0
+    assert len(read_candidate(file).timesteps) == 2
+    assert json.loads(Path(file).read_text())["search"]["of"]["features"] == "tiny-dino@class"
+    capsys.readouterr()
+    for other, message in (
+        (["fid", "--count", "1"], "FID needs at least 2 images, got the conditions of 1"),
+        (["fid", "--count", "3", "--features", "inception"], "name the file of Inception's weights"),
+        (["fid", "--count", "4", "--real", str(work / "photos"), "-o", file], "is of another search: count 3, not 4"),
+        (["distance", "--real", str(work)], "--real goes with --fitness fid"),
+    ):
+        assert main([*line, *other]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_fid_is_nothing_at_the_fine_solution_itself() -> None:
+    model = diffusion_model("tiny", ["a cat", "a car", "a dog"], guidance=1.0)
+    fitness = distance_to_fine(model, "unipc", 2, 6, features="tiny-dino@class")
+    fine = sample(model, sampler="unipc", steps=6)
+    times = tuple(range(999, 0, -166))[:6]
+    assert len(fine.images) == 3
+    assert fitness(Candidate(tuple(float(t) for t in np.arange(1000, 0, -1000 / 6).round() - 1))) < 1e-3
+    assert fitness(Candidate((900, 400))) > 10 * fitness(Candidate(times))
+
+
+def test_a_likelihood_at_given_steps_is_that_of_adaptive_ones() -> None:
+    model = exact_model(table())
+    x = MEAN + SPREAD * torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    probe = torch.ones_like(x)
+    adaptive = model_likelihood(model, x, probe, tolerance=1e-6)
+    exact = -torch.distributions.Normal(MEAN, SPREAD).log_prob(x).flatten(1).mean(1) / np.log(2)
+    errors = []
+    for count in (20, 80):
+        at = [*np.geomspace(1, 998, count)]
+        errors.append((model_likelihood(model, x, probe, timesteps=at) - adaptive).abs().max())
+    assert errors[1] < 0.3 * errors[0]
+    assert errors[1] < 0.06
+    torch.testing.assert_close(adaptive, exact, atol=0.02, rtol=0)
+
+
+# -- early exits ----------------------------------------------------------------------------------------------
+
+
+def test_an_early_exit_is_trained_resumed_and_painted(work: Path, tmp_path: Path) -> None:
+    training = EarlyExitTraining(
+        width=32, blocks=3, heads=2, patch=4, held_out=4, batch_size=8,
+        fit=FitSettings(steps=150, learning_rate=5e-3, warmup=2, bf16=False, ema_decay=0.9, seed=1),
+    )  # fmt: skip
+    patches = ImagePatches(tuple(sorted((work / "photos").rglob("*.png"))), (0.5, 1.0))
+    network, rows = train_early_exit(training, patches, tmp_path / "run", progress=False)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    again, same = train_early_exit(training, patches, tmp_path / "run", progress=False)
+    assert rows == same
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+    assert {"simple", "probes", "layers"} <= set(log[-1])
+    by_name = {name: values for name, *values in rows}
+    assert by_name["whole"][0] == 3
+    assert by_name["whole"][1] == by_name["whole"][2] < 0.95  # of noise of variance 1
+    assert all(0 <= blocks <= 3 for blocks, _, _ in by_name.values())
+    assert [blocks for blocks, _, _ in by_name.values()] == sorted((b for b, _, _ in by_name.values()), reverse=True)
+    (tmp_path / "model").mkdir()
+    save_early_exit(network, tmp_path / "model")
+    loaded = load_early_exit(tmp_path / "model")
+    assert loaded.autoencoder == "tiny-synthesis"
+    whole, early = (sample(tmp_path / "model", steps=3, threshold=t, count_flops=True) for t in (0.0, 0.99))
+    assert whole.images.shape == (1, 3, 128, 128)
+    assert early.flops < 0.6 * whole.flops  # type: ignore[operator]
+    with pytest.raises(SamplingError, match="paints 128 x 128, got 256 x 128"):
+        sample(tmp_path / "model", steps=1, size=(256, 128))
