@@ -57,6 +57,17 @@ def test_taps_of_a_transformer_are_listed_without_fetching_it(capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["taps"][-1]["name"] == "layer.11"
 
 
+def test_an_embedded_head_is_described_and_has_no_taps(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, task, command in (("depth", "disparity", "depth"), ("segmentation",) * 2 + ("segment",)):
+        assert main(["info", f"tiny-{name}"]) == 0
+        text = capsys.readouterr().out
+        assert task in text
+        assert f"use `diffrep {command} --model tiny-{name}`" in text
+    for option in (["--all"], ["--lora", "style.safetensors"]):
+        assert main(["info", "tiny-depth", *option]) == 2
+        assert "is a head and no backbone" in capsys.readouterr().err
+
+
 def test_names_carry_options_there_and_back() -> None:
     name = with_options("a/b", lora=["x y.safetensors:0.5", "z.safetensors"], revision="v1")
     assert split_options(name) == ("a/b", {"revision": "v1", "lora": ("x y.safetensors:0.5", "z.safetensors")})

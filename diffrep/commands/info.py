@@ -61,7 +61,9 @@ class Info(BackboneOptions):
             except BackboneError:
                 if head is None:
                     raise
-                facts = {}  # a head that is no backbone too
+                if self.all or self.lora:
+                    raise ValueError(f"{name}: is a head and no backbone, of which --all and --lora are") from None
+                facts = {}
             if head is not None:
                 model = shlex.quote(with_options(self.backbone, variant=self.variant, revision=self.revision))
                 facts["head"] = head | {"use": f"diffrep {head.pop('command')} --model {model}"}
