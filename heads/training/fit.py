@@ -352,6 +352,8 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
 
     def __post_init__(self) -> None:
         check(self, batch_size="1..", scenes="1..", size="8..", sharpen=NOT_NEGATIVE)
+        if self.sharpen and not self.decoder:
+            raise ValueError(f"sharpen is of the decoder, which decoder=False leaves out, got {self.sharpen:g}")
 
     def build(self, parts: PipelineParts) -> SegmentationModel:
         codec, unet = LatentCodec(parts.vae), from_base(parts.unet, seed=self.fit.seed)
@@ -381,8 +383,10 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
         cached = cache_scenes(codec.encode, data, count, levels, file, made_with=made_with, progress=progress)
         cached, held = _moved(cached, device), held_scenes(data, slice(count), device) if self.decoder else None
         batches = scene_batches(cached, held, **shape)
+        if held is None or not self.sharpen:
+            return batches, segmentation_losses, None
         finish = partial(sharpen_decoder, held=held, cached=cached, training=self, folder=folder, progress=progress)
-        return batches, segmentation_losses, finish if self.sharpen else None
+        return batches, segmentation_losses, finish
 
     def about(self) -> dict[str, Any]:
         extra = {"edges": self.edges, "seed": self.fit.seed}

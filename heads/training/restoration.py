@@ -361,7 +361,7 @@ class RestorationTraining(HeadSettings[RestorationModel, Tensor]):
             originals, images = batch["originals"].float() / 255, enlarged(batch["low"], size)
             terms: dict[str, Tensor] = {}
             if model.process is not None:
-                values = {"batch": batch, "images": images, "clean": wanted(batch), "teacher": teacher}
+                values: dict[str, Any] = {"batch": batch, "images": images, "clean": wanted(batch), "teacher": teacher}
                 terms, decoded = module(images, terms=partial(process_terms, **values, score=self.score))
             else:
                 clean, decoded = module(images, decoded=bool(self.pixel))
