@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from diffrep.cli import command_kind
+from diffrep.commands import demo
 from diffrep.commands.evaluate import head_fingerprint, head_method
 from diffrep.commands.parsing import read_command
 from diffrep.eval.scene_maps import SceneMapSettings, evaluate_scene_maps
@@ -102,6 +103,20 @@ def test_the_card_says_what_was_measured_of_painted_pictures() -> None:
         f"{fid['patches']:.1f} (other real scenes: {fid['real']:.1f}), of crops of the pictures {fid['crops']:.1f}"
         in text
     )
+
+
+def test_the_demo_page_says_what_the_card_says() -> None:
+    """With and without labels, in the first paragraph; and the weights weigh what the card says, under 70 MB."""
+    card, text = (DOCS / "model-card.md").read_text(), demo.WORDS["page"]["text"]
+    with_labels = re.search(r"^\| both fused \| \*\*([\d.]+)\*\*", card, re.M)
+    without = re.search(r"^\| the U-Net's four taps at two timesteps beside it \| \*\*([\d.]+)\*\*", card, re.M)
+    assert with_labels is not None
+    assert without is not None
+    assert f"about {float(with_labels[1]):.0f} %" in text
+    assert f"without any label {float(without[1]):.0f} %" in text
+    megabytes = sum(file.stat().st_size for file in MODELS.rglob("*.safetensors")) / 1e6
+    assert megabytes <= 70
+    assert f"about {megabytes:.0f} MB together" in card
 
 
 # -- the commands that make the weights again ---------------------------------------------------------------
