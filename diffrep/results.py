@@ -124,14 +124,14 @@ class Result:
         if picture is not None:
             forms |= dict.fromkeys(PICTURES, picture.save)
         if columns is not None:
-            forms[".csv"] = lambda path: _write_csv(path, columns)
+            forms[".csv"] = lambda path: write_csv(path, columns)
             forms[".parquet"] = lambda path: self.to_pandas().to_parquet(path)
         if arrays:
             forms[".npz"] = lambda path: np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy's stubs
         if self.MAIN in arrays or len(arrays) == 1:
             forms[".npy"] = lambda path: np.save(path, arrays[self.MAIN or next(iter(arrays))])
         if arrays:
-            forms[".safetensors"] = lambda path: _write_safetensors(path, arrays)
+            forms[".safetensors"] = lambda path: write_safetensors(path, arrays)
         return forms
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -176,14 +176,16 @@ def html_table(title: str, columns: Mapping[str, Sequence[Any]]) -> str:
     return f"<p>{html.escape(title)}</p><table><tr>{head}</tr>{body}</table>"
 
 
-def _write_csv(path: Path, columns: Mapping[str, Any]) -> None:
+def write_csv(path: Path, columns: Mapping[str, Any]) -> None:
+    """Write a table, column by column, with a line of their names."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows(zip(*(to_numpy(values).tolist() for values in columns.values()), strict=True))
 
 
-def _write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name."""
     from safetensors.numpy import save_file
 
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, path)

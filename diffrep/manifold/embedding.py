@@ -15,12 +15,13 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.sparse.csgraph import connected_components, shortest_path
-from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.base import ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from tqdm import tqdm
 
 from diffrep.manifold import mds as scaling
+from diffrep.manifold.fitted import FittedMap
 from diffrep.manifold.geodesics import (
     FEW_POINTS,
     GeodesicSettings,
@@ -39,7 +40,6 @@ from diffrep.manifold.graphs import (
 )
 from diffrep.manifold.heat import finite_distances, knee
 from diffrep.manifold.neighbors import Backend, FeatureSpace, NeighborSearch
-from diffrep.results import summary
 
 logger = logging.getLogger(__name__)
 Array = NDArray[Any]
@@ -79,7 +79,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator, GeodesicSettings):
+class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, FittedMap, GeodesicSettings):
     """Embedding that keeps geodesic distances, measured by how heat spreads over a neighbourhood graph.
 
     Heat started at x has reached y after time t in the amount h_t(x, y), and -4t log h_t tends to the squared
@@ -179,14 +179,6 @@ class HeatGeodesicEmbedding(ClassNamePrefixFeaturesOutMixin, TransformerMixin, B
         if name not in PRESETS:
             raise ValueError(f"there is no preset {name!r}, only {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **settings})
-
-    def __repr__(self, N_CHAR_MAX: int = 700) -> str:
-        usual, settings = type(self), self.get_params(deep=False).items()
-        words = {name: summary(value) if isinstance(value, np.ndarray) else repr(value) for name, value in settings}
-        text = ", ".join(f"{name}={word}" for name, word in words.items() if word != repr(getattr(usual, name)))
-        map_ = getattr(self, "embedding_", None)
-        fitted = "" if map_ is None else f": fitted to {len(map_):,} points ({self.path_}), embedding {summary(map_)}"
-        return f"{usual.__name__}({text}){fitted}"
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from diffrep.features import FeatureMaps
 from diffrep.files import printable
-from diffrep.results import ROWS, html_table, to_numpy
+from diffrep.results import ROWS, Result, html_table, to_numpy, write_csv, write_safetensors
 from diffrep.store.manifest import Manifest, load_manifest
 from diffrep.store.shards import (
     SHARDS,
@@ -31,9 +31,6 @@ from diffrep.store.shards import (
     pooled,
     tensor_name,
 )
-
-if TYPE_CHECKING:
-    import pandas
 
 _OPEN_SHARDS = 64  # memory maps kept open
 
@@ -60,8 +57,11 @@ class Vectors:
         return cls(values, images, torch.cat(points) if points else None)
 
 
-class Store:
+class Store(Result):
     """Features of a collection of images, on disk. Images are numbered in the order of the store.
+
+    `to_pandas` lists the images, `numpy` gives the features, `save` writes the list (.csv, .parquet) or the features
+    (.npz, .npy, .safetensors).
 
     Args:
         folder: the store.
@@ -97,15 +97,22 @@ class Store:
         names = [printable(file.name) for file in self.files[: len(sizes)]]
         return {"image": names, "height": [height for height, _ in sizes], "width": [width for _, width in sizes]}
 
-    def to_pandas(self) -> pandas.DataFrame:
-        """One row per image: its name and its size in pixels; `numpy` and `table` give the features.
+    def columns(self) -> dict[str, list[Any]]:
+        """One row per image: its name and its size in pixels; `numpy` and `table` give the features."""
+        return self._columns(len(self))
 
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        import pandas
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The features of every tap in memory, as `numpy` has them; `save` writes them."""
+        return {tap: self.numpy(tap) for tap in self.taps}
 
-        return pandas.DataFrame(self._columns(len(self)))
+    def _writers(self) -> dict[str, Callable[[Path], object]]:  # nothing is read before the form is known
+        forms: dict[str, Callable[[Path], object]] = {
+            ".csv": lambda path: write_csv(path, self.columns()),
+            ".parquet": lambda path: self.to_pandas().to_parquet(path),
+            ".npz": lambda path: np.savez(path, **self.arrays()),  # type: ignore[arg-type]  # numpy's stubs
+            ".safetensors": lambda path: write_safetensors(path, self.arrays()),
+        }
+        return forms | ({".npy": lambda path: np.save(path, self.numpy())} if len(self.taps) == 1 else {})
 
     def numpy(self, tap: str | None = None) -> np.ndarray:
         """The features of one tap in memory: (N, C) pooled, (N, C, h, w) maps, (points of all images, C) points.
