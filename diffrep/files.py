@@ -25,7 +25,16 @@ SETTINGS = "settings.json"
 MARK = "diffrep"
 DRAWING = f"{MARK} drawing"  # of pictures about images: matches, contact sheets, heat maps
 # one of these lies in every folder that `replace_folder` replaces
-_REPLACEABLE = ("head.json", "model_index.json", "config.json", "synthesis.json", "index.json", ".zattrs", "zarr.json")
+_REPLACEABLE = (
+    "head.json",
+    "model_index.json",
+    "config.json",
+    "synthesis.json",
+    "probe.json",
+    "index.json",
+    ".zattrs",
+    "zarr.json",
+)
 UNFETCHED, _POINTER = "is a Git LFS pointer: run `git lfs pull`", b"version https://git-lfs"
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 

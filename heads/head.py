@@ -49,6 +49,9 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
     opened = staticmethod(load_image)  # how it takes an image
     CONFIG: type[ConfigT]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        return object.__new__(cls)  # the mixin would write the arguments, paths among them, beside the weights
+
     def __init__(self, model: nn.Module, task: str, *, name: str, recognised: str = "", source: str = "") -> None:
         super().__init__()
         self.model: Any = model

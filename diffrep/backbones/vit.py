@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -30,6 +31,7 @@ from diffrep.backbones.base import (
     TapInfo,
     reading,
 )
+from diffrep.files import save_weights, write_document
 from diffrep.images import Sizing
 
 FACETS = ("query", "key", "value")
@@ -69,7 +71,12 @@ class VisionTransformer(Backbone):
         mean, std: of the normalisation that the weights were trained with, RGB in [0, 1].
         stride: pixels between patches; smaller than the patch size gives overlapping patches and a finer map.
         positions: how a learned position embedding is resampled.
+
+    Attributes:
+        record: ``config.json`` of its folder in timm's layout; None: it cannot be written as one.
     """
+
+    record: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -138,6 +145,13 @@ class VisionTransformer(Backbone):
         height, width = (1 + (side - self.patch) // self.stride for side in pixels.shape[-2:])
         tokens = self.tokens(pixels, taps, batch_size=batch_size)
         return {tap: t[:, self.prefix :].mT.unflatten(2, (height, width)) for tap, t in tokens.items()}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write timm's layout. A stride of one's own is named again when it is loaded again."""
+        if self.record is None:
+            return super()._save_pretrained(save_directory)  # which says that it cannot
+        write_document(save_directory / "config.json", self.record)
+        save_weights(save_directory / "model.safetensors", self.network.state_dict())
 
     @torch.inference_mode()
     def tokens(self, pixels: Tensor, taps: Sequence[str], *, batch_size: int = 8) -> dict[str, Tensor]:
@@ -215,6 +229,13 @@ class SavedVit(VisionTransformer):
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         self.prefix = self._count_prefix()
         self.recommended = _recommended(len(self._blocks), max(1, size // self.patch) * self.patch)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write transformers' layout."""
+        self.network.save_pretrained(save_directory)
+        about = {"image_mean": self.mean.tolist(), "image_std": self.std.tolist()}
+        size = self.recommended.sizing.size
+        write_document(save_directory / "preprocessor_config.json", about | {"size": {"height": size, "width": size}})
 
     @torch.inference_mode()
     def _count_prefix(self) -> int:

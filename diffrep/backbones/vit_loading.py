@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Container, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,23 @@ def timm_backbone(
     if positions is None:
         plain_dino = "dino" in (architecture + str(config.get("tag", ""))) and network.reg_token is None
         positions = PositionRule(antialias=False, offset=0.1) if plain_dino else PositionRule()
-    return _timm_transformer(network, config, positions, stride=stride, name=name, source=source)
+    backbone = _timm_transformer(network, config, positions, stride=stride, name=name, source=source)
+    if not architecture.startswith("hf-hub:"):  # whose arguments timm keeps to itself
+        backbone.record = _record(architecture, model_args or {}, config, positions)
+    return backbone
+
+
+def _record(
+    architecture: str, model_args: Mapping[str, Any], config: Mapping[str, Any], positions: PositionRule
+) -> dict[str, Any] | None:
+    """``config.json`` of timm's layout with the rule of the positions; None where an argument is no JSON."""
+    about = {key: config[key] for key in ("mean", "std", "input_size") if key in config}
+    record = {"architecture": architecture, "model_args": dict(model_args), "pretrained_cfg": about}
+    try:
+        json.dumps(record)
+    except TypeError:  # a class of layers
+        return None
+    return record | {"diffrep_positions": asdict(positions)}
 
 
 def _fill(network: nn.Module, weights: Mapping[str, Tensor], architecture: str, source: str) -> None:
@@ -148,7 +166,9 @@ def load_timm_model(source: Repository, options: LoadOptions) -> VisionTransform
         with torch.device("meta"):
             network = hybrid_vit.HybridVit(**sizes)
         _fill(network, weights, architecture, source.label)
-        return _timm_transformer(network, about, positions or PositionRule(), **shared)
+        backbone = _timm_transformer(network, about, positions or PositionRule(), **shared)
+        backbone.record = config
+        return backbone
     return timm_backbone(
         architecture, model_args=arguments, weights=weights, config=about, positions=positions, **shared
     )

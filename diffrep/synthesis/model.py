@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones import BackboneError, check_weights
 from diffrep.backbones.fused import fused_blocks
+from diffrep.backbones.hub import HubFolder
 from diffrep.backbones.pipelines import load_component
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
@@ -157,7 +158,7 @@ def official_tokens(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-class SynthesisModel(nn.Module):
+class SynthesisModel(HubFolder, nn.Module):
     """Denoises latents under the condition of embeddings.
 
     Args:
@@ -312,6 +313,16 @@ class SynthesisModel(nn.Module):
         forget_origin(folder)
         about = {k: v for k, v in vars(self.about).items() if v is not None}
         write_document(folder / "synthesis.json", about)
+
+    def save_folder(self, folder: Path) -> None:
+        """Write the model and its autoencoder: a folder that needs no other."""
+        whole = replace(self.about, autoencoder=None)
+        self.save(folder, autoencoder=True)
+        write_document(folder / "synthesis.json", {k: v for k, v in vars(whole).items() if v is not None})
+
+    @classmethod
+    def open_folder(cls, folder: Path, **options: Any) -> SynthesisModel:
+        return load_synthesis(folder, **options)
 
     def checksum(self) -> str:
         """Of all weights, 16 hexadecimal digits: the same for the same numbers, wherever they came from."""

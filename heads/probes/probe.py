@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffrep.backbones import Backbone, load_backbone
+from diffrep.backbones.hub import HubFolder
 from diffrep.backbones.repositories import without_fetching
 from diffrep.devices import resolve_device
 from diffrep.features import FeatureMaps, extract_each, listed
@@ -56,7 +57,7 @@ _NOT_COMPARED = frozenset({"taps", "timestep", "backbone"})  # the name of a fol
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class SavedProbe(ABC):
+class SavedProbe(HubFolder, ABC):
     """Base of every probe. A subclass adds as fields what `untrained` builds the network from; they are written too.
 
     Attributes:
@@ -102,6 +103,13 @@ class SavedProbe(ABC):
         del values["network"]
         document = {"format": FORMAT, "version": VERSION, "kind": self.KIND, **values}
         write_whole(Path(folder) / ABOUT, json.dumps(document, indent=1) + "\n")
+
+    def save_folder(self, folder: Path) -> None:
+        self.save(folder)
+
+    @classmethod
+    def open_folder(cls, folder: Path, **options: Any) -> Any:
+        return load_probe(folder, **options)
 
     @classmethod
     def load(cls, folder: str | Path, backbone: Backbone | None = None) -> Self:
