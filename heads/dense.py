@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrep.heads.decoder import sharp_at_edges
 from diffrep.heads.families import Family, Frame, Task
@@ -273,51 +272,3 @@ def surface_normals(normals: Tensor, frame: Frame, shortest: float = 0.3) -> Ten
     """
     missing = (shortest - normals.norm(dim=1, keepdim=True)).clamp(min=0)
     return unit_length(normals + missing * facing_camera(normals, frame), frame)
-
-
-class ExportedHead(nn.Module):
-    """A one-step head as a function of pixels alone: (B, 3, H, W), RGB in [0, 1] -> (B, 3, H, W), about [-1, 1].
-
-    What the values mean is the family's, as in `OneStep.decode`: depth or disparity in three equal channels up to
-    scale and shift, or the components of normals.
-    """
-
-    def __init__(self, head: DenseHead, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.model = model = head.model
-        latent = (size[0] // model.stride, size[1] // model.stride)
-        self.noise = model.draw(latent, 0, 0) if model.family.first_latent == "noise" else None
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
-        latents = self.model.encode(pixels)
-        maps = self.model.draw_maps(self.model.predict(latents, self.noise), pixels)
-        return (maps.expand(-1, 3, -1, -1).clone(),)
-
-
-def export_head(
-    head: DenseHead, path: str | os.PathLike[str], *, size: int | None = None, batch_size: int = 1
-) -> float:
-    """Write a one-step head as a file that runs without diffrep, for square images of one size.
-
-    Args:
-        path: ``.onnx``, or ``.pt2`` for `torch.export.load`; its input is called ``pixels``, its output ``map``.
-        size: pixels of a side; the head's working size where None.
-
-    Returns:
-        The largest difference between what the file computes and the head, relative to the largest value.
-
-    Raises:
-        BackboneError: the ending is another one, or torch cannot export the networks.
-        ValueError: the size is no multiple of the VAE's stride.
-    """
-    from diffrep.backbones.export import export_module
-
-    task: str = head.task  # callers without type checks bring heads of masks too
-    if task == "segmentation":
-        raise ValueError(f"{head.name}: is a DiffDIS, whose U-Net is called several times: it is not exported")
-    side = size or head.working_size
-    if side % head.model.stride:
-        raise ValueError(f"{head.name}: the size must be a multiple of {head.model.stride}, got {side}")
-    pixels = torch.rand(batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
-    pixels = pixels.to(head.device, head.dtype)
-    return export_module(ExportedHead(head, (side, side)), pixels, path, outputs=["map"])

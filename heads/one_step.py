@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,12 @@ class Schedule:
             spacing = "trailing"
         return cls(alphas.double(), str(config.get("prediction_type", "epsilon")), last, spacing, offset)
 
+    @cached_property
+    def _numbers(self) -> list[float]:
+        """The cumulative alphas as numbers: those that are read from tensors cannot be traced."""
+        values: list[float] = self.alphas_cumprod.tolist()
+        return values
+
     @property
     def stated_single(self) -> int:
         """The timestep of a single step with the spacing that the folder's scheduler names, as diffusers reads it."""
@@ -72,7 +79,7 @@ class Schedule:
     def levels(self, timestep: int | Tensor) -> tuple[Any, Any]:
         """The shares of signal and noise, sqrt(abar_t) and sqrt(1 - abar_t): numbers, or (B, 1, 1, 1)."""
         if isinstance(timestep, int):
-            alpha = float(self.alphas_cumprod[timestep])
+            alpha = self._numbers[timestep]
             return alpha**0.5, (1 - alpha) ** 0.5
         alphas = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         return alphas.sqrt(), (1 - alphas).sqrt()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from diffrep.backbones import BackboneError, Conditions, load_backbone
 from diffrep.backbones.export import export_backbone
 from diffrep.cli import main
+from diffrep.heads.export import ExportedHead, export_head
+from diffrep.heads.head import HeadError
+from diffrep.heads.loading import load_head
 
 PIXELS = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
 
@@ -76,7 +80,51 @@ def test_endings_are_checked_by_the_library_too(tmp_path: Path) -> None:
         export_backbone(load_backbone("tiny-dino"), tmp_path / "a.bin", size=64)
 
 
-def test_a_head_of_masks_is_refused_in_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "tiny-segmentation", "--head", "-o", str(tmp_path / "m.onnx")]) == 2
-    assert "is a DiffDIS" in capsys.readouterr().err
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny-depth", "tiny-segmentation", "tiny-restore"])
+def test_an_onnx_file_of_a_head_computes_what_the_head_does(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    file = tmp_path / "head.onnx"
+    assert main(["export", name, "--head", "-o", str(file), "--size", "64"]) == 0
+    said = capsys.readouterr()
+    assert "wrote" in said.out
+    assert "translating it to ONNX" in said.err  # it takes a while
+    session = runtime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (output,) = session.get_outputs()
+    (value,) = session.run(None, {"pixels": PIXELS[:1].numpy()})
+    with torch.no_grad():
+        (expected,) = ExportedHead(load_head(name), (64, 64))(PIXELS[:1])
+    torch.testing.assert_close(torch.from_numpy(value), expected, rtol=1e-3, atol=1e-3)
+    assert output.name == {"tiny-segmentation": "mask", "tiny-restore": "restored"}.get(name, "map")
+
+
+def test_what_an_exported_head_computes_is_what_it_predicts() -> None:
+    image = PIXELS[0].mul(255).round() / 255
+    for name, config in (("tiny-segmentation", {"size": 64}), ("tiny-restore", {"scale": 1, "colours": "none"})):
+        head = load_head(name)
+        with torch.no_grad():
+            (value,) = ExportedHead(head, (64, 64))(image[None])
+        predicted = torch.from_numpy(head(image, **config).numpy().copy()).float()
+        if name == "tiny-restore":
+            predicted, value = predicted.permute(2, 0, 1) / 255, value[0]
+        torch.testing.assert_close(value.squeeze(), predicted, rtol=0, atol=2 / 255)
+
+
+def test_heads_that_compute_the_clean_latent_can_be_traced(tmp_path: Path) -> None:
+    head = load_head("tiny-depth")
+    family = replace(head.model.family, result="clean", first_latent="none", predicts="v_prediction")
+    head.model.family, head.model.schedule = family, replace(head.model.schedule, predicts="v_prediction")
+    assert export_head(head, tmp_path / "head.pt2", size=64) < 1e-4
+
+
+def test_a_head_that_takes_more_than_pixels_is_refused_in_a_line(tmp_path: Path) -> None:
+    head = load_head("tiny-restore")
+    head.model.process = object()  # as ResShift, which takes several steps
+    with pytest.raises(HeadError, match="is not exported"):
+        export_head(head, tmp_path / "a.onnx")
+    with pytest.raises(HeadError, match="must be a multiple of 8"):
+        export_head(load_head("tiny-depth"), tmp_path / "a.onnx", size=60)
     assert not list(tmp_path.iterdir())

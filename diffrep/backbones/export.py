@@ -7,6 +7,7 @@ seed, the prompt's embedding, the network up to the deepest tap. Nothing behind 
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def export_backbone(
     conditions: Conditions | None = None,
     size: int | tuple[int, int] | None = None,
     batch_size: int = 1,
+    progress: bool = False,
 ) -> float:
     """Write a backbone up to some taps as a file that runs without diffrep.
 
@@ -63,6 +65,7 @@ def export_backbone(
         conditions: timestep, prompt and so on, which become part of the file; the recommended ones where None.
         size: (H, W) of the images, or one number for both; as the backbone recommends where None.
         batch_size: images that go through together.
+        progress: say on stderr what is being done.
 
     Returns:
         The largest difference between what the file computes and the backbone, relative to the largest value.
@@ -86,16 +89,19 @@ def export_backbone(
         backbone.embed(conditions.prompt)  # before the pass, so that no text encoder becomes a part of it
     module = ExportedBackbone(backbone, chosen, conditions, (height, width))
     pixels = torch.rand(batch_size, 3, height, width, generator=torch.Generator().manual_seed(0))
-    return export_module(module, pixels.to(backbone.device, backbone.dtype), path, outputs=chosen)
+    return export_module(module, pixels.to(backbone.device, backbone.dtype), path, outputs=chosen, progress=progress)
 
 
-def export_module(module: nn.Module, pixels: Tensor, path: str | os.PathLike[str], *, outputs: Sequence[str]) -> float:
+def export_module(
+    module: nn.Module, pixels: Tensor, path: str | os.PathLike[str], *, outputs: Sequence[str], progress: bool = False
+) -> float:
     """Write a module as ONNX or `torch.export` file, and run the file on the example.
 
     Args:
         module: from (B, 3, H, W) pixels to a tuple of tensors.
         pixels: an example; its size is that of the file's input, which is called ``pixels``.
         outputs: their names.
+        progress: say on stderr what is being done.
 
     Returns:
         As `export_backbone`.
@@ -106,6 +112,11 @@ def export_module(module: nn.Module, pixels: Tensor, path: str | os.PathLike[str
     path = Path(path)
     if path.suffix not in FORMATS:
         raise BackboneError(f"{path}: must end in {' or '.join(FORMATS)}, for {' or '.join(FORMATS.values())}")
+
+    def say(step: str) -> None:
+        if progress:
+            print(f"{path}: {step}", file=sys.stderr, flush=True)
+
     with torch.no_grad():
         expected = module(pixels)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,12 +125,16 @@ def export_module(module: nn.Module, pixels: Tensor, path: str | os.PathLike[str
         warnings.simplefilter("ignore")
         partial = Path(folder) / path.name
         try:
+            say("tracing the network")
             program = torch.export.export(module.eval(), (pixels,), strict=False)
             if path.suffix == ".pt2":
                 torch.export.save(program, partial)
                 computed = [value.numpy(force=True) for value in torch.export.load(partial).module()(pixels)]
             else:
-                computed = _write_onnx(program, pixels, partial, outputs)
+                say("translating it to ONNX, which takes longest")
+                _write_onnx(program, pixels, partial, outputs)
+                say("running the file")
+                computed = _run_onnx(partial, pixels)
         except ImportError as error:
             raise BackboneError(
                 f"{path}: ONNX needs onnx, onnxscript and onnxruntime: pip install {error.name}"
@@ -134,14 +149,19 @@ def export_module(module: nn.Module, pixels: Tensor, path: str | os.PathLike[str
     )
 
 
-def _write_onnx(program: Any, pixels: Tensor, path: Path, outputs: Sequence[str]) -> list[Any]:
-    import onnxruntime
+def _write_onnx(program: Any, pixels: Tensor, path: Path, outputs: Sequence[str]) -> None:
+    import onnxruntime  # noqa: F401  # missing: say so before minutes of work
 
     translated = torch.onnx.export(
         program, (pixels,), dynamo=True, verbose=False, input_names=["pixels"], output_names=list(outputs)
     )
     assert translated is not None
     translated.save(path)
+
+
+def _run_onnx(path: Path, pixels: Tensor) -> list[Any]:
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

@@ -79,7 +79,7 @@ class Export(ReadingOptions):
 
     model: Annotated[str, tyro.conf.Positional]  # a backbone, or with --head a head: a name, a folder or a hub id
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]  # file to write, .onnx or .pt2 (torch.export)
-    head: bool = False  # the model is a one-step head for depth, disparity or normals
+    head: bool = False  # the model is a one-step head: depth, normals, masks, restoration
     taps: tuple[str, ...] | None = None  # activations to give; the recommended ones without
     size: int | None = None  # pixels of a side of the square images; as the model recommends without
     batch_size: int = 1  # images that go through together
@@ -98,13 +98,13 @@ class Export(ReadingOptions):
         settings = {"timestep": self.timestep, "prompt": self.prompt, "seed": self.seed}
         chosen = {name: value for name, value in settings.items() if value is not None}
         if self.head:
-            from diffrep.heads.dense import export_head
+            from diffrep.heads.export import export_head
             from diffrep.heads.loading import load_head
 
             if self.taps is not None or chosen or self.lora or self.schedule:
                 raise ValueError("--head goes without --taps, --timestep, --schedule, --prompt, --seed and --lora")
             head = load_head(self.model, variant=self.variant, revision=self.revision)
-            difference = export_head(head, self.output, size=self.size, batch_size=self.batch_size)
+            difference = export_head(head, self.output, size=self.size, batch_size=self.batch_size, progress=True)
         else:
             backbone = load_backbone(self.named(self.model))
             if chosen and backbone.denoises is None:
@@ -119,6 +119,7 @@ class Export(ReadingOptions):
                 conditions=replace(backbone.recommended.conditions, **chosen),  # type: ignore[arg-type]
                 size=self.size,
                 batch_size=self.batch_size,
+                progress=True,
             )
         megabytes = self.output.stat().st_size / 1e6
         print(f"wrote {self.output}: {megabytes:.1f} MB, within {difference:.1e} of torch")
