@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from diffrep.alignment import LEAST_DISPARITY, fit_robust
@@ -361,5 +360,7 @@ def _follow_latent(
 
 def _smoothed(x: Tensor, sigma: float) -> Tensor:
     """(..., H, W) under a Gaussian of so many cells, borders repeated."""
+    from scipy.ndimage import gaussian_filter  # a fifteenth of the start of `diffrep depth`, which seldom needs it
+
     sigmas = (*(0.0,) * (x.ndim - 2), sigma, sigma)
-    return torch.from_numpy(ndimage.gaussian_filter(x.cpu().numpy(), sigmas, mode="nearest", truncate=3.0)).to(x)
+    return torch.from_numpy(gaussian_filter(x.cpu().numpy(), sigmas, mode="nearest", truncate=3.0)).to(x)
