@@ -135,7 +135,7 @@ def test_a_sampler_works_or_says_so_before_the_first_step(name: str, kind: str) 
         assert "\n" not in refused
         assert len(refused) < 300  # it may list the samplers that work
         assert kind in ("cosine", "without signal", "flow") or not SAMPLERS[name].table, f"{name} works elsewhere"
-        assert kind != "cosine" or name in ("rho-rk", "evodiff", "sit-sde")
+        assert kind != "cosine" or name in ("rho-rk", "pndm", "evodiff", "sit-sde")
         return
     table = build_table(name, schedule, 20)
     noise = [torch.randn(x.shape, generator=generator) for _ in table.updates]
@@ -380,7 +380,7 @@ def painter() -> SynthesisModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {"rho-rk", "evodiff", "lml", "sit-sde"}))
+@pytest.mark.parametrize("name", sorted({*SAMPLERS} - {"rho-rk", "pndm", "evodiff", "lml", "sit-sde"}))
 def test_a_canvas_does_not_depend_on_bands_or_on_an_interruption(
     name: str, painter: SynthesisModel, tmp_path: Path
 ) -> None:

@@ -111,7 +111,7 @@ SAMPLERS: dict[str, Sampler] = {
     "sit-sde": Sampler(_sde, "SiT's SDE: noise at every step", {"form": "sigma", "norm": 1.0}, table=False),
     "evodiff": Sampler(_plain(solvers.evodiff), "adaptive weights; whole images", {}, flow=False, faint=False),
     "lcm": Sampler(_plain(consistency), "for models distilled by LCM; 1 to 8 steps", {}, flow=False, spacing="lcm"),
-    "pndm": Sampler(_plain(pndm), "ipndm with a first step in two calls", {}, flow=False),
+    "pndm": Sampler(_plain(pndm), "ipndm with a first step in two calls", {}, flow=False, faint=False),
     "official": Sampler(large_image, "of the authors' large-image code", {"noise_scale": 1.0}, flow=False),
 }
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {  # names that diffusers has; its deis and lms end otherwise
