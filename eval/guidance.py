@@ -168,14 +168,15 @@ PARTICLES, SLICES = 4, 3
 
 def follow_particles(task: Task, widening: float) -> Tensor:
     """AFDPS with the likelihood of the clean estimate; the heaviest of a few particles."""
-    high, low = task.sigmas
-    x, weights = afdps(
-        task.exploding, task.latent, task.y, high * task.many(PARTICLES, 0), karras_grid(task.grid.steps, low, high),
-        lambda i: task.many(PARTICLES, i + 1), sigma_y=max(task.sigma, 1e-3), at="denoised", widening=widening,
+    (high, low), log_weights = task.sigmas, torch.zeros(PARTICLES)
+    guide = afdps(
+        task.latent, task.y, log_weights, sigma_y=max(task.sigma, 1e-3), at="denoised", widening=widening,
         resample=lambda i, shares: torch.multinomial(shares, PARTICLES, True, generator=keyed_generator(0, i)),
         probe=lambda i: task.many(PARTICLES, i, task.y),
     )  # fmt: skip
-    return x[weights.argmax()][None]
+    start, grid = high * task.many(PARTICLES, 0), karras_grid(task.grid.steps, low, high)
+    x = guided(task.exploding, start, grid, guide, prediction="sample", noise=lambda i: task.many(PARTICLES, i + 1))
+    return x[log_weights.argmax()][None]
 
 
 def follow_slices(task: Task, rho: float) -> Tensor:

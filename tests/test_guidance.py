@@ -296,11 +296,17 @@ def _particles(sigma_y: float, resample: bool = True, sigma_max: float = 3.0, st
     operator = operators.inpainting(torch.ones(1, 2, 2), channels=1)
     generator = torch.Generator().manual_seed(7)
     y, start = torch.ones(1, 1, 2, 2), sigma_max * torch.randn(256, 1, 2, 2, generator=generator)
-    return afdps(
-        lambda x, t: x / (1 + t**2), operator, y, start, karras_grid(steps, 0.02, sigma_max),
-        lambda i: torch.randn(256, 1, 2, 2, generator=generator), sigma_y=sigma_y,
+    log_weights = torch.zeros(256)
+    guide = afdps(
+        operator, y, log_weights, sigma_y=sigma_y,
         resample=(lambda n, p: torch.multinomial(p, len(p), True, generator=generator)) if resample else None,
     )  # fmt: skip
+    grid = karras_grid(steps, 0.02, sigma_max)
+    particles = guided(
+        lambda x, t: x / (1 + t**2), start, grid, guide, prediction="sample",
+        noise=lambda i: torch.randn(256, 1, 2, 2, generator=generator),
+    )  # fmt: skip
+    return particles, log_weights
 
 
 def test_particles_are_of_the_posterior() -> None:

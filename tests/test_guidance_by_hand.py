@@ -199,10 +199,11 @@ def test_particles_by_hand(at: str) -> None:
     operator, grid, y = operators.averaging((1, 4, 4), 2), karras_grid(3, 0.1, 1.0), random(1, 1, 2, 2)
     start, noise = random(5, 1, 4, 4), [random(5, 1, 4, 4, seed=i) for i in range(3)]
     chosen = torch.tensor([0, 0, 3, 3, 4])
-    ours, weights = afdps(
-        lambda x, t: x / (1 + t * t), operator, y, start, grid, lambda i: noise[i], sigma_y=2.0, at=at, widening=1.5,
-        resample=lambda i, shares: chosen, threshold=1.1,
+    weights = torch.zeros(5, dtype=torch.float64)
+    guide = afdps(
+        operator, y, weights, sigma_y=2.0, at=at, widening=1.5, resample=lambda i, shares: chosen, threshold=1.1
     )  # fmt: skip
+    ours = guided(lambda x, t: x / (1 + t * t), start, grid, guide, prediction="sample", noise=noise)
     x, log = start, torch.zeros(5, dtype=torch.float64)
     for i in range(3):
         t, h = float(grid.times[i]), float(grid.times[i] - grid.times[i + 1])

@@ -15,12 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from diffrep.guidance.core import check_finite, squares
+from diffrep.guidance.core import Between, Guide, check_finite, squares
 from diffrep.guidance.operators import Operator
 from diffrep.sampling.schedules import Exploding, SamplingError, TimeGrid, power_spaced
 from diffrep.sampling.score_sde import ScoreSDE, correct, predict
 
-Denoiser = Callable[[Tensor, float], Tensor]  # (state, sigma) -> clean sample
 Draw = Callable[[int, Tensor], Tensor]  # (number, probabilities (P,)) -> (P,) indices
 
 
@@ -29,14 +28,10 @@ def karras_grid(steps: int, sigma_min: float, sigma_max: float) -> TimeGrid:
     return TimeGrid.of(Exploding(), [*power_spaced(sigma_max, sigma_min, steps, 7.0), 0.0])
 
 
-@torch.no_grad()
 def afdps(
-    denoiser: Denoiser,
     operator: Operator,
     y: Tensor,
-    x: Tensor,
-    grid: TimeGrid,
-    noise: Callable[[int], Tensor],
+    log_weights: Tensor,
     *,
     sigma_y: float,
     at: Literal["noisy", "denoised"] = "noisy",
@@ -44,15 +39,14 @@ def afdps(
     resample: Draw | None = None,
     threshold: float = 0.5,
     probe: Callable[[int], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Guide:
     """AFDPS: particles along the reverse SDE of p_t exp(-|A x - y|^2 / 2 sigma_y^2), with Feynman-Kac weights.
 
-    Exact in the limit of many particles and steps; no image estimate stands in for the state.
+    Exact in the limit of many particles and steps; no image estimate stands in for the state. The loop's states are the
+    particles (P, ...), its grid is `karras_grid`, and it needs noise.
 
     Args:
-        x: (P, ...) particles at the first sigma.
-        grid: sigmas with a final 0, `karras_grid`.
-        noise: standard normal draws of each step, like x.
+        log_weights: (P,) zeros; after each step the particles' log-weights with the maximum 0.
         sigma_y: standard deviation of the measurement's noise.
         at: "denoised" measures the clean estimate instead, with the variance sigma_y^2 + (widening sigma)^2; no longer
             exact, and steps may be longer.
@@ -60,36 +54,35 @@ def afdps(
         threshold: share of effective particles below which they are drawn anew.
         probe: of operators that are not linear: standard normal noise of each step, like the measurements of all
             particles, by which the trace of J^T J is estimated (Hutchinson).
-
-    Returns:
-        The particles, and (P,) log-weights with the maximum 0.
     """
     if not sigma_y > 0:
         raise SamplingError(f"particles are weighed by the measurement's noise: sigma_y must be above 0, got {sigma_y}")
     operator.check(y)
-    energy: Tensor | float = operator.trace() if probe is None else 0.0
-    log_weights, drawn = x.new_zeros(len(x)), 0
-    for step in range(grid.steps):
-        t, h = float(grid.times[step]), float(grid.times[step] - grid.times[step + 1])
+    trace, drawn = operator.trace() if probe is None else 0.0, 0
+
+    def guide(between: Between) -> Tensor:
+        nonlocal drawn
+        x, clean, t = between.x, between.forms()["data"], between.now[1]
+        h = t - between.then[1]
         variance = sigma_y**2 + (widening * t) ** 2 if at == "denoised" else sigma_y**2
-        clean = denoiser(x, t)
-        place = clean if at == "denoised" else x
-        measured, pull, _ = operator.at(place)
+        measured, pull, _ = operator.at(clean if at == "denoised" else x)
         gradient = pull(measured - y) / variance
-        energy = energy if probe is None else squares(pull(probe(step)))
-        growth = squares(gradient) - energy / variance
+        energy = trace if probe is None else squares(pull(probe(between.step)))
         drift = 2 / t * ((x - clean) * gradient).flatten(1).sum(1)
-        log_weights = log_weights + h * (t * growth + drift)
-        log_weights = log_weights - log_weights.max()
-        x = x - 2 * h / t * (x - clean) - 2 * h * t * gradient + math.sqrt(2 * h * t) * noise(step)
+        log_weights.add_(h * (t * (squares(gradient) - energy / variance) + drift))
+        log_weights.sub_(log_weights.max())
+        assert between.z is not None
+        x = x - 2 * h / t * (x - clean) - 2 * h * t * gradient + math.sqrt(2 * h * t) * between.z
         stiff = 2 * t * h / variance
         why = f": 2 t h / sigma_y^2 is {stiff:.3g} there, and must be below 2; more steps, or a larger sigma_y"
-        check_finite("AFDPS", x, step, grid.steps, why if stiff >= 2 else "")
-        if resample is not None and step < grid.steps - 1:
-            shares = log_weights.softmax(0)
-            if float(1 / (len(x) * shares.square().sum())) < threshold:
-                x, log_weights, drawn = x[resample(drawn, shares)], torch.zeros_like(log_weights), drawn + 1
-    return x, log_weights
+        check_finite("AFDPS", x, between.step, between.steps, why if stiff >= 2 else "")
+        shares = log_weights.softmax(0)
+        if resample and not between.last and float(1 / (len(x) * shares.square().sum())) < threshold:
+            x, drawn = x[resample(drawn, shares)], drawn + 1
+            log_weights.zero_()
+        return x
+
+    return guide
 
 
 # -- stacks of slices -----------------------------------------------------------------------------------------

@@ -267,10 +267,14 @@ def check_afdps(folder: Path, case: dict[str, Any]) -> None:
             drawn.append(number)
             return indices[number].long()
 
-        particles, log_weights = afdps(
-            lambda x, t, p=prior: p.data(x, 1.0, t), operator, given["y"], given["start"], grid,
-            lambda i, n=given["noise"]: n[i], sigma_y=run["sigma_y"], at=run["likelihood_at"],
+        log_weights = given["start"].new_zeros(run["particles"])
+        guide = afdps(
+            operator, given["y"], log_weights, sigma_y=run["sigma_y"], at=run["likelihood_at"],
             widening=run["guidance_gamma"], resample=resample if run["resample"] else None, threshold=run["threshold"],
+        )  # fmt: skip
+        particles = guided(
+            lambda x, t, p=prior: p.data(x, 1.0, t), given["start"], grid, guide, prediction="sample",
+            noise=given["noise"],
         )  # fmt: skip
         assert len(drawn) == (0 if indices is None else len(indices)), f"run {k}: resampled {len(drawn)} times"
         assert_like(torch.from_numpy(grid.times), wanted["times"], atol=1e-5, rtol=1e-5, what="times")
