@@ -292,6 +292,11 @@ class Correspondence:
         whole = recipe_or_name if isinstance(recipe_or_name, Recipe) else recipe(recipe_or_name)
         texts = [f"{role}={os.fspath(model)}" for role, model in models.items()]
         self.recipe, loaded = with_backbones(whole, texts, device=device, dtype=dtype)
+        if not isinstance(backbones, Mapping | None):
+            raise ValueError(
+                "backbones are loaded ones by the names that the recipe gives them, got"
+                f" {type(backbones).__name__}; a model's name goes to its role, diffusion=NAME or vit=NAME"
+            )
         loaded |= backbones or {}
         for reading in self.recipe.readings:
             if reading.backbone not in loaded:

@@ -27,6 +27,7 @@ from diffrep.backbones.repositories import (
     cached_snapshot,
     expand,
     is_hub_id,
+    looks_like_path,
     repository,
     split_options,
     weight_files,
@@ -66,6 +67,8 @@ def head_path(
     if not local and not is_hub_id(name):
         if name in {*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM} or name.startswith(("timm:", "open_clip:")):
             raise HeadError(f"{name}: is a backbone and no head; `diffrep train` makes one of a diffusion model")
+        if looks_like_path(name):
+            raise HeadError(f"{path}: there is no such folder or file")
         raise HeadError(
             f"{name}: no such folder or file and no known head; give {', '.join(EMBEDDED_HEADS)}, a folder, or a hub id"
             f" such as {next(iter(KNOWN))}"
@@ -102,10 +105,9 @@ def _check_file(path: Path, task: str | None) -> None:
         names = set(formats.read_weights(path))
     if any(key.endswith("rgb_proj.0.weight") for key in names):
         return
-    what = (
-        formats.describe_weights(names)[0]
-        or f"no head, it holds {len(names)} tensors ({', '.join(sorted(names)[:2])}, ...)"
-    )
+    whole = "a backbone in one file, no head" if any(key.startswith("model.diffusion_model.") for key in names) else ""
+    listed = f"no head, it holds {len(names)} tensors ({', '.join(sorted(names)[:2])}, ...)"
+    what = formats.describe_weights(names)[0] or whole or listed
     raise HeadError(f"{path}: is {what}; {_GIVEN_AS.get(task or 'depth', _GIVEN_AS['depth'])}")
 
 

@@ -72,9 +72,8 @@ def recognise(
     if width == 10:
         raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")
     if unet.get("class_embed_type") not in (None, "projection") or width not in (None, 4) or inputs % latent:
-        raise HeadError(
-            f"{name}: is no one-step head: its U-Net takes {inputs} channels and a class embedding of {width} numbers"
-        )
+        more = f" and a class embedding of {width} numbers" if width is not None else ""
+        raise HeadError(f"{name}: is no one-step head: its U-Net takes {inputs} channels{more}")
     if (width, inputs) == (None, latent):
         raise HeadError(
             f"{name}: is a plain diffusion model and no head: {shape}; `diffrep train depth` makes one of it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffrep.backbones.loading import load_cleandift
+from diffrep.backbones.loading import load_backbone, load_cleandift
 from diffrep.cli import main
+from diffrep.features import extract
 from diffrep.heads.loading import KNOWN
 from diffrep.heads.recognition import PIPELINE_TASKS
+from diffrep.store import open_store
 
 from . import layouts
 from .layouts import published
@@ -244,3 +247,114 @@ def test_large_image_diffusion(photos: Path, vit_folder: Path, tmp_path: Path, r
     image_file = photos / "dark" / "0.png"
     for command in ("depth", "segment"):
         refused(command, image_file, "--model", tmp_path / "model", "-o", tmp_path / command)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as people have them: a model, one whose transformer has its class's name of old, caches, a ViT."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    folder = tmp_path_factory.mktemp("models")
+    layouts.build("sd1.5", folder / "sd")
+    published.build_transformer("dit", folder)
+    published.build_adm(folder)
+    for name in ("lost", "several"):
+        (folder / "hub" / f"models--org--{name}" / "blobs").mkdir(parents=True)
+    for commit in ("1", "2"):
+        (folder / "hub" / "models--org--several" / "snapshots" / commit).mkdir(parents=True)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vit = CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=56, patch_size=14))
+    vit.save_pretrained(folder / "clip")
+    shutil.copy(folder / "clip" / "model.safetensors", folder / "clip.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("hub", "is a cache of the hub; give a model in it, such as models--org--lost"),
+        ("hub/models--org--lost", "it holds none, fetch the model again"),
+        ("hub/models--org--several", "give the folder snapshots/COMMIT in it"),
+        ("sd/vae", r"is a part of a diffusers folder; give the whole, \S+/sd$"),
+        ("sd/scheduler", r"is a part of a diffusers folder; give the whole, \S+/sd$"),
+        ("sd/unet/diffusion_pytorch_model.safetensors", "is a U-Net alone"),
+        ("clip.safetensors", "give the folder that it lies in, with its config.json"),
+        ("no/such/model", "there is no such folder or file$"),
+    ],
+)
+def test_what_a_path_is_instead_is_said(name: str, says: str, models: Path, refused: Run) -> None:
+    message = refused("info", models / name).strip()
+    assert re.search(says, message), message
+    head = refused("depth", "photo.png", "--model", models / name, "-o", models / "depth")
+    assert str(models / name) in head
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "the name of a model is empty"),
+        ("./nowhere", "there is no such folder or file"),
+        ("a/b/c", "there is no such folder or file"),
+        ("models/mine", "is no folder here, the hub cannot be reached"),
+        ("zzz", "`diffrep info` lists the names"),
+        ("timm:zzz", "timm has no model zzz"),
+        ("open_clip:ViT-B-32/openai", "cannot be fetched"),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, says: str, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused("info", name)
+    assert says in message
+    assert "near names" not in message
+
+
+@pytest.mark.parametrize("file", ["clip/model.safetensors", "adm/256x256_diffusion_uncond.pt", "dit/transformer"])
+def test_a_file_beside_its_configuration_is_the_folder(file: str, models: Path, photos: Path) -> None:
+    alone, whole = load_backbone(models / file), load_backbone((models / file).parent)
+    assert [tap.name for tap in alone.taps()] == [tap.name for tap in whole.taps()]
+    images = [photos / "dark" / "0.png"]
+    tap = alone.recommended.taps[0]
+    maps = [extract(backbone, images, taps=tap, label=1 if "dit" in file else None) for backbone in (alone, whole)]
+    torch.testing.assert_close(maps[0][tap], maps[1][tap])
+
+
+def test_libraries_say_nothing(models: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    for kind in ("sd3", "pixart"):
+        build = (
+            layouts.build if kind == "sd3" else lambda kind, folder: published.build_transformer(kind, folder.parent)
+        )
+        recwarn.clear()
+        backbone = load_backbone(build(kind, tmp_path / kind))
+        recwarn.clear()
+        backbone.embed("a cat")
+        assert not [warning for warning in recwarn if issubclass(warning.category, FutureWarning)]
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "says"),
+    [
+        ("adm", ["a cat"], "takes no prompts"),
+        ("adm", ["--negative", "a dog"], "takes no prompts"),
+        ("adm", ["--label", 3], "has no classes"),
+        ("adm", ["--guidance", 3], "no classifier-free guidance"),
+        ("dit", ["a cat"], r"takes no prompts, a class instead \(label\)"),
+        ("dit", ["--label", 3, "--negative", "a dog"], "takes no prompts"),
+        ("dit", [], r"needs a class \(label\), 0..999, got none"),
+        ("sd", ["a cat", "--label", 3], "two kinds of models"),
+    ],
+)
+def test_conditions_that_a_painter_does_not_take(
+    model: str, words: list[object], says: str, models: Path, refused: Run
+) -> None:
+    assert re.search(says, refused("sample", *words, "--model", models / model, "-o", models / "x.png"))
+    assert not (models / "x.png").exists()
+
+
+def test_a_home_that_the_shell_left(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("match", "~/photos/dark/0.png", "~/photos/light/0.png", "--points", "9,9", "--output=~/made/m.png")
+    run("extract", "~/photos/dark/*.png", "~/photos/light", "-o", "~/made/store")
+    run("depth", "~/photos/dark", "-o", "~/made/depth", "--size", 32)
+    made = {path.name for path in (tmp_path / "made").iterdir()}
+    assert made == {"m.png", "store", "depth"}
+    assert len(open_store(tmp_path / "made" / "store")) == 10

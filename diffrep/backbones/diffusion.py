@@ -75,12 +75,19 @@ class DiffusionBackbone(Backbone, ABC):
         """
         raise NotImplementedError
 
-    def _classes(self, condition: Any, classes: int | None) -> list[Any]:
+    def _classes(self, condition: Any, negative: str, classes: int | None) -> list[Any]:
         """Labels as a list, [None] where there are no classes."""
+        texts = isinstance(condition, str) or (
+            isinstance(condition, Sequence) and any(isinstance(c, str) for c in condition)
+        )
+        if texts or negative:
+            what = "a class instead (label)" if classes is not None else "no condition"
+            raise BackboneError(f"{self.name} takes no prompts, {what}")
         labels = [None] if condition is None else torch.as_tensor(condition).flatten().tolist()
         if (classes is None) != (labels == [None]) or not all(c is None or 0 <= c < (classes or 0) for c in labels):
-            needs = "has no classes" if classes is None else f"needs a class, 0..{classes - 1}"
-            raise BackboneError(f"{self.name} {needs}, got the condition {condition!r}")
+            needs = "has no classes" if classes is None else f"needs a class (label), 0..{classes - 1}"
+            got = "none" if condition is None else repr(condition)
+            raise BackboneError(f"{self.name} {needs}, got {got}")
         return labels
 
     def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:

@@ -19,7 +19,7 @@ from diffrep.backbones.base import Backbone, BackboneError, Conditions, check_we
 from diffrep.backbones.diffusion import LatentBackbone
 from diffrep.backbones.hyperfeatures import AggregationNetwork, Hyperfeatures
 from diffrep.backbones.latent_diffusion import LatentDiffusion
-from diffrep.backbones.pipelines import PIPELINES, load_pipeline
+from diffrep.backbones.pipelines import PIPELINES, load_pipeline, network_kind
 from diffrep.backbones.pixel_diffusion import PixelDiffusion, adm_backbone
 from diffrep.backbones.repositories import (
     CLEANDIFT,
@@ -31,8 +31,10 @@ from diffrep.backbones.repositories import (
     Repository,
     expand,
     is_hub_id,
+    looks_like_path,
     repository,
     split_options,
+    whole_of,
     with_options,
 )
 from diffrep.backbones.single_files import add_lora, load_single_file, parse_lora
@@ -48,7 +50,7 @@ from diffrep.backbones.vit_loading import (
 )
 from diffrep.backbones.weight_files import ENDINGS, read_weights
 from diffrep.devices import resolve_device, resolve_dtype
-from diffrep.files import one_line
+from diffrep.files import one_line, read_document
 
 
 def load_backbone(
@@ -161,6 +163,8 @@ def _open(options: LoadOptions) -> Backbone:
             raise BackboneError(f"{path}: is a file, but no checkpoint ({', '.join(ENDINGS)}); give a folder")
         if options.revision is not None:
             raise BackboneError(f"{path}: is a file, which has no revision {options.revision}")
+        if _is_described(path):
+            return _open_repository(Repository(path.parent), options)
         return load_single_file(path, options)
     if name in CLEANDIFT:
         base, file = CLEANDIFT[name]
@@ -185,11 +189,29 @@ def _open(options: LoadOptions) -> Backbone:
         head = (MODELS / name / "head.json").is_file()
         takes = "head, which load_head takes, and export with --head" if head else "model of `diffrep synthesize`"
         raise BackboneError(f"{name}: is no backbone but an embedded {takes}")
-    known = [*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM]
-    near = difflib.get_close_matches(name, known, n=3) or known
+    if looks_like_path(name):
+        raise BackboneError(f"{name}: there is no such folder or file")
+    near = ", ".join(difflib.get_close_matches(name, [*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM], n=3))
     raise BackboneError(
-        f"{name}: no such folder and no known backbone; near names: {', '.join(near)}; or give a folder, a checkpoint"
-        " in one file, a hub id, timm:NAME or open_clip:MODEL/PRETRAINED"
+        f"{name}: no such folder and no known backbone; "
+        + (f"near names: {near}; or" if near else "`diffrep info` lists the names;")
+        + " give a folder, a checkpoint in one file, a hub id, timm:NAME or open_clip:MODEL/PRETRAINED"
+    )
+
+
+def _is_described(path: Path) -> bool:
+    """Whether a file is the only checkpoint beside a configuration that says what it is: both are one model."""
+    beside = [file for file in path.parent.iterdir() if file.suffix in ENDINGS]
+    config = path.with_name("config.json")
+    if beside != [path] or not config.is_file():
+        return False
+    keys = (
+        ("num_res_blocks",)
+        if path.suffix == ".pt"
+        else ("path_type", "num_res_blocks", "architecture", "model_type", "embed_dim")
+    )
+    return path.suffix in (".pt", ".safetensors") and any(
+        key in read_document(config, error=BackboneError) for key in keys
     )
 
 
@@ -213,11 +235,11 @@ def _open_adm(source: Repository, options: LoadOptions) -> PixelDiffusion:
 
 def _open_component(source: Repository, options: LoadOptions) -> Backbone:
     """A component of a diffusers folder: a network stands for the whole folder around it."""
-    kind = source.json("config.json")["_class_name"]
+    config = source.json("config.json")
+    kind = network_kind(config)
     if source.folder is None or kind not in PIPELINES:
-        raise BackboneError(f"{source.label}: is a {kind} alone, no backbone; give the whole diffusers folder")
-    parent = source.folder.resolve().parent
-    if (parent / "model_index.json").is_file():
+        raise BackboneError(f"{source.label}: is the part {kind} alone, no backbone; give the whole diffusers folder")
+    if (parent := whole_of(source.folder)) is not None:
         return load_pipeline(Repository(parent, variant=options.variant), replace(options, name=str(parent)))
     raise BackboneError(
         f"{source.label}: is a {kind} alone, without VAE and schedule; give the diffusers folder that it belongs to"
@@ -252,6 +274,9 @@ def _open_repository(source: Repository, options: LoadOptions) -> Backbone:
     for file, what in _OTHERS.items():
         if file in source.files:
             raise BackboneError(f"{source.label}: is no backbone but {what}")
+    networks = ("unet", "transformer")
+    if source.folder and (whole := whole_of(source.folder)) and source.folder.resolve().name not in networks:
+        raise BackboneError(f"{source.label}: is a part of a diffusers folder; give the whole, {whole}")
     if "config.json" not in source.files:
         listed = ", ".join(sorted(file for file in source.files if "/" not in file)[:5])
         raise BackboneError(

@@ -50,8 +50,7 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     """
     part = "transformer" if source.has("transformer") else "unet"
     config = source.json(f"{part}/config.json", required=False)
-    kind = str(config.get("_class_name", "UNet2DConditionModel"))
-    kind = FORMER.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
+    kind = network_kind(config)
     if kind not in PIPELINES:
         raise BackboneError(f"{source.label}: a {kind} cannot be tapped; known are {', '.join(PIPELINES)}")
     pixels = kind == "UNet2DModel"
@@ -89,6 +88,12 @@ def load_pipeline(source: Repository, options: LoadOptions) -> DiffusionBackbone
     if values := source.json("diffrep.json", required=False):  # which our folders have
         backbone.recommended = _recommended(values, source.label)
     return backbone
+
+
+def network_kind(config: Mapping[str, Any]) -> str:
+    """The class of a network by its configuration, under the name that diffusers has for it today."""
+    kind = str(config.get("_class_name", "UNet2DConditionModel"))
+    return FORMER.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
 
 
 def _class(name: str, config: Mapping[str, Any], options: LoadOptions) -> Any:
@@ -150,8 +155,8 @@ def _refuse_conditioned(source: Repository, config: Mapping[str, Any]) -> None:
     if config.get("class_embed_type") is not None or config.get("num_class_embeds") is not None:
         raise BackboneError(
             f"{source.label}: the U-Net is conditioned on a class or task vector: it is a dense-prediction model"
-            " (`diffrep depth --model`?) or an upscaler, and cannot be tapped this way; give the model that it was"
-            " fine-tuned from"
+            " (`diffrep depth --model` or `normals --model`?) or an upscaler, and cannot be tapped this way; give the"
+            " model that it was fine-tuned from"
         )
 
 
@@ -164,7 +169,8 @@ def refuse_channels(name: str, channels: int, latent: int) -> None:
     kinds = {
         latent + 1: "conditioned on a depth map or a mask",
         latent + 3: "an upscaler, conditioned on a small image",
-        2 * latent: "an editing or dense-prediction model, conditioned on another latent (`diffrep depth --model`?)",
+        2 * latent: "an editing or dense-prediction model, conditioned on another latent (`diffrep depth --model` or"
+        " `normals --model`?)",
         2 * latent + 1: "an inpainting model, conditioned on a mask and the masked image",
     }
     if channels != latent:

@@ -116,7 +116,7 @@ class PixelDiffusion(DiffusionBackbone):
         return self.unet_maps(noisy, taps, max(conditions.timestep, 0), labels=labels)
 
     def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
-        return self._classes(condition, self.classes), None
+        return self._classes(condition, negative, self.classes), None
 
     def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
         classes = {} if self.classes is None else {"class_labels": torch.tensor(list(conditions), device=self.device)}

@@ -57,6 +57,8 @@ def expand(name: str | os.PathLike[str]) -> str:
     if not isinstance(name, (str, os.PathLike)):
         raise BackboneError(f"a backbone is named by text or a path, got {type(name).__name__}")
     text = os.fspath(name)
+    if not text:
+        raise BackboneError("the name of a model is empty")
     return os.path.expanduser(text) if text.startswith("~") else text
 
 
@@ -74,7 +76,7 @@ def with_options(
     """
     values = [("variant", variant), ("revision", revision), *(("lora", os.fspath(file)) for file in lora)]
     query = urlencode([(key, value) for key, value in values if value], safe="/:~", quote_via=quote)
-    return expand(name) + ("?" + query if query else "")
+    return (expand(name) if name else "") + ("?" + query if query else "")
 
 
 def split_options(name: str) -> tuple[str, dict[str, Any]]:
@@ -99,6 +101,17 @@ def split_options(name: str) -> tuple[str, dict[str, Any]]:
 def is_hub_id(name: str) -> bool:
     """Whether a name has the form ``ORGANISATION/NAME``."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can be nothing but a path: no short name, and no hub id."""
+    return (name.startswith((".", os.sep)) or os.sep in name) and not is_hub_id(name)
+
+
+def whole_of(folder: Path) -> Path | None:
+    """The diffusers folder of which a folder is a part."""
+    parent = folder.resolve().parent
+    return parent if (parent / "model_index.json").is_file() else None
 
 
 def cached_snapshot(folder: Path, revision: str | None = None) -> Path | None:
@@ -180,11 +193,15 @@ class Repository:
         self.folder: Path | None = None
         self.ids: tuple[str, ...] = ()
         if folder.is_dir():
+            if caches := sorted(path.name for path in folder.glob("models--*--*") if path.is_dir()):
+                raise BackboneError(f"{folder}: is a cache of the hub; give a model in it, such as {caches[0]}")
             self.folder = cached_snapshot(folder, revision) or folder
-            if self.folder == folder and (folder / "snapshots").is_dir():
+            if self.folder == folder and any((folder / part).is_dir() for part in ("snapshots", "blobs")):
+                several = any(folder.glob("snapshots/*"))
                 raise BackboneError(
                     f"{folder}: is a cache of the hub without one snapshot"
-                    f" {revision or 'that refs/main names'}: give the folder snapshots/COMMIT in it"
+                    f" {revision or 'that refs/main names'}: "
+                    + ("give the folder snapshots/COMMIT in it" if several else "it holds none, fetch the model again")
                 )
             if revision is not None and self.folder == folder:
                 raise BackboneError(f"{self.name}: is a folder, which has no revision {revision}")
@@ -383,8 +400,8 @@ def _find(name: str, ids: tuple[str, ...], revision: str | None) -> _Place:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no connection"
         there = next((hub_id for hub_id in ids if hub_id not in REMOVED), ids[0])
         raise BackboneError(
-            f"{tried}: the hub cannot be reached ({why}) and the model is not in its local cache; where there is a"
-            f" connection, `hf download {there}` and give its folder here instead"
+            f"{tried}: is no folder here, the hub cannot be reached ({why}) and the model is not in its local cache;"
+            f" where there is a connection, `hf download {there}` and give its folder here instead"
         )
     raise BackboneError(
         f"{tried}: huggingface.co has no such repository (misspelt, moved, or private: then `hf auth login`);"

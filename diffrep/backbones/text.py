@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +46,9 @@ def quiet_libraries() -> Iterator[None]:
         for library in libraries:
             library.disable_progress_bar()
             library.set_verbosity_error()
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names of arguments, which both ends of our range know
+            yield
     finally:
         for library, had_bar, level in zip(libraries, bars, levels, strict=True):
             library.set_verbosity(level)

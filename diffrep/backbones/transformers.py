@@ -143,7 +143,7 @@ class DiffusionTransformer(LatentBackbone):
         if self.kind != "DiTTransformer2DModel":
             return super().painted_under(condition, negative)
         classes = int(self.network.config.num_embeds_ada_norm)
-        return self._classes(condition, classes), classes
+        return self._classes(condition, negative, classes), classes
 
     def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any], *, guidance: float = 3.5) -> Tensor:
         """See `DiffusionBackbone.predicted`.

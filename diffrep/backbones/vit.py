@@ -168,9 +168,10 @@ class VisionTransformer(Backbone):
         """
         for side in pixels.shape[-2:]:
             if side < self.patch or (side - self.patch) % self.stride:
+                near = self.patch + max(side - self.patch, 0) // self.stride * self.stride
                 raise ValueError(
-                    f"{self.name} needs sides of {self.patch} + n * {self.stride} pixels,"
-                    f" got {tuple(pixels.shape[-2:])}"
+                    f"{self.name} needs sides of {self.patch} + n * {self.stride} pixels, for example {near}, got"
+                    f" {tuple(pixels.shape[-2:])}"
                 )
         readers = {}
         for tap in taps:

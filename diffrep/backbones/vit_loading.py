@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 from collections.abc import Container, Mapping
 from dataclasses import asdict
@@ -136,7 +137,7 @@ def load_timm(architecture: str, options: LoadOptions) -> VisionTransformer:
     if architecture.split(".")[0] not in timm.list_models():
         near = difflib.get_close_matches(architecture, timm.list_models(pretrained=True), n=3)
         raise BackboneError(
-            f"{options.name}: timm has no model {architecture}; near names: {', '.join(near) or 'none'}"
+            f"{options.name}: timm has no model {architecture}" + (f"; near names: {', '.join(near)}" if near else "")
         )
     shared: dict[str, Any] = {"stride": options.stride, "name": options.name, "source": f"timm/{architecture}"}
     if not options.weights:
@@ -367,12 +368,25 @@ def load_open_clip(model: str, pretrained: str | None, options: LoadOptions) -> 
         if model not in open_clip.list_models():
             near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
             raise BackboneError(
-                f"{options.name}: open_clip has no model {model}; near names: {', '.join(near) or 'none'}"
+                f"{options.name}: open_clip has no model {model}" + (f"; near names: {', '.join(near)}" if near else "")
             )
         if pretrained is None:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)[:6])
             raise BackboneError(f"{options.name}: say which weights, open_clip:{model}/TAG; it has {tags}")
-    loaded = open_clip.create_model(model, pretrained=pretrained)
+    silenced = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # what it says there is said below
+    try:
+        with quiet_libraries():
+            loaded = open_clip.create_model(model, pretrained=pretrained)
+    except RuntimeError as error:
+        if "download" not in str(error):
+            raise
+        raise BackboneError(
+            f"{options.name}: its weights are not in the local cache and cannot be fetched (no connection, or"
+            " HF_HUB_OFFLINE is set); where there is one, fetch the model and give its folder here instead"
+        ) from None
+    finally:
+        logging.disable(silenced)
     return open_clip_backbone(loaded, name=options.name, source=f"open_clip/{model}", stride=options.stride)
 
 

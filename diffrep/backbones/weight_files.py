@@ -120,6 +120,11 @@ _SIGNS: tuple[tuple[tuple[tuple[str, ...], ...], str, str], ...] = (
     ),
     ((("mixing_weights",),), "an aggregation network", "give hyperfeatures:FILE"),
     ((("^encoder.", "^first_stage_model."), ("decoder.",)), "a VAE alone", "give the model that it belongs to"),
+    (
+        (("embeddings.patch_embedding",),),
+        "a vision transformer of transformers",
+        "give the folder that it lies in, with its config.json",
+    ),
     ((("^text_model.",),), "a text encoder alone", "give the model that it belongs to"),
     (
         (("^conv_in.",), ("^down_blocks.",)),

@@ -72,7 +72,9 @@ class Match(ReadingOptions, PrecisionOptions):
             return self
         from diffrep.recipes import recipe
 
-        return dataclasses.replace(self, matching=recipe(self.recipe or DEFAULT_RECIPE).matching)
+        return dataclasses.replace(
+            self, matching=recipe(DEFAULT_RECIPE if self.recipe is None else self.recipe).matching
+        )
 
     def run(self) -> None:
         from diffrep.images import load_image
@@ -303,7 +305,7 @@ def chosen_recipe(
     """A recipe with other settings and models; the models that were loaded for it, by name."""
     from diffrep.recipes import recipe, with_backbones, with_extraction
 
-    chosen = recipe(name or DEFAULT_RECIPE)
+    chosen = recipe(DEFAULT_RECIPE if name is None else name)
     if settings or size is not None:
         chosen = with_extraction(chosen, settings, size)
     return with_backbones(chosen, models, device=device, dtype=dtype)
