@@ -116,6 +116,8 @@ def diffusion_model(
 
     if isinstance(model, (str, os.PathLike)):
         model = load_model(os.fspath(model), device=device, dtype=dtype)
+    if negative and not isinstance(model, DiffusionBackbone):
+        raise SamplingError(f"{getattr(model, 'name', type(model).__name__)}: takes no negative prompt")
     if isinstance(model, EarlyExitUViT):
         return _of_early_exit(model, condition, guidance)
     if isinstance(model, SynthesisModel):
@@ -167,6 +169,8 @@ def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative
     network = backbone.predicted
     if backbone.guided:
         network, scale = partial(network, guidance=scale), 1.0
+    if negative and scale == 1:
+        raise SamplingError(f"{backbone.name}: a negative prompt needs classifier-free guidance, a scale other than 1")
     if flow or (latent and backbone.scheduler):
         flows = {"prediction_type": "flow_prediction"} if flow else {}
         prediction, schedule = model_schedule({**(backbone.scheduler or {}), **flows})
@@ -288,6 +292,8 @@ def sample(
     (height, width), multiple = size or (model.side, model.side), model.multiple or model.factor
     if height % multiple or width % multiple or min(height, width) < multiple:
         raise SamplingError(f"{model.name}: sides must be multiples of {multiple}, got {height} x {width}")
+    if branch and inherit == 1:
+        raise SamplingError("branch says how deep the steps go that inherit: it goes with inherit")
     shape = (model.channels, height // model.factor, width // model.factor)
     searched = as_candidate(timesteps)
     if searched is not None:

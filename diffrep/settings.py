@@ -311,6 +311,10 @@ class ExtractConfig:
             object.__setattr__(self, "taps", (self.taps,))
         check(self, batch_size="1..", window="8..")
         Conditions(**self._conditions())  # refuses what no backbone takes
+        if self.noise != "inverted" and self.inversion_steps != 10:
+            raise ValueError("inversion_steps goes with noise='inverted'")
+        if (self.ensemble or 1) > 1 and not self._random():
+            raise ValueError(f"an ensemble of {self.ensemble} needs noise, its members would be equal: leave it out")
         if self.taps is not None and not all(self.taps):
             raise ValueError("a tap has no name: give names such as up.1, or None for the recommended ones")
         if self.taps is not None and not len(self.taps):
@@ -324,7 +328,14 @@ class ExtractConfig:
             backbone.tap(tap)  # raises TapError with the near names
         open_settings = [name for name in ("timestep", "clean", "ensemble", "posterior") if getattr(self, name) is None]
         filled = {name: getattr(recommended.conditions, name) for name in open_settings}
+        if "ensemble" in filled and not dataclasses.replace(self, **(filled | {"ensemble": 1}))._random():
+            filled["ensemble"] = 1
         return dataclasses.replace(self, taps=taps, sizing=self.sizing or recommended.sizing, **filled)
+
+    def _random(self) -> bool:
+        """Whether noise is drawn, as far as the settings say it."""
+        without = self.clean or self.timestep == -1 or self.noise == "inverted"
+        return not without or self.posterior == "sample"
 
     def conditions(self) -> Conditions:
         """The settings that the network itself needs; call `resolve` first."""

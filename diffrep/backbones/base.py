@@ -83,6 +83,7 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
             timestep. None: no timestep.
         guided: the scale of guidance is an input of `network`, as in the distilled FLUX.1-dev.
         has_unet: `network` is a U-Net of diffusers with down blocks, a mid block and up blocks.
+        takes: the settings of `Conditions` that its maps depend on, but for the seed.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
     denoises: Literal["latents", "pixels"] | None = None
     guided: bool = False
     has_unet: bool = False
+    takes: frozenset[str] = frozenset()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         instance = super().__new__(cls, *args, **kwargs)

@@ -40,6 +40,7 @@ class DiffusionBackbone(Backbone, ABC):
         scheduler: configuration of the schedule, where it came from a folder; for saving.
     """
 
+    takes = frozenset(("timestep", "clean", "ensemble"))
     stride: int = 1
     guidance: float = 1.0
     alphas_cumprod: Tensor
@@ -222,6 +223,7 @@ class LatentBackbone(DiffusionBackbone):
     """
 
     denoises = "latents"
+    takes = DiffusionBackbone.takes | {"posterior", "prompt"}
 
     def __init__(
         self, network: Any, vae: Any, alphas_cumprod: Tensor, text: PromptEncoder | None, *, name: str, source: str
@@ -264,6 +266,8 @@ class LatentBackbone(DiffusionBackbone):
         return posterior.mean.contiguous(), posterior.std.contiguous()
 
     def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
+        if isinstance(condition, int):
+            raise BackboneError(f"{self.name} takes prompts and no class (label)")
         prompts = [condition] if isinstance(condition, str) else list(condition or [""])
         if self.text is None or not all(isinstance(prompt, str) for prompt in prompts):
             raise BackboneError(

@@ -258,6 +258,7 @@ class Hyperfeatures(Backbone):
         name: str = "hyperfeatures",
     ) -> None:
         super().__init__()
+        self.takes = frozenset(("prompt", "posterior"))
         self.base, self.aggregation = base, aggregation.to(base.device, base.dtype)
         self.name, self.source, self.multiple = name, base.source, base.multiple
         self.read = tuple(taps)

@@ -45,6 +45,7 @@ class LatentDiffusion(LatentBackbone):
     """
 
     has_unet, guidance = True, 7.5
+    takes = LatentBackbone.takes | {"noise", "inversion_steps", "freeu"}
 
     def __init__(
         self,

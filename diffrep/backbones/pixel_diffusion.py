@@ -65,6 +65,7 @@ class PixelDiffusion(DiffusionBackbone):
     ) -> None:
         super().__init__(unet, alphas_cumprod, name=name, source=source)
         self.classes: int | None = unet.config.num_class_embeds
+        self.takes |= {"label"} if self.classes is not None else set()
         self.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
         paths = numbered_blocks(unet)
         self._first_output = paths.index("mid_block") + 2

@@ -72,6 +72,9 @@ class DiffusionTransformer(LatentBackbone):
         super().__init__(transformer, vae, alphas, text, name=name, source=source)
         self.patch = 2 if self.kind == "FluxTransformer2DModel" else int(transformer.config.patch_size)
         self.multiple = self.stride * self.patch
+        self.takes |= {"discard"}
+        if self.kind == "DiTTransformer2DModel":
+            self.takes = self.takes - {"prompt"} | {"label"}
         flux = self.kind == "FluxTransformer2DModel"
         self.guided = flux and bool(transformer.config.guidance_embeds)  # the scale of guidance, as FLUX.1-dev is
         self.guidance = 1.0 if flux and not self.guided else GUIDANCE[self.kind]

@@ -21,10 +21,10 @@ from diffrep.commands.options import (
     DeviceOptions,
     PrecisionOptions,
     ReadingOptions,
-    noise_options,
     numbers,
+    refuse_conditions,
     refuse_failed,
-    refuse_noise,
+    typed_conditions,
 )
 from diffrep.features import ExtractConfig
 from diffrep.files import DRAWING, check_writable, printable, write_image
@@ -73,9 +73,11 @@ class Extract(ReadingOptions, PrecisionOptions):
         if self.size is not None:
             config = dataclasses.replace(config, sizing=Sizing("squash", self.size))
         placed = self.placed()
-        if self.schedule is not None or noise_options(self.typed):
+        if "keep.points" in self.typed and self.keep.kind != "points":
+            raise ValueError("--keep.points goes with --keep.kind points")
+        if self.schedule is not None or typed_conditions(self.typed):
             backbone = load_backbone(self.named(self.backbone), weights=False)
-            refuse_noise(self.typed, backbone)
+            refuse_conditions(self.typed, [backbone])
             config = dataclasses.replace(config, **self.place(self.typed, backbone))
         new = not self.output.exists()
         done = extract_store(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, PrecisionOptions, ReadingOptions, numbers, refuse_noise
+from diffrep.commands.options import BackboneOptions, PrecisionOptions, ReadingOptions, numbers, refuse_conditions
 from diffrep.files import DRAWING, check_folder, check_writable, one_line, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
@@ -92,6 +92,8 @@ class Match(ReadingOptions, PrecisionOptions):
         if not self.points and not self.dense:
             raise ValueError("say what to match: --points x,y [x,y ...], or --dense")
         check_used(self.typed, self.matching, dense=self.dense)
+        if self.mask_a is not None and not (self.dense or self.matching.mutual):
+            raise ValueError("--mask-a goes with --dense or --matching.mutual: points are where you say")
         output = self.output or (None if self.json else Path("match.png"))
         if output is not None:
             check_writable(output)
@@ -185,7 +187,9 @@ class Match(ReadingOptions, PrecisionOptions):
 
         device, dtype = self.resolved()
         chosen, backbones = self._recipe(device, dtype)
-        return Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
+        correspondence = Correspondence(chosen, device=device, dtype=dtype, backbones=backbones)
+        refuse_conditions(self.typed, correspondence.backbones)
+        return correspondence
 
     def _recipe(self, device: torch.device, dtype: torch.dtype) -> tuple[Recipe, Mapping[str, Backbone]]:
         """The recipe with what was typed in its place, or one made for a backbone."""
@@ -200,7 +204,7 @@ class Match(ReadingOptions, PrecisionOptions):
         if len(self.backbone) > 1:
             raise ValueError("--backbone takes several models only with --recipe, which says how they are joined")
         backbone = load_backbone(self.named(self.backbone[0]), device=device, dtype=dtype)
-        refuse_noise(self.typed, backbone)
+        refuse_conditions(self.typed, [backbone])
         extract = dataclasses.replace(self.extract, **self.place(self.typed, backbone))
         if self.size is not None:
             multiple = max(backbone.multiple, 64) if backbone.denoises else backbone.multiple

@@ -133,23 +133,32 @@ class ReadingOptions(BackboneOptions):
         return {"taps": (tap,), "timestep": timestep}
 
 
-NOISE = ("timestep", "clean", "prompt", "ensemble", "posterior", "noise", "inversion_steps", "freeu", "label")
+CONDITIONS = {  # settings of conditions -> what they are for
+    **dict.fromkeys(("timestep", "clean", "ensemble"), "diffusion models"),
+    "prompt": "models with a text encoder",
+    "posterior": "diffusion models of latents",
+    **dict.fromkeys(("noise", "inversion_steps", "freeu"), "U-Nets of latents"),
+    "label": "class-conditional models",
+    "discard": "diffusion transformers",
+}
 
 
-def noise_options(typed: frozenset[str]) -> list[str]:
-    """The settings of noise and conditions among the options that were typed, in the order of `NOISE`."""
+def typed_conditions(typed: frozenset[str]) -> list[str]:
+    """The settings of conditions among the options that were typed, in the order of `CONDITIONS`."""
     names = {option.removeprefix("extract.").partition(".")[0] for option in typed if option.startswith("extract.")}
-    return [name for name in NOISE if name in names]
+    return [name for name in CONDITIONS if name in names]
 
 
-def refuse_noise(typed: frozenset[str], backbone: Backbone) -> None:
-    """Refuse settings of a diffusion model's noise and conditions for a network that has none.
+def refuse_conditions(typed: frozenset[str], backbones: Sequence[Backbone]) -> None:
+    """Refuse settings of conditions that none of the networks takes.
 
     Raises:
-        ValueError: the message names the option and the backbone.
+        ValueError: the message names the option and the backbones.
     """
-    for name in noise_options(typed) if backbone.denoises is None else ():
-        raise ValueError(f"--{name.replace('_', '-')} is for diffusion models, {backbone.name} is none")
+    for name in typed_conditions(typed):
+        if not any(name in backbone.takes for backbone in backbones):
+            names = " and ".join(backbone.name for backbone in backbones)
+            raise ValueError(f"--{name.replace('_', '-')} is for {CONDITIONS[name]}, not for {names}")
 
 
 FORMS = {  # what numbers stand for -> how they are written

@@ -260,6 +260,8 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
     for option in typed:
         value = functools.reduce(getattr, option.field.split("."), cast(Any, command))
         for number in value if isinstance(value, tuple) else (value,):
+            if number == "" and option.default in (None, ()) and option.field != "prompt":
+                raise UsageError(f"{option.flags[-1] if option.flags else option.usage()} is empty")
             if isinstance(number, int) and abs(number) >= LARGEST:
                 raise UsageError(f"{option.flags[0]} takes whole numbers below 2^63, got {number}")
     object.__setattr__(command, "typed", names)
@@ -324,7 +326,7 @@ def _joined(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
         if split is None:
             parts[-1].append(token)
         elif option is not None and option.kind is bool and option.default is None and split[1] is None:
-            parts.append([option.flags[-2], str(split[0] != option.flags[-1])])
+            parts.append([f"{option.flags[-2]}={split[0] != option.flags[-1]}"])  # as one word, which has its place
         elif option is None or not option.many or option.append:
             parts.append([token])
         else:

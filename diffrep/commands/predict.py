@@ -221,6 +221,8 @@ class Depth(ImageCommand):
             raise ValueError(f"{self.known}: no such file or folder of known depths")
         if self.fit != "guided" and (typed := sorted(t for t in self.typed if t.startswith("guidance."))):
             raise ValueError(f"--{typed[0].replace('_', '-')} says how --fit guided works, which is not asked for")
+        if "known_per_metre" in self.typed and self.known is not None and self.known.suffix not in ("", ".png"):
+            raise ValueError(f"--known-per-metre is of .png files, {self.known} is none")
         if not 0 < self.known_per_metre < float("inf"):
             raise ValueError(f"--known-per-metre must be above 0, got {self.known_per_metre}")
 

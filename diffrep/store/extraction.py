@@ -68,6 +68,8 @@ class BulkConfig:
 
     def __post_init__(self) -> None:
         check(self, shard_images="1..", workers=ANY_WORKERS, actors="1..")
+        if self.engine != "ray" and (self.actors != 1 or self.address is not None):
+            raise ValueError("actors and address go with engine 'ray'")
 
     def decoders(self) -> int:
         """Processes that decode."""
