@@ -282,10 +282,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("no/such/model", "there is no such folder or file$"),
     ],
 )
-def test_what_a_path_is_instead_is_said(name: str, says: str, models: Path, refused: Run) -> None:
+def test_what_a_path_is_instead_is_said(name: str, says: str, models: Path, photos: Path, refused: Run) -> None:
     message = refused("info", models / name).strip()
     assert re.search(says, message), message
-    head = refused("depth", "photo.png", "--model", models / name, "-o", models / "depth")
+    head = refused("depth", photos, "--model", models / name, "-o", models / "depth")
     assert str(models / name) in head
 
 

@@ -85,8 +85,11 @@ class TestFolders:
         shutil.copytree(model / "unet", tmp_path / "alone")
         with pytest.raises(BackboneError, match="is a UNet2DConditionModel alone, without VAE and schedule"):
             load_backbone(tmp_path / "alone")
-        with pytest.raises(BackboneError, match="is a AutoencoderKL alone"):
+        with pytest.raises(BackboneError, match="is a part of a diffusers folder"):
             load_backbone(model / "vae")
+        shutil.copytree(model / "vae", tmp_path / "vae")
+        with pytest.raises(BackboneError, match="is the part AutoencoderKL alone"):
+            load_backbone(tmp_path / "vae")
 
     def test_a_cache_folder_stands_for_its_snapshot(self, model: Path, sd_folder: Path, tmp_path: Path) -> None:
         cache = tmp_path / "models--org--name"
