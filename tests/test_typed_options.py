@@ -56,6 +56,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
             "--matching.outside zero | --matching.mode soft --matching.window 3 --matching.temperature 0.5",
         ],
         "refused": [
+            "--schedule @/steps.json",
             "--skip-existing",
             "--pairs @/pairs.csv",
             "--size 64",
@@ -103,6 +104,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
             "--root @/..",
         ],
         "refused": [
+            "--schedule @/steps.json",
             "--lora x.safetensors",
             "--inversion-steps 3",
             "--label 3",
