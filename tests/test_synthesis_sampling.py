@@ -167,7 +167,7 @@ def test_every_visible_cell_is_painted_by_its_embedding() -> None:
     assert painted[2:-2, :, 2:-2].mean() > 0.05  # the painter's clean value is 0.1 tanh(3); 0 without a condition
 
 
-@pytest.mark.parametrize("scheduler", [*({*SAMPLERS} - {"evodiff", "lml", "sit-sde"}), *ALIASES])
+@pytest.mark.parametrize("scheduler", [*sorted({*SAMPLERS} - {"evodiff", "lml", "sit-sde"}), *ALIASES])
 def test_lines_are_stepped_as_the_whole_canvas_would_be(scheduler: str) -> None:
     """Against the scheduler itself, which is given all rows of the canvas as one batch."""
     model, grid, steps = Painter(window=16), grid_of(2, 1), 6
