@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from diffrep.files import one_line, read_document, read_weights, save_weights, write_document
 
 DECODER, DECODER_CONFIG = "decoder.safetensors", "decoder.json"
+STRIP = 2**18  # pixels that are sharpened at once: those around each pixel of a large image need gigabytes
 
 
 class DetailDecoder(nn.Module):
@@ -151,20 +152,26 @@ def sharp_at_edges(values: Tensor, pixels: Tensor, *, reach: int = 3, likeness: 
         (B, 1, H, W): of the values around each pixel the least whose weight, with that of all smaller ones, is half of
         the total.
     """
-    side = 2 * reach + 1
+    side, (height, width) = 2 * reach + 1, values.shape[-2:]
+    margins = (reach,) * 4
+    values, pixels = (F.pad(maps, margins, mode="replicate") for maps in (values, pixels))
+    strip = max(1, STRIP // width)
 
-    def around(maps: Tensor) -> Tensor:
-        patches = F.unfold(F.pad(maps, (reach,) * 4, mode="replicate"), side)  # (1, C N, H W)
-        return patches.view(maps.shape[1], side**2, -1)
+    def around(maps: Tensor, top: int) -> Tensor:
+        return F.unfold(maps[:, :, top : top + strip + 2 * reach], side).view(maps.shape[1], side**2, -1)
 
-    rows = []
+    results = []
     for value, image in zip(values.split(1), pixels.split(1), strict=True):
-        away = (around(image) - image[0].flatten(1)[:, None]).square().sum(0)
-        ordered, order = around(value)[0].sort(0)
-        weight = torch.exp(-away / (2 * likeness**2)).gather(0, order).cumsum(0)
-        middle = (weight < weight[-1:] / 2).sum(0, keepdim=True)
-        rows.append(ordered.gather(0, middle).view_as(value))
-    return torch.cat(rows)
+        lines = []
+        for top in range(0, height, strip):
+            colours = around(image, top)
+            away = (colours - colours[:, side**2 // 2, None]).square().sum(0)
+            ordered, order = around(value, top)[0].sort(0)
+            weight = torch.exp(-away / (2 * likeness**2)).gather(0, order).cumsum(0)
+            middle = (weight < weight[-1:] / 2).sum(0, keepdim=True)
+            lines.append(ordered.gather(0, middle).view(1, 1, -1, width))
+        results.append(torch.cat(lines, dim=2))
+    return torch.cat(results)
 
 
 def _same(width: int) -> nn.Conv2d:

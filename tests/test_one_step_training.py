@@ -533,6 +533,14 @@ def test_blurred_depth_is_sharp_where_the_image_has_an_edge() -> None:
     assert torch.equal(sharp_at_edges(ramp[:1], image[:1]), sharp[:1])  # no image looks at another
 
 
+def test_depth_is_sharpened_by_strips_as_it_would_be_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    depth, image = torch.rand(1, 1, 67, 50, generator=generator), torch.rand(1, 3, 67, 50, generator=generator)
+    whole = sharp_at_edges(depth, image)
+    monkeypatch.setattr("diffrep.heads.decoder.STRIP", 500)  # ten lines at once
+    assert torch.equal(sharp_at_edges(depth, image), whole)
+
+
 def test_depth_of_a_mirrored_image_is_the_mirrored_depth() -> None:
     head, image = load_head("tiny-depth", device="cpu"), render_scene(scene_seed("test", 3), category="chair").image
     shown = head(image).values

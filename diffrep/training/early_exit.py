@@ -121,8 +121,8 @@ def train_early_exit(
         network = EarlyExitUViT(about, training.probe)
     embedded = os.path.sep not in training.base and not Path(training.base).is_dir()
     network.autoencoder = training.base if embedded else os.path.abspath(training.base)
-    kept = folder / "patches.safetensors"
-    latents, _ = encode_patches(patches, base, None, kept, seed=training.fit.seed, progress=progress)
+    encoded = folder / "patches.safetensors"
+    latents, _ = encode_patches(patches, base, None, encoded, seed=training.fit.seed, progress=progress)
     cut = len(latents) - training.held_out
     if cut <= 0:
         raise ValueError(f"{len(latents)} patches are too few to hold {training.held_out} out")
