@@ -142,3 +142,19 @@ def test_what_does_not_follow_the_timesteps_is_one_line() -> None:
         x = scheduler.step(x, t, x).prev_sample
     with pytest.raises(SamplingError, match="call set_timesteps again"):
         scheduler.step(x, t, x)
+
+
+def test_a_configuration_that_does_not_say_its_class_is_read_by_what_it_holds() -> None:
+    import diffusers
+
+    for name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"):
+        config = getattr(diffusers, name)(shift=3.0).config  # made, not loaded: without `_class_name`
+        scheduler = TableScheduler.from_config(config, sampler="euler")
+        assert scheduler.prediction == "flow_prediction"
+        scheduler.set_timesteps(2)
+        assert scheduler.timesteps.tolist() == [1000, 750]
+    config = diffusers.DDIMScheduler(beta_schedule="scaled_linear").config
+    assert TableScheduler.from_config(config).prediction == "epsilon"
+    for name in ("EDMEulerScheduler", "CMStochasticIterativeScheduler", "ScoreSdeVeScheduler"):
+        with pytest.raises(SamplingError, match="in sigmas"):
+            TableScheduler.from_config(getattr(diffusers, name)().config)

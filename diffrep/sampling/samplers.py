@@ -217,14 +217,24 @@ def sampling_grid(
 
 
 def model_schedule(config: Mapping[str, Any]) -> tuple[str, NoiseSchedule]:
-    """What a network predicts, and its noise schedule, of a diffusers scheduler's configuration."""
+    """What a network predicts, and its noise schedule, of a diffusers scheduler's configuration.
+
+    Raises:
+        SamplingError: it is one of sigmas (EDM, VE), where nothing of a table of betas is said.
+    """
     from diffrep.backbones.pipelines import alphas_cumprod
 
-    if "FlowMatch" in str(config.get("_class_name", "")) or config.get("prediction_type") == "flow_prediction":
+    betas = not config.keys().isdisjoint(("beta_schedule", "trained_betas"))
+    flow = "FlowMatch" in str(config.get("_class_name", "")) or config.get("prediction_type") == "flow_prediction"
+    if flow or ("shift" in config and not betas):  # a scheduler that was made, not loaded, does not say its class
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         ends = tuple(float(config.get(name, usual)) for name, usual in names.items())
         dynamic = ends if config.get("use_dynamic_shifting") else None
         shift = float(config.get("shift") or config.get("flow_shift") or 1.0)
         return "flow_prediction", Flow(shift=shift, dynamic=dynamic)  # type: ignore[arg-type]
+    if "sigma_max" in config and not betas:
+        raise SamplingError(
+            "this scheduler's noise is in sigmas (EDM, VE); samplers take schedules of betas, and flows"
+        )
     known = {key: value for key, value in config.items() if value is not None}
     return str(config.get("prediction_type") or "epsilon"), TableVP(alphas_cumprod(known).double().numpy())
