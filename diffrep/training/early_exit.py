@@ -39,7 +39,7 @@ class EarlyExitTraining:
     ] = "mlp_probe_per_layer"
     patch: int = 2  # latent pixels a token's side
     width: int = 128
-    blocks: int = 7
+    blocks: int = 7  # transformer blocks of the U-ViT; after each, it can be left
     heads: int = 4
     probes_weight: float = 1.0  # lambda: of the probes' loss
     layers_weight: float = 1.0  # beta: of the output heads' losses
