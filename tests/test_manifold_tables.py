@@ -316,6 +316,7 @@ def test_anndata_goes_in_and_obsm_comes_out(tmp_path: Path) -> None:
     assert main(["embed", str(tmp_path / "cells.h5ad"), *arguments]) == 0
     written = anndata.read_h5ad(tmp_path / "map.h5ad")
     np.testing.assert_array_equal(written.obsm["X_heat_geodesic"], fitted.embedding_)
+    np.testing.assert_array_equal(written.obsm["X_pca"], data.obsm["X_pca"])
     assert written.obs_names.tolist() == names
     assert read_table(tmp_path / "cells.h5ad").column("day").tolist() == [k % 12 for k in range(50)]  # no text
     assert read_table(tmp_path / "cells.h5ad", exclude=("3",)).feature_names == ("0", "1", "2", "4", "5", "6", "7")

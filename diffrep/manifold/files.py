@@ -275,11 +275,11 @@ def embed_anndata(data: Any, features: str | None = None, *, key: str = OBSM, **
 
 
 def _write_h5ad(source: Path, path: Path, embedding: NDArray[np.float64]) -> None:
-    """The cells of an .h5ad file, with what is known about them and the map, without their genes."""
+    """The cells of an .h5ad file, with what is known about them, their other maps and this one, without their genes."""
     import anndata
 
     data = anndata.read_h5ad(source, backed="r")
-    cells = anndata.AnnData(obs=data.obs, obsm={OBSM: embedding})
+    cells = anndata.AnnData(obs=data.obs, obsm={**data.obsm, OBSM: embedding})
     data.file.close()
     cells.write_h5ad(path)
 
