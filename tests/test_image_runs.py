@@ -104,19 +104,24 @@ def test_names_are_distinct_and_take_linear_time() -> None:
         OutputPlace(Path("o"), "a", frozenset({os.path.realpath("o/a_x.png")})).file("x.png")
 
 
-def test_what_exists_is_skipped(head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "ending"), [("depth", "disparity"), ("normals", "normals"), ("restore", "restored")])
+def test_what_exists_is_skipped(
+    name: str, ending: str, head: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number in range(2):
         picture(tmp_path / "in" / f"{number}.png", number)
-    command = ["depth", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--model", head, "--skip-existing", "--json"]
+    options = ["--model", head] if name == "depth" else []  # the others: the embedded heads
+    command = [name, str(tmp_path / "in"), "-o", str(tmp_path / "out"), *options, "--skip-existing", "--json"]
     assert main(command) == 0
-    (tmp_path / "out" / "1_disparity.png").unlink()
-    old = (tmp_path / "out" / "0_disparity.png").stat().st_mtime_ns
+    (tmp_path / "out" / f"1_{ending}.png").unlink()
+    old = (tmp_path / "out" / f"0_{ending}.png").stat().st_mtime_ns
     capsys.readouterr()
     assert main(command) == 0
     captured = capsys.readouterr()
     assert [Path(entry["image"]).name for entry in json.loads(captured.out)["images"]] == ["1.png"]
     assert "skipped 1 images whose files exist" in captured.err
-    assert (tmp_path / "out" / "0_disparity.png").stat().st_mtime_ns == old
+    assert (tmp_path / "out" / f"0_{ending}.png").stat().st_mtime_ns == old
+    assert (tmp_path / "out" / f"1_{ending}.png").is_file()
 
 
 def test_skipped_masks_stay_in_the_summary(tmp_path: Path) -> None:
