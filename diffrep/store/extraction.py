@@ -151,7 +151,7 @@ def extract_store(
         plan = make_plan(writer, sources, bulk.changed, verify=bulk.verify)
         total = sum(len(job.sources) for job in plan.jobs)
         committed: list[ShardEntry] = []
-        with tqdm(total=total, desc="extract", unit="image", disable=not progress) as bar:
+        with tqdm(total=total, desc="extract", unit="image", disable=not (progress and total)) as bar:
             if bulk.engine == "ray":
                 shards = ray_shards(writer, plan.jobs, loaded, str(backbone), config, bulk, bar.update)
             else:
