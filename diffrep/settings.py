@@ -40,7 +40,7 @@ def check(settings: Any, /, **ranges: str) -> None:
         def __post_init__(self) -> None:
             check(self, steps="1..", quality="1..100", rate=POSITIVE, overlap="(0, 0.5]", seed=SEED)
 
-    Types and choices (`Literal`) come from the annotations of all fields. None is left to others.
+    Types and choices (`Literal`) come from the annotations of all fields. NaN is no number.
 
     Args:
         settings: an instance of a dataclass.
@@ -52,15 +52,15 @@ def check(settings: Any, /, **ranges: str) -> None:
         ValueError: the message names the field, what it takes and what it has.
     """
     kind: Any = type(settings)  # mypy takes no class for a hashable
-    for name, (choices, several) in _choices(kind).items():
-        value = getattr(settings, name)
-        if any(item is not None and item not in choices for item in (_items(value) if several else (value,))):
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-    for name, kinds in _kinds(kind).items():
-        value = getattr(settings, name, None)
-        if value is not None and not _is_one(value, kinds):
-            raise ValueError(f"{name} must be {_in_words(kinds)}, got {value!r}")
+    hints = {name: hint for name, hint in _hints(kind).items() if hasattr(settings, name)}
+    values = {name: getattr(settings, name) for name in hints}
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{name} must be {_words(hints[name])}, got {value!r}")
     check_ranges(settings, **ranges)
+    for name, value in values.items():
+        if any(isinstance(item, float) and math.isnan(item) for item in _items(value)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def check_ranges(settings: Any, /, **ranges: str) -> None:
@@ -164,18 +164,6 @@ def _items(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-@cache
-def _choices(kind: type) -> dict[str, tuple[tuple[Any, ...], bool]]:
-    """field -> the values that it may have, and whether it has several; of the fields that are a choice."""
-    choices = {}
-    for name, hint in get_type_hints(kind).items():
-        parts = get_args(hint) if get_origin(hint) in (*_UNIONS, tuple) else (hint,)
-        literal = [part for part in parts if get_origin(part) is Literal]
-        if len(literal) == 1 and set(parts) <= {literal[0], NoneType, Ellipsis}:
-            choices[name] = get_args(literal[0]), get_origin(hint) is tuple
-    return choices
-
-
 _UNIONS = (Union, UnionType)
 _TYPES: dict[Any, tuple[type, ...]] = {int: (Integral,), float: (Real,), tuple: (tuple, list)}  # what may stand for one
 _WORDS: dict[type, str] = {Integral: "a whole number", Real: "a number", str: "text", tuple: "a tuple", bool: "a bool"}
@@ -186,18 +174,43 @@ def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _in_words(kinds: tuple[type, ...]) -> str:
-    return " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one not in (NoneType, list))
+    return " or ".join(_WORDS.get(one, one.__name__) for one in kinds if one is not list)
 
 
 @cache
-def _kinds(kind: type) -> dict[str, tuple[type, ...]]:
-    """field -> the types that its value may have, of the fields of a dataclass for which that can be said."""
-    kinds = {}
-    for name, hint in get_type_hints(kind).items():
-        parts = [get_origin(part) or part for part in (get_args(hint) if get_origin(hint) in _UNIONS else [hint])]
-        if all(isinstance(part, type) for part in parts):
-            kinds[name] = tuple(one for part in parts for one in _TYPES.get(part, (part,)))
-    return kinds
+def _hints(kind: type) -> dict[str, Any]:
+    """field -> its annotation, of a dataclass."""
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotation's kind; anything is where that cannot be said."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in _UNIONS:
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return any(_is_one(value, (type(part),)) and value == part for part in parts)
+    if origin is tuple and isinstance(value, (tuple, list)):
+        parts = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    kind = origin or hint
+    return kind is Any or not isinstance(kind, type) or _is_one(value, _TYPES.get(kind, (kind,)))
+
+
+def _words(hint: Any) -> str:
+    """What fits an annotation, as `check` says it."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in _UNIONS:
+        return " or ".join(_words(part) for part in parts if part is not NoneType)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is tuple:
+        if parts[-1] is Ellipsis and get_origin(parts[0]) is Literal:
+            return _words(parts[0])
+        return f"a tuple ({', '.join('...' if part is Ellipsis else _words(part) for part in parts)})"
+    kind = origin or hint
+    return _in_words(_TYPES.get(kind, (kind,)))
 
 
 @dataclass(frozen=True)

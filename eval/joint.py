@@ -33,6 +33,7 @@ from diffrep.heads.training.dense import OneStepModel, adapt_unet, decoded_depth
 from diffrep.heads.training.dense_data import Sample, SceneSamples, cache_latents, latent_batches
 from diffrep.heads.training.fit import EMBEDDED_RECIPE, Feed, HeadSettings, prepared, train_head
 from diffrep.scenes import Scene, SceneSet
+from diffrep.settings import check
 from diffrep.training.loop import FitSettings
 
 TARGETS: Mapping[str, str] = {"disparity": "AbsRel", "normals": "angle, degrees", "mask": "max F"}
@@ -57,6 +58,9 @@ class JointTraining(HeadSettings[OneStepModel, SceneSet]):
     base: str = "tiny"
     fit: FitSettings = field(default_factory=lambda: AblationSettings().fit())
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def build(self, parts: PipelineParts) -> OneStepModel:
         unet: Any = adapt_unet(parts.unet, EMBEDDED_RECIPE, seed=self.fit.seed)

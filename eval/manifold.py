@@ -243,9 +243,9 @@ class ManifoldSettings:
     methods: tuple[str, ...] = ()  # empty: all that are installed
 
     def __post_init__(self) -> None:
+        check(self, points="50..")
         if unknown := sorted(set(self.methods) - set(methods())):
             raise ValueError(f"there is no method {', '.join(unknown)}, only {', '.join(methods())}")
-        check(self, points="50..")
         if not self.seeds or min(self.seeds) < 0:
             raise ValueError(f"--seeds must be one or more whole numbers from 0, got {self.seeds or 'none'}")
         if not (self.roll_noise and self.roll_dims) and not (self.tree_noise and self.tree_dims):

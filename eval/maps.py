@@ -30,6 +30,7 @@ from diffrep.eval.report import (
 )
 from diffrep.files import claim_folder, words_of
 from diffrep.heads.tiling import resize, working_size
+from diffrep.settings import check
 
 Predict = Callable[[Tensor], Tensor]
 """Depth: (3, H, W) uint8 image -> (H, W) depth or disparity up to scale and shift. Normals: (3, H, W) float image,
@@ -55,6 +56,9 @@ class DepthProtocol:
     side: int | None = None
     fit_size: int | None = None
     subsample: Literal["both sides", "width"] = "width"
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def measure(
         self, predict: Predict, sample: DenseSample, layout: DenseLayout
@@ -91,6 +95,9 @@ class NormalProtocol:
     stretch: bool = False
     side: int | None = None
     average: Literal["pixels", "images"] = "pixels"
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def measure(
         self, predict: Predict, sample: DenseSample, layout: DenseLayout

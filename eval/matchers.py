@@ -21,6 +21,7 @@ from diffrep.fusion import Fusion, fuse
 from diffrep.images import Placement
 from diffrep.matching import MatchConfig, match_points
 from diffrep.recipes import Correspondence, alone
+from diffrep.settings import check
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,9 @@ class ColourPatches:
     stride: int = 4  # pixels between the centres of neighbouring patches
 
     def __post_init__(self) -> None:
-        if self.side < 1 or self.side % 2 == 0 or self.stride < 1:
-            raise ValueError(f"side must be odd and stride at least 1, got side {self.side} and stride {self.stride}")
+        check(self, side="1..", stride="1..")
+        if self.side % 2 == 0:
+            raise ValueError(f"side must be odd, got {self.side}")
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[FeatureMaps]:
         return [self._describe(image) for image in images]

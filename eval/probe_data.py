@@ -32,6 +32,7 @@ from diffrep.heads.probes.labelled import (
 )
 from diffrep.images import SUFFIXES
 from diffrep.scenes import SEEN, scene_seed
+from diffrep.settings import check
 
 ATTRIBUTES = ("category", "colour", "second colour", "pattern", "view", "floor", "back")
 
@@ -49,6 +50,9 @@ class SceneImages:
     test: int = 660
     size: int = 128  # pixels
     categories: tuple[str, ...] = SEEN
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def jobs(self) -> dict[tuple[Part, int], SceneJob]:
         """(part, index in the split "test") -> seed, category and size of each scene."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from diffrep.eval.datasets.pairs import AnnotatedImage, AnnotatedPair
 from diffrep.eval.report import Aggregate, read_tables
 from diffrep.fusion import Descriptors
+from diffrep.settings import check
 from diffrep.similarity import Metric, nearest, similarities, soft_argmax
 
 DRAWS = 2000  # of the bootstrap
@@ -206,6 +207,9 @@ class CellSearch:
     metric: Metric = "euclidean"
     window: int | None = None  # half-size of the window of the soft-argmax; None: the best cell itself
     temperature: float = 0.02
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def __call__(self, source: Descriptors, target: Descriptors, points: Tensor, side: int) -> Tensor:
         """Points (N, 2) of the source's square -> points (N, 2) of the target's.

@@ -19,6 +19,7 @@ from diffrep.painting import DiffusionModel, Samples, diffusion_model, load_mode
 from diffrep.sampling.samplers import ALIASES, SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError
 from diffrep.searched import Candidate, as_candidate
+from diffrep.settings import check
 from diffrep.synthesis.grids import ImageEncoder
 from diffrep.synthesis.model import SynthesisModel
 
@@ -53,6 +54,7 @@ class SamplersEvaluation:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check(self)
         if not self.calls or min(self.calls) < 1 or self.reference <= max(self.calls):
             raise ValueError(
                 f"calls must be at least 1 and fewer than the reference's, got {self.calls} and {self.reference}"

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import convolve, distance_transform_edt
 
+from diffrep.settings import check
+
 Array = NDArray[np.float64]
 Truth = NDArray[np.bool_]
 
@@ -38,6 +40,9 @@ class Definition:
     floor: bool = True
     epsilon: float = _TINY
     weighted_epsilon: float = _TINY
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 DIS = Definition()

@@ -23,6 +23,7 @@ from diffrep.alignment import fit_scale_shift
 from diffrep.backbones import draw_noise
 from diffrep.heads.families import Family
 from diffrep.heads.maps import DepthMap, NormalMap, unit_length
+from diffrep.settings import check
 
 if TYPE_CHECKING:
     from diffrep.heads.dense import DenseHead, PredictConfig
@@ -260,6 +261,9 @@ class DepthEnsemble:
     pairs: Literal["each", "together"] = "each"  # root mean square of each pair, summed; or once over all pairs
     fit_size: int | None = 1024  # the fit reads maps at most this long, by nearest subsampling; None: whole
     size_rule: SizeRule = "truncate"  # of the subsampled size
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 MARIGOLD_ENSEMBLE = DepthEnsemble(method="pairs")

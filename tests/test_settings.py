@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import inspect
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal, get_type_hints
 
 import pytest
 
+import diffrep
+import diffrep.eval
+import diffrep.heads
 from diffrep.cli import main
 from diffrep.settings import POSITIVE, SEED, check, check_options
 
@@ -75,3 +83,42 @@ def test_no_number_of_processes_takes_the_machine_down(workers: int, capsys: pyt
         assert main([*command, "--workers", str(workers)]) == 2
         error = capsys.readouterr().err
         assert "workers must be in" in error or "--workers takes whole numbers below 2^63" in error
+
+
+def all_settings() -> Iterator[type]:
+    """Every frozen dataclass of the project, but of the command line, that can be made without arguments."""
+    for top in (diffrep, diffrep.heads, diffrep.eval):
+        for module in pkgutil.walk_packages(top.__path__, f"{top.__name__}."):
+            if module.name.startswith("diffrep.commands") or module.name.endswith("__main__"):
+                continue  # tyro reads a command's values from text
+            for kind in vars(importlib.import_module(module.name)).values():
+                if not inspect.isclass(kind) or kind.__module__ != module.name or inspect.isabstract(kind):
+                    continue
+                if not dataclasses.is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+                    continue
+                fields = [field for field in dataclasses.fields(kind) if field.init]
+                if fields and all(MISSING not in (f.default,) or f.default_factory is not MISSING for f in fields):
+                    yield kind
+
+
+def test_all_settings_refuse_what_is_of_another_kind() -> None:
+    """A class is seen as soon as it is written: one that lacks `check` fails here."""
+    seen, taken = set(), []
+    for kind in all_settings():
+        seen.add(kind.__name__)
+        hints = get_type_hints(kind)
+        for name in (field.name for field in dataclasses.fields(kind) if field.init):  # type: ignore[arg-type]
+            wrong = [object()] if hints[name] is not Any else []
+            for value in [*wrong, *([math.nan] if "float" in str(hints[name]) else [])]:
+                try:
+                    kind(**{name: value})
+                except ValueError as error:
+                    line = str(error)
+                    if name not in line or "\n" in line:
+                        taken.append(f"{kind.__module__}.{kind.__name__}({name}={value!r}) says {line!r}")
+                except Exception as error:
+                    taken.append(f"{kind.__module__}.{kind.__name__}({name}={value!r}) raises {error!r}")
+                else:
+                    taken.append(f"{kind.__module__}.{kind.__name__} takes {name}={value!r}")
+    assert seen > {"ExtractConfig", "DepthEnsemble", "SamplersEvaluation", "ScoreSDE", "DinoSettings", "GpuBenchmark"}
+    assert not taken, "\n".join(taken)

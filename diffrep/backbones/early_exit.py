@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from diffrep.backbones.base import BackboneError, check_weights
 from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line, read_document, save_weights, write_document
+from diffrep.settings import check
 
 
 class _Block(nn.Module):
@@ -94,6 +95,9 @@ class UViTConfig:
     mlp_time_embed: bool = False
     num_classes: int = -1
     normalize_timesteps: bool = False
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def extras(self) -> int:

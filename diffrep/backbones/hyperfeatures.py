@@ -24,6 +24,7 @@ from diffrep.backbones.latent_diffusion import LatentDiffusion
 from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line
 from diffrep.images import Sizing
+from diffrep.settings import check
 
 TAPS = tuple(f"up.{i}.resnet.{j}.increment" for i in range(4) for j in range(3))
 _TRAINING_ONLY = ("logit_scale", "self_logit_scale")  # temperatures of losses, kept in checkpoints
@@ -156,8 +157,7 @@ class Trajectory:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.steps <= 1000:
-            raise ValueError(f"steps must be in 1..1000, got {self.steps}")
+        check(self, steps="1..1000")
         if not self.saved or len(set(self.saved)) != len(self.saved) or not set(self.saved) <= set(range(self.steps)):
             raise ValueError(f"saved must be different steps of 0..{self.steps - 1}, got {self.saved}")
 

@@ -33,6 +33,7 @@ from diffrep.backbones.base import (
 )
 from diffrep.files import save_weights, write_document
 from diffrep.images import Sizing
+from diffrep.settings import check
 
 FACETS = ("query", "key", "value")
 
@@ -47,6 +48,9 @@ class PositionRule:
 
     antialias: bool = True
     offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def resample(self, table: Tensor, size: tuple[int, int]) -> Tensor:
         """(1, M * M, C) trained on a square -> (1, h * w, C)."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from diffrep.sampling.core import SolverTable, Update
 from diffrep.sampling.schedules import LinearVP, NoiseSchedule, SamplingError, TimeGrid, slope
 from diffrep.sampling.solvers import RUNGE_KUTTA
+from diffrep.settings import check
 
 Field = Callable[[Tensor, float], Tensor]  # (x, t) -> like x
 
@@ -133,6 +134,7 @@ class Transport(NoiseSchedule):
     beta_1: float = 20.0
 
     def __post_init__(self) -> None:
+        check(self)
         if self.path not in ("Linear", "GVP", "VP") or self.prediction not in ("velocity", "noise", "score"):
             raise SamplingError(
                 f"paths are Linear, GVP, VP of velocity, noise, score: {self.path!r}, {self.prediction!r}"

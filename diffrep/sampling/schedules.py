@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from diffrep.settings import check
+
 Array = NDArray[np.float64]
 Between = Literal["log-alpha", "abar", "log-sigma"]
 
@@ -74,6 +76,9 @@ class LinearVP(NoiseSchedule):
     first: float = 1.0
     last: float = 1e-3
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def log_alpha(self, t: Any) -> Any:
         return -(t**2) * (self.beta_1 - self.beta_0) / 4 - t * self.beta_0 / 2
 
@@ -111,6 +116,9 @@ class Exploding(NoiseSchedule):
     first: float = 80.0
     last: float = 0.002
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def alpha(self, t: Any) -> Any:
         return np.ones_like(t, np.float64)
 
@@ -126,6 +134,9 @@ class Flow(NoiseSchedule):
     dynamic: tuple[float, float, float, float] | None = None  # two numbers of tokens, log of the shift at both (FLUX)
     first: float = 1.0
     last: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def alpha(self, t: Any) -> Any:
         return 1 - np.asarray(t)

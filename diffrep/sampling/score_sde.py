@@ -14,6 +14,7 @@ from torch import Tensor
 from diffrep.sampling.core import per_sample
 from diffrep.sampling.flows import Field, probability_flow, solve_rk45
 from diffrep.sampling.schedules import LinearVP, NoiseSchedule, SamplingError
+from diffrep.settings import check
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ScoreSDE(NoiseSchedule):
     steps: int = 1000  # N of the chain; below beta_1 that of VP is not defined
 
     def __post_init__(self) -> None:
+        check(self)
         if self.kind not in ("vp", "subvp", "ve") or self.steps < 2:
             raise SamplingError(f"an SDE is vp, subvp or ve with 2 steps or more, got {self.kind!r}, {self.steps}")
 

@@ -14,6 +14,8 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from diffrep.settings import check
+
 Array: TypeAlias = "np.ndarray"
 
 MISS = np.float32(np.inf)
@@ -91,6 +93,9 @@ class Ball:
 
     clips: tuple[Clip, ...] = ()
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def hit(self, rays: Rays) -> Array:
         x, y, z = directions = rays.directions()
         ox, oy, oz = middles = rays.middles()
@@ -133,6 +138,9 @@ class Tube:
     top: float = 1.0
     inner: float = 0.0
     clips: tuple[Clip, ...] = ()
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def radius(self, y: float) -> float:
         """Outer radius at height y in [-1, 1]."""

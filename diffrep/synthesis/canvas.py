@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffrep.files import one_line, read_document, sweep_partials, write_document, write_whole
+from diffrep.settings import check
 from diffrep.synthesis.grids import EmbeddingGrid
 
 Weighting = Literal["cells", "hann", "gaussian", "uniform"]
@@ -279,6 +280,9 @@ class Position:
     stage: str = "denoise"  # of `STAGES`
     step: int = 0
     row: int = 0
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 class Run:

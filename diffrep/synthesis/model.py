@@ -27,6 +27,7 @@ from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, read_document, read_weights, save_weights, write_document
 from diffrep.graphs import Graphs
+from diffrep.settings import check
 
 EMBEDDED = ("tiny-synthesis",)
 OFFICIAL_TOKENS = ("patch_fc", "region_fc")  # the authors' names of the projections, in the order of the tokens
@@ -54,8 +55,7 @@ class About:
     pixel_size: float | None = None
 
     def __post_init__(self) -> None:
-        if not -1 <= self.unrelated < 1:
-            raise ValueError(f"unrelated must be a cosine under 1, got {self.unrelated}")
+        check(self, unrelated="[-1, 1)")  # a cosine
 
     @classmethod
     def read(cls, folder: Path) -> About:

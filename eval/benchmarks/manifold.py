@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from diffrep.settings import check
+
 LIMITS = {"ours, all pairs": 4_000, "Isomap": 8_000}  # the most points that they can take
 _MODULES = {"ours": "sklearn", "ours, all pairs": "sklearn", "PHATE": "phate", "UMAP": "umap", "Isomap": "sklearn"}
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -57,6 +59,9 @@ class ManifoldBenchmark:
     threads: int = 1  # of BLAS, OpenMP and Numba
     timeout: float = 3600.0  # seconds after which a method is given up, also at larger sizes
     json: bool = False  # print JSON instead of the table
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def run(self) -> list[Measured]:
         """Measure, print the table and the growth exponents, and return the rows."""

@@ -31,6 +31,7 @@ from diffrep.heads.probes.labelled import LabelledImages
 from diffrep.heads.probes.layouts import PooledHead, seeded
 from diffrep.heads.probes.training import ProbeFit, ProbeRecipe, shuffled, train_recipe
 from diffrep.images import decode_image, fit_image, stack_pixels
+from diffrep.settings import check
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,9 @@ class ProbesBenchmark:
     classes: int = 100  # memory
     limit_gib: float = 8.0  # memory: of resident memory, exceeded: exit code 1
     folder: Path | None = None  # memory: where the features are written; a temporary folder
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def run(self) -> None:
         torch.set_num_threads(1)

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from diffrep.settings import check
+
 if TYPE_CHECKING:  # the child begins with nothing loaded
     from diffrep.eval.benchmarks.timing import Row
 
@@ -37,6 +39,9 @@ class StartBenchmark:
 
     repeats: int = 5
     commands: tuple[Literal["match", "depth"], ...] = ("match", "depth")
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def run(self) -> list[Row]:
         """Time both sides in turns, print the table and the stages, and return the rows."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep.graphs import without_graphs
+from diffrep.settings import check
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,9 @@ class PairedBenchmark:
 
     repeats: int = 5
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def claims(self) -> Iterable[Claim]:
         """What is compared."""

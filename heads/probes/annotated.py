@@ -18,6 +18,7 @@ from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.heads.maps import read_known_depths
 from diffrep.heads.probes.labelled import DataError
 from diffrep.images import find_images, load_image
+from diffrep.settings import check
 
 DenseTask: TypeAlias = Literal["depth", "normals"]
 ENDINGS = (".npy", ".png")
@@ -159,6 +160,9 @@ class Annotation:
 
     per_metre: float = 1000.0  # counts of a 16-bit depth .png; 1000: millimetres
     frame: Frame = "lub"  # camera axes of normals: lub (x left, y up, z to the camera), rub, rdf
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def read(self, task: DenseTask, file: Path, size: tuple[int, int]) -> Tensor:
         """Depth (1, H, W) in metres or normals (3, H, W) in "lub" of an image of size (H, W); 0 where unknown.

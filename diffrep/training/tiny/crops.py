@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.scenes import PART_CLASS_OF, PART_CLASSES, PART_MIRROR, PARTS, UNSEEN, SceneSet
+from diffrep.settings import check
 from diffrep.training.loop import Batch, FitSettings, Loss, fit
 
 # Where a cell looks for its label, pixels from its centre: thin parts often miss the centre itself.
@@ -164,6 +165,9 @@ class LabelSettings:
     place: float = 1.0  # weight of the canonical coordinates
     background: float = 0.2  # weight of a background cell beside one of the object, where parts are named
     weight: float = 0.5  # of all dense losses beside the label-free one
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def part_classifier(channels: int) -> nn.Module:

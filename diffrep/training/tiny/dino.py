@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from diffrep.files import save_weights
 from diffrep.scenes import SceneSet
+from diffrep.settings import check
 from diffrep.training.loop import Batch, FitSettings
 from diffrep.training.tiny.crops import (
     Crops,
@@ -66,6 +67,9 @@ class DinoSettings:
     batch_size: int = 32
     label_free: FitSettings = LABEL_FREE
     joint: FitSettings = JOINT
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def build_vit(settings: DinoSettings) -> Any:

@@ -25,6 +25,7 @@ import diffrep
 from diffrep.backbones.text import PROMPTS, TextEncoders
 from diffrep.files import forget_origin, replace_folder, save_weights
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
+from diffrep.settings import check
 from diffrep.training.loop import FitSettings
 from diffrep.training.tiny.crops import LabelSettings, check_unseen
 from diffrep.training.tiny.dino import DinoSettings, train_dino, write_vit
@@ -60,6 +61,9 @@ class TinyTraining:
     vae: VaeSettings = field(default_factory=VaeSettings)
     unet: UNetSettings = field(default_factory=UNetSettings)
     dino: DinoSettings = field(default_factory=DinoSettings)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @classmethod
     def smoke(cls, work: Path, output: Path) -> TinyTraining:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from diffrep.backbones.repositories import MODELS
 from diffrep.files import read_weights, save_weights
 from diffrep.scenes import SceneSet
+from diffrep.settings import check
 from diffrep.training.loop import Batch, FitSettings, step_generator
 from diffrep.training.tiny.crops import (
     Crops,
@@ -58,6 +59,9 @@ class UNetSettings:
     batch_size: int = 32
     label_free: FitSettings = LABEL_FREE
     joint: FitSettings = JOINT
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def build_unet(settings: UNetSettings, latent_channels: int, latent_size: int) -> Any:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.scenes import SceneSet
+from diffrep.settings import check
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
 from diffrep.training.tiny.crops import Crops, gather, jitter
 
@@ -46,6 +47,9 @@ class VaeSettings:
     linear: FitSettings = LINEAR
     fit: FitSettings = FIT
     batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def build_vae(settings: VaeSettings) -> Any:
