@@ -146,7 +146,7 @@ def test_former_modules_that_notebooks_imported_are_what_they_are_now(module: st
     [
         ({"timestep": "a"}, "timestep must be a whole number, got 'a'"),
         ({"ensemble": "8"}, "ensemble must be a whole number, got '8'"),
-        ({"taps": 3}, "taps must be a tuple, got 3"),
+        ({"taps": 3}, "taps must be a tuple (text, ...), got 3"),
         ({"prompt": 3}, "prompt must be text, got 3"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"batch_size": True}, "batch_size must be a whole number, got True"),

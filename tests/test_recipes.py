@@ -114,7 +114,7 @@ def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
         (("100", '"100"'), "extract.timestep must be a whole number, got '100'"),
         (('"soft"', '"hard"'), "matching.mode must be one of cell"),
         (("timestep = 100", "timestep = 4000"), r"own.toml: readings\[0\].extract.timestep must be in -1..999"),
-        (('["up.1", "mid"]', "3"), "taps must be a tuple, got 3"),
+        (('["up.1", "mid"]', "3"), r"taps must be a tuple \(text, ...\), got 3"),
         (("[matching]", "[matching"), "own.toml"),
     ],
 )
