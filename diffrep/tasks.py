@@ -187,16 +187,12 @@ class PublishedModel:
 
 
 MODELS = (  # of each job the first is recommended
-    PublishedModel(
-        "depth", "--model jingheya/lotus-depth-d-v1-1", 2.6, "Lotus-D: one pass, depth, no noise", "none stated"
-    ),
+    PublishedModel("depth", "--model jingheya/lotus-depth-d-v1-1", 2.6, "Lotus-D: one pass, no noise", "Apache-2.0"),
     PublishedModel(
         "depth", "--model prs-eth/marigold-depth-v1-1", 2.6, "Marigold: one step or several, ensembles", "RAIL++-M"
     ),
     PublishedModel("depth", "--model GonzaloMG/marigold-e2e-ft-depth", 2.6, "E2E-FT: Marigold tuned to one step"),
-    PublishedModel(
-        "normals", "--model jingheya/lotus-normal-d-v1-1", 2.6, "Lotus-D: one pass, no noise", "none stated"
-    ),
+    PublishedModel("normals", "--model jingheya/lotus-normal-d-v1-1", 2.6, "Lotus-D: one pass, no noise", "Apache-2.0"),
     PublishedModel(
         "normals", "--model prs-eth/marigold-normals-v1-1", 2.6, "Marigold: one step or several", "RAIL++-M"
     ),
@@ -205,7 +201,7 @@ MODELS = (  # of each job the first is recommended
         "--model qianyu1217/diffdis",
         2.7,
         "DiffDIS: masks and edges at 1024 pixels",
-        "of SD-Turbo, from which it derives",
+        "code MIT; weights of SD-Turbo, from which they derive",
     ),
     PublishedModel(
         "restore",

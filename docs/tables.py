@@ -19,7 +19,7 @@ name it, or read from a folder of yours. `diffrep info NAME` lists the taps of a
 TASKS = """## For each task
 
 The first of a task is the one to begin with. Memory is that of the weights in 16 bits; licences are those of the
-weights.
+weights, from copies of the authors' pages and repositories of 2023 to 2026; theirs count.
 """
 RECIPES = """## Recipes of matching
 
@@ -28,8 +28,8 @@ Published systems from two images to matches, with the settings of their papers:
 """
 NAMES = """## Short names
 
-The first repository that answers is taken. What stands here of licences is what the authors' pages said when this was
-written; theirs count.
+The first repository that answers is taken. Licences are from copies of the authors' pages; of `sd3.5-medium`,
+`flux.1-dev` and those sizes of DINO, DINOv2 and DINOv3 that had none, from the pages of copies and of their sisters.
 """
 
 
