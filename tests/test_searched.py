@@ -117,6 +117,21 @@ def test_steps_are_searched_by_fid(work: Path, capsys: pytest.CaptureFixture[str
         assert message in capsys.readouterr().err
 
 
+def test_a_search_refuses_a_sampler_that_can_take_no_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "steps.json"
+    line = ["search-schedule", "--model", "tiny", "--steps", "2", "--reference", "4", "-o", str(file)]
+    for other, message in (
+        (["--sampler", "sit-sde"], "sit-sde does not work on noise schedules"),
+        (["--sampler", "evodiff"], "EVODiff takes two steps or more"),
+        (["--sampler", "ddim", "--orders", "2"], "the sampler ddim has no option order"),
+        (["--sampler", "ghvb", "--orders", "2"], "ghvb: order must be a number"),
+        (["--sampler", "dpm++-sde", "--orders", "3"], "orders are 1 to 3 (2 with noise)"),
+    ):
+        assert main([*line, *other]) == 2
+        assert message in capsys.readouterr().err
+        assert not file.exists()
+
+
 def test_fid_is_nothing_at_the_fine_solution_itself() -> None:
     model = diffusion_model("tiny", ["a cat", "a car", "a dog"], guidance=1.0)
     fitness = distance_to_fine(model, "unipc", 2, 6, features="tiny-dino@class")

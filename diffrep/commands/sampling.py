@@ -130,7 +130,7 @@ class SearchSchedule(PrecisionOptions):
         from diffrep.backbones.partial import skippable_units
         from diffrep.eval.samplers import distance_to_fine, guided_models
         from diffrep.eval.search import search_steps
-        from diffrep.sampling.samplers import named_sampler
+        from diffrep.sampling.samplers import build_table, named_sampler
         from diffrep.sampling.schedules import TableVP, table_times
         from diffrep.searched import Candidate
 
@@ -152,6 +152,10 @@ class SearchSchedule(PrecisionOptions):
         model = models["1"] if self.guidance == 1 else list(models.values())[-1]
         if not isinstance(model.schedule, TableVP):
             raise ValueError(f"{self.model}: the search is for models with a table of timesteps")
+        # a sampler may be refused where a schedule has little signal; one that cannot take steps below has none at all
+        total, order = len(model.schedule.table), {"order": (self.orders,) * self.steps} if self.orders else {}
+        below = [0.6 * (total - 1) * (1 - i / self.steps) for i in range(self.steps)]
+        build_table(self.sampler, model.schedule, self.steps, timesteps=below, **order)
         if self.skip:
             settings = replace(settings, layers=len(skippable_units(model.network)), skip_after=0)
         cost = self.cost if self.skip else 0.0
@@ -166,7 +170,7 @@ class SearchSchedule(PrecisionOptions):
             "cost": cost, **({"features": self.features, "real": self.real and str(self.real)} if fid else {}),
         }  # fmt: skip
         best = search_steps(
-            fitness, self.steps, total=len(model.schedule.table), settings=settings, file=self.output, first=[usual],
+            fitness, self.steps, total=total, settings=settings, file=self.output, first=[usual],
             of=of, progress=_tell,
         )  # fmt: skip
         even = fitness(None)
