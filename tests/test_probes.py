@@ -471,7 +471,7 @@ def test_a_sweep_does_not_load_the_renderer() -> None:
         (["--seed", "-1"], "seed must be in [0, 2^32), got -1"),
         (["--seed", "4294967296"], "seed must be in [0, 2^32)"),
         (["--split-seed", "-1"], "split_seed must be in [0, 2^32)"),
-        (["--shares", "nan", "0.5", "0.5"], "shares of train, val and test must add up to 1"),
+        (["--shares", "nan", "0.5", "0.5"], "shares must be a number, got (nan, 0.5, 0.5)"),
         (["--batch-size", "0"], "batch_size"),
         (["--size", "0"], "size"),
         (["--device", "nonsense"], "device must be auto, cpu"),
