@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component, network_class
-from diffrep.backbones.repositories import expand, repository, split_options, weight_files, with_options
+from diffrep.backbones.repositories import expand, is_hub_id, repository, split_options, weight_files, with_options
+from diffrep.backbones.weight_files import ENDINGS
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import read_weights, weight_names, words_of
 from diffrep.heads.decoder import DetailDecoder
@@ -320,8 +321,11 @@ def _schedule(source: _Source, base: str) -> Schedule:
 # -- DiffDIS: its authors publish a U-Net beside the config of its base, which knows nothing of it -----------
 
 
-def _holds_diffdis(source: _Source) -> bool:
-    """By ``head.json``, or else by the names of the weights; other heads are seen by their config alone."""
+def _holds_diffdis(source: _Source, *, fetch: bool = True) -> bool:
+    """By ``head.json``, or else by the names of the weights; other heads are seen by their config alone.
+
+    Without `fetch`, weights that lie on the hub are not looked at.
+    """
     if source.head.get("family"):
         return bool(source.head["family"] == DIFFDIS)
     if source.place.is_file() or KNOWN.get(source.name, ("",))[0] == DIFFDIS:
@@ -329,7 +333,7 @@ def _holds_diffdis(source: _Source) -> bool:
     plain = source.config.get("class_embed_type") is None and source.config.get("in_channels") in (None, 4)
     stated = any(key in source.config for key in ("use_swci", "mid_extra_cross"))
     names: set[str] = set()
-    for file in _unet_files(source) if plain or stated else ():
+    for file in _unet_files(source) if (plain or stated) and (fetch or source.place.exists()) else ():
         names |= weight_names(file, error=HeadError)
     return is_diffdis(names)
 
@@ -341,21 +345,33 @@ NO_DIFFDIS = (
 
 
 def head_in(name: str) -> dict[str, Any] | None:
-    """What head lies in a local folder, or is embedded under a name, by its configurations; None: no head.
+    """What head lies in a folder or on the hub, or is embedded under a name, by its configurations; None: no head.
+
+    Of a hub id only the configurations are fetched.
 
     Returns:
         JSON-ready: ``family``, ``task`` (None where the files do not say it), ``command`` that uses it, ``reason`` and
         ``timesteps``, a note where they are not those of its scheduler. Weights that cannot be read say nothing:
         whoever loads them is told.
+
+    Raises:
+        BackboneError: the hub has no such repository, or cannot be reached.
+        HeadError: the folder of a head is incomplete.
     """
     folder, options = split_options(expand(name))
-    if not Path(folder).is_dir() and folder not in EMBEDDED_HEADS:
+    on_hub = is_hub_id(folder) and not Path(folder).exists() and Path(folder).suffix not in ENDINGS
+    if not on_hub and not Path(folder).is_dir() and folder not in EMBEDDED_HEADS:
         return None
     options.pop("lora", None)
-    source = _find(folder, None, **options)
+    try:
+        source = _find(folder, None, **options)
+    except HeadError:
+        if not on_hub:
+            raise
+        return None
     head = {"family": str(source.head.get("family")), "reason": f"said by {HEAD_FILE}", "timesteps": ""}
     with suppress(HeadError, OSError):
-        if _holds_diffdis(source):
+        if _holds_diffdis(source, fetch=False):
             return head | {"family": DIFFDIS, "task": "segmentation", "command": "segment"}
         if head["family"] in RESTORATION_FAMILIES:
             return head | {"task": RESTORATION, "command": RESTORATION}

@@ -24,6 +24,7 @@ from diffrep.store import open_store
 
 from . import layouts
 from .layouts import published
+from .test_repositories import Hub
 from .test_synthesis_model import OFFICIAL, official_weights, write_lightning
 
 Run = Callable[..., str]
@@ -151,6 +152,43 @@ def test_a_head_is_known_in_a_cache_of_the_hub_and_by_its_unet(
         assert "depth" in run("depth", image, "--model", name, *output)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert "depth" in run("depth", image, "--model", "~/models--prs-eth--marigold-depth-v1-0", *output)
+
+
+def test_a_head_on_the_hub_is_described_by_its_configurations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, refused: Run
+) -> None:
+    depth, diffdis = "jingheya/lotus-depth-d-v1-1", "qianyu1217/diffdis"
+    plain, vit = layouts.build("sd2.1", tmp_path / "plain"), tmp_path / "vit"
+    vit.mkdir()
+    (vit / "README.md").touch()
+    folders = {depth: published.build_head("lotus-depth-d-v1-1", tmp_path), diffdis: published.build_diffdis(tmp_path)}
+    hub = Hub(folders | {"me/plain": plain, "me/none": vit})
+    hub.use(monkeypatch, tmp_path)
+    for name, command in ((depth, "depth"), (diffdis, "segment")):
+        assert json.loads(run("info", name, "--json"))["head"]["use"] == f"diffrep {command} --model {name}"
+        assert not [file for file in hub.fetched if file.endswith(".safetensors")]
+    assert "head" not in json.loads(run("info", "me/plain", "--json"))
+    assert not [file for file in hub.fetched if file.endswith(".safetensors")]
+    assert "me/none" in refused("info", "me/none")
+    asked = len(hub.asked)
+    assert "has no such repository" in refused("info", "me/gone")
+    assert hub.asked[asked:] == ["me/gone"]  # once
+    assert "there is no such file" in refused("info", "me/gone.safetensors")
+
+
+def test_a_head_for_something_else_is_refused_before_its_note(refused: Run, photos: Path, tmp_path: Path) -> None:
+    stand = {"depth": "tiny-segmentation", "normals": "tiny-depth", "segment": "tiny-depth"}
+    for command, model in stand.items():
+        message = refused(command, photos / "dark" / "0.png", "--model", model, "-o", tmp_path / "out")
+        assert model in message
+        assert "note:" not in message
+
+
+@pytest.mark.parametrize("command", [["restore"], ["depth"], ["match", "--points", "3,3"]])
+def test_half_precision_is_refused_on_the_cpu(command: list[str], refused: Run, photos: Path, tmp_path: Path) -> None:
+    images = [photos / "dark" / f"{i}.png" for i in range(2 if command[0] == "match" else 1)]
+    where = ["-o", tmp_path / "out.png" if command[0] == "match" else tmp_path / "out", "--device", "cpu"]
+    assert "take bfloat16" in refused(*command, *where, "--precision", "float16", "--", *images)
 
 
 @pytest.mark.parametrize("command", ["depth", "segment"])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Info(BackboneOptions):
     """List the known backbones, or the taps of one with channels, strides, parameters and the origin of its weights.
 
-    Of a head's folder it says what it is, what uses it and where its timesteps lie.
+    Of a head it says what it is, what uses it and where its timesteps lie.
 
     `diffrep info models` lists published models to use for each task, `diffrep info recipes` the recipes of matching.
     No weights are read but those of checkpoints in one file.

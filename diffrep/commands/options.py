@@ -50,7 +50,7 @@ class DeviceOptions(Command):
 class PrecisionOptions(DeviceOptions):
     """Where the networks run, and in which numbers."""
 
-    # floating point numbers of the networks; auto: bfloat16 on CUDA, float32 elsewhere
+    # floating point numbers of the networks; auto: bfloat16 on CUDA, float32 elsewhere; float16 is for GPUs
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def placed(self) -> DeviceAndType:
@@ -62,11 +62,17 @@ class PrecisionOptions(DeviceOptions):
         """The device and the floating point type, as `diffrep.devices` has them.
 
         Raises:
-            DeviceError: this machine does not have the device.
+            DeviceError: this machine does not have the device; or it is the CPU, and the type one that it has no
+                convolutions for: PyTorch computes them in float16 about a hundred times slower than in float32.
         """
-        from diffrep.devices import resolve_device, resolve_dtype
+        from diffrep.devices import DeviceError, resolve_device, resolve_dtype
 
         device = resolve_device(self.device)
+        if self.precision == "float16" and device.type == "cpu":
+            raise DeviceError(
+                "--precision float16 is for GPUs: on the CPU it takes many times as long as float32; take bfloat16,"
+                " which needs as little memory, or leave --precision out"
+            )
         return device, resolve_dtype(self.precision, device)
 
 

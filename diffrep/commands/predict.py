@@ -94,9 +94,15 @@ class ImageCommand(WeightOptions, PrecisionOptions):
         return is_video(self.output) and not self.output.is_dir()
 
     def load(self, **options: Any) -> Any:
-        """The head that `model` names; says once where it is a small one of ours."""
+        """The head that `model` names; says once where it is a small one of ours.
+
+        Raises:
+            ValueError: it predicts something else.
+        """
         options |= {"variant": self.variant, "revision": self.revision}
         head = load_head(self.model, **self.placed(), **options)
+        if _command_of(head.task) != _command_of(self.JOB):
+            raise ValueError(f"{self.model}: predicts {head.task}; use diffrep {_command_of(head.task)}")
         note_embedded(self.JOB, head.name)
         return head
 
@@ -154,8 +160,6 @@ class Depth(ImageCommand):
         inputs = self.inputs()
         known = {} if self.known is None else known_files(self.known, {i.path: (i.below, Path(i.name)) for i in inputs})
         head = self.load(task=self.task, family=self.family, base=self.base)
-        if head.task not in ("depth", "disparity"):
-            raise ValueError(f"{self.model}: predicts {head.task}; use diffrep {_command_of(head.task)}")
         if self.to_video:
             return self.write_video(head, inputs, self.predict, lambda image, result: result.picture())
         about = head.recognised
@@ -278,8 +282,6 @@ class Normals(ImageCommand):
             raise ValueError(f"--formats, --frame and --preview go with a folder, not with the video {self.output}")
         inputs = self.inputs()
         head = self.load(task=self.task, family=self.family, base=self.base)
-        if head.task != "normals":
-            raise ValueError(f"{self.model}: predicts {head.task}; use diffrep {_command_of(head.task)}")
         if self.to_video:
             return self.write_video(head, inputs, self.predict, lambda image, result: result.picture())
 
