@@ -18,9 +18,11 @@ from PIL import Image
 
 import diffrep
 from diffrep.cli import COMMANDS, usage
+from tests.test_app import BROWSER, PATIENCE, QUIET
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+WIDTH = "document.documentElement.scrollWidth"  # in a browser
 GUIDES = sorted(p for p in (DOCS / "guides").glob("*.md") if p.name != "index.md")
 TREES = [*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
 
@@ -185,3 +187,24 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     for name in diffrep.__all__:
         value = getattr(diffrep, name)
         assert f'id="{value.__module__}.{value.__qualname__}"' in text, f"{name} is not in the reference"
+
+
+@pytest.mark.slow
+def test_no_page_of_the_site_runs_sideways_on_a_phone(site: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright drives the browser, it is not installed")
+    if BROWSER is None:
+        pytest.skip("no Chromium here: install one, or name it in DIFFREP_BROWSER")
+    wide = {}
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=BROWSER, args=[f"--{option}" for option in QUIET])
+        page = browser.new_page(viewport={"width": 375, "height": 800})
+        for file in site.rglob("*.html"):
+            page.goto(file.as_uri(), wait_until="domcontentloaded", timeout=PATIENCE)
+            width = page.evaluate(WIDTH)
+            if width > 375:
+                wide[str(file.relative_to(site))] = width
+        page.goto((site / "index.html").as_uri())
+        page.evaluate("document.querySelector('article').innerHTML += '<p style=width:600px>wide</p>'")
+        assert page.evaluate(WIDTH) > 375, "what is too wide would not be seen"
+        browser.close()
+    assert not wide, f"wider than a phone's 375 pixels: {wide}"

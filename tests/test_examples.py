@@ -122,3 +122,35 @@ def test_hosted_workflows_run_what_is_there() -> None:
         for job in workflow["jobs"].values():
             commands = "\n".join(step.get("run", "") for step in job["steps"])
             assert set(re.findall(r"^make (\w+)", commands, re.M)) <= targets
+
+
+FIELDS = {"markdown", "textarea", "input", "dropdown", "checkboxes"}  # of GitHub's forms
+
+
+def test_forms_have_the_fields_that_github_reads() -> None:
+    for file in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(file.read_text())
+        if file.stem == "config":
+            assert set(form) <= {"blank_issues_enabled", "contact_links"}
+            continue
+        assert set(form) <= {"name", "description", "title", "labels", "assignees", "body"}
+        ids = [field["id"] for field in form["body"] if field["type"] != "markdown"]
+        assert len(ids) == len(set(ids))
+        for field in form["body"]:
+            assert field["type"] in FIELDS
+            assert set(field) <= {"type", "id", "attributes", "validations"}
+            assert field["attributes"]["label"]
+            assert set(field.get("validations", {})) <= {"required"}
+
+
+def test_workflows_have_the_keys_that_github_reads() -> None:
+    for file in (ROOT / ".github/workflows").glob("*.yml"):
+        workflow = yaml.safe_load(file.read_text())
+        assert {"name", True, "jobs"} <= set(workflow)  # YAML 1.1 reads the key `on` as true
+        for job in workflow["jobs"].values():
+            assert set(job) <= {"runs-on", "needs", "environment", "permissions", "strategy", "steps"}
+            assert set([job["needs"]] if "needs" in job else []) <= set(workflow["jobs"])
+            for step in job["steps"]:
+                assert ("run" in step) != ("uses" in step)
+                assert set(step) <= {"name", "run", "uses", "with"}
+                assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@[\w./]+", step["uses"])
