@@ -130,6 +130,9 @@ def test_a_search_refuses_a_sampler_that_can_take_no_steps(tmp_path: Path, capsy
         assert main([*line, *other]) == 2
         assert message in capsys.readouterr().err
         assert not file.exists()
+    line[2:3] = ["tiny-synthesis", "--count", "1", "--population", "1", "--epochs", "1"]  # starts almost without signal
+    assert main([*line, "--sampler", "heun"]) == 2
+    assert "heun works at none of the steps that were tried" in capsys.readouterr().err
 
 
 def test_fid_is_nothing_at_the_fine_solution_itself() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -153,7 +154,8 @@ class SearchSchedule(PrecisionOptions):
         if not isinstance(model.schedule, TableVP):
             raise ValueError(f"{self.model}: the search is for models with a table of timesteps")
         # a sampler may be refused where a schedule has little signal; one that cannot take steps below has none at all
-        total, order = len(model.schedule.table), {"order": (self.orders,) * self.steps} if self.orders else {}
+        total = len(model.schedule.table)
+        order: dict[str, Any] = {"order": (self.orders,) * self.steps} if self.orders else {}
         below = [0.6 * (total - 1) * (1 - i / self.steps) for i in range(self.steps)]
         build_table(self.sampler, model.schedule, self.steps, timesteps=below, **order)
         if self.skip:
@@ -173,6 +175,8 @@ class SearchSchedule(PrecisionOptions):
             fitness, self.steps, total=total, settings=settings, file=self.output, first=[usual],
             of=of, progress=_tell,
         )  # fmt: skip
+        if math.isinf(best[0][0]):
+            raise ValueError(f"{self.sampler} works at none of the steps that were tried: give a larger --population")
         even = fitness(None)
         found = best[0][1]
         orders = f", orders {', '.join(map(str, found.orders))}" if found.orders else ""
