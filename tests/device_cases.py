@@ -378,7 +378,7 @@ def exact_index(place: Place) -> list[Tensor]:
 # -- diffusion ------------------------------------------------------------------------------------------------------
 
 
-@case("painting.sample", half=True)
+@case("painting.sample", "painting.load_model", half=True)
 def painted(place: Place) -> list[Tensor]:
     return [diffrep.sample("tiny", "a red cup", steps=4, seed=1, **place.here).images]
 
@@ -518,7 +518,7 @@ def depth_training_with_a_decoder(place: Place) -> list[Tensor]:
     return trained_head(training, ([SceneSamples(place.scenes, "disparity")], [1.0]), place)
 
 
-@case()
+@case("heads.training.masks.held_scenes")
 def segmentation_training(place: Place) -> list[Tensor]:
     from diffrep.heads.training.fit import SegmentationTraining
 
@@ -572,6 +572,17 @@ def few_step_training(place: Place) -> list[Tensor]:
     with place.training():
         training, patches = FewStepTraining(batch_size=2, fit=SHORT), ScenePatches(place.scenes)
         train_few_step(training, patches, place.folder, device=place.device, progress=False)
+    return [last_loss(place.folder)]
+
+
+@case("training.early_exit.train_early_exit")
+def early_exit_training(place: Place) -> list[Tensor]:
+    from diffrep.training.early_exit import EarlyExitTraining, train_early_exit
+    from diffrep.training.patches import ScenePatches
+
+    training = EarlyExitTraining(width=32, blocks=3, heads=2, held_out=2, batch_size=2, fit=SHORT)
+    with place.training():
+        train_early_exit(training, ScenePatches(place.scenes), place.folder, device=place.device, progress=False)
     return [last_loss(place.folder)]
 
 

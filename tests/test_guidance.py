@@ -423,7 +423,7 @@ def test_features_of_inverted_noise() -> None:
     [
         ({"timestep": 0}, "at least 1"),
         ({"clean": True}, "clean True"),
-        ({"ensemble": 2}, "ensemble 2"),
+        ({"ensemble": 2}, "an ensemble of 2 needs noise"),
         ({"inversion_steps": 0}, "inversion_steps must be"),
     ],
 )

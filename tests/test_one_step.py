@@ -333,7 +333,7 @@ def test_broken_folders_are_refused_in_one_line(folders: dict[str, Path], tmp_pa
         (tmp_path / "empty", "unet/config.json is missing"),
         (garbled, "cannot be read as JSON"),
         (narrow, "embedding has 9 channels, the U-Net attends to 24"),
-        (tmp_path / "nothing", "no such folder or file and no known head"),
+        (tmp_path / "nothing", "there is no such folder or file"),
     ]:
         with pytest.raises(HeadError, match=message) as caught:
             load_head(folder)

@@ -26,6 +26,7 @@ from diffrep.heads.training.datasets import Hypersim, VirtualKitti
 from diffrep.heads.training.dense import (
     OneStepModel,
     angular_loss,
+    dense_head_of,
     draw_rows,
     latent_loss,
     latent_mask,
@@ -431,8 +432,14 @@ def test_a_trained_head_is_read_back_and_predicts_the_same(
     head = load_head(tmp_path / "head", dtype=torch.float32)
     image = np.array(scenes.image[0])
     pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
-    expected = predict_maps(model, AutoencoderKL.from_pretrained(sd_folder / "vae"), pixels, "disparity")
-    expected = (stretch(expected) if decoder else expected)[0, 0]  # such a decoder draws at any scale
+    vae = AutoencoderKL.from_pretrained(sd_folder / "vae")
+    expected = predict_maps(model, vae, pixels, "disparity")
+    if decoder:  # it draws at any scale, of the image and of its mirror image
+        trained, looks = dense_head_of(model, vae, "disparity"), looks_of(image)
+        with torch.no_grad():
+            drawn = [trained.model.draw_maps(trained.model.predict(trained.model.encode(x), None), x) for x in looks]
+        expected = stretch(trained.read((drawn[0] + drawn[1].flip(-1)) / 2, looks[0]))
+    expected = expected[0, 0]
     torch.testing.assert_close(head.predict(image).values, expected, atol=5e-3, rtol=0)  # half precision
     assert (tmp_path / "head/decoder.safetensors").exists() == decoder == ("its own decoder" in head.recognised)
 
