@@ -47,6 +47,7 @@ def draw_matches(
     tolerance: float | None = None,
     titles: Sequence[str] = (),
     height: int = HEIGHT,
+    marks: float = 1.0,
 ) -> Image.Image:
     """The points of the source and where they went, numbered, joined by lines. Of places so near to each other that one
     number would hide another, the numbers stand beside them.
@@ -55,6 +56,7 @@ def draw_matches(
         points: (N, 2) in pixels of the source.
         truth: (N, 2) where they should have gone. A match is then ringed green within `tolerance` pixels and
             red beyond, with a thin line to where it belongs.
+        marks: factor of the size of dots, numbers and lines; 2 for a picture that is shown at half its size.
     """
     picture, places = side_by_side([load_image(source), load_image(target)], titles=titles, height=height)
     points = numbers_of(points, "(N, 2) as (x, y)")
@@ -63,29 +65,32 @@ def draw_matches(
         raise ValueError(f"{len(points)} points are drawn with as many Matches, got {count}")
     scale = 2  # drawn twice as large and reduced: PIL's lines have no antialiasing of their own
     large = [(left * scale, top * scale, zoom * scale) for left, top, zoom in places]
+    unit = scale * marks  # of everything that is drawn
+    line = max(round(2 * unit), 1)
     layer = Image.new("RGBA", (picture.width * scale, picture.height * scale), (0, 0, 0, 0))
     pen = ImageDraw.Draw(layer)
     starts = [_at(large[0], point) for point in points.tolist()]
     ends = [_at(large[1], point) for point in matches.points.tolist()]
     colours = point_colours(len(points))
     for start, end, colour in zip(starts, ends, colours, strict=True):
-        pen.line([start, end], fill=(*colour, 130), width=2 * scale)
-    labels = [apart(places, 20 * scale, layer.size) for places in (starts, ends)]
+        pen.line([start, end], fill=(*colour, 130), width=line)
+    labels = [apart(places, 22 * unit, layer.size) for places in (starts, ends)]
+    rings = [WHITE] * len(points)
     for i, (start, end, colour) in enumerate(zip(starts, ends, colours, strict=True)):
-        ring = WHITE
         if truth is not None:
             goal = truth[i].tolist()
             good = tolerance is not None and math.dist(matches.points[i].tolist(), goal) <= tolerance
-            ring = RIGHT if good else WRONG
+            rings[i] = RIGHT if good else WRONG
             if not good:
-                pen.line([end, _at(large[1], goal)], fill=(*WRONG, 230), width=2 * scale)
-                _dot(pen, _at(large[1], goal), 3 * scale, WRONG, WHITE, scale)
+                pen.line([end, _at(large[1], goal)], fill=(*WRONG, 230), width=line)
+                _dot(pen, _at(large[1], goal), 3 * unit, WRONG, WHITE, unit)
         for place, label in ((start, labels[0][i]), (end, labels[1][i])):
             if math.dist(place, label) > scale:
-                pen.line([place, label], fill=(*colour, 255), width=2 * scale)
-                _dot(pen, place, 3 * scale, colour, WHITE, scale)
-        _dot(pen, labels[0][i], 8 * scale, colour, WHITE, 2 * scale, str(i + 1))
-        _dot(pen, labels[1][i], 8 * scale, colour, ring, (2 if truth is None else 3) * scale, str(i + 1))
+                pen.line([place, label], fill=(*colour, 255), width=line)
+                _dot(pen, place, 3 * unit, colour, WHITE, unit)
+    for i, colour in enumerate(colours):  # the numbers last, so that no line or dot hides one
+        _dot(pen, labels[0][i], 8 * unit, colour, WHITE, 2 * unit, str(i + 1))
+        _dot(pen, labels[1][i], 8 * unit, colour, rings[i], (2 if truth is None else 3) * unit, str(i + 1))
     reduced = layer.resize(picture.size, Image.Resampling.LANCZOS)
     return Image.alpha_composite(picture.convert("RGBA"), reduced).convert("RGB")
 
@@ -126,15 +131,17 @@ def _dot(
     radius: float,
     colour: tuple[int, int, int],
     ring: tuple[int, int, int],
-    width: int,
+    width: float,
     label: str = "",
 ) -> None:
     x, y = centre
     # a white line keeps the ring's colour apart from the dot's
-    for size, fill in ((radius + width, ring), (radius + width // 3, WHITE), (radius, colour)):
+    for size, fill in ((radius + width, ring), (radius + width / 3, WHITE), (radius, colour)):
         pen.ellipse([x - size, y - size, x + size, y + size], fill=(*fill, 255))
     if label:
-        pen.text((x, y), label, fill=(20, 20, 20, 255), font=sized_font(round(radius * 1.25)), anchor="mm")
+        dark = sum(share * value for share, value in zip((0.3, 0.59, 0.11), colour, strict=True)) < 115
+        ink = WHITE if dark else (20, 20, 20)
+        pen.text((x, y), label, fill=(*ink, 255), font=sized_font(round(radius * 1.25)), anchor="mm")
 
 
 def colour_wheel(points: Tensor, box: tuple[float, float, float, float]) -> np.ndarray:

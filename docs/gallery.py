@@ -84,8 +84,9 @@ def components() -> Image.Image:
 
 
 def heads() -> Image.Image:
-    """**One pass each.** The image, its disparity (1 is near), its normals and its mask, from three heads. [Depth and
-    normals](guides/depth-and-normals.md), [segmentation](guides/segment.md)
+    """**Depth, normals, masks.** The image, its disparity (1 is near), its normals and its mask, from three heads in
+    one step each; for depth the mirror image is looked at too. [Depth and normals](guides/depth-and-normals.md),
+    [segmentation](guides/segment.md)
     """
     names, rows = ("tiny-depth", "tiny-normals", "tiny-segmentation"), []
     loaded = [load_head(name) for name in names]

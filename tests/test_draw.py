@@ -141,3 +141,21 @@ def test_captions_with_control_characters_are_drawn_escaped() -> None:
     )
     assert sheet.tobytes() == escaped.tobytes()
     side_by_side([image], titles=["two\nlines"])
+
+
+def test_numbers_lie_over_what_marks_other_matches_and_grow_with_their_marks() -> None:
+    """The second match misses, and belongs where the first one's number stands."""
+    points, matched = torch.tensor([[10.0, 10.0], [80.0, 40.0]]), torch.tensor([[30.0, 25.0], [80.0, 25.0]])
+    truth, sizes = matched[[0, 0]], []
+    for marks in (1.0, 2.2):
+        matches = Matches(matched, torch.ones(2))
+        picture = draw_matches(
+            grey(100, 50), grey(100, 50), points, matches, truth=truth, tolerance=5, height=200, marks=marks
+        )
+        _, (_, (left, _, scale)) = side_by_side([grey(100, 50), grey(100, 50)], height=200)
+        x, y = round(left + scale * 30.5), round(scale * 25.5)
+        reach = round(5 * marks)
+        number = np.asarray(picture).astype(int)[y - reach : y + reach, x - reach : x + reach]
+        assert (np.abs(number - np.array(WRONG)).max(-1) > 40).all()
+        sizes.append(int((np.abs(np.asarray(picture).astype(int) - point_colours(1)[0]).max(-1) < 10).sum()))
+    assert sizes[1] > 3 * sizes[0]

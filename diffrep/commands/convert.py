@@ -74,6 +74,8 @@ class Convert:
 class Export(ReadingOptions):
     """Write a backbone up to a tap, or a one-step head, as an ONNX or torch.export file, and check what it computes.
 
+    Of a head it is the network alone, in one pass: no mirror image, edges, ensemble or tiles, which the commands add.
+
     For example: diffrep export tiny --taps up.1 -o tiny.onnx
     """
 

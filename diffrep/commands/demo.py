@@ -98,6 +98,7 @@ def different_objects(page: Page, correspondence: Correspondence) -> None:
     """Match keypoints of held-out pairs with each backbone alone and with all, and count what is right."""
     words, whole = WORDS["pairs"], correspondence.recipe
     methods = methods_of(whole)
+    marks = 2.2 if len(methods) == 3 else 1.0  # three pictures in a row are shown at about half their size
     hits: dict[str, list[int]] = {name: [] for name in methods}
     figures = []
     for category, number in words["shown"]:
@@ -114,7 +115,7 @@ def different_objects(page: Page, correspondence: Correspondence) -> None:
             right = (torch.linalg.vector_norm(matches.points - truth, dim=1) <= tolerance).int().tolist()
             hits[name] += right
             values = {"category": category, "note": _note(category), "right": sum(right), "count": len(right)}
-            picture = draw_matches(images[0], images[1], points, matches, truth=truth, tolerance=tolerance)
+            picture = draw_matches(images[0], images[1], points, matches, truth=truth, tolerance=tolerance, marks=marks)
             figures.append((picture, words["caption"].format(name=name, **values)))
     _section(page, "pairs", (figures, "three" if len(methods) == 3 else ""), alpha=ALPHA)
     shares = {name: sum(right) / max(len(right), 1) for name, right in hits.items()}
