@@ -112,7 +112,7 @@ def test_the_demo_page_says_what_the_card_says() -> None:
     """With and without labels, in the first paragraph; and the weights weigh what the card says, under 70 MB."""
     card, text = (DOCS / "model-card.md").read_text(), demo.WORDS["page"]["text"]
     with_labels = re.search(r"^\| both fused \| \*\*([\d.]+)\*\*", card, re.M)
-    without = re.search(r"^\| the U-Net's four taps at two timesteps beside it \| \*\*([\d.]+)\*\*", card, re.M)
+    without = re.search(r"^\| the U-Net's four taps at two timesteps beside that one \| \*\*([\d.]+)\*\*", card, re.M)
     assert with_labels is not None
     assert without is not None
     assert f"about {float(with_labels[1]):.0f} %" in text
