@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import io
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -120,13 +121,24 @@ def paste_inside(
     return float(left), float(top), scale
 
 
-def image_grid(rows: Sequence[Tensor], *, gap: int = 2) -> Image.Image:
-    """Rows of images, each (N, 3, H, W) in [0, 1], as one picture."""
+def image_grid(rows: Sequence[Tensor], *, captions: Sequence[str] = (), gap: int = 2) -> Image.Image:
+    """Rows of images, each (N, 3, H, W) in [0, 1], as one picture; captions, one a row, stand before them."""
     import torch
 
     padded = [torch.nn.functional.pad(row, (gap, gap, gap, gap), value=1.0) for row in rows]
     joined = torch.cat([torch.cat(list(row), dim=-1) for row in padded], dim=-2)
-    return Image.fromarray((joined.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    picture = Image.fromarray((joined.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
+    if not captions:
+        return picture
+    font = sized_font(14)
+    margin = 2 * gap + math.ceil(max(font.getlength(caption) for caption in captions))
+    labelled = Image.new("RGB", (margin + picture.width, picture.height), "white")
+    labelled.paste(picture, (margin, 0))
+    pen, top = ImageDraw.Draw(labelled), 0
+    for row, caption in zip(padded, captions, strict=True):
+        pen.text((gap, top + row.shape[-2] / 2), caption, fill="black", font=font, anchor="lm")
+        top += row.shape[-2]
+    return labelled
 
 
 # -- pages --------------------------------------------------------------------------------------------------

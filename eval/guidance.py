@@ -103,7 +103,7 @@ def evaluate_guidance(
                 parts.append(part)
             rows[method] = torch.cat(parts)
         if pictures is not None:
-            write_image(pictures / f"{name.replace(' ', '-')}.png", image_grid([*rows.values()]))
+            write_image(pictures / f"{name.replace(' ', '-')}.png", image_grid([*rows.values()], captions=[*rows]))
     return ScoreTables(settings, scores, DIGITS)
 
 

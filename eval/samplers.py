@@ -88,7 +88,7 @@ class SamplersReport(Report):
     spread: float  # standard deviation of the fine solution's latents, which the distances are to be seen against
     fid: Mapping[str, Mapping[str, Mapping[str, Mapping[int, float]]]] = field(default_factory=dict)  # by feature space
     searched: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # guidance -> sampler -> distance
-    pictures: Mapping[str, Sequence[Tensor]] = field(default_factory=dict, repr=False)  # guidance -> a row a sampler
+    pictures: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)  # guidance -> sampler -> row
 
     def sections(self) -> Iterable[Section]:
         fine = f"UniPC with {self.settings.reference} steps (deviation {self.spread:.2f})"
@@ -132,7 +132,12 @@ class SamplersReport(Report):
         """The first image by each sampler (rows, as in the table; the last the fine solution) and calls (columns)."""
         from diffrep.pictures import image_grid
 
-        return image_grid([row for rows in self.pictures.values() for row in rows])
+        rows = {
+            f"{name}, guidance {guidance}": row
+            for guidance, rows in self.pictures.items()
+            for name, row in rows.items()
+        }
+        return image_grid([*rows.values()], captions=[*rows])
 
     def document(self) -> Mapping[str, object]:
         return {
@@ -161,7 +166,7 @@ def evaluate_samplers(
     distances: dict[str, dict[str, dict[int, float]]] = {}
     fid: dict[str, Any] = {space: {guidance: {} for guidance in models} for space in spaces}
     searched: dict[str, dict[str, float]] = {}
-    pictures: dict[str, list[Tensor]] = {}
+    pictures: dict[str, dict[str, Tensor]] = {}
     refused: dict[str, str] = {}
     seconds: dict[str, float] = {}
     spread = 0.0
@@ -194,8 +199,8 @@ def evaluate_samplers(
                 except SamplingError as error:
                     refused[f"{name} at the searched steps"] = str(error)
         last = {name: row.get(settings.calls[-1], math.inf) for name, row in distances[guidance].items()}
-        pictures[guidance] = [shown[name] for name in sorted(shown, key=lambda name: last[name])]
-        pictures[guidance].append(fine.images[:1].expand(len(settings.calls), -1, -1, -1))
+        pictures[guidance] = {name: shown[name] for name in sorted(shown, key=lambda name: last[name])}
+        pictures[guidance]["fine solution"] = fine.images[:1].expand(len(settings.calls), -1, -1, -1)
     name = next(iter(models.values())).name
     return SamplersReport(name, settings, distances, seconds, refused, spread, fid, searched, pictures)
 

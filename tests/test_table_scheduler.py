@@ -158,3 +158,6 @@ def test_a_configuration_that_does_not_say_its_class_is_read_by_what_it_holds() 
     for name in ("EDMEulerScheduler", "CMStochasticIterativeScheduler", "ScoreSdeVeScheduler"):
         with pytest.raises(SamplingError, match="in sigmas"):
             TableScheduler.from_config(getattr(diffusers, name)().config)
+    for options in ({"shift_terminal": 0.1}, {"time_shift_type": "linear"}):
+        with pytest.raises(SamplingError, match="are shifted exponentially here"):
+            TableScheduler.from_config(diffusers.FlowMatchEulerDiscreteScheduler(**options).config)

@@ -227,6 +227,8 @@ def model_schedule(config: Mapping[str, Any]) -> tuple[str, NoiseSchedule]:
     betas = not config.keys().isdisjoint(("beta_schedule", "trained_betas"))
     flow = "FlowMatch" in str(config.get("_class_name", "")) or config.get("prediction_type") == "flow_prediction"
     if flow or ("shift" in config and not betas):  # a scheduler that was made, not loaded, does not say its class
+        if config.get("shift_terminal") or config.get("time_shift_type", "exponential") != "exponential":
+            raise SamplingError("flows are shifted exponentially here: no shift_terminal, no linear time_shift_type")
         names = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
         ends = tuple(float(config.get(name, usual)) for name, usual in names.items())
         dynamic = ends if config.get("use_dynamic_shifting") else None
