@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from diffrep.training.early_exit import EarlyExitTraining, train_early_exit
 from diffrep.training.loop import FitSettings
 from diffrep.training.patches import ImagePatches
 
+from . import layouts
 from .test_sample import exact_model, table
 from .test_sampling import MEAN, SPREAD
 
@@ -115,6 +117,23 @@ def test_steps_are_searched_by_fid(work: Path, capsys: pytest.CaptureFixture[str
     ):
         assert main([*line, *other]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_steps_of_a_flow_are_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, file = layouts.build("sd3", tmp_path / "sd3"), str(tmp_path / "steps.json")
+    line = ["search-schedule", "--model", str(folder), "--steps", "3", "--reference", "6", "--guidance", "1"]
+    line += ["--population", "4", "--epochs", "1", "-o", file]
+    assert main(line) == 0
+    best, even = (
+        float(v) for v in re.findall(r"of unipc: (\S+) at .*; (\S+) at even steps", capsys.readouterr().out)[0]
+    )
+    assert best <= even < float("inf")  # even steps are among the candidates
+    timesteps = read_candidate(file).timesteps  # 1000 sigma
+    assert len(timesteps) == 3
+    assert all(1 <= t <= 1000 for t in timesteps)
+    assert main(["sample", "x", "--model", str(folder), "--schedule", file, "-o", str(tmp_path / "x.png")]) == 0
+    assert main([*line, "--sampler", "evodiff", "-o", str(tmp_path / "other.json")]) == 2
+    assert "evodiff does not work on rectified flows" in capsys.readouterr().err
 
 
 def test_a_search_refuses_a_sampler_that_can_take_no_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ class SearchSchedule(PrecisionOptions):
     """
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("steps.json")  # the result, and what was evaluated
-    model: str = "tiny-synthesis"  # or the folder of a synthesis model, a Stable Diffusion or an ADM
+    model: str = "tiny-synthesis"  # or the folder of a synthesis model, a Stable Diffusion, a flow or an ADM
     sampler: str = "unipc"  # whose steps they are
     steps: int = 5  # timesteps to find
     prompt: tuple[str, ...] = ("a photograph",)  # of a Stable Diffusion
@@ -131,8 +131,8 @@ class SearchSchedule(PrecisionOptions):
         from diffrep.backbones.partial import skippable_units
         from diffrep.eval.samplers import distance_to_fine, guided_models
         from diffrep.eval.search import search_steps
-        from diffrep.sampling.samplers import build_table, named_sampler
-        from diffrep.sampling.schedules import TableVP, table_times
+        from diffrep.sampling.samplers import build_table, named_sampler, sampling_grid
+        from diffrep.sampling.schedules import Flow, TableVP
         from diffrep.searched import Candidate
 
         check_writable(self.output, (".json",))
@@ -151,13 +151,15 @@ class SearchSchedule(PrecisionOptions):
             **self.placed(),
         )  # fmt: skip
         model = models["1"] if self.guidance == 1 else list(models.values())[-1]
-        if not isinstance(model.schedule, TableVP):
-            raise ValueError(f"{self.model}: the search is for models with a table of timesteps")
+        schedule, total = model.schedule, 1001  # timesteps of flows are 1000 sigma
+        if isinstance(schedule, Flow):
+            schedule = schedule.of_tokens((model.side // model.factor) ** 2 // 4)
+        elif isinstance(schedule, TableVP):
+            total = len(schedule.table)
         # a sampler may be refused where a schedule has little signal; one that cannot take steps below has none at all
-        total = len(model.schedule.table)
         order: dict[str, Any] = {"order": (self.orders,) * self.steps} if self.orders else {}
         below = [0.6 * (total - 1) * (1 - i / self.steps) for i in range(self.steps)]
-        build_table(self.sampler, model.schedule, self.steps, timesteps=below, **order)
+        build_table(self.sampler, schedule, self.steps, timesteps=below, **order)
         if self.skip:
             settings = replace(settings, layers=len(skippable_units(model.network)), skip_after=0)
         cost = self.cost if self.skip else 0.0
@@ -165,7 +167,7 @@ class SearchSchedule(PrecisionOptions):
             model, self.sampler, self.steps, self.reference, seed=self.seed, cost=cost,
             features=self.features if fid else None, real=self._real(model.side),
         )  # fmt: skip
-        usual = Candidate(tuple(int(t) for t in table_times(model.schedule, self.steps)))
+        usual = Candidate(tuple(int(t) for t in sampling_grid(schedule, self.steps).labels))
         of = {
             "fitness": self.fitness, "sampler": self.sampler, "model": self.model, "prompt": self.prompt,
             "label": self.label, "count": self.count, "guidance": self.guidance, "reference": self.reference,
