@@ -191,7 +191,7 @@ def test_no_python_is_spent_on_every_small_tensor() -> None:
             averages.update(0.9)
         return sum(entry.callcount for entry in profile.getstats())
 
-    assert calls(300) == calls(3)
+    assert calls(300) < calls(3) + 100  # a call for every tensor would make 594 more; coverage and collection a few
 
 
 def test_moving_average() -> None:
