@@ -57,5 +57,5 @@ def test_sixteen_thousand_pixels_a_side(tmp_path: Path) -> None:
         pytest.skip(f"needs {1.1 * needed / 1e9:.1f} GB on the disk of {tmp_path}, {free / 1e9:.1f} GB are free")
     quarter, whole = peaks_of(tmp_path, 8192, 16384)
     assert whole < 2048
-    assert whole <= 1.1 * quarter
+    assert whole <= 1.25 * quarter  # of four times the pixels; allocators differ by a tenth
     assert not list(tmp_path.iterdir())
