@@ -18,7 +18,7 @@ from diffrep.guidance.composition import Prompts, cycle, superpose
 from diffrep.guidance.core import Between, guided
 from diffrep.guidance.ensembles import afdps, karras_grid
 from diffrep.guidance.inversion import METHODS as INVERSIONS
-from diffrep.guidance.inversion import invert, leading_grid, regenerate
+from diffrep.guidance.inversion import invert, leading_grid, optimise_null, regenerate
 from diffrep.guidance.operators import Operator
 from diffrep.guidance.posterior import dps, flowchef, measured_start, pigdm, red_diff, spaced_grid
 from diffrep.images import fit_image, load_image
@@ -216,6 +216,10 @@ def test_inversion_is_what_diffusers_does() -> None:
         (
             lambda: invert(lambda x, t: x * 1e7, random(1, 2), leading_grid(TABLE, 9)),
             "ddim inversion diverges: step 3 of 9",
+        ),
+        (
+            lambda: optimise_null(lambda x, t, c: x, [random(1, 2)], leading_grid(TABLE, 125), *[random(1, 2)] * 2),
+            "within 100 steps, got 125",
         ),
     ],
 )
@@ -496,6 +500,19 @@ def test_cycles_refuse(change: dict[str, object], message: str) -> None:
             prompts, torch.zeros(1, 2, 4, 4), torch.zeros(1, 2, 8, 8), torch.ones(1, 2, 4, 4),
             grid=leading_grid(TABLE, 10), noise=lambda: torch.zeros(1, 2, 8, 8), **settings,
         )  # fmt: skip
+
+
+def test_the_object_is_written_where_levels_meet() -> None:
+    """Of five steps the last level is the lower one: the object's state enters before any step down."""
+    prompts = Prompts(*[lambda x, t: torch.zeros_like(x)] * 5)
+    seed, canvas = random(1, 2, 4, 4), random(1, 2, 8, 8, seed=1)
+    result = cycle(
+        prompts, seed, canvas, torch.ones(1, 2, 4, 4), (2, 3), leading_grid(TABLE, 5), lambda: torch.zeros_like(canvas),
+        cycles=0,
+    ).result  # fmt: skip
+    expected = canvas.clone()
+    expected[..., 2:6, 3:7] = seed
+    assert torch.allclose(result, expected, atol=1e-6)
 
 
 def test_the_network_is_told_where_a_step_leads_or_begins() -> None:

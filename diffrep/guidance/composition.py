@@ -197,9 +197,9 @@ def cycle(
     height, width = seed.shape[-2:]
     if row < 0 or column < 0 or row + height > canvas.shape[-2] or column + width > canvas.shape[-1]:
         raise SamplingError(f"an object of {height} x {width} at row {row}, column {column} leaves the canvas")
-    if not 0 <= final < bottom < top < count:
+    if not 0 <= final <= bottom <= top < count or not bottom:
         raise SamplingError(
-            f"levels must rise, last < low < high < 1, got {last:g}, {low:g}, {high:g} of {count} steps"
+            f"levels must rise, 0 <= last <= low <= high < 1, got {last:g}, {low:g}, {high:g} of {count} steps"
         )
     at, x = levels(grid), canvas
     area = (..., slice(row, row + height), slice(column, column + width))
@@ -238,8 +238,8 @@ def cycle(
             x = write(x, upper[top - index])
         check_finite("COW", x, number, cycles)
         after.append(x)
-    for index in range(bottom - 1, -1, -1):
-        x = denoise(x, index, eta, towards)
+    for index in range(bottom, -1, -1):
+        x = denoise(x, index, eta, towards) if index < bottom else x
         x = write(x, lower[bottom - index]) if index == final else x
     check_finite("COW", x, cycles - 1, cycles)
     return Cycles(upper, lower, inverted, after, x)

@@ -48,8 +48,8 @@ def afdps(
     Args:
         log_weights: (P,) zeros; after each step the particles' log-weights with the maximum 0.
         sigma_y: standard deviation of the measurement's noise.
-        at: "denoised" measures the clean estimate instead, with the variance sigma_y^2 + (widening sigma)^2; no longer
-            exact, and steps may be longer.
+        at: "denoised" measures the clean estimate instead; no longer exact, and steps may be longer.
+        widening: gamma of the variance sigma_y^2 + (gamma sigma)^2 that the measurement is counted with; exact at 0.
         resample: draws the particles that go on; None: never, and a few take all weight.
         threshold: share of effective particles below which they are drawn anew.
         probe: of operators that are not linear: standard normal noise of each step, like the measurements of all
@@ -64,7 +64,7 @@ def afdps(
         nonlocal drawn
         x, clean, t = between.x, between.forms()["data"], between.now[1]
         h = t - between.then[1]
-        variance = sigma_y**2 + (widening * t) ** 2 if at == "denoised" else sigma_y**2
+        variance = sigma_y**2 + (widening * t) ** 2
         measured, pull, _ = operator.at(clean if at == "denoised" else x)
         gradient = pull(measured - y) / variance
         energy = trace if probe is None else squares(pull(probe(between.step)))

@@ -214,7 +214,12 @@ def optimise_null(
 
     Returns:
         The embeddings, noisiest step first, and the state that they lead to.
+
+    Raises:
+        SamplingError: more than 100 steps, or one that diverges.
     """
+    if grid.steps > 100:
+        raise SamplingError(f"null-text inversion's rate falls to 0 within 100 steps, got {grid.steps}")
     at, x, embeddings = levels(grid), pivots[-1], []
     for i in range(grid.steps):
         t, goal, used, last = float(grid.times[i]), pivots[-2 - i], 0, 0.0

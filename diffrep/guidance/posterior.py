@@ -81,7 +81,7 @@ def pigdm(
     Args:
         weight: of the gradient.
         keep: mask of pixels that are seen: they are copied instead of guided (inpainting).
-        contrast: weight of the standard deviation of x0, which the gradient raises; 1500 for HDR.
+        contrast: weight of the standard deviation of each x0, which the gradient raises; 1500 for HDR.
     """
     operator.check(y)
     start = operator.pinv(y)
@@ -89,7 +89,12 @@ def pigdm(
     def guide(between: Between) -> Tensor:
         data = between.forms()["data"]
         missed = start - operator.pinv(operator(data.detach()))
-        gradient, _ = _slope(between, lambda data: (missed * data).sum() + contrast * data.std())
+
+        def aim(data: Tensor) -> Tensor:
+            along = (missed * data).sum()
+            return along + contrast * data.flatten(1).std(1).sum() if contrast else along
+
+        gradient, _ = _slope(between, aim)
         factor = weight * between.now[0] * between.then[0]
         if keep is not None:
             seen = keep.to(data)

@@ -97,14 +97,17 @@ def check_completion(folder: Path, case: dict[str, Any]) -> None:
         height, width = run["size"]
         assert int((given["sparse"] > 0).sum()) == run["points"]
         image = given["image_uint8"][None].float() / 255 * 2 - 1
-        canvas = F.pad(image, (0, -width % 2, 0, -height % 2), mode="replicate")
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        canvas = F.pad(image, (0, -width % factor, 0, -height % factor), mode="replicate")
         latent = vae.encode(canvas).latent_dist.mean * SCALE
         assert_like(latent, wanted["image_latent"], atol=1e-5, what="image latent")
         scheduler: Any = DDIMScheduler(
             beta_schedule="scaled_linear", prediction_type="v_prediction", set_alpha_to_one=False,
-            rescale_betas_zero_snr=run["zero_snr"], **SD,
+            rescale_betas_zero_snr=run["zero_snr"], timestep_spacing="trailing", **SD,
         )  # fmt: skip
-        times = wanted["timesteps"].tolist()
+        scheduler.set_timesteps(run["steps"])
+        times = scheduler.timesteps.tolist()
+        assert times == wanted["timesteps"].tolist()
         grid = TimeGrid.of(TableVP(scheduler.alphas_cumprod.double().numpy()), [*times, -1])
         # diffusers' DDIM goes on from t - 1000 // N, which is not always the next timestep
         ends = [float(scheduler.alphas_cumprod[max(int(t) - 1000 // run["steps"], 0)]) for t in times]
@@ -124,10 +127,11 @@ def check_sara(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p = case["parameters"]
     assert p["network"].startswith("b(relu(a(x)))")
-    network = torch.nn.ModuleDict({"a": torch.nn.Linear(p["width"], p["width"]), "b": torch.nn.Linear(p["width"], 4)})
+    width, outputs = p["width"], len(inputs["weight.b.bias"])
+    network = torch.nn.ModuleDict({"a": torch.nn.Linear(width, width), "b": torch.nn.Linear(width, outputs)})
     network.load_state_dict({n.removeprefix("weight."): v for n, v in inputs.items() if n.startswith("weight.")})
     optimiser = SaRA(
-        network.parameters(), p["threshold"], lr=p["lr"], betas=tuple(p["betas"]), eps=p["eps"],
+        network.parameters(), p["threshold"], lr=p.get("lr"), betas=tuple(p["betas"]), eps=p["eps"],
         weight_decay=p["weight_decay"], reselect=p["progressive_iter"], lambda_rank=p["lambda_rank"], official=True,
     )  # fmt: skip
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from diffrep.guidance.inversion import invert, leading_grid, optimise_null, regenerate
+from diffrep.guidance.core import Network
+from diffrep.guidance.inversion import METHODS, Pair, invert, leading_grid, optimise_null, regenerate
+from diffrep.sampling.schedules import TimeGrid
 
 from .cases import each
 from .guidance_networks import load_unet, run_tensors, stable_diffusion_schedule, under_guidance
@@ -44,6 +47,40 @@ def check_null_text(folder: Path, case: dict[str, Any]) -> None:
             assert near or abs(loss - last) <= 1e-3 + 0.05 * abs(last), f"step {i}: loss {loss} instead of {last}"
 
 
+def released_grids(table: np.ndarray, steps: int, strength: float) -> list[TimeGrid]:
+    """The grid of each step of BDIA and EDICT as released, alike where `steps` divides the table's length.
+
+    Where not, more timesteps than `steps` may fit below the length, and a step leads down by the exact quotient, in
+    single precision: past the next timestep, to an abar between two entries with their weights swapped.
+    """
+    total = len(table)
+    times = [*range(0, total, total // steps)][::-1][steps - int(steps * strength) :]
+    stride, grids = np.float32(total / steps), []
+
+    def abar(t: np.float32) -> float:
+        low, share = int(np.floor(t)), float(t - np.floor(t))
+        return float(table[0] if t < 0 else table[low] * share + table[int(np.ceil(t))] * (1 - share))
+
+    for i in range(len(times)):
+        places = np.array([*times, 0, 0], np.float32)
+        places[i + 1] = places[i] - stride
+        places[i + 2] = places[i + 1] - stride
+        places = places[:-1]
+        abars = np.array([abar(place) for place in places])
+        alpha, sigma = abars**0.5, (1 - abars) ** 0.5
+        exact = places.astype(np.float64)
+        grids.append(TimeGrid(exact, alpha, sigma, exact[:-1], np.log(alpha / sigma)))
+    return grids
+
+
+def walk(network: Network, pair: Pair, grids: list[TimeGrid], method: str, *, down: bool, **options: Any) -> Pair:
+    """All steps of a way, each on its grid."""
+    for i in range(len(grids)) if down else reversed(range(len(grids))):
+        pair = METHODS[method](network, grids[i], **options)[down](pair, i)
+    return pair
+
+
+@torch.no_grad()
 def check_exact(folder: Path, case: dict[str, Any]) -> None:
     """BDIA and EDICT, whose cases have one shape."""
     inputs, expected = tensors_of(folder)
@@ -51,7 +88,7 @@ def check_exact(folder: Path, case: dict[str, Any]) -> None:
     for k, run in enumerate(each(case["runs"])):
         given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
         latent, null = given["latent"].double(), given["uncond"]
-        grid = leading_grid(schedule, run["steps"], strength=run["strength"])
+        grids = released_grids(schedule.table, run["steps"], run["strength"])
         source, target = (under_guidance(unet, given[n], null, run["guidance"]) for n in ("source", "target"))
         got: dict[str, tuple[Tensor, ...]] = {}
         method, options = "edict", {}
@@ -59,11 +96,16 @@ def check_exact(folder: Path, case: dict[str, Any]) -> None:
             method, options = "bdia", {"gamma": run["gamma"]}
         else:
             options = {"mix": run["mix_weight"], "leapfrog": run["leapfrog"]}
-            got["inverted_ddim_baseline"] = (invert(source, latent, grid)[-1][0],)
-        pair = invert(source, latent, grid, method, **options)[-1]
-        got["reconstructed"], got["edited"] = (
-            regenerate(network, pair, grid, method, **options) for network in (source, target)
-        )
-        got["inverted"] = pair
+            got["inverted_ddim_baseline"] = (walk(source, (latent, latent), grids, "ddim", down=False)[0],)
+        got["inverted"] = pair = walk(source, (latent, latent), grids, method, down=False, **options)
+        for name, network in (("reconstructed", source), ("edited", target)):
+            got[name] = walk(network, pair, grids, method, down=True, **options)
+        if len(schedule.table) % run["steps"] == 0:  # and so do ours, on the grid of all steps
+            grid = leading_grid(schedule, run["steps"], strength=run["strength"])
+            assert_like(
+                torch.cat(invert(source, latent, grid, method, **options)[-1]), torch.cat(pair), atol=1e-9, what="up"
+            )
+            back = regenerate(target, pair, grid, method, **options)
+            assert_like(torch.cat(back), torch.cat(got["edited"]), atol=1e-9, rtol=1e-9, what="down")
         for name, value in wanted.items():
             assert_like(torch.cat(got[name]), value.double(), atol=1e-6, rtol=1e-6, what=name)

@@ -30,6 +30,8 @@ def red_operator(name: str, shape: tuple[int, int, int], mask: Tensor | None = N
         return released.quantised(shape, int(number))
     if name == "hdr":
         return released.overexposed(shape)
+    if name == "phase":
+        return released.phaseless(shape)
     assert name in ("deblur_uni", "deblur_gauss"), f"RED-diff has no operator {name}"
     return released.red_deblurring(shape, released.red_deblurring_kernel(name.removeprefix("deblur_")))
 

@@ -10,13 +10,14 @@ Sources: NVlabs/RED-diff 66482f2, FlowChef/FlowChef 9b705fc, LituRout/PSLD d7346
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffrep.guidance.operators import Operator, averaging, bicubic
+from diffrep.guidance.operators import Operator, averaging, bicubic, box
 
 Shape = tuple[int, int, int]
 
@@ -84,6 +85,16 @@ def _convolution(name: str, shape: Shape, kernel: Tensor, mode: str) -> Operator
         return F.conv2d(padded, kernel.to(x).expand(x.shape[1], 1, -1, -1), groups=x.shape[1])
 
     return Operator(name, shape, blurred, lambda y: y)
+
+
+def flowchef_operator(name: str, shape: Shape, run: Mapping[str, Any]) -> Operator:
+    """FlowChef's measurement of a name, whose gradient is the true one."""
+    if name == "box":
+        return box(shape, run["box_size"])
+    if name in ("sr", "super"):
+        return averaging(shape, run["scale_factor"])
+    assert name in ("gauss", "deblur"), f"FlowChef has no operator {name}"
+    return dataclasses.replace(flowchef_blur(shape, run["kernel_size"], run["sigma"]), transpose=None)
 
 
 def flowchef_blur(shape: Shape, kernel_size: int, sigma: float) -> Operator:
