@@ -158,6 +158,10 @@ def test_projections_of_a_point() -> None:
             "is not linear: it has no adjoint",
         ),
         (lambda: LINEAR["averaging"].check(torch.zeros(1, 3, 5, 4)), r"measures \(B, 3, 4, 4\), got \(1, 3, 5, 4\)"),
+        (
+            lambda: afdps(LINEAR["averaging"], torch.zeros(1, 3, 4, 4), torch.zeros(2), sigma_y=1, at="clean"),
+            "noisy or denoised, got 'clean'",
+        ),
         (lambda: LINEAR["box"].check(torch.full((1, *SHAPE), torch.nan)), "432 values that are not finite"),
     ],
 )
@@ -217,6 +221,7 @@ def test_inversion_is_what_diffusers_does() -> None:
             lambda: invert(lambda x, t: x * 1e7, random(1, 2), leading_grid(TABLE, 9)),
             "ddim inversion diverges: step 3 of 9",
         ),
+        (lambda: invert(lambda x, t: x, random(1, 2), leading_grid(TABLE, 4), label="after"), "got 'after'"),
         (
             lambda: optimise_null(lambda x, t, c: x, [random(1, 2)], leading_grid(TABLE, 125), *[random(1, 2)] * 2),
             "within 100 steps, got 125",

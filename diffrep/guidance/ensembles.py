@@ -55,6 +55,8 @@ def afdps(
         probe: of operators that are not linear: standard normal noise of each step, like the measurements of all
             particles, by which the trace of J^T J is estimated (Hutchinson).
     """
+    if at not in ("noisy", "denoised"):
+        raise SamplingError(f"particles are measured noisy or denoised, got {at!r}")
     if not sigma_y > 0:
         raise SamplingError(f"particles are weighed by the measurement's noise: sigma_y must be above 0, got {sigma_y}")
     operator.check(y)

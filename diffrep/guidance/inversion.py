@@ -48,6 +48,8 @@ def ddim(network: Network, grid: TimeGrid, *, label: Literal["target", "before"]
         label: the timestep that the network is told on the way up: the one that the step leads to, as prompt-to-prompt
             and diffusers' inverse scheduler have it, or the one that it starts from, as Diffusion Hyperfeatures.
     """
+    if label not in ("target", "before"):
+        raise SamplingError(f"a network is told the target of a step up or the time before, got {label!r}")
     at, times = levels(grid), grid.times.tolist()
 
     def up(pair: Pair, i: int) -> Pair:

@@ -94,8 +94,8 @@ def check_red_diff(folder: Path, case: dict[str, Any]) -> None:
 
 def _pixel_guide(run: Any, operator: Operator, y: Tensor, mask: Tensor | None) -> Any:
     if run["algo"] == "dps":
-        weight = run["grad_term_weight"] if run["original"] else 1.0  # it is that of `original` alone
-        return dps(operator, y, weight=weight, eta=run["eta"], normalised=run["original"])
+        weight, original = run["grad_term_weight"], run["original"]  # the weight is that of `original` alone
+        return dps(operator, y, weight=weight if original else 1.0, eta=run["eta"], normalised=original)
     assert run["algo"] == "pgdm", run["algo"]
     assert run.get("awd", True), "awd False is not described"
     keep = mask if run["deg"] == "in2" else None
