@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.base import BackboneError
-from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone, keyed_generator
+from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone, class_labels, keyed_generator
 from diffrep.backbones.early_exit import EarlyExitUViT, LayerOutputs, is_early_exit, load_early_exit
 from diffrep.backbones.partial import PartialNetwork
 from diffrep.devices import resolve_device
@@ -191,18 +191,15 @@ def _of_early_exit(network: EarlyExitUViT, condition: Any, guidance: float | Non
     from diffrep.synthesis.model import load_synthesis
 
     about, name = network.about, type(network).__name__
-    labels = [] if condition is None else torch.as_tensor(condition).flatten().tolist()
-    if bool(labels) != (about.num_classes > 0) or not all(0 <= label < about.num_classes for label in labels):
-        needs = f"needs a class, 0..{about.num_classes - 1}" if about.num_classes > 0 else "has no classes"
-        raise BackboneError(f"{name} {needs}, got the condition {condition!r}")
+    labels = class_labels(name, condition, about.num_classes if about.num_classes > 0 else None)
     if guidance not in (None, 1.0):
         raise SamplingError(f"{name}: has no classifier-free guidance")
     device = network.uvit.pos_embed.device
 
     def predict(x: Tensor, t: float, rows: slice) -> Tensor:
         if x.shape[-2:] != (about.img_size, about.img_size):
-            painted, asked = about.img_size * factor, [int(n) * factor for n in x.shape[-2:]]
-            raise SamplingError(f"{name}: paints {painted} x {painted}, got {asked[0]} x {asked[1]}")
+            height, width = (factor * int(n) for n in x.shape[-2:])
+            raise SamplingError(f"{name}: paints {side} x {side}, got {height} x {width}")
         times = torch.full((len(x),), t, device=device)
         classes = torch.tensor(labels[rows], device=device) if labels else None
         output = network(x.to(network.uvit.pos_embed), times, classes)

@@ -6,15 +6,13 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffrep.backbones import PixelDiffusion
 from diffrep.backbones.diffusion import keyed_generator
 from diffrep.images import Sizing, fit_image, load_image
-from diffrep.painting import DiffusionModel, diffusion_model, load_model
+from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.core import to_forms
 from diffrep.sampling.flows import Field, divergence, integrate_with_density, probability_flow, solve_rk45
 from diffrep.sampling.schedules import SamplingError, TableVP
@@ -112,21 +110,26 @@ def image_likelihood(
 
     Args:
         backbone: a Stable Diffusion 1 or 2, or an ADM, by name, folder or file.
+        prompt: of a Stable Diffusion.
+        label: of a class-conditional ADM.
         size: side of the square that images are squashed to; that of the model's training where left out.
         probes: draws of the probe, whose mean is taken; they depend on the seed and on the image's number alone.
         timesteps: where Heun's steps lie in place of adaptive ones, or the file of a search for them.
         skip: called with a file that is no image, which is left out; None: that is an error.
 
     Raises:
+        BackboneError: the model cannot be loaded, or takes no such condition.
         SamplingError: the model cannot be sampled, or the size does not fit it.
         ImageError: a file is no image.
     """
     searched = as_candidate(timesteps)
     if searched is not None and (searched.orders or searched.skipped):
         raise SamplingError(f"{timesteps}: has orders or skipped units, which a likelihood takes none of")
-    network = load_model(backbone, device=device, dtype=dtype)
-    condition = label if label is not None or isinstance(network, PixelDiffusion) else prompt
-    model = diffusion_model(network, condition, guidance=1.0)
+    steps = () if searched is None else searched.timesteps
+    if prompt and label is not None:
+        raise SamplingError("a prompt and a label are conditions of two kinds of models: give one")
+    condition = label if label is not None else prompt or None
+    model = diffusion_model(backbone, condition, guidance=1.0, device=device, dtype=dtype)
     side = size or model.side
     if side % model.factor:
         raise SamplingError(f"{model.name}: the size must be a multiple of {model.factor}, got {side}")
@@ -144,6 +147,6 @@ def image_likelihood(
         for draw in range(probes):
             generator = keyed_generator(seed, number, stream=draw)
             probe = (2 * torch.randint(0, 2, tuple(state.shape), generator=generator) - 1).to(state)
-            options: dict[str, Any] = {"timesteps": () if searched is None else searched.timesteps}
-            drawn.append(float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset, **options)[0]))
+            bits = model_likelihood(model, state, probe, tolerance=tolerance, offset=offset, timesteps=steps)
+            drawn.append(float(bits[0]))
         yield file, sum(drawn) / probes

@@ -280,7 +280,7 @@ def guided_models(
     *,
     prompts: Sequence[str] = (),
     label: int | None = None,
-    count: int = 4,
+    count: int | None = None,
     repeated: bool = False,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
@@ -288,24 +288,42 @@ def guided_models(
     """A model without and with guidance, by its words; pixel models have none.
 
     Args:
-        prompts: of a Stable Diffusion; label: of a class-conditional ADM; count: of a synthesis model, how many
-            embeddings of held-out scenes.
+        guidance: scale of the second; the model's own, or 7.5, where None.
+        prompts: of a model with a text encoder; "a photograph" where there are none.
+        label: of a class-conditional model.
+        count: of a synthesis model, how many embeddings of held-out scenes; 4 where None.
         repeated: prompts, the label, or no condition at all, again and again up to `count` images.
+
+    Raises:
+        BackboneError: the model cannot be loaded, or takes no such condition.
+        SamplingError: it has no use for one of these.
     """
     from diffrep.backbones import PixelDiffusion
     from diffrep.eval.synthesis import held_out_images
 
-    model, images = load_model(name, device=device, dtype=dtype), count if repeated else 1
-    pixels = isinstance(model, (PixelDiffusion, EarlyExitUViT))
-    condition: Any = [prompts[i % len(prompts)] for i in range(max(images, len(prompts)))] if prompts else None
+    if count is not None and count < 1:
+        raise SamplingError(f"count must be at least 1, got {count}")
+    model = load_model(name, device=device, dtype=dtype)
+    scenes, pixels = isinstance(model, SynthesisModel), isinstance(model, (PixelDiffusion, EarlyExitUViT))
+    unused = {
+        "prompts": bool(prompts) and (scenes or label is not None),
+        "label": label is not None and scenes,
+        "count": count is not None and not (scenes or repeated),
+        "guidance": guidance not in (None, 1) and pixels,
+    }
+    if any(unused.values()):
+        raise SamplingError(f"{name}: has no use for {next(word for word in unused if unused[word])} here")
+    count = 4 if count is None else count
+    condition: Any = None
     if isinstance(model, SynthesisModel):
         condition = ImageEncoder.of_model(model)(held_out_images(count, model.window * model.factor, first=0))
         guidance = model.about.guidance if guidance is None else guidance
-    elif pixels or label is not None:
-        condition = None if label is None else [label] * images
+    elif label is not None or prompts or "prompt" in getattr(model, "takes", ()):
+        each = [label] if label is not None else list(prompts) or ["a photograph"]
+        condition = [each[i % len(each)] for i in range(max(count if repeated else 1, len(each)))]
     models = {"1": diffusion_model(model, condition, guidance=1.0)}
     if condition is None:
-        models["1"].count = images
+        models["1"].count = count if repeated else 1
     if not pixels:
         scale = 7.5 if guidance is None else guidance
         models[f"{scale:g}"] = diffusion_model(model, condition, guidance=scale)

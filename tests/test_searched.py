@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffrep.backbones.early_exit import load_early_exit, save_early_exit
+from diffrep.backbones import BackboneError
+from diffrep.backbones.early_exit import EarlyExitUViT, UViTConfig, load_early_exit, save_early_exit
 from diffrep.cli import main
 from diffrep.eval.likelihood import model_likelihood
 from diffrep.eval.samplers import distance_to_fine
@@ -208,3 +209,50 @@ def test_an_early_exit_is_trained_resumed_and_painted(work: Path, tmp_path: Path
     assert early.flops < 0.6 * whole.flops  # type: ignore[operator]
     with pytest.raises(SamplingError, match="paints 128 x 128, got 256 x 128"):
         sample(tmp_path / "model", steps=1, size=(256, 128))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depth": "3"}, r"config\.json: depth must be a whole number, got '3'"),
+        ({"num_heads": 0}, r"config\.json: num_heads must be at least 1, got 0"),
+        ({"img_size": 9}, r"config\.json: a U-ViT has whole patches"),
+        ({"embed_dim": 64}, r"model\.safetensors: does not fit its config\.json"),
+    ],
+)
+def test_a_damaged_early_exit_names_its_file(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    save_early_exit(EarlyExitUViT(UViTConfig(img_size=8, embed_dim=32, depth=3, num_heads=2)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(BackboneError, match=message):
+        load_early_exit(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("sample fox --model EXIT -o x.png", "takes no prompts, no condition"),
+        ("sample --label 3 --model EXIT -o x.png", "has no classes, got 3"),
+        ("likelihood A --backbone EXIT --prompt fox", "takes no prompts, no condition"),
+        ("likelihood A --backbone tiny --prompt fox --label 2", "conditions of two kinds of models: give one"),
+        ("likelihood A --backbone tiny --label 2", "takes prompts and no class (label)"),
+        ("eval samplers --model EXIT --prompt fox", "takes no prompts, no condition"),
+        ("eval samplers --model EXIT --guidance 3", "EXIT: has no use for guidance here"),
+        ("eval samplers --model tiny --count 3", "tiny: has no use for count here"),
+        ("eval samplers --model tiny --label 3", "takes prompts and no class (label)"),
+        ("search-schedule --prompt fox", "tiny-synthesis: has no use for prompts here"),
+        ("search-schedule --label 3", "tiny-synthesis: has no use for label here"),
+        ("search-schedule --count 0", "count must be at least 1, got 0"),
+    ],
+)
+def test_a_condition_that_a_model_has_no_use_for_is_refused(
+    line: str, message: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "exit").mkdir()
+    save_early_exit(EarlyExitUViT(UViTConfig(img_size=8, embed_dim=16, depth=3, num_heads=2)), tmp_path / "exit")
+    monkeypatch.chdir(tmp_path)
+    words = {"A": str(work / "photos/red/0.png"), "EXIT": "exit"}
+    assert main([words.get(word, word) for word in line.split()]) == 2
+    assert message.replace("EXIT", "exit") in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["exit"]

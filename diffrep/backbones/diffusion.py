@@ -30,6 +30,28 @@ def keyed_generator(seed: int, draw: int = 0, *, stream: int = 0) -> torch.Gener
     return torch.Generator().manual_seed(mixed)
 
 
+def class_labels(name: str, condition: Any, classes: int | None, negative: str = "") -> list[int]:
+    """The classes of a condition as a list; empty for a network without classes.
+
+    Args:
+        name: of the network, for messages.
+        condition: a class or several, 0 to `classes` - 1; None for a network without classes.
+        classes: how many the network knows; None: it has none.
+
+    Raises:
+        BackboneError: prompts; a class that the network does not know; or none where it needs one.
+    """
+    listed = condition if isinstance(condition, Sequence) and not isinstance(condition, str) else [condition]
+    if negative or any(isinstance(one, str) for one in listed):
+        what = "a class instead (label)" if classes is not None else "no condition"
+        raise BackboneError(f"{name} takes no prompts, {what}")
+    labels: list[int] = [] if condition is None else torch.as_tensor(condition).flatten().tolist()
+    if bool(labels) != bool(classes) or not all(0 <= label < (classes or 0) for label in labels):
+        needs = "has no classes" if classes is None else f"needs a class (label), 0..{classes - 1}"
+        raise BackboneError(f"{name} {needs}, got {'none' if condition is None else repr(condition)}")
+    return labels
+
+
 class DiffusionBackbone(Backbone, ABC):
     """A frozen network that was trained to take noise out of images or latents.
 
@@ -75,21 +97,6 @@ class DiffusionBackbone(Backbone, ABC):
             BackboneError: it cannot be painted under such a condition.
         """
         raise NotImplementedError
-
-    def _classes(self, condition: Any, negative: str, classes: int | None) -> list[Any]:
-        """Labels as a list, [None] where there are no classes."""
-        texts = isinstance(condition, str) or (
-            isinstance(condition, Sequence) and any(isinstance(c, str) for c in condition)
-        )
-        if texts or negative:
-            what = "a class instead (label)" if classes is not None else "no condition"
-            raise BackboneError(f"{self.name} takes no prompts, {what}")
-        labels = [None] if condition is None else torch.as_tensor(condition).flatten().tolist()
-        if (classes is None) != (labels == [None]) or not all(c is None or 0 <= c < (classes or 0) for c in labels):
-            needs = "has no classes" if classes is None else f"needs a class (label), 0..{classes - 1}"
-            got = "none" if condition is None else repr(condition)
-            raise BackboneError(f"{self.name} {needs}, got {got}")
-        return labels
 
     def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
         """What the network gives for noisy states, in its own convention.
@@ -266,9 +273,9 @@ class LatentBackbone(DiffusionBackbone):
         return posterior.mean.contiguous(), posterior.std.contiguous()
 
     def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
-        if isinstance(condition, int):
+        prompts = [condition] if isinstance(condition, (str, int)) else list(condition or [""])
+        if any(isinstance(prompt, int) for prompt in prompts):
             raise BackboneError(f"{self.name} takes prompts and no class (label)")
-        prompts = [condition] if isinstance(condition, str) else list(condition or [""])
         if self.text is None or not all(isinstance(prompt, str) for prompt in prompts):
             raise BackboneError(
                 f"{self.name}: is painted by prompts, and needs its text_encoder and tokenizer for them"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffrep.backbones.base import BackboneError, check_weights
 from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line, read_document, save_weights, write_document
-from diffrep.settings import check
+from diffrep.settings import POSITIVE, check
 
 
 class _Block(nn.Module):
@@ -97,7 +97,10 @@ class UViTConfig:
     normalize_timesteps: bool = False
 
     def __post_init__(self) -> None:
-        check(self)
+        check(
+            self, img_size="1..", patch_size="1..", in_chans="1..", embed_dim="1..", depth="1..", num_heads="1..",
+            mlp_ratio=POSITIVE,
+        )  # fmt: skip
 
     @property
     def extras(self) -> int:
@@ -263,19 +266,21 @@ def load_early_exit(folder: str | os.PathLike[str]) -> EarlyExitUViT:
     "autoencoder"; weights are ``.safetensors``, or the reproduction's ``.pth``.
 
     Raises:
-        BackboneError: a file is missing or damaged, or the weights do not fit.
+        BackboneError: a file is missing or damaged, a size is none, or the weights do not fit.
     """
-    path = Path(folder)
+    path, names = Path(folder), UViTConfig.__dataclass_fields__
     values = {"probe": "mlp_probe_per_layer", **read_document(path / "config.json", error=BackboneError)}
     files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt"))
     if len(files) != 1:
         raise BackboneError(f"{path}: expected one file of weights, found {len(files)}")
     try:
-        probe, names = str(values.pop("probe")), UViTConfig.__dataclass_fields__
-        network = EarlyExitUViT(UViTConfig(**{k: v for k, v in values.items() if k in names}), probe)
+        network = EarlyExitUViT(UViTConfig(**{k: v for k, v in values.items() if k in names}), str(values["probe"]))
+    except (TypeError, ValueError) as error:
+        raise BackboneError(f"{path / 'config.json'}: {one_line(error)}") from None
+    network.autoencoder = str(values.get("autoencoder", ""))
+    try:
         network.load_state_dict(read_weights(files[0]))
-        network.autoencoder = str(values.get("autoencoder", ""))
-    except (RuntimeError, TypeError) as error:
+    except RuntimeError as error:
         raise BackboneError(f"{files[0]}: does not fit its config.json ({one_line(error)})") from None
     check_weights(network, str(path))
     return network.eval()

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError, Conditions, Recommended, TapError
-from diffrep.backbones.diffusion import DiffusionBackbone
+from diffrep.backbones.diffusion import DiffusionBackbone, class_labels
 from diffrep.backbones.unet import reading_taps, unet_taps
 from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line
@@ -117,7 +117,7 @@ class PixelDiffusion(DiffusionBackbone):
         return self.unet_maps(noisy, taps, max(conditions.timestep, 0), labels=labels)
 
     def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
-        return self._classes(condition, negative, self.classes), None
+        return class_labels(self.name, condition, self.classes, negative) or [None], None
 
     def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any]) -> Tensor:
         classes = {} if self.classes is None else {"class_labels": torch.tensor(list(conditions), device=self.device)}

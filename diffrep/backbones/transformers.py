@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.backbones.base import BackboneError, Call, Conditions, Reader, Recommended, TapInfo, reading
-from diffrep.backbones.diffusion import LatentBackbone
+from diffrep.backbones.diffusion import LatentBackbone, class_labels
 from diffrep.backbones.text import PromptEncoder
 from diffrep.images import Sizing
 
@@ -146,7 +146,7 @@ class DiffusionTransformer(LatentBackbone):
         if self.kind != "DiTTransformer2DModel":
             return super().painted_under(condition, negative)
         classes = int(self.network.config.num_embeds_ada_norm)
-        return self._classes(condition, negative, classes), classes
+        return class_labels(self.name, condition, classes, negative), classes
 
     def predicted(self, states: Tensor, timestep: float, conditions: Sequence[Any], *, guidance: float = 3.5) -> Tensor:
         """See `DiffusionBackbone.predicted`.

@@ -116,9 +116,9 @@ class Samplers(ReportOptions, PrecisionOptions):
     """
 
     model: str = "tiny-synthesis"  # or the folder of a synthesis model, a Stable Diffusion or an ADM
-    prompt: tuple[str, ...] = ("a photograph",)  # of a Stable Diffusion: what is painted
-    # of a synthesis model: embeddings of held-out scenes that are painted; with --fid, images of any model
-    count: int = 4
+    prompt: tuple[str, ...] = ()  # of a model with a text encoder: what is painted, "a photograph" where left out
+    # of a synthesis model: held-out scenes whose embeddings are painted; with --fid, images of any model; else 4
+    count: int | None = None
     label: int | None = None  # of a class-conditional ADM
     guidance: float | None = None  # the second table's, the first has none; the model's own where left out
     picture: Path | None = None  # also write what they paint as this picture: rows are samplers, columns calls

@@ -58,8 +58,8 @@ class Paint(BackboneOptions, PrecisionOptions):
         if self.schedule and {"steps", "spacing"} & self.typed:
             raise ValueError("--schedule says the steps: leave --steps and --spacing out")
         model = load_model(self.named(self.model), **self.placed())
-        told = getattr(model, "guided", False)
-        guidance = 1.0 if self.guidance is None and self.sampler == "lcm" and not told else self.guidance
+        guided = getattr(model, "guided", False)
+        guidance = 1.0 if self.guidance is None and self.sampler == "lcm" and not guided else self.guidance
         partial = bool(self.inherit != 1 or self.depths or self.threshold is not None or self.schedule)
         painted = sample(
             model, self.prompt or self.label, sampler=self.sampler, steps=self.steps,
@@ -108,10 +108,10 @@ class SearchSchedule(PrecisionOptions):
     model: str = "tiny-synthesis"  # or the folder of a synthesis model, a Stable Diffusion, a flow or an ADM
     sampler: str = "unipc"  # whose steps they are
     steps: int = 5  # timesteps to find
-    prompt: tuple[str, ...] = ("a photograph",)  # of a Stable Diffusion
+    prompt: tuple[str, ...] = ()  # of a model with a text encoder; "a photograph" where left out
     label: int | None = None  # of a class-conditional ADM
-    # of a synthesis model: embeddings of held-out scenes that are painted; with fid, images of any model
-    count: int = 4
+    # of a synthesis model: held-out scenes whose embeddings are painted; with fid, images of any model; else 4
+    count: int | None = None
     guidance: float | None = None  # the model's own where left out; 1: none
     # what is made smaller: the distance to a fine solution; FID to its images, which takes a --count of hundreds; or,
     # of one tap and timestep of a backbone, its wrong keypoints or classes times the share of operations
@@ -170,20 +170,20 @@ class SearchSchedule(PrecisionOptions):
         usual = Candidate(tuple(int(t) for t in sampling_grid(schedule, self.steps).labels))
         of = {
             "fitness": self.fitness, "sampler": self.sampler, "model": self.model, "prompt": self.prompt,
-            "label": self.label, "count": self.count, "guidance": self.guidance, "reference": self.reference,
+            "label": self.label, "count": self.count or 4, "guidance": self.guidance, "reference": self.reference,
             "cost": cost, **({"features": self.features, "real": self.real and str(self.real)} if fid else {}),
         }  # fmt: skip
         best = search_steps(
             fitness, self.steps, total=total, settings=settings, file=self.output, first=[usual],
-            of=of, progress=_tell,
+            of=of, progress=_print_generation,
         )  # fmt: skip
         if math.isinf(best[0][0]):
             raise ValueError(f"{self.sampler} works at none of the steps that were tried: give a larger --population")
         even = fitness(None)
-        found = best[0][1]
-        orders = f", orders {', '.join(map(str, found.orders))}" if found.orders else ""
-        skipped = f", {sum(map(len, found.skipped))} units left out" if found.skipped else ""
-        timesteps = ", ".join(map(str, found.timesteps)) + orders + skipped
+        candidate = best[0][1]
+        orders = f", orders {', '.join(map(str, candidate.orders))}" if candidate.orders else ""
+        skipped = f", {sum(map(len, candidate.skipped))} units left out" if candidate.skipped else ""
+        timesteps = ", ".join(map(str, candidate.timesteps)) + orders + skipped
         print(f"{self.steps} steps of {self.sampler}: {best[0][0]:.4f} at {timesteps}; {even:.4f} at even steps")
         print(f"wrote {self.output}")
 
@@ -227,7 +227,7 @@ class SearchSchedule(PrecisionOptions):
         of = {"fitness": self.fitness, "model": model, "cost": self.cost, "per_category": self.per_category}
         best = search_steps(
             fitness, 1, total=len(backbone.alphas_cumprod), settings=settings, file=self.output, first=[usual], of=of,
-            progress=_tell,
+            progress=_print_generation,
         )  # fmt: skip
         (tap,), (timestep,) = best[0][1].taps, best[0][1].timesteps
         print(
@@ -237,7 +237,7 @@ class SearchSchedule(PrecisionOptions):
         print(f"wrote {self.output}")
 
 
-def _tell(epoch: int, value: float) -> None:
+def _print_generation(epoch: int, value: float) -> None:
     print(f"generation {epoch + 1}: {value:.4f}")
 
 
