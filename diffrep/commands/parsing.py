@@ -211,7 +211,7 @@ def _placeholder(kind: Any) -> str:
 
 @cache
 def comments_of(kind: Any) -> dict[str, str]:
-    """The comment beside or above each field of a dataclass, those of its bases as well.
+    """The comment beside or above each field of a dataclass; of a field without one, that of its bases.
 
     Lines that hold nothing but a comment belong to the field below them, never to the one above.
     """
@@ -235,7 +235,8 @@ def comments_of(kind: Any) -> dict[str, str]:
             first, last = statement.lineno, statement.end_lineno or statement.lineno
             while lines[first - 2].strip().startswith("#"):
                 first -= 1
-            comments[statement.target.id] = " ".join(marks[i] for i in range(first, last + 1) if marks.get(i))
+            name, text = statement.target.id, " ".join(marks[i] for i in range(first, last + 1) if marks.get(i))
+            comments[name] = text or comments.get(name, "")
     return comments
 
 
@@ -274,7 +275,7 @@ def _at_home(word: str) -> str:
     >>> _at_home("--work=~/runs") == f"--work={Path.home()}/runs", _at_home("~ the sea")
     (True, '~ the sea')
     """
-    return re.sub(r"^((?:[\w.-]+=){0,2})~(?=/|$)", lambda found: found[1] + str(Path.home()), word)
+    return re.sub(r"^((?:[\w.-]+=){0,2})~(?=/|$)", lambda match: match[1] + str(Path.home()), word)
 
 
 def _parse(

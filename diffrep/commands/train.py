@@ -64,20 +64,37 @@ class TrainTiny(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSynthesis(DeviceOptions):
+class PatchTraining(DeviceOptions):
+    """Options of trainings on patches of rendered scenes. A subclass sets `count` and `work`."""
+
+    FIRST = "scenes count work output"
+
+    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
+    count: int  # scenes that patches are cut from
+    work: Path  # encoded patches, checkpoints and log
+    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+
+    def scene_patches(self, **sides: tuple[float, float]) -> ScenePatches:
+        """The patches, of scenes that are rendered now where none are named."""
+        check_options(self, count="1..")
+        return ScenePatches(open_or_render(self.scenes, self.work, self.count), **sides, count=self.count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSynthesis(PatchTraining):
     """Train a diffusion model to paint patches from the embeddings of a self-supervised encoder.
 
     The embedded `tiny-synthesis` was made so, in the stages that its card names. Your own patches: --images FOLDER.
     Called again with the same work folder it goes on where it was.
     """
 
+    FIRST = "images scenes count sides published work output"
+
     images: tuple[str, ...] = ()  # files, folders or patterns to cut patches from; none: rendered scenes
-    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
-    count: int = 16000  # scenes that patches are cut from
+    count: int = 16000
     sides: tuple[float, float] | None = None  # of a patch, shares of the image; scenes: 0.2 1.0, files: not scaled
     published: bool = False  # options of training that are left out are the authors', not those of tiny-synthesis
-    work: Path = Path("runs/synthesis")  # encoded patches, checkpoints and log
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    work: Path = Path("runs/synthesis")
     training: Annotated[SynthesisTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=SynthesisTraining)
 
     def defaults(self) -> TrainSynthesis:
@@ -91,15 +108,14 @@ class TrainSynthesis(DeviceOptions):
 
     def _patches(self) -> Patches:
         if self.images:
-            if self.scenes is not None:
-                raise ValueError("--images and --scenes are two sources of patches: give one")
+            if clash := sorted(self.typed & {"scenes", "count"}):
+                raise ValueError(f"--images and --{clash[0]} are of two sources of patches: give one")
             return ImagePatches(tuple(find_images(self.images)), self.sides)
-        scenes = open_or_render(self.scenes, self.work, self.count)
-        return ScenePatches(scenes, self.sides or ScenePatches.sides, self.count)
+        return self.scene_patches(**({"sides": self.sides} if self.sides else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFewStep(DeviceOptions):
+class TrainFewStep(PatchTraining):
     """Distil a synthesis model so that it paints in one to four steps, without guidance.
 
     Latent consistency distillation; with `--eta` above 0 the teacher's steps are random (SCott), with
@@ -107,23 +123,19 @@ class TrainFewStep(DeviceOptions):
     --scheduler lcm --steps 2. Called again with the same work folder it goes on where it was.
     """
 
-    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
-    count: int = 8000  # scenes that patches are cut from
-    work: Path = Path("runs/fewstep")  # encoded patches, checkpoints and log
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    count: int = 8000
+    work: Path = Path("runs/fewstep")
     training: Annotated[FewStepTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=FewStepTraining)
 
     def run(self) -> None:
-        check_options(self, count="1..")
         output = training_output(self.work, self.output)
-        patches = ScenePatches(open_or_render(self.scenes, self.work, self.count), count=self.count)
-        model = train_few_step(self.training, patches, self.work / "run", device=self.device)
+        model = train_few_step(self.training, self.scene_patches(), self.work / "run", device=self.device)
         replace_folder(output, half(model.to("cpu")).save)
         print(f"wrote {output}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainEarlyExit(DeviceOptions):
+class TrainEarlyExit(PatchTraining):
     """Train a small painter whose images leave the network early, where it is sure of them (DeeDiff).
 
     It paints patches of rendered scenes without a condition. Paint with the result: diffrep sample --model FOLDER
@@ -131,17 +143,13 @@ class TrainEarlyExit(DeviceOptions):
     Called again with the same work folder it goes on where it was.
     """
 
-    scenes: Path | None = None  # a rendered set; rendered into WORK/scenes where left out
-    count: int = 2000  # scenes that patches are cut from
-    work: Path = Path("runs/early-exit")  # encoded patches, checkpoints and log
-    output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
+    count: int = 2000
+    work: Path = Path("runs/early-exit")
     training: Annotated[EarlyExitTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=EarlyExitTraining)
 
     def run(self) -> None:
-        check_options(self, count="1..")
         output = training_output(self.work, self.output)
-        patches = ScenePatches(open_or_render(self.scenes, self.work, self.count), count=self.count)
-        network, rows = train_early_exit(self.training, patches, self.work / "run", device=self.device)
+        network, rows = train_early_exit(self.training, self.scene_patches(), self.work / "run", device=self.device)
         replace_folder(output, partial(save_early_exit, network.to("cpu")))
         print(f"{'threshold':>9}{'blocks':>9}{'error':>9}{'fixed table':>13}   (mean squared, of the noise)")
         for threshold, blocks, error, fixed in rows:
