@@ -174,20 +174,26 @@ def paired_files(folder: Path) -> list[tuple[Path, Path]]:
     """Degraded images and their originals in a released test set, matched by their names but for _LR4, _HR or _x4.
 
     Raises:
-        ValueError: no such folders, or an image without its pair.
+        ValueError: no such folders, an image without its pair, or two of one name.
     """
     places = [next((folder / name for name in names if (folder / name).is_dir()), None) for names in (LOW, HIGH)]
     if None in places:
         raise ValueError(f"{folder}: a test set has a folder {' or '.join(LOW)} and a folder {' or '.join(HIGH)}")
-    low, high = (
-        {re.sub(r"_(LR|HR|x)\d*$", "", file.stem, flags=re.IGNORECASE): file for file in images_below(place)}
-        for place in places
-        if place is not None
-    )
+    low, high = (_by_name(place) for place in places if place is not None)
     if not low or set(low) != set(high):
         alone = ", ".join(sorted(set(low) ^ set(high))[:3])
         raise ValueError(f"{folder}: {len(low)} degraded images, {len(high)} originals, without a pair: {alone}")
     return [(low[name], high[name]) for name in sorted(low)]
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for file in images_below(folder):
+        name = re.sub(r"_(LR\d*|HR\d*|x\d+)$", "", file.stem, flags=re.IGNORECASE)
+        if name in files:
+            raise ValueError(f"{folder}: {files[name].name} and {file.name} are versions of one image, {name}")
+        files[name] = file
+    return files
 
 
 def perceptual(name: str) -> Callable[[Tensor, Tensor], float]:

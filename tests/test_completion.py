@@ -187,7 +187,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*call, "--fill"]) == 2
     assert "--fill says how --known works" in capsys.readouterr().err
     assert main([*call, *guided[:4], "--guidance.steps", "2"]) == 2
-    assert "guided by latent through the decoder, which has no --guidance.steps" in capsys.readouterr().err
+    assert "guided by latent through the decoder, without --guidance.steps" in capsys.readouterr().err
 
 
 def test_the_command_on_a_marigold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +205,7 @@ def test_the_command_on_a_marigold(tmp_path: Path, capsys: pytest.CaptureFixture
     assert np.load(tmp_path / "out" / "photo_depth.npy").shape == (40, 56)
     assert (tmp_path / "out" / "photo_uncertainty.png").exists()
     assert main([*call, *guided, "--guidance.rounds", "3"]) == 2
-    assert "guided by Marigold-DC, which has no --guidance.rounds" in capsys.readouterr().err
+    assert "guided by Marigold-DC, without --guidance.rounds" in capsys.readouterr().err
 
 
 def test_the_evaluation(tmp_path: Path) -> None:

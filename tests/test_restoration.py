@@ -42,7 +42,7 @@ from diffrep.heads.training.restoration import (
     restorer_of,
 )
 from diffrep.images import upright
-from diffrep.scenes import render_scene, scene_seed
+from diffrep.scenes import render_scene, render_set, scene_seed
 
 
 def photograph(height: int = 40, width: int = 52, *, deep: bool = False) -> Photograph:
@@ -552,6 +552,9 @@ def test_a_released_test_set_is_measured_beside_a_bicubic_and_the_papers(tmp_pat
     (tmp_path / "test_LR" / "b.png").write_bytes((tmp_path / "test_LR" / "a_LR4.png").read_bytes())
     with pytest.raises(ValueError, match="without a pair"):
         paired_files(tmp_path)
+    (tmp_path / "test_LR" / "b.png").rename(tmp_path / "test_LR" / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png and a_LR4\.png are versions of one image, a"):
+        paired_files(tmp_path)
 
 
 def test_the_embedded_restorer_is_better_than_a_bicubic() -> None:
@@ -566,6 +569,23 @@ def test_the_embedded_restorer_is_better_than_a_bicubic() -> None:
             restored, enlarged = (psnr(torch.from_numpy(x).permute(2, 0, 1), original) for x in images)
             gains.append(restored - enlarged)
         assert np.mean(gains) > 0.7
+
+
+def test_a_photograph_is_read_and_written_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    Photograph(texture(16, 24)).save("~/a.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert np.array_equal(Photograph.open("~/a.png").pixels, texture(16, 24))
+
+
+def test_scenes_to_restore_have_the_size_that_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    render_set(tmp_path / "set", "train", 2, size=96, workers=1)
+    line = ["train", "restore", "--data", f"scenes={tmp_path / 'set'}", "--work", str(tmp_path / "work")]
+    assert main([*line, "--scenes", "2"]) == 2
+    assert "--scenes counts what is rendered" in capsys.readouterr().err
+    assert main([*line, "--validation-scenes", "1", "--workers", "1", "--steps", "1"]) == 2
+    assert "size must be that of the originals, 96 x 96, got 128" in capsys.readouterr().err
 
 
 def test_a_photograph_describes_and_shows_itself_as_other_results_do(tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ TABLES: dict[str, dict[str, list[str]]] = {
             "--fit least-squares | --formats npy --known @/known.csv",
             "--fill | --formats npy --known @/known.csv",
             "--known-per-metre 10 | --formats npy --known @/known.png",
+            "--known-per-metre 10 | --formats npy --known @/known.2024",  # a folder
             "--guidance.spread 1 | --formats npy --known @/known.csv --fit guided",
             "--guidance.reach 0 | --formats npy --known @/known.csv --fit guided",
             "--intrinsics 50,50,32,24 | --formats ply --intrinsics 60,60,32,24",
@@ -246,7 +247,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     depth = depth * noise.uniform(0.95, 1.05, depth.shape)
     known = np.zeros((48, 64), np.uint16)
     known[2::6, 2::7] = 1000 * depth[2::6, 2::7]
-    Image.fromarray(known).save(folder / "known.png")
+    (folder / "known.2024").mkdir()
+    for file in ("known.png", "known.2024/a.png"):
+        Image.fromarray(known).save(folder / file)
     places = [f"{x},{y},{known[y, x] / 1000}\n" for y, x in np.argwhere(known)]
     (folder / "known.csv").write_text("".join(places))
     (folder / "steps.json").write_text(json.dumps({"timesteps": [900, 600, 300, 100]}))

@@ -166,8 +166,9 @@ class Depth(ImageCommand):
         if self.fit == "guided":
             guidance = guidance_of(head, self.guidance, self.predict.ensemble)
             about += f"; {guidance['guidance']}; for an image, {guidance['cost']}"
-            if unused := sorted(t for t in self.typed if t.startswith("guidance.") and t[9:] not in guidance):
-                raise ValueError(f"{self.model}: is guided by {guidance['guidance']}, which has no --{unused[0]}")
+            typed = {option.removeprefix("guidance.") for option in self.typed if option.startswith("guidance.")}
+            if unused := sorted(typed - guidance.keys()):
+                raise ValueError(f"{self.model}: is guided by {guidance['guidance']}, without --guidance.{unused[0]}")
         normals = None
         if self.normals_model is not None:
             normals = load_head(self.normals_model, **self.placed())
@@ -225,8 +226,9 @@ class Depth(ImageCommand):
             raise ValueError(f"{self.known}: no such file or folder of known depths")
         if self.fit != "guided" and (typed := sorted(t for t in self.typed if t.startswith("guidance."))):
             raise ValueError(f"--{typed[0].replace('_', '-')} says how --fit guided works, which is not asked for")
-        if "known_per_metre" in self.typed and self.known is not None and self.known.suffix not in ("", ".png"):
-            raise ValueError(f"--known-per-metre is of .png files, {self.known} is none")
+        one_file = self.known if self.known is not None and self.known.is_file() else None
+        if "known_per_metre" in self.typed and one_file and one_file.suffix.lower() != ".png":
+            raise ValueError(f"--known-per-metre is of .png files, {one_file} is none")
         if not 0 < self.known_per_metre < float("inf"):
             raise ValueError(f"--known-per-metre must be above 0, got {self.known_per_metre}")
 

@@ -320,6 +320,8 @@ class TrainRestore(DeviceOptions):
         from diffrep.eval.restoration import RestorationValidation
 
         check_options(self, scenes="1..", validate_every="1..", validation_scenes="1..")
+        if "scenes" in self.typed and self.data != ("scenes",):
+            raise ValueError(f"--scenes counts what is rendered, with --data scenes, not of {' '.join(self.data)}")
         training, work, output = self.training, self.work, training_output(self.work, self.output, "head")
         resolve_device(self.device)
         training.build(load_parts(training.base, pad=False))  # refuses a base that it does not fit

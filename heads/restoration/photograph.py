@@ -73,6 +73,7 @@ class Photograph(Result):
         if not isinstance(source, (str, os.PathLike)):
             image = source if isinstance(source, Image.Image) else load_image(source)
             return cls._of(image, image)
+        source = os.path.expanduser(source)
         load_image(source)  # refuses what is missing, damaged or too large, in one line
         content = Path(source).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -130,7 +131,7 @@ class Photograph(Result):
             ValueError: another ending, or one that cannot hold it: 16 bits go into png and tif, transparency not into
                 jpg.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         kind = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
         if (form := kind.get(path.suffix.lower())) is None:
             raise ValueError(f"{path}: restored images are written as {', '.join(kind)}")

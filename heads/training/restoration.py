@@ -323,6 +323,10 @@ class RestorationTraining(HeadSettings[RestorationModel, Tensor]):
         progress: bool,
         device: torch.device,
     ) -> Feed:
+        if data.shape[-2:] != (self.size, self.size):
+            raise ValueError(
+                f"size must be that of the originals, {data.shape[-2]} x {data.shape[-1]}, got {self.size}"
+            )
         pairs = degraded_pairs(
             data, self.pairs, latents or folder / "pairs.safetensors", seed=self.fit.seed,
             half=bool(self.teacher) and model.process is None, workers=self.workers, progress=progress,
