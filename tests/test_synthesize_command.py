@@ -63,6 +63,7 @@ def test_two_references_and_an_object(
         assert paint(model_folder, tmp_path / f"{how}.png", *both, "--compose", how) == 0
         painted[how] = np.asarray(Image.open(tmp_path / f"{how}.png"))
         assert painted[how].shape == (32, 48, 3)
+    assert not np.array_equal(painted["avg"], painted["and"])
     Image.fromarray(values[:32, :32]).save(tmp_path / "object.png")
     inside = ["--insert", tmp_path / "object.png", "--steps", 10]
     scene = ["--reference", reference, "--size", "48x64"]
