@@ -80,17 +80,21 @@ def read_candidate(path: str | Path) -> Candidate:
 
 def as_candidate(timesteps: Candidate | Sequence[float] | str | Path | None) -> Candidate | None:
     """Timesteps to paint at as a candidate: a candidate, its file, or falling timesteps themselves."""
-    found = read_candidate(timesteps) if isinstance(timesteps, (str, Path)) else timesteps
-    if isinstance(found, Candidate) and found.taps:
-        where = f"{timesteps}: is" if isinstance(timesteps, (str, Path)) else "these are"
+    candidate = read_candidate(timesteps) if isinstance(timesteps, (str, Path)) else timesteps
+    if candidate is None:
+        return None
+    if not isinstance(candidate, Candidate):
+        return Candidate(tuple(candidate))
+    if candidate.taps:
+        where = "these are" if candidate is timesteps else f"{timesteps}: is"
         raise SamplingError(f"{where} of a search for taps of features, not for a sampler's steps")
-    return found if found is None or isinstance(found, Candidate) else Candidate(tuple(found))
+    return candidate
 
 
 def read_place(path: str | Path) -> tuple[str, int]:
     """The tap and the timestep of the file of a search for features."""
-    found = read_candidate(path)
-    if len(found.taps) != 1:
-        kind = f"has {len(found.taps)} taps" if found.taps else "is of a search for a sampler's steps"
+    candidate = read_candidate(path)
+    if len(candidate.taps) != 1:
+        kind = f"has {len(candidate.taps)} taps" if candidate.taps else "is of a search for a sampler's steps"
         raise SamplingError(f"{path}: {kind}, expected one tap and timestep (search-schedule --fitness pck or probe)")
-    return found.taps[0], int(found.timesteps[0])
+    return candidate.taps[0], int(candidate.timesteps[0])

@@ -43,8 +43,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # diff
         sampler, fixed = named_sampler(sampler)
         self.sampler, self.spacing, self.options = sampler, spacing, {**fixed, **options}
         self.prediction, self.schedule = model_schedule(config)
-        own = {"sampler": sampler, "spacing": spacing, "options": self.options, "prediction_type": self.prediction}
-        self.register_to_config(**{**config, **own})
+        about = {"sampler": sampler, "spacing": spacing, "options": self.options, "prediction_type": self.prediction}
+        self.register_to_config(**{**config, **about})
         self.num_train_timesteps = int(config.get("num_train_timesteps") or 1000)
         if isinstance(self.schedule, TableVP):
             self.alphas_cumprod = torch.from_numpy(self.schedule.table).float()

@@ -100,8 +100,8 @@ def embedded_head(name: str) -> str:
     task = SYNONYMS.get(task, task)
     if task not in TASKS or TASKS[task][1] is not _head or Path(name).is_file():
         return name
-    own = any((Path(name) / file).is_file() for file in ("head.json", "unet/config.json", "config.json"))
-    return name if own else TASKS[task][0]
+    lies_here = any((Path(name) / file).is_file() for file in ("head.json", "unet/config.json", "config.json"))
+    return name if lies_here else TASKS[task][0]
 
 
 def _head(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:
@@ -110,15 +110,13 @@ def _head(name: str, task: str, **where: Any) -> tuple[Any, Callable[..., Any]]:
 
     try:
         head = load_head(name, task=task, **where)
-    except HeadError:
+    except HeadError as error:
         if task != "depth":
             raise
-        try:  # which says how near things are as well
-            head = load_head(name, task="disparity", **where)
+        try:
+            head = load_head(name, task="disparity", **where)  # which says how near things are as well
         except HeadError:
-            head = None
-        if head is None:
-            raise
+            raise error from None
     return head, head
 
 

@@ -248,6 +248,8 @@ class Hyperfeatures(Backbone):
         ValueError: the network was trained for other maps.
     """
 
+    takes = frozenset(("prompt", "posterior"))
+
     def __init__(
         self,
         base: LatentDiffusion,
@@ -258,7 +260,6 @@ class Hyperfeatures(Backbone):
         name: str = "hyperfeatures",
     ) -> None:
         super().__init__()
-        self.takes = frozenset(("prompt", "posterior"))
         self.base, self.aggregation = base, aggregation.to(base.device, base.dtype)
         self.name, self.source, self.multiple = name, base.source, base.multiple
         self.read = tuple(taps)

@@ -147,14 +147,14 @@ class Synthesize(PrecisionOptions):
             if "sampling.scheduler" in self.typed and self.sampler != settings.scheduler:
                 raise ValueError(f"--sampler and --scheduler are one option, got {self.sampler}, {settings.scheduler}")
             settings = replace(settings, scheduler=self.sampler)
-        if (found := as_candidate(self.schedule)) is not None:
+        if (searched := as_candidate(self.schedule)) is not None:
             if clash := sorted(
                 self.typed & {f"sampling.{name}" for name in ("steps", "timesteps", "orders", "skipped")}
             ):
                 raise ValueError(f"--schedule says what --{clash[0].removeprefix('sampling.')} would; give one of them")
-            units = tuple(",".join(map(str, row)) for row in found.skipped)
-            timesteps = tuple(int(t) for t in found.timesteps)
-            settings = replace(settings, timesteps=timesteps, orders=found.orders, skipped=units)
+            units = tuple(",".join(map(str, row)) for row in searched.skipped)
+            timesteps = tuple(int(t) for t in searched.timesteps)
+            settings = replace(settings, timesteps=timesteps, orders=searched.orders, skipped=units)
         return settings
 
     def _grid(self, model: SynthesisModel) -> EmbeddingGrid:

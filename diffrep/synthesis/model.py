@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -300,7 +300,7 @@ class SynthesisModel(HubFolder, nn.Module):
         """Write the model as a folder that `load_synthesis` reads.
 
         Args:
-            autoencoder: write it too; None: only where `about` names no other model that has it.
+            autoencoder: write it too, so that no other model is named; None: only where `about` names none that has it.
         """
         folder = Path(folder)
         self.unet.save_pretrained(folder / "unet")
@@ -311,14 +311,11 @@ class SynthesisModel(HubFolder, nn.Module):
             part = "vqvae" if hasattr(self.autoencoder, "quantize") else "vae"
             self.autoencoder.save_pretrained(folder / part)
         forget_origin(folder)
-        about = {k: v for k, v in vars(self.about).items() if v is not None}
-        write_document(folder / "synthesis.json", about)
+        about = vars(self.about) | ({"autoencoder": None} if autoencoder else {})
+        write_document(folder / "synthesis.json", {k: v for k, v in about.items() if v is not None})
 
     def save_folder(self, folder: Path) -> None:
-        """Write the model and its autoencoder: a folder that needs no other."""
-        whole = replace(self.about, autoencoder=None)
         self.save(folder, autoencoder=True)
-        write_document(folder / "synthesis.json", {k: v for k, v in vars(whole).items() if v is not None})
 
     @classmethod
     def open_folder(cls, folder: Path, **options: Any) -> SynthesisModel:
