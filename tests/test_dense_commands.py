@@ -320,3 +320,19 @@ def test_the_demo_part_shows_its_pictures() -> None:
     text = page.html()
     assert text.count('src="data:image/') > 3
     assert "<h2>Depth and normals in one step</h2>" in text
+
+
+def test_the_demo_cuts_pictures_to_an_object_and_all_its_points() -> None:
+    from diffrep.commands.demo import close_up
+    from diffrep.scenes import held_out_pair
+
+    scene = held_out_pair("dog", 2)[0]
+    x0, y0, x1, y1 = scene.box
+    left, top, right, bottom = close_up(scene, torch.tensor([[(x0 + x1) / 2, (y0 + y1) / 2]]))
+    assert right - left == bottom - top < len(scene.mask)
+    assert left <= x0 < x1 <= right
+    assert top <= y0 < y1 <= bottom
+    assert close_up(scene, torch.tensor([[0.0, 0.0], [255.0, 255.0]])) == (0, 0, 256, 256)
+    corner = close_up(scene, torch.tensor([[0.0, 200.0]]))  # near the edge: the square stays inside the picture
+    assert corner[0] == 0
+    assert corner[3] <= 256

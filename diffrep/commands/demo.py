@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,13 +16,15 @@ from PIL import Image
 from tqdm import tqdm
 
 import diffrep
+from diffrep.alignment import align_depth
 from diffrep.backbones import load_backbone
-from diffrep.draw import draw_components, draw_field, draw_matches, side_by_side
+from diffrep.draw import draw_components, draw_field, draw_matches
 from diffrep.eval.homography import HomographySettings, carry, photographs, see_through, view_homography
 from diffrep.eval.manifold import geodesic_scores
 from diffrep.eval.probe_data import SceneImages, scene_images
 from diffrep.eval.report import read_toml
 from diffrep.eval.restoration import psnr
+from diffrep.eval.scene_maps import SCENE_BOUNDS
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image
 from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
@@ -31,7 +33,6 @@ from diffrep.files import check_writable, write_image
 from diffrep.fusion import fuse
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import DepthMap, NormalMap
-from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.probes import ProbeData, ReadPlan, draw_heat_map, load_probe, sweep
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.restorer import resized
@@ -40,8 +41,8 @@ from diffrep.heads.training.restoration import PairSettings, degraded
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding
-from diffrep.matching import match_dense, match_points
-from diffrep.pictures import Page
+from diffrep.matching import Matches, match_dense, match_points
+from diffrep.pictures import GAP, HEIGHT, Page, side_by_side, stacked
 from diffrep.recipes import Correspondence, Recipe, alone
 from diffrep.scenes import UNSEEN, Scene, held_out_pair, render_scene, scene_pairs, scene_seed, shared_keypoints
 from diffrep.store import BulkConfig, Keep, extract_store, open_store
@@ -50,7 +51,8 @@ from diffrep.synthesis.grids import ImageEncoder
 
 WORDS = read_toml(Path(diffrep.__file__).parent / "templates" / "demo.toml")
 Figure = tuple[Image.Image, str]  # picture, caption
-Group = tuple[Sequence[Figure], Literal["", "wide", "three", "small"]]  # figures, layout as `Page.figures` has it
+Layout = Literal["", "wide", "three", "small"]  # as `Page.figures` has it
+Group = tuple[Sequence[Figure], Layout]
 
 
 def build_page(correspondence: Correspondence) -> Page:
@@ -78,6 +80,11 @@ def _section(page: Page, name: str, *groups: Group, **values: object) -> None:
         page.code(words["code"])
 
 
+def _shown(file: str) -> str:
+    """A photograph's file as a caption has it."""
+    return Path(file).stem.replace("_", " ")
+
+
 def _note(category: str) -> str:
     return ", a category it never saw" if category in UNSEEN else ""
 
@@ -98,30 +105,60 @@ def different_objects(page: Page, correspondence: Correspondence) -> None:
     """Match keypoints of held-out pairs with each backbone alone and with all, and count what is right."""
     words, whole = WORDS["pairs"], correspondence.recipe
     methods = methods_of(whole)
-    marks = 2.2 if len(methods) == 3 else 1.0  # three pictures in a row are shown at about half their size
+    layout: Layout = "three" if len(methods) == 3 else ""
     hits: dict[str, list[int]] = {name: [] for name in methods}
     figures = []
     for category, number in words["shown"]:
         a, b = held_out_pair(category, number)
         points, truth = map(torch.from_numpy, shared_keypoints(a, b))
         tolerance = ALPHA * max(b.box[2] - b.box[0], b.box[3] - b.box[1])
-        images = [Image.fromarray(a.image), Image.fromarray(b.image)]
-        features = list(correspondence.features(images))
+        features, answers = list(correspondence.features([a.image, b.image])), {}
         for name, recipe in methods.items():
             wanted = {reading.backbone for reading in recipe.readings}
             used = [i for i, reading in enumerate(whole.readings) if reading.backbone in wanted]
             source, target = fuse([tuple(entry[i] for i in used) for entry in features], recipe.fusion)
-            matches = match_points(source, target, points, recipe.matching)
+            answers[name] = match_points(source, target, points, recipe.matching)
+        views = close_up(a, points), close_up(b, truth, *(matches.points for matches in answers.values()))
+        images = [Image.fromarray(scene.image).crop(view) for scene, view in zip((a, b), views, strict=True)]
+        start, end = (torch.tensor(view[:2]) for view in views)
+        for name, matches in answers.items():
             right = (torch.linalg.vector_norm(matches.points - truth, dim=1) <= tolerance).int().tolist()
             hits[name] += right
             values = {"category": category, "note": _note(category), "right": sum(right), "count": len(right)}
-            picture = draw_matches(images[0], images[1], points, matches, truth=truth, tolerance=tolerance, marks=marks)
+            moved = replace(matches, points=matches.points - end)
+            picture = _matched(images, points - start, moved, truth - end, tolerance, layout)
             figures.append((picture, words["caption"].format(name=name, **values)))
-    _section(page, "pairs", (figures, "three" if len(methods) == 3 else ""), alpha=ALPHA)
+    _section(page, "pairs", (figures, layout), alpha=ALPHA)
     shares = {name: sum(right) / max(len(right), 1) for name, right in hits.items()}
     page.text(words["counted"].format(pairs=len(words["shown"]), count=len(next(iter(hits.values())))))
     best = list(shares).index(max(shares, key=lambda name: shares[name]))
     page.table(["features", "right"], [[n, f"{100 * s:.0f} %"] for n, s in shares.items()], best=best)
+
+
+def close_up(scene: Scene, *points: torch.Tensor) -> tuple[int, int, int, int]:
+    """The square of a scene (left, top, right, bottom) that holds its object and points (N, 2), with a margin."""
+    places = torch.cat([torch.tensor(scene.box, dtype=torch.float32).view(2, 2), *points])
+    low, high = places.amin(0), places.amax(0)
+    side = min(round(1.2 * float((high - low).max())), *scene.mask.shape)
+    left, top = (
+        min(max(round(middle - side / 2), 0), length - side)
+        for middle, length in zip(((low + high) / 2).tolist(), reversed(scene.mask.shape), strict=True)
+    )
+    return left, top, left + side, top + side
+
+
+def _matched(
+    images: Sequence[Image.Image],
+    points: torch.Tensor,
+    matches: Matches,
+    truth: torch.Tensor,
+    tolerance: float,
+    layout: Layout,
+) -> Image.Image:
+    """`draw_matches`, with numbers that have one size on the page, however wide the images are."""
+    wide = sum(HEIGHT * image.width / image.height for image in images)
+    marks = wide / (350 if layout == "three" else 600)  # about as wide as the page shows them
+    return draw_matches(*images, points, matches, truth=truth, tolerance=tolerance, marks=marks)
 
 
 def dense_matches(page: Page, correspondence: Correspondence) -> None:
@@ -133,21 +170,21 @@ def dense_matches(page: Page, correspondence: Correspondence) -> None:
         source, target = correspondence.describe(*images)
         masks = torch.from_numpy(a.mask), torch.from_numpy(b.mask)
         dense = match_dense(source, target, correspondence.recipe.matching, source_mask=masks[0], mask=masks[1])
-        figures.append((draw_components(images, [source, target]), f"{category}: joint components"))
-        figures.append((draw_field(images[0], images[1], dense, mask=masks[1]), f"{category}: dense match"))
-    _section(page, "dense", (figures, ""))
+        rows = draw_components(images, [source, target]), draw_field(images[0], images[1], dense, mask=masks[1])
+        figures.append((stacked(rows), category))
+    _section(page, "dense", (figures, "three"))
 
 
 def photographs_again(page: Page, correspondence: Correspondence) -> None:
     """Match real photographs with views of them through a known perspective."""
     views = Correspondence("tiny-views") if correspondence.recipe.name == "tiny" else correspondence
     figures = []
-    for name, path in photographs().items():
+    for file, path in photographs().items():
         image = load_image(path)
         size = (image.height, image.width)
         matrix = view_homography(size, HomographySettings(rotation=15, zoom=(0.7, 0.85)), seed=1)
         view = Image.fromarray(see_through(np.array(image), matrix))
-        x, y = torch.meshgrid(torch.linspace(0.2, 0.8, 4), torch.linspace(0.2, 0.8, 3), indexing="xy")
+        x, y = torch.meshgrid(torch.linspace(0.2, 0.8, 3), torch.linspace(0.2, 0.8, 3), indexing="xy")
         truth = torch.stack([x.flatten() * size[1], y.flatten() * size[0]], dim=1)
         points = carry(torch.linalg.inv(matrix), truth).float()
         source, target = views.describe(image, view)
@@ -155,17 +192,21 @@ def photographs_again(page: Page, correspondence: Correspondence) -> None:
         cells = target.points(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
         stride = float((cells[1] - cells[0]).max())
         median = float(torch.linalg.vector_norm(matches.points - truth, dim=1).median())
-        picture = draw_matches(image, view, points, matches, truth=truth, tolerance=stride)
-        caption = WORDS["photographs"]["caption"].format(name=name, median=median, strides=median / stride)
-        figures.append((picture, caption))
-    _section(page, "photographs", (figures, ""))
+        picture = _matched([image, view], points, matches, truth, stride, "three")
+        values = {"name": _shown(file), "median": median, "strides": median / stride, "width": image.width}
+        figures.append((picture, WORDS["photographs"]["caption"].format(**values)))
+    _section(page, "photographs", (figures, "three"))
 
 
 # -- depth, normals, masks ----------------------------------------------------------------------------------
 
+ROW = 1150  # pixels, of a row of pictures: about as wide as the page shows it
 
-def _row(words: dict[str, Any], pictures: Sequence[Image.Image], kind: str, height: int, **values: object) -> Figure:
+
+def _row(words: dict[str, Any], pictures: Sequence[Image.Image], kind: str, width: int, **values: object) -> Figure:
     """Pictures side by side under their titles; kind: "" of a scene, "_photograph" of a photograph."""
+    room = width - GAP * (len(pictures) - 1)
+    height = round(room / sum(picture.width / picture.height for picture in pictures))
     picture = side_by_side(pictures, titles=words[f"titles{kind}"], height=height)[0]
     return picture, words[f"caption{kind}"].format(**values)
 
@@ -177,52 +218,28 @@ def depth_and_normals(page: Page) -> None:
     for category, number in words["shown"]:
         scene = render_scene(scene_seed("test", number), category=category, size=256)
         image = Image.fromarray(scene.image)
-        disparity = depth.predict(image)
-        assert isinstance(disparity, DepthMap)
-        metric = disparity.align(torch.from_numpy(scene.depth), method="least squares")
-        known = np.isfinite(scene.depth)
-        error = 100 * float(np.mean(np.abs(metric.values.numpy() - scene.depth)[known] / scene.depth[known]))
+        predicted, truth = depth.predict(image), torch.from_numpy(scene.depth)
+        assert isinstance(predicted, DepthMap)
+        known = truth < SCENE_BOUNDS[1]
+        metric = align_depth(predicted.values, truth, known, space="disparity", bounds=SCENE_BOUNDS)[0]
+        error = 100 * float(((metric - truth).abs() / truth)[known].mean())
         true_normals = NormalMap(torch.from_numpy(scene.normals).permute(2, 0, 1), "rdf")
-        maps = (disparity, true_disparity(scene), normals.predict(image), true_normals)
+        maps = (*disparities(metric, truth), normals.predict(image), true_normals)
         pictures = [image, *(one.picture() for one in maps)]
-        figures.append(_row(words, pictures, "", 220, category=category, note=_note(category), error=error))
+        figures.append(_row(words, pictures, "", ROW, category=category, note=_note(category), error=error))
     for file, path in photographs().items():
         image = load_image(path)
-        disparity = depth.predict(image)
-        assert isinstance(disparity, DepthMap)
-        pictures = [image, disparity.picture(), normals.predict(image).picture(), seen_from_the_side(image, disparity)]
-        figures.append(_row(words, pictures, "_photograph", 220, name=Path(file).stem))
-    _section(page, "maps", (figures, "wide"))
+        pictures = [image, *(head.predict(image).picture() for head in (depth, normals))]
+        figures.append(_row(words, pictures, "_photograph", ROW // 3, name=_shown(file)))
+    count = len(words["shown"])
+    _section(page, "maps", (figures[:count], "wide"), (figures[count:], "three"))
 
 
-def true_disparity(scene: Scene) -> DepthMap:
-    """A scene's disparity as heads are trained on it: between its 2 % and 98 % quantiles."""
-    inverse = 1 / scene.depth.astype(np.float64)  # 0 in the sky
-    low, high = np.quantile(inverse, [0.02, 0.98])
-    share = ((inverse - low) / max(high - low, 1e-5)).clip(0, 1)
-    return DepthMap(torch.from_numpy(share.astype(np.float32)), "disparity")
-
-
-def seen_from_the_side(image: Image.Image, disparity: DepthMap, degrees: float = 28.0, size: int = 300) -> Image.Image:
-    """The image's pixels as points in space, from a camera that has moved around their middle."""
-    image = image.resize((size, round(size * image.height / image.width)), Image.Resampling.BILINEAR)
-    small = torch.nn.functional.interpolate(disparity.values[None, None], (image.height, image.width), mode="bilinear")
-    depth = DepthMap(small[0, 0], "disparity").relative_depth(1.0, 4.0)
-    camera = Intrinsics.assumed(image.height, image.width)
-    points = unproject(depth, camera).flatten(1).numpy()
-    middle = np.median(points, axis=1, keepdims=True)
-    angle = np.radians(degrees)
-    turn = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
-    x, y, z = turn @ (points - middle) + middle
-    column = np.round(camera.fx * x / z + camera.cx).astype(int)
-    row = np.round(camera.fy * y / z + camera.cy).astype(int)
-    colours = np.array(image).reshape(-1, 3)
-    canvas = np.full((image.height + 1, image.width + 1, 3), 250, dtype=np.uint8)
-    order = np.argsort(-z)  # the nearest are painted last
-    seen = order[((row >= 0) & (row < image.height) & (column >= 0) & (column < image.width) & (z > 0.1))[order]]
-    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):  # dots of 2 x 2 pixels close most gaps
-        canvas[row[seen] + down, column[seen] + right] = colours[seen]
-    return Image.fromarray(canvas[: image.height, : image.width])
+def disparities(*depths: torch.Tensor) -> list[DepthMap]:
+    """Depths (H, W) of a scene, the true one last, as disparity between the true one's 2 % and 98 % quantiles."""
+    inverse = [1 / depth for depth in depths]  # 0 in the sky
+    low, high = torch.quantile(inverse[-1], torch.tensor([0.02, 0.98])).tolist()
+    return [DepthMap(((values - low) / max(high - low, 1e-5)).clamp(0, 1), "disparity") for values in inverse]
 
 
 def masks(page: Page) -> None:
@@ -237,11 +254,11 @@ def masks(page: Page) -> None:
         scores = score_image(grey(predicted.mask), truth).values
         values = {"note": _note(category), "maxf": scores["maxf"], "mae": scores["mae"]}
         pictures = [*_mask_pictures(image, predicted), Image.fromarray(truth)]
-        figures.append(_row(words, pictures, "", 190, category=category, **values))
+        figures.append(_row(words, pictures, "", ROW, category=category, **values))
     for file, path in photographs().items():
         image = load_image(path)
         pictures = _mask_pictures(image, head.predict(image, config))
-        figures.append(_row(words, pictures, "_photograph", 190, name=Path(file).stem))
+        figures.append(_row(words, pictures, "_photograph", ROW, name=_shown(file)))
     _section(page, "masks", (figures, "wide"))
 
 
@@ -274,8 +291,8 @@ def restored(page: Page) -> None:
         ]
         bicubic, better = (psnr(torch.from_numpy(image).permute(2, 0, 1), original) for image in images[:2])
         values = {"note": _note(category), "bicubic": bicubic, "restored": better}
-        figures.append(_row(words, [*map(Image.fromarray, images)], "", 256, category=category, **values))
-    _section(page, "restored", (figures, "wide"))
+        figures.append(_row(words, [*map(Image.fromarray, images)], "", ROW // 2, category=category, **values))
+    _section(page, "restored", (figures, ""))
 
 
 # -- search, probes -----------------------------------------------------------------------------------------
@@ -306,7 +323,7 @@ def search(page: Page) -> None:
             same = sum(wanted[:PER_CATEGORY])
             caption = words["caption"].format(part=part, category=category, same=same, each=PER_CATEGORY)
             figures.append((contact_sheet(picture, hits, point=point, relevant=wanted), caption))
-        values = {"places": len(places), "kind": places.design.kind, "reason": places.design.reason}
+        values = {"places": len(places)}
     counts = {"images": done.images, "each": PER_CATEGORY, "categories": len(words["collection"])}
     _section(page, "search", (figures, "wide"), **values, **counts)
 
