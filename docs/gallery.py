@@ -1,7 +1,7 @@
 """Paints the gallery with the models in the package: `python docs/gallery.py [NAME...]`.
 
 Every function of `PICTURES` is one picture in docs/pictures/gallery and, with its docstring as the caption, one entry
-of docs/gallery.md, which is written too.
+of docs/gallery.md, which is written too. `matches` is the picture of the README, in docs/pictures.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,18 +50,29 @@ def scene(category: str, number: int, size: int = 256) -> Image.Image:
     return picture(render_scene(scene_seed("test", number), category=category, size=size))
 
 
+def matched(pairs: Sequence[tuple[str, int]], marks: float = 1.0) -> list[Image.Image]:
+    """The shared places of held-out pairs, looked for; pairs are category and number."""
+    correspondence, shown = Correspondence("tiny"), []
+    for category, number in pairs:
+        a, b = held_out_pair(category, number)
+        source, truth = map(torch.from_numpy, shared_keypoints(a, b))
+        judged = {"truth": truth, "tolerance": 0.1 * max(b.box[2] - b.box[0], b.box[3] - b.box[1]), "marks": marks}
+        shown.append(
+            draw_matches(picture(a), picture(b), source, correspondence.match(a.image, b.image, source), **judged)
+        )
+    return shown
+
+
 def points() -> Image.Image:
     """**Points.** Named places of one object, looked for in another. A green ring is a match within a tenth of the
     object's size, a red one is not. [Guide](guides/match.md)
     """
-    correspondence, rows = Correspondence("tiny"), []
-    for category, number in (("dog", 2), ("chair", 3)):
-        a, b = held_out_pair(category, number)
-        source, truth = map(torch.from_numpy, shared_keypoints(a, b))
-        tolerance = 0.1 * max(b.box[2] - b.box[0], b.box[3] - b.box[1])
-        matches = correspondence.match(a.image, b.image, source)
-        rows.append(draw_matches(picture(a), picture(b), source, matches, truth=truth, tolerance=tolerance))
-    return stacked(rows)
+    return stacked(matched([("dog", 2), ("chair", 3)]))
+
+
+def matches() -> Image.Image:
+    """The picture of the README: two of the better pairs."""
+    return side_by_side(matched([("giraffe", 2), ("chair", 3)], marks=1.5))[0]
 
 
 def field() -> Image.Image:
@@ -190,12 +201,13 @@ def page() -> str:
 def main(names: list[str], folder: Path = FOLDER) -> None:
     """Paint the pictures of these names, all where there are none."""
     folder.mkdir(parents=True, exist_ok=True)
-    for paint in PICTURES:
+    for paint in (*PICTURES, matches):
         if not names or paint.__name__ in names:
+            file = (folder.parent if paint is matches else folder) / f"{paint.__name__}.webp"
             image = paint().convert("RGB")
-            image.thumbnail((WIDEST, 4 * WIDEST))
-            image.save(folder / f"{paint.__name__}.webp", quality=88)
-            print(folder / f"{paint.__name__}.webp", image.size)
+            image.thumbnail((WIDEST if paint in PICTURES else image.width, 4 * WIDEST))
+            image.save(file, quality=88, method=6)
+            print(file, image.size)
 
 
 if __name__ == "__main__":
