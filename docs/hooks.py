@@ -41,8 +41,8 @@ def as_page(file: Path) -> str:
         for output in cell["outputs"]:
             data = output.get("data", {})
             text = "".join(output.get("text", data.get("text/plain", "")))
-            if "image/png" in data:
-                parts.append(f'<img alt="" src="data:image/png;base64,{data["image/png"].strip()}">')
+            if kind := next((kind for kind in data if kind.startswith("image/")), None):
+                parts.append(f'<img alt="" src="data:{kind};base64,{data[kind].strip()}">')
             elif "text/html" in data:
                 parts.append("".join(data["text/html"]).replace("\n", " "))
             elif text:

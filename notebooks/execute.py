@@ -16,14 +16,16 @@ FOLDER = Path(__file__).parent
 WIDEST, COLOURS = 760, 128  # of a picture
 
 
-def small(png: str) -> str:
-    """A picture of an output with fewer pixels and colours."""
-    content = io.BytesIO()
+def small(png: str) -> dict[str, str]:
+    """A picture of an output with fewer pixels: JPEG, or PNG of few colours where that is smaller, as of plots."""
     with Image.open(io.BytesIO(base64.b64decode(png))) as image:
         picture = image.convert("RGB")
     picture.thumbnail((WIDEST, 4 * WIDEST))
-    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(content, "PNG", optimize=True)
-    return base64.b64encode(content.getvalue()).decode()
+    plot, photograph = io.BytesIO(), io.BytesIO()
+    picture.quantize(COLOURS, dither=Image.Dither.NONE).save(plot, "PNG", optimize=True)
+    picture.save(photograph, "JPEG", quality=85, optimize=True)
+    kind, content = min(("image/png", plot), ("image/jpeg", photograph), key=lambda pair: len(pair[1].getvalue()))
+    return {kind: base64.b64encode(content.getvalue()).decode()}
 
 
 def execute(file: Path) -> None:
@@ -45,7 +47,7 @@ def execute(file: Path) -> None:
             data = output.get("data", {})
             data.pop("image/jpeg", None)  # Pillow gives both
             if "image/png" in data:
-                data["image/png"] = small(data["image/png"])
+                data.update(small(data.pop("image/png")))
     notebook.metadata.pop("widgets", None)
     nbformat.write(notebook, file)
     print(file.name, file.stat().st_size // 1000, "kB", flush=True)

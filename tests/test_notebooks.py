@@ -34,7 +34,8 @@ def test_notebooks_are_stored_with_small_outputs_and_begin_with_the_installation
         assert all(cell.execution_count for cell in code), f"{notebook.name}: run notebooks/execute.py"
         kinds = {output.output_type for cell in code for output in cell.outputs}
         assert "error" not in kinds
-        assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs), notebook.name
+        shown = {kind for cell in code for output in cell.outputs for kind in output.get("data", {})}
+        assert shown & {"image/png", "image/jpeg"}, notebook.name
         assert str(ROOT) not in notebook.read_text(encoding="utf-8")
 
 
