@@ -51,6 +51,15 @@ def printable(name: str | os.PathLike[str]) -> str:
     )
 
 
+def number_of(number: int, what: str, several: str = "") -> str:
+    """A number of things.
+
+    >>> number_of(1, "file"), number_of(1200, "patch", "patches")
+    ('1 file', '1,200 patches')
+    """
+    return f"{number:,} {what if number == 1 else several or f'{what}s'}"
+
+
 def partial_path(path: Path) -> Path:
     """Where `path` is written before it is whole: hidden, beside it, with its ending, so that writers know the format.
 

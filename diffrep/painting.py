@@ -22,10 +22,12 @@ from diffrep.results import Result
 from diffrep.sampling.core import run
 from diffrep.sampling.samplers import build_table, model_schedule
 from diffrep.sampling.schedules import Flow, NoiseSchedule, SamplingError, TableVP
-from diffrep.searched import Candidate, as_candidate
+from diffrep.searched import Candidate, as_candidate, model_facts
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from diffrep.synthesis.model import SynthesisModel
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,6 +88,12 @@ class DiffusionModel:
     count: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     multiple: int = 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Its `model_facts`."""
+        side = self.side // self.factor
+        return model_facts(self.network, self.schedule, self.prediction, (self.channels, side, side))
 
 
 def diffusion_model(
@@ -161,7 +169,7 @@ def load_model(name: str, *, device: str | torch.device = "auto", dtype: torch.d
 
 
 def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative: str) -> DiffusionModel:
-    config, latent = backbone.network.config, isinstance(backbone, LatentBackbone)
+    latent = isinstance(backbone, LatentBackbone)
     conditions, null = backbone.painted_under(condition, negative)
     scale, flow = backbone.guidance if guidance is None else guidance, getattr(backbone, "flow", False)
     if scale != 1 and not latent:
@@ -175,15 +183,39 @@ def _of_backbone(backbone: Any, condition: Any, guidance: float | None, negative
         flows = {"prediction_type": "flow_prediction"} if flow else {}
         prediction, schedule = model_schedule({**(backbone.scheduler or {}), **flows})
     else:
-        prediction, schedule = "epsilon", TableVP(backbone.alphas_cumprod.double().cpu().numpy())
-    channels = backbone.vae.config.latent_channels if latent else 3
-    side = int(getattr(config, "sample_size", None) or (128 if flow else 64 if latent else 256))
+        prediction, schedule = "epsilon", _table(backbone)
+    channels, _, side = _latent_shape(backbone)
     encode = (lambda x: backbone.scale(backbone.encode(x)[0])) if latent else (lambda x: x.to(backbone.device) * 2 - 1)
     return DiffusionModel(
         backbone.name, backbone.network, _guided(network, conditions, null, scale), prediction, schedule,
         backbone.decode, encode, channels, backbone.stride, backbone.stride * side, len(conditions), backbone.device,
         backbone.multiple,
     )  # fmt: skip
+
+
+def synthesis_facts(model: SynthesisModel) -> dict[str, Any]:
+    """The `model_facts` of a synthesis model."""
+    prediction, schedule = model_schedule(model.scheduler)
+    return model_facts(model.unet, schedule, prediction, (model.channels, model.window, model.window))
+
+
+def backbone_facts(backbone: Any) -> dict[str, Any]:
+    """The `model_facts` of a diffusion backbone whose features are read, with or without what is needed to paint."""
+    flow, scheduler = getattr(backbone, "flow", False), backbone.scheduler or {}
+    prediction = "flow_prediction" if flow else str(scheduler.get("prediction_type") or "epsilon")
+    return model_facts(backbone.network, Flow() if flow else _table(backbone), prediction, _latent_shape(backbone))
+
+
+def _table(backbone: Any) -> TableVP:
+    return TableVP(backbone.alphas_cumprod.double().cpu().numpy())
+
+
+def _latent_shape(backbone: Any) -> tuple[int, int, int]:
+    """(c, h, w) of what the network was trained on."""
+    latent = isinstance(backbone, LatentBackbone)
+    usual = 128 if getattr(backbone, "flow", False) else 64 if latent else 256
+    side = int(getattr(backbone.network.config, "sample_size", None) or usual)
+    return backbone.vae.config.latent_channels if latent else 3, side, side
 
 
 def _of_early_exit(network: EarlyExitUViT, condition: Any, guidance: float | None) -> DiffusionModel:
@@ -294,6 +326,7 @@ def sample(
     shape = (model.channels, height // model.factor, width // model.factor)
     searched = as_candidate(timesteps)
     if searched is not None:
+        searched = searched.for_model(model.name, model.facts)
         steps, options = len(searched.timesteps), {**({"order": searched.orders} if searched.orders else {}), **options}
     for name, number in (("steps", steps), ("batch_size", batch_size), ("inherit", inherit)):
         if not isinstance(number, int) or number < 1:

@@ -24,7 +24,7 @@ from diffrep.eval.datasets.pairs import AnnotatedPair, KeypointTable, PairSet, t
 from diffrep.eval.protocols import AGGREGATES, Aggregate, Pck, Protocol
 from diffrep.eval.report import Problem, Published, Report, Section, published
 from diffrep.features import Descriptors, FeatureMaps
-from diffrep.files import claim_folder, sweep_partials, write_whole
+from diffrep.files import claim_folder, number_of, sweep_partials, write_whole
 from diffrep.fusion import fuse
 from diffrep.images import load_image
 from diffrep.matching import Matches, masked_distance, match_points, mutual_distance
@@ -133,7 +133,8 @@ class CorrespondenceReport(Report):
             share = 100 * self.by_part.points / self.pck.points
             rows.append((f"shared parts ({share:.1f} %)", *_percent(self.by_part.value())))
         yield Section(
-            f"{self.recipe} on {self.dataset}: {len(self.pck.counted)} pairs, {self.pck.points} points\n"
+            f"{self.recipe} on {self.dataset}: {number_of(len(self.pck.counted), 'pair')},"
+            f" {number_of(self.pck.points, 'point')}\n"
             f"protocol {protocol.name}: {sign} alpha * {protocol.threshold}, in {frame}; matches by the {self.search}\n"
             "PCK, % (* the paper's headline number)",
             columns,

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffrep.eval.painted import frechet_distance, load_features
 from diffrep.eval.report import Report, Section
 from diffrep.eval.synthesis import held_out_images
+from diffrep.files import number_of
 from diffrep.synthesis import SynthesisModel, SynthesisSettings, sample_patches
 from diffrep.synthesis.grids import ImageEncoder
 
@@ -35,7 +36,7 @@ class FewStepReport(Report):
     def sections(self) -> Iterator[Section]:
         columns = ("calls", "FID (tiny-dino)", "cosine to the condition", "difference to the teacher")
         rows = [(name, *(f"{value:.4g}" for value in row.values())) for name, row in self.rows.items()]
-        yield Section(f"{self.patches} patches of held-out scenes", columns, rows)
+        yield Section(f"{number_of(self.patches, 'patch', 'patches')} of held-out scenes", columns, rows)
 
 
 def compare_few_step(

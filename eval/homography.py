@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from diffrep.eval.matchers import Extractor, FeatureMatcher, Matcher, View, describe
 from diffrep.eval.report import Report, Section
+from diffrep.files import number_of
 from diffrep.images import load_image
 from diffrep.settings import NOT_NEGATIVE, check, check_ranges
 
@@ -166,7 +167,7 @@ class HomographyReport(Report):
                 cells += [f"{n['median_in_strides']:.2f} strides", f"{100 * n['within_one_stride']:.1f} %"]
             rows.append((matcher, *cells))
         points = next(iter(numbers.values()))["points"]
-        views = f"{self.settings.views} views of each of {len(names)} photographs, {points} points"
+        views = f"{number_of(self.settings.views, 'view')} of each of {len(names)} photographs, {points} points"
         columns = ("median", "75 %", "90 %", "stride", "median", "within one")
         yield Section(f"Distance of matches from the truth, pixels ({views})", columns, rows)
         medians = [(m, *(f"{e.numbers(name)['median']:.1f}" for name in names)) for m, e in self.rows.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.diffusion import keyed_generator
+from diffrep.files import number_of, printable
 from diffrep.images import Sizing, fit_image, load_image
 from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.core import to_forms
@@ -18,6 +20,9 @@ from diffrep.sampling.flows import Field, divergence, integrate_with_density, pr
 from diffrep.sampling.schedules import SamplingError, TableVP
 from diffrep.sampling.score_sde import ScoreSDE
 from diffrep.searched import as_candidate
+
+FAR_OFF = 0.1  # bits per dimension, of given steps from adaptive ones
+_log = logging.getLogger(__name__)
 
 
 def normal_log_density(z: Tensor, deviation: float) -> Tensor:
@@ -114,7 +119,8 @@ def image_likelihood(
         label: of a class-conditional ADM.
         size: side of the square that images are squashed to; that of the model's training where left out.
         probes: draws of the probe, whose mean is taken; they depend on the seed and on the image's number alone.
-        timesteps: where Heun's steps lie in place of adaptive ones, or the file of a search for them.
+        timesteps: where Heun's steps lie in place of adaptive ones, or the file of a search for them. The first image
+            is measured at adaptive ones too; where they are `FAR_OFF`, one line of the log says so.
         skip: called with a file that is no image, which is left out; None: that is an error.
 
     Raises:
@@ -125,11 +131,11 @@ def image_likelihood(
     searched = as_candidate(timesteps)
     if searched is not None and (searched.orders or searched.skipped):
         raise SamplingError(f"{timesteps}: has orders or skipped units, which a likelihood takes none of")
-    steps = () if searched is None else searched.timesteps
     if prompt and label is not None:
         raise SamplingError("a prompt and a label are conditions of two kinds of models: give one")
     condition = label if label is not None else prompt or None
     model = diffusion_model(backbone, condition, guidance=1.0, device=device, dtype=dtype)
+    steps = () if searched is None else searched.for_model(model.name, model.facts).timesteps
     side = size or model.side
     if side % model.factor:
         raise SamplingError(f"{model.name}: the size must be a multiple of {model.factor}, got {side}")
@@ -149,4 +155,11 @@ def image_likelihood(
             probe = (2 * torch.randint(0, 2, tuple(state.shape), generator=generator) - 1).to(state)
             bits = model_likelihood(model, state, probe, tolerance=tolerance, offset=offset, timesteps=steps)
             drawn.append(float(bits[0]))
+            if steps and not number and not draw:
+                adaptive = float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset)[0])
+                if abs(drawn[0] - adaptive) > FAR_OFF:
+                    _log.warning(
+                        "%s has %.2f bits per dimension at the %s of %s, and %.2f at adaptive ones: too few to trust",
+                        printable(file), drawn[0], number_of(len(steps), "step"), "the schedule" if not isinstance(timesteps, (str, Path)) else timesteps, adaptive,
+                    )  # fmt: skip
         yield file, sum(drawn) / probes

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from diffrep.eval.report import Report, Section
 from diffrep.eval.toy_manifolds import ToyManifold, random_tree, swiss_roll
+from diffrep.files import number_of
 from diffrep.manifold import PRESETS, HeatGeodesicEmbedding
 from diffrep.settings import check
 
@@ -285,7 +286,7 @@ class ManifoldReport(Report):
         for score in self.shown:
             rows = [(data, *(_cell(of[name], score) for name in self.seconds)) for data, of in self.scores.items()]
             rows.append(("processor seconds", *(f"{seconds:.1f}" for seconds in self.seconds.values())))
-            size = f"{self.settings.points} points, {len(self.settings.seeds)} seeds"
+            size = f"{self.settings.points} points, {number_of(len(self.settings.seeds), 'seed')}"
             yield Section(f"{score}, distance/embedding, {size}", list(self.seconds), rows)
 
     def document(self) -> Mapping[str, object]:

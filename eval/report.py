@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from diffrep.files import number_of
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -91,8 +93,7 @@ class Report(ABC):
         if count := len(self.problems):
             more = [f"  ... and {count - SHOWN} more, all in the JSON"] if count > SHOWN else []
             named = [f"  {problem}" for problem in self.problems[:SHOWN]]
-            word = "problem" if count == 1 else "problems"
-            parts.append(Section(f"{count} {word}, not counted in any number:", notes=[*named, *more]))
+            parts.append(Section(f"{number_of(count, 'problem')}, not counted in any number:", notes=[*named, *more]))
         return "\n\n".join(map(str, parts))
 
     def __str__(self) -> str:

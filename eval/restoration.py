@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffrep.eval.report import Report, Section, read_tables
-from diffrep.files import write_whole
+from diffrep.files import number_of, write_whole
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.restorer import RestorationHead, RestoreConfig, resized
 from diffrep.images import images_below
@@ -246,7 +246,9 @@ class RestorationReport(Report):
         cells = {**self.rows, **{f"{row.method} ({row.source})": row.values for row in self.published}}
         lines = [(name, *(f"{v[key]:.4g}" if key in v else "-" for key in names)) for name, v in cells.items()]
         notes = ["a bicubic beats most restorers in PSNR and loses in every measure of looks: PSNR alone misleads"]
-        yield Section(f"{self.benchmark}, {self.images} images", names, lines, notes if self.published else [])
+        yield Section(
+            f"{self.benchmark}, {number_of(self.images, 'image')}", names, lines, notes if self.published else []
+        )
 
 
 def evaluate_restoration(

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffrep.backbones.early_exit import EarlyExitUViT
 from diffrep.eval.painted import frechet_distance, load_features
 from diffrep.eval.report import Report, Section, read_tables
+from diffrep.files import number_of
 from diffrep.painting import DiffusionModel, Samples, diffusion_model, load_model, sample
 from diffrep.sampling.samplers import ALIASES, SAMPLERS, build_table
 from diffrep.sampling.schedules import Flow, SamplingError
@@ -91,7 +92,7 @@ class SamplersReport(Report):
     pictures: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)  # guidance -> sampler -> row
 
     def sections(self) -> Iterable[Section]:
-        fine = f"UniPC with {self.settings.reference} steps (deviation {self.spread:.2f})"
+        fine = f"UniPC with {number_of(self.settings.reference, 'step')} (deviation {self.spread:.2f})"
         for guidance, rows in self.distances.items():
             ranked = sorted(rows, key=lambda name: rows[name].get(self.settings.calls[-1], float("inf")))
             yield Section(
@@ -162,7 +163,7 @@ def evaluate_samplers(
     """
     settings = settings or SamplersEvaluation()
     spaces = {name: load_features(name) for name in settings.fid}
-    found = as_candidate(settings.schedule)
+    candidate = as_candidate(settings.schedule)
     distances: dict[str, dict[str, dict[int, float]]] = {}
     fid: dict[str, Any] = {space: {guidance: {} for guidance in models} for space in spaces}
     searched: dict[str, dict[str, float]] = {}
@@ -173,7 +174,7 @@ def evaluate_samplers(
     for guidance, model in models.items():
         fine = sample(model, sampler="unipc", steps=settings.reference, seed=settings.seed)
         spread, distances[guidance], shown = float(fine.latents.std()), {}, dict[str, Tensor]()
-        searched |= {} if found is None else {guidance: {}}
+        searched |= {} if candidate is None else {guidance: {}}
         for name in settings.samplers or _usual(model):
             rows: dict[int, Samples] = {}
             for calls in settings.calls:
@@ -191,10 +192,11 @@ def evaluate_samplers(
                 }
             blank = torch.ones_like(fine.images[0])
             shown[name] = torch.stack([rows[n].images[0] if n in rows else blank for n in settings.calls])
-            if found is not None:
+            if candidate is not None:
+                candidate = candidate.for_model(model.name, model.facts)
                 try:
                     sampler, options = VARIANTS.get(name, (name, {}))
-                    got = sample(model, sampler=sampler, timesteps=found, seed=settings.seed, **options)
+                    got = sample(model, sampler=sampler, timesteps=candidate, seed=settings.seed, **options)
                     searched[guidance][name] = _distance(got, fine)
                 except SamplingError as error:
                     refused[f"{name} at the searched steps"] = str(error)

@@ -26,7 +26,7 @@ from diffrep.eval.cache import ImageResults
 from diffrep.eval.maps import PooledAngles, angular_error, depth_metrics
 from diffrep.eval.rendering import SceneJob, SceneMapSettings, name_of, scene_groups
 from diffrep.eval.report import Report, Section, mean_interval, with_interval
-from diffrep.files import claim_folder
+from diffrep.files import claim_folder, number_of
 from diffrep.heads.families import FRAME_SIGNS, Task
 from diffrep.heads.training.dense_data import scene_depth
 from diffrep.scenes import Scene
@@ -153,7 +153,7 @@ class SceneMapReport(MethodsReport):
                         f" under 11.25 {pixels['under 11.25']:.1f}%, under 30 {pixels['under 30']:.1f}%"
                     )
                 rows.append((method, *cells))
-            yield Section(f"{group}: {len(names)} images", metrics, rows)
+            yield Section(f"{group}: {number_of(len(names), 'image')}", metrics, rows)
 
 
 def evaluate_scene_maps(

@@ -26,7 +26,7 @@ from diffrep.eval.report import Report, Section, with_interval
 from diffrep.eval.scene_maps import scene_depth_metrics
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image, together
-from diffrep.files import write_whole
+from diffrep.files import number_of, write_whole
 from diffrep.heads.families import Task
 from diffrep.heads.segmentation import DiffDis, finish
 from diffrep.heads.training.dense import OneStepModel, predict_maps
@@ -121,7 +121,9 @@ class ScenesReport(Report):
     def sections(self) -> Iterator[Section]:
         first = next(iter(self.rows))
         sizes = {name: self.pck(first, name) for name in self.groups()}
-        columns = [f"{name} ({len(c.pairs)} pairs, {c.points} points)" for name, c in sizes.items()]
+        columns = [
+            f"{name} ({number_of(len(c.pairs), 'pair')}, {number_of(c.points, 'point')})" for name, c in sizes.items()
+        ]
         for i, alpha in enumerate(self.settings.alphas):
             rows = [(matcher, *(_cell(self.pck(matcher, name), i) for name in sizes)) for matcher in self.rows]
             yield Section(f"PCK@{alpha:g} per point, % (95 % interval over pairs)", columns, rows)

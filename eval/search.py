@@ -30,7 +30,7 @@ from diffrep.matching import match_points
 from diffrep.sampling.schedules import SamplingError
 from diffrep.scenes import SEEN
 from diffrep.scenes.sets import scene_pairs
-from diffrep.searched import Candidate, Row
+from diffrep.searched import Candidate, Row, differing
 from diffrep.settings import check
 
 Way = tuple[Callable[[], Candidate], int]  # how candidates are made, and how many
@@ -143,6 +143,7 @@ def search_steps(
     settings: SearchSettings | None = None,
     first: Sequence[Candidate] = (),
     of: Mapping[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
     file: str | Path | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[tuple[float, Candidate]]:
@@ -154,6 +155,7 @@ def search_steps(
         total: timesteps of the model.
         first: candidates that the first generation has, the sampler's usual steps for example.
         of: what the fitness is of, the model and the sampler for example; the file keeps it.
+        facts: of the model, `diffrep.searched.model_facts`; the file keeps them for those that use what was found.
         file: keeps every fitness; a search of the same, with the same settings, goes on from it.
         progress: gets each generation's number and best fitness.
 
@@ -174,7 +176,16 @@ def search_steps(
         document = read_document(path, error=SamplingError)
         if document.get("search") != about:
             raise SamplingError(f"{path}: is of another search: {_difference(document.get('search'), about)}")
-        known = {str(k): float(v) for k, v in document.get("evaluated", {}).items()}
+        try:
+            known = {str(k): float(v) for k, v in document.get("evaluated", {}).items()}
+            before_it = dict(document.get("found_for") or {})  # of an older file the model stays unknown
+        except (AttributeError, TypeError, ValueError):
+            raise SamplingError(
+                f"{path}: 'evaluated' must hold numbers by steps, 'found_for' facts of a model"
+            ) from None
+        if before_it and (other := differing(before_it, facts or {})):
+            raise SamplingError(f"{path}: is of another model under the same name: other {', '.join(other)}")
+        facts = before_it
     for epoch in range(s.epochs):
         generation = _Generation(s, count, total, random.Random(f"{s.seed}-{epoch}"), skip, first)
         before, born = best[:1], 0
@@ -190,7 +201,8 @@ def search_steps(
                 born += 1
                 if path is not None:
                     ranked = [[value, c.to_json()] for value, _, c in sorted(best, key=lambda b: b[:2])[:10]]
-                    write_document(path, {"search": about, "best": ranked, "evaluated": known})
+                    found_for = {"found_for": facts} if facts else {}
+                    write_document(path, {"search": about, **found_for, "best": ranked, "evaluated": known})
         best.sort(key=lambda b: b[:2])
         del best[max(s.parents, 10) :]
         if s.layers and (best[:1] == before or epoch >= s.skip_after):

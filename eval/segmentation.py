@@ -32,7 +32,7 @@ from diffrep.eval.scene_maps import (
     through_vae,
 )
 from diffrep.eval.segmentation_metrics import AUTHORS, DIS, ImageScores, together
-from diffrep.files import write_whole
+from diffrep.files import number_of, write_whole
 from diffrep.heads.training.masks import MaskedImage, read_dis
 from diffrep.images import load_image
 from diffrep.scenes import Scene
@@ -105,7 +105,7 @@ class MaskReport(MethodsReport):
         yield Section(f"{self.benchmark}: {DEFINITIONS[self.protocol]}; 95 % interval over images")
         for group, names in self.groups.items():
             rows = [(method, *starmap(_cell, self.values(method, group).items())) for method in self.rows]
-            yield Section(f"{group}: {len(names)} images", tuple(self.columns().values()), rows)
+            yield Section(f"{group}: {number_of(len(names), 'image')}", tuple(self.columns().values()), rows)
         if self.published:
             papers = [
                 (row.method, split, *(f"{values[n]:g}" if n in values else "-" for n in COLUMNS), row.quoted_in)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffrep.eval.painted import consistency, frechet_distance, load_features, seam_ratio
 from diffrep.eval.report import Report, Section, plain
+from diffrep.files import number_of
 from diffrep.scenes import SEEN, render_scene, scene_seed
 from diffrep.scenes.sets import Split
 from diffrep.settings import check
@@ -132,8 +133,8 @@ class SynthesisReport(Report):
             [(name, f"{f.patches:.2f}", f"{f.real:.2f}", f"{f.crops:.2f}") for name, f in self.fid.items()],
             [f"  patches nearest to their own condition: {100 * self.right_patches:.1f} %"],
         )
-        yield self.unrelated.section(f"{self.settings.images} images of unrelated cells")
-        yield self.whole.section(f"{self.settings.images} images of one scene each")
+        yield self.unrelated.section(f"{number_of(self.settings.images, 'image')} of unrelated cells")
+        yield self.whole.section(f"{number_of(self.settings.images, 'image')} of one scene each")
         if self.augmentation is not None:
             setup = self.settings.augmentation
             names = {
@@ -146,7 +147,8 @@ class SynthesisReport(Report):
             for key, name in names.items():
                 values = 100 * np.array(getattr(self.augmentation, key))
                 rows.append((name, f"{values.mean():.1f} %", f"({', '.join(f'{v:.1f}' for v in values)})"))
-            title = f"accuracy of a linear probe, {setup.per_class} scenes a category (mean, and every draw of them)"
+            scenes = number_of(setup.per_class, "scene")
+            title = f"accuracy of a linear probe, {scenes} a category (mean, and every draw of them)"
             yield Section(title, ("",), rows)
 
 

@@ -35,7 +35,15 @@ from diffrep.backbones.repositories import (
     without_fetching,
 )
 from diffrep.backbones.text import TextEncoders
-from diffrep.files import read_document, read_weights, save_weights, weight_names, write_document, write_whole
+from diffrep.files import (
+    number_of,
+    read_document,
+    read_weights,
+    save_weights,
+    weight_names,
+    write_document,
+    write_whole,
+)
 from diffrep.heads.head import Head, HeadError
 
 HEAD_FILE, CONTEXT_FILE, WEIGHTS = "head.json", "context.safetensors", "diffusion_pytorch_model.safetensors"
@@ -106,7 +114,7 @@ def _check_file(path: Path, task: str | None) -> None:
     if any(key.endswith("rgb_proj.0.weight") for key in names):
         return
     whole = "a backbone in one file, no head" if any(key.startswith("model.diffusion_model.") for key in names) else ""
-    listed = f"no head, it holds {len(names)} tensors ({', '.join(sorted(names)[:2])}, ...)"
+    listed = f"no head, it holds {number_of(len(names), 'tensor')} ({', '.join(sorted(names)[:2])}, ...)"
     what = formats.describe_weights(names)[0] or whole or listed
     raise HeadError(f"{path}: is {what}; {_GIVEN_AS.get(task or 'depth', _GIVEN_AS['depth'])}")
 

@@ -119,7 +119,7 @@ def test_what_exists_is_skipped(
     assert main(command) == 0
     captured = capsys.readouterr()
     assert [Path(entry["image"]).name for entry in json.loads(captured.out)["images"]] == ["1.png"]
-    assert "skipped 1 images whose files exist" in captured.err
+    assert "skipped 1 image whose files exist" in captured.err
     assert (tmp_path / "out" / f"0_{ending}.png").stat().st_mtime_ns == old
     assert (tmp_path / "out" / f"1_{ending}.png").is_file()
 

@@ -269,7 +269,7 @@ def test_what_does_not_fit_is_told_in_one_line(
         return str(folder)
 
     assert "say which folder holds the depth" in told("dense", "depth", images)
-    assert "8 of 8 images have no annotation" in told("dense", "depth", images, str(tmp_path))
+    assert "no annotation for 8 of 8 images" in told("dense", "depth", images, str(tmp_path))
     assert "no such folder of annotations" in told("dense", "normals", images, str(tmp_path / "none"))
     assert "has the shape (4, 4), its image (32, 64)" in told("dense", "depth", images, beside("a", np.ones((4, 4))))
     nothing = beside("b", np.zeros((32, 64)))

@@ -77,7 +77,7 @@ def test_a_store_shows_and_saves_itself(tmp_path: Path) -> None:
     config = ExtractConfig(taps=("layer.1", "layer.4"))
     extract_store([tmp_path / "a.png"], tmp_path / "store", "tiny-dino", config)
     store = open_store(tmp_path / "store")
-    assert repr(store).endswith("1 images, pooled of layer.1, layer.4)")
+    assert repr(store).endswith("1 image, pooled of layer.1, layer.4)")
     assert "a.png" in str(store._repr_html_())
     assert store._repr_png_() is None
     assert store.save(tmp_path / "s.csv").read_text().splitlines() == ["image,height,width", "a.png,48,64"]

@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffrep.backbones import BackboneError
+from diffrep.backbones import BackboneError, load_backbone
 from diffrep.backbones.early_exit import EarlyExitUViT, UViTConfig, load_early_exit, save_early_exit
-from diffrep.cli import main
+from diffrep.cli import COMMANDS, command_kind, main
+from diffrep.commands.parsing import options_of
 from diffrep.eval.likelihood import model_likelihood
 from diffrep.eval.samplers import distance_to_fine
-from diffrep.painting import diffusion_model, sample
+from diffrep.painting import backbone_facts, diffusion_model, sample
 from diffrep.sampling.schedules import SamplingError
 from diffrep.searched import Candidate, read_candidate
 from diffrep.store import open_store
@@ -39,6 +40,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = draw.integers(0, 100, (64, 64, 3), np.uint8)
         pixels[..., 2 * (number % 2)] += 100
         Image.fromarray(pixels).save(place / f"{number}.png")
+    for name, kind in (("labels", np.uint8), ("depths", np.float32)):
+        (folder / name).mkdir()
+        for number in range(0, 12, 2):
+            np.save(folder / name / f"{number}.npy", draw.integers(1, 3, (64, 64)).astype(kind))
     (folder / "cell.json").write_text('{"timesteps": [30], "taps": ["up.1"]}')
     (folder / "steps.json").write_text('{"timesteps": [900, 500, 100]}')
     (folder / "orders.json").write_text('{"timesteps": [900, 500], "orders": [1, 2]}')
@@ -256,3 +261,133 @@ def test_a_condition_that_a_model_has_no_use_for_is_refused(
     assert main([words.get(word, word) for word in line.split()]) == 2
     assert message.replace("EXIT", "exit") in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["exit"]
+
+
+# -- the model that a file was found for ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searches(work: Path) -> dict[str, Path]:
+    """Files of searches on the embedded models, and the same as if found for other models, by name."""
+    quick = ["--population", "1", "--epochs", "1"]
+    cell, steps = work / "cell-of-tiny.json", work / "steps-of-tiny.json"
+    line = ["search-schedule", "--model", "tiny-synthesis", "--steps", "2", "--count", "1", "--reference", "3"]
+    assert main([*line, *quick, "-o", str(steps)]) == 0
+    line = ["search-schedule", "--fitness", "pck", "--per-category", "1"]
+    assert main([*line, *quick, "-o", str(cell)]) == 0
+    files = {"steps": steps, "cell": cell}
+    for kind, path in list(files.items()):
+        document = json.loads(path.read_text())
+        for name, change in (
+            ("other-kind", {"prediction": "sample", "noise": [999.0, 1.0, 0.9, 0.7, 0.4, 0.1]}),
+            ("other-weights", {"weights": "0" * 16}),
+            ("old", None),
+        ):
+            facts = {} if change is None else {"found_for": document["found_for"] | change}
+            text = json.dumps({k: v for k, v in document.items() if k != "found_for"} | facts)
+            files[f"{kind}-{name}"] = work / f"{kind}-{name}.json"
+            files[f"{kind}-{name}"].write_text(text)
+    return files
+
+
+PAINTERS = {  # commands that take steps -> a line that is quick
+    "sample": "sample",
+    "synthesize": "synthesize --reference A --size 128",
+    "eval samplers": "eval samplers --count 1 --calls 2 --reference 3 --samplers ddim",
+    "likelihood": "likelihood A",
+}
+READERS = {  # commands that take a tap and a timestep
+    "match": "match A B --points 1,1 --backbone tiny",
+    "extract": "extract A -o OUT",
+    "export": "export tiny -o OUT.onnx",
+    "probe train": "probe train PHOTOS",
+    "probe sweep": "probe sweep PHOTOS",
+    "probe pixels": "probe pixels photos/red labels",
+    "probe dense": "probe dense depth photos/red depths",
+    "probe feedback": "probe feedback PHOTOS",
+    "eval probes": "eval probes PHOTOS --cells tiny",
+}
+
+
+def test_every_command_that_takes_what_was_found_is_tried_here() -> None:
+    takes = {
+        name
+        for name, (place, _) in COMMANDS.items()
+        if place and any("--schedule" in o.flags and o.kind is Path for o in options_of(command_kind(name)))
+    }
+    assert takes == {*PAINTERS, *READERS}
+
+
+def run_with(schedule: Path, line: str, work: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.chdir(work)
+    words = {"A": "photos/red/0.png", "B": "photos/blue/1.png", "PHOTOS": "photos"}
+    return main([*(words.get(word, word) for word in line.split()), "--schedule", str(schedule)])
+
+
+@pytest.mark.parametrize("command", [*PAINTERS, *READERS])
+def test_what_was_found_for_another_kind_of_model_is_refused(
+    command: str, searches: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    kind, line = ("steps", PAINTERS[command]) if command in PAINTERS else ("cell", READERS[command])
+    before = {*work.iterdir()}
+    assert run_with(searches[f"{kind}-other-kind"], line, work, monkeypatch) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    if command == "probe feedback":  # which takes none
+        assert "this probe reads the whole decoder" in said
+    else:
+        assert f"{kind}-other-kind.json: was found for another kind of model than tiny" in said
+        assert re.search(r"other prediction, noise schedule(, weights)?$", said)
+    assert {path.name for path in {*work.iterdir()} - before} <= {"runs"}
+
+
+@pytest.mark.parametrize("line", ["likelihood A", "match A B --points 1,1 --backbone tiny"])
+def test_other_weights_and_old_files_are_named_in_one_line(
+    line: str, searches: dict[str, Path], work: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = "steps" if line.startswith("likelihood") else "cell"
+    for name, message in (
+        ("other-weights", "was found for a model of the kind of tiny with other weights"),
+        ("old", "does not say which model it was found for (unknown: architecture, sizes of the weights, prediction,"),
+    ):
+        caplog.clear()
+        assert run_with(searches[f"{kind}-{name}"], line, work, monkeypatch) == 0
+        assert [message in said for said in caplog.messages if "found for" in said] == [True]
+    caplog.clear()
+    assert run_with(searches[kind], f"{line} --precision bfloat16", work, monkeypatch) == 0
+    far_off = [said for said in caplog.messages if "too few to trust" in said]
+    assert len(far_off) == (kind == "steps")  # two steps
+    # tiny has the architecture of tiny-synthesis, and other weights
+    assert ["with other weights" in said for said in caplog.messages if "found for" in said] == [True] * (
+        kind == "steps"
+    )
+
+
+def test_a_search_goes_on_for_the_same_model_alone(
+    searches: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["search-schedule", "--fitness", "pck", "--per-category", "1", "--population", "1", "--epochs", "1", "-o"]
+    assert main([*line, str(searches["cell-other-weights"])]) == 2
+    assert "is of another model under the same name: other weights" in capsys.readouterr().err
+    assert main([*line, str(searches["cell-old"])]) == 0
+    assert "found_for" not in json.loads(searches["cell-old"].read_text())  # who knows which model half of it is of
+
+
+@pytest.mark.parametrize(
+    "text", ['{"best": [3]}', '{"best": [[1]]}', '{"best": 3}', '{"timesteps": [3], "found_for": {"a": 1}}',
+             '{"timesteps": [true]}', '{"timesteps": [3], "found_for": [1]}', "[" * 10**5]
+)  # fmt: skip
+def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text(text)
+    with pytest.raises(SamplingError, match=r"^[^\n]*steps\.json: [^\n]+$"):
+        read_candidate(tmp_path / "steps.json")
+
+
+def test_facts_of_a_model_depend_on_neither_precision_nor_place(tmp_path: Path) -> None:
+    backbone = load_backbone("tiny", decoder=True)
+    facts = backbone_facts(backbone)
+    assert diffusion_model(backbone, "", guidance=1.0).facts == facts
+    backbone.save_pretrained(tmp_path / "elsewhere")
+    assert backbone_facts(load_backbone(str(tmp_path / "elsewhere"), dtype=torch.float16)) == facts
+    flow = diffusion_model(str(layouts.build("sd3", tmp_path / "sd3")), "", guidance=1.0).facts
+    assert {name for name in facts if facts[name] != flow[name]} == set(facts)

@@ -30,7 +30,7 @@ from diffrep.backbones.repositories import LoadOptions
 from diffrep.backbones.text import PROJECTION, ClipEncoders
 from diffrep.backbones.vit_loading import is_vit, vit_from_weights, vit_weights
 from diffrep.backbones.weight_files import describe_weights, read_weights
-from diffrep.files import one_line
+from diffrep.files import number_of, one_line
 
 CONFIGURATIONS = Path(__file__).with_name("single_files.json")
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -59,8 +59,8 @@ def load_single_file(path: Path, options: LoadOptions) -> Backbone:
     if f"{UNET}input_blocks.0.0.weight" not in weights:
         near = ", ".join(sorted(weights)[:3])
         raise BackboneError(
-            f"{path}: is no checkpoint of Stable Diffusion or guided-diffusion: it holds {len(weights)} tensors"
-            f" ({near}, ...), of no known model"
+            f"{path}: is no checkpoint of Stable Diffusion or guided-diffusion: it holds"
+            f" {number_of(len(weights), 'tensor')} ({near}, ...), of no known model"
         )
     if not any(key.startswith(f"{VAE}encoder.") for key in weights):
         raise BackboneError(f"{path}: holds a U-Net but no VAE ({VAE}encoder...); give the whole checkpoint")

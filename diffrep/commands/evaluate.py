@@ -48,7 +48,7 @@ from diffrep.eval.segmentation import (
     masks_through_vae,
 )
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
-from diffrep.files import check_writable, write_whole
+from diffrep.files import check_writable, number_of, write_whole
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
@@ -296,7 +296,9 @@ class DenseEvaluation(ReportOptions, PrecisionOptions):
     def _finish(self, report: Report) -> None:
         self.show(report)
         if report.problems:
-            raise ValueError(f"{len(report.problems)} images were not counted, the first: {report.problems[0]}")
+            raise ValueError(
+                f"not counted: {number_of(len(report.problems), 'image')}, the first: {report.problems[0]}"
+            )
 
     def _folder(self) -> Path:
         if self.root is None:

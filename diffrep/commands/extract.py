@@ -27,7 +27,7 @@ from diffrep.commands.options import (
     typed_conditions,
 )
 from diffrep.features import ExtractConfig
-from diffrep.files import DRAWING, check_writable, printable, write_image
+from diffrep.files import DRAWING, check_writable, number_of, printable, write_image
 from diffrep.images import Sizing
 from diffrep.index import IndexConfig, index_store
 from diffrep.store import BulkConfig, Keep, extract_store, open_store
@@ -76,7 +76,7 @@ class Extract(ReadingOptions, PrecisionOptions):
         if "keep.points" in self.typed and self.keep.kind != "points":
             raise ValueError("--keep.points goes with --keep.kind points")
         if self.schedule is not None or typed_conditions(self.typed):
-            backbone = load_backbone(self.named(self.backbone), weights=False)
+            backbone = load_backbone(self.named(self.backbone), weights=self.schedule is not None)
             refuse_conditions(self.typed, [backbone])
             config = dataclasses.replace(config, **self.place(self.typed, backbone))
         new = not self.output.exists()
@@ -99,7 +99,7 @@ class Extract(ReadingOptions, PrecisionOptions):
                 print(printable(note))
             rate = f" ({done.images / done.seconds:.1f} a second)" if done.images else ""
             if done.images or done.before:
-                print(f"wrote {done.folder}: {done.images:,} images{rate}, {done.before:,} were there already")
+                print(f"wrote {done.folder}: {number_of(done.images, 'image')}{rate}, {done.before:,} already there")
         if new and not done.images and not done.before:
             shutil.rmtree(done.folder)
         refuse_quarantined(done)
@@ -149,7 +149,7 @@ class Index(Command):
             )
             return
         print(f"{index.design.kind}: {index.design.reason}")
-        print(f"wrote {self.output}: {len(index):,} vectors of {index.tap}, one per {_ONE_PER[index.level]}")
+        print(f"wrote {self.output}: {number_of(len(index), 'vector')} of {index.tap}, one per {_ONE_PER[index.level]}")
 
 
 _ONE_PER = {"image": "image", "patch": "place"}

@@ -21,7 +21,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffrep.commands.options import refuse_failed
-from diffrep.files import is_written_by_diffrep, printable, sweep_partials, words_of, write_document, write_image
+from diffrep.files import (
+    is_written_by_diffrep,
+    number_of,
+    printable,
+    sweep_partials,
+    words_of,
+    write_document,
+    write_image,
+)
 from diffrep.heads.maps import WRITERS, DepthMap, NormalMap, save_map
 from diffrep.images import ImageError, find_images, frame_rate, is_video, load_image, read_frames, write_video
 
@@ -231,7 +239,7 @@ def run_images(
             settle(2 * config.batch_size)
         settle(0)
     if run.skipped:
-        print(f"skipped {run.skipped} images whose files exist", file=sys.stderr)
+        print(f"skipped {number_of(run.skipped, 'image')} whose files exist", file=sys.stderr)
     run.check()
     return [done[number] for number in sorted(done)]
 
@@ -375,5 +383,6 @@ def print_files(model: str, about: str, done: Sequence[Mapping[str, Any]], outpu
     if as_json:
         print(json.dumps({"model": model, "found": about, "images": done}, indent=2))
         return
+    files = sum(len(entry["files"]) for entry in done)
     print(f"{model}: {about}")
-    print(f"wrote {sum(len(entry['files']) for entry in done)} files for {len(done)} images into {output}")
+    print(f"wrote {number_of(files, 'file')} for {number_of(len(done), 'image')} into {output}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from diffrep.commands.options import BackboneOptions, PrecisionOptions, ReadingOptions, numbers, refuse_conditions
-from diffrep.files import DRAWING, check_folder, check_writable, one_line, write_image
+from diffrep.files import DRAWING, check_folder, check_writable, number_of, one_line, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
 
@@ -128,7 +128,7 @@ class Match(ReadingOptions, PrecisionOptions):
         jobs = [(pair, None if folder is None else folder / f"{pair.name}.png") for pair in pairs]
         left = [job for job in jobs if not (self.skip_existing and job[1] is not None and job[1].is_file())]
         if len(left) < len(jobs):
-            print(f"skipped {len(jobs) - len(left)} pairs whose pictures exist", file=sys.stderr)
+            print(f"skipped {number_of(len(jobs) - len(left), 'pair')} whose pictures exist", file=sys.stderr)
         if not left:
             return
         run, results = ImageRun(len(left), "match", unit="pair"), []

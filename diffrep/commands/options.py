@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypedDict
 import tyro
 
 from diffrep.commands.parsing import Command
-from diffrep.files import check_folder, check_replaceable, check_writable, write_whole
+from diffrep.files import check_folder, check_replaceable, check_writable, number_of, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,8 @@ class ReadingOptions(BackboneOptions):
             backbone: that is read, where it is known.
 
         Raises:
-            ValueError: the file is of another search, the backbone has no noise, or a tap or timestep was typed too.
+            ValueError: the file is of another search or another kind of backbone, this one has no noise, or a tap or
+                timestep was typed too.
         """
         if self.schedule is None:
             return {}
@@ -135,8 +136,12 @@ class ReadingOptions(BackboneOptions):
             raise ValueError(f"--schedule says the tap and the timestep: leave --{clash[0]} out")
         if backbone is not None and backbone.denoises is None:
             raise ValueError(f"--schedule is for diffusion models, {backbone.name} is none")
-        tap, timestep = read_place(self.schedule)
-        return {"taps": (tap,), "timestep": timestep}
+        place = read_place(self.schedule)
+        if backbone is not None:
+            from diffrep.painting import backbone_facts
+
+            place.for_model(backbone.name, backbone_facts(backbone))
+        return {"taps": place.taps, "timestep": int(place.timesteps[0])}
 
 
 CONDITIONS = {  # settings of conditions -> what they are for
@@ -246,7 +251,7 @@ def refuse_failed(failed: Sequence[str], count: int, unit: str = "image") -> Non
     """
     if failed:
         more = f"; and {len(failed) - 3} more, named above" if len(failed) > 3 else ""
-        share = "" if count == 1 else f"{len(failed)} of {count} {unit}s failed: "
+        share = "" if count == 1 else f"{len(failed)} of {number_of(count, unit)} failed: "
         raise ValueError(f"{share}{'; '.join(failed[:3])}{more}")
 
 

@@ -29,6 +29,8 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast
 
 import tyro
 
+from diffrep.files import number_of
+
 LARGEST = 2**63  # whole numbers below it are what PyTorch and NumPy take
 
 WORDS = {  # what a field of this name means wherever no comment says more
@@ -442,7 +444,7 @@ def help_text(kind: type[Command], program: str, *, everything: bool = False) ->
             group = name
         lines += _entry(option.usage(), option.text(), width)
     if left := len(flagged) - len(shown):
-        more = "1 more option" if left == 1 else f"{left} more options"
+        more = number_of(left, "more option")
         lines += ["", f"{more}: {program} --help-all"]
     return "\n".join(lines)
 

@@ -27,6 +27,7 @@ from diffrep.commands.options import PrecisionOptions, WeightOptions, numbers
 from diffrep.files import (
     check_folder,
     check_writable,
+    number_of,
     printable,
     read_document,
     write_document,
@@ -112,7 +113,7 @@ class ImageCommand(WeightOptions, PrecisionOptions):
         """Predict all frames and write their pictures as one video."""
         count = write_predicted_video(head, inputs, self.output, config, picture)
         print(f"{self.model}: {head.recognised}")
-        print(f"wrote {count} frames into {self.output}")
+        print(f"wrote {number_of(count, 'frame')} into {self.output}")
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ class Segment(ImageCommand):
         print(f"{self.model}: {head.recognised}")
         for entry in done:
             print(f"{printable(str(entry['image']))}: the object covers {about[str(entry['image'])]['object']:.1%}")
-        print(f"wrote {len(done) * len(outputs)} files and {SUMMARY} into {self.output}")
+        print(f"wrote {number_of(len(done) * len(outputs), 'file')} and {SUMMARY} into {self.output}")
 
     def _earlier(self) -> dict[str, dict[str, object]]:
         """What an earlier run wrote about the images that are skipped now."""

@@ -19,7 +19,7 @@ from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.image_runs import Item, find_inputs, run_images, write_beside, write_map
 from diffrep.commands.options import Command, PrecisionOptions, ReadingOptions, ReportOptions
 from diffrep.features import ExtractConfig
-from diffrep.files import DRAWING, check_folder, check_writable, write_image, write_whole
+from diffrep.files import DRAWING, check_folder, check_writable, number_of, write_image, write_whole
 from diffrep.heads.probes import (
     Cell,
     FeedbackSettings,
@@ -101,7 +101,9 @@ class Images(WorkOptions):
         folder = self.work / "features"
         prepared = ProbeData.read(data, backbones, readings, folder, shares=self.shares, **options)
         if lost := prepared.unreadable():
-            print(f"left out {len(lost)} images that cannot be read, the first: {lost[0]}", file=sys.stderr)
+            print(
+                f"left out {number_of(len(lost), 'image')} that cannot be read, the first: {lost[0]}", file=sys.stderr
+            )
         return prepared
 
 
@@ -208,7 +210,7 @@ def score_lines(parts: Mapping[str, Scores]) -> list[str]:
     return [
         f"{part:<4}  top-1 {100 * scores.top1:.1f} % ({100 * scores.low:.1f}..{100 * scores.high:.1f})"
         f"  top-5 {100 * scores.top5:.1f} %  mean per class {100 * scores.mean_per_class:.1f} %"
-        f"  {scores.n} images"
+        f"  {number_of(scores.n, 'image')}"
         for part, scores in parts.items()
     ]
 
@@ -444,7 +446,7 @@ class Predict:
             print(json_module.dumps({"model": str(self.model), "images": done}, indent=2))
             return
         count = sum(len(entry["files"]) for entry in done)  # type: ignore[arg-type, misc]  # lists, by run_images
-        print(f"wrote {count} files for {len(done)} images into {folder}")
+        print(f"wrote {number_of(count, 'file')} for {number_of(len(done), 'image')} into {folder}")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from diffrep.commands.probe import Extraction, NewProbe, WorkOptions
 from diffrep.eval.probes import score_dense_probe, score_pixel_probe
 from diffrep.eval.rendering import SceneFiles, What, annotated_scenes, scene_classes
+from diffrep.files import number_of
 from diffrep.heads.probes import (
     AnnotatedFiles,
     Annotation,
@@ -95,7 +96,7 @@ class TrainPixels(NewProbe):
         lines = [f"{name:<20} IoU {100 * value:5.1f} %" for name, value in ordered]
         lines.append(
             f"test  mIoU {100 * scores['mean_iou']:.1f} %  pixels {100 * scores['pixel_accuracy']:.1f} %"
-            f"  {len(test)} images, {len(train)} to train on"
+            f"  {number_of(len(test), 'image')}, {len(train):,} to train on"
         )
         self.finish(replace(probe, about=about), lines)
 
@@ -150,10 +151,11 @@ def _lines(scores: dict[str, Any]) -> list[str]:
     if "metric" not in scores:
         return [
             f"test  mean angle {scores['mean']:.2f}, median {scores['median']:.2f}, under 11.25"
-            f" {scores['under 11.25']:.1f} %, under 30 {scores['under 30']:.1f} %  {scores['images']} images"
+            f" {scores['under 11.25']:.1f} %, under 30 {scores['under 30']:.1f} %"
+            f"  {number_of(scores['images'], 'image')}"
         ]
     return [
         f"test, {name:<7}  AbsRel {100 * scores[key]['abs_rel']:.2f} %  delta1 {100 * scores[key]['delta1']:.2f} %"
-        f"  RMSE {scores[key]['rmse']:.3f} m  {scores['images']} images"
+        f"  RMSE {scores[key]['rmse']:.3f} m  {number_of(scores['images'], 'image')}"
         for name, key in (("metric", "metric"), ("aligned", "aligned"))
     ]

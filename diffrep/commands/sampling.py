@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from diffrep.commands.options import BackboneOptions, Command, PrecisionOptions, ReportOptions
-from diffrep.files import check_writable
+from diffrep.files import check_writable, number_of
 from diffrep.training.fokker_planck import PotentialTraining
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Paint(BackboneOptions, PrecisionOptions):
         )  # fmt: skip
         painted.save(self.output)
         counted = f", {painted.flops / 1e9:.3g} G operations" if painted.flops is not None else ""
-        print(f"{painted.calls} calls of the network for an image{counted}; wrote {self.output}")
+        print(f"{number_of(painted.calls, 'call')} of the network for an image{counted}; wrote {self.output}")
 
 
 def sampler_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -175,16 +175,19 @@ class SearchSchedule(PrecisionOptions):
         }  # fmt: skip
         best = search_steps(
             fitness, self.steps, total=total, settings=settings, file=self.output, first=[usual],
-            of=of, progress=_print_generation,
+            of=of, facts=model.facts, progress=_print_generation,
         )  # fmt: skip
         if math.isinf(best[0][0]):
             raise ValueError(f"{self.sampler} works at none of the steps that were tried: give a larger --population")
         even = fitness(None)
         candidate = best[0][1]
         orders = f", orders {', '.join(map(str, candidate.orders))}" if candidate.orders else ""
-        skipped = f", {sum(map(len, candidate.skipped))} units left out" if candidate.skipped else ""
+        skipped = f", {number_of(sum(map(len, candidate.skipped)), 'unit')} left out" if candidate.skipped else ""
         timesteps = ", ".join(map(str, candidate.timesteps)) + orders + skipped
-        print(f"{self.steps} steps of {self.sampler}: {best[0][0]:.4f} at {timesteps}; {even:.4f} at even steps")
+        print(
+            f"{number_of(self.steps, 'step')} of {self.sampler}: {best[0][0]:.4f} at {timesteps};"
+            f" {even:.4f} at even steps"
+        )
         print(f"wrote {self.output}")
 
     def _settings(self, **more: Any) -> SearchSettings:
@@ -210,6 +213,7 @@ class SearchSchedule(PrecisionOptions):
         from diffrep.backbones import load_backbone
         from diffrep.backbones.diffusion import DiffusionBackbone
         from diffrep.eval.search import extraction_fitness, search_steps
+        from diffrep.painting import backbone_facts
         from diffrep.searched import Candidate
 
         if clash := sorted(self.typed & {"sampler", "steps", "prompt", "label", "count", "guidance", "orders", "skip"}):
@@ -227,7 +231,7 @@ class SearchSchedule(PrecisionOptions):
         of = {"fitness": self.fitness, "model": model, "cost": self.cost, "per_category": self.per_category}
         best = search_steps(
             fitness, 1, total=len(backbone.alphas_cumprod), settings=settings, file=self.output, first=[usual], of=of,
-            progress=_print_generation,
+            facts=backbone_facts(backbone), progress=_print_generation,
         )  # fmt: skip
         (tap,), (timestep,) = best[0][1].taps, best[0][1].timesteps
         print(

@@ -13,6 +13,8 @@ from PIL import Image
 
 from diffrep.commands.options import PrecisionOptions, numbers
 from diffrep.files import check_writable
+from diffrep.painting import synthesis_facts
+from diffrep.searched import Candidate, as_candidate
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, synthesize_file
 from diffrep.synthesis.canvas import Lines, Run
 from diffrep.synthesis.composition import as_lines, compose_canvas, place_object
@@ -78,8 +80,10 @@ class Synthesize(PrecisionOptions):
         size = None if self.size is None else parse_size(self.size, "size")
         if size is not None:
             check_output(self.output, size)
-        settings = self._settings()
+        settings = self._settings(searched := as_candidate(self.schedule))
         model = load_synthesis(self.model, **self.placed())
+        if searched is not None:
+            searched.for_model(model.name, synthesis_facts(model))
         share = share_of_operations(model, settings)
         if size is not None:
             check_room(self.output, size, model, settings, self.work)
@@ -138,16 +142,14 @@ class Synthesize(PrecisionOptions):
         one = replace(self, cells="1")._embed(model, self.insert).embeddings[0, 0]
         return as_lines(place_object(model, grid, pixels[None, :3], pixels[3], one, (y, x), latent, **options))
 
-    def _settings(self) -> SynthesisSettings:
+    def _settings(self, searched: Candidate | None) -> SynthesisSettings:
         """Those of the options, with the sampler and the steps of a search."""
-        from diffrep.searched import as_candidate
-
         settings = self.sampling
         if self.sampler is not None:
             if "sampling.scheduler" in self.typed and self.sampler != settings.scheduler:
                 raise ValueError(f"--sampler and --scheduler are one option, got {self.sampler}, {settings.scheduler}")
             settings = replace(settings, scheduler=self.sampler)
-        if (searched := as_candidate(self.schedule)) is not None:
+        if searched is not None:
             if clash := sorted(
                 self.typed & {f"sampling.{name}" for name in ("steps", "timesteps", "orders", "skipped")}
             ):

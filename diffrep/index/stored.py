@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.files import one_line, read_document, read_weights, replace_folder, save_weights, write_document
+from diffrep.files import number_of, one_line, read_document, read_weights, replace_folder, save_weights, write_document
 from diffrep.index.exact import Neighbours, TorchIndex, build_index, import_faiss, search
 from diffrep.settings import SEED, check
 from diffrep.store import Store, StoreError, Vectors
@@ -204,7 +204,7 @@ class StoredIndex:
         return len(self.vectors)
 
     def __repr__(self) -> str:
-        what = f"{len(self):,} vectors of {self.tap}, {self.level}, {self.design.kind}"
+        what = f"{number_of(len(self), 'vector')} of {self.tap}, {self.level}, {self.design.kind}"
         return f"StoredIndex({str(self.folder)!r}, {what})"
 
     def holds(self, stores: Sequence[Store]) -> bool:

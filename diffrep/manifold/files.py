@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrep.files import check_writable
+from diffrep.files import check_writable, number_of
 from diffrep.manifold.embedding import HeatGeodesicEmbedding
 from diffrep.manifold.tables import Table, read_table, read_values, store_table
 from diffrep.pictures import data_uri, render
@@ -426,7 +426,7 @@ def hover_page(
         "pictures": {place: known[row] for place, row in enumerate(shown.tolist()) if row in known},
         "columns": {key: [_cell(v) for v in column[shown]] for key, column in columns.items()},
     }
-    note = f"{len(shown):,} of {n:,} points" if len(shown) < n else f"{n:,} points"
+    note = f"{len(shown):,} of {number_of(n, 'point')}" if len(shown) < n else f"{number_of(n, 'point')}"
     return render(
         "map.html",
         title=title,

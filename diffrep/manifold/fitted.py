@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
+from diffrep.files import number_of
 from diffrep.results import Result, summary
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class FittedMap(BaseEstimator, Result):
         if not hasattr(self, "embedding_"):
             return f"{usual.__name__}({text})"
         path = getattr(self, "path_", "fitted")
-        about = f"fitted to {len(self.embedding_):,} points ({path}), embedding {summary(self.embedding_)}"
+        about = f"fitted to {number_of(len(self.embedding_), 'point')} ({path}), embedding {summary(self.embedding_)}"
         return f"{usual.__name__}({text}): {about}"
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, str]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from diffrep.files import number_of
+
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
@@ -93,7 +95,7 @@ def read_text(path: Path, labels: set[str]) -> tuple[DataFrame, Place, str]:
     frame.columns = list(layout.names)
     empty = frame.isna() | (frame == "")
     if (blank := empty.all(axis=1)).any():
-        say(path, f"left out {blank.sum()} rows without any cell")
+        say(path, f"left out {number_of(int(blank.sum()), 'row')} without any cell")
         frame, empty = frame[~blank], empty[~blank]
     if unused := [name for name in frame.columns if empty[name].all()]:
         say(path, f"left out columns without any cell: {', '.join(unused)}")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffrep.features import FeatureMaps
-from diffrep.files import printable
+from diffrep.files import number_of, printable
 from diffrep.results import ROWS, Result, html_table, to_numpy, write_csv, write_safetensors
 from diffrep.store.manifest import Manifest, load_manifest
 from diffrep.store.shards import (
@@ -86,7 +86,7 @@ class Store(Result):
         return {**self.__dict__, "_open": OrderedDict()}
 
     def __repr__(self) -> str:
-        return f"Store({str(self.folder)!r}, {len(self):,} images, {self.kind} of {', '.join(self.taps)})"
+        return f"Store({str(self.folder)!r}, {number_of(len(self), 'image')}, {self.kind} of {', '.join(self.taps)})"
 
     def _repr_html_(self) -> str:
         return html_table(repr(self), self._columns(ROWS))

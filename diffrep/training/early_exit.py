@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.early_exit import TIMESTEPS, EarlyExitUViT, LayerOutputs, UViTConfig
 from diffrep.devices import resolve_device
+from diffrep.files import number_of
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.synthesis import load_synthesis
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
@@ -125,7 +126,7 @@ def train_early_exit(
     latents, _ = encode_patches(patches, base, None, encoded, seed=training.fit.seed, progress=progress)
     cut = len(latents) - training.held_out
     if cut <= 0:
-        raise ValueError(f"{len(latents)} patches are too few to hold {training.held_out} out")
+        raise ValueError(f"{number_of(len(latents), 'patch', 'patches')} are too few to hold {training.held_out} out")
     average = fit(
         ExitObjective(network), partial(exit_batch, latents[:cut], training), partial(exit_loss, training),
         training.fit, folder, device=place, progress=progress,

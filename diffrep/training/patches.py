@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.files import read_weights, save_weights
+from diffrep.files import number_of, read_weights, save_weights
 from diffrep.images import load_image
 from diffrep.scenes import SceneSet
 from diffrep.synthesis import SynthesisModel
@@ -36,7 +36,7 @@ class ScenePatches:
     @property
     def name(self) -> str:
         """What tells these patches from others."""
-        return f"{len(self)} scenes of renderer {self.scenes.settings.renderer}, sides {self.sides}"
+        return f"{number_of(len(self), 'scene')} of renderer {self.scenes.settings.renderer}, sides {self.sides}"
 
     def __len__(self) -> int:
         return min(self.count or len(self.scenes), len(self.scenes))
@@ -57,7 +57,7 @@ class ImagePatches:
 
     @property
     def name(self) -> str:
-        return f"{len(self.files)} images from {self.files[0].parent}, sides {self.sides}"
+        return f"{number_of(len(self.files), 'image')} from {self.files[0].parent}, sides {self.sides}"
 
     def __len__(self) -> int:
         return len(self.files)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffrep.files import one_line
+from diffrep.files import number_of, one_line
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.heads.maps import read_known_depths
 from diffrep.heads.probes.labelled import DataError
@@ -65,8 +65,8 @@ def pair_annotations(images: str | Path, annotations: str | Path) -> AnnotatedFi
         missing += [] if beside else [file]
     if missing:
         raise DataError(
-            f"{folder}: {len(missing)} of {len(files)} images have no annotation, the first is {missing[0].name}"
-            f" (expected {missing[0].stem}.npy or .png)"
+            f"{folder}: no annotation for {len(missing)} of {number_of(len(files), 'image')}, the first is"
+            f" {missing[0].name} (expected {missing[0].stem}.npy or .png)"
         )
     return AnnotatedFiles(str(root), tuple(files), tuple(matched))
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from diffrep.files import JsonLines, read_document, write_document, write_whole
+from diffrep.files import JsonLines, number_of, read_document, write_document, write_whole
 from diffrep.heads.probes.cells import Cell
 from diffrep.heads.probes.experiment import ProbeData, train_probe, wilson
 from diffrep.heads.probes.layouts import HeadShape, Kind
@@ -80,7 +80,7 @@ class ProbeSweep:
         test = self.result["test"]
         lines.append(
             f"test, once, of {self.best} trained on train and val: {100 * test['top1']:.1f} %"
-            f" ({100 * test['low']:.1f}..{100 * test['high']:.1f}, {test['n']} images)"
+            f" ({100 * test['low']:.1f}..{100 * test['high']:.1f}, {number_of(test['n'], 'image')})"
         )
         return "\n".join(lines)
 
