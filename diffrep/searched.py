@@ -16,6 +16,7 @@ from torch import nn
 
 from diffrep.files import read_document
 from diffrep.sampling.schedules import NoiseSchedule, SamplingError
+from diffrep.settings import check
 
 _log = logging.getLogger(__name__)
 _FACTS = {  # of a model, in the order of `model_facts` -> in words
@@ -75,6 +76,9 @@ class Candidate:
     skipped: tuple[tuple[int, ...], ...] = ()
     taps: tuple[str, ...] = ()
     origin: Origin | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Candidate:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffrep.heads.families import Frame
 from diffrep.heads.maps import change_frame
+from diffrep.settings import check
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Intrinsics:
     cy: float
 
     def __post_init__(self) -> None:
+        check(self)
         values = (self.fx, self.fy, self.cx, self.cy)
         if not all(map(math.isfinite, values)) or self.fx <= 0 or self.fy <= 0:
             raise ValueError(f"intrinsics are fx,fy,cx,cy in pixels with positive focal lengths, got {values}")

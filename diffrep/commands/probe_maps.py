@@ -82,12 +82,12 @@ class TrainPixels(NewProbe):
             raise ValueError("--timesteps, --taps and --pixels-per-image need at least one")
         train, test, labels = self._data()
         backbone = self.extraction.load_one(self.backbone)
-        examples = tqdm(labels.examples(train), desc="reading pixels", unit="image", total=len(train))
         options: dict[str, Any] = {
             name: getattr(self, name) for name in ("taps", "timesteps", "pixels_per_image", "resizing")
         }
         if place := self.extraction.place(self.typed, backbone):
             options |= {"taps": place["taps"], "timesteps": (place["timestep"],)}
+        examples = tqdm(labels.examples(train), desc="reading pixels", unit="image", total=len(train))
         config = self.extraction.config()
         probe = train_pixel_probe(examples, labels.names, backbone, extract=config, settings=self.fit, **options)
         scores = score_pixel_probe(probe, test, backbone, labels).document()

@@ -27,6 +27,7 @@ from diffrep.files import read_document, write_whole
 from diffrep.scenes.categories import CATEGORIES, KEYPOINTS, SEEN
 from diffrep.scenes.render import Scene, mirror, render_scene
 from diffrep.scenes.shapes import Array
+from diffrep.settings import check
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -113,6 +114,9 @@ class SetSettings:
     size: int
     categories: tuple[str, ...]
     renderer: str  # changes with every change of the code that draws
+
+    def __post_init__(self) -> None:
+        check(self, count="0..", size="1..")
 
 
 def renderer_version() -> str:

@@ -56,6 +56,7 @@ class WindowPlan:
     stride: int
 
     def __post_init__(self) -> None:
+        check(self)
         if min(self.size) < self.window:
             raise ValueError(f"the canvas is {self.size[0]} x {self.size[1]}, smaller than one window of {self.window}")
         if not 1 <= self.stride <= self.window:

@@ -20,6 +20,7 @@ from diffrep.backbones import BackboneError, check_weights, draw_noise
 from diffrep.backbones.repositories import MODELS
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import one_line, read_document, read_weights, save_weights, write_document
+from diffrep.settings import check
 from diffrep.synthesis.grids import EmbeddingGrid
 
 TIMESTEPS = 1000
@@ -41,6 +42,7 @@ class PriorConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
+        check(self)
         if bool(self.text) == bool(self.labels):
             raise ValueError("a prior has texts or labels as conditions: give `text` or `labels`")
         if self.labels and len(self.labels) != self.condition_dim:

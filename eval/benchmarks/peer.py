@@ -30,6 +30,7 @@ from torch import Tensor
 
 from diffrep.eval.benchmarks.timing import Row, interleave, table
 from diffrep.files import one_line
+from diffrep.settings import check
 
 TAP, TIMESTEP = 1, 261  # of DIFT's defaults
 
@@ -45,6 +46,9 @@ class PeerBenchmark:
     ensemble: int = 8  # DIFT
     repeats: int = 5
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def run(self) -> list[Row]:
         """Time both sides, print the table and return its rows.

@@ -35,6 +35,7 @@ from diffrep.files import claim_folder, read_document, sweep_partials, write_who
 from diffrep.heads.probes.grid import FeatureRows, map_tensor
 from diffrep.heads.probes.labelled import DataError, Readable, images_sha256
 from diffrep.images import ImageError, Placement, Sizing, decode_image, fit_image, stack_pixels
+from diffrep.settings import check
 from diffrep.store.manifest import provenance
 from diffrep.store.shards import write_tensors
 
@@ -57,6 +58,9 @@ class Cell:
     tap: str
     pool: int
 
+    def __post_init__(self) -> None:
+        check(self)
+
     def __str__(self) -> str:
         return f"{self.backbone} {self.tap} t={self.timestep} pool {self.pool}"
 
@@ -77,6 +81,9 @@ class ReadPlan:
     timesteps: tuple[int, ...] | None = None
     pools: tuple[int, ...] = (1,)
     extract: ExtractConfig = field(default_factory=ExtractConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
 
     def resolve(self, backbone: Backbone) -> ReadPlan:
         """Fill what is None, and check the rest.
