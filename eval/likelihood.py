@@ -159,7 +159,7 @@ def image_likelihood(
                 adaptive = float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset)[0])
                 if abs(drawn[0] - adaptive) > FAR_OFF:
                     _log.warning(
-                        "%s has %.2f bits per dimension at the %s of %s, and %.2f at adaptive ones: too few to trust",
-                        printable(file), drawn[0], number_of(len(steps), "step"), "the schedule" if not isinstance(timesteps, (str, Path)) else timesteps, adaptive,
+                        "%s: %.2f bits per dimension at the %s given and %.2f at adaptive ones: too few to trust",
+                        printable(file), drawn[0], number_of(len(steps), "step"), adaptive,
                     )  # fmt: skip
         yield file, sum(drawn) / probes
