@@ -191,6 +191,11 @@ def test_vit_takes_any_size_and_a_smaller_stride(vit: VisionTransformer, vit_fol
     assert fine.grid("layer.0", (64, 64), (15, 15)).origin == (3.5, 3.5)
     with pytest.raises(ValueError, match=r"sides of 8 \+ n \* 8"):
         vit.maps(torch.rand(1, 3, 60, 64), ["layer.0"])
+    uneven = load_backbone(vit_folder, stride=5)  # 24 = 8 + 3 * 5 + 1: as in the published extractor, 1 + 16 // 5 cells
+    pixels = torch.rand(1, 3, 24, 48)
+    assert uneven.maps(pixels, ["layer.0"])["layer.0"].shape[2:] == (4, 9)
+    with pytest.raises(ValueError, match=r"sides of 8 \+ n \* 5"):
+        uneven.maps(pixels[..., :44], ["layer.0"])
 
 
 def test_patches_behind_a_convolutional_stem_have_the_stride_of_both() -> None:

@@ -38,6 +38,7 @@ from diffrep.manifold.heat import (
 )
 from diffrep.manifold.mds import mds_weights
 from diffrep.manifold.neighbors import NeighborSearch
+from diffrep.manifold.official import HeatGeoOptions
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +273,8 @@ def test_weights() -> None:
     assert mds_weights("gaussian", distances, heat, 0.5)[0, 1] == pytest.approx(np.exp(-2))
     with pytest.raises(ValueError, match="'cubic'"):
         mds_weights("cubic", distances, heat)  # type: ignore[arg-type]
+    level = HeatGeoOptions(mds_weights_type="inv_dist", mds_weights_args=0).weights(distances, heat)
+    np.testing.assert_array_equal(level, np.ones((2, 2)))  # D^-0: an exponent of 0 is not the one that is not given
 
 
 def test_knee_of_a_saturating_curve() -> None:

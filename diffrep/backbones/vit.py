@@ -168,10 +168,10 @@ class VisionTransformer(Backbone):
             tap -> (B, prefix + patches, C).
 
         Raises:
-            ValueError: a side is smaller than a patch, or the canvas is not covered by whole patches.
+            ValueError: a side is smaller than a patch, or no whole number of patches or strides.
         """
-        for side in pixels.shape[-2:]:
-            if side < self.patch or (side - self.patch) % self.stride:
+        for side in pixels.shape[-2:]:  # of whole patches, a finer stride may leave less than a stride unread (sd-dino)
+            if side < self.patch or ((side - self.patch) % self.stride and side % self.patch):
                 near = self.patch + max(side - self.patch, 0) // self.stride * self.stride
                 raise ValueError(
                     f"{self.name} needs sides of {self.patch} + n * {self.stride} pixels, for example {near}, got"

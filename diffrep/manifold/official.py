@@ -191,7 +191,8 @@ class HeatGeoOptions:
         """Weights (n, n) of pairs in the stress; None: all alike."""
         if self.mds_weights_type is None:
             return None
-        return mds_weights(_WEIGHTS[self.mds_weights_type], distances, heat, self.mds_weights_args or 1.0)
+        sharpness = 1.0 if self.mds_weights_args is None else self.mds_weights_args
+        return mds_weights(_WEIGHTS[self.mds_weights_type], distances, heat, sharpness)
 
     def embedding(self, distances: Array, weights: Array | None = None, *, seed: int = 2) -> Array:
         """Coordinates (n, emb_dim) from distances (n, n), in their units; the weights count in two dimensions only."""

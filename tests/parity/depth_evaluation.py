@@ -114,14 +114,19 @@ def _compare(found: dict[str, float], official: dict[str, float], names: dict[st
 
 def check_crops_and_masks(folder: Path, case: dict[str, Any]) -> None:
     for name, crop in case["kitti_benchmark_crop"].items():
-        height, width = map(int, name.split("x"))
+        height, width = _size(name)
         assert kitti_crop(height, width) == (crop["top"], crop["left"])
         assert list(KITTI_SIZE) == crop["shape"]
-    for kind, box in case["kitti_eval_mask_on_352x1216_half_open"].items():
-        _check_box(kitti_mask(352, 1216, kind), box)
-    _check_box(nyu_mask(480, 640), case["nyu_eigen_mask_on_480x640_half_open"])
+    for name in [name for name in case if name.endswith("_half_open")]:
+        dataset, (height, width) = name.split("_")[0], _size(name.split("_")[-3])
+        if dataset == "kitti":
+            for kind, box in case[name].items():
+                _check_box(kitti_mask(height, width, kind), box)
+        else:
+            assert dataset == "nyu"
+            _check_box(nyu_mask(height, width), case[name])
     for name, sides in case["normal_padding_lrtb_to_multiple_of_32"].items():
-        height, width = map(int, name.split("x"))
+        height, width = _size(name)
         assert list(normal_padding(height, width)) == sides, name
     assert pytest.approx(case["normal_padding_value_rgb"], rel=1e-7) == PADDING
     atol = case["tolerance"]["floats"]
@@ -129,12 +134,20 @@ def check_crops_and_masks(folder: Path, case: dict[str, Any]) -> None:
     for name, value in case["hypersim_depth_for_distance_1_at_row_col"].items():
         row, column = map(int, name.split(","))
         assert depth[row, column].item() == pytest.approx(value, abs=atol), name
-    name, crop = next((k, v) for k, v in case.items() if k.startswith("vkitti_train_crop_of_"))
-    height, width = map(int, name.removeprefix("vkitti_train_crop_of_").split("x"))
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    cropped = vkitti_crop(torch.stack([rows, columns, torch.zeros_like(rows)]))
-    assert list(cropped.shape[1:]) == crop["shape"]
-    assert cropped[:, 0, 0].tolist() == crop["image_topleft_rgb"] == [crop["top"], crop["left"], 0]
+    for name in [name for name in case if name.startswith("vkitti_train_crop_of_")]:
+        crop, (height, width) = case[name], _size(name.removeprefix("vkitti_train_crop_of_"))
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        cropped = vkitti_crop(torch.stack([rows, columns, torch.zeros_like(rows)]))
+        assert list(cropped.shape[1:]) == crop["shape"]
+        assert cropped[:, 0, 0].tolist() == [crop["top"], crop["left"], 0]
+        top_left = torch.tensor([crop["top"], crop["left"], 0]) % 256  # of a picture whose colours are its places
+        assert crop["image_topleft_rgb"] == top_left.tolist()
+
+
+def _size(text: str) -> tuple[int, int]:
+    """``352x1216`` -> (352, 1216)."""
+    height, width = map(int, text.split("x"))
+    return height, width
 
 
 def _check_box(mask: torch.Tensor, box: dict[str, list[int]]) -> None:

@@ -69,7 +69,7 @@ def check_e2e_losses(folder: Path, case: dict[str, Any]) -> None:
 
 def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-    (parameters,), atol = [*each([case["parameters"]], describing=case["parameters"])], case["tolerance"]["atol"]
+    parameters, atol = case["parameters"], case["tolerance"]["atol"]
     size = tuple(parameters["resize_to_hw"])
     fx, fy, cx, cy = parameters["K_used_by_align"]
     intrinsics = Intrinsics(fx, fy, cx, cy)
