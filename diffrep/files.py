@@ -7,6 +7,7 @@ Everything that diffrep keeps goes through here. A file is written under a hidde
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -207,25 +208,27 @@ def read_weights(
         error: the file is missing, cut off, a Git LFS pointer, or no safetensors file; the message begins with its
             path.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys() if only is None else only
-            return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as problem:
-        raise error(f"{path}: {_why_unreadable(path, problem)}") from None
+    with _opened(path, error) as file:
+        names = file.keys() if only is None else only
+        return {name: file.get_tensor(name) for name in names}, dict(file.metadata() or {})
 
 
 def weight_names(path: str | os.PathLike[str], *, error: type[Exception] = ValueError) -> set[str]:
     """The names of the tensors of a safetensors file, whose values are not read; errors as of `read_weights`."""
+    with _opened(path, error) as file:
+        return set(file.keys())
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str], error: type[Exception]) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError, ValueError, RecursionError) as problem:
-        raise error(f"{path}: {_why_unreadable(path, problem)}") from None
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as problem:
+        why = UNFETCHED if is_lfs_pointer(path) else f"cannot be read as safetensors ({one_line(problem)})"
+        raise error(f"{path}: {why}") from None
 
 
 def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
@@ -235,10 +238,6 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
             return file.read(len(_POINTER)) == _POINTER
     except OSError:
         return False
-
-
-def _why_unreadable(path: str | os.PathLike[str], problem: Exception) -> str:
-    return UNFETCHED if is_lfs_pointer(path) else f"cannot be read as safetensors ({one_line(problem)})"
 
 
 def claim_folder(folder: str | os.PathLike[str], settings: Mapping[str, object], *, name: str = SETTINGS) -> None:

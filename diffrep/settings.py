@@ -324,7 +324,7 @@ class ExtractConfig:
             object.__setattr__(self, "taps", (self.taps,))
         check(self, batch_size="1..", window="8..")
         Conditions(**self._conditions())  # refuses what no backbone takes
-        if self.noise != "inverted" and self.inversion_steps != 10:
+        if self.noise != "inverted" and self.inversion_steps != ExtractConfig.inversion_steps:
             raise ValueError("inversion_steps goes with noise='inverted'")
         if (self.ensemble or 1) > 1 and not self._random():
             raise ValueError(f"an ensemble of {self.ensemble} needs noise, its members would be equal: leave it out")

@@ -97,9 +97,9 @@ def evaluate_guidance(
                     method, model, operator, one, grid, weight=weights[number], seed=settings.seed, sigma=settings.noise
                 )
                 row = score_images(to_levels(part), to_levels(image), distance)
-                row["measurement"] = float((operator(2 * part - 1) - one).square().mean().sqrt())
+                row |= {"measurement": float((operator(2 * part - 1) - one).square().mean().sqrt()), "calls": calls}
                 for column, values in table[method].items():
-                    values.append(row.get(column, calls))
+                    values.append(row[column])
                 parts.append(part)
             rows[method] = torch.cat(parts)
         if pictures is not None:

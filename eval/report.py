@@ -174,7 +174,7 @@ class ScoreTables(Report):
     digits: Mapping[str, int] = field(default_factory=dict)
 
     def mean(self, title: str, row: str, column: object) -> tuple[float, float, float]:
-        """With its interval."""
+        """The mean of a cell's values, and the ends of its 95 % interval."""
         return mean_interval(self.scores[title][row][column])
 
     def sections(self) -> Iterator[Section]:

@@ -108,8 +108,8 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
                 values = decoded.mean(1, keepdim=True) / 2 + 0.5
                 if pixels is not None:
                     values = sharp_at_edges(values, pixels.to(values))
-                nearest_left, far = int(BEYOND * values[0].numel()) + 1, self.task != "disparity"
-                limit = values.flatten(1).topk(nearest_left, largest=far).values[:, -1].view(-1, 1, 1, 1)
+                count, far = int(BEYOND * values[0].numel()) + 1, self.task != "disparity"
+                limit = values.flatten(1).topk(count, largest=far).values[:, -1].view(-1, 1, 1, 1)
                 return torch.minimum(values, limit) if far else torch.maximum(values, limit)
             if self.family.depth == "clamp, mean":
                 return (decoded / 2 + 0.5).clamp(0, 1).mean(1, keepdim=True)

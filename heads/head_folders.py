@@ -116,7 +116,7 @@ def _check_file(path: Path, task: str | None) -> None:
     whole = "a backbone in one file, no head" if any(key.startswith("model.diffusion_model.") for key in names) else ""
     listed = f"no head, it holds {number_of(len(names), 'tensor')} ({', '.join(sorted(names)[:2])}, ...)"
     what = formats.describe_weights(names)[0] or whole or listed
-    raise HeadError(f"{path}: is {what}; {_GIVEN_AS.get(task or 'depth', _GIVEN_AS['depth'])}")
+    raise HeadError(f"{path}: is {what}; {_GIVEN_AS.get(str(task), _GIVEN_AS['depth'])}")
 
 
 _GIVEN_AS = {  # task -> how its heads are given

@@ -53,7 +53,7 @@ class HubFolder(ModelHubMixin):
         if not Path(name).exists() and is_hub_id(name):
             on_hub = repository(name, revision=revision)
             loaded = cls.open_folder(on_hub.fetch(on_hub.files), **options)
-        elif revision is not None:
+        elif revision is not None and Path(name).exists():
             raise ValueError(f"{name}: is a folder, which has no revision {revision}")
         else:
             loaded = cls.open_folder(Path(name), **options)

@@ -205,14 +205,8 @@ def _is_described(path: Path) -> bool:
     config = path.with_name("config.json")
     if beside != [path] or not config.is_file():
         return False
-    keys = (
-        ("num_res_blocks",)
-        if path.suffix == ".pt"
-        else ("path_type", "num_res_blocks", "architecture", "model_type", "embed_dim")
-    )
-    return path.suffix in (".pt", ".safetensors") and any(
-        key in read_document(config, error=BackboneError) for key in keys
-    )
+    keys = {".pt": {"num_res_blocks"}, ".safetensors": _CONFIGS.keys() - {"_class_name"}}.get(path.suffix, set())
+    return not keys.isdisjoint(read_document(config, error=BackboneError))
 
 
 def _open_hyperfeatures(file: str, options: LoadOptions) -> Hyperfeatures:

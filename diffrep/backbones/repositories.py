@@ -76,7 +76,7 @@ def with_options(
     """
     values = [("variant", variant), ("revision", revision), *(("lora", os.fspath(file)) for file in lora)]
     query = urlencode([(key, value) for key, value in values if value], safe="/:~", quote_via=quote)
-    return (expand(name) if name else "") + ("?" + query if query else "")
+    return expand(name) + ("?" + query if query else "")
 
 
 def split_options(name: str) -> tuple[str, dict[str, Any]]:
@@ -105,7 +105,7 @@ def is_hub_id(name: str) -> bool:
 
 def looks_like_path(name: str) -> bool:
     """Whether a name can be nothing but a path: no short name, and no hub id."""
-    return (name.startswith((".", os.sep)) or os.sep in name) and not is_hub_id(name)
+    return (name.startswith(".") or os.sep in name) and not is_hub_id(name)
 
 
 def whole_of(folder: Path) -> Path | None:

@@ -152,7 +152,7 @@ class DiffusionTransformer(LatentBackbone):
         """See `DiffusionBackbone.predicted`.
 
         Args:
-            guidance: what a network that is `told` is told.
+            guidance: the scale that a network takes as an input, where it is `guided`.
         """
         inputs = self._inputs(states.to(self.device, self.dtype), timestep, conditions, guidance)
         output: Tensor = self.network(**inputs).sample

@@ -151,7 +151,7 @@ class VisionTransformer(Backbone):
         return {tap: t[:, self.prefix :].mT.unflatten(2, (height, width)) for tap, t in tokens.items()}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write timm's layout. A stride of one's own is named again when it is loaded again."""
+        """Write timm's layout. It has no stride: one other than the patch size is named again in `from_pretrained`."""
         if self.record is None:
             return super()._save_pretrained(save_directory)  # which says that it cannot
         write_document(save_directory / "config.json", self.record)

@@ -13,6 +13,7 @@ import tyro
 
 from diffrep.commands.options import ReadingOptions
 from diffrep.files import check_writable, one_line, replace_folder
+from diffrep.settings import check_options
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,7 @@ class Export(ReadingOptions):
         from diffrep.backbones.export import export_backbone
 
         check_writable(self.output, (".onnx", ".pt2"))
-        if self.batch_size < 1 or (self.size is not None and not 1 <= self.size <= 8192):
-            raise ValueError("--batch-size must be at least 1, --size in 1..8192")
+        check_options(self, batch_size="1..", size="1..8192")
         settings = {"timestep": self.timestep, "prompt": self.prompt, "seed": self.seed}
         chosen = {name: value for name, value in settings.items() if value is not None}
         if self.head:

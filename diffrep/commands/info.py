@@ -66,7 +66,8 @@ class Info(BackboneOptions):
                 facts = {}
             if head is not None:
                 model = shlex.quote(with_options(self.backbone, variant=self.variant, revision=self.revision))
-                facts["head"] = head | {"use": f"diffrep {head.pop('command')} --model {model}"}
+                command = head.pop("command")
+                facts["head"] = head | {"use": f"diffrep {command} --model {model}"}
             text = _all_taps_text if self.all else _facts_text
         print(json.dumps(facts, indent=2) if self.json else text(facts))
 

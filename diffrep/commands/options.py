@@ -102,7 +102,7 @@ class BackboneOptions(WeightOptions):
         Raises:
             ValueError: there are options, but none or several backbones.
         """
-        if self.named("") and len(set(backbones)) != 1:
+        if (self.lora or self.variant or self.revision) and len(set(backbones)) != 1:
             raise ValueError(
                 "--lora, --variant and --revision go with one --backbone; with several they stand behind a model's"
                 " name: 'NAME?lora=FILE'"

@@ -53,7 +53,7 @@ class Operator:
     def adjoint(self, y: Tensor) -> Tensor:
         """A^T y, images: `<A x, y> = <x, A^T y>` for all x."""
         self._linear("adjoint")
-        return self.at(y.new_zeros(len(y), *self.shape))[1](y)
+        return self.transpose(y) if self.transpose is not None else self.at(y.new_zeros(len(y), *self.shape))[1](y)
 
     def at(self, x: Tensor) -> tuple[Tensor, Linear, Linear]:
         """Around images x: their measurement, J(x)^T of measurements and J(x) of directions; A^T and A where linear."""

@@ -34,7 +34,14 @@ def spaced_grid(schedule: TableVP, steps: int) -> TimeGrid:
 
 
 def measured_start(operator: Operator, y: Tensor, grid: TimeGrid, z: Tensor, around: Tensor | float = 0.0) -> Tensor:
-    """The first state of RED-diff, and of its PiGDM and DPS: the pseudo-inverse, moved, under noise; DPS: noise."""
+    """The first state of RED-diff, and of PiGDM and DPS in its code: the pseudo-inverse under noise.
+
+    DPS as its own authors run it begins with noise alone.
+
+    Args:
+        z: standard normal noise, like the states.
+        around: what is added to the pseudo-inverse: RED-diff's draw from a posterior that has a spread.
+    """
     return float(grid.alpha[0]) * (operator.pinv(y) + around) + float(grid.sigma[0]) * z
 
 

@@ -22,7 +22,7 @@ from diffrep.backbones.early_exit import TIMESTEPS, EarlyExitUViT, LayerOutputs,
 from diffrep.devices import resolve_device
 from diffrep.files import number_of
 from diffrep.settings import NOT_NEGATIVE, check
-from diffrep.synthesis import load_synthesis
+from diffrep.synthesis.model import EMBEDDED, load_synthesis
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
 from diffrep.training.patches import Patches, encode_patches
 
@@ -120,8 +120,7 @@ def train_early_exit(
     with torch.random.fork_rng():
         torch.manual_seed(training.fit.seed)
         network = EarlyExitUViT(about, training.probe)
-    embedded = os.path.sep not in training.base and not Path(training.base).is_dir()
-    network.autoencoder = training.base if embedded else os.path.abspath(training.base)
+    network.autoencoder = training.base if training.base in EMBEDDED else os.path.abspath(training.base)
     encoded = folder / "patches.safetensors"
     latents, _ = encode_patches(patches, base, None, encoded, seed=training.fit.seed, progress=progress)
     cut = len(latents) - training.held_out
@@ -132,7 +131,6 @@ def train_early_exit(
         training.fit, folder, device=place, progress=progress,
     )  # fmt: skip
     average.requires_grad_(False)
-    average.network.autoencoder = network.autoencoder
     return average.network, exit_table(average, latents[cut:].float().to(place))
 
 
