@@ -253,9 +253,22 @@ def test_settings_that_do_nothing_are_refused(head: RestorationHead) -> None:
 
 def test_blending_gives_back_what_all_tiles_agree_on() -> None:
     whole = torch.rand(3, 37, 53, generator=torch.Generator().manual_seed(0))
-    bands = list(blended_rows(lambda top, left: whole[:, top : top + 12, left : left + 12], (37, 53), 12, 5))
+    bands = list(blended_rows(lambda *place: whole[(..., *place)], (37, 53), 12, 5))
     assert [start for start, _ in bands] == [0, 7, 14, 21, 25]
     torch.testing.assert_close(torch.cat([band for _, band in bands], 1), whole)
+
+
+@pytest.mark.parametrize(("published", "columns"), [(True, [0, 5, 10, 14]), (False, [0, 8, 11])])
+def test_tiles_of_a_narrow_map_stay_squares_as_published(published: bool, columns: list[int]) -> None:
+    whole, places = torch.rand(2, 9, 23, generator=torch.Generator().manual_seed(1)), []
+
+    def run(*place: slice) -> torch.Tensor:
+        places.append(place)
+        return whole[(..., *place)]
+
+    torch.cat([band for _, band in blended_rows(run, (9, 23), 12, 4, published=published)], 1)
+    wide = 9 if published else 12
+    assert places == [(slice(0, 9), slice(left, left + wide)) for left in columns]
 
 
 def test_a_degradation_is_a_function_of_its_number() -> None:

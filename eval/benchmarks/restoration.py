@@ -119,10 +119,10 @@ def released(parts: RandomParts, latent: Tensor, tile: int, overlap: int) -> Ten
 def ours(head: RestorationHead, latent: Tensor, tile: int, overlap: int) -> Tensor:
     """The same by our head; tiles are blended where they are clean, which is the same since the rule is linear."""
 
-    def run(top: int, left: int) -> Tensor:
-        return head.model.clean(latent[..., top : top + tile, left : left + tile], RestoreConfig())[0]
+    def run(*place: slice) -> Tensor:
+        return head.model.clean(latent[(..., *place)], RestoreConfig())[0]
 
     if latent.shape[-2] * latent.shape[-1] <= tile**2:
-        return run(0, 0)[None]
+        return run(slice(None), slice(None))[None]
     bands = blended_rows(run, (latent.shape[-2], latent.shape[-1]), tile, overlap, published=True)
     return torch.cat([band for _, band in bands], 1)[None]

@@ -140,7 +140,7 @@ def windows(side: int, tile: int, overlap: int) -> list[int]:
 
 
 def blended_rows(
-    run: Callable[[int, int], Tensor], size: tuple[int, int], tile: int, overlap: int, *, step: int = 1,
+    run: Callable[[slice, slice], Tensor], size: tuple[int, int], tile: int, overlap: int, *, step: int = 1,
     published: bool = False,
 ) -> Iterator[tuple[int, Tensor]]:  # fmt: skip
     """Bands of a large map that is computed tile by tile, blended where tiles overlap, from top to bottom.
@@ -148,25 +148,28 @@ def blended_rows(
     No more than one row of tiles is in memory, in float32.
 
     Args:
-        run: the map (C, tile * step, tile * step) of the tile whose first cell is (top, left).
-        size: (H, W) in cells; tile, overlap: in cells.
+        run: the map (C, h * step, w * step) of the tile of h rows and w columns of cells.
+        size: (H, W) in cells; tile, overlap: in cells. A map narrower than a tile has tiles of its own side that way.
         step: map pixels per cell.
+        published: windows as `tile_window` has them, and tiles that stay squares where the map is narrower.
 
     Yields:
         The first row of the band in the map, and the band (C, rows, W * step).
     """
+    if published:
+        tile = min(tile, *size)
     rows, columns = windows(size[0], tile, overlap), windows(size[1], tile, overlap)
-    high, wide = min(tile, size[0]) * step, min(tile, size[1]) * step
-    window = tile_window(high, wide, published=published)
+    high, wide = min(tile, size[0]), min(tile, size[1])
+    window = tile_window(high * step, wide * step, published=published)
     pending: Tensor | None = None  # weighted sums, and weights, of rows that later tiles still add to
     for top, below in zip(rows, [*rows[1:], size[0]], strict=True):
         for left in columns:
-            values = run(top, left).float().cpu()
+            values = run(slice(top, top + high), slice(left, left + wide)).float().cpu()
             if pending is None:
                 pending = values.new_zeros(len(values) + 1, 0, size[1] * step)
-            if pending.shape[1] < high:
-                pending = F.pad(pending, (0, 0, 0, high - pending.shape[1]))
-            shown = slice(left * step, left * step + wide)
+            if (more := high * step - pending.shape[1]) > 0:
+                pending = F.pad(pending, (0, 0, 0, more))
+            shown = slice(left * step, (left + wide) * step)
             pending[:-1, :, shown] += window * values
             pending[-1, :, shown] += window
         assert pending is not None

@@ -222,34 +222,29 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
             tile, overlap = max(cells), 0
         noise = draw_noise((model.channels, *cells), config.seed, 0, stream=1) if config.posterior == "sample" else None
 
-        def window(top: int, left: int) -> Tensor:
-            places = [
-                at[first * stride : (first + tile) * stride] for at, first in zip(mirrored, (top, left), strict=True)
-            ]
+        def window(*place: slice) -> Tensor:
+            places = [at[cut.start * stride : cut.stop * stride] for at, cut in zip(mirrored, place, strict=True)]
             part = enlarged[np.ix_(*places)]
             return torch.from_numpy(part.astype(np.float32) / levels).permute(2, 0, 1)[None]
 
-        def encode(top: int, left: int) -> Tensor:
-            pixels = window(top, left)
-            drawn = None if noise is None else noise[..., top : top + tile, left : left + tile]
-            return model.encode(pixels, drawn)[0]
+        def encode(*place: slice) -> Tensor:
+            return model.encode(window(*place), None if noise is None else noise[(..., *place)])[0]
 
         latents = self._whole(encode, cells, tile, overlap)
 
         draws = model.draws((model.channels, *cells), config)
 
-        def clean(top: int, left: int) -> Tensor:
-            place = (..., slice(top, top + tile), slice(left, left + tile))
-            part = latents[place][None].to(model.device, model.dtype)
-            return model.clean(part, config, [drawn[place] for drawn in draws])[0]
+        def clean(*place: slice) -> Tensor:
+            part = latents[(None, ..., *place)].to(model.device, model.dtype)
+            return model.clean(part, config, [drawn[(..., *place)] for drawn in draws])[0]
 
         cleaned = self._whole(clean, cells, tile, overlap)
 
-        def decode(top: int, left: int) -> Tensor:
-            part = cleaned[None, :, top : top + tile, left : left + tile].to(model.device, model.dtype)
+        def decode(*place: slice) -> Tensor:
+            part = cleaned[(None, ..., *place)].to(model.device, model.dtype)
             if model.decoder is None:
                 return model.decode(part)[0].float() / 2 + 0.5
-            pixels = window(top, left).to(part)
+            pixels = window(*place).to(part)
             return (pixels + model.decoder(part, pixels))[0]
 
         result = np.empty_like(enlarged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,33 +12,27 @@ from diffusers import LCMScheduler
 from torch import Tensor
 
 from diffrep.backbones.latent_diffusion import guidance_embedding
+from diffrep.backbones.pipelines import alphas_cumprod
 from diffrep.sampling.schedules import boundary
 from diffrep.table_scheduler import TableScheduler
 from diffrep.training.consistency import DiffusionPath, Distillation, distillation_terms
 
 from .cases import each
-from .diffdis_unet import part, tensors_of
-from .restoration_pixels import stable_diffusion_schedule
-from .restoration_processes import near
-
-CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
+from .diffdis_unet import part, tensors_of, tolerances
+from .restoration_pixels import schedule_of
+from .restoration_processes import compare, near
 
 
 def check_lcm_scheduler(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     limits = {name: case["tolerance"][name] for name in ("atol", "rtol")}
-    for said in ("scaled_linear betas 0.00085..0.012", "sigma_data 0.5", "timestep_scaling 10"):
+    path = DiffusionPath(alphas_cumprod(schedule_of(case["parameters"])), "epsilon")
+    for said in ("steps_offset 1, set_alpha_to_one false, clip_sample false", "sigma_data 0.5, timestep_scaling 10"):
         assert said in case["parameters"]
-    checked = 0
-
-    def check(name: str, value: Tensor, tolerance: dict[str, float] = limits) -> None:
-        nonlocal checked
-        near(value, expected[name], tolerance, name)
-        checked += 1
 
     for run in each(case["runs"]):
         i = run["index"]
-        config = CONFIG | {"prediction_type": run.get("prediction_type", "epsilon")}
+        config = schedule_of(case["parameters"]) | {"prediction_type": run.get("prediction_type", "epsilon")}
         options = {"steps_offset": 1, "original_inference_steps": run["original"]}
         scheduler: Any = LCMScheduler(**config, **options, clip_sample=False, set_alpha_to_one=False)
         scheduler.set_timesteps(run["steps"], strength=run.get("strength", 1.0))
@@ -58,26 +53,21 @@ def check_lcm_scheduler(folder: Path, case: dict[str, Any]) -> None:
             for number, (t, output) in enumerate(zip(ours.timesteps, inputs[f"{i}.model_outputs"], strict=True)):
                 state = ours.step(output, t, state, variance_noise=noises[number]).prev_sample
                 near(state, expected[f"{i}.prev_sample"][number], limits, f"{i}: our state {number}")
-        check(f"{i}.timesteps", scheduler.timesteps)
-        check(f"{i}.prev_sample", torch.stack(states))
-        check(f"{i}.denoised", torch.stack(denoised))
-        for number, name in enumerate(("c_skip", "c_out")):
-            check(f"{i}.{name}", torch.stack(scalings)[:, number])
-    for name in expected:
-        if name.startswith("w_embedding_"):
-            check(name, guidance_embedding(inputs["w"], int(name.rsplit("_", 1)[1])), {"atol": 2e-3})
-        elif name.startswith("solver_") and name.endswith(".timesteps"):
-            steps = int(name.split(".")[0].split("_")[1])
-            path = DiffusionPath(stable_diffusion_schedule().alphas_cumprod, "epsilon")
-            names = ("timesteps", "alpha_cumprods", "alpha_cumprods_prev")
-            for column, values in zip(names, path.teacher_steps(steps), strict=True):
-                check(f"solver_{steps}.{column}", values)
-    for name, value in zip(
-        ("train_c_skip", "train_c_out"), boundary(inputs["scaling_timesteps"].double()), strict=True
-    ):
-        check(name, value)
-    assert "2e-3" in case["tolerance"]["embedding"]
-    assert checked == len(expected)
+        got = {"timesteps": scheduler.timesteps, "prev_sample": torch.stack(states), "denoised": torch.stack(denoised)}
+        got |= zip(("c_skip", "c_out"), torch.stack(scalings, 1), strict=True)
+        compare(got, expected, limits, f"{i}.")
+    compare(dict(zip(("c_skip", "c_out"), boundary(inputs["scaling_timesteps"].double()), strict=True)), expected,
+            limits, "train_")  # fmt: skip
+    for name in list(expected):
+        kind, steps = re.fullmatch(r"(w_embedding|solver)_(\d+)(?:\..*)?", name).groups()  # type: ignore[union-attr]
+        if kind == "w_embedding":
+            atol = tolerances(case["tolerance"]["embedding"])
+            compare({name: guidance_embedding(inputs["w"], int(steps))}, expected, atol)
+        elif name.endswith(".timesteps"):
+            columns = ("timesteps", "alpha_cumprods", "alpha_cumprods_prev")
+            table = zip(columns, path.teacher_steps(int(steps)), strict=True)
+            compare(dict(table), expected, limits, f"solver_{steps}.")
+    assert not expected
 
 
 def check_lcm_training(folder: Path, case: dict[str, Any]) -> None:
@@ -87,9 +77,8 @@ def check_lcm_training(folder: Path, case: dict[str, Any]) -> None:
     parameters = case["parameters"]
     case["parameters"]["unet"].read_all()
     dim = int(parameters["student and target"].rsplit(" ", 1)[1])
-    assert parameters["schedule"].startswith("scaled_linear 0.00085..0.012")
     assert parameters["context"]
-    alphas = stable_diffusion_schedule().alphas_cumprod.float()
+    alphas = alphas_cumprod(schedule_of(parameters["schedule"])).float()
 
     def network(kind: str, conditioned: bool) -> Any:
         weights = {k: v.float() for k, v in part(inputs, f"net.{kind}.").items()}
@@ -104,7 +93,6 @@ def check_lcm_training(folder: Path, case: dict[str, Any]) -> None:
 
         return unet, call
 
-    checked = 0
     for run in each(case["runs"]):
         i, conditioned = run["index"], run["variant"].startswith("LCM loop")
         assert conditioned or run["variant"].startswith("LCM-LoRA loop")
@@ -120,10 +108,8 @@ def check_lcm_training(folder: Path, case: dict[str, Any]) -> None:
         got = distillation_terms(path, student, target, teacher, batch, draws, settings, conditioned=conditioned)
         start = path.teacher_steps(settings.ddim_steps)[0][draws[0]]
         assert start.tolist() == run["timesteps_start"]
-        assert (start - 1000 // settings.ddim_steps).clamp(min=0).tolist() == run["timesteps_end"]
+        assert (start - len(alphas) // settings.ddim_steps).clamp(min=0).tolist() == run["timesteps_end"]
         got["loss"].backward()
         got |= {"loss": got["loss"][None], "grad_conv_in": unet.conv_in.weight.grad}
-        for name, value in got.items():
-            near(value.detach(), expected[f"{i}.{name}"], case["tolerance"], f"{i}.{name}")
-            checked += 1
-    assert checked == len(expected)
+        compare(got, expected, case["tolerance"], f"{i}.")
+    assert not expected
