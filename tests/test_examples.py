@@ -97,11 +97,19 @@ def test_the_citation_names_the_version_and_every_paper_of_the_code() -> None:
     assert len(people) > 8
     for name, year in people:  # a paper is printed up to two years after it is in the archive
         assert any((name, int(year) - later) in written for later in range(3)), f"{name} {year} is not cited"
-    for method in ("EVODiff", "LML", "MRS", "A-SDM", "Hyperparameters are all you need", "boundary conditions"):
+    for method in (
+        "EVODiff",
+        "Levenberg-Marquardt",
+        "MRS",
+        "A-SDM",
+        "Hyperparameters are all you need",
+        "Boundary Conditions",
+    ):
         assert any(method in paper["title"] for paper in citation["references"]), method
     for paper in citation["references"]:
         assert paper["notes"]
         assert paper["authors"]
+        assert not any("authors of" in author.get("name", "") for author in paper["authors"])
 
 
 def test_the_changelog_has_the_version() -> None:
