@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ OFFICIAL_METRICS: dict[str, Metric] = {"cos": "cosine", "l2": "euclidean", "l1":
 FAISS_FROM = 50_000  # vectors: below, an exact product on the tensor's device is as fast or faster
 # of the similarities held at once: on a CPU larger chunks only leave the caches, a GPU wants large products
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 2**23, 2**28
-_GRAPHS = Graphs()  # on a GPU the launches of a few small kernels take longer than the products
+_GRAPHS = Graphs(limit=4)  # on a GPU the launches of a few small kernels take longer than the products
 RECORDED_NUMBERS = 2**24  # in both sides; larger ones take longer than their launches, and a recording holds them
 SPLIT_FROM = 256  # sources: for fewer, splitting the targets for tensor cores takes longer than it saves
 
@@ -35,13 +35,19 @@ def full_precision(device: torch.device, *, halves: bool = False) -> Iterator[No
     Args:
         halves: the factors are of `_halves`: rounding them to TF32, 10 bits behind the point, takes nothing off.
     """
-    before = torch.get_float32_matmul_precision()
+    products: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    try:
+        before, named = torch.get_float32_matmul_precision(), []
+    except RuntimeError:  # somebody chose by the names of PyTorch 2.9, which this one then does not speak for
+        before, named = "highest", [(each, each.fp32_precision) for each in products]
     torch.set_float32_matmul_precision("high" if halves else "highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+        for each, precision in named:
+            each.fp32_precision = precision
 
 
 def _has_tensor_cores(device: torch.device) -> bool:

@@ -182,6 +182,24 @@ def features_of_files(place: Place) -> list[Tensor]:
     return [maps["up.1"], maps.at("up.1", torch.tensor([[[30.0, 40.0], [90.5, 3.0]]] * 2))]
 
 
+@case("features.FeatureMaps.to", "backbones.latent_diffusion.LatentDiffusion.to", "synthesis.model.SynthesisModel.to")
+def moved(place: Place) -> list[Tensor]:
+    """There and back and there again: what was computed once is computed again where the weights are."""
+    backbone, model = load_backbone("tiny", device="cpu"), diffrep.load_synthesis(device="cpu")
+    results: list[Tensor] = []
+    for device in (place.device, "cpu", place.device):
+        backbone.to(device, torch.float32)
+        model.to(device, torch.float32)
+        maps = diffrep.extract(backbone, images(), SMALL, taps="up.1")
+        assert maps.to("cpu")["up.1"].device.type == "cpu"
+        context = model.context(*(noise(2, dim).to(device) for dim in model.embedder.dims))
+        with torch.no_grad():
+            for _ in range(3):  # the last is a replay
+                latents = model(noise(2, model.channels, 8, 8).to(device), 500, context)
+        results += [maps.to(device)["up.1"], *read_maps(backbone, "up.1"), latents, model.decode(latents)]
+    return results
+
+
 @case("eval.restoration.FeatureDistance.__init__")
 def feature_distance(place: Place) -> list[Tensor]:
     from diffrep.eval.restoration import FeatureDistance

@@ -15,7 +15,7 @@ import torch
 
 import diffrep
 from diffrep.backbones import Conditions, load_backbone
-from diffrep.graphs import without_graphs
+from diffrep.graphs import Graphs, without_graphs
 
 from .device_cases import CASES, Place, images, pixels, share_data
 from .one_step_heads import random_head
@@ -81,7 +81,7 @@ def test_a_case_runs_on_the_cpu(name: str, shared: Path, tmp_path: Path) -> None
 
 
 def takes_a_device(source: str) -> Iterator[str]:
-    """Public functions, methods and option classes of a module that take the name of a device."""
+    """Public functions, methods and option classes of a module that take the name of a device, or move."""
 
     def named(annotation: ast.expr | None) -> bool:
         text = "" if annotation is None else ast.unparse(annotation)
@@ -96,8 +96,10 @@ def takes_a_device(source: str) -> Iterator[str]:
                 yield from visit(node.body, f"{prefix}{node.name}.")
             elif isinstance(node, ast.FunctionDef) and (node.name == "__init__" or not node.name.startswith("_")):
                 parameters = node.args.args + node.args.kwonlyargs
-                if any(p.arg == "device" and named(p.annotation) for p in parameters):
+                if node.name == "to" or any(p.arg == "device" and named(p.annotation) for p in parameters):
                     yield prefix + node.name
+            elif isinstance(node, ast.FunctionDef) and node.name == "_apply" and "super()._apply" in ast.unparse(node):
+                yield f"{prefix}to"  # of a module that moves more than its parameters
 
     yield from visit(ast.parse(source).body, "")
 
@@ -168,7 +170,20 @@ def test_recorded_calls_repeat_the_plain_ones(device: str, dtype: torch.dtype, t
             assert again.is_contiguous()
             for one, other in zip(machine(images()), depth, strict=True):
                 torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-5, msg=f"turn {turn}")
-    assert sum(call is not None for call in backbone.graphs._calls.values()) == 1  # for both timesteps
+    assert sum(bool(call) for _, call in backbone.graphs._calls.values()) == 1  # for both timesteps
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=cuda)])
+@torch.no_grad()
+def test_what_cannot_be_recorded_leaves_the_rest_alone(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    graphs, x = Graphs(torch.nn.Linear(2, 2).to(device)), torch.ones(2, device=device)
+    for _ in range(3):
+        assert graphs("reads", lambda t: t * t.sum().item(), x).tolist() == [2, 2]
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert "cannot be recorded" in caplog.text
+    for turn in range(4):
+        assert graphs("doubles", lambda t: 2 * t, (x + turn)[:1].expand(3)).tolist() == [2 + 2 * turn] * 3
+    assert [bool(call) for _, call in graphs._calls.values()] == [False, True]
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=cuda)])

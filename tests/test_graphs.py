@@ -8,17 +8,26 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import diffrep
 from diffrep import similarity
-from diffrep.features import Rows
-from diffrep.graphs import LIMIT, Graphs, without_graphs
+from diffrep.backbones import Conditions, load_backbone
+from diffrep.features import Descriptors, Rows
+from diffrep.graphs import LIMIT, Graphs, _Recorded, _side_stream, without_graphs
+from diffrep.matching import match_dense, match_points
+from diffrep.settings import FreeU, MatchConfig
+
+from .replays import Replayed
 
 RECORDED: list[tuple[int, ...]] = []
 
@@ -77,14 +86,261 @@ def test_matching_can_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_old_recordings_make_room(graphs: Everywhere) -> None:
-    for size in range(1, LIMIT + 4):
+def test_recordings_that_are_in_use_are_not_given_up(graphs: Everywhere) -> None:
+    """More shapes than recordings, in turns: all would be recorded again and again, which costs more than it saves."""
+    shapes = [torch.ones(size, 2) for size in range(1, LIMIT + 8)]
+    for _ in range(4):
+        for x in shapes:
+            graphs("same", lambda t: t, x)
+    assert [rows for rows, _ in RECORDED] == list(range(1, LIMIT + 1))
+    for _ in range(4 * LIMIT - len(shapes) + 1):  # and then only one more
+        graphs("same", lambda t: t, shapes[-1])
+    assert RECORDED[LIMIT:] == []
+    graphs("same", lambda t: t, shapes[-1])
+    assert RECORDED[LIMIT:] == [(LIMIT + 7, 2)]  # in place of the one that has not come for the longest time
+    assert sum(bool(call) for _, call in graphs._calls.values()) == LIMIT
+
+
+@torch.no_grad()
+def test_a_call_that_came_first_can_be_recorded_last(graphs: Everywhere) -> None:
+    x = torch.ones(1, 2)
+    graphs("first", lambda t: t, x)
+    for size in range(2, LIMIT + 1):
         for _ in range(2):
             graphs("same", lambda t: t, torch.ones(size, 2))
-    assert len(RECORDED) == LIMIT + 3
-    assert sum(call is not None for call in graphs._calls.values()) == LIMIT
-    graphs("same", lambda t: t, torch.ones(LIMIT + 3, 2))
-    assert len(RECORDED) == LIMIT + 3  # the newest is there still
+    for _ in range(3):
+        assert torch.equal(graphs("first", lambda t: t, x), x)
+    assert RECORDED[-1] == (1, 2)
+
+
+@torch.no_grad()
+def test_a_recording_is_of_the_parts_that_were_there() -> None:
+    """A part put in place of another (an adapter), weights elsewhere, another mode or rounding: another call."""
+    RECORDED.clear()
+    network, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.ones(1, 2)
+    graphs = Everywhere(network, record=fake)
+
+    def three_calls() -> int:
+        before = len(RECORDED)
+        for _ in range(3):
+            graphs("one", network, x)
+        return len(RECORDED) - before
+
+    assert three_calls() == 1
+    network[2].weight.data = network[2].weight.data.clone()  # not the first of the weights
+    assert three_calls() == 1
+    network[1] = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    assert three_calls() == 1
+    network.train(False)
+    assert three_calls() == 1
+    handle = network[1][1].register_forward_hook(lambda *call: None)  # a hook on what was put in
+    assert three_calls() == 0
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *call: None)  # or on all modules there are
+    assert three_calls() == 0
+    handle.remove()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert three_calls() == 1
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert three_calls() == 0
+
+
+@torch.no_grad()
+def test_autocast_and_counters_of_operations_see_every_call(graphs: Everywhere) -> None:
+    x, network = torch.ones(1, 2), graphs._modules[0]
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert graphs("rounded", network, x).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as counter:
+            graphs("counted", network, x)
+        assert counter.get_total_flops() == 8
+    assert RECORDED == []
+
+
+# -- replays on the CPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffrep.graphs._Recorded", Replayed)
+    monkeypatch.setattr(Graphs, "_on_device", lambda self, inputs: True)
+    monkeypatch.setattr(similarity, "_GRAPHS", Graphs(record=Replayed))
+    monkeypatch.setattr(Replayed, "made", 0)
+
+
+@torch.no_grad()
+def test_the_stand_in_refuses_what_a_recording_does() -> None:
+    for function in (lambda t: t * t.sum().item(), lambda t: t[t > 0], lambda t: t + torch.tensor([1.0, 2.0])):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            Replayed(function, (torch.ones(3, 2),))
+    saved: list[Tensor] = []
+
+    def remembers(t: Tensor) -> Tensor:
+        saved.append(2 * t)
+        return saved[min(len(saved) - 1, 1)] + 1  # memory of the recording itself, read after the next replay
+
+    call = Replayed(remembers, (torch.ones(2),))
+    assert call(torch.zeros(2)).tolist() == [1, 1]
+    assert saved[1].isnan().all()
+
+
+NETWORKS: dict[str, Callable[[], Callable[[int], list[Tensor]]]] = {}
+
+
+def network(make: Callable[[], Callable[[int], list[Tensor]]]) -> Callable[[], Callable[[int], list[Tensor]]]:
+    """Something that calls recorded networks: made once, then called with the number of its inputs."""
+    NETWORKS[make.__name__] = make
+    return make
+
+
+def drawn(number: int, *shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(number))
+
+
+@network
+def features() -> Callable[[int], list[Tensor]]:
+    backbone = load_backbone("tiny")
+
+    def run(number: int) -> list[Tensor]:
+        pixels, maps = drawn(number, 2, 3, 64, 64), []
+        for conditions in (
+            Conditions(timestep=261 - number, posterior="sample", ensemble=2),
+            Conditions(freeu=FreeU()),
+        ):
+            maps += backbone.maps(pixels, ["up.1", "mid"], conditions).values()
+        context = drawn(number, 1, 5, backbone.network.config.cross_attention_dim).expand(2, -1, -1)
+        return [*maps, backbone.predict_noise(drawn(number, 2, 8, 8, 8), 500 - number, context)]
+
+    return run
+
+
+@network
+def tokens() -> Callable[[int], list[Tensor]]:
+    backbone = load_backbone("tiny-dino")
+    return lambda number: list(backbone.maps(drawn(number, 2, 3, 64, 48), ["layer.2", "layer.3.key"]).values())
+
+
+@network
+def annotations() -> Callable[[int], list[Tensor]]:
+    depth, masks = (diffrep.load_head(f"tiny-{task}").model for task in ("depth", "segmentation"))
+
+    @torch.inference_mode()
+    def run(number: int) -> list[Tensor]:
+        pixels = drawn(number, 2, 3, 64, 64)
+        latents = depth.encode(pixels)
+        noise = drawn(number, *latents.shape) if depth.family.first_latent == "noise" else None
+        mask, edge = masks(pixels, masks.draw((64, 64), number), edges=True)
+        return [latents, depth.decode(depth.predict(latents, noise)), mask, edge]
+
+    return run
+
+
+@network
+def paintings() -> Callable[[int], list[Tensor]]:
+    model = diffrep.load_synthesis()
+
+    @torch.inference_mode()
+    def run(number: int) -> list[Tensor]:
+        context = model.context(*(drawn(number, 2, dim) for dim in model.embedder.dims))
+        return [
+            model(drawn(number, 2, model.channels, 8, 8), t, context) for t in (900.0 - number, torch.tensor([5.0]))
+        ]
+
+    return run
+
+
+@network
+def matches() -> Callable[[int], list[Tensor]]:
+    def run(number: int) -> list[Tensor]:
+        one, two = (Descriptors.from_vectors(drawn(number + shift, 8, 9, 16), (80, 90)) for shift in (0, 100))
+        found = match_points(one, two, [[10 + number, 20], [80, 3]], MatchConfig(mutual=True))
+        dense = match_dense(one, two, MatchConfig(metric="euclidean", mutual=True))
+        return [found.points, found.scores, dense.points, dense.scores, dense.mutual]
+
+    return run
+
+
+@pytest.mark.usefixtures("replays")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_replay_gives_what_the_call_gives(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """With inputs that differ each time, and memory that others write to in between."""
+    run = NETWORKS[name]()
+    for number in range(4):
+        with without_graphs():
+            expected = run(number)
+        for result, plain in zip(run(number), expected, strict=True):
+            torch.testing.assert_close(
+                result.float(), plain.float(), rtol=0, atol=1e-6 * float(plain.float().abs().max())
+            )
+    assert Replayed.made >= 1
+    assert "cannot be recorded" not in caplog.text
+
+
+def test_a_recording_runs_on_a_stream_of_its_device_and_gives_the_old_one_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA's calls by name alone: which stream is current, and that a recording that fails does not keep it."""
+    ones, current, recorded = torch.ones(1), ["default"], list[Any]()
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    @contextmanager
+    def stream(chosen: Any) -> Iterator[None]:
+        before, current[0] = current[0], chosen.name
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    class Graph:
+        def pool(self) -> str:
+            return "pool"
+
+        def replay(self) -> None:
+            recorded.append("replayed")
+
+    @contextmanager
+    def capture(graph: Graph, *, pool: object, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        recorded.append((pool, stream.name, capture_error_mode))
+        current[0] = stream.name
+        yield  # as PyTorch does: where the body failed, ending the recording fails too, and the stream stays
+        current[0] = "default"
+
+    fakes = {
+        "Stream": lambda device: Stream(f"side of {device}"), "current_stream": lambda device: Stream(current[0]),
+        "stream": stream, "device": lambda device: nullcontext(), "CUDAGraph": Graph, "graph": capture,
+        "graph_pool_handle": lambda: "new pool",
+    }  # fmt: skip
+    for name, fake_call in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake_call)
+    monkeypatch.setattr(_Recorded, "_alive", WeakSet())
+    _side_stream.cache_clear()
+    with torch.no_grad():
+        first = _Recorded(lambda t: 2 * t, (ones,))
+        second = _Recorded(lambda t: 3 * t, (ones.expand(4, 1),))
+        assert recorded == [(pool, "side of cpu", "thread_local") for pool in ("new pool", "pool")]
+        assert first(ones).tolist() == [2]
+        assert second(ones.expand(4, 1)).shape == (4, 1)
+        assert recorded[2:] == ["replayed"] * 2
+        calls = Everywhere(nn.Linear(2, 2), record=_Recorded)
+
+        def reads(t: Tensor) -> Tensor:
+            if current[0] != "default" and len(recorded) > 4:
+                raise RuntimeError("not permitted when stream is capturing")
+            return t + 1
+
+        for _ in range(3):
+            assert calls("reads", reads, ones).tolist() == [2]
+            assert current == ["default"]
+        assert len(recorded) == 5
+        assert [call for _, call in calls._calls.values()] == [False]
+    _side_stream.cache_clear()
 
 
 def test_gradients_hooks_and_a_person_prevent_it(graphs: Everywhere) -> None:
@@ -138,19 +394,31 @@ def test_a_copy_of_a_model_has_recordings_of_its_own() -> None:
 def test_the_kernels_in_tritons_interpreter() -> None:
     program = """
 import torch
-from diffrep.backbones.norm_kernels import group_norm
+from diffrep.backbones.norm_kernels import gated_gelu, group_norm, join
 torch.manual_seed(0)
-for images, channels, height, width, added, silu in ((2, 64, 9, 7, True, True), (1, 320, 24, 24, False, True),
-                                                     (3, 96, 5, 5, True, False), (1, 128, 200, 180, True, True)):
-    x = torch.randn(images, channels, height, width) * 2 + 30
-    weight, bias = torch.randn(2, channels)
-    extra = torch.randn(images, channels) if added else None
-    exact = x.double() if extra is None else x.double() + extra.double()[:, :, None, None]
-    exact = torch.nn.functional.group_norm(exact, 32, weight.double(), bias.double(), 1e-5)
-    exact = torch.nn.functional.silu(exact) if silu else exact
-    got = group_norm(x, 32, weight, bias, 1e-5, added=extra, silu=silu)
-    assert got.is_contiguous(memory_format=torch.channels_last)
-    assert float((got - exact).abs().max()) < 5e-5, float((got - exact).abs().max())
+for images, channels, height, width, groups, added, silu in (
+    (2, 64, 9, 7, 32, True, True), (1, 320, 24, 24, 32, False, True), (3, 96, 5, 5, 32, True, False),
+    (1, 128, 200, 180, 32, True, True), (2, 12, 1, 1, 4, True, True), (2, 5, 13, 5, 5, False, False),
+    (1, 1, 3, 67, 1, True, True), (2, 1300, 3, 5, 1, True, False), (1, 2600, 9, 8, 2, False, True)):
+    for dtype in (torch.float32, torch.float16):
+        x = (torch.randn(images, channels, width, height) * 2 + 30).to(dtype).mT  # neither layout
+        weight, bias = torch.randn(2, channels)
+        extra = torch.randn(channels, images).mT if added else None
+        exact = x.double() if extra is None else x.double() + extra.double()[:, :, None, None]
+        exact = torch.nn.functional.group_norm(exact, groups, weight.double(), bias.double(), 1e-5)
+        exact = torch.nn.functional.silu(exact) if silu else exact
+        got = group_norm(x, groups, weight, bias, 1e-5, added=extra, silu=silu)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert got.dtype == dtype
+        apart = float((got - exact).abs().max() / exact.abs().max())
+        assert apart < (2e-5 if dtype == torch.float32 else 2e-3), (apart, dtype, tuple(x.shape), groups)
+for shape in ((2, 7, 5, 3), (1, 3, 1, 1), (1, 1, 31, 67)):  # neither of whole blocks
+    x, y, bias = torch.randn(2, *shape).mT.unbind() + (torch.randn(1, shape[1]),)
+    torch.testing.assert_close(join(x, y, bias), x + y + bias[:, :, None, None])
+for shape in ((3, 5, 2 * 13), (1, 2), (700, 2 * 3)):
+    x = torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
+    value, gate = x.chunk(2, -1)
+    torch.testing.assert_close(gated_gelu(x), value * torch.nn.functional.gelu(gate))
 print("equal")
 """
     assert interpreted(program) == "equal"

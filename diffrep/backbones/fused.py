@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TYPES = (torch.float32, torch.bfloat16, torch.float16)  # float64 would be rounded on the way
 _log = logging.getLogger(__name__)
 
 
@@ -26,18 +27,22 @@ def fused_blocks(network: nn.Module) -> Iterator[None]:
     Its convolutions are stored channels-last from then on: the same numbers in another order.
     """
     weight = next(network.parameters())
-    patched: list[Any] = []
-    try:
-        if weight.is_cuda and not torch.is_grad_enabled() and kernels_work(weight.device):
-            channels_last(network)
-            for module, forward in _fused(network):
-                if "forward" not in module.__dict__:  # else it is compiled, which fuses on its own
-                    module.forward = forward
-                    patched.append(module)
+    if not weight.is_cuda or weight.dtype not in TYPES or torch.is_grad_enabled():
         yield
-    finally:
-        for module in patched:
-            del module.forward  # uncovers that of the class
+        return
+    patched: list[Any] = []
+    with torch.cuda.device(weight.device):  # Triton launches on the current one
+        try:
+            if kernels_work(weight.device):
+                channels_last(network)
+                for module, forward in _fused(network):
+                    if "forward" not in module.__dict__:  # else it is compiled, which fuses on its own
+                        module.forward = forward
+                        patched.append(module)
+            yield
+        finally:
+            for module in patched:
+                del module.forward  # uncovers that of the class
 
 
 def channels_last(network: nn.Module) -> None:
@@ -72,7 +77,8 @@ def _norm(module: object) -> bool:
 
 def _plain_resnet(block: Any) -> bool:
     """Adds the embedding of time, activates by SiLU and does not resample in between."""
-    still = block.upsample is None and block.downsample is None
+    dropout = getattr(block, "dropout", None)
+    still = block.upsample is None and block.downsample is None and not (block.training and dropout and dropout.p)
     return bool(
         still
         and block.time_embedding_norm in ("default", "group")  # "group", of VAE decoders, adds none
@@ -113,7 +119,8 @@ def _without_bias(conv: Any, maps: Tensor) -> tuple[Tensor, Tensor]:
     if not plain or conv._forward_hooks or conv._forward_pre_hooks:
         output: Tensor = conv(maps)
         return output, output.new_zeros(1, output.shape[1])
-    return nn.functional.conv2d(maps, conv.weight, None, conv.stride, conv.padding, conv.dilation), conv.bias[None]
+    output = nn.functional.conv2d(maps, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return output, conv.bias[None]
 
 
 def _gated(module: Any, tokens: Tensor, *unused: Any, **named: Any) -> Tensor:

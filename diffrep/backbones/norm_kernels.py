@@ -19,7 +19,7 @@ from torch import Tensor
 
 COLUMNS = 64  # channels of a program
 ROWS = 64  # cells of a step of a program
-TILES = 64  # tiles that the finishing kernel reads at once
+TILES = 64  # tiles that the finishing kernel reads at once, fewer where groups are wider than 512 channels
 BLOCK = 1024  # elements of a program of the kernels that look at one element at a time
 
 
@@ -75,6 +75,7 @@ def _factors(  # type: ignore[no-untyped-def]
     group, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     columns = group * width + tl.arange(0, WIDTH)
     known = tl.arange(0, WIDTH) < width
+    numbers = rows * 1.0 * width  # more than 2^31 in the widest maps
     extra = tl.zeros([WIDTH], tl.float32)
     if ADDED:
         extra = tl.load(added + image * step + columns, mask=known, other=0.0).to(tl.float32)
@@ -85,7 +86,7 @@ def _factors(  # type: ignore[no-untyped-def]
         at = (image * tiles + number[:, None]) * channels + columns[None, :]
         counts = tl.minimum(span, rows - number * span).to(tl.float32)[:, None]
         total += tl.where(inside, (tl.load(means + at, mask=inside, other=0.0) + extra[None, :]) * counts, 0.0)
-    mean = tl.sum(tl.sum(total, 0), 0) / (rows * width)
+    mean = tl.sum(tl.sum(total, 0), 0) / numbers
     total = tl.zeros([TILES, WIDTH], tl.float32)
     for first in range(0, tiles, TILES):
         number = first + tl.arange(0, TILES)
@@ -94,7 +95,7 @@ def _factors(  # type: ignore[no-untyped-def]
         counts = tl.minimum(span, rows - number * span).to(tl.float32)[:, None]
         apart = tl.load(means + at, mask=inside, other=0.0) + extra[None, :] - mean
         total += tl.where(inside, tl.load(squares + at, mask=inside, other=0.0) + apart * apart * counts, 0.0)
-    variance = tl.sum(tl.sum(total, 0), 0) / (rows * width)
+    variance = tl.sum(tl.sum(total, 0), 0) / numbers
     scale = tl.load(weight + columns, mask=known, other=0.0).to(tl.float32) * tl.rsqrt(variance + eps)
     shift = tl.load(bias + columns, mask=known, other=0.0).to(tl.float32) + (extra - mean) * scale
     tl.store(scales + image * channels + columns, scale, mask=known)
@@ -133,7 +134,7 @@ def group_norm(
     """
     x = x.contiguous(memory_format=torch.channels_last)
     images, channels, height, width = x.shape
-    added = None if added is None else added.expand(images, -1)
+    added = None if added is None else added.contiguous().expand(images, -1)
     rows, parts = height * width, triton.cdiv(channels, COLUMNS)
     # enough programs to fill a card: each goes over a span of cells, at most 512 of them
     span = ROWS * triton.cdiv(triton.cdiv(rows, ROWS), 512)
@@ -144,6 +145,9 @@ def group_norm(
     grid: Any = (tiles, parts, images)
     _moments[grid](x, moments[0], moments[1], rows, channels, span, tiles, ROWS=ROWS, COLUMNS=COLUMNS)
     of_group = channels // groups
+    width_of_group = 8
+    while width_of_group < of_group:  # few sizes, for each is compiled
+        width_of_group *= 4
     _factors[(groups, images)](
         moments[0],
         moments[1],
@@ -160,8 +164,8 @@ def group_norm(
         tiles,
         eps,
         ADDED=added is not None,
-        TILES=TILES,
-        WIDTH=next(size for size in (8, 32, 128, 512) if size >= of_group),
+        TILES=min(TILES, max(1, 512 * TILES // width_of_group)),
+        WIDTH=width_of_group,
     )
     grid = (triton.cdiv(rows, ROWS), parts, images)
     _apply[grid](x, y, factors[0], factors[1], rows, channels, ACTIVE=silu, ROWS=ROWS, COLUMNS=COLUMNS)

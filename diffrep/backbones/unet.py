@@ -251,7 +251,7 @@ def damp_low_frequencies(maps: Tensor, factor: float, threshold: int) -> Tensor:
     spectrum = torch.fft.fftshift(torch.fft.fftn(maps.float(), dim=(-2, -1)), dim=(-2, -1))
     rows, columns = (slice(max(side // 2 - threshold, 0), side // 2 + threshold) for side in maps.shape[-2:])
     mask = torch.ones(maps.shape[-2:], device=maps.device)
-    mask[rows, columns] = factor
+    mask[rows, columns].fill_(factor)
     damped = torch.fft.ifftn(torch.fft.ifftshift(spectrum * mask, dim=(-2, -1)), dim=(-2, -1)).real
     return damped.to(maps.dtype)
 
