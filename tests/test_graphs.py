@@ -400,7 +400,7 @@ for images, channels, height, width, groups, added, silu in (
     (2, 64, 9, 7, 32, True, True), (1, 320, 24, 24, 32, False, True), (3, 96, 5, 5, 32, True, False),
     (1, 128, 200, 180, 32, True, True), (2, 12, 1, 1, 4, True, True), (2, 5, 13, 5, 5, False, False),
     (1, 1, 3, 67, 1, True, True), (2, 1300, 3, 5, 1, True, False), (1, 2600, 9, 8, 2, False, True)):
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.float16)[: 1 if height > 100 else 2]:
         x = (torch.randn(images, channels, width, height) * 2 + 30).to(dtype).mT  # neither layout
         weight, bias = torch.randn(2, channels)
         extra = torch.randn(channels, images).mT if added else None
