@@ -50,14 +50,14 @@ class Operations(TorchDispatchMode):
 class Replayed(_Recorded):
     """A recorded call without CUDA."""
 
-    made = 0
+    recordings = 0
 
     def _capture(self, function: Callable[..., Any], device: torch.device) -> Any:
         function(*self._inputs)
         with Operations() as self.operations:
             results = function(*self._inputs)
         self._overwrite()
-        Replayed.made += 1
+        Replayed.recordings += 1
         return results
 
     def _overwrite(self) -> None:

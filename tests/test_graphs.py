@@ -168,7 +168,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffrep.graphs._Recorded", Replayed)
     monkeypatch.setattr(Graphs, "_on_device", lambda self, inputs: True)
     monkeypatch.setattr(similarity, "_GRAPHS", Graphs(record=Replayed))
-    monkeypatch.setattr(Replayed, "made", 0)
+    monkeypatch.setattr(Replayed, "recordings", 0)
 
 
 @torch.no_grad()
@@ -256,9 +256,9 @@ def paintings() -> Callable[[int], list[Tensor]]:
 def matches() -> Callable[[int], list[Tensor]]:
     def run(number: int) -> list[Tensor]:
         one, two = (Descriptors.from_vectors(drawn(number + shift, 8, 9, 16), (80, 90)) for shift in (0, 100))
-        found = match_points(one, two, [[10 + number, 20], [80, 3]], MatchConfig(mutual=True))
+        few = match_points(one, two, [[10 + number, 20], [80, 3]], MatchConfig(mutual=True))
         dense = match_dense(one, two, MatchConfig(metric="euclidean", mutual=True))
-        return [found.points, found.scores, dense.points, dense.scores, dense.mutual]
+        return [few.points, few.scores, dense.points, dense.scores, dense.mutual]
 
     return run
 
@@ -275,7 +275,7 @@ def test_a_replay_gives_what_the_call_gives(name: str, caplog: pytest.LogCapture
             torch.testing.assert_close(
                 result.float(), plain.float(), rtol=0, atol=1e-6 * float(plain.float().abs().max())
             )
-    assert Replayed.made >= 1
+    assert Replayed.recordings >= 1
     assert "cannot be recorded" not in caplog.text
 
 
