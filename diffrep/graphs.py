@@ -178,10 +178,11 @@ def _values(dictionaries: Iterable[dict[str, Any]]) -> Iterator[Any]:
 
 def _rounding() -> Hashable:
     """The settings of PyTorch that choose how kernels round."""
-    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    products: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     named = hasattr(products, "fp32_precision")  # since PyTorch 2.9, where the older names can refuse to be read
-    convolutions: Hashable = cudnn.conv.fp32_precision if named else cudnn.allow_tf32
-    of_products: Hashable = products.fp32_precision if named else products.allow_tf32
+    convolutions = cudnn.conv.fp32_precision if named else cudnn.allow_tf32
+    of_products = products.fp32_precision if named else products.allow_tf32
     return convolutions, of_products, torch.are_deterministic_algorithms_enabled()
 
 
