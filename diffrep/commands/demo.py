@@ -158,7 +158,8 @@ def _matched(
     """`draw_matches`, with numbers that have one size on the page, however wide the images are."""
     wide = sum(HEIGHT * image.width / image.height for image in images)
     marks = wide / (350 if layout == "three" else 600)  # about as wide as the page shows them
-    return draw_matches(*images, points, matches, truth=truth, tolerance=tolerance, marks=marks)
+    source, target = images
+    return draw_matches(source, target, points, matches, truth=truth, tolerance=tolerance, marks=marks)
 
 
 def dense_matches(page: Page, correspondence: Correspondence) -> None:
