@@ -119,8 +119,8 @@ def released(parts: RandomParts, latent: Tensor, tile: int, overlap: int) -> Ten
 def ours(head: RestorationHead, latent: Tensor, tile: int, overlap: int) -> Tensor:
     """The same by our head; tiles are blended where they are clean, which is the same since the rule is linear."""
 
-    def run(*place: slice) -> Tensor:
-        return head.model.clean(latent[(..., *place)], RestoreConfig())[0]
+    def run(y: slice, x: slice) -> Tensor:
+        return head.model.clean(latent[..., y, x], RestoreConfig())[0]
 
     if latent.shape[-2] * latent.shape[-1] <= tile**2:
         return run(slice(None), slice(None))[None]

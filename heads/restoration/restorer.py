@@ -227,24 +227,24 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
             part = enlarged[np.ix_(*places)]
             return torch.from_numpy(part.astype(np.float32) / levels).permute(2, 0, 1)[None]
 
-        def encode(*place: slice) -> Tensor:
-            return model.encode(window(*place), None if noise is None else noise[(..., *place)])[0]
+        def encode(y: slice, x: slice) -> Tensor:
+            return model.encode(window(y, x), None if noise is None else noise[..., y, x])[0]
 
         latents = self._whole(encode, cells, tile, overlap)
 
         draws = model.draws((model.channels, *cells), config)
 
-        def clean(*place: slice) -> Tensor:
-            part = latents[(None, ..., *place)].to(model.device, model.dtype)
-            return model.clean(part, config, [drawn[(..., *place)] for drawn in draws])[0]
+        def clean(y: slice, x: slice) -> Tensor:
+            part = latents[None, ..., y, x].to(model.device, model.dtype)
+            return model.clean(part, config, [drawn[..., y, x] for drawn in draws])[0]
 
         cleaned = self._whole(clean, cells, tile, overlap)
 
-        def decode(*place: slice) -> Tensor:
-            part = cleaned[(None, ..., *place)].to(model.device, model.dtype)
+        def decode(y: slice, x: slice) -> Tensor:
+            part = cleaned[None, ..., y, x].to(model.device, model.dtype)
             if model.decoder is None:
                 return model.decode(part)[0].float() / 2 + 0.5
-            pixels = window(*place).to(part)
+            pixels = window(y, x).to(part)
             return (pixels + model.decoder(part, pixels))[0]
 
         result = np.empty_like(enlarged)
