@@ -40,7 +40,8 @@ class Prior:
         return (shares * (self.means + a * self.tau**2 / variance * distances)).sum(1).to(x)
 
     def noise(self, x: Tensor, a: float, b: float) -> Tensor:
-        return (x - a * self.data(x, a, b)) / b
+        state = x.double() if self.double else x
+        return ((state - a * self.data(state, a, b)) / b).to(x)
 
     def of_table(self, table: Any) -> Callable[[Tensor, float], Tensor]:
         """Noise, at indices of a table of abar."""

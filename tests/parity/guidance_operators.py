@@ -19,7 +19,7 @@ def red_operator(name: str, shape: tuple[int, int, int], mask: Tensor | None = N
     kind, number = name.rstrip("0123456789"), name[len(name.rstrip("0123456789")) :]
     if name == "in2":
         assert mask is not None
-        return operators.inpainting(mask)
+        return operators.inpainting(mask.expand(-1, shape[0], -1, -1))
     if name == "color":
         return operators.colours(shape, (0.3333, 0.3334, 0.3333))
     if kind == "sr":
