@@ -35,11 +35,14 @@ def full_precision(device: torch.device, *, halves: bool = False) -> Iterator[No
     Args:
         halves: the factors are of `_halves`: rounding them to TF32, 10 bits behind the point, takes nothing off.
     """
-    products: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = torch.backends
     try:
         before, named = torch.get_float32_matmul_precision(), []
     except RuntimeError:  # somebody chose by the names of PyTorch 2.9, which this one then does not speak for
-        before, named = "highest", [(each, each.fp32_precision) for each in products]
+        before, named = (
+            "highest",
+            [(each.matmul, each.matmul.fp32_precision) for each in (backends.cuda, backends.mkldnn)],
+        )
     torch.set_float32_matmul_precision("high" if halves else "highest")
     try:
         with torch.autocast(device.type, enabled=False):
