@@ -23,7 +23,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -34,10 +34,11 @@ from torch import Tensor
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.features import Descriptors, ExtractConfig, FeatureMaps, extract_each
+from diffrep.files import one_line
 from diffrep.fusion import SD_TAPS, Fusion, Part, aggregated, fuse
 from diffrep.images import ImageLike, Sizing, load_image
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
-from diffrep.settings import check
+from diffrep.settings import check, check_keys
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -141,7 +142,7 @@ def load_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # TOML's own errors are ValueErrors
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path}: {one_line(error)}") from None
     return loaded
 
 
@@ -161,9 +162,7 @@ def _built(kind: Any, value: Any, where: str) -> Any:
     name = getattr(kind, "__name__", "")
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'the file'} must be a table of the settings of {name}, got {value!r}")
-    known = [f.name for f in fields(kind)]
-    if unknown := sorted(set(value) - set(known)):
-        raise ValueError(f"{where or name} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    check_keys(kind, value, where or name)
     hints = get_type_hints(kind)
     values = {key: _built(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
     try:

@@ -114,6 +114,27 @@ def _check_ranges(settings: Any, ranges: dict[str, str], label: Callable[[str], 
                 raise ValueError(f"{label(name)} must be {allowed.words}, got {shown}")
 
 
+def check_keys(kind: type, values: Mapping[Any, Any], what: str = "") -> None:
+    """Refuse values of a file that a class of settings has no fields for, or that lack one that must be given.
+
+    Args:
+        what: they belong to, for the message; the class where left out.
+
+    Raises:
+        ValueError: the message names the first such key and its near names, or all that there are.
+    """
+    fields, what = dataclasses.fields(kind), what or kind.__name__  # type: ignore[arg-type]  # a dataclass
+    known = [f.name for f in fields if f.init]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=2)
+            said = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{what} has no {key}; {said}")
+    for f in fields:
+        if f.init and f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{what} lacks {f.name}")
+
+
 def changed(settings: SettingsT, values: Mapping[str, Any], what: str) -> SettingsT:
     """Settings with some values changed.
 

@@ -139,6 +139,7 @@ def image_likelihood(
     side = size or model.side
     if side % model.factor:
         raise SamplingError(f"{model.name}: the size must be a multiple of {model.factor}, got {side}")
+    measured = not steps  # at adaptive steps too
     for number, file in enumerate(files):
         try:
             pixels, _ = fit_image(load_image(file), Sizing("squash", side))
@@ -155,7 +156,8 @@ def image_likelihood(
             probe = (2 * torch.randint(0, 2, tuple(state.shape), generator=generator) - 1).to(state)
             bits = model_likelihood(model, state, probe, tolerance=tolerance, offset=offset, timesteps=steps)
             drawn.append(float(bits[0]))
-            if steps and not number and not draw:
+            if not measured:
+                measured = True
                 adaptive = float(model_likelihood(model, state, probe, tolerance=tolerance, offset=offset)[0])
                 if abs(drawn[0] - adaptive) > FAR_OFF:
                     _log.warning(

@@ -110,7 +110,7 @@ def test_a_toml_file_is_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("timestep", "timestop"), "extract has no timestop; it has taps"),
+        (("timestep", "timestop"), r"own.toml: readings\[0\].extract has no timestop; did you mean timestep"),
         (("100", '"100"'), "extract.timestep must be a whole number, got '100'"),
         (('"soft"', '"hard"'), "matching.mode must be one of cell"),
         (("timestep = 100", "timestep = 4000"), r"own.toml: readings\[0\].extract.timestep must be in -1..999"),
@@ -383,3 +383,24 @@ def test_sd_dino_costs_less_than_half_of_the_official_code() -> None:
 def test_cleandift_ends_at_its_tap() -> None:
     cost = teraflops("cleandift", meta_sd(1024, [5, 10, 20, 20]))
     assert 3.6 < cost <= 3.7  # the whole U-Net: 4.76
+
+
+@pytest.mark.parametrize(
+    ("text", "ending", "message"),
+    [
+        ("[" * 3000, "yaml", "nested too deeply"),
+        ("{a: " * 3000, "yml", "nested too deeply"),
+        ("a = " + "[" * 10000, "toml", "nested too deeply"),
+        ("name: m\nreadings: [{}]\nfusion: {parts: [{taps: [up.1]}]}", "yaml", r"readings\[0\] lacks backbone"),
+        ("name: m\n1: 2\n", "yaml", "Recipe has no 1; it has name, readings"),
+        (
+            "name: m\nreadings: [{backbone: tiny, extract: {timesteps: 3}}]\nfusion: {parts: [{taps: [up.1]}]}",
+            "yaml",
+            r"readings\[0\]\.extract has no timesteps; did you mean timestep",
+        ),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named_in_one_line(text: str, ending: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / f"own.{ending}").write_text(text)
+    with pytest.raises(ValueError, match=rf"^[^\n]*own\.{ending}: {message}[^\n]*$"):
+        recipe(str(tmp_path / f"own.{ending}"))

@@ -178,7 +178,7 @@ def test_prior_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match="size mismatch"):
         load_prior(tmp_path)
     config.write_text(config.read_text().replace('"width"', '"wide"'))
-    with pytest.raises(BackboneError, match="unknown setting wide"):
+    with pytest.raises(BackboneError, match="PriorConfig has no wide; did you mean width"):
         load_prior(tmp_path)
     with pytest.raises(ValueError, match="texts or labels"):
         PriorConfig(dim=6, condition_dim=2)

@@ -161,7 +161,7 @@ def test_errors_of_folders(tmp_path: Path) -> None:
         load_synthesis(tmp_path)
     small_model().save(tmp_path / "model")
     (tmp_path / "model" / "synthesis.json").write_text('{"colour": 1}')
-    with pytest.raises(BackboneError, match=r"unknown colour; known are autoencoder, encoder"):
+    with pytest.raises(BackboneError, match=r"synthesis.json: About has no colour; it has autoencoder, encoder"):
         load_synthesis(tmp_path / "model")
     (tmp_path / "model" / "synthesis.json").unlink()
     weights = load_file(tmp_path / "model" / "embedder" / "model.safetensors")

@@ -30,6 +30,7 @@ from diffrep.backbones.weight_files import describe_weights
 from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, read_weights, write_document
 from diffrep.images import Sizing
+from diffrep.settings import check_keys
 
 ENCODER_ONLY = ("decoder.", "post_quant_conv.")  # parts of a VAE that extraction does not use
 PIPELINES = {  # class of a network -> of the pipeline that is written for it
@@ -142,6 +143,8 @@ def _recommended(values: Mapping[str, Any], label: str) -> Recommended:
         conditions: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.get("conditions", {}).items()
         }
+        check_keys(Conditions, conditions, "conditions")
+        check_keys(Sizing, values["sizing"], "sizing")
         return Recommended(
             taps=tuple(values["taps"]), sizing=Sizing(**values["sizing"]), conditions=Conditions(**conditions)
         )

@@ -196,7 +196,10 @@ def embed_file(
         check_writable(picture, FIGURES)
         paths = [picture, *(picture.with_suffix(ending) for ending in endings)]
         if any(path.exists() and source.exists() and path.samefile(source) for path in paths):
-            raise ValueError(f"{output}: would write over the table {source}; choose another output name")
+            other = picture.with_name(f"{picture.stem}-map{picture.suffix}")
+            raise ValueError(
+                f"{output}: what lies beside it would write over the table {source}; take another name: -o {other}"
+            )
     table, color = _coloured_table(source, config)
     features = table.features
     if config.standardize:

@@ -27,8 +27,9 @@ from filelock import BaseFileLock, FileLock, Timeout
 from diffrep.backbones import Backbone
 from diffrep.devices import library_versions
 from diffrep.features import ExtractConfig, FeatureMaps
-from diffrep.files import read_document, sweep_partials, write_whole
+from diffrep.files import one_line, read_document, sweep_partials, write_whole
 from diffrep.images import Sizing
+from diffrep.settings import check_keys
 from diffrep.store.shards import (
     SHARD_NAME,
     SHARDS,
@@ -104,12 +105,14 @@ def load_manifest(folder: Path) -> Manifest:
     if (values.pop("format", None), values.pop("version", None)) != (FORMAT, VERSION):
         raise StoreError(f"{file}: is not of format {FORMAT!r}, version {VERSION}: made by a newer diffrep?")
     try:
+        check_keys(Keep, values["keep"], "keep")
         values["keep"] = Keep(**values["keep"])
         values["environments"] = tuple(values["environments"])
         values["shards"] = tuple(ShardEntry(**shard) for shard in values["shards"])
+        check_keys(Manifest, values, "it")
         return Manifest(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreError(f"{file}: is damaged ({error})") from None
+        raise StoreError(f"{file}: is damaged ({one_line(error)})") from None
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> None:

@@ -27,7 +27,7 @@ from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, read_document, read_weights, save_weights, write_document
 from diffrep.graphs import Graphs
-from diffrep.settings import check
+from diffrep.settings import check, check_keys
 
 EMBEDDED = ("tiny-synthesis",)
 OFFICIAL_TOKENS = ("patch_fc", "region_fc")  # the authors' names of the projections, in the order of the tokens
@@ -64,13 +64,12 @@ class About:
         Raises:
             BackboneError: it is damaged.
         """
-        file, known = folder / "synthesis.json", set(cls.__dataclass_fields__)
+        file = folder / "synthesis.json"
         if not file.is_file():
             return cls()
         values = read_document(file, error=BackboneError)
-        if unknown := sorted(set(values) - known):
-            raise BackboneError(f"{file}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         try:
+            check_keys(cls, values)
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise BackboneError(f"{file}: {one_line(error)}") from None

@@ -20,7 +20,7 @@ from diffrep.backbones import BackboneError, check_weights, draw_noise
 from diffrep.backbones.repositories import MODELS
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import one_line, read_document, read_weights, save_weights, write_document
-from diffrep.settings import check
+from diffrep.settings import check, check_keys
 from diffrep.synthesis.grids import EmbeddingGrid
 
 TIMESTEPS = 1000
@@ -179,15 +179,13 @@ def load_prior(name: str | os.PathLike[str] = "tiny-prior") -> EmbeddingPrior:
         raise BackboneError(f"{name}: is no folder of a prior (it has no config.json)")
     values = read_document(folder / "config.json", error=BackboneError)
     weights, _ = read_weights(folder / "model.safetensors", error=BackboneError)
-    known = PriorConfig.__dataclass_fields__.keys()
-    if unknown := sorted(set(values) - known):
-        raise BackboneError(f"{folder}: unknown setting {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:
+        check_keys(PriorConfig, values)
         pairs = {"labels": tuple(values.get("labels", ())), "shape": tuple(values.get("shape", (2, 2)))}
         prior = EmbeddingPrior(PriorConfig(**{**values, **pairs}))
         prior.load_state_dict({k: v.float() for k, v in weights.items()})
     except (TypeError, ValueError, RuntimeError) as error:
-        raise BackboneError(f"{folder}: {one_line(error)}") from None
+        raise BackboneError(f"{folder / 'config.json'}: {one_line(error)}") from None
     check_weights(prior, name)
     return prior.eval().requires_grad_(False)
 
