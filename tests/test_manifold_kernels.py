@@ -38,7 +38,7 @@ from diffrep.manifold.heat import (
 )
 from diffrep.manifold.mds import mds_weights
 from diffrep.manifold.neighbors import NeighborSearch
-from diffrep.manifold.official import HeatGeoOptions
+from diffrep.manifold.official import HeatGeoOptions, two_line_knee
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +275,12 @@ def test_weights() -> None:
         mds_weights("cubic", distances, heat)  # type: ignore[arg-type]
     level = HeatGeoOptions(mds_weights_type="inv_dist", mds_weights_args=0).weights(distances, heat)
     np.testing.assert_array_equal(level, np.ones((2, 2)))  # D^-0: an exponent of 0 is not the one that is not given
+
+
+def test_two_line_knee_is_phates() -> None:
+    t = np.arange(20.0)
+    knees = [two_line_knee(curve) for curve in (1 / (1 + t), np.exp(-t / 2) + 0.3 * np.exp(-t / 50))]
+    assert knees == [3, 5]  # of phate 2.0.0's own function; with both lines fitted to their points, 3 and 4
 
 
 def test_knee_of_a_saturating_curve() -> None:

@@ -220,16 +220,21 @@ def von_neumann_entropy(operator: Array, t_max: int = 100) -> NDArray[np.float64
 
 
 def two_line_knee(curve: Array) -> int:
-    """Where two least-squares lines, one on each side, fit a curve best in absolute error."""
+    """Where two least-squares lines, one on each side, fit a curve best in absolute error, as PHATE has it.
+
+    Its right line is fitted to one point more than it is judged by, the one before the knee.
+    """
     n = len(curve)
     x = np.arange(n, dtype=np.float64)
 
-    def misfit(part: slice) -> float:
-        slope, offset = np.polyfit(x[part], curve[part], 1)
-        return float(np.abs(slope * x[part] + offset - curve[part]).sum())
+    def misfit(fitted: slice, judged: slice) -> float:
+        slope, offset = np.polyfit(x[fitted], curve[fitted], 1)
+        return float(np.abs(slope * x[judged] + offset - curve[judged]).sum())
 
-    splits = range(1, n - 1)
-    return min(splits, key=lambda k: misfit(slice(0, k + 1)) + misfit(slice(k, n)))
+    def both(k: int) -> float:
+        return misfit(slice(0, k + 1), slice(0, k + 1)) + misfit(slice(k - 1, n), slice(k, n))
+
+    return min(range(1, n - 1), key=both)
 
 
 def phate_potential(operator: Array, t: int, *, gamma: float = 1.0) -> NDArray[np.float64]:
