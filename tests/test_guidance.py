@@ -362,6 +362,16 @@ def test_superposition(method: str) -> None:
         assert float(gap.median()) > 1
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("or", {"lift": 1.0}), ("avg", {"bias": 1.0}), ("and", {"temperature": 2.0})]
+)
+def test_an_option_of_another_composition_is_refused(method: str, options: dict[str, float]) -> None:
+    with pytest.raises(SamplingError, match="lift is of"):
+        superpose(
+            *[lambda x, t: x] * 3, random(1, 1, 2, 2), [1.0, 0.0], [1.0], [random(1, 1, 2, 2)], method=method, **options
+        )
+
+
 # -- SaRA -----------------------------------------------------------------------------------------------------
 
 

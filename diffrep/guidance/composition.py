@@ -68,9 +68,14 @@ def superpose(
 
     Returns:
         The last states, and weights and densities.
+
+    Raises:
+        SamplingError: another method, an option of another method, or a step diverges.
     """
     if method not in ("and", "or", "avg", "and_ode"):
         raise SamplingError(f"conditions are composed by and, or, avg or and_ode, got {method!r}")
+    if (lift and method not in ("and", "and_ode")) or ((temperature, bias) != (1, 0) and method != "or"):
+        raise SamplingError(f'lift is of "and", temperature and bias are of "or": not of {method!r}')
     log_a = log_b = torch.ones_like(sums(x))
     kappas, densities, steps = [log_a / 2], [torch.stack([log_a, log_b])], len(labels)
     for step, label in enumerate(labels):

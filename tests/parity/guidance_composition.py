@@ -38,8 +38,12 @@ def check_superdiff(folder: Path, case: dict[str, Any]) -> None:
         networks = [lambda x, t, c=given[name]: unet(x, t, c) for name in ("a", "b", "uncond")]
         options = {
             ours: run[theirs]
-            for ours, theirs in (("temperature", "T"), ("bias", "logp"), ("lift", "lift"))
-            if theirs in run
+            for ours, theirs, methods in (
+                ("temperature", "T", ("or",)),
+                ("bias", "logp", ("or",)),
+                ("lift", "lift", ("and", "and_ode")),
+            )
+            if run.get(theirs) is not None and run["method"] in methods  # the released loop reads them there alone
         }
         x, record = superpose(
             *networks, given["start"] * float(scheduler.init_noise_sigma), scheduler.sigmas.tolist(),
