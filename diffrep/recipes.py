@@ -162,7 +162,7 @@ def _built(kind: Any, value: Any, where: str) -> Any:
     name = getattr(kind, "__name__", "")
     if not isinstance(value, dict):
         raise ValueError(f"{where or 'the file'} must be a table of the settings of {name}, got {value!r}")
-    check_keys(kind, value, where or name)
+    check_keys(kind, value, where or name)  # type: ignore[arg-type]  # a class
     hints = get_type_hints(kind)
     values = {key: _built(hints[key], item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
     try:

@@ -273,7 +273,7 @@ class LatentBackbone(DiffusionBackbone):
         return posterior.mean.contiguous(), posterior.std.contiguous()
 
     def painted_under(self, condition: Any, negative: str) -> tuple[list[Any], Any]:
-        prompts = [condition] if isinstance(condition, (str, int)) else list(condition or [""])
+        prompts: list[Any] = [condition] if isinstance(condition, (str, int)) else list(condition or [""])
         if any(isinstance(prompt, int) for prompt in prompts):
             raise BackboneError(f"{self.name} takes prompts and no class (label)")
         if self.text is None or not all(isinstance(prompt, str) for prompt in prompts):
