@@ -197,7 +197,7 @@ def test_half_precision_is_refused_on_the_cpu(command: list[str], refused: Run, 
     [
         ("lora.safetensors", "is a LoRA"),
         ("unet.safetensors", "is a U-Net alone"),
-        ("other.safetensors", r"is no head, it holds 1 tensors \(foo, ...\)"),
+        ("other.safetensors", r"is no head, it holds 1 tensor \(foo, ...\)"),
         ("empty.safetensors", "a weight file is damaged|cannot be read"),
         ("picture.png", "is no checkpoint that can be read safely"),
         ("sd2.1", "is a backbone and no head"),
