@@ -128,10 +128,10 @@ class Graphs:
     def _usable(self, inputs: tuple[Tensor, ...]) -> bool:
         if not _enabled.get() or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        # autocast forgets its rounded weights behind its body, and a counter of operations would see none
-        if torch.is_autocast_enabled(inputs[0].device.type) or _get_current_dispatch_mode() is not None:
+        if not self._on_device(inputs):
             return False
-        return self._on_device(inputs)
+        # autocast forgets its rounded weights behind its body, and a counter of operations would see none
+        return not torch.is_autocast_enabled(inputs[0].device.type) and _get_current_dispatch_mode() is None
 
     def _on_device(self, inputs: tuple[Tensor, ...]) -> bool:
         if not all(each.is_cuda for each in inputs) or torch.cuda.is_current_stream_capturing():
