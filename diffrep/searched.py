@@ -40,7 +40,8 @@ def model_facts(network: nn.Module, schedule: NoiseSchedule, prediction: str, la
     weights = sorted(network.named_parameters())
     shapes = "\n".join(f"{name} {tuple(values.shape)}" for name, values in weights)
     # signs of some values of each: rounding to another type, to zero even, leaves them as they are
-    signs = torch.cat([values.detach().flatten()[:64].signbit() for _, values in weights]).cpu().numpy()
+    parts = [values.detach().flatten()[:64].signbit() for _, values in weights]
+    signs = torch.cat(parts).cpu().numpy() if parts else np.zeros(0, bool)  # a stand-in may have no weights
     noise = schedule.alpha(np.linspace(schedule.last, schedule.first, 5))
     return {
         "network": type(network).__name__,
