@@ -161,6 +161,7 @@ def _run(arguments: list[str]) -> int:
         word = rest[0] if group else arguments[0]
         near = difflib.get_close_matches(word, _members(group), n=2) or _members(group)
         raise ValueError(f"there is no command {word!r}; near names: {', '.join(near)}")
+    from diffrep.commands.options import DeviceOptions
     from diffrep.commands.parsing import help_text, read_command
     from diffrep.commands.stand_ins import without_libraries
 
@@ -169,7 +170,10 @@ def _run(arguments: list[str]) -> int:
         with without_libraries():
             print(help_text(command_kind(name), f"diffrep {name}", everything="--help-all" in rest))
         return 0
-    read_command(command_kind(name), rest, f"diffrep {name}").run()
+    command = read_command(command_kind(name), rest, f"diffrep {name}")
+    if isinstance(command, DeviceOptions):
+        command.check_device()
+    command.run()
     return 0
 
 

@@ -10,6 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
+from diffrep.files import shortened
+
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -37,12 +39,12 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         wanted = torch.device(name)
     except (RuntimeError, ValueError):
         wanted = torch.device("meta")
+    shown = ", ".join(each if each.startswith("cuda") else each.removesuffix(":0") for each in known)
     if wanted.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"the device must be auto, cpu, cuda, cuda:N or mps, got {name!r}")
+        raise DeviceError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {shortened(name)}; there is {shown}")
     if f"{wanted.type}:{wanted.index or 0}" not in known:
-        shown = ", ".join(each if each.startswith("cuda") else each.removesuffix(":0") for each in known)
         lacking = f"PyTorch finds no {wanted.type.upper()} device here; " if wanted.index in (None, 0) else ""
-        raise DeviceError(f"device {name}: {lacking}there is {shown}")
+        raise DeviceError(f"--device {name}: {lacking}there is {shown}")
     return wanted
 
 

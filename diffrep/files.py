@@ -12,10 +12,16 @@ import json
 import os
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +42,7 @@ _REPLACEABLE = (
     ".zattrs",
     "zarr.json",
 )
+LARGEST_SETTINGS, DEEPEST_KEY, MOST_ALIASES = 2**18, 32, 16  # bytes, parts, of files of settings
 UNFETCHED, _POINTER = "is a Git LFS pointer: run `git lfs pull`", b"version https://git-lfs"
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 
@@ -182,6 +189,44 @@ def read_document(path: str | os.PathLike[str], *, error: type[Exception] = Valu
     if not isinstance(document, dict):
         raise error(f"{path}: must hold a JSON object, found {type(document).__name__}")
     return document
+
+
+def read_settings(path: str | os.PathLike[str], *, error: type[Exception] = ValueError) -> dict[str, Any]:
+    """What a TOML (``.toml``) or YAML file (any other ending) of settings holds, whoever made it.
+
+    Args:
+        error: the kind of error that the caller's readers raise.
+
+    Raises:
+        error: the file is missing, no UTF-8, no TOML or YAML, no table, nested too deeply, or larger than settings
+            are: the parsers need time that grows with the square of a dotted key, and YAML's aliases multiply; the
+            message begins with its path.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_SETTINGS + 1)
+        if len(content) > LARGEST_SETTINGS:
+            raise ValueError(f"more than {LARGEST_SETTINGS:,} bytes are no settings")
+        text = content.decode("utf-8-sig")
+        if path.suffix.lower() == ".toml":
+            bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', "", text)
+            if any(part.count(".") > DEEPEST_KEY for part in re.split(r"[=,{}\[\]\n#]", bare)):
+                raise ValueError(f"a key has more than {DEEPEST_KEY} dotted parts")
+            return dict(tomllib.loads(text))
+        if len(re.findall(r"(?:^|[\s,\[{])\*[\w-]", text)) > MOST_ALIASES:
+            raise ValueError(f"more than {MOST_ALIASES} aliases")
+        values = yaml.safe_load(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"the file must be a table of settings, found {type(values).__name__}")
+        return values
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror})") from None
+    # TOML's own errors are ValueErrors; PyYAML lets IndexError, KeyError, TypeError and AttributeError of odd tags out
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as problem:
+        raise error(f"{path}: {one_line(problem)}") from None
 
 
 def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:
@@ -360,6 +405,16 @@ def _is_running(process: int) -> bool:
     except OSError as error:  # of another user, or of none
         return not isinstance(error, ProcessLookupError)
     return True
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value as a message quotes it: its beginning, where it is long.
+
+    >>> print(shortened("a" * 200, 20))
+    'aaaaaaaaa'... (200 characters)
+    """
+    text = str(value)
+    return repr(text) if len(text) <= most else f"{text[: most // 2 - 1]!r}... ({len(text)} characters)"
 
 
 def words_of(problem: BaseException) -> str:

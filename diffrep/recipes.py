@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -34,16 +33,11 @@ from torch import Tensor
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.features import Descriptors, ExtractConfig, FeatureMaps, extract_each
-from diffrep.files import one_line
+from diffrep.files import one_line, read_settings
 from diffrep.fusion import SD_TAPS, Fusion, Part, aggregated, fuse
 from diffrep.images import ImageLike, Sizing, load_image
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
 from diffrep.settings import check, check_keys
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FILE_ENDINGS = (".toml", ".yaml", ".yml")
 CATEGORY = "{category}"  # in a prompt: stands for the name of the image's category; without one the prompt is ""
@@ -134,14 +128,10 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         ValueError: the file is missing, no TOML or YAML, or has a setting that does not exist; named.
     """
-    import yaml
-
+    value = read_settings(path)
     try:
-        text = path.read_text(encoding="utf-8")
-        loaded: Recipe = _built(Recipe, tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text), "")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:  # TOML's own errors are ValueErrors
+        loaded: Recipe = _built(Recipe, value, "")
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
     return loaded
 
@@ -365,7 +355,7 @@ def alone(whole: Recipe, number: int, name: str) -> Recipe:
     return replace(whole, name=name, readings=(reading,), fusion=replace(whole.fusion, parts=parts, reference=None))
 
 
-_TABLES = tomllib.loads(Path(__file__).with_name("recipes.toml").read_text(encoding="utf-8"))
+_TABLES = read_settings(Path(__file__).with_name("recipes.toml"))
 RECIPES: dict[str, Recipe] = {  # a table may give a name of its own, which TOML's bare keys do not allow
     entry.name: entry for entry in (_built(Recipe, {"name": key, **table}, key) for key, table in _TABLES.items())
 }

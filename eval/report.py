@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import json
 import math
-import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,12 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrep.files import number_of
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from diffrep.files import number_of, read_settings
 
 SHOWN = 20  # problems that the text names; the JSON names all
 
@@ -203,23 +197,9 @@ Aggregate = Literal["per image", "per point", "category mean", "pair-weighted ca
 DATA = Path(__file__).parent / "data"
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file, whoever made it.
-
-    Raises:
-        ValueError: it is missing or no TOML; the message begins with its path.
-    """
-    try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:  # TOML's own errors are ValueErrors
-        raise ValueError(f"{path}: {error}") from None
-
-
 def read_tables(name: str, kind: Callable[..., Row]) -> tuple[Row, ...]:
     """The rows of ``eval/data/NAME.toml`` in its order; every row has the fields of its table too."""
-    tables = read_toml(DATA / f"{name}.toml")["tables"]
+    tables = read_settings(DATA / f"{name}.toml")["tables"]
     rows = ({**table, **row} for table in tables for row in table["rows"])
     return tuple(kind(**{key: _frozen(value) for key, value in row.items() if key != "rows"}) for row in rows)
 

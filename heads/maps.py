@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.alignment import LEAST_DISPARITY, Space, fit_robust, fit_scale_shift
-from diffrep.files import MARK, one_line, write_whole
+from diffrep.files import MARK, one_line, shortened, write_whole
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.results import Result
 
@@ -422,7 +422,7 @@ def _from_csv(file: Path, height: int, width: int, per_metre: float) -> np.ndarr
             x, y, metres = map(float, words)
         except ValueError:
             if number > 1 or len(words) != 3 or not re.match(r"[A-Za-z\"']", words[0]):
-                raise ValueError(f"line {number} is {line!r}, not x,y,metres") from None
+                raise ValueError(f"line {number} is {shortened(line)}, not x,y,metres") from None
             unit = 1000.0 if re.search(r"\bmm\b|millimet", words[2].lower()) else 1.0  # a line of names
             continue
         if not (-0.5 <= x < width - 0.5 and -0.5 <= y < height - 0.5):  # written so that NaN fails too

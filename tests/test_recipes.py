@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ from diffrep.backbones import (
 )
 from diffrep.cli import main
 from diffrep.features import ExtractConfig, extract_each
+from diffrep.files import read_settings
 from diffrep.fusion import SD_TAPS, Fusion, aggregated, fuse
 from diffrep.images import Sizing
 from diffrep.matching import MatchConfig
@@ -404,3 +406,28 @@ def test_a_file_that_is_no_recipe_is_named_in_one_line(text: str, ending: str, m
     (tmp_path / f"own.{ending}").write_text(text)
     with pytest.raises(ValueError, match=rf"^[^\n]*own\.{ending}: {message}[^\n]*$"):
         recipe(str(tmp_path / f"own.{ending}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wrong"),
+    [
+        ("a.toml", "a." * 50_000 + "a = 1", "a key has more than 32 dotted parts"),
+        ("a.toml", "[" + '"=".' * 50_000 + "a]", "a key has more than 32 dotted parts"),
+        ("a.toml", "# " + "x" * 300_000, "more than 262,144 bytes are no settings"),
+        ("a.yaml", "a: &a {x: 1}\nb: {<<: [" + "*a, " * 20 + "*a]}", "more than 16 aliases"),
+        ("a.yaml", "- 1", "the file must be a table of settings, found list"),
+        ("a.yaml", "a: !!bool x", "a.yaml: "),
+    ],
+)
+def test_settings_that_would_take_minutes_are_refused_at_once(tmp_path: Path, name: str, text: str, wrong: str) -> None:
+    file = tmp_path / name
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(wrong)) as refusal:
+        read_settings(file)
+    assert str(refusal.value).startswith(str(file)) and len(str(refusal.value)) < len(str(file)) + 300
+
+
+def test_settings_may_hold_many_numbers_and_dots_in_strings(tmp_path: Path) -> None:
+    file = tmp_path / "a.toml"
+    file.write_text("x = [" + "0.5, " * 100 + "]\ny = '" + "a." * 100 + "'\n")
+    assert len(read_settings(file)["x"]) == 100

@@ -35,6 +35,7 @@ from diffrep.synthesis.canvas import (
     ALIKE,
     BETWEEN,
     Lines,
+    Position,
     RowSweep,
     Run,
     Weighting,
@@ -413,6 +414,23 @@ def test_the_width_of_the_decoding_weights_is_that_of_the_settings() -> None:
             image(decode_sigma=value)
 
 
+def test_a_run_whose_solver_carried_less_is_not_taken_up(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", {"a": 1})
+    run.lines("0-canvas", (4, 4)).write(0, np.ones((4, 4), np.float32))
+    run.checkpoint(Position("denoise", 1, 0), None, force=True)
+    run.close()
+    again = Run(tmp_path / "run", {"a": 1})
+    assert again.written("0-canvas", (4, 4)).read(0, 4).all()
+    with pytest.raises(ValueError, match=r"run: the unfinished run carries no 0-kept-x: delete the folder"):
+        again.written("0-kept-x", (4, 4))
+    again.close()
+    with pytest.raises(ValueError, match=r"its 0-canvas has 64 bytes, not 80"):
+        Run(tmp_path / "run", {"a": 1}).lines("0-canvas", (5, 4))
+    (tmp_path / "run" / "0-canvas.raw").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"progress\.json: is damaged \(0-canvas\.raw has 0 bytes, not 64\)"):
+        Run(tmp_path / "run", {"a": 1})
+
+
 def test_a_run_folder_of_somebody_else_is_refused_and_nothing_outside_it_is_touched(tmp_path: Path) -> None:
     outside = tmp_path / "precious.raw"
     outside.write_bytes(b"precious")
@@ -422,12 +440,14 @@ def test_a_run_folder_of_somebody_else_is_refused_and_nothing_outside_it_is_touc
     with pytest.raises(ValueError, match=r"0-canvas\.raw: is a link"):
         Run(folder, {"a": 1}).lines("0-canvas", (4, 4))
     assert outside.read_bytes() == b"precious"
-    good = {"stage": "denoise", "step": 1, "row": 0, "carry": None}
+    good = {"stage": "denoise", "step": 1, "row": 0, "carry": None, "arrays": {}}
     damages: list[dict[str, object]] = [
         {"carry": "../precious.raw"},
         {"carry": "carry-1.npy"},
         {"row": -1},
         {"step": []},
+        {"arrays": {"0-gone": 64}},
+        {"arrays": ["0-canvas"]},
     ]
     for damage in [*damages, {"stage": "x"}]:
         (folder / "progress.json").write_text(json.dumps(good | damage))

@@ -22,14 +22,13 @@ from diffrep.draw import draw_components, draw_field, draw_matches
 from diffrep.eval.homography import HomographySettings, carry, photographs, see_through, view_homography
 from diffrep.eval.manifold import geodesic_scores
 from diffrep.eval.probe_data import SceneImages, scene_images
-from diffrep.eval.report import read_toml
 from diffrep.eval.restoration import psnr
 from diffrep.eval.scene_maps import SCENE_BOUNDS
 from diffrep.eval.segmentation import grey
 from diffrep.eval.segmentation_metrics import score_image
 from diffrep.eval.toy_manifolds import ToyManifold, swiss_roll
 from diffrep.features import ExtractConfig
-from diffrep.files import check_writable, write_image
+from diffrep.files import check_writable, read_settings, write_image
 from diffrep.fusion import fuse
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import DepthMap, NormalMap
@@ -49,7 +48,7 @@ from diffrep.store import BulkConfig, Keep, extract_store, open_store
 from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, load_synthesis, slerp, synthesize
 from diffrep.synthesis.grids import ImageEncoder
 
-WORDS = read_toml(Path(diffrep.__file__).parent / "templates" / "demo.toml")
+WORDS = read_settings(Path(diffrep.__file__).parent / "templates" / "demo.toml")
 Figure = tuple[Image.Image, str]  # picture, caption
 Layout = Literal["", "wide", "three", "small"]  # as `Page.figures` has it
 Group = tuple[Sequence[Figure], Layout]

@@ -13,7 +13,6 @@ import tyro
 
 from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.commands.options import DeviceOptions, training_output
-from diffrep.devices import resolve_device
 from diffrep.eval.scenes import MaskValidation, SceneValidation
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import FAMILIES, Task
@@ -84,7 +83,6 @@ class HeadTraining(DeviceOptions):
             scenes="1..", validate_every="1..", validation_scenes="1..", batch_size="1..", steps="1..",
             seed="[0, 2^63)", workers=WORKERS, sara=POSITIVE,
         )  # fmt: skip
-        resolve_device(self.device)
         work = self.work or Path("runs") / name
         return work, training_output(work, self.output, "head"), load_parts(self.base, pad=False)
 
@@ -323,7 +321,6 @@ class TrainRestore(DeviceOptions):
         if "scenes" in self.typed and self.data != ("scenes",):
             raise ValueError(f"--scenes counts what is rendered, with --data scenes, not of {' '.join(self.data)}")
         training, work, output = self.training, self.work, training_output(self.work, self.output, "head")
-        resolve_device(self.device)
         training.build(load_parts(training.base, pad=False))  # refuses a base that it does not fit
         held_out = render_set(work / "validation", "val", self.validation_scenes, size=training.size, workers=1)
         pairs = enlargements(scene_originals(held_out), training.pairs, seed=training.fit.seed)

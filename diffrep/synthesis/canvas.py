@@ -7,6 +7,7 @@ memory use does not grow with the file.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -207,6 +208,7 @@ class RowSweep:
 
 # -- lines and runs -----------------------------------------------------------------------------------------
 
+ANEW = "delete the folder to begin again"
 STAGES = ("denoise", "decode", "done")
 
 
@@ -220,11 +222,12 @@ class Lines:
     def __init__(self, shape: tuple[int, ...], dtype: str, path: Path | None = None) -> None:
         self.shape, self.dtype, self.path = shape, np.dtype(dtype), path
         self._bytes = int(np.prod(shape[1:])) * self.dtype.itemsize
+        self.bytes = shape[0] * self._bytes
         if path is None:
             self._array = np.zeros(shape, self.dtype)
         else:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            os.ftruncate(self._file, shape[0] * self._bytes)
+            os.ftruncate(self._file, self.bytes)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Lines start..stop, (stop - start, ...), a copy."""
@@ -306,6 +309,7 @@ class Run:
         self.position = Position()
         self.carry: np.ndarray | None = None  # sums of the lines that are not final yet, as of `position`
         self._open: dict[str, Lines] = {}
+        self._arrays: dict[str, int] = {}  # name -> bytes, of those that `position` stands on
         self._saved, self._number = time.monotonic(), 0
         if folder is None:
             return
@@ -325,10 +329,27 @@ class Run:
             write_document(file, ours, sync=True)
 
     def lines(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> Lines:
-        """An array of the run by its name."""
+        """An array of the run by its name; of a run that is taken up, one of the size that it had.
+
+        Raises:
+            ValueError: it had another size.
+        """
         if name not in self._open:
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            if self._arrays.get(name, size) != size:
+                raise ValueError(f"{self.folder}: its {name} has {self._arrays[name]:,} bytes, not {size:,}: {ANEW}")
             self._open[name] = Lines(shape, dtype, None if self.folder is None else self._inside(f"{name}.raw"))
         return self._open[name]
+
+    def written(self, name: str, shape: tuple[int, ...]) -> Lines:
+        """An array that an earlier step has written, here or before the run was interrupted.
+
+        Raises:
+            ValueError: none has: the run was begun where the solver carries less from step to step.
+        """
+        if name not in self._open and name not in self._arrays:
+            raise ValueError(f"{self.folder}: the unfinished run carries no {name}: {ANEW}")
+        return self.lines(name, shape)
 
     def _inside(self, name: str) -> Path:
         """A file of the run's folder, which may have come from somebody else: no link out of it is followed."""
@@ -357,7 +378,10 @@ class Run:
         if carry is not None:
             name, sums = f"carry-{self._number}.npy", carry
             write_whole(self.folder / name, lambda partial: np.save(partial, sums), sync=True)
-        note = {"stage": position.stage, "step": position.step, "row": position.row, "carry": name}
+        note = {
+            "stage": position.stage, "step": position.step, "row": position.row, "carry": name,
+            "arrays": self._arrays | {key: lines.bytes for key, lines in self._open.items()},
+        }  # fmt: skip
         write_document(self.folder / "progress.json", note, sync=True)
         for old in self.folder.glob("carry-*.npy"):
             if old.name != name:
@@ -371,16 +395,20 @@ class Run:
             return
         note = read_document(file)
         try:
-            stage, step, row, carry = (note[name] for name in ("stage", "step", "row", "carry"))
+            stage, step, row, carry, arrays = (note[name] for name in ("stage", "step", "row", "carry", "arrays"))
             number = None if carry is None else re.fullmatch(r"carry-(\d{1,9})\.npy", carry)
             if stage not in STAGES or min(step, row) < 0 or (carry is not None and number is None):
                 raise ValueError(f"it has stage {stage!r}, step {step!r}, row {row!r}, carry {carry!r}")
-            self.position = Position(stage, int(step), int(row))
+            self.position, self._arrays = Position(stage, int(step), int(row)), dict(arrays)
+            for name, size in self._arrays.items():
+                raw = self._inside(Path(f"{name}.raw").name)
+                if raw.stat().st_size != size:
+                    raise ValueError(f"{raw.name} has {raw.stat().st_size:,} bytes, not {size!r}")
             if number is not None:
                 self.carry = np.load(self._inside(carry), allow_pickle=False)
                 self._number = int(number[1])
         except (KeyError, TypeError, ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{file}: is damaged ({one_line(error)}): delete the folder to begin again") from None
+            raise ValueError(f"{file}: is damaged ({one_line(error)}): {ANEW}") from None
 
     def close(self, *, delete: bool = False) -> None:
         """Close the files; `delete` removes the folder with everything in it that a run makes."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffrep.backbones import BackboneError
 from diffrep.backbones.pixel_diffusion import RES_BLOCK
-from diffrep.files import one_line
+from diffrep.files import one_line, read_settings
 from diffrep.synthesis.model import OFFICIAL_TOKENS, About, ConditionEmbedder, SynthesisModel, official_tokens
 
 UNET, AUTOENCODER, EMBEDDER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -39,12 +39,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         BackboneError: it is missing or of another kind.
     """
-    import yaml
-
+    values = read_settings(path, error=BackboneError)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         return dict(values["model"]["params"])
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise BackboneError(f"{path}: is no configuration with model.params ({one_line(error)})") from None
 
 

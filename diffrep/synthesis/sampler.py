@@ -413,7 +413,7 @@ def _denoise_step(
         """Lines are predicted: step them."""
         for start, predicted in blocks:
             stop = start + len(predicted)
-            memory = {k: batch(run.lines(f"{now}-kept-{k}", shape).tensor(start, stop)) for k in names}
+            memory = {k: batch(run.written(f"{now}-kept-{k}", shape).tensor(start, stop)) for k in names}
             sample, memory = stepper.step(
                 batch(torch.from_numpy(predicted)), batch(old.tensor(start, stop)), memory,
                 noise.arguments(step, range(start, stop)),

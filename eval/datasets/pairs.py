@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffrep.eval.report import DATA, Problem, read_toml
-from diffrep.files import read_document
+from diffrep.eval.report import DATA, Problem
+from diffrep.files import read_document, read_settings
 
 Item = TypeVar("Item")
 
@@ -220,13 +220,13 @@ def _published() -> dict[str, KeypointTable]:
 
 
 def read_keypoint_tables(path: Path) -> dict[str, KeypointTable]:
-    """Read tables from a TOML or JSON file: category -> ``mirror`` (pairs of ids), ``groups`` (lists of ids), ``names``
-    (in the order of the ids, "" where an id is not used), ``order`` (of the ids in a released table).
+    """Read tables from a file of settings or JSON: category -> ``mirror`` (pairs of ids), ``groups`` (lists of ids),
+    ``names`` (in the order of the ids, "" where an id is not used), ``order`` (of the ids in a released table).
 
     Raises:
-        ValueError: the file is missing, is neither, or an entry is no list of different ids; named.
+        ValueError: the file is missing, is none of these, or an entry is no list of different ids; named.
     """
-    content = read_document(path) if path.suffix.lower() == ".json" else read_toml(path)
+    content = read_document(path) if path.suffix.lower() == ".json" else read_settings(path)
     return {category: _table(f"{path}: {category}", entry) for category, entry in content.items()}
 
 
