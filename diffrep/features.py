@@ -469,7 +469,11 @@ def _tiled_maps(
 ) -> tuple[dict[str, Tensor], dict[str, Grid]]:
     """Run every window through the network on its own and average the maps where windows overlap.
 
-    This is how sd-dino and GeoAware run Stable Diffusion over a 960 canvas (four windows of 512).
+    This is how sd-dino and GeoAware run Stable Diffusion over a 960 canvas (four windows of 512). A window that starts
+    between two cells is put at the one before, as their extractor does; cells that the canvas cuts are left out.
+
+    Raises:
+        ValueError: a window does not hold whole cells.
     """
     assert config.window is not None
     batch, _, height, width = pixels.shape
@@ -480,17 +484,19 @@ def _tiled_maps(
     merged, grids = {}, {}
     for tap, tiles in maps.items():
         grid = backbone.grid(tap, (window_height, window_width), tiles.shape[-2:])
-        columns, rows = round(width / grid.stride[0]), round(height / grid.stride[1])
+        tile_rows, tile_columns = tiles.shape[-2:]
+        covered = tile_columns * grid.stride[0], tile_rows * grid.stride[1]
+        if not np.allclose(covered, (window_width, window_height)):
+            raise ValueError(
+                f"windows of {config.window} on a {height} x {width} canvas do not hold whole cells of {tap}"
+                f" (stride {grid.stride[0]:g}): choose sides and windows that are multiples of the stride"
+            )
+        rows, columns = height * tile_rows // window_height, width * tile_columns // window_width
         total = tiles.new_zeros(batch, tiles.shape[1], rows, columns, dtype=torch.float32)
         count = tiles.new_zeros(rows, columns, dtype=torch.float32)
         for (y, x), tile in zip(corners, tiles.split(batch), strict=True):
-            row, column = int(y // grid.stride[1]), int(x // grid.stride[0])
-            bottom, right = row + tile.shape[-2], column + tile.shape[-1]
-            if bottom > rows or right > columns or y % grid.stride[1] or x % grid.stride[0]:
-                raise ValueError(
-                    f"windows of {config.window} on a {height} x {width} canvas do not fall on the cells of {tap}"
-                    f" (stride {grid.stride[0]:g}): choose sides and windows that are multiples of the stride"
-                )
+            row, column = y * tile_rows // window_height, x * tile_columns // window_width
+            bottom, right = row + tile_rows, column + tile_columns
             total[..., row:bottom, column:right] += tile
             count[row:bottom, column:right] += 1
         merged[tap] = (total / count).to(tiles.dtype)

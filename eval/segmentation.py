@@ -42,6 +42,7 @@ Map = NDArray[np.uint8]
 
 SPLITS = ("DIS-VD", "DIS-TE1", "DIS-TE2", "DIS-TE3", "DIS-TE4")
 COLUMNS = {"maxf": "max F", "wfm": "weighted F", "mae": "MAE", "sm": "S", "em_mean": "mean E", "hce": "HCE"}
+MORE = {"ber": "BER", "dice": "Dice", "iou": "IoU", "accuracy": "accuracy", "thin": "thin found"}
 DEFINITIONS = {
     "soft": "soft maps, stretched to [0, 1] per image; truth above 128; definitions of pysodmetrics",
     "thresholded": "maps thresholded at 0.5 before every score; definitions of DiffDIS' test_score.py, but mean E",
@@ -88,7 +89,7 @@ class MaskReport(MethodsReport):
     def columns(self) -> dict[str, str]:
         """Score -> heading, of the scores that were counted."""
         counted = next(iter(next(iter(self.rows.values())).values())).values
-        return {name: heading for name, heading in {**COLUMNS, "thin": "thin found"}.items() if name in counted}
+        return {name: heading for name, heading in {**COLUMNS, **MORE}.items() if name in counted}
 
     def values(self, method: str, group: str) -> dict[str, Interval]:
         images = [self.rows[method][name] for name in self.groups[group]]

@@ -190,6 +190,19 @@ def scores(predicted: Array, truth: Truth, definition: Definition = DIS) -> dict
     }
 
 
+def overlaps(predicted: Truth, truth: Truth) -> dict[str, float]:
+    """Other scores of DiffDIS' script, of binary maps: "ber", the balanced error rate, "dice", "iou", "accuracy"."""
+    both, either, right = predicted & truth, predicted | truth, predicted == truth
+    hits, inside, smooth = both.sum(), truth.sum(), 1e-5
+    rates = hits / (inside + 1e-8), (~either).sum() / (truth.size - inside + 1e-8)
+    return {
+        "ber": float(1 - sum(rates) / 2),
+        "dice": float((2 * hits + smooth) / (predicted.sum() + inside + smooth)),
+        "iou": float((hits + smooth) / (either.sum() + smooth)),
+        "accuracy": float(right.mean()),
+    }
+
+
 @dataclass(frozen=True)
 class ImageScores:
     """What one image got: its scores, and its curves of F and E over the thresholds."""
@@ -211,16 +224,18 @@ def score_image(
 
     Args:
         predicted, truth: 8-bit maps (H, W).
-        binarize: threshold the map at 0.5 first, as the authors' script does.
+        binarize: threshold the map at 0.5 first, as the authors' script does, and count its `overlaps` as well.
         hce: also count HCE, which is slow on large maps.
 
     Raises:
         ValueError: the maps differ in shape or are no 8-bit grey maps.
     """
     p, g = prepare(predicted, truth)
+    values = {}
     if binarize:
-        p = (p >= 0.5).astype(float)
-    values = scores(p, g, definition)
+        values = overlaps(p > 0.5, g)
+        p = (p > 0.5).astype(float)
+    values |= scores(p, g, definition)
     if hce:
         values["hce"] = human_correction_effort(p, g)
     f, e = f_curve(p, g, definition), e_curve(p, g, definition)

@@ -282,13 +282,13 @@ def ensemble_depth(members: Tensor, settings: DepthEnsemble | None = None) -> tu
 
     Returns:
         (H, W) in [0, 1], and its uncertainty (H, W): the median absolute deviation of the aligned members from it, or
-        their standard deviation where they are averaged, in the same unit.
+        their standard deviation where they are averaged, in the same unit (NaN where there is one member).
 
     Raises:
-        ValueError: fewer than two members, or another shape.
+        ValueError: no member, or another shape.
     """
-    if members.ndim != 3 or len(members) < 2:
-        raise ValueError(f"an ensemble needs (E, H, W) with at least two members, got {tuple(members.shape)}")
+    if members.ndim != 3 or not len(members):
+        raise ValueError(f"an ensemble needs (E, H, W) with at least one member, got {tuple(members.shape)}")
     members, settings = members.float(), settings or DepthEnsemble()
     pairs = settings.method == "pairs"
     aligned = _aligned_pairs(members, settings) if pairs else _aligned_to_median(members, settings.shift)
@@ -309,10 +309,10 @@ def ensemble_normals(members: Tensor, reduction: Literal["closest", "mean"] = "c
         (3, H, W), and (H, W) the mean angle between members and mean direction, divided by pi.
 
     Raises:
-        ValueError: fewer than two members, or another shape.
+        ValueError: no member, or another shape.
     """
-    if members.ndim != 4 or members.shape[1] != 3 or len(members) < 2:
-        raise ValueError(f"an ensemble needs (E, 3, H, W) with at least two members, got {tuple(members.shape)}")
+    if members.ndim != 4 or members.shape[1] != 3 or not len(members):
+        raise ValueError(f"an ensemble needs (E, 3, H, W) with at least one member, got {tuple(members.shape)}")
     mean = members.mean(0)
     mean = mean / mean.norm(dim=0).clamp(min=1e-6)
     cosine = (members * mean).sum(1).clamp(-1, 1)
@@ -364,8 +364,8 @@ def _aligned_pairs(members: Tensor, settings: DepthEnsemble) -> Tensor:
         if settings.pairs == "each":
             pairs = zip(first, second, strict=True)
             distance = sum(float((aligned[i] - aligned[j]).square().mean().sqrt()) for i, j in pairs)
-        else:
-            distance = float((aligned[first] - aligned[second]).square().mean().sqrt())
+        else:  # of one member there are none
+            distance = float((aligned[first] - aligned[second]).square().mean().sqrt()) if count > 1 else 0.0
         if settings.regularizer:
             result, _ = _reduce(aligned, settings.reduction)
             distance += settings.regularizer * (float(result.min().abs()) + float((1 - result.max()).abs()))
@@ -381,6 +381,7 @@ def _aligned_pairs(members: Tensor, settings: DepthEnsemble) -> Tensor:
 def _reduce(aligned: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """(H, W), and its uncertainty: the standard deviation, or the median absolute deviation."""
     if reduction == "mean":
-        return aligned.mean(0), aligned.std(0)
+        mean = aligned.mean(0)
+        return mean, aligned.std(0) if len(aligned) > 1 else torch.full_like(mean, math.nan)
     result = aligned.median(0).values
     return result, (aligned - result).abs().median(0).values

@@ -163,12 +163,28 @@ def test_windows_are_averaged_where_they_overlap(sd: Backbone) -> None:
     torch.testing.assert_close(extract(sd, [image], one).maps["up.3"], extract(sd, [image], whole).maps["up.3"])
 
 
-def test_windows_that_miss_the_cells_are_refused(sd: Backbone) -> None:
+def test_windows_between_cells_go_to_the_cell_before(sd: Backbone) -> None:
+    tap, image = "mid", picture(96, 72)
+    settings = {"taps": (tap,), "sizing": Sizing("native", None), "timestep": 50}
+    tiled = extract(sd, [image], ExtractConfig(**settings, window=64)).maps[tap]  # type: ignore[arg-type]
+    total, count = torch.zeros_like(tiled), torch.zeros(tiled.shape[-2:])
+    for y, x in ((0, 0), (0, 8), (32, 0), (32, 8)):
+        part = extract(sd, [image.crop((x, y, x + 64, y + 64))], ExtractConfig(**settings)).maps[tap]  # type: ignore[arg-type]
+        side = part.shape[-1]
+        stride = 64 // side
+        assert stride > 8  # the second column of windows starts between cells
+        place = np.s_[..., y // stride : y // stride + side, x // stride : x // stride + side]
+        total[place] += part
+        count[place] += 1
+    assert tiled.shape[-2:] == (96 // stride, 72 // stride)
+    torch.testing.assert_close(tiled, total / count, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_that_cut_cells_are_refused(vit_folder: Path) -> None:
+    overlapping = load_backbone(vit_folder, stride=4)  # a window of 64 has 15 cells of 4
     with pytest.raises(ValueError, match="multiples of the stride"):
         extract(
-            sd,
-            [picture(96, 96)],
-            ExtractConfig(taps=("up.0.resnet.0",), sizing=Sizing("native", None), window=64),
+            overlapping, [picture(96, 96)], ExtractConfig(taps=("layer.1",), sizing=Sizing("native", None), window=64)
         )
 
 

@@ -22,7 +22,16 @@ from diffrep.heads.families import E2E_FT, LOTUS_D, LOTUS_G, MARIGOLD, task_vect
 from diffrep.heads.loading import HeadError, load_head, recognise
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.one_step import FoldedUNet, PlainUNet
-from diffrep.heads.tiling import DepthEnsemble, ensemble_depth, ensemble_normals, resize, tile_starts, working_size
+from diffrep.heads.tiling import (
+    E2E_ENSEMBLE,
+    MARIGOLD_ENSEMBLE,
+    DepthEnsemble,
+    ensemble_depth,
+    ensemble_normals,
+    resize,
+    tile_starts,
+    working_size,
+)
 
 from .one_step_heads import random_head
 
@@ -237,8 +246,22 @@ def test_an_ensemble_of_a_head(folders: dict[str, Path]) -> None:
     assert several.uncertainty is not None
     assert several.uncertainty.shape == (40, 40)
     assert float(several.uncertainty.max()) > 0
-    with pytest.raises(ValueError, match="at least two members"):
-        ensemble_depth(torch.zeros(1, 4, 4))
+
+
+@pytest.mark.parametrize("settings", [DepthEnsemble(), MARIGOLD_ENSEMBLE, E2E_ENSEMBLE])
+def test_an_ensemble_of_one_is_its_member(settings: DepthEnsemble) -> None:
+    member = torch.rand(1, 20, 24, generator=torch.Generator().manual_seed(0))
+    result, uncertainty = ensemble_depth(member, settings)
+    torch.testing.assert_close(result, (member[0] - member.min()) / (member.max() - member.min()), atol=1e-5, rtol=0)
+    assert float(uncertainty.max()) == 0
+    assert ensemble_depth(member, dataclasses.replace(settings, reduction="mean"))[1].isnan().all()
+    normals = torch.nn.functional.normalize(torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    for reduction in ("closest", "mean"):
+        got, spread = ensemble_normals(normals, reduction)  # type: ignore[arg-type]
+        torch.testing.assert_close(got, normals[0])
+        assert float(spread.max()) < 1e-3
+    with pytest.raises(ValueError, match="at least one member"):
+        ensemble_depth(torch.zeros(0, 4, 4))
 
 
 # -- loading ------------------------------------------------------------------------------------------------

@@ -213,6 +213,15 @@ def test_learning_rate() -> None:
     assert settings.rate(1.0, 100) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(
+    ("warmup", "rates"), [(100, {99: 0.99, 100: 0.01, 105: 0.01}), (120, {100: 100 / 120, 119: 119 / 120, 120: 0.01})]
+)
+def test_an_exponential_schedule_that_ends_in_its_warm_up(warmup: int, rates: dict[int, float]) -> None:
+    settings = FitSettings(steps=100, learning_rate=1.0, warmup=warmup, schedule="exponential", final_rate=0.01)
+    for step, rate in rates.items():
+        assert settings.rate(step / 100, step) == pytest.approx(rate)
+
+
 # -- crops and labels ---------------------------------------------------------------------------------------
 
 

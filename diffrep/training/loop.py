@@ -67,9 +67,9 @@ class FitSettings:
     def rate(self, progress: float, step: int) -> float:
         """Learning rate at a share `progress` of the run: linear warm-up, then as `schedule` says."""
         if self.schedule == "exponential":
-            share = min(progress, 1.0) * self.steps
+            reached = round(progress * self.steps, 6)  # a warm-up may last longer than the schedule
             return self.learning_rate * exponential_factor(
-                share, self.steps, final_ratio=self.final_rate, warmup=self.warmup
+                reached, self.steps, final_ratio=self.final_rate, warmup=self.warmup
             )
         rising = min((step + 1) / (self.warmup + 1), 1.0)
         if self.schedule == "constant":
@@ -84,7 +84,7 @@ def exponential_factor(step: float, total: int, *, final_ratio: float = 0.01, wa
     """Marigold's and E2E-FT's factor of the learning rate: linear warm-up from 0, then down to `final_ratio`."""
     if step < warmup:
         return step / warmup
-    return final_ratio ** min((step - warmup) / max(total - warmup, 1), 1.0)
+    return final_ratio if step >= total else final_ratio ** ((step - warmup) / (total - warmup))
 
 
 def diffdis_rate(epoch: int, learning_rate: float = 3e-5) -> float:
