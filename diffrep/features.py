@@ -471,9 +471,6 @@ def _tiled_maps(
 
     This is how sd-dino and GeoAware run Stable Diffusion over a 960 canvas (four windows of 512). A window that starts
     between two cells is put at the one before, as their extractor does; cells that the canvas cuts are left out.
-
-    Raises:
-        ValueError: a window does not hold whole cells.
     """
     assert config.window is not None
     batch, _, height, width = pixels.shape
@@ -484,21 +481,20 @@ def _tiled_maps(
     merged, grids = {}, {}
     for tap, tiles in maps.items():
         grid = backbone.grid(tap, (window_height, window_width), tiles.shape[-2:])
-        tile_rows, tile_columns = tiles.shape[-2:]
-        covered = tile_columns * grid.stride[0], tile_rows * grid.stride[1]
-        if not np.allclose(covered, (window_width, window_height)):
+        down, across = tiles.shape[-2:]
+        if not np.allclose((across * grid.stride[0], down * grid.stride[1]), (window_width, window_height)):
             raise ValueError(
                 f"windows of {config.window} on a {height} x {width} canvas do not hold whole cells of {tap}"
                 f" (stride {grid.stride[0]:g}): choose sides and windows that are multiples of the stride"
             )
-        rows, columns = height * tile_rows // window_height, width * tile_columns // window_width
+        rows, columns = height * down // window_height, width * across // window_width
         total = tiles.new_zeros(batch, tiles.shape[1], rows, columns, dtype=torch.float32)
         count = tiles.new_zeros(rows, columns, dtype=torch.float32)
         for (y, x), tile in zip(corners, tiles.split(batch), strict=True):
-            row, column = y * tile_rows // window_height, x * tile_columns // window_width
-            bottom, right = row + tile_rows, column + tile_columns
-            total[..., row:bottom, column:right] += tile
-            count[row:bottom, column:right] += 1
+            row, column = y * down // window_height, x * across // window_width
+            place = np.s_[..., row : row + down, column : column + across]
+            total[place] += tile
+            count[place] += 1
         merged[tap] = (total / count).to(tiles.dtype)
         grids[tap] = grid
     return merged, grids
