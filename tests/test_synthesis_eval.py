@@ -179,6 +179,6 @@ def test_a_whole_evaluation(model: SynthesisModel) -> None:
     # cells of one scene are more alike than those of several
     assert values["whole"]["other"] > values["unrelated"]["other"]
     assert len(values["augmentation"]["real"]) == 1
-    assert "images of one scene each" in report.table()
+    assert "1 image of one scene each" in report.table()
     with pytest.raises(ValueError, match="patches must be at least 2"):
         SynthesisEvaluation(patches=1)
