@@ -41,10 +41,10 @@ def resolve_device(device: str | torch.device = "auto") -> torch.device:
         wanted = torch.device("meta")
     shown = ", ".join(each if each.startswith("cuda") else each.removesuffix(":0") for each in known)
     if wanted.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"--device must be auto, cpu, cuda, cuda:N or mps, got {shortened(name)}; there is {shown}")
+        raise DeviceError(f"device must be auto, cpu, cuda, cuda:N or mps, got {shortened(name)}; there is {shown}")
     if f"{wanted.type}:{wanted.index or 0}" not in known:
         lacking = f"PyTorch finds no {wanted.type.upper()} device here; " if wanted.index in (None, 0) else ""
-        raise DeviceError(f"--device {name}: {lacking}there is {shown}")
+        raise DeviceError(f"device {name}: {lacking}there is {shown}")
     return wanted
 
 
