@@ -18,11 +18,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -202,31 +197,44 @@ def read_settings(path: str | os.PathLike[str], *, error: type[Exception] = Valu
             are: the parsers need time that grows with the square of a dotted key, and YAML's aliases multiply; the
             message begins with its path.
     """
-    import yaml
-
     path = Path(path)
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_SETTINGS + 1)
         if len(content) > LARGEST_SETTINGS:
             raise ValueError(f"more than {LARGEST_SETTINGS:,} bytes are no settings")
-        text = content.decode("utf-8-sig")
-        if path.suffix.lower() == ".toml":
-            bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', "", text)
-            if any(part.count(".") > DEEPEST_KEY for part in re.split(r"[=,{}\[\]\n#]", bare)):
-                raise ValueError(f"a key has more than {DEEPEST_KEY} dotted parts")
-            return dict(tomllib.loads(text))
-        if len(re.findall(r"(?:^|[\s,\[{])\*[\w-]", text)) > MOST_ALIASES:
-            raise ValueError(f"more than {MOST_ALIASES} aliases")
-        values = yaml.safe_load(text)
+        values = (_toml if path.suffix.lower() == ".toml" else _yaml)(content.decode("utf-8-sig"))
         if not isinstance(values, dict):
             raise ValueError(f"the file must be a table of settings, found {type(values).__name__}")
         return values
     except OSError as problem:
         raise error(f"{path}: cannot be read ({problem.strerror})") from None
     # TOML's own errors are ValueErrors; PyYAML lets IndexError, KeyError, TypeError and AttributeError of odd tags out
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as problem:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as problem:
         raise error(f"{path}: {one_line(problem)}") from None
+
+
+def _toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
+    bare = re.sub(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'', "", text)
+    if any(part.count(".") > DEEPEST_KEY for part in re.split(r"[=,{}\[\]\n#]", bare)):
+        raise ValueError(f"a key has more than {DEEPEST_KEY} dotted parts")
+    return tomllib.loads(text)
+
+
+def _yaml(text: str) -> Any:
+    import yaml  # here: no start of a command should pay for it
+
+    if len(re.findall(r"(?:^|[\s,\[{])\*[\w-]", text)) > MOST_ALIASES:
+        raise ValueError(f"more than {MOST_ALIASES} aliases")
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as problem:
+        raise ValueError(str(problem)) from None
 
 
 def save_weights(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,16 +19,11 @@ from urllib.parse import parse_qs, quote, urlencode
 import torch
 
 from diffrep.backbones.base import BackboneError
-from diffrep.files import one_line, read_document
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from diffrep.files import one_line, read_document, read_settings
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
-_NAMES: dict[str, Any] = tomllib.loads(Path(__file__).with_name("names.toml").read_text(encoding="utf-8"))
+_NAMES = read_settings(Path(__file__).with_name("names.toml"))
 EMBEDDED: dict[str, str] = _NAMES["embedded"]  # name -> what it is
 REPOSITORIES: dict[str, tuple[str, ...]] = {name: tuple(ids) for name, ids in _NAMES["repositories"].items()}
 CLEANDIFT: dict[str, tuple[str, str]] = {name: (base, file) for name, (base, file) in _NAMES["cleandift"].items()}
