@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -100,14 +100,14 @@ class Candidate:
         lists["taps"] = list(self.taps)
         return {name: values for name, values in lists.items() if values}
 
-    def for_model(self, name: str, facts: Mapping[str, Any]) -> Candidate:
+    def for_model(self, name: str, facts: Callable[[], Mapping[str, Any]]) -> Candidate:
         """These steps for a model: those of a file that was found for one of the same kind, or says nothing of it.
 
         Other weights, and a file that says nothing, are named in one line of the log.
 
         Args:
             name: of the model, for messages.
-            facts: its `model_facts`.
+            facts: gives its `model_facts`; called for steps of a file alone, as it reads weights.
 
         Raises:
             SamplingError: the file was found for a model of another kind; the message says what differs.
@@ -115,7 +115,7 @@ class Candidate:
         if self.origin is None:
             return self
         file, recorded = self.origin
-        other = differing(recorded, facts)
+        other = differing(recorded, facts())
         if {*other} - {*map(_FACTS.get, _MAY_DIFFER)}:
             raise SamplingError(f"{file}: was found for another kind of model than {name}: other {', '.join(other)}")
         if not recorded:

@@ -386,8 +386,8 @@ def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
 def test_facts_of_a_model_depend_on_neither_precision_nor_place(tmp_path: Path) -> None:
     backbone = load_backbone("tiny", decoder=True)
     facts = backbone_facts(backbone)
-    assert diffusion_model(backbone, "", guidance=1.0).facts == facts
+    assert diffusion_model(backbone, "", guidance=1.0).facts() == facts
     backbone.save_pretrained(tmp_path / "elsewhere")
     assert backbone_facts(load_backbone(str(tmp_path / "elsewhere"), dtype=torch.float16)) == facts
-    flow = diffusion_model(str(layouts.build("sd3", tmp_path / "sd3")), "", guidance=1.0).facts
+    flow = diffusion_model(str(layouts.build("sd3", tmp_path / "sd3")), "", guidance=1.0).facts()
     assert {name for name in facts if facts[name] != flow[name]} == set(facts)

@@ -147,7 +147,7 @@ class ReadingOptions(BackboneOptions):
         if backbone is not None:
             from diffrep.painting import backbone_facts
 
-            place.for_model(backbone.name, backbone_facts(backbone))
+            place.for_model(backbone.name, lambda: backbone_facts(backbone))
         return {"taps": place.taps, "timestep": int(place.timesteps[0])}
 
 

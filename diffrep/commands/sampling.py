@@ -175,7 +175,7 @@ class SearchSchedule(PrecisionOptions):
         }  # fmt: skip
         best = search_steps(
             fitness, self.steps, total=total, settings=settings, file=self.output, first=[usual],
-            of=of, facts=model.facts, progress=_print_generation,
+            of=of, facts=model.facts(), progress=_print_generation,
         )  # fmt: skip
         if math.isinf(best[0][0]):
             raise ValueError(f"{self.sampler} works at none of the steps that were tried: give a larger --population")

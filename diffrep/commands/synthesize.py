@@ -83,7 +83,7 @@ class Synthesize(PrecisionOptions):
         settings = self._settings(searched := as_candidate(self.schedule))
         model = load_synthesis(self.model, **self.placed())
         if searched is not None:
-            searched.for_model(model.name, synthesis_facts(model))
+            searched.for_model(model.name, lambda: synthesis_facts(model))
         share = share_of_operations(model, settings)
         if size is not None:
             check_room(self.output, size, model, settings, self.work)
