@@ -110,8 +110,7 @@ class Graphs:
 
     def _has_room(self) -> bool:
         """Whether one more can be recorded, perhaps in place of the oldest, if that has not come for a while."""
-        recorded = ((time, signature) for signature, (time, call) in self._calls.items() if call)
-        held = list(recorded)
+        held = [(time, signature) for signature, (time, call) in self._calls.items() if call]
         if len(held) < self._limit:
             return True
         time, oldest = held[0]

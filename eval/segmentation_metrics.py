@@ -233,8 +233,8 @@ def score_image(
     p, g = prepare(predicted, truth)
     values = {}
     if binarize:
-        values = overlaps(p > 0.5, g)
-        p = (p > 0.5).astype(float)
+        inside = p > 0.5
+        values, p = overlaps(inside, g), inside.astype(float)
     values |= scores(p, g, definition)
     if hce:
         values["hce"] = human_correction_effort(p, g)
