@@ -16,7 +16,7 @@ from diffrep.files import number_of, printable
 from diffrep.images import Sizing, fit_image, load_image
 from diffrep.painting import DiffusionModel, diffusion_model
 from diffrep.sampling.core import to_forms
-from diffrep.sampling.flows import Field, divergence, integrate_with_density, probability_flow, solve_rk45
+from diffrep.sampling.flows import Field, Tolerance, divergence, integrate_with_density, probability_flow, solve_rk45
 from diffrep.sampling.schedules import SamplingError, TableVP
 from diffrep.sampling.score_sde import ScoreSDE
 from diffrep.searched import as_candidate
@@ -32,7 +32,7 @@ def normal_log_density(z: Tensor, deviation: float) -> Tensor:
 
 
 def likelihood(
-    sde: ScoreSDE, score: Field, x: Tensor, probe: Tensor, *, tolerance: float = 1e-5, first: float = 1e-5,
+    sde: ScoreSDE, score: Field, x: Tensor, probe: Tensor, *, tolerance: Tolerance = 1e-5, first: float = 1e-5,
     offset: float = 7.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Bits per dimension by the probability flow, with the Skilling-Hutchinson estimate of the divergence.

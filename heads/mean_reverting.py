@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from diffrep.sampling.core import Form, SolverTable, run
+from diffrep.sampling.core import Form, SolverTable, clamped, run, to_forms
 from diffrep.sampling.schedules import Array, NoiseSchedule, SamplingError, TimeGrid, power_spaced
 from diffrep.sampling.solvers import exponential, multistep
 
@@ -92,13 +92,14 @@ class MeanReverting(NoiseSchedule):
 def mrs_table(grid: TimeGrid, *, order: int = 2, form: Form = "data", noisy: bool = False) -> SolverTable:
     """The table of MRS (ICLR 2025): DPM-Solver(++) with the exact second order and the published third.
 
-    With fewer than 10 steps orders fall at the end, but for the very last step, which is of full order, as released.
+    With fewer than 10 steps orders fall behind the first ones, but for the very last, which is of full order, as
+    released.
     """
     if not 1 <= order <= (2 if noisy else 3):
         raise SamplingError(f"MRS has orders 1 to {'2 with noise' if noisy else 3}, got {order}")
-    orders, n = [min(order, i + 1) for i in range(grid.steps)], grid.steps
-    if n < 10:
-        orders[:-1] = [min(k, n - i - 1) for i, k in enumerate(orders[:-1])]
+    n = grid.steps
+    falling = range(order - 1, n - 1 if n < 10 else 0)
+    orders = [min(order, i + 1, n - i - 1 if i in falling else order) for i in range(n)]
     table = multistep(grid, order=orders, form=form, relaxation=None, noisy=noisy, final=False)
     return replace(table, name=f"MRS-{order}")
 
@@ -106,7 +107,7 @@ def mrs_table(grid: TimeGrid, *, order: int = 2, form: Form = "data", noisy: boo
 def sample_mean_reverting(
     schedule: MeanReverting, table: SolverTable, network: Callable[[Tensor, float], Tensor], mean: Tensor,
     start: Tensor, *, target: Literal["noise", "data", "velocity"] = "noise", noise: Sequence[Tensor] | None = None,
-    denoise_last: bool = False,
+    denoise_last: bool = False, thresholding: bool = False,
 ) -> Tensor:  # fmt: skip
     """Restore a degraded image: any solver, on the distance to the mean that the state reverts to.
 
@@ -117,23 +118,34 @@ def sample_mean_reverting(
         target: what the network gives.
         noise: standard normal noise of each step, for tables that add some.
         denoise_last: end at the clean image of the last call instead of the last time.
+        thresholding: what the table is linear in, clean images or, as released, the noise, is cut off at its quantile
+            of .995, within 1 and 1.5, and divided by it.
 
     Returns:
         (B, C, H, W) in 0..1.
+
+    Raises:
+        SamplingError: no such target.
     """
-    grid, as_noise, far = table.grid, table.updates[0].form == "noise", schedule.stationary
+    grid, form, far = table.grid, table.updates[0].form, schedule.stationary
+    kinds = {"noise": "epsilon", "data": "sample"}
+    if target not in (*kinds, "velocity"):
+        raise SamplingError(f"a mean-reverting network gives noise, data or velocity, not {target!r}")
 
     def shifted(y: Tensor, t: float) -> Tensor:
         a, s = float(schedule.alpha(t)), float(schedule.sigma(t))
         x = y + (1 - a) * mean
         output = network(x, t)
         if target != "velocity":
-            return output
-        return (a * output + s / far * (x - mean)) / far if as_noise else a * x - s / far * output + (1 - a) * mean
+            output = to_forms(kinds[target], output, y, a, s)[form]
+        elif form == "noise":
+            output = (a * output + s / far * (x - mean)) / far
+        else:
+            output = a * x - s / far * output + (1 - a) * mean
+        return clamped(output, "dynamic", most=1.5) if thresholding else output
 
     if denoise_last:
         clean = exponential(grid.ending(), grid.steps - 1, grid.steps, "data")
         table = replace(table, grid=grid.ending(), updates=(*table.updates[:-1], clean))
-    prediction = "epsilon" if target == "noise" or (target == "velocity" and as_noise) else "sample"
-    y = run(table, shifted, start - (1 - float(grid.alpha[0])) * mean, prediction=prediction, noise=noise)
+    y = run(table, shifted, start - (1 - float(grid.alpha[0])) * mean, prediction=kinds[form], noise=noise)
     return (y + (1 - float(table.grid.alpha[-1])) * mean).clamp(0, 1)

@@ -19,7 +19,7 @@ from diffrep.backbones import BackboneError
 from diffrep.backbones.partial import PartialNetwork
 from diffrep.eval.likelihood import likelihood
 from diffrep.eval.search import SearchSettings, search_steps
-from diffrep.heads.mean_reverting import MeanReverting
+from diffrep.heads.mean_reverting import MeanReverting, mrs_table, sample_mean_reverting
 from diffrep.sampling.core import SolverTable, Update, run, to_forms
 from diffrep.sampling.flows import Transport
 from diffrep.sampling.samplers import ALIASES, SAMPLERS, build_table, model_schedule, named_sampler
@@ -356,9 +356,42 @@ def test_what_cannot_be_is_said_before_the_first_step() -> None:
         ("infinite at t = 0", lambda: Transport().sample_sde(lambda x, t: x, torch.ones(1, 2), 4, [], form="SBDM")),
         ("needs a gamma", lambda: interpolant("linear")),
         ("one of cosine, linear, constant", lambda: MeanReverting(schedule="sqrt")),
+        ("noise, data or velocity, not 'score'", lambda: restored(torch.ones(1, 1, 1, 2), target="score")),
+        (
+            "must be euler or heun",
+            lambda: Transport().sample_sde(lambda x, t: x, torch.ones(1, 2), 4, [], method="rk4"),
+        ),
+        (
+            "each of 2 steps has one decision of a kind, and estimates",
+            lambda: unified(TimeGrid.of(table, [9, 5, 1]), orders=[1, 2], forms=["data"] * 2, derivatives=[[], []]),
+        ),
     ):
         with pytest.raises(SamplingError, match=match):
             call()
+
+
+def restored(clean: Tensor, **options: Any) -> Tensor:
+    """What mean reversion makes of a network that always gives the same clean image."""
+    schedule = MeanReverting()
+    grid = TimeGrid.of(schedule, schedule.times("linspace", 4))
+    network, grey = (lambda x, t: clean), torch.full_like(clean, 0.5)
+    options = {"target": "data", "denoise_last": True, **options}
+    return sample_mean_reverting(schedule, mrs_table(grid), network, grey, grey, **options)
+
+
+@pytest.mark.parametrize(("brightest", "divisor"), [(0.9, 1.0), (1.25, 1.25), (2.0, 1.5)])
+def test_thresholding_divides_clean_images_by_a_quantile_up_to_one_and_a_half(brightest: float, divisor: float) -> None:
+    clean = torch.full((1, 1, 2, 2), 0.3)
+    clean[..., 0] = brightest
+    torch.testing.assert_close(restored(clean), clean.clamp(max=1))
+    torch.testing.assert_close(restored(clean, thresholding=True), (clean / divisor).clamp(max=1))
+
+
+def test_orders_of_mean_reversion_fall_behind_the_first_steps_alone() -> None:
+    schedule = MeanReverting()
+    for steps, orders in ((3, [1, 2, 3]), (5, [1, 2, 2, 1, 3]), (10, [1, 2, *[3] * 8])):
+        table = mrs_table(TimeGrid.of(schedule, schedule.times("linspace", steps)), order=3)
+        assert [len(update.direction) for update in table.updates] == orders
 
 
 def test_a_schedule_without_signal_is_refused() -> None:
@@ -425,6 +458,12 @@ def test_the_likelihood_of_a_gaussian_is_its_own() -> None:
     bits, _ = likelihood(sde, score, x, torch.ones_like(x), offset=0.0)
     exact = -torch.distributions.Normal(MEAN, SPREAD).log_prob(x).mean(1) / math.log(2)
     torch.testing.assert_close(bits, exact, atol=5e-3, rtol=0)  # the prior is not quite what is left at t = 1
+    calls = []
+    for tolerance in (1e-8, (1e-3, 1e-8), (1e-3, 1e-3)):
+        count = list[float]()
+        likelihood(sde, lambda y, t, c=count: (c.append(t), score(y, t))[1], x, torch.ones_like(x), tolerance=tolerance)
+        calls.append(len(count))
+    assert calls[0] > calls[1] >= calls[2]
 
 
 def test_a_corrector_does_not_see_the_batch() -> None:

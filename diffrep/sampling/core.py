@@ -51,15 +51,15 @@ def to_forms(prediction: str, output: Tensor, x: Tensor, alpha: float, sigma: fl
     return {"noise": noise, "data": data, "velocity": noise - data}
 
 
-def clamped(data: Tensor, how: Clamp, *, ratio: float = 0.995, largest: float = 1.0) -> Tensor:
+def clamped(data: Tensor, how: Clamp, *, most: float | None = None) -> Tensor:
     """A clean sample within -1..1; for pixels only.
 
     "static" cuts it off; "dynamic" is dynamic thresholding (Saharia et al. 2022, sec. 2.3), which needs whole samples:
-    a quantile of each that is above `largest` becomes 1.
+    the quantile .995 of each that is above 1, or `most` if it is above that, becomes 1.
     """
     if how == "static":
-        return data.clamp(-largest, largest)
-    bounds = torch.quantile(data.abs().flatten(1).float(), ratio, dim=1).clamp(min=largest).to(data.dtype)
+        return data.clamp(-1, 1)
+    bounds = torch.quantile(data.abs().flatten(1).float(), 0.995, dim=1).clamp(1, most).to(data.dtype)
     bound = per_sample(bounds, data)
     return data.clamp(-bound, bound) / bound
 

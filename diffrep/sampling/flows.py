@@ -23,6 +23,7 @@ from diffrep.sampling.solvers import RUNGE_KUTTA
 from diffrep.settings import check
 
 Field = Callable[[Tensor, float], Tensor]  # (x, t) -> like x
+Tolerance = float | tuple[float, float]  # of adaptive steps: relative and absolute; one number is both
 
 
 def probability_flow(schedule: NoiseSchedule, score: Field) -> Field:
@@ -46,17 +47,18 @@ def divergence(field: Field, x: Tensor, t: float, probe: Tensor | None = None) -
 
 
 def solve_rk45(
-    function: Callable[[Tensor, float], tuple[Tensor, Tensor]], x: Tensor, start: float, end: float, tolerance: float
+    field: Callable[[Tensor, float], tuple[Tensor, Tensor]], x: Tensor, start: float, end: float, tolerance: Tolerance
 ) -> tuple[Tensor, Tensor]:
     """Adaptive RK45 on (x, one number per sample that begins at 0); both at the end."""
     from scipy.integrate import solve_ivp
 
     def of_time(t: float, state: np.ndarray) -> np.ndarray:
-        values = function(torch.from_numpy(state[: x.numel()]).to(x.device, x.dtype).view_as(x), t)
+        values = field(torch.from_numpy(state[: x.numel()]).to(x.device, x.dtype).view_as(x), t)
         return np.concatenate([value.detach().cpu().double().numpy().ravel() for value in values])
 
     first = np.concatenate([x.detach().cpu().double().numpy().ravel(), np.zeros(len(x))])
-    solution = solve_ivp(of_time, (start, end), first, rtol=tolerance, atol=tolerance, method="RK45")
+    relative, absolute = np.broadcast_to(tolerance, 2).tolist()
+    solution = solve_ivp(of_time, (start, end), first, rtol=relative, atol=absolute, method="RK45")
     final = torch.from_numpy(solution.y[:, -1])
     return final[: x.numel()].to(x.device, x.dtype).view_as(x), final[x.numel() :]
 
@@ -103,7 +105,12 @@ def integrate_sde(
         spread: standard deviation of the noise per root of time; `noise`: standard normal, like x, for each step.
         method: Euler-Maruyama, or Heun's method after the noise was added (Karras et al. 2022).
         ahead: Heun's first slope is taken at the step's end (the interpolants' code) instead of its start (SiT's).
+
+    Raises:
+        SamplingError: no such method.
     """
+    if method not in ("euler", "heun"):
+        raise SamplingError(f"method must be euler or heun, got {method!r}")
     for i, (t, end) in enumerate(pairwise(times)):
         h, noisy = end - t, x + float(spread(t)) * math.sqrt(abs(end - t)) * noise[i]
         if method == "euler":
@@ -181,11 +188,11 @@ class Transport(NoiseSchedule):
         return (value + 1) ** 2 / 4 if form == "decreasing" else value
 
     def sample_ode(
-        self, network: Field, x: Tensor, points: int = 50, method: str = "euler", *, tolerance: float = 1e-4
+        self, network: Field, x: Tensor, points: int = 50, method: str = "euler", *, tolerance: Tolerance = 1e-4
     ) -> Tensor:
         """From noise to data along the probability flow, over `points` times.
 
-        The method "dopri5", SiT's default, chooses its own times by a tolerance, relative and absolute.
+        The method "dopri5", SiT's default, chooses its own times by a `Tolerance`.
         """
 
         def field(y: Tensor, t: float) -> Tensor:

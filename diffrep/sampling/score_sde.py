@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from diffrep.sampling.core import per_sample
-from diffrep.sampling.flows import Field, probability_flow, solve_rk45
+from diffrep.sampling.flows import Field, Tolerance, probability_flow, solve_rk45
 from diffrep.sampling.schedules import LinearVP, NoiseSchedule, SamplingError
 from diffrep.settings import check
 
@@ -182,8 +182,9 @@ def sample_pc(
 
 
 def sample_flow(
-    sde: ScoreSDE, score: Field, x: Tensor, *, tolerance: float = 1e-5, last: float | None = None, denoise: bool = False
-) -> Tensor:
+    sde: ScoreSDE, score: Field, x: Tensor, *, tolerance: Tolerance = 1e-5, last: float | None = None,
+    denoise: bool = False,
+) -> Tensor:  # fmt: skip
     """Integrate the probability flow from t = 1 with an adaptive RK45; `denoise` adds one noise-free step."""
     field, end = probability_flow(sde, score), sde.last if last is None else last
     x, _ = solve_rk45(lambda y, t: (field(y, t), torch.zeros(len(y))), x, 1.0, end, tolerance)

@@ -186,12 +186,13 @@ def unified(
         clamp, afs: see `SolverTable`.
 
     Raises:
-        SamplingError: the lists do not fit the grid's steps.
+        SamplingError: the lists do not fit the grid's steps, or a step has fewer estimates than its order needs.
     """
     n = grid.steps
     lists = (orders, forms, derivatives, starts or [-1] * n, correctors or [None] * n)
-    if any(len(values) != n for values in lists):
-        raise SamplingError(f"each decision has one entry for each of {n} steps, got {[len(v) for v in lists]}")
+    short = any(len(estimates) < order - 1 for order, estimates in zip(orders, derivatives, strict=False))
+    if short or any(len(values) != n for values in lists):
+        raise SamplingError(f"each of {n} steps has one decision of a kind, and estimates of its order's derivatives")
     updates, again = [], []
     for i, (order, form, estimates, start, corrector) in enumerate(zip(*lists, strict=True)):
         updates.append(exponential(grid, i, i + 1, form, list(estimates)[: order - 1], start=start))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,8 @@ def check_score_sde_ode(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p, model = case["parameters"], Mixture(inputs)
     assert p["method"] == "scipy RK45"
-    assert p["rtol"] == p["atol"]
-    assert p["inverse_scaler"].startswith("(x+1)/2")
+    tolerance, offset = (p["rtol"], p["atol"]), re.fullmatch(r".*= (-?[\d.]+) bits", p["inverse_scaler"])
+    assert offset
     ends = {kind: value for names, value in p["eps_sampling"].items() for kind in names.split(",")}
     for kind in KINDS:
         sde = sde_of(kind, p)
@@ -120,12 +121,13 @@ def check_score_sde_ode(folder: Path, case: dict[str, Any]) -> None:
         z = inputs[f"{kind}_z"]
         for name, denoise in (("ode", False), ("ode_denoised", True)):
             calls.clear()
-            got = sample_flow(sde, score, z, tolerance=p["rtol"], last=ends[kind], denoise=denoise)
+            got = sample_flow(sde, score, z, tolerance=tolerance, last=ends[kind], denoise=denoise)
             assert abs(len(calls) - p["nfe_reported"][f"{kind}_ode"]) <= 12, f"{kind}: {len(calls)} calls"
             assert_like(got, expected[f"{kind}_{name}"], atol=2e-3, what=f"{kind} {name}")
         probe = 2 * inputs[f"{kind}_probe_bits"].float() - 1
         calls.clear()
-        bits, latent = likelihood(sde, score, inputs["data"], probe, tolerance=p["rtol"], first=p["eps_likelihood"])
+        ask = dict(tolerance=tolerance, first=p["eps_likelihood"], offset=float(offset[1]))
+        bits, latent = likelihood(sde, score, inputs["data"], probe, **ask)
         assert abs(len(calls) - p["nfe_reported"][f"{kind}_likelihood"]) <= 12, f"{kind}: {len(calls)} calls"
         assert_like(bits, expected[f"{kind}_bpd"], atol=5e-3, what=f"{kind} bits per dimension")
         assert_like(latent, expected[f"{kind}_latent"], atol=5e-3, rtol=5e-3, what=f"{kind} latent")
@@ -168,7 +170,9 @@ def check_interpolants(folder: Path, case: dict[str, Any]) -> None:
 
 def gaussian(text: str) -> float:
     """The standard deviation in words such as "N(m0, 0.7^2 I)"."""
-    return float(text.split(", ")[1].split("^")[0])
+    words = re.fullmatch(r"N\(m[01], ([\d.]+)\^2 I\)", text)
+    assert words
+    return float(words[1])
 
 
 class GaussianEnds:

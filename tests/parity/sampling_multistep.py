@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from torch import Tensor
 
 from diffrep.eval.search import SearchSettings, search_steps, uniform_timesteps
@@ -50,10 +52,7 @@ SPACING = {"t": "power", "log": "log-snr", "rho": "karras"}  # DEIS's names of g
 
 def check_schedule(schedule: Any, table: Tensor) -> None:
     """A case's noise schedule is the table that it has."""
-    assert schedule["beta_schedule"] == "scaled_linear"
-    roots = (schedule["beta_start"] ** 0.5, schedule["beta_end"] ** 0.5)
-    betas = torch.linspace(*roots, schedule["num_train_timesteps"]) ** 2
-    assert_like((1 - betas).cumprod(0), table, atol=1e-6, what="alphas_cumprod")
+    assert_like(DDPMScheduler(**schedule).alphas_cumprod, table, atol=1e-6, what="alphas_cumprod")
 
 
 def number(text: str) -> float:
@@ -64,11 +63,13 @@ def check_ghvb(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p, table, model = case["parameters"], inputs["alphas_cumprod"], Mixture(inputs)
     check_schedule(p["schedule"], table)
-    assert p["previous"].startswith("t - 1000//steps; below 0: alphas_cumprod[0]")
-    timesteps = p["timesteps"]
+    timesteps, stride = p["timesteps"], len(table) // p["steps"]
     assert len(timesteps) == p["steps"]
-    last = max(timesteps[-1] - len(table) // p["steps"], 0)
-    grid = TimeGrid.of(TableVP(table), [*timesteps, last])
+    assert np.all(np.diff(timesteps) == -stride)  # so that each step ends at the next timestep
+    ends = re.fullmatch(r"t - 1000//steps; below 0: .+ \(set_alpha_to_one (True|False)\)", p["previous"])
+    assert ends
+    grid = TimeGrid.of(TableVP(table), [*timesteps, max(timesteps[-1] - stride, -1 if ends[1] == "True" else 0)])
+    grid = grid.ending() if grid.times[-1] < 0 else grid
 
     def check(key: str, method: str, order: float, prediction: str = "epsilon") -> None:
         network = model.of_table(table, {"epsilon": "noise", "v_prediction": "velocity", "sample": "data"}[prediction])
@@ -159,8 +160,8 @@ def check_deis_coefficients(folder: Path, case: dict[str, Any]) -> None:
     c = p["cosine"]
     cosine = Cosine()
     cosine.first, cosine.last = c["sampling_T"], c["sampling_eps"]
-    phase, steps = c["grid"].split(",")
-    times = spaced_times(cosine, SPACING[phase], int(steps.split()[0]))
+    phase, steps = re.fullmatch(r"(\w+), (\d+) steps", c["grid"]).groups()  # type: ignore[union-attr]
+    times = spaced_times(cosine, SPACING[phase], int(steps))
     assert_like(torch.from_numpy(times), expected[f"cos_ts_{phase}"], atol=0, rtol=1e-3, what="cosine grid")
     got = coefficients(deis(TimeGrid.of(cosine, times), cosine, order=c["order"]), c["order"])
     assert_like(got, expected[f"cos_tab{c['order']}_coef"], atol=1e-4, rtol=5e-3, what="cosine table")
@@ -198,11 +199,11 @@ def check_deis_discrete(folder: Path, case: dict[str, Any]) -> None:
         return distinct_indices(spaced_times(schedule, SPACING[phase], steps, power=power))
 
     for name, words in p["grids"].items():  # "ts_t2_N": "phase t, order 2"; "ts_rho7": "phase rho, order 7, 8 steps"
-        phase, power = words.split(",")[0].split()[1], float(words.split(",")[1].split()[1])
+        phase, power, steps = re.fullmatch(r"phase (\w+), order ([\d.]+)(?:, (\d+) steps)?", words).groups()  # type: ignore
         keys = [key for key in expected if key == name or key.rsplit("_", 1)[0] == name.removesuffix("_N")]
         assert keys, name
         for key in keys:
-            got = times(phase, power, len(expected[key]) - 1)
+            got = times(phase, float(power), int(steps or len(expected[key]) - 1))
             assert_like(torch.from_numpy(got), expected[key], atol=2e-2, what=key)
     for i, one in enumerate(each(p["runs"])):
         phase, power = one.get("ts_phase", "t"), one.get("ts_order", 1.0)  # iPNDM is made for even timesteps
@@ -381,7 +382,7 @@ def check_autodiffusion(folder: Path, case: dict[str, Any]) -> None:
         assert chosen == one["timestep_map"]
         grid = TimeGrid.of(TableVP(table), [*chosen[::-1], chosen[0] - 1]).ending()
         rising = torch.from_numpy(grid.alpha[::-1] ** 2)
-        variance = torch.tensor([update.noise**2 for update in ddim_table(grid, eta=1.0).updates[::-1]])
+        variance = torch.tensor([u.noise**2 for u in ddim_table(grid, eta=1.0).updates[::-1]], dtype=torch.float64)
         for name, got in (
             ("betas", 1 - rising[1:] / rising[:-1]),
             ("alphas_cumprod", rising[1:]),
@@ -430,10 +431,13 @@ def check_mr_sampler(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p, model, mean = case["parameters"], Mixture(inputs), inputs["cond"]
     sde = p["sde"]
-    assert p["max_sigma_used"] == "max_sigma/255"
-    assert not p["thresholding"]
+    assert p["max_sigma_used"] == ("max_sigma/255" if sde["max_sigma"] >= 1 else "max_sigma")
     schedule = MeanReverting(sde["max_sigma"], steps=sde["T"], schedule=sde["schedule"], eps=sde["eps"])
-    for name, got in (("thetas", schedule.thetas), ("sigma_bars", schedule.sigmas), ("alphas", schedule.alphas)):
+    reversion = np.cumsum(schedule.thetas)
+    for name, got in (
+        ("thetas", schedule.thetas), ("sigma_bars", schedule.sigmas), ("alphas", schedule.alphas),
+        ("thetas_cumsum", reversion), ("dt", -np.log(schedule.alphas[-1:]) / reversion[-1]),
+    ):  # fmt: skip
         assert_like(torch.from_numpy(got), expected[name], atol=1e-6, rtol=1e-5, what=name)
     for one in each(p["runs"]):
         key = one["key"]
@@ -454,6 +458,7 @@ def check_mr_sampler(folder: Path, case: dict[str, Any]) -> None:
             target=one["fit_target"],
             noise=list(inputs[f"{key}_noise"]) if noisy else None,
             denoise_last=one["denoise_last"],
+            thresholding=p["thresholding"],
         )
         assert_like(got, expected[key], atol=1e-3, rtol=1e-3, what=key)
 
@@ -468,6 +473,6 @@ def target_network(
         y = x - (1 - a) * mean
         if target == "velocity":
             return far * a * model.noise(y, a, s) - s / far * (model.data(y, a, s) - mean)
-        return model.noise(y, a, s) if target == "noise" else model.data(y, a, s)
+        return {"noise": model.noise, "data": model.data}[target](y, a, s)
 
     return network

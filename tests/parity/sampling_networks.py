@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,21 @@ from .sampling_mixture import assert_like, tensors_of
 def check_deepcache(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
     p = case["parameters"]
-    assert p["scheduler"].startswith("DDIM eta 0, scaled_linear 0.00085..0.012, trailing, set_alpha_to_one False")
+    words = r"DDIM eta 0, (\w+) ([\d.]+)\.\.([\d.]+), (\w+), set_alpha_to_one (True|False), no clipping"
+    schedule, start, end, spacing, one = re.fullmatch(words, p["scheduler"]).groups()  # type: ignore[union-attr]
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing",
-        set_alpha_to_one=False, clip_sample=False,
+        beta_start=float(start), beta_end=float(end), beta_schedule=schedule, timestep_spacing=spacing,
+        set_alpha_to_one=one == "True", clip_sample=False,
     )  # fmt: skip
     scheduler.set_timesteps(p["steps"])
     assert scheduler.timesteps.tolist() == p["timesteps"]
     unet = UNet2DConditionModel.from_pretrained(folder / "model").eval()
     for one in each(p["runs"]):
         x, outputs = inputs["x_T"], list[Tensor]()
-        with PartialNetwork(unet, interval=one["cache_interval"], branch=one["cache_branch_id"]) as cache:
+        # the released ids count three units in each block, ours as many as it has
+        (block, unit), units = divmod(one["cache_branch_id"], 3), unet.config.layers_per_block + 1
+        assert unit < units
+        with PartialNetwork(unet, interval=one["cache_interval"], branch=block * units + unit) as cache:
             for step, t in enumerate(scheduler.timesteps):
                 cache.at(step)
                 outputs.append(unet(x, t, encoder_hidden_states=inputs["context"]).sample)

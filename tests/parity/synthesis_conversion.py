@@ -49,6 +49,7 @@ def check_conversion(folder: Path, case: dict[str, Any]) -> None:
     assert {k: autoencoder_name(k, coder_levels) for k in names["vqvae"]} == names["vqvae"]
 
     weights, groups = official_weights(folder, model), case["parameters"]["groups"]
+    assert not case["parameters"]["use_ema"] or any(key.startswith("model_ema.") for key in weights)
     scale = case["parameters"]["scale_factor"]
     assert model.autoencoder.config.scaling_factor == pytest.approx(scale, rel=1e-6)
     if official.get("scale_factor", 1.0) != scale:  # then the checkpoint has it, as a float32 buffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 from safetensors.torch import load_file
 
-from diffrep.synthesis import EmbeddingGrid, SynthesisSettings, denoise_canvas, sample_patches, slerp
+from diffrep.synthesis import EmbeddingGrid, SynthesisModel, SynthesisSettings, denoise_canvas, sample_patches, slerp
 from diffrep.synthesis.canvas import Lines, WindowPlan, decode_weights
+from diffrep.synthesis.checkpoints import convert_official
 from diffrep.synthesis.grids import NEARLY_PARALLEL
 from diffrep.synthesis.large import decode_lines, to_uint8
 from diffrep.synthesis.sampler import GivenNoise
@@ -52,15 +54,26 @@ def check_embedding_interpolation(folder: Path, case: dict[str, Any]) -> None:
     assert_within(model.null_context(), expected["null_context"], atol=allowed, what="null context")
 
 
+def weights_of(folder: Path, case: dict[str, Any]) -> SynthesisModel:
+    """The model of a panorama. A folder has the moving average where there is one, the checkpoint beside it both."""
+    place = (folder / case["model_dir"]).parent
+    about = json.loads((place / "case.json").read_text())
+    asked, averaged = {"plain": False, "EMA": True}[case["parameters"]["weights"]], about["parameters"]["use_ema"]
+    if asked == averaged:
+        return model_of(folder, case)
+    assert averaged, "the model has no moving average"
+    groups, weights = about["parameters"]["groups"], load_file(place / "official_state_dict.safetensors")
+    return convert_official(weights, about["official_config"], groups=groups, ema=False)
+
+
 def check_panorama(folder: Path, case: dict[str, Any]) -> None:
     given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
-    parameters, model = case["parameters"], model_of(folder, case)
+    parameters, model = case["parameters"], weights_of(folder, case)
     start, grid = given["x_start"][0], EmbeddingGrid(given["embedding_grid"])
     plan = WindowPlan((start.shape[1], start.shape[2]), model.window, parameters["window_stride"])
     assert (model.window, list(grid.shape)) == (parameters["window"], parameters["grid"])
     assert len(plan) == parameters["windows"]
     assert parameters["guidance_formula"] == "(1+g)*eps_cond - g*eps_null"
-    assert parameters["weights"] in ("plain", "EMA")  # those of the folder, which was converted from them
     if "noise_a" in given:  # how the authors draw it: from the clean image, which is noise too
         alpha = model.alphas_cumprod[-1]
         torch.testing.assert_close(
