@@ -119,6 +119,8 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
                 decoded = decoded / (decoded.norm(dim=1, keepdim=True) + 1e-5)
             return decoded
         normals = decoded.clamp(-1, 1)
+        if self.family.half_z:
+            normals = torch.cat([normals[:, :2], normals[:, 2:] / 2 + 0.5], dim=1)
         if self.family.normals == "unit":
             return normals / normals.norm(dim=1, keepdim=True).clamp(min=1e-6)
         return surface_normals(normals, self.family.frame) if unit else normals
@@ -241,17 +243,18 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
             drawn = (decoded[0] + decoded[1].flip(-1)) / 2 if twice else decoded[0]
             results.append(self.read(drawn, canvas, unit=not config.official)[..., : size[0], : size[1]])
         if members > 1:
-            return self._combined(torch.stack(results, dim=1), config)
+            return self.combine(torch.stack(results, dim=1), config)
         unbounded = family.stretch or model.decoder is not None
         return (stretch(results[0]) if self.task != "normals" and unbounded else results[0]), None
 
-    def _combined(self, members: Tensor, config: PredictConfig) -> tuple[Tensor, Tensor]:
+    def combine(self, members: Tensor, config: PredictConfig) -> tuple[Tensor, Tensor]:
         """(B, E, C, h, w) -> the ensemble's maps (B, C, h, w) and uncertainty (B, 1, h, w)."""
         if self.task == "normals":
             pairs = [ensemble_normals(image, "mean" if config.reduction == "mean" else "closest") for image in members]
         else:
             preset = ENSEMBLES.get(self.family.name, MARIGOLD_ENSEMBLE) if config.official else DepthEnsemble()
-            preset = dataclasses.replace(preset, reduction="mean" if config.reduction == "mean" else "median")
+            reduction: Literal["median", "mean"] = "mean" if config.reduction == "mean" else "median"
+            preset = dataclasses.replace(preset, reduction=reduction, shift=self.family.shift_invariant)
             pairs = [ensemble_depth(image[:, 0], preset) for image in members]
         maps, uncertainties = (torch.stack(part) for part in zip(*pairs, strict=True))
         return maps if self.task == "normals" else maps[:, None], uncertainties[:, None]

@@ -55,9 +55,12 @@ class Family:
     stretch: bool = False  # depth to [0, 1] by its minimum and maximum before it is resized
     # clamped channels; of unit length where longer than 1e-6; or divided by (length + 1e-5) two times
     normals: Literal["raw", "unit", "twice"] = "raw"
+    half_z: bool = False  # z of its normals is decoded as 2 z - 1, for none looks away from the camera
     renormalize: bool = False  # normals get unit length again behind the resize
+    shift_invariant: bool = True  # depth of the members of an ensemble has a shift of its own, not a scale alone
     # "antialias" with the method that resized the image
     resize_back: Literal["nearest", "antialias", "interpolate"] = "nearest"
+    nearest: Literal["nearest-exact", "nearest"] = "nearest-exact"  # what its code means by "nearest", in torch's names
     frame: Frame = "lub"  # camera axes of its normals
     working_size: int = 768  # long side in pixels that the network sees by default
     # of training: what the output is, where in use a folder's scheduler says it; on which timesteps
@@ -111,6 +114,7 @@ MARIGOLD_DIFFUSERS = dataclasses.replace(  # the same checkpoints as diffusers' 
     pad=True,
     renormalize=True,
     resize_back="interpolate",
+    nearest="nearest",
 )
 E2E_FT = dataclasses.replace(
     MARIGOLD,

@@ -207,7 +207,9 @@ def save_head(head: Head[Any, Any], folder: Path) -> None:
     for name, file in files.items():
         write_whole(folder / name, partial(shutil.copyfile, file))
     save_weights(folder / CONTEXT_FILE, {"context": stored_context(str(place), str(_local(base)))})
-    known = {"working_size": head.working_size, "family": head.family_name, "task": head.task}
+    index = json_of(head.source, "model_index.json")
+    known = {key: index[key] for key in ("use_full_z_range", "shift_invariant") if key in index}  # of Marigold
+    known |= {"working_size": head.working_size, "family": head.family_name, "task": head.task}
     write_document(folder / HEAD_FILE, known | about | {"base": "."})
 
 

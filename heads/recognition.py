@@ -103,6 +103,10 @@ def recognise(
     working = integer(name, head, "working_size", 0) or integer(name, index, "default_processing_resolution", 0)
     frame = head["frame"] if head.get("frame") in get_args(Frame) else detected.frame
     detected = dataclasses.replace(detected, working_size=working or detected.working_size, frame=frame)
+    if detected.result == "sample":
+        said_of = {**index, **head}
+        half_z, shift = not said_of.get("use_full_z_range", True), bool(said_of.get("shift_invariant", True))
+        detected = dataclasses.replace(detected, half_z=half_z, shift_invariant=shift)
     return Recognised(detected, final, f"{shape}; task {f'said by {by}' if said else 'as asked for'}")
 
 

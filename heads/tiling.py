@@ -155,7 +155,8 @@ def blend_weight(rows: slice, columns: slice, size: tuple[int, int]) -> Tensor:
 
 
 Resample: TypeAlias = Literal["bilinear", "bicubic", "nearest", "nearest-exact"]
-"""As the official programs call them; "nearest" takes the value under the pixel's centre, like "nearest-exact"."""
+"""As the official programs call them; "nearest" is "nearest-exact", the value under the pixel's centre, unless a family
+says otherwise."""
 SizeRule: TypeAlias = Literal["truncate", "integer"]
 
 
@@ -195,14 +196,24 @@ def to_working(pixels: Tensor, family: Family, side: int, resample: Resample = "
     size = working_size(int(pixels.shape[-2]), int(pixels.shape[-1]), side, family.size_rule)
     values = pixels.float()
     if size != tuple(pixels.shape[-2:]):
-        values = resize(values, size, resample)
+        values = resize(values, size, resample, nearest=family.nearest)
         if family.resized == "uint8":
             values = values.round().clamp(0, 255)
     return values / 255
 
 
-def resize(values: Tensor, size: tuple[int, int], resample: Resample = "bilinear", *, antialias: bool = True) -> Tensor:
+def resize(
+    values: Tensor,
+    size: tuple[int, int],
+    resample: Resample = "bilinear",
+    *,
+    antialias: bool = True,
+    nearest: str = "nearest-exact",
+) -> Tensor:
     """Resize (B, C, h, w) maps; nothing is done where the size is right already.
+
+    Args:
+        nearest: what "nearest" means, in torch's names.
 
     Raises:
         ValueError: there is no such way of resampling.
@@ -212,7 +223,7 @@ def resize(values: Tensor, size: tuple[int, int], resample: Resample = "bilinear
     if size == tuple(values.shape[-2:]):
         return values
     if resample.startswith("nearest"):
-        return F.interpolate(values, size, mode="nearest-exact")
+        return F.interpolate(values, size, mode=nearest if resample == "nearest" else resample)
     return F.interpolate(values, size, mode=resample, align_corners=False, antialias=antialias)
 
 
@@ -226,7 +237,7 @@ def to_image_size(values: Tensor, size: tuple[int, int], family: Family, resampl
     """Resize predictions (B, C, h, w) to the image's (H, W) as the family does it."""
     if family.resize_back == "nearest":
         return resize(values, size, "nearest-exact")
-    return resize(values, size, resample, antialias=family.resize_back == "antialias")
+    return resize(values, size, resample, antialias=family.resize_back == "antialias", nearest=family.nearest)
 
 
 def stretch(maps: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffrep.backbones.text import TextEncoders
 from diffrep.heads.dense import DenseHead, PredictConfig
-from diffrep.heads.families import E2E_FT, LOTUS_D, LOTUS_G, MARIGOLD, task_vector
+from diffrep.heads.families import E2E_FT, LOTUS_D, LOTUS_G, MARIGOLD, MARIGOLD_DIFFUSERS, task_vector
 from diffrep.heads.loading import HeadError, load_head, recognise
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.one_step import FoldedUNet, PlainUNet
@@ -30,6 +30,7 @@ from diffrep.heads.tiling import (
     ensemble_normals,
     resize,
     tile_starts,
+    to_working,
     working_size,
 )
 
@@ -522,6 +523,27 @@ def test_spacings_are_those_of_diffusers_sampler(spacing: str, steps: int, tmp_p
         current = sampler.step(output, timestep, current).prev_sample
     got = model.predict(latents, noise, steps=steps, spacing=spacing)  # type: ignore[arg-type]
     torch.testing.assert_close(got, current, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_marigold_says_of_its_range_is_followed_and_saved(folders: dict[str, Path], tmp_path: Path) -> None:
+    for task in ("normals", "depth"):
+        folder = shutil.copytree(folders[f"marigold {task}"], tmp_path / task)
+        (folder / "model_index.json").write_text(json.dumps({"use_full_z_range": False, "shift_invariant": False}))
+        load_head(folder).save_pretrained(tmp_path / f"saved-{task}")
+    normals, depth = (load_head(tmp_path / f"saved-{task}") for task in ("normals", "depth"))
+    away = torch.tensor([0.6, 0.0, -2.0]).view(1, 3, 1, 1)  # clamped to -1, which is sideways in half a range
+    torch.testing.assert_close(normals.read(away).flatten(), torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(load_head(folders["marigold normals"]).read(away).flatten()[2], torch.tensor(-0.8575))
+    members = (torch.rand(1, 1, 1, 8, 8) + 0.5) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)
+    maps, _ = depth.combine(members, PredictConfig(ensemble=3))  # differ by a scale: nothing else is taken off
+    torch.testing.assert_close(maps[0], members[0, 0] / members[0, 0].max(), rtol=1e-4, atol=1e-4)
+
+
+def test_nearest_is_that_of_the_family() -> None:
+    values = torch.arange(0, 240, 10, dtype=torch.uint8).reshape(1, 1, 4, 6)
+    official, diffusers = (to_working(values, family, 3, "nearest") for family in (MARIGOLD, MARIGOLD_DIFFUSERS))
+    torch.testing.assert_close(official * 255, values[..., 1::2, 1::2].float())
+    torch.testing.assert_close(diffusers * 255, values[..., ::2, ::2].float())
 
 
 def test_spacing_goes_with_marigold_alone(folders: dict[str, Path], head: DenseHead, tmp_path: Path) -> None:
