@@ -196,7 +196,7 @@ def laplacian(affinity: Csr, kind: LaplacianKind = "normalized") -> Csr:
 def largest_eigenvalue(matrix: Csr, *, tolerance: float = 0.0) -> float:
     """Largest eigenvalue of a Laplacian; `tolerance` is relative, 0 means to machine precision."""
     n = matrix.shape[0]
-    if n <= 600:
+    if n <= 300:
         return float(max(np.linalg.eigvalsh(matrix.toarray())[-1], 0.0))
     start = np.random.default_rng(0).standard_normal(n)
     from scipy.sparse.linalg import eigsh

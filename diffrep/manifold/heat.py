@@ -24,7 +24,8 @@ from diffrep.manifold.graphs import Csr, largest_eigenvalue
 Array = NDArray[Any]
 Volume = Literal["geometric", "arithmetic"]
 
-_TERMS = 24  # of the short-time series; far pairs need more of them than the largest entries do
+_SHORT, _TERMS = 0.25, 12  # the longest time of the short-time series, and its terms: a squaring costs three of them
+WIDTH = 64  # columns of the whole kernel that are worked on at once: they stay in the cache
 _TERM_NUMBERS = 2**25  # of Chebyshev terms that are held before they are added
 
 
@@ -123,7 +124,7 @@ def _chebyshev_scipy(operator: Csr, signals: Array, coefficients: NDArray[np.flo
         for c, total in zip(factors[:, k], sums, strict=True):
             total[reached[k]] += c * term[reached[k]]
     # several times share each term; a few terms are added together, so that the sums are not read for every one
-    together = int(np.clip(_TERM_NUMBERS // signals.size, 1, 8)) if count > 1 else 1
+    together = int(np.clip(_TERM_NUMBERS // signals.size, 1, 16)) if count > 1 else 1
     waiting = np.zeros((together, *signals.shape), signals.dtype) if together > 1 else None
     for k in range(2, terms):
         rows = reached[k]
@@ -230,20 +231,23 @@ def squared_heat(lap: Csr, t: float) -> NDArray[np.float64]:
 
     exp(-tL) = e^-tc sum_k (tc)^k/k! (I - L/c)^k has non-negative terms only (uniformisation), so nothing
     cancels; a short time is summed and squared until it has grown to t, which also multiplies how far the
-    kernel sees: beyond 24 * 2^squarings edges the result is zero.
+    kernel sees: beyond 12 * 2^squarings edges, 48 at least, the result is zero.
     """
+    n = lap.shape[0]
     rate = max(float(lap.diagonal().max(initial=0.0)), float(np.finfo(np.float64).tiny))
-    squarings = max(0, int(np.ceil(np.log2(max(t * rate, 1e-9)))))
+    squarings = max(2, int(np.ceil(np.log2(max(t * rate / _SHORT, 1e-9)))))
     short = t * rate / 2**squarings
-    step = (sp.identity(lap.shape[0]) - lap / rate).tocsr() * short
-    term = np.identity(lap.shape[0])
-    heat = term.copy()
-    for k in range(1, _TERMS + 1):
-        term = (step / k) @ term
-        heat += term
+    step = (sp.identity(n) - lap / rate).tocsr() * short
+    steps = [step / k for k in range(1, _TERMS + 1)]
+    heat = np.identity(n)
+    for block in np.split(heat, range(WIDTH, n, WIDTH)):  # rows, which are columns: the kernel is symmetric
+        term = block.T.copy()
+        for shorter in steps:
+            term = shorter @ term
+            block += term.T
     heat *= np.exp(-short)
     for _ in range(squarings):
-        heat = heat @ heat
+        heat = heat @ heat.T  # which BLAS knows to be symmetric: half the work
     return (heat + heat.T) / 2
 
 

@@ -111,8 +111,9 @@ def sgd_mds(
 
     Every epoch visits every pair once, in rounds of disjoint pairs (a round-robin tournament of shuffled players), so
     that a round is one vectorised step with exactly the effect of taking its pairs one after the other. Who plays whom
-    is a slice, not a list of indices: all but the first player move on by one seat between rounds, in a row that is
-    longer than the table, along which the table moves the other way.
+    is a slice, not a list of indices: all but the first player move on by one seat between rounds, those on one side of
+    the table up and those on the other down, each side in a row that is longer, along which its seats move the other
+    way.
 
     Args:
         distances: (n, n), symmetric.
@@ -131,7 +132,13 @@ def sgd_mds(
     half = (ring + 1) // 2
     flat = np.ascontiguousarray(distances, dtype=np.float64).ravel()
     flat_weights = None if weights is None else np.ascontiguousarray(weights, dtype=np.float64).ravel()
-    row = np.zeros((x.shape[1], _ROUNDS + ring + 1), dtype=np.complex128)
+    ups, downs = np.zeros((2, x.shape[1], _ROUNDS - 1 + half), dtype=np.complex128)
+    up_places, down_places = ups.T, downs.T
+    # both sides in each round, opponents at the same place: views that are made once
+    seats = [
+        (ups[:, _ROUNDS - 1 - k + out : _ROUNDS - 1 - k + half], downs[:, k + out : k + half]) for k in range(_ROUNDS)
+    ]
+    difference, lengths = np.empty((len(ups), half - out), dtype=np.complex128), np.empty(half - out)
     smallest, factors = np.full(half - out, _TINY), np.zeros(half - out, dtype=np.complex128)
     for eta in progress(np.geomspace(1.0 / w_min, 0.01 / w_max, epochs).tolist(), "scaling"):
         players = np.concatenate([np.full(out, n - 1), rng.permutation(n)])
@@ -143,28 +150,32 @@ def sgd_mds(
             windows = sliding_window_view(np.concatenate([around[ring - rounds + 1 :], around]), ring)[::-1]
             firsts = np.broadcast_to(players[0], (rounds, 1))
             tables = np.concatenate([firsts, windows], axis=1)
-            pairs = tables[:, out:half] * n + tables[:, : half - 1 : -1][:, out:]
+            up_players, down_players = tables[:, :half], tables[:, : half - 1 : -1]
+            pairs = up_players[:, out:] * n + down_players[:, out:]
             if flat_weights is None:
                 shares = np.full(pairs.shape, min(eta, 1.0) / 2)
             else:
                 shares = np.minimum(flat_weights.take(pairs) * eta, 1.0) / 2
             targets = flat.take(pairs) * shares
-            row[:, rounds - 1 : rounds + ring] = x[tables[0]].T
-            for place, target, share in zip(range(rounds - 1, -1, -1), targets, shares, strict=True):
-                if place < rounds - 1:
-                    row[:, place] = row[:, place + 1]
-                    row[:, place + 1] = row[:, place + 1 + ring]
-                one = row[:, place + out : place + half]
-                other = row[:, place + half : place + 1 + ring][:, ::-1][:, out:]
-                difference = one - other
-                lengths = np.abs(difference[0]) if len(row) == 1 else np.sqrt((np.abs(difference) ** 2).sum(axis=0))
+            up_places[_ROUNDS - 1 :], down_places[:half] = x[up_players[0]], x[down_players[0]]
+            for k, (target, share) in enumerate(zip(targets, shares, strict=True)):
+                if k:
+                    first, last = _ROUNDS - k, k + half - 1
+                    up_places[first - 1], up_places[first] = up_places[first], down_places[k - 1]
+                    down_places[last] = up_places[first + half - 1]
+                one, other = seats[k]
+                np.subtract(one, other, out=difference)
+                if len(difference) == 1:
+                    np.abs(difference[0], out=lengths)
+                else:
+                    np.sqrt((np.abs(difference) ** 2).sum(axis=0), out=lengths)
                 np.maximum(lengths, smallest, out=lengths)
                 np.divide(target, lengths, out=lengths)
                 np.subtract(share, lengths, out=factors.real)
                 np.multiply(difference, factors, out=difference)
                 np.subtract(one, difference, out=one)
                 np.add(other, difference, out=other)
-            x[tables[-1, out:]] = row[:, out : ring + 1].T
+            x[up_players[-1, out:]], x[down_players[-1]] = one.T, down_places[k : k + half]
     return x.view(np.float64)[:, : start.shape[1]].copy()
 
 
