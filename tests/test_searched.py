@@ -53,7 +53,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- features -------------------------------------------------------------------------------------------------
 
 
-def test_features_are_read_at_the_place_of_a_search(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_features_are_read_at_the_place_of_a_search(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     a, b = (str(work / "photos" / name) for name in ("red/0.png", "blue/1.png"))
     line = ["match", a, b, "--points", "20,20", "--backbone", "tiny", "--json"]
     told = []
@@ -62,7 +64,9 @@ def test_features_are_read_at_the_place_of_a_search(work: Path, capsys: pytest.C
         told.append(json.loads(capsys.readouterr().out))
     assert told[0] == told[1] != told[2]
     store = work / "photos.store"
-    assert main(["extract", str(work / "photos"), "-o", str(store), "--schedule", str(work / "cell.json")]) == 0
+    with monkeypatch.context() as once:
+        once.setattr("diffrep.store.extraction.load_backbone", lambda *a, **k: pytest.fail("weights are read again"))
+        assert main(["extract", str(work / "photos"), "-o", str(store), "--schedule", str(work / "cell.json")]) == 0
     assert [*open_store(store).taps] == ["up.1"]
     cells = ["probe", "train", str(work / "photos"), "--work", str(work / "w"), "--json"]
     assert main([*cells, "-o", str(work / "trained"), "--schedule", str(work / "cell.json")]) == 0

@@ -18,6 +18,8 @@ from diffrep.commands.train import TrainSynthesis
 from diffrep.scenes import SceneSet, render_set
 from diffrep.synthesis import About, ConditionEmbedder, SynthesisModel, load_synthesis
 from diffrep.synthesis.grids import ImageEncoder
+from diffrep.training.consistency import FewStepTraining, train_few_step
+from diffrep.training.early_exit import EarlyExitTraining, train_early_exit
 from diffrep.training.loop import FitSettings, fit
 from diffrep.training.patches import ImagePatches, ScenePatches, encode_patches
 from diffrep.training.prior import PriorTraining, prior_batch
@@ -220,6 +222,21 @@ def test_patches_are_encoded_once_and_others_refused(scenes: SceneSet, tmp_path:
     )
     assert not torch.equal(flipped[0], first[0])
     assert torch.equal(flipped[1][:5], first[1][:5])  # of the unmirrored patches
+
+
+def test_too_few_patches_and_a_base_that_is_none_are_refused_before_any_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(b"not read")
+    patches = ImagePatches((tmp_path / "image.png",))
+    with pytest.raises(ValueError, match="2 patches are too few to hold 2 out"):
+        encode_patches(patches, load_synthesis(), None, tmp_path / "f", held_out=2, copies=2, progress=False)
+
+    def render() -> ScenePatches:
+        raise AssertionError("scenes are rendered for a base that is none")
+
+    for train, settings in ((train_few_step, FewStepTraining), (train_early_exit, EarlyExitTraining)):
+        with pytest.raises(ValueError, match="nowhere"):
+            train(settings(base=str(tmp_path / "nowhere")), render, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_patches_of_files_keep_their_scale_unless_told(tmp_path: Path) -> None:

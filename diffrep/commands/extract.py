@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from diffrep.backbones import load_backbone
+from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.options import (
     BackboneOptions,
     Command,
@@ -75,15 +75,18 @@ class Extract(ReadingOptions, PrecisionOptions):
         placed = self.placed()
         if "keep.points" in self.typed and self.keep.kind != "points":
             raise ValueError("--keep.points goes with --keep.kind points")
+        backbone: str | Backbone = self.named(self.backbone)
         if self.schedule is not None or typed_conditions(self.typed):
-            backbone = load_backbone(self.named(self.backbone), weights=self.schedule is not None)
-            refuse_conditions(self.typed, [backbone])
-            config = dataclasses.replace(config, **self.place(self.typed, backbone))
+            loaded = load_backbone(backbone, weights=self.schedule is not None, **placed)
+            refuse_conditions(self.typed, [loaded])
+            config = dataclasses.replace(config, **self.place(self.typed, loaded))
+            if self.schedule is not None and self.bulk.engine == "local":
+                backbone = loaded  # weights are read once
         new = not self.output.exists()
         done = extract_store(
             self.images,
             self.output,
-            self.named(self.backbone),
+            backbone,
             config,
             self.keep,
             self.bulk,

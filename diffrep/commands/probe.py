@@ -16,7 +16,7 @@ import tyro
 from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
-from diffrep.commands.image_runs import Item, find_inputs, run_images, write_beside, write_map
+from diffrep.commands.image_runs import Item, find_inputs, print_files, run_images, write_beside, write_map
 from diffrep.commands.options import Command, PrecisionOptions, ReadingOptions, ReportOptions
 from diffrep.features import ExtractConfig
 from diffrep.files import DRAWING, check_folder, check_writable, number_of, write_image, write_whole
@@ -441,12 +441,9 @@ class Predict:
                 return write_beside(item.place, {"labels": result.picture()}, "labels", shares(result, probe.classes))
             return write_map(item.place, result, self.formats, show=self.preview)
 
-        done = run_images(_Mapper(probe, backbone), inputs, folder, self, write)
-        if self.json:
-            print(json_module.dumps({"model": str(self.model), "images": done}, indent=2))
-            return
-        count = sum(len(entry["files"]) for entry in done)  # type: ignore[arg-type, misc]  # lists, by run_images
-        print(f"wrote {number_of(count, 'file')} for {number_of(len(done), 'image')} into {folder}")
+        mapper = _Mapper(probe, backbone)
+        done = run_images(mapper, inputs, folder, self, write)
+        print_files(str(self.model), f"a probe of {mapper.task}", done, folder, as_json=self.json)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from diffrep.files import replace_folder
 from diffrep.images import find_images
 from diffrep.scenes import open_or_render
 from diffrep.settings import WORKERS, check_options
-from diffrep.synthesis import SynthesisModel, load_synthesis
+from diffrep.synthesis import SynthesisModel
 from diffrep.training.consistency import FewStepTraining, train_few_step
 from diffrep.training.early_exit import EarlyExitTraining, train_early_exit
 from diffrep.training.patches import ImagePatches, Patches, ScenePatches
@@ -129,8 +129,7 @@ class TrainFewStep(PatchTraining):
 
     def run(self) -> None:
         output = training_output(self.work, self.output)
-        load_synthesis(self.training.base)  # refuses one that is none before scenes are rendered
-        model = train_few_step(self.training, self.scene_patches(), self.work / "run", device=self.device)
+        model = train_few_step(self.training, self.scene_patches, self.work / "run", device=self.device)
         replace_folder(output, half(model.to("cpu")).save)
         print(f"wrote {output}")
 
@@ -150,8 +149,7 @@ class TrainEarlyExit(PatchTraining):
 
     def run(self) -> None:
         output = training_output(self.work, self.output)
-        load_synthesis(self.training.base)
-        network, rows = train_early_exit(self.training, self.scene_patches(), self.work / "run", device=self.device)
+        network, rows = train_early_exit(self.training, self.scene_patches, self.work / "run", device=self.device)
         replace_folder(output, partial(save_early_exit, network.to("cpu")))
         print(f"{'threshold':>9}{'blocks':>9}{'error':>9}{'fixed table':>13}   (mean squared, of the noise)")
         for threshold, blocks, error, fixed in rows:

@@ -191,9 +191,13 @@ def fold_guidance(unet: Any, w: float) -> Any:
 
 
 def train_few_step(
-    training: FewStepTraining, patches: Patches, folder: Path, *, device: str = "auto", progress: bool = True
-) -> SynthesisModel:
+    training: FewStepTraining, patches: Patches | Callable[[], Patches], folder: Path, *, device: str = "auto",
+    progress: bool = True,
+) -> SynthesisModel:  # fmt: skip
     """Distil a synthesis model. Called again with the same folder, it goes on where it was.
+
+    Args:
+        patches: or what renders them, called once the base is there.
 
     Returns:
         A model of the base's kind that needs no guidance; sample it with the scheduler "lcm" and guidance 1 (after the
@@ -203,9 +207,9 @@ def train_few_step(
         ValueError: settings that do not go together, or a folder of another run.
     """
     settings = {key: value for key, value in asdict(training).items() if key != "fit"}  # `fit` checks its own
-    claim_folder(folder, settings, name="training.json")
     place = resolve_device(device)
     model = load_synthesis(training.base).to(place)
+    claim_folder(folder, settings, name="training.json")
     latents, embeddings = encode_patches(
         patches, model, ImageEncoder.of_model(model), folder / "patches.safetensors", seed=training.fit.seed,
         progress=progress,

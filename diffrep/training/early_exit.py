@@ -9,7 +9,7 @@ what a fixed depth at each timestep gives.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from diffrep.backbones.early_exit import TIMESTEPS, EarlyExitUViT, LayerOutputs, UViTConfig
 from diffrep.devices import resolve_device
-from diffrep.files import number_of
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.synthesis.model import EMBEDDED, load_synthesis
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
@@ -97,12 +96,13 @@ def exit_batch(clean: Tensor, training: EarlyExitTraining, generator: torch.Gene
 
 
 def train_early_exit(
-    training: EarlyExitTraining, patches: Patches, folder: Path, *, device: str | torch.device = "auto",
-    progress: bool = True,
+    training: EarlyExitTraining, patches: Patches | Callable[[], Patches], folder: Path, *,
+    device: str | torch.device = "auto", progress: bool = True,
 ) -> tuple[EarlyExitUViT, list[tuple[str, float, float, float]]]:  # fmt: skip
     """Train a network. Called again with the same folder, it goes on where it was.
 
     Args:
+        patches: or what renders them, called once the base is there.
         folder: of the encoded patches, checkpoint and log.
 
     Returns:
@@ -121,11 +121,11 @@ def train_early_exit(
         torch.manual_seed(training.fit.seed)
         network = EarlyExitUViT(about, training.probe)
     network.autoencoder = training.base if training.base in EMBEDDED else os.path.abspath(training.base)
-    encoded = folder / "patches.safetensors"
-    latents, _ = encode_patches(patches, base, None, encoded, seed=training.fit.seed, progress=progress)
+    latents, _ = encode_patches(
+        patches, base, None, folder / "patches.safetensors", held_out=training.held_out, seed=training.fit.seed,
+        progress=progress,
+    )  # fmt: skip
     cut = len(latents) - training.held_out
-    if cut <= 0:
-        raise ValueError(f"{number_of(len(latents), 'patch', 'patches')} are too few to hold {training.held_out} out")
     average = fit(
         ExitObjective(network), partial(exit_batch, latents[:cut], training), partial(exit_loss, training),
         training.fit, folder, device=place, progress=progress,

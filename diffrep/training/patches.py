@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -90,11 +90,12 @@ Patches: TypeAlias = ScenePatches | ImagePatches
 
 
 def encode_patches(
-    patches: Patches,
+    patches: Patches | Callable[[], Patches],
     model: SynthesisModel,
     encoder: ImageEncoder | None,
     file: Path,
     *,
+    held_out: int = 0,
     copies: int = 1,
     flips: Flips = "none",
     seed: int = 0,
@@ -103,7 +104,9 @@ def encode_patches(
     """Encode patches once and keep them in `file`; what is there already is read.
 
     Args:
+        patches: or what renders them.
         encoder: None: the embeddings have no width.
+        held_out: how many of them are not trained on.
         copies: patches drawn of each image.
         flips: mirror half of the patches left to right, or also upside down, with the embedding of the unmirrored
             patch, as the authors train: the model does not learn to tell the orientation.
@@ -112,8 +115,12 @@ def encode_patches(
         Scaled latents (M, c, h, w) and raw embeddings (M, D), both float16.
 
     Raises:
-        ValueError: the file holds other patches, or those of another autoencoder or encoder.
+        ValueError: none would be left to train on, or the file holds other patches, or those of another autoencoder or
+            encoder.
     """
+    patches = patches() if callable(patches) else patches
+    if (count := copies * len(patches)) <= held_out:
+        raise ValueError(f"{number_of(count, 'patch', 'patches')} are too few to hold {held_out} out")
     made_with = {
         "patches": patches.name,
         "copies": copies,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from diffrep.backbones.pipelines import load_parts
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
-from diffrep.files import number_of, read_weights, save_weights
+from diffrep.files import read_weights, save_weights
 from diffrep.images import LUMINANCE
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.synthesis import (
@@ -430,11 +430,10 @@ def train_synthesis(
     model.to(place)
     latents, embeddings = encode_patches(
         patches, model, encoder, folder / "patches.safetensors",
-        copies=training.copies, flips=training.flips, seed=training.fit.seed, progress=progress,
+        held_out=training.held_out, copies=training.copies, flips=training.flips, seed=training.fit.seed,
+        progress=progress,
     )  # fmt: skip
     cut = len(latents) - training.held_out
-    if cut <= 0:
-        raise ValueError(f"{number_of(len(latents), 'patch', 'patches')} are too few to hold {training.held_out} out")
     if not _is_synthesis(training.base):
         whiten_tokens(model.embedder, embeddings[: min(cut, 20000)].float())
     if place.type == "cpu":
