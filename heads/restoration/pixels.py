@@ -120,10 +120,10 @@ def tile_window(rows: int, columns: int, *, published: bool = False) -> Tensor:
     """
 
     def line(count: int, middle: float) -> Tensor:
-        off = (torch.arange(count) - middle) / count
+        off = (torch.arange(count, dtype=torch.float64) - middle) / count
         return torch.exp(-off.square() / 0.02) / math.sqrt(2 * math.pi * 0.01)
 
-    return line(rows, rows / 2 if published else (rows - 1) / 2)[:, None] * line(columns, (columns - 1) / 2)
+    return (line(rows, rows / 2 if published else (rows - 1) / 2)[:, None] * line(columns, (columns - 1) / 2)).float()
 
 
 def windows(side: int, tile: int, overlap: int) -> list[int]:

@@ -131,9 +131,10 @@ class ResidualDiffusion:
             residual = cut(first)
             clean = cut(degraded - residual if second is None else noisy - shift * residual - spread * second)
         else:
-            second = first / spread if kind == "epsilon_scale" else first
+            scaled = first if kind == "epsilon_scale" else spread * first
+            second = scaled / spread
             left = _column((1 - self.shift).clamp(min=1e-6), t, noisy)  # as RDDM counts the end, where it is none
-            clean = cut((noisy - shift * degraded - spread * second) / left)
+            clean = cut((noisy - scaled - shift * degraded) / left)
             residual = cut(degraded - clean)
         noise = (noisy - degraded + (1 - shift) * residual) / spread if second is None else second
         return residual, noise, clean
@@ -217,9 +218,10 @@ class ResidualDiffusion:
         state = clean
         for t in range(1, len(self)):
             *_, estimate = self.ask(network, state, degraded, t)
-            residual = degraded - estimate
-            before = state - estimate - float(self.shift[t - 1]) * residual
-            state = estimate + float(self.shift[t]) * residual + float(self.spread[t] / self.spread[t - 1]) * before
+            # factors in double precision: residuals of rounding grow from step to step
+            stays = float(self.spread[t - 1] / self.spread[t])
+            pulled = float(self.shift[t - 1]) - stays * float(self.shift[t])
+            state = (state - (1 - pulled - stays) * estimate - pulled * degraded) / stays
         return state
 
 

@@ -20,9 +20,10 @@ from .sampling_mixture import assert_like, tensors_of
 
 def check_null_text(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
-    unet, schedule = load_unet(folder, case), stable_diffusion_schedule()
+    # double precision adds nothing to the rounding of the published numbers, which guidance makes large
+    unet, schedule = load_unet(folder, case, torch.float64), stable_diffusion_schedule()
     for k, run in enumerate(each(case["runs"], describing=("max_difference_of_diffusers_DDIMInverseScheduler",))):
-        given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
+        given, wanted = ({n: v.double() for n, v in run_tensors(part, k).items()} for part in (inputs, expected))
         grid = leading_grid(schedule, run["steps"], offset=run["steps_offset"])
         assert grid.labels.tolist() == run["timesteps"]
         condition, null = given["cond"], given["uncond"]

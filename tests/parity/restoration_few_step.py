@@ -78,17 +78,18 @@ def check_lcm_training(folder: Path, case: dict[str, Any]) -> None:
     case["parameters"]["unet"].read_all()
     dim = int(parameters["student and target"].rsplit(" ", 1)[1])
     assert parameters["context"]
-    alphas = alphas_cumprod(schedule_of(parameters["schedule"])).float()
+    alphas = alphas_cumprod(schedule_of(parameters["schedule"]))
 
     def network(kind: str, conditioned: bool) -> Any:
-        weights = {k: v.float() for k, v in part(inputs, f"net.{kind}.").items()}
+        weights = part(inputs, f"net.{kind}.")
         if not conditioned:
             weights.pop("time_embedding.cond_proj.weight", None)
         unet = UNet2DConditionModel(**parameters["unet"], **({"time_cond_proj_dim": dim} if conditioned else {}))
         unet.load_state_dict(weights)
+        unet.double()  # nearer to the published numbers than another order of single precision
 
         def call(x: Tensor, t: Tensor, context: Tensor, w: Tensor | None) -> Tensor:
-            condition = None if w is None else guidance_embedding(w, dim)
+            condition = None if w is None else guidance_embedding(w, dim).to(x)
             return unet(x, t, encoder_hidden_states=context, timestep_cond=condition).sample
 
         return unet, call
@@ -102,8 +103,8 @@ def check_lcm_training(folder: Path, case: dict[str, Any]) -> None:
             ddim_steps=run["num_ddim_timesteps"], w_min=run["w_min"], w_max=run["w_max"], loss=run["loss_type"],
             huber_c=run["huber_c"], raw_noise=True,
         )  # fmt: skip
-        batch = tuple(inputs[f"{i}.{name}"] for name in ("latents", "context", "uncond_context"))
-        draws = tuple(inputs[f"{i}.{name}"] for name in ("index", "u", "noise"))
+        batch = tuple(inputs[f"{i}.{name}"].double() for name in ("latents", "context", "uncond_context"))
+        draws = inputs[f"{i}.index"], inputs[f"{i}.u"], inputs[f"{i}.noise"].double()
         path = DiffusionPath(alphas, run["prediction_type"])
         got = distillation_terms(path, student, target, teacher, batch, draws, settings, conditioned=conditioned)
         start = path.teacher_steps(settings.ddim_steps)[0][draws[0]]

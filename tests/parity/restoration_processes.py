@@ -109,7 +109,7 @@ def check_resshift_sampling(folder: Path, case: dict[str, Any]) -> None:
             "z_y": degraded,
             "samples": torch.stack([state for state, _ in steps]),
             "pred_xstart": torch.stack([estimate for _, estimate in steps]),
-            "decoded": decode(steps[-1][0] / scale),
+            "decoded": decode(1 / scale * steps[-1][0]),
             "train_z_t": noisy,
             "train_pred_x0": process.ask(network, noisy, degraded, t)[-1],
             "train_mse": process.losses(network, clean, degraded, noise, t, weighted=run["weighted_mse"]),
