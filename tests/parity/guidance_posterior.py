@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,21 @@ RED_DIFF = {
 
 def check_red_diff(folder: Path, case: dict[str, Any]) -> None:
     inputs, expected = tensors_of(folder)
-    # a table of single precision: 1 - abar of the last steps is not the exact one; a network without rounding, which
-    # Adam makes large where its answer is nearly the noise
-    prior, table = Prior(inputs, double=True), np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).astype(np.float32)
+    # all of single precision, levels too: where the network's answer is nearly the noise, Adam makes rounding large
+    prior, table = Prior(inputs), np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)).astype(np.float32)
+
+    def network(x: Tensor, t: float) -> Tensor:
+        abar = torch.tensor(table[round(t)])
+        return prior.noise(x, abar.sqrt(), (1 - abar).sqrt())
+
     shape = tuple(inputs["gmm.means"].shape[1:])
     for k, run in enumerate(each(case["runs"], describing=("sigma_y",))):  # y has its noise already
         given, wanted = run_tensors(inputs, k), run_tensors(expected, k)
         operator, noise = red_operator(run["deg"], shape, given.get("mask")), given["noise"]
         blank = operator(torch.zeros(len(given["y"]), *shape))
-        y, grid, network = given["y"].view_as(blank), spaced_grid(TableVP(table), run["steps"]), prior.of_table(table)
+        y, grid = given["y"].view_as(blank), spaced_grid(TableVP(table), run["steps"])
+        abars = torch.tensor([*table[grid.labels.astype(int)], np.float32(1)])
+        grid = replace(grid, alpha=abars.sqrt().double().numpy(), sigma=(1 - abars).sqrt().double().numpy())
         clean: list[Tensor] = []
         if run["algo"] == "reddiff":
             run.get("eta")  # of the base class; no noise is added between steps that it could be of
