@@ -11,7 +11,6 @@ Sizes are (H, W). Videos come in and go out frame by frame, through PyAV (the ex
 from __future__ import annotations
 
 import glob
-import importlib.util
 import io
 import logging
 import math
@@ -19,9 +18,10 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any, TypeAlias
@@ -55,13 +55,12 @@ FORMATS = {  # that photographs come in, as Pillow calls them, and their endings
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "GIF": (".gif",),
 }
-_PLUGINS = {"AVIF": "PIL._avif", "WEBP": "PIL._webp", "HEIF": "pillow_heif"}  # that a system may lack
-SUFFIXES = frozenset(
-    ending
-    for form, endings in FORMATS.items()
-    if form not in _PLUGINS or importlib.util.find_spec(_PLUGINS[form]) is not None
-    for ending in endings
-)
+SUFFIXES = frozenset(ending for endings in FORMATS.values() for ending in endings)
+_LACKING = {  # formats that a system may not read -> what reads them
+    "AVIF": "a Pillow that has it",
+    "WEBP": "a Pillow that has it",
+    "HEIF": "pillow-heif: pip install 'diffrep[heif]'",
+}
 
 VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"})
 
@@ -135,12 +134,22 @@ def decode_image(
 
 
 def _decoded(source: Path | io.BytesIO, name: str, background: tuple[int, int, int], max_pixels: int) -> Image.Image:
-    Image.init()  # registers the plug-ins of all formats
-    with _decoding(name), Image.open(source, formats=[form for form in FORMATS if form in Image.OPEN]) as image:
+    with _decoding(name), Image.open(source, formats=_readable()) as image:
         if image.width * image.height > max_pixels:
             raise ImageError(f"{image.width} x {image.height} pixels are more than the limit of {max_pixels:,}")
         image.load()
         return _to_rgb(image, background)
+
+
+@lru_cache(maxsize=1)
+def _readable() -> tuple[str, ...]:
+    """The formats that can be read here."""
+    Image.init()  # registers the plug-ins of all formats but HEIF
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(form for form in FORMATS if form in Image.OPEN)
 
 
 @contextmanager
@@ -155,7 +164,10 @@ def _decoding(name: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: has more pixels than Pillow reads") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: is not an image that can be read ({', '.join(FORMATS)})") from None
+        for form in _LACKING.keys() - _readable():
+            if name.lower().endswith(FORMATS[form]):
+                raise ImageError(f"{name}: reading {form} needs {_LACKING[form]}") from None
+        raise ImageError(f"{name}: is not an image that can be read ({', '.join(_readable())})") from None
     except Exception as error:  # decoders of broken files raise anything, from struct.error to NotImplementedError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: cannot be decoded ({reason})") from None
@@ -215,10 +227,9 @@ def upright(image: Image.Image) -> Image.Image:
 def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Image files named by paths, folders and glob patterns, each once, in sorted order of each source.
 
-    A folder is searched with those in it for the endings of images that can be read here. Hidden files and folders
-    (editors' copies, the sidecars of other systems) and maps, masks and drawings that diffrep wrote into a folder are
-    left out unless they are named. A file that several spellings lead to (``..``, links to folders) is taken under the
-    first.
+    A folder is searched with those in it for the endings of `FORMATS`. Hidden files and folders (editors' copies, the
+    sidecars of other systems) and maps, masks and drawings that diffrep wrote into a folder are left out unless named.
+    A file that several spellings lead to (``..``, links to folders) is taken under the first.
 
     Raises:
         ImageError: a path does not exist, or a folder or pattern has no image.
@@ -271,7 +282,7 @@ def _is_own(path: Path) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends as images that can be read here do."""
+    """Whether a file's name ends as an image's does."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 

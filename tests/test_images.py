@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from diffrep import images
 from diffrep.files import DRAWING, printable, write_image
 from diffrep.images import ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 
@@ -121,6 +123,25 @@ def test_every_orientation_is_turned_as_pillow_turns_it(orientation: int, tmp_pa
     Image.fromarray(gradient(8, 12)).save(tmp_path / "a.png", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
     np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "a.png")), np.asarray(expected))
+
+
+def test_photographs_of_telephones_are_read_and_never_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.fromarray(gradient(48, 64))).save(tmp_path / "a.HEIC", quality=95)
+    assert find_images([tmp_path]) == [tmp_path / "a.HEIC"]
+    difference = np.asarray(load_image(tmp_path / "a.HEIC")).astype(int) - gradient(48, 64)
+    assert np.abs(difference).mean() < 4
+    images._readable.cache_clear()
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    try:
+        assert find_images([tmp_path]) == [tmp_path / "a.HEIC"]
+        with pytest.raises(ImageError, match=r"a.HEIC: reading HEIF needs pillow-heif: pip install 'diffrep\[heif\]'"):
+            load_image(tmp_path / "a.HEIC")
+    finally:
+        images._readable.cache_clear()
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "AVIF", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "DDS", "TGA"])
