@@ -39,6 +39,7 @@ _REPLACEABLE = (
 )
 LARGEST_SETTINGS, DEEPEST_KEY, MOST_ALIASES = 2**18, 32, 16  # bytes, parts, of files of settings
 UNFETCHED, _POINTER = "is a Git LFS pointer: run `git lfs pull`", b"version https://git-lfs"
+_OF_FILES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".npy", ".csv", ".json", ".ply"})
 _PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
 
 
@@ -140,11 +141,13 @@ def check_folder(folder: Path) -> None:
     """Refuse an output folder before any work is done for it.
 
     Raises:
-        ValueError: it is a file.
+        ValueError: it is a file, or is called as one.
         OSError: it cannot be written to.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: is a file; a folder goes there")
+    if folder.suffix.lower() in _OF_FILES and not folder.is_dir():
+        raise ValueError(f"{folder}: is called as a file; a folder goes there, for example {folder.with_suffix('')}")
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise OSError(f"{folder}: the folder {place} cannot be written to")

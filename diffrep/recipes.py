@@ -236,8 +236,8 @@ def with_extraction(whole: Recipe, settings: Mapping[str, Any], size: int | None
         raise ValueError(f"the fusion of the recipe {whole.name} is made for its taps; give a backbone alone instead")
     if ("window" in settings or size is not None) and len(whole.readings) > 1:
         raise ValueError(
-            f"the recipe {whole.name} reads {len(whole.readings)} backbones, each at its size; write a recipe file to"
-            " change them"
+            f"size and window: the recipe {whole.name} reads {len(whole.readings)} backbones, each at its size; name"
+            " one model without a recipe, or write a recipe file"
         )
     common = {name: value for name, value in settings.items() if name in ("batch_size", "seed", "window")}
     if settings.keys() - common.keys() and all(reading.role == "vit" for reading in whole.readings):

@@ -148,7 +148,11 @@ class CorrespondenceReport(Report):
         yield Section("By category", ("pairs", "points", f"{columns[0]} per point", "per image"), by_category)
         papers = [row for row in self.rows() if set(row.values) & set(protocol.alphas)]
         if papers:
-            yield Section("Published (ours minus theirs)", columns, [self._beside(row) for row in papers])
+            yield Section(
+                f"Published, on all of {self.dataset} (ours minus theirs)",
+                columns,
+                [self._beside(row) for row in papers],
+            )
 
     def _beside(self, row: Published) -> tuple[str, ...]:
         ours = self.pck.value(row.aggregate or self.protocol.aggregate)
@@ -255,6 +259,7 @@ def evaluate_pairs(
                     yield PairMatches(pair, torch.tensor(values, dtype=torch.float32).reshape(-1, 2))
                 bar.update(len(chunk))
 
+    asked = [[p.name, p.source.path, p.target.path, list(p.ids)] for p in usable]
     work = folder / "matches" / f"{protocol.name} by {used}{' posed' if pose else ''}"
     claim_folder(
         work,
@@ -263,7 +268,7 @@ def evaluate_pairs(
             "by_protocol": used == "protocol",
             "frame": protocol.frame,
             "search": None if protocol.search is None else asdict(protocol.search),
-            "pairs": fingerprint([[p.name, p.source.path, p.target.path, list(p.ids)] for p in usable]),
+            "pairs": f"{len(usable)}, {fingerprint(asked)}",
             "pairs_per_file": pairs_per_file,
             "partners": {category: sorted(mirror.items()) for category, mirror in partners.items()},
         },

@@ -91,9 +91,14 @@ class DepthMap(_Map):
         return self.space == "disparity"
 
     def metadata(self) -> dict[str, object]:
-        unit = "metres" if self.metric else "relative, up to an unknown scale and shift"
-        large = "near" if self.near_is_one else "far"
-        return {"kind": self.space, "unit": unit, "large_values_are": large, "settings": dict(self.settings)}
+        unit, count = ("metres", "metres") if self.metric else ("relative, up to an unknown scale and shift", "value")
+        return {
+            "kind": self.space,
+            "unit": unit,
+            "large_values_are": "near" if self.near_is_one else "far",
+            "png": f"{count} = count / {MILLIMETRES if self.metric else _FULL}",
+            "settings": dict(self.settings),
+        }
 
     def align(
         self, reference: Tensor, valid: Tensor | None = None, *, method: Literal["least squares", "robust"] = "robust"
@@ -122,7 +127,8 @@ class DepthMap(_Map):
         if (known := int(keep.sum())) < 2:
             raise ValueError(f"scale and shift need at least two known depths, got {known}")
         target = torch.where(keep, reference.float(), 1.0)
-        target = 1 / target if self.space == "disparity" else target
+        inverse = self.space == "disparity"
+        target = 1 / target if inverse else target
         fit = fit_robust if method == "robust" else fit_scale_shift
         scale, shift = (x.item() for x in fit(self.values[None], target[None], keep[None]))
         if scale <= 0:
@@ -131,9 +137,11 @@ class DepthMap(_Map):
                 " are they metres?)"
             )
         values = scale * self.values + shift
-        if self.space == "disparity":
+        if inverse:
             values = 1 / values.clamp(min=LEAST_DISPARITY)
-        settings = {**self.settings, "scale": scale, "shift": shift, "fit": method, "known_depths": known}
+        fitted = f"{'1 / (' * inverse}scale * {self.space} + shift{')' * inverse}"
+        settings = {**self.settings, "scale": scale, "shift": shift, "metres": fitted}
+        settings |= {"fit": method, "known_depths": known}
         return DepthMap(values.clamp(min=0), "depth", metric=True, settings=settings)
 
     def relative_depth(self, nearest: float = 1.0, farthest: float = 10.0) -> Tensor:
@@ -181,7 +189,8 @@ class NormalMap(_Map):
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, object]:
-        return {"kind": self.kind, "frame": self.frame, "axes": AXES[self.frame], "settings": dict(self.settings)}
+        stored = {"png": f"value = count / {_FULL} * 2 - 1"}
+        return {"kind": self.kind, "frame": self.frame, "axes": AXES[self.frame], **stored, "settings": self.settings}
 
     def picture(self) -> Image.Image:
         """The normals as colours, (n + 1) / 2, with x right and y up whatever the frame."""
@@ -234,17 +243,17 @@ def png_bytes(values: DepthMap | NormalMap) -> bytes:
     """
     array = array_of(values).astype(np.float64)
     if isinstance(values, NormalMap):
-        counts, scale = (array + 1) * (_FULL / 2), "value = count / 65535 * 2 - 1"
+        counts = (array + 1) * (_FULL / 2)
     elif values.metric:
-        counts, scale = array * MILLIMETRES, "metres = count / 1000"
+        counts = array * MILLIMETRES
         if counts.max() > _FULL:
             raise ValueError(
                 f"a 16-bit PNG holds up to 65.535 m, the map reaches {array.max():.1f} m; write npy or tiff instead"
             )
     else:
-        counts, scale = array * _FULL, "value = count / 65535"
+        counts = array * _FULL
     counts = np.round(counts.clip(0, _FULL)).astype(">u2").reshape(*array.shape[:2], -1)
-    return _png(counts, json.dumps({**values.metadata(), "stored": scale}))
+    return _png(counts, json.dumps(values.metadata()))
 
 
 def _png(counts: np.ndarray, note: str) -> bytes:
@@ -293,11 +302,6 @@ WRITERS: dict[str, tuple[str, Callable[[DepthMap | NormalMap], bytes]]] = {  # f
     "npy": (".npy", npy_bytes),
     "tiff": (".tiff", tiff_bytes),
 }
-
-
-def preview(values: DepthMap | NormalMap) -> Image.Image:
-    """The picture of a map, see `DepthMap.picture`."""
-    return values.picture()
 
 
 def save_map(path: Path, values: DepthMap | NormalMap) -> None:

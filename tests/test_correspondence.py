@@ -270,6 +270,21 @@ def test_the_command_writes_reports_and_pictures(
         assert picture.width > 2 * 300
 
 
+def test_a_model_takes_the_place_of_the_recipes_own(
+    tmp_path: Path, vit: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffrep import recipes
+
+    loaded: list[str] = []
+    monkeypatch.setitem(recipes.RECIPES, "small", recipe())
+    monkeypatch.setattr(recipes, "load_backbone", lambda name, **_: loaded.append(name) or vit)
+    EvalCorrespondence(
+        benchmark="spair", data=write_spair(tmp_path), recipe="small", backbone=("mine",), categories=TWO,
+        output=tmp_path / "out", failures=0,
+    ).run()  # fmt: skip
+    assert loaded == ["mine"]
+
+
 def test_a_set_stands_beside_the_papers_numbers_of_that_set(
     tmp_path: Path, vit: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

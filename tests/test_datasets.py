@@ -113,7 +113,7 @@ def test_spair_says_what_it_lacks(tmp_path: Path) -> None:
     assert what[pairs[1].name] == "has no field 'src_kps'"
     assert "the box [5, 5, 5, 9] is empty" in what[pairs[2].name]
     assert "points for 1 kps_ids" in what[pairs[3].name]
-    assert what["dog"] == "the category has no usable pair"
+    assert what["dog"] == "no usable pair"
     assert any(str(Path("JPEGImages/cat") / missing.name) in text for text in what.values())
     assert len(read.pairs) + len(what) == 6 + 1
     assert all(missing.name not in path for path in images_of(read))
@@ -156,7 +156,7 @@ def test_pf_pascal_says_what_it_lacks(tmp_path: Path) -> None:
         "row 1: image JPEGImages/2009_000000.jpg is missing",
         "row 2: malformed annotation (XA, YA, XB, YB have 2, 3, 3, 3 numbers)",
         "row 4: malformed annotation (invalid literal for int() with base 10: 'nine')",
-        "bottle: the category has no usable pair",
+        "bottle: no usable pair",
     ]
     assert len(read.pairs) == 1
 

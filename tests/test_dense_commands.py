@@ -149,6 +149,9 @@ def test_heads_of_the_other_command_are_refused(
     (tmp_path / "file").touch()
     assert main(["depth", str(photos), "-o", str(tmp_path / "file"), "--model", heads["disparity"]]) == 2
     assert "is a file; a folder goes there" in capsys.readouterr().err
+    assert main(["depth", str(photos), "-o", str(tmp_path / "d.png"), "--model", heads["disparity"]]) == 2
+    assert "d.png: is called as a file; a folder goes there, for example" in capsys.readouterr().err
+    assert not (tmp_path / "d.png").exists()
 
 
 # -- files --------------------------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ def test_a_depth_png_holds_16_bits_and_its_meaning(tmp_path: Path) -> None:
     with Image.open(tmp_path / "d.png") as stored:
         np.testing.assert_allclose(np.asarray(stored) / 65535, ramp().values.numpy(), atol=1e-5)
         note = json.loads(stored.text["diffrep"])
-    assert (note["kind"], note["large_values_are"], note["stored"]) == ("disparity", "near", "value = count / 65535")
+    assert (note["kind"], note["large_values_are"], note["png"]) == ("disparity", "near", "value = count / 65535")
     save_map(tmp_path / "m.png", ramp("depth", metric=True))
     with Image.open(tmp_path / "m.png") as stored:
         np.testing.assert_allclose(np.asarray(stored) / 1000, ramp("depth", metric=True).values.numpy(), atol=1e-3)

@@ -53,7 +53,7 @@ from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
 from diffrep.heads.segmentation import SegmentationHead, SegmentConfig
-from diffrep.recipes import Correspondence
+from diffrep.recipes import Correspondence, recipe, with_backbones
 from diffrep.scenes import Scene
 from diffrep.synthesis import SynthesisSettings, load_synthesis
 
@@ -64,9 +64,10 @@ def compare(evaluate: Callable[..., Report], whole: Correspondence, *settings: o
     return evaluate(plain[0] | ours[0], plain[1] | ours[1], *settings)
 
 
-def correspondence(recipe: str, options: PrecisionOptions) -> Correspondence:
-    """A recipe's models where and as the options say."""
-    return Correspondence(recipe, **options.placed())
+def correspondence(name: str, options: PrecisionOptions, models: Sequence[str] = ()) -> Correspondence:
+    """A recipe's models where and as the options say; `models`: [ROLE=]MODEL in the place of its own."""
+    chosen, backbones = with_backbones(recipe(name), models, **options.placed())
+    return Correspondence(chosen, backbones=backbones, **options.placed())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +175,8 @@ class EvalCorrespondence(PrecisionOptions):
 
     benchmark: Benchmark
     data: Path | None = None  # the data set's folder, in the layout in which it is released; scenes need none
-    recipe: str = "tiny"
+    recipe: str = "tiny"  # how features are read, fused and matched, by name or from a .toml or .yaml file
+    backbone: tuple[str, ...] = ()  # [ROLE=]MODEL: a model in the place of the recipe's own
     protocol: str | None = None  # how it is counted; none: that of the recipe's paper, or the usual one
     split: str = "test"  # of spair, pf-pascal (trn, val, test) and ap-10k (also test_cross_species, ..._family)
     categories: tuple[str, ...] = ()  # or, for tss, subsets; none: all
@@ -216,16 +218,19 @@ class EvalCorrespondence(PrecisionOptions):
             raise ValueError(f"{self.output}: the output is a folder, this is a file")
         refuse_unused(self.typed, self.benchmark, {"scenes": (_OF_DATA | _OF_PAIRS), "tss": _OF_PAIRS})
 
+    def _models(self) -> Correspondence:
+        return correspondence(self.recipe, self, self.backbone)
+
     def _evaluated(self) -> Report:
         if self.benchmark == "scenes":
-            return compare(evaluate_scenes, correspondence(self.recipe, self), box=True)
+            return compare(evaluate_scenes, self._models(), box=True)
         if self.data is None:
             raise ValueError(f"benchmark {self.benchmark} needs --data, the folder of the data set")
         if self.benchmark == "tss":
             flows = read_tss(self.data, subsets=self.categories or None)
             return evaluate_flow(
                 flows,
-                correspondence(self.recipe, self),
+                self._models(),
                 self.output,
                 search="sd-dino" if self.search == "protocol" else "recipe",
                 keep=self.keep,
@@ -237,7 +242,7 @@ class EvalCorrespondence(PrecisionOptions):
         return evaluate_pairs(
             pairs,
             protocol,
-            correspondence(self.recipe, self),
+            self._models(),
             self.output,
             search=self.search,
             pose=self.pose,

@@ -257,7 +257,7 @@ def write_predicted_video(
         How many frames it has.
 
     Raises:
-        ValueError: an image cannot be read, or has another size than the first; nothing is written then.
+        ValueError: an image cannot be read; nothing is written then. One of another size than the first gets bars.
     """
     rate = frame_rate(inputs[0].path) if is_video(inputs[0].path) else 25
     head.check(config)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from diffrep.commands.options import BackboneOptions
+from diffrep.settings import Conditions
 
 if TYPE_CHECKING:
     from diffrep.backbones import Backbone
@@ -193,7 +194,9 @@ def _facts_text(
     recommended = facts["recommended"]
     lines.append(f"  used by default: taps {', '.join(recommended['taps'])}; {_pairs(recommended['sizing'])}")
     if facts["denoises"]:
-        lines.append(f"  conditions: {_pairs(recommended['conditions'])}")
+        usual = asdict(Conditions(timestep=-1))  # many of them mean nothing to this model
+        chosen = {name: value for name, value in recommended["conditions"].items() if value != usual[name]}
+        lines.append(f"  conditions: {_pairs(chosen)}")
     if head:
         lines.append(f"  its U-Net's weights are those of a head, {head['family']}: use `{head['use']}`")
     taps = [tap for tap in facts["taps"] if not any(part in tap["name"] for part in fine)]

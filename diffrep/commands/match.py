@@ -360,6 +360,8 @@ def read_pairs(path: Path, points: Sequence[str] = (), *, dense: bool = False) -
     Raises:
         ValueError: the file is no such table, or a row lacks something; the message names it.
     """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             table = list(csv.DictReader(file))

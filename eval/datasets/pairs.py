@@ -105,7 +105,8 @@ def read_pairs(
             what = "no keypoint is visible in both images"
         noted.append(Problem(where, what))
     covered = {pair.category for pair in pairs}
-    noted += [Problem(one, "the category has no usable pair") for one in categories if one not in covered]
+    if empty := [one for one in categories if one not in covered]:
+        noted.append(Problem(", ".join(empty), "no usable pair"))
     return PairSet(name, root, tuple(categories), tuple(pairs), tuple(noted), split)
 
 
