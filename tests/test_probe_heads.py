@@ -90,8 +90,12 @@ def test_feedback_without_weights_changes_nothing(unet: Backbone) -> None:
         torch.nn.init.zeros_(layer[0].weight)
     again = model.second_pass(unet, noisy, conditions, first)[last.name]  # type: ignore[arg-type]
     assert torch.allclose(again, plain)
-    with pytest.raises(ValueError, match=r"ascending numbers of decoder blocks, 10\.\.16, got \(12, 11\)"):
+    with pytest.raises(ValueError, match=r"ascending numbers of decoder blocks, 10\.\.17, got \(12, 11\)"):
         DifFeed(unet, head, blocks=(12, 11))  # type: ignore[arg-type]
+    outermost = DifFeed(unet, head, blocks=(17,)).eval()  # type: ignore[arg-type]
+    assert outermost.targets[17].module == "conv_in"
+    first = outermost.first_pass(unet, noisy, conditions)  # type: ignore[arg-type]
+    assert not torch.allclose(outermost.second_pass(unet, noisy, conditions, first)[last.name], plain)  # type: ignore[arg-type]
 
 
 def test_a_diffeed_probe_trains_saves_and_predicts(unet: Backbone, sd_folder: Path, tmp_path: Path) -> None:

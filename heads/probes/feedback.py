@@ -85,9 +85,9 @@ class DifFeed(nn.Module):
         taps = numbered_taps(backbone)
         middle = next(number for number, tap in taps.items() if tap.module == "mid_block")
         self.blocks = tuple(range(middle + 2, len(taps), 3)) if blocks is None else tuple(blocks)
-        if list(self.blocks) != sorted(set(self.blocks)) or not all(middle < b < len(taps) for b in self.blocks):
+        if list(self.blocks) != sorted(set(self.blocks)) or not all(middle < b <= len(taps) for b in self.blocks):
             raise ValueError(
-                f"feedback blocks are ascending numbers of decoder blocks, {middle + 1}..{len(taps) - 1}, got {blocks}"
+                f"feedback blocks are ascending numbers of decoder blocks, {middle + 1}..{len(taps)}, got {blocks}"
             )
         self.sources = {block: taps[block].name for block in self.blocks}
         self.targets = {block: taps[len(taps) + 1 - block] for block in self.blocks}

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 ROOT = Path(os.environ.get("DIFFREP_PARITY") or Path(__file__).parent / "data")
@@ -110,6 +111,15 @@ def _unread(value: Any, describing: Collection[str]) -> Iterator[str]:
         yield from (f"[{index}]{path}" for index, item in enumerate(value) for path in _unread(item, describing))
 
 
+_stored: list[Fields] = []  # what the running check has to read
+
+
+def tensors_of(folder: Path) -> tuple[dict[str, Tensor], Fields]:
+    """A case's inputs, and what came out of them, of which a check reads every tensor."""
+    _stored.append(Fields(load_file(folder / "expected.safetensors")))
+    return load_file(folder / "inputs.safetensors"), _stored[-1]
+
+
 def each(runs: Iterable[Mapping[str, Any]], *, describing: Collection[str] = ()) -> Iterator[Fields]:
     """The runs of a case one after the other; a parameter that a check never reads fails it.
 
@@ -138,8 +148,9 @@ def check_case(
     """
     assert case["kind"] in checks, f"{folder}: no check for cases of kind {case['kind']!r}"
     fields = Fields(case)
+    _stored.clear()
     checks[case["kind"]](folder, fields)
-    ignored = sorted(set(fields.unread(describing)))
+    ignored = sorted({*fields.unread(describing), *(name for tensors in _stored for name in tensors.unread())})
     assert not ignored, f"{folder}: the check ignores {', '.join(ignored)}"
 
 
@@ -162,7 +173,7 @@ def number_in(text: str) -> float:
     """The first number in a tolerance text such as ``max abs diff <= 2e-4 x max abs``."""
     for word in text.replace("<=", " ").split():
         try:
-            return float(word)
+            return float(word.strip(",;:()"))
         except ValueError:
             continue
     raise ValueError(f"no number in {text!r}")

@@ -5,16 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
-
 from diffrep.backbones import Conditions, PixelDiffusion, load_backbone
 from diffrep.images import Sizing, fit_image, load_image, stack_pixels
 
-from .cases import assert_near, assert_within, number_in
+from .cases import assert_near, assert_within, number_in, tensors_of
 
 
 def check_dift_adm(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     backbone = load_backbone(folder / "model")
     assert isinstance(backbone, PixelDiffusion)
     image = load_image(given["image"].numpy())

@@ -17,15 +17,11 @@ from diffrep.features import window_origins
 from diffrep.fusion import log_bin
 from diffrep.images import Sizing, fit_image, load_image, stack_pixels
 
-from .cases import assert_near, assert_within, number_in
-
-
-def _tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    return load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+from .cases import assert_near, assert_within, number_in, tensors_of
 
 
 def check_dift_sd_taps(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     backbone = load_backbone(folder / "model")
     assert isinstance(backbone, LatentDiffusion)
     image = load_image(given["image"].numpy())
@@ -70,7 +66,7 @@ def check_dift_sd_taps(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_dinov2_extractor(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     config = json.loads((folder / "model" / "config.json").read_text())
     weights = load_file(folder / "model" / "dinov2.safetensors")
     image = Image.fromarray(given["image"].numpy())

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import Conditions, DiffusionTransformer, PromptEmbedding
 from diffrep.backbones.transformers import modulated
 
-from .cases import assert_near, assert_within, number_in
+from .cases import assert_near, assert_within, number_in, tensors_of
 
 OFFICIAL_DOUBLE = 19  # the official index of the first single-stream block, whatever the depth
 
@@ -77,7 +76,7 @@ def check_config(ours: Any, official: dict[str, Any]) -> None:
 def check_ditf(folder: Path, case: dict[str, Any]) -> None:
     from diffusers import FluxTransformer2DModel
 
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     transformer = FluxTransformer2DModel.from_pretrained(folder / "model" / "transformer")
     backbone = FromMoments(transformer, GivenMoments(case["config"]))  # type: ignore[arg-type]  # no module
     check_config(transformer.config, case["config"])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import Grid
@@ -17,7 +16,7 @@ from diffrep.fusion import Fusion, Part, fuse
 from diffrep.images import Placement
 from diffrep.similarity import OFFICIAL_METRICS, nearest, similarities
 
-from .cases import assert_near, assert_within
+from .cases import assert_near, assert_within, tensors_of
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,11 @@ class Tolerance:
 
 
 def check(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     params, tolerance = case["params"], Tolerance.read(case["tolerance"])
     pair = [_features(given, f"img{number}", params["grid"]) for number in (1, 2)]
     dims = tuple(params["pca_dims_s5_s4_s3"])
     diffusion = Part(taps=("s5", "s4", "s3"), dims=dims, normalise=False)
-    judged = {"sd1", "sd2", "exact_sd_dist"}
 
     plain = Fusion(parts=(diffusion,), pca="lowrank", seed=params["torch_seed_before_co_pca"])
     for name, descriptors in zip(("sd1", "sd2"), fuse(pair, plain), strict=True):
@@ -70,11 +68,8 @@ def check(folder: Path, case: dict[str, Any]) -> None:
     one, two = fuse(pair, fusion)
     for name, descriptors in (("fused1", one), ("fused2", two)):
         assert_near(_flat(descriptors), expected[name], relative=tolerance.same_draw, what=name)
-        judged.add(name)
     strict = replace(tolerance, low_rank_distance=tolerance.same_draw, low_rank_cosine=tolerance.same_draw)
     _check_similarities(one, two, params["dist"], expected, strict)
-    judged |= {"cosine", "similarity", "nn_1_to_2"}
-    assert judged == set(expected), f"the case stores more than is judged: {sorted(set(expected) - judged)}"
 
     # where enough dimensions are kept the official random result is the exact one, and our default has to agree
     official = torch.cdist(expected["sd1"][0, 0], expected["sd2"][0, 0])

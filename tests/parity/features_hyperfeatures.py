@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from diffrep.backbones import LatentDiffusion
 from diffrep.backbones.hyperfeatures import TAPS, AggregationNetwork, Hyperfeatures, Trajectory, follow
 
-from .cases import assert_near
+from .cases import assert_near, tensors_of
 from .features_unets import bare_backbone, sibling
 
 
 def check_hyperfeatures_aggregation(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     model = re.search(r"\.\./([^/]+)/model", case["model"])
     assert model is not None
     backbone: LatentDiffusion = bare_backbone(sibling(folder, model[1]) / "model")

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -27,17 +26,13 @@ from diffrep.images import Placement
 from diffrep.matching import MatchConfig, match_points
 from diffrep.settings import Metric
 
-from .cases import assert_within, number_in
+from .cases import assert_within, number_in, tensors_of
 
 GEOAWARE_TAPS = ("s3", "s4", "s5", "dino")  # the order in which GeoAware's network joins them
 SD_PARTS = ("s5", "s4", "s3")  # coarse to fine, the order in which sd-dino reduces them
 EPSILON = 1e-5  # of percentages: official ones may be float32, and lie on the edge between two printed values
 TIE = 1e-6  # two cosines that differ by less: either pixel is right
 DISTANCES: dict[str, Metric] = {"cos": "cosine", "l2": "euclidean", "l1": "manhattan"}  # sd-dino's names
-
-
-def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
 
 
 def _dataset(folder: Path, case: Mapping[str, Any]) -> Path:
@@ -71,7 +66,7 @@ def upsampled(descriptors: Descriptors) -> Tensor:
 
 
 def check_pck_dift_spair(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     printed = case["results_percent_printed_with_2_decimals"]
     pairs = read_spair(_dataset(folder, case))
     protocol = PROTOCOLS["spair-dift"]
@@ -172,7 +167,7 @@ def _check_sddino_category(
 
 
 def check_pck_sddino_spair(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     protocols = {box: replace(PROTOCOLS["spair-sd-dino"], threshold="box" if box else "image") for box in (True, False)}
     counted: dict[int, list[PairCount]] = {}
     for result in case["results"]:
@@ -200,7 +195,7 @@ def check_pck_sddino_spair(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_pck_sddino_pascal(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     protocol, config = PROTOCOLS["pf-pascal-sd-dino"], case["config"]
     assert config["pascal"], "a case of PF-PASCAL"
     assert not config["bbox"], "PF-PASCAL has no boxes"
@@ -216,7 +211,7 @@ def check_pck_sddino_pascal(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_pck_hyperfeatures(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     params = case["params"]
     sizes = {side: params[f"{side}_size_wh"][::-1] for side in ("load", "output", "source", "target")}
     source, target = (
@@ -267,7 +262,7 @@ def rounded_points(points: Tensor, size: Sequence[int], onto: Sequence[int]) -> 
 
 
 def check_flow_sddino_tss(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     root = _dataset(folder, case)
     tss = read_tss(root, subsets=[subset for subset in SUBSETS if (root / subset).is_dir()])
     assert not tss.problems
@@ -347,7 +342,7 @@ def _renumbered(entries: Sequence[Sequence[int]], used: Sequence[int]) -> list[t
 
 
 def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = _tensors(folder)
+    given, expected = tensors_of(folder)
     groups = json.loads((folder / "model/config.json").read_text())["num_norm_groups"]
     network = AggregationNetwork.load(folder / "model/aggregation_network.safetensors", groups=groups)
     pixels = float(case["tolerance"]["pred"].removeprefix("soft ").partition(" ")[0])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones import (
@@ -21,7 +20,7 @@ from diffrep.backbones import (
 from diffrep.features import ExtractConfig, extract, window_origins
 from diffrep.images import Sizing, fit_image, load_image, stack_pixels
 
-from .cases import ROOT, assert_near, assert_within, number_in
+from .cases import ROOT, assert_near, assert_within, number_in, tensors_of
 
 LAYERS = {2: "up.0.resnet.1", 5: "up.1.attention.1", 8: "up.2.attention.1", 11: "up.3.attention.1"}
 NAMES = {2: "s5", 5: "s4", 8: "s3", 11: "s2"}
@@ -44,7 +43,7 @@ def bare_backbone(folder: Path) -> LatentDiffusion:
 
 
 def check_sd_taps_tiled(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     backbone = bare_backbone(folder / "model")
     backbone.embed("", PromptEmbedding(given["prompt_embeds"]))
     shared = expected["shared_noise"]
@@ -73,7 +72,7 @@ def check_sd_taps_tiled(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_gdf_layer_names(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     model = sibling(folder, Path(case["model"].split()[0]).parts[-2]) / "model"
     backbone = load_backbone(model)
     assert isinstance(backbone, LatentDiffusion)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from diffrep.backbones.pixel_diffusion import AdmArchitecture, adm_backbone, convert, numbered_blocks
 
-from .cases import assert_near, number_in
+from .cases import assert_near, number_in, tensors_of
 
 
 def _flags(folder: Path) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def _flags(folder: Path) -> dict[str, Any]:
 
 
 def check_adm_unet_blocks(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     weights = load_file(folder / "model" / "official_state_dict.safetensors")
     wanted = json.loads((folder / "model" / "diffusers_config.json").read_text())
     shapes = {key: tuple(value.shape) for key, value in weights.items()}

@@ -16,7 +16,7 @@ from diffrep.backbones import Conditions, PixelDiffusion
 from diffrep.backbones.pixel_diffusion import adm_backbone
 from diffrep.heads.probes import AttentionFusion, DifFeed, PooledHead, TokenReadout, numbered_taps
 
-from .cases import assert_near, number_in
+from .cases import assert_near, number_in, tensors_of
 
 
 def tolerance(case: Mapping[str, Any]) -> float:
@@ -137,7 +137,7 @@ def check_difformer_end_to_end(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_diffeed_end_to_end(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     backbone = the_backbone(folder, case)
     second = {b: numbered_taps(backbone)[b] for b in case["second_forward_blocks"]}
     head = _fusion(
