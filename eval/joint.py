@@ -31,7 +31,7 @@ from diffrep.heads.families import Task
 from diffrep.heads.one_step import LatentCodec
 from diffrep.heads.training.dense import OneStepModel, adapt_unet, decoded_depth, latent_losses
 from diffrep.heads.training.dense_data import Sample, SceneSamples, cache_latents, latent_batches
-from diffrep.heads.training.fit import EMBEDDED_RECIPE, Feed, HeadSettings, prepared, train_head
+from diffrep.heads.training.fit import EMBEDDED_RECIPE, Feed, HeadSettings, TrainingInputs, prepared, train_head
 from diffrep.scenes import Scene, SceneSet
 from diffrep.settings import check
 from diffrep.training.loop import FitSettings
@@ -71,21 +71,12 @@ class JointTraining(HeadSettings[OneStepModel, SceneSet]):
         unet.register_to_config(out_channels=wide.out_channels)
         return OneStepModel(unet, prepared(parts, unet), parts.alphas_cumprod, EMBEDDED_RECIPE)
 
-    def feed(
-        self,
-        model: OneStepModel,
-        parts: PipelineParts,
-        data: Any,
-        folder: Path,
-        latents: Path | None,
-        progress: bool,
-        device: torch.device,
-    ) -> Feed:
-        vae, cached = parts.vae.to(device, memory_format=torch.channels_last), {}
+    def feed(self, model: OneStepModel, inputs: TrainingInputs) -> Feed:
+        vae, cached = inputs.parts.vae.to(inputs.device, memory_format=torch.channels_last), {}
         for target in self.targets:
-            samples = (MaskSamples if target == "mask" else SceneSamples)(data, _task(target))
-            place: Any = (vae, samples, target, latents or folder)
-            cached[target] = cache_latents(*place, made_with=self.base, progress=progress)
+            samples = (MaskSamples if target == "mask" else SceneSamples)(inputs.data, _task(target))
+            place: Any = (vae, samples, target, inputs.latents or inputs.folder)
+            cached[target] = cache_latents(*place, made_with=self.base, progress=inputs.progress)
         stacked = torch.cat([cached[target]["targets"] for target in self.targets], 1)
         together = {"images": cached[self.targets[0]]["images"], "targets": stacked}
         return latent_batches(together, EMBEDDED_RECIPE, batch_size=self.batch_size), latent_losses, None

@@ -64,6 +64,18 @@ Feed = tuple[Callable[[torch.Generator], Batch], Loss[Any], Callable[[Any], obje
 """What makes batches, their loss, and what is done with the trained model."""
 
 
+@dataclass(frozen=True)
+class TrainingInputs:
+    """What a training is fed from: parts of the base, data, and where to work; see `train_head`."""
+
+    parts: PipelineParts
+    data: Any
+    folder: Path
+    latents: Path | None
+    progress: bool
+    device: torch.device
+
+
 class HeadSettings(ABC, Generic[ModelT, DataT]):
     """From which base a head is trained, and how: what all kinds of heads share."""
 
@@ -81,17 +93,8 @@ class HeadSettings(ABC, Generic[ModelT, DataT]):
         """
 
     @abstractmethod
-    def feed(
-        self,
-        model: ModelT,
-        parts: PipelineParts,
-        data: DataT,
-        folder: Path,
-        latents: Path | None,
-        progress: bool,
-        device: torch.device,
-    ) -> Feed:
-        """What the training of a model from some parts on data is made of."""
+    def feed(self, model: ModelT, inputs: TrainingInputs) -> Feed:
+        """What the training of a model is made of."""
 
     @abstractmethod
     def about(self) -> dict[str, Any]:
@@ -148,7 +151,8 @@ def train_head(
     claim_folder(folder, settings, name="training.json")
     parts, place = load_parts(training.base, pad=training.padded_context), resolve_device(device)
     model = training.build(parts)
-    batches, loss, finish = training.feed(model, parts, data, folder, latents, options.get("progress", True), place)
+    inputs = TrainingInputs(parts, data, folder, latents, options.get("progress", True), place)
+    batches, loss, finish = training.feed(model, inputs)
     trained = fit(model, batches, loss, training.fit, folder, device=place, **options)
     if finish is not None:
         finish(trained)
@@ -257,17 +261,9 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
         context = prepared(parts, unet, decoder)
         return OneStepModel(unet, context, parts.alphas_cumprod, self.recipe, decoder)
 
-    def feed(
-        self,
-        model: OneStepModel,
-        parts: PipelineParts,
-        data: Any,
-        folder: Path,
-        latents: Path | None,
-        progress: bool,
-        device: torch.device,
-    ) -> Feed:
-        (sets, shares), codec, size = data, LatentCodec(parts.vae), self.batch_size
+    def feed(self, model: OneStepModel, inputs: TrainingInputs) -> Feed:
+        (sets, shares), parts, device, size = inputs.data, inputs.parts, inputs.device, self.batch_size
+        codec = LatentCodec(parts.vae)
         if self.decoder:
             if len(sets) != 1 or not isinstance(sets[0], SceneSamples):
                 raise ValueError("a decoder of its own is trained on one set of rendered scenes (--data scenes)")
@@ -287,7 +283,8 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
         if len(sets) != 1:
             raise ValueError(f"latents are cached of one data set, not of {len(sets)}")
         vae, made_with = parts.vae.to(memory_format=torch.channels_last), _made_with(self.base, parts)
-        cached = cache_latents(vae, sets[0], self.task, latents or folder, made_with=made_with, progress=progress)
+        place: Any = (vae, sets[0], self.task, inputs.latents or inputs.folder)
+        cached = cache_latents(*place, made_with=made_with, progress=inputs.progress)
         return latent_batches(_moved(cached, device), self.recipe, batch_size=size), latent_losses, None
 
     def about(self) -> dict[str, Any]:
@@ -361,16 +358,9 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
         context = prepared(parts, unet, decoder)
         return SegmentationModel(unet, context, Schedule.from_config(parts.scheduler), decoder)
 
-    def feed(
-        self,
-        model: SegmentationModel,
-        parts: PipelineParts,
-        data: Any,
-        folder: Path,
-        latents: Path | None,
-        progress: bool,
-        device: torch.device,
-    ) -> Feed:
+    def feed(self, model: SegmentationModel, inputs: TrainingInputs) -> Feed:
+        parts, data, device = inputs.parts, inputs.data, inputs.device
+        folder, progress = inputs.folder, inputs.progress
         codec = LatentCodec(parts.vae.eval().to(memory_format=torch.channels_last))
         levels: Any = model.unet.levels  # an int, which torch's modules cannot say
         shape: dict[str, Any] = {"batch_size": self.batch_size, "edges": self.edges}
@@ -378,7 +368,7 @@ class SegmentationTraining(HeadSettings[SegmentationModel, SceneSet | list[Maske
             codec.to(device)
             batches = image_batches(data, codec.encode, size=self.size, levels=levels, decoder=self.decoder, **shape)
             return batches, segmentation_losses, None
-        count, file = min(self.scenes, len(data)), latents or folder / "latents.safetensors"
+        count, file = min(self.scenes, len(data)), inputs.latents or folder / "latents.safetensors"
         made_with = _made_with(self.base, parts)
         cached = cache_scenes(codec.encode, data, count, levels, file, made_with=made_with, progress=progress)
         cached, held = _moved(cached, device), held_scenes(data, slice(count), device) if self.decoder else None

@@ -39,7 +39,7 @@ from diffrep.heads.restoration.pixels import imresize
 from diffrep.heads.restoration.residual import PROCESSES, hsd_gradient, sinsr_losses
 from diffrep.heads.restoration.restorer import RestorationHead, Restorer
 from diffrep.heads.training.dense import adapt_unet
-from diffrep.heads.training.fit import Feed, HeadSettings, prepared
+from diffrep.heads.training.fit import Feed, HeadSettings, TrainingInputs, prepared
 from diffrep.images import center_crop, load_image
 from diffrep.scenes import SceneSet
 from diffrep.settings import NOT_NEGATIVE, WORKERS, check
@@ -313,30 +313,22 @@ class RestorationTraining(HeadSettings[RestorationModel, Tensor]):
     def written_vae(self, model: RestorationModel) -> Any:
         return model.vae if self.learns == "all" or not self.detail or self.start or self.teacher else None
 
-    def feed(
-        self,
-        model: RestorationModel,
-        parts: PipelineParts,
-        data: Any,
-        folder: Path,
-        latents: Path | None,
-        progress: bool,
-        device: torch.device,
-    ) -> Feed:
+    def feed(self, model: RestorationModel, inputs: TrainingInputs) -> Feed:
+        data, device = inputs.data, inputs.device
         if data.shape[-2:] != (self.size, self.size):
             raise ValueError(
                 f"size must be that of the originals, {data.shape[-2]} x {data.shape[-1]}, got {self.size}"
             )
         pairs = degraded_pairs(
-            data, self.pairs, latents or folder / "pairs.safetensors", seed=self.fit.seed,
-            half=bool(self.teacher) and model.process is None, workers=self.workers, progress=progress,
+            data, self.pairs, inputs.latents or inputs.folder / "pairs.safetensors", seed=self.fit.seed,
+            half=bool(self.teacher) and model.process is None, workers=self.workers, progress=inputs.progress,
         )  # fmt: skip
         size, versions = (self.size, self.size), self.pairs.versions
         teacher = None
         if self.teacher:
             machine = _restorer_in(self.teacher)
             networks = machine.network.unet, machine.vae, machine.network.context
-            teacher = RestorationModel(*networks, parts.scheduler, family=machine.family)
+            teacher = RestorationModel(*networks, inputs.parts.scheduler, family=machine.family)
             teacher.to(device).requires_grad_(False).eval()
         frozen = copy.deepcopy(model.vae).to(device).requires_grad_(False).eval()
         data, pairs = data.to(device), {name: low.to(device) for name, low in pairs.items()}
