@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component, network_class
@@ -49,7 +49,7 @@ from diffrep.heads.recognition import (
     spacing_note,
 )
 from diffrep.heads.restoration.families import RESTORATION_FAMILIES, TINY, RestorationFamily
-from diffrep.heads.restoration.loading import checkpoint_in, load_restorer, read_checkpoint
+from diffrep.heads.restoration.loading import checkpoint_in, load_restorer, make_ready, misfits, read_checkpoint
 from diffrep.heads.restoration.restorer import RestorationHead, Restorer
 from diffrep.heads.segmentation import DiffDis, SegmentationHead
 from diffrep.tasks import embedded_head
@@ -64,6 +64,23 @@ __all__ = [
     "save_head",
     "write_head",
 ]
+
+
+LoadedHead: TypeAlias = "DenseHead | SegmentationHead | RestorationHead"
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the caller of `load_head` says beside the name."""
+
+    task: str | None
+    family: str | None
+    base: str | None
+    device: torch.device
+    dtype: torch.dtype
+    fold: bool
+    prompt: str | None
+    adjustable: bool
 
 
 @dataclass(frozen=True)
@@ -137,46 +154,52 @@ def load_head(
     if not isinstance(name, (str, os.PathLike)):
         raise HeadError(f"a head is named by text or a path, got {type(name).__name__}")
     place = resolve_device(device)
-    numbers = resolve_dtype(dtype, place, option="dtype")
+    numbers, base = resolve_dtype(dtype, place, option="dtype"), None if base is None else os.fspath(base)
     check_names(task, family)
-    head: DenseHead | SegmentationHead | RestorationHead
     try:
-        name, behind = split_options(expand(embedded_head(os.fspath(name))))
-        if "lora" in behind:
-            raise HeadError(f"{name}: is loaded as a head, which takes no LoRA files")
-        files = {"variant": variant or behind.get("variant"), "revision": revision or behind.get("revision")}
-        if (adapters := checkpoint_in(name)) is not None and _names_adapters(adapters):
-            if any(files.values()):
-                raise HeadError(f"{name}: is a file: variant and revision are of its base, 'BASE?variant=fp16'")
-            return _load_adapters(adapters, name, task, family, base, place, numbers, fold, prompt, adjustable)
-        if prompt is not None or adjustable:
-            raise HeadError(f"{name}: prompt and adjustable are of PiSA-SR, OSEDiff and S3Diff, which it is not")
-        wanted = RESTORATION if family in RESTORATION_FAMILIES else "segmentation" if family == DIFFDIS else task
-        source = _find(name, None if base is None else os.fspath(base), wanted, **files)
-        if source.head.get("family") in RESTORATION_FAMILIES:
-            if (task or RESTORATION) != RESTORATION or family not in (None, source.head["family"]):
-                raise HeadError(f"{name}: is a restorer, not {task or family}")
-            head = _load_restorer(source, place, numbers, fold)
-        elif task == RESTORATION or family in RESTORATION_FAMILIES:
-            raise HeadError(
-                f"{name}: is no restorer: neither a folder of `diffrep train restore` nor a file of adapters"
-            )
-        elif _holds_diffdis(source):
-            if (task or "segmentation") != "segmentation" or (family or DIFFDIS) != DIFFDIS:
-                raise HeadError(f"{name}: is a DiffDIS, a head for segmentation, not {task or family}")
-            head = _load_segmentation(source, place, numbers, needs_base=base is None)
-        elif task == "segmentation" or family == DIFFDIS:
-            raise HeadError(f"{name}: {_why_no_diffdis(source)}")
-        else:
-            head = _load_dense(source, task, family, place, numbers, fold)
-        head.name, head.base = with_options(name, variant=files["variant"], revision=files["revision"]), source.base
-        return head
+        return _load(
+            os.fspath(name), _Wanted(task, family, base, place, numbers, fold, prompt, adjustable), variant, revision
+        )
     except HeadError:
         raise
     except SafetensorError as error:
         raise HeadError(f"{name}: a weight file is damaged ({error})") from None
     except (ValueError, OSError, RuntimeError, KeyError) as error:  # of the parts and the hub, in their own words
         raise HeadError(words_of(error)) from None
+
+
+def _load(name: str, wanted: _Wanted, variant: str | None, revision: str | None) -> LoadedHead:
+    """By what its files are: adapters of a restorer, or a folder of a restorer, of a DiffDIS, of depth or normals."""
+    task, family = wanted.task, wanted.family
+    load: Callable[[_Source, _Wanted], LoadedHead]
+    fits: tuple[str | None, str | None]
+    name, behind = split_options(expand(embedded_head(name)))
+    if "lora" in behind:
+        raise HeadError(f"{name}: is loaded as a head, which takes no LoRA files")
+    files = {"variant": variant or behind.get("variant"), "revision": revision or behind.get("revision")}
+    if (adapters := checkpoint_in(name)) is not None and _names_adapters(adapters):
+        if any(files.values()):
+            raise HeadError(f"{name}: is a file: variant and revision are of its base, 'BASE?variant=fp16'")
+        return _load_adapters(adapters, name, wanted)
+    if wanted.prompt is not None or wanted.adjustable:
+        raise HeadError(f"{name}: prompt and adjustable are of PiSA-SR, OSEDiff and S3Diff, which it is not")
+    asked = RESTORATION if family in RESTORATION_FAMILIES else "segmentation" if family == DIFFDIS else task
+    source = _find(name, wanted.base, asked, **files)
+    if source.head.get("family") in RESTORATION_FAMILIES:
+        what, load, fits = "a restorer", _load_restorer, (RESTORATION, source.head["family"])
+    elif asked == RESTORATION:
+        raise HeadError(f"{name}: is no restorer: neither a folder of `diffrep train restore` nor a file of adapters")
+    elif _holds_diffdis(source):
+        what, load, fits = "a DiffDIS, a head for segmentation", _load_segmentation, ("segmentation", DIFFDIS)
+    elif asked == "segmentation":
+        raise HeadError(f"{name}: {_why_no_diffdis(source)}")
+    else:
+        what, load, fits = "", _load_dense, (task, family)  # which looks for itself
+    if task not in (None, fits[0]) or family not in (None, fits[1]):
+        raise HeadError(f"{name}: is {what}, not {task or family}")
+    head = load(source, wanted)
+    head.name, head.base = with_options(name, variant=files["variant"], revision=files["revision"]), source.base
+    return head
 
 
 def _names_adapters(file: Path) -> bool:
@@ -189,35 +212,33 @@ def _names_adapters(file: Path) -> bool:
     return any(key.startswith("state_dict_unet") for key in weight_names(file, error=HeadError))
 
 
-def _load_adapters(
-    file: Path, name: str, task: str | None, family: str | None, base: Any, device: torch.device, dtype: torch.dtype,
-    fold: bool, prompt: str | None, adjustable: bool,
-) -> RestorationHead:  # fmt: skip
-    if (task or RESTORATION) != RESTORATION:
-        raise HeadError(f"{name}: is a file of a restorer's adapters, not a head for {task}")
-    if base is None:
+def _load_adapters(file: Path, name: str, wanted: _Wanted) -> RestorationHead:
+    if (wanted.task or RESTORATION) != RESTORATION:
+        raise HeadError(f"{name}: is a file of a restorer's adapters, not a head for {wanted.task}")
+    if wanted.base is None:
         raise HeadError(
             f"{name}: holds adapters alone: say which base they adapt (base, a folder or hub id: Stable Diffusion"
             " 2.1-base for PiSA-SR and OSEDiff, SD-Turbo for S3Diff)"
         )
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "fold": fold, "prompt": prompt}
-    head = load_restorer(file, named(os.fspath(base)), name=name, adjustable=adjustable, **options)
-    if family not in (None, head.family.name):
-        raise HeadError(f"{name}: is a {head.family.name}, not a {family}")
+    options = {key: getattr(wanted, key) for key in ("device", "dtype", "fold", "prompt", "adjustable")}
+    head = load_restorer(file, named(wanted.base), name=name, **options)
+    if wanted.family not in (None, head.family.name):
+        raise HeadError(f"{name}: is a {head.family.name}, not a {wanted.family}")
     return head
 
 
-def _load_restorer(source: _Source, device: torch.device, dtype: torch.dtype, fold: bool) -> RestorationHead:
+def _load_restorer(source: _Source, wanted: _Wanted) -> RestorationHead:
     """A folder that `diffrep train restore` wrote; its VAE is its own where it was trained too."""
-    unet_class = network_class("UNet2DConditionModel", json_of(source.path, "unet/config.json"))
-    unet = load_component(unet_class, source.path, "unet", dtype)
     own = dataclasses.replace(source, base=source.path) if json_of(source.path, "vae/config.json") else source
-    parts, decoder = _parts(own, unet, device, dtype, scheduler=source.base), _decoder(source, device, dtype)
+    parts, decoder = _parts(own, _unet(source, wanted), wanted, scheduler=source.base), _decoder(source, wanted)
     size = integer(source.name, source.head, "working_size", TINY.working_size)
     family: RestorationFamily = dataclasses.replace(RESTORATION_FAMILIES[source.head["family"]], working_size=size)
     about = f"{family.name}, a restorer, said by {HEAD_FILE}"
     return RestorationHead(
-        Restorer(*parts, family, fold=fold, decoder=decoder), name=source.name, recognised=about, source=source.path
+        Restorer(*parts, family, fold=wanted.fold, decoder=decoder),
+        name=source.name,
+        recognised=about,
+        source=source.path,
     )
 
 
@@ -236,14 +257,11 @@ def _find(name: str, base: str | None, task: str | None = None, **files: str | N
     return _Source(name, path, head, config, base_of(path, head) if base is None else named(base))
 
 
-def _load_dense(
-    source: _Source, task: str | None, family: str | None, device: torch.device, dtype: torch.dtype, fold: bool
-) -> DenseHead:
-    recognised = _recognise(source, task, family)
-    unet_class = network_class("UNet2DConditionModel", json_of(source.path, "unet/config.json"))
-    unet = load_component(unet_class, source.path, "unet", dtype)
-    decoder = _decoder(source, device, dtype)
-    model = OneStep(*_parts(source, unet, device, dtype), recognised.family, fold=fold, decoder=decoder)
+def _load_dense(source: _Source, wanted: _Wanted) -> DenseHead:
+    recognised = _recognise(source, wanted.task, wanted.family)
+    decoder = _decoder(source, wanted)
+    parts = _parts(source, _unet(source, wanted), wanted)
+    model = OneStep(*parts, recognised.family, fold=wanted.fold, decoder=decoder)
     about = f"{recognised.family.name}, {recognised.task} ({recognised.reason})"
     if decoder is not None:
         about += ", drawn by its own decoder"
@@ -262,47 +280,45 @@ def _recognise(source: _Source, task: str | None, family: str | None = None) -> 
     return recognise(source.name, source.config, vae, source.head, index, task, family)
 
 
-def _load_segmentation(
-    source: _Source, device: torch.device, dtype: torch.dtype, *, needs_base: bool
-) -> SegmentationHead:
+def _load_segmentation(source: _Source, wanted: _Wanted) -> SegmentationHead:
     path = source.place
-    if needs_base and not source.head and (path.is_file() or not json_of(source.path, "vae/config.json")):
+    if wanted.base is None and not source.head and (path.is_file() or not json_of(source.path, "vae/config.json")):
         raise HeadError(
             f"{source.name}: holds a U-Net alone: say where its VAE and text encoder are (base, for example sd-turbo)"
         )
     config = source.config or json_of(source.base, "unet/config.json")
     unet = diffdis_unet(_read_diffdis(source), config, name=source.name)
-    decoder = _decoder(source, device, dtype)
+    decoder = _decoder(source, wanted)
     size = integer(source.name, source.head, "working_size", 0) or 1024
-    model = DiffDis(*_parts(source, unet, device, dtype), working_size=size, decoder=decoder)
+    model = DiffDis(*_parts(source, unet, wanted), working_size=size, decoder=decoder)
     drawn = "its own decoder" if decoder is not None else "the VAE"
     about = f"DiffDIS (recognised by its weights), {unet.levels} levels, masks drawn by {drawn}"
     return SegmentationHead(model, name=source.name, recognised=about, source=source.path)
 
 
-def _decoder(source: _Source, device: torch.device, dtype: torch.dtype) -> DetailDecoder | None:
+def _unet(source: _Source, wanted: _Wanted) -> Any:
+    unet_class = network_class("UNet2DConditionModel", json_of(source.path, "unet/config.json"))
+    return load_component(unet_class, source.path, "unet", wanted.dtype)
+
+
+def _decoder(source: _Source, wanted: _Wanted) -> DetailDecoder | None:
     """The decoder of its own that a head's folder holds, ready to run."""
     path = source.place
     if (decoder := DetailDecoder.load(path) if path.is_dir() else None) is not None:
         check_weights(decoder, source.name)
-        decoder.to(device, dtype)
+        decoder.to(wanted.device, wanted.dtype)
     return decoder
 
 
 def _parts(
-    source: _Source, unet: Any, device: torch.device, dtype: torch.dtype, *, scheduler: str | None = None
+    source: _Source, unet: Any, wanted: _Wanted, *, scheduler: str | None = None
 ) -> tuple[Any, Any, Tensor, Schedule]:
     """What every head has, ready to run: the U-Net, the VAE, the prompt's embedding, the schedule."""
     vae_class = network_class("AutoencoderKL", json_of(source.base, "vae/config.json"))
-    vae = load_component(vae_class, source.base, "vae", dtype)
-    for module in (unet, vae):
-        check_weights(module, source.name)
-        nn.Module.to(module, device, dtype)  # diffusers' own warns about a cast even when it is none
-        module.eval().requires_grad_(False)
-    if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
-        vae.float()
+    vae = load_component(vae_class, source.base, "vae", wanted.dtype)
+    make_ready(vae, unet, name=source.name, device=wanted.device, dtype=wanted.dtype)
     schedule = _schedule(source, scheduler or source.base)
-    context = stored_context(source.path, source.base).to(device, dtype)
+    context = stored_context(source.path, source.base).to(wanted.device, wanted.dtype)
     if context.shape[-1] != unet.config.cross_attention_dim:
         raise HeadError(
             f"{source.name}: the prompt's embedding has {context.shape[-1]} channels, the U-Net attends to"
@@ -432,13 +448,8 @@ def diffdis_unet(weights: Mapping[str, Tensor], config: Mapping[str, Any], *, na
         raise HeadError(f"{name}: {NO_DIFFDIS}")
     network = DiffDisUNet(config)
     expected = network.state_dict()
-    common = set(expected) & set(weights)
-    problems = {
-        "missing": sorted(set(expected) - set(weights)),
-        "left over": sorted(set(weights) - set(expected)),
-        "of another shape": sorted(key for key in common if expected[key].shape != weights[key].shape),
-    }
-    if listed := [f"{len(keys)} {what} ({', '.join(keys[:3])})" for what, keys in problems.items() if keys]:
+    other = [key for key in set(expected) & set(weights) if expected[key].shape != weights[key].shape]
+    if listed := misfits(set(expected) - set(weights), set(weights) - set(expected), other):
         raise HeadError(f"{name}: the weights do not fit the config: {'; '.join(listed)}")
     network.load_state_dict(dict(weights))
     return network.eval().requires_grad_(False)

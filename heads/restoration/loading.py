@@ -149,12 +149,7 @@ def load_restorer(
         merge(unet, list(adapters.values()), name=name)
         merge(vae, list(_adapters(checkpoint, "vae", vae, name=name).values()), name=name)
     contexts = _contexts(base, family, prompt, name=name)
-    for module in filter(None, (unet, vae, pixel_unet, estimator, *modulations)):
-        check_weights(module, name)
-        nn.Module.to(module, device, dtype)
-        module.eval().requires_grad_(False)
-    if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
-        vae.float()
+    make_ready(vae, unet, pixel_unet, estimator, *modulations, name=name, device=device, dtype=dtype)
     for module in (*modulations, *filter(None, [estimator])):
         module.float()
     context, negative = (None if one is None else one.to(device, dtype) for one in contexts)
@@ -211,9 +206,24 @@ def _listed(checkpoint: Mapping[str, Any], network: str, module: nn.Module) -> s
     return listed
 
 
+def make_ready(vae: Any, *others: nn.Module | None, name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Put networks of finite weights where they run, in place, to be used and not trained."""
+    for module in filter(None, (vae, *others)):
+        check_weights(module, name)
+        nn.Module.to(module, device, dtype)  # diffusers' own warns about a cast even when it is none
+        module.eval().requires_grad_(False)
+    if dtype == torch.float16 and vae.config.force_upcast:  # half precision overflows in this VAE
+        vae.float()
+
+
+def misfits(missing: Collection[str], left: Collection[str], other: Collection[str] = ()) -> list[str]:
+    """What is wrong with weights by their names, "3 missing (a, b, c)" for each kind; none where all fit."""
+    problems = {"missing": missing, "left over": left, "of another shape": other}
+    return [f"{len(keys)} {what} ({', '.join(sorted(keys)[:3])})" for what, keys in problems.items() if keys]
+
+
 def _report(name: str, what: str, missing: Collection[str], left: Collection[str]) -> None:
-    problems = {"missing": sorted(missing), "left over": sorted(left)}
-    if said := [f"{len(keys)} {problem} ({', '.join(keys[:3])})" for problem, keys in problems.items() if keys]:
+    if said := misfits(missing, left):
         raise HeadError(f"{name}: of the {what} {' and '.join(said)}")
 
 
