@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from diffrep.backbones import Conditions, LatentDiffusion, PromptEmbedding, draw_noise
 from diffrep.backbones.pipelines import network_class
-from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark, Row, count_flops, said_flops
+from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark, Row, count_flops, peak_memory, said_flops
 from diffrep.heads.diffdis import DiffDisUNet, branch_vectors
 from diffrep.heads.families import FAMILIES, Family
 from diffrep.heads.one_step import TIMESTEP, OneStep, Schedule
@@ -214,8 +213,7 @@ class DepthBenchmark(NetworkBenchmark):
     def run(self) -> list[Row]:
         """Time and count both sides, print the table and return its rows."""
         rows = super().run()
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"peak memory of the process {peak:.0f} MB, of both sides and their weights")
+        print(f"peak memory of the process {peak_memory():.0f} MB, of both sides and their weights")
         return rows
 
     def claims(self) -> Iterator[Claim]:

@@ -6,8 +6,6 @@ Ours reads each image once, ends the pass at the tap, and trains all learning ra
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from diffrep.backbones import load_backbone
 from diffrep.backbones.diffusion import DiffusionBackbone
-from diffrep.eval.benchmarks.timing import Row, interleave, table
+from diffrep.eval.benchmarks.timing import Row, interleave, peak_memory, table
 from diffrep.eval.probe_data import digit_images
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes.cells import Cell, block_taps, noisy_input, readings_of
@@ -130,14 +128,14 @@ class ProbesBenchmark:
             start = time.perf_counter()
             matrix, labels = self._written(Path(place))
             written = time.perf_counter() - start
-            before = peak_gib()
+            before = peak_memory() / 2**10
             train = np.arange(int(0.95 * self.rows))
             settings = GridSettings(epochs=self.passes, batch_size=4096, weight_decays=(0.0, 1e-4))
             start = time.perf_counter()
             grid = fit_grid(matrix, labels, train, self.classes, settings)
             seconds = time.perf_counter() - start
             accuracy = grid.accuracies(matrix, labels, np.arange(len(train), self.rows))
-        peak = peak_gib()
+        peak = peak_memory() / 2**10
         size = 2 * self.rows * self.width / 2**30
         lines = [
             f"{self.rows:,} x {self.width} features, {size:.2f} GiB on disk, written in {written:.0f} s",
@@ -161,9 +159,3 @@ class ProbesBenchmark:
             values.astype(np.float16).tofile(file)
             pieces.append(np.memmap(file, np.float16, "r", shape=(len(classes), self.width)))
         return FeatureRows(pieces), torch.from_numpy(labels)
-
-
-def peak_gib() -> float:
-    """Highest resident memory of this process so far, mapped pages included, GiB."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

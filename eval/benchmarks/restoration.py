@@ -7,20 +7,16 @@ what the prompt decides, and takes a tile at a time through all three networks.
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffrep.eval.benchmarks.networks import NetworkBenchmark, RandomParts, random_parts
-from diffrep.eval.benchmarks.timing import Claim, Row
+from diffrep.eval.benchmarks.timing import Claim, Row, peak_memory
 from diffrep.heads.restoration.families import PISA_SR
 from diffrep.heads.restoration.pixels import blended_rows, tile_window, windows
 from diffrep.heads.restoration.restorer import RestorationHead, RestoreConfig, Restorer
@@ -40,7 +36,7 @@ class RestorationBenchmark(NetworkBenchmark):
         rows = super().run()
         print(f"\n{'pixels':>13}  {'peak MiB, released':>19}  {'ours':>7}")
         for side in self.sides:
-            peaks = [self._peak_elsewhere(side, name) for name in ("released", "ours")]
+            peaks = [self.peak_elsewhere(side, name) for name in ("released", "ours")]
             print(f"{side:>5} x {side:<5}  {peaks[0]:>19.0f}  {peaks[1]:>7.0f}", flush=True)
         return rows
 
@@ -68,11 +64,6 @@ class RestorationBenchmark(NetworkBenchmark):
         image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
         config = RestoreConfig(tile=self.tile, overlap=self.overlap)
 
-        def measured() -> float:
-            if self.device != "cpu":
-                return torch.cuda.max_memory_allocated() / 2**20
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
         def restore(pixels: np.ndarray) -> object:
             if name == "ours":
                 return head.restore_pixels(pixels, config)
@@ -84,18 +75,9 @@ class RestorationBenchmark(NetworkBenchmark):
                 return parts.vae.decode(clean / scale).sample
 
         restore(image[: 8 * self.tile, : 8 * self.tile])  # what a first call allocates once belongs to neither side
-        before = measured()
+        before = peak_memory(self.device)
         restore(image)
-        return measured() - before
-
-    def _peak_elsewhere(self, side: int, name: str) -> float:
-        settings: dict[str, Any] = {"size": self.size, "device": self.device, "dtype": self.dtype, "tile": self.tile}
-        code = (
-            "from diffrep.eval.benchmarks.restoration import RestorationBenchmark;"
-            f"print(RestorationBenchmark(overlap={self.overlap}, **{settings!r}).peak({side}, {name!r}))"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return float(result.stdout.splitlines()[-1])
+        return peak_memory(self.device) - before
 
 
 @torch.inference_mode()

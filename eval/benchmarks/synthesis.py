@@ -6,9 +6,6 @@ large as the canvas. Ours goes through the same windows in batches, line by line
 
 from __future__ import annotations
 
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark, Row
+from diffrep.eval.benchmarks.timing import Claim, PairedBenchmark, Row, peak_memory
 from diffrep.synthesis import (
     OFFICIAL,
     ConditionEmbedder,
@@ -57,7 +54,7 @@ class SynthesisBenchmark(PairedBenchmark):
             denoise_canvas(model, random_grid(side), (pixels, pixels), self.settings(model))
             rate = f"{windows * self.steps / (time.perf_counter() - start):.1f}"
             for name in ("ours", "official") if self.memory else ("ours",):
-                peak = f"{self._peak_elsewhere(side, name):.0f}" if self.memory else "-"
+                peak = f"{replace(self, steps=1).peak_elsewhere(side, name):.0f}" if self.memory else "-"
                 speed = rate if name == "ours" else "-"
                 print(f"{pixels:>5} x {pixels:<4}  {windows:>8}  {speed:>10}  {peak:>9}  {name}", flush=True)
         return rows
@@ -91,30 +88,15 @@ class SynthesisBenchmark(PairedBenchmark):
         about = f"{self.steps} steps, guided, {self.size} U-Net, {self.dtype} on {self.device}"
         yield Claim(f"{windows} windows, {about}", plain, ours)
 
-    def _peak_elsewhere(self, side: int, name: str) -> float:
-        """`peak` in a process of its own."""
-        settings = {"size": self.size, "device": self.device, "dtype": self.dtype, "batch_size": self.batch_size}
-        code = (
-            "from diffrep.eval.benchmarks.synthesis import SynthesisBenchmark;"
-            f"print(SynthesisBenchmark(steps=1, **{settings!r}).peak({side}, {name!r}))"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return float(result.stdout.splitlines()[-1])
-
     def peak(self, side: int, name: str) -> float:
         """MiB that a canvas of side x side cells takes at its peak beside the model, in this process."""
         torch.set_num_threads(1)
         model = self.model()
         pixels, grid, settings = side * model.window, random_grid(side), self.settings(model)
 
-        def peak() -> float:
-            if self.device != "cpu":
-                return torch.cuda.max_memory_allocated() / 2**20
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
         # what a first call allocates once belongs to neither side
         denoise_canvas(model, random_grid(1), (model.window, model.window), replace(settings, batch_size=1))
-        before = peak()
+        before = peak_memory(self.device)
         if name == "ours":
             denoise_canvas(model, grid, (pixels, pixels), settings)
         else:
@@ -123,7 +105,7 @@ class SynthesisBenchmark(PairedBenchmark):
                 build_scheduler("official", model.scheduler, 1),
             )
             official_loop(model, grid, start, start[None], scheduler, settings)
-        return peak() - before
+        return peak_memory(self.device) - before
 
 
 @torch.inference_mode()

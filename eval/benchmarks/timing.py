@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,6 +97,13 @@ def said_flops(plain: float, ours: float) -> str:
     return f"GFLOP {plain:.1f} against {ours:.1f} ({plain / ours:.2f}x)"
 
 
+def peak_memory(device: str = "cpu") -> float:
+    """The most memory that this process has had so far, mapped pages included, MiB; on CUDA that of the card."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def apart(one: Tensor, other: Tensor) -> float:
     """Largest difference as a share of the other's largest value."""
     return float((one - other).abs().max() / other.abs().max())
@@ -142,6 +152,18 @@ class PairedBenchmark:
                 equality += f"; from float32 plain {apart(expected, right):.1e}, ours {apart(got, right):.1e}"
             counts = [count_flops(side) / 1e9 for side in (claim.plain, claim.ours)]
             yield Row(claim.what, times["plain"], times["ours"], equality, claim.said(*counts))
+
+    def peak(self, side: int, name: str) -> float:
+        """MiB that one side takes at its peak, beside the networks, in this process."""
+        raise NotImplementedError
+
+    def peak_elsewhere(self, side: int, name: str) -> float:
+        """`peak` in a process of its own: what a process has taken once never falls."""
+        kind = type(self)
+        asked = f"{kind.__name__}(**{vars(self)!r}).peak({side}, {name!r})"
+        code = f"from {kind.__module__} import {kind.__name__}; print({asked})"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return float(result.stdout.splitlines()[-1])
 
     def run(self) -> list[Row]:
         """Time and count both sides of every claim, print the table and return its rows."""
