@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.guidance.operators import cubic, tap_matrix
+
 Colours: TypeAlias = Literal["wavelet", "low-band", "adain", "none"]
 WAVELET_LEVELS = 5
 WAVELET_REACH = 2**WAVELET_LEVELS - 1  # pixels that a value of the low band looks away
@@ -26,27 +28,13 @@ def imresize(images: Tensor, scale: float, *, antialias: bool = True) -> Tensor:
         images: (..., H, W) float.
         antialias: widen the kernel where the image shrinks.
     """
+    shrink = scale if antialias and scale < 1 else 1.0
     for dim in (-2, -1):
-        weights = _cubic_weights(images.shape[dim], scale, antialias).to(images)
+        side = images.shape[dim]
+        places = (torch.arange(math.ceil(side * scale), dtype=torch.float64) + 0.5) / scale - 0.5
+        weights = tap_matrix(side, places, 2 / shrink, lambda far: cubic(far * shrink)).to(images)
         images = torch.tensordot(images, weights, dims=([dim], [1])).movedim(-1, dim)
     return images
-
-
-def _cubic_weights(side: int, scale: float, antialias: bool) -> Tensor:
-    """(new side, side) float64: the share of each pixel in each new one."""
-    shrink = scale if antialias and scale < 1 else 1.0
-    places = (torch.arange(math.ceil(side * scale), dtype=torch.float64) + 0.5) / scale - 0.5
-    reach = 2 / shrink
-    taps = torch.arange(math.ceil(2 * reach) + 2)
-    pixels = (places - reach).floor().long()[:, None] + taps
-    far = ((places[:, None] - pixels) * shrink).abs()
-    inner, outer = 1.5 * far**3 - 2.5 * far**2 + 1, -0.5 * far**3 + 2.5 * far**2 - 4 * far + 2
-    shares = torch.where(far <= 1, inner, torch.where(far <= 2, outer, 0.0))
-    mirrored = pixels % (2 * side)
-    mirrored = torch.minimum(mirrored, 2 * side - 1 - mirrored)
-    return torch.zeros(len(places), side, dtype=torch.float64).scatter_add_(
-        1, mirrored, shares / shares.sum(1, keepdim=True)
-    )
 
 
 # -- colours ------------------------------------------------------------------------------------------------
