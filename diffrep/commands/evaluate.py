@@ -18,7 +18,7 @@ from diffrep.commands.options import PrecisionOptions, ReportOptions, refuse_unu
 from diffrep.commands.train_heads import open_set
 from diffrep.eval.cache import StoredType
 from diffrep.eval.correspondence import CorrespondenceReport, Search, evaluate_pairs
-from diffrep.eval.datasets.dense_images import open_benchmark
+from diffrep.eval.datasets.dense_images import DenseSet, open_benchmark
 from diffrep.eval.datasets.pair_sets import (
     Ap10kSet,
     read_ap10k,
@@ -28,7 +28,7 @@ from diffrep.eval.datasets.pair_sets import (
     read_spair_u,
 )
 from diffrep.eval.datasets.pairs import PairSet, read_keypoint_tables, read_tss
-from diffrep.eval.flow import evaluate_flow
+from diffrep.eval.flow import FlowSearch, evaluate_flow
 from diffrep.eval.homography import HomographySettings, evaluate_homographies
 from diffrep.eval.maps import DepthProtocol, NormalProtocol, Predict, evaluate_maps
 from diffrep.eval.matchers import baselines, matchers_of
@@ -226,30 +226,16 @@ class EvalCorrespondence(PrecisionOptions):
             return compare(evaluate_scenes, self._models(), box=True)
         if self.data is None:
             raise ValueError(f"benchmark {self.benchmark} needs --data, the folder of the data set")
+        storage: dict[str, Any] = {"keep": self.keep, "batch_size": self.batch_size}
         if self.benchmark == "tss":
             flows = read_tss(self.data, subsets=self.categories or None)
-            return evaluate_flow(
-                flows,
-                self._models(),
-                self.output,
-                search="sd-dino" if self.search == "protocol" else "recipe",
-                keep=self.keep,
-                batch_size=self.batch_size,
-            )
+            rule: FlowSearch = "sd-dino" if self.search == "protocol" else "recipe"
+            return evaluate_flow(flows, self._models(), self.output, search=rule, **storage)
         protocol = self.chosen_protocol()
         pairs = self.read(self.data, protocol)
         tables = None if self.keypoints is None else read_keypoint_tables(self.keypoints)
-        return evaluate_pairs(
-            pairs,
-            protocol,
-            self._models(),
-            self.output,
-            search=self.search,
-            pose=self.pose,
-            tables=tables,
-            keep=self.keep,
-            batch_size=self.batch_size,
-        )
+        options = {"search": self.search, "pose": self.pose, "tables": tables, **storage}
+        return evaluate_pairs(pairs, protocol, self._models(), self.output, **options)
 
     def chosen_protocol(self) -> Protocol:
         """The protocol that is asked for, or that goes with benchmark and recipe.
@@ -305,10 +291,10 @@ class DenseEvaluation(ReportOptions, PrecisionOptions):
                 f"not counted: {number_of(len(report.problems), 'image')}, the first: {report.problems[0]}"
             )
 
-    def _folder(self) -> Path:
+    def _open(self, kind: Literal["depth", "normals"], benchmark: str) -> DenseSet:
         if self.root is None:
             raise ValueError("this benchmark needs its folder or archive: --root PATH")
-        return self.root
+        return open_benchmark(kind, benchmark, self.root, self.listing)
 
     def _scenes(self, head: DenseHead) -> Report:
         config = PredictConfig(size=self.working_size, batch_size=self.scenes.batch_size)
@@ -337,7 +323,7 @@ class EvalDepth(DenseEvaluation):
         if self.benchmark == "scenes":
             self._finish(self._scenes(head))
             return
-        data = open_benchmark("depth", self.benchmark, self._folder(), self.listing)
+        data = self._open("depth", self.benchmark)
         # the harness resizes, the head does not; unless a size is asked for, or the head has its own
         by_head = self.working_size is not None or head.working_size < 256
         protocol = DepthProtocol(
@@ -366,7 +352,7 @@ class EvalNormals(DenseEvaluation):
         if self.benchmark == "scenes":
             self._finish(self._scenes(head))
             return
-        data = open_benchmark("normals", self.benchmark, self._folder(), self.listing)
+        data = self._open("normals", self.benchmark)
         small = head.working_size if head.working_size < 256 else None
         side = small if self.working_size is None else self.working_size
         lotus = self.protocol == "lotus"
