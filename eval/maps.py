@@ -278,7 +278,6 @@ def evaluate_maps(
 DEPTH_METRICS = (
     "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "delta1", "delta2", "delta3", "irmse", "silog",
 )  # fmt: skip
-LOWER_IS_BETTER = frozenset(DEPTH_METRICS) - {"delta1", "delta2", "delta3"}
 
 
 def depth_metrics(prediction: Tensor, reference: Tensor, valid: Tensor) -> dict[str, float]:

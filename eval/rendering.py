@@ -134,8 +134,7 @@ def pasted_job(job: SceneJob) -> Scene:
 
     def halved(values: np.ndarray) -> np.ndarray:
         """Means of 2 x 2 pixels."""
-        means: np.ndarray = values.reshape(size, 2, size, 2, -1).mean((1, 3))
-        return means
+        return values.reshape(size, 2, size, 2, -1).mean((1, 3))
 
     cover = halved(fine.mask.astype(np.float64))
     colours = halved(fine.image * fine.mask[..., None].astype(np.float64)) / np.maximum(cover, 1e-6)

@@ -250,8 +250,7 @@ def through_vae(vae: Any, truth: Callable[[Scene], Tensor]) -> Callable[[Sequenc
     def method(scenes: Sequence[Scene]) -> Tensor:
         pictures = torch.stack([truth(scene) for scene in scenes])
         encoded = vae.encode(pictures.to(next(vae.parameters()).device)).latent_dist.mean
-        decoded: Tensor = vae.decode(encoded).sample.float().cpu()
-        return decoded
+        return vae.decode(encoded).sample.float().cpu()
 
     return method
 

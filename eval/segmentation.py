@@ -162,8 +162,7 @@ def evaluate_scene_masks(
 
 def grey(mask: Tensor) -> Map:
     """(H, W) in [0, 1] -> 8-bit, rounded."""
-    values: Map = (mask.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
-    return values
+    return (mask.float() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def masks_through_vae(vae: Any) -> Method:

@@ -37,8 +37,7 @@ def embed_rows(time_proj: nn.Module, time: nn.Module, branch: nn.Module, timeste
         vectors: (2B, 4) from `branch_vectors`.
     """
     steps = torch.full((1,), timestep, device=vectors.device)
-    embedding: Tensor = time(time_proj(steps).to(vectors.dtype)) + branch(vectors)
-    return embedding
+    return time(time_proj(steps).to(vectors.dtype)) + branch(vectors)
 
 
 class InteractiveAttention(nn.Module):
@@ -69,8 +68,7 @@ class InteractiveAttention(nn.Module):
             project(rows).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project, rows in ((self.to_q, tokens), (self.to_k, other), (self.to_v, other))
         )
-        mixed: Tensor = self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return mixed
+        return self.to_out[0](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class InteractiveBlock(nn.Module):
@@ -94,8 +92,7 @@ class InteractiveBlock(nn.Module):
         tokens = hidden_states + self.attn1(self.norm1(hidden_states))
         tokens = tokens + self.attn3(self.norm2_(tokens))
         tokens = tokens + self.attn2(self.norm2(tokens), encoder_hidden_states=encoder_hidden_states)
-        mixed: Tensor = tokens + self.ff(self.norm3(tokens))
-        return mixed
+        return tokens + self.ff(self.norm3(tokens))
 
 
 def interact(mid_block: Any) -> None:
@@ -134,8 +131,7 @@ def inject(skip: Tensor, latents: Tensor, conv: nn.Module, scale: nn.Module, shi
     condition = conv(latents)
     times = len(skip) // len(condition)
     factors, offsets = (projection(condition).repeat(times, 1, 1, 1) for projection in (scale, shift))
-    injected: Tensor = skip * factors + offsets + skip
-    return injected
+    return skip * factors + offsets + skip
 
 
 class DiffDisUNet(UNet2DConditionModel):
@@ -217,8 +213,7 @@ class DiffDisUNet(UNet2DConditionModel):
             count = len(up.resnets)
             skips, residuals = skips[:-count], tuple(skips[-count:])
             hidden = run(up, res_hidden_states_tuple=residuals)
-        predicted: Tensor = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
-        return predicted
+        return self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
 
     def _check(self, latents: Sequence[Tensor]) -> None:
         levels, (height, width) = self.levels, latents[0].shape[-2:]

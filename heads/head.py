@@ -74,13 +74,11 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.model.device
-        return device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+        return self.model.dtype
 
     def __repr__(self) -> str:
         million = sum(p.numel() for p in self.parameters()) / 1e6

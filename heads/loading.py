@@ -244,8 +244,7 @@ def _load_restorer(source: _Source, wanted: _Wanted) -> RestorationHead:
 
 def load_segmentation(name: str | os.PathLike[str], **options: Any) -> SegmentationHead:
     """Load a segmentation head; see `load_head`."""
-    head: SegmentationHead = load_head(name, task="segmentation", **options)
-    return head
+    return load_head(name, task="segmentation", **options)
 
 
 def _find(name: str, base: str | None, task: str | None = None, **files: str | None) -> _Source:

@@ -60,8 +60,7 @@ class Schedule:
     @cached_property
     def _numbers(self) -> list[float]:
         """The cumulative alphas as numbers: those that are read from tensors cannot be traced."""
-        values: list[float] = self.alphas_cumprod.tolist()
-        return values
+        return self.alphas_cumprod.tolist()
 
     @property
     def stated_single(self) -> int:
@@ -165,8 +164,7 @@ class PlainUNet(nn.Module):
         # filled on the device: nothing is moved there while a call is recorded
         steps = torch.full((1,), timestep, device=latents.device)
         context = self.context.expand(rows, -1, -1)
-        predicted: Tensor = self.unet(latents, steps, encoder_hidden_states=context, class_labels=labels).sample
-        return predicted
+        return self.unet(latents, steps, encoder_hidden_states=context, class_labels=labels).sample
 
 
 class _Constant(nn.Module):
@@ -295,13 +293,11 @@ class LatentCodec(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self._reference.device
-        return device
+        return self._reference.device
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype: torch.dtype = self._reference.dtype
-        return dtype
+        return self._reference.dtype
 
     def encode(self, pixels: Tensor, posterior_noise: Tensor | None = None, *, batch_size: int = 4) -> Tensor:
         """Image latents, scaled as the U-Net wants them.
@@ -479,8 +475,7 @@ class OneStep(LatentCodec):
             return output
 
         self.network.prepare(inputs, timestep, task)
-        output: Tensor = self.graphs((timestep, task), run, inputs)
-        return output
+        return self.graphs((timestep, task), run, inputs)
 
     def draw(self, size: tuple[int, int], seed: int, member: int, *, stream: int = 0) -> Tensor:
         """The noise (1, c, h, w) of an ensemble member: the same for every image of this size, so for all frames of a

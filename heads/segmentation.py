@@ -138,8 +138,7 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _bytes(values: Tensor) -> np.ndarray:
-    array: np.ndarray = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    return array
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------

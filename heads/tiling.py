@@ -380,8 +380,7 @@ def _aligned_pairs(members: Tensor, settings: DepthEnsemble) -> Tensor:
         if settings.regularizer:
             result, _ = _reduce(aligned, settings.reduction)
             distance += settings.regularizer * (float(result.min().abs()) + float((1 - result.max()).abs()))
-        rounded: np.floating[Any] = dtype.type(distance)
-        return rounded
+        return dtype.type(distance)
 
     options = {"maxiter": settings.iterations, "disp": False}
     start_values = start.cpu().numpy().astype(dtype)

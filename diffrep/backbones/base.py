@@ -222,14 +222,12 @@ class Call(NamedTuple):
 def read_output(call: Call) -> Tensor:
     """The output, or the first of several (the down blocks of a U-Net also return their skips)."""
     output = call.output.sample if hasattr(call.output, "sample") else call.output
-    value: Tensor = output[0] if isinstance(output, tuple) else output
-    return value
+    return output[0] if isinstance(output, tuple) else output
 
 
 def read_input(call: Call) -> Tensor:
     """The first input."""
-    value: Tensor = call.inputs[0]
-    return value
+    return call.inputs[0]
 
 
 @dataclass(frozen=True)
@@ -285,8 +283,3 @@ def check_weights(module: nn.Module, name: str) -> None:
     for key, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise BackboneError(f"{name}: weight {key} has NaN or infinite values")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """float32 on CPU, bfloat16 on CUDA."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -288,14 +288,12 @@ class LatentBackbone(DiffusionBackbone):
             raise BackboneError(f"{self.name}: was loaded without the decoder of its VAE; load_backbone(decoder=True)")
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         latents = states.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
-        images: Tensor = self.vae.decode(latents).sample / 2 + 0.5
-        return images
+        return self.vae.decode(latents).sample / 2 + 0.5
 
     def scale(self, latents: Tensor) -> Tensor:
         """What the VAE gives -> what the network was trained on."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        scaled: Tensor = (latents - shift) * self.vae.config.scaling_factor
-        return scaled
+        return (latents - shift) * self.vae.config.scaling_factor
 
     def noisy(self, mean: Tensor, spread: Tensor | None, noise: Tensor | None, timestep: int) -> Tensor:
         """z_t of a draw: sqrt(abar_t) z + sqrt(1 - abar_t) noise, z = scale (mean + spread).

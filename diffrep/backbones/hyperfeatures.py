@@ -38,8 +38,7 @@ class _NormConv(nn.Conv2d):
         self.norm = nn.GroupNorm(groups, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        normalised: Tensor = self.norm(super().forward(x))
-        return normalised
+        return self.norm(super().forward(x))
 
 
 class _Bottleneck(nn.Module):

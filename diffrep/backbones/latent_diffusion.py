@@ -135,8 +135,7 @@ class LatentDiffusion(LatentBackbone):
 
         timestep = torch.full((1,), max(conditions.timestep, 0), device=self.device)
         latents = noisy.to(self.device, self.dtype)
-        maps: dict[str, Tensor] = self.graphs((tuple(taps), prompt, freeu), run, latents, timestep, *added.values())
-        return maps
+        return self.graphs((tuple(taps), prompt, freeu), run, latents, timestep, *added.values())
 
     @torch.inference_mode()
     def context_maps(self, latents: Tensor, taps: Sequence[str], timestep: int, context: Tensor) -> dict[str, Tensor]:
@@ -152,8 +151,7 @@ class LatentDiffusion(LatentBackbone):
 
         step = torch.full((1,), timestep, device=self.device)
         inputs = latents.to(self.device, self.dtype), step, context.to(self.device, self.dtype)
-        maps: dict[str, Tensor] = self.graphs(("context", *taps), run, *inputs)
-        return maps
+        return self.graphs(("context", *taps), run, *inputs)
 
     def _run(
         self, latents: Tensor, taps: Sequence[str], timestep: int | Tensor, context: Tensor, **added: Any
@@ -229,8 +227,7 @@ class LatentDiffusion(LatentBackbone):
             return output
 
         step = torch.full((1,), timestep, device=self.device)
-        predicted: Tensor = self.graphs("predicted", run, states.to(self.device, self.dtype), step, context, *extra)
-        return predicted
+        return self.graphs("predicted", run, states.to(self.device, self.dtype), step, context, *extra)
 
     def _added_conditions(self, pooled: Tensor | None, batch: int, size: Sequence[int]) -> dict[str, Tensor]:
         """SDXL's pooled text and its original size, crop corner and target size, as diffusers names them."""

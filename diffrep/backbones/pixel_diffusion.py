@@ -123,8 +123,7 @@ class PixelDiffusion(DiffusionBackbone):
         classes = {} if self.classes is None else {"class_labels": torch.tensor(list(conditions), device=self.device)}
 
         def run(noisy: Tensor, step: Tensor, *labels: Tensor) -> Tensor:
-            output: Tensor = self.network(noisy, step, **dict(zip(classes, labels, strict=True))).sample
-            return output
+            return self.network(noisy, step, **dict(zip(classes, labels, strict=True))).sample
 
         step = torch.full((1,), timestep, device=self.device)
         inputs = states.to(self.device, self.dtype), step, *classes.values()
@@ -159,8 +158,7 @@ class PixelDiffusion(DiffusionBackbone):
             return maps
 
         inputs = noisy.to(self.device, self.dtype), steps, *classes.values()
-        maps: dict[str, Tensor] = self.graphs(tuple(taps), run, *inputs)
-        return maps
+        return self.graphs(tuple(taps), run, *inputs)
 
 
 # -- guided-diffusion's checkpoints -------------------------------------------------------------------------

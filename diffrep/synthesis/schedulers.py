@@ -79,8 +79,7 @@ class Stepper:
 
     def scale(self, sample: Tensor) -> Tensor:
         """What the network is shown of a sample."""
-        scaled: Tensor = self.scheduler.scale_model_input(sample, self.timestep)
-        return scaled
+        return self.scheduler.scale_model_input(sample, self.timestep)
 
     def step(
         self, predicted: Tensor, sample: Tensor, carried: Mapping[str, Tensor], noise: Mapping[str, Any]

@@ -166,8 +166,7 @@ class FewStepUNet(nn.Module):
 
     def forward(self, latents: Tensor, timesteps: Tensor, context: Tensor, w: Tensor | None = None) -> Tensor:
         scales = None if w is None else guidance_embedding(w, self.unet.config.time_cond_proj_dim).to(latents)
-        output: Tensor = self.unet(latents, timesteps, encoder_hidden_states=context, timestep_cond=scales).sample
-        return output
+        return self.unet(latents, timesteps, encoder_hidden_states=context, timestep_cond=scales).sample
 
 
 def told_guidance(unet: Any) -> Any:

@@ -276,8 +276,7 @@ class RandomParts:
     @torch.inference_mode()
     def context(self) -> Tensor:
         """The text encoder's output for the two tokens of the empty prompt."""
-        states: Tensor = self.text(torch.arange(TOKENS, device=self.text.device)[None])[0]
-        return states
+        return self.text(torch.arange(TOKENS, device=self.text.device)[None])[0]
 
 
 def random_parts(size: Size, family: Family, device: str, dtype: torch.dtype) -> RandomParts:
@@ -334,8 +333,7 @@ def official(parts: RandomParts, family: Family, image: Tensor, noise: Tensor) -
     """One image through the published structure; the posterior's mean, so that both sides decode one latent."""
     latent = parts.vae.encode(image.to(parts.dtype) * 2 - 1).latent_dist.mean * parts.vae.config.scaling_factor
     annotation = official_latent(parts, family, latent, noise)
-    decoded: Tensor = parts.vae.decode(annotation / parts.vae.config.scaling_factor).sample
-    return decoded
+    return parts.vae.decode(annotation / parts.vae.config.scaling_factor).sample
 
 
 def megabytes(*modules: Any) -> float:
@@ -429,8 +427,7 @@ def unet_both(unet: DiffDisUNet, latents: list[Tensor], noise: Tensor, context: 
         named = {"encoder_hidden_states": states} if getattr(up, "has_cross_attention", False) else {}
         hidden = up(hidden_states=hidden, temb=embedding, res_hidden_states_tuple=tuple(skips[-count:]), **named)
         skips = skips[:-count]
-    predicted: Tensor = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
-    return predicted
+    return unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
 
 
 def published_head(device: str, dtype: torch.dtype = torch.float32, *, size: Size = "sd") -> DiffDis:

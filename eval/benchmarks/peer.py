@@ -95,8 +95,7 @@ class PeerBenchmark:
         named = {"prompt": "", "t": TIMESTEP, "up_ft_index": TAP, "ensemble_size": self.ensemble}
 
         def theirs() -> Tensor:
-            maps: Tensor = featurizer.forward(pixels[0] * 2 - 1, **named)
-            return maps
+            return featurizer.forward(pixels[0] * 2 - 1, **named)
 
         def ours() -> Tensor:
             return backbone.maps(pixels, [f"up.{TAP}"], conditions)[f"up.{TAP}"]

@@ -62,8 +62,7 @@ class LinearReader(nn.Module):
         read = torch.cat(list(maps), dim=1)
         if self.conv.kernel_size == (1, 1):  # the same before resizing, where there are sixteen times fewer cells
             return _grow(self.conv(read), 4)
-        out: Tensor = self.conv(_grow(read, 4))
-        return out
+        return self.conv(_grow(read, 4))
 
 
 class MultiscaleReader(nn.Module):
@@ -82,8 +81,7 @@ class MultiscaleReader(nn.Module):
         read = [conv(m) for conv, m in zip(self.convs, maps, strict=True)]
         x = torch.cat([F.interpolate(m, size=size, mode="bilinear", align_corners=True) for m in read], dim=1).relu()
         x = self.conv_mid(_grow(x, 2)).relu()
-        out: Tensor = self.conv_out(_grow(x, 4))
-        return out
+        return self.conv_out(_grow(x, 4))
 
 
 class _ResidualUnit(nn.Module):
@@ -92,8 +90,7 @@ class _ResidualUnit(nn.Module):
         self.conv = nn.Sequential(_conv(width, width, kernel), nn.ReLU(), _conv(width, width, kernel), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv(x) + x
-        return out
+        return self.conv(x) + x
 
 
 class _Fusion(nn.Module):
@@ -104,8 +101,7 @@ class _Fusion(nn.Module):
         self.resConfUnit2 = _ResidualUnit(width, kernel)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        out: Tensor = self.resConfUnit2(x if skip is None else x + self.resConfUnit1(skip))
-        return out
+        return self.resConfUnit2(x if skip is None else x + self.resConfUnit1(skip))
 
 
 class DptReader(nn.Module):
@@ -130,8 +126,7 @@ class DptReader(nn.Module):
         x = fuse[3](read[3])
         for number in (2, 1, 0):
             x = fuse[number](x, read[number])
-        out: Tensor = _grow(self.out_conv(_grow(x, 4)), 2)
-        return out
+        return _grow(self.out_conv(_grow(x, 4)), 2)
 
 
 READERS: dict[Reader, type[LinearReader | MultiscaleReader | DptReader]] = {
@@ -191,8 +186,7 @@ class NormalsProbe(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C_i, h, w) -> (B, 3 or 4, H, W); not of unit length."""
-        out: Tensor = self.head(maps)
-        return out
+        return self.head(maps)
 
 
 def scale_invariant_loss(depth: Tensor, reference: Tensor, valid: Tensor, *, invariance: float = 0.85) -> Tensor:

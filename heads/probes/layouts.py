@@ -43,8 +43,7 @@ class _SelfAttention(nn.Module):
         split = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         queries, keys, values = split.unbind(0)
         mixed = F.scaled_dot_product_attention(queries, keys, values)
-        projected: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
-        return projected
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 class _Mlp(nn.Module):
@@ -54,8 +53,7 @@ class _Mlp(nn.Module):
         self.fc2 = nn.Linear(inner, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(tokens)))
-        return out
+        return self.fc2(F.gelu(self.fc1(tokens)))
 
 
 class TransformerBlock(nn.Module):
@@ -71,8 +69,7 @@ class TransformerBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         tokens = tokens + self.attn(self.norm1(tokens))
-        out: Tensor = tokens + self.mlp(self.norm2(tokens))
-        return out
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 _STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (map or tokens, class token) -> tokens or vector
@@ -197,8 +194,7 @@ class AttentionFusion(nn.Module):
             layers = ((self.pre_layer[module_key(block)], of_timestep[block]) for block in self.blocks)
             tokens = torch.cat([layer(block_map).flatten(2).mT for layer, block_map in layers], dim=1)
             read.append(self.intra_inter_block_attention(tokens))
-        logits: Tensor = self.head(torch.cat(read, dim=1))
-        return logits
+        return self.head(torch.cat(read, dim=1))
 
 
 def module_key(block: str) -> str:
@@ -284,8 +280,7 @@ class FeatureHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(n, D) -> (n, K) logits, or votes of k-NN."""
-        scores: Tensor = self.head((x - self.mean) * self.scale)
-        return scores
+        return self.head((x - self.mean) * self.scale)
 
 
 class _Flat(nn.Module):
@@ -296,8 +291,7 @@ class _Flat(nn.Module):
         self.inner, self.shape = inner, (channels, side, side)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(x.unflatten(1, self.shape))
-        return out
+        return self.inner(x.unflatten(1, self.shape))
 
 
 class _Fused(nn.Module):
@@ -321,8 +315,7 @@ class _Fused(nn.Module):
         maps: dict[int, dict[str, Tensor]] = {}
         for cell, part in zip(self.layout.cells, x.split(self.layout.widths, dim=1), strict=True):
             maps.setdefault(cell.timestep, {})[cell.tap] = part.unflatten(1, (-1, cell.pool, cell.pool))
-        logits: Tensor = self.fusion(list(maps.values()))
-        return logits
+        return self.fusion(list(maps.values()))
 
 
 class _Voters(nn.Module):
@@ -407,8 +400,7 @@ class PooledHead(nn.Module):
         x = F.adaptive_avg_pool2d(maps, self.pool).flatten(1)
         for layer in self.fcs[:-1]:
             x = layer(x).relu()
-        logits: Tensor = self.fcs[-1](x)
-        return logits
+        return self.fcs[-1](x)
 
 
 class CnnHead(nn.Module):
@@ -429,8 +421,7 @@ class CnnHead(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """(B, C, h, w) -> logits (B, K)."""
         x = self.convolutions(F.adaptive_avg_pool2d(maps, self.pool))
-        logits: Tensor = self.classifier(x.mean((2, 3)))
-        return logits
+        return self.classifier(x.mean((2, 3)))
 
 
 class NearestNeighbours:

@@ -70,8 +70,7 @@ class PixelClassifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(N, D) -> logits (N, K)."""
-        logits: Tensor = self.layers(pixels)
-        return logits
+        return self.layers(pixels)
 
 
 @dataclass(frozen=True, repr=False)
@@ -230,8 +229,7 @@ class PixelProbe(MapProbe):
 
     def segment(self, image: ImageLike, *, backbone: Backbone | None = None, device: str = "auto") -> PixelLabelling:
         """Label every pixel of an image of any size; see `predict_each`."""
-        labelling: PixelLabelling = next(self.predict_each([image], backbone=backbone, device=device))
-        return labelling
+        return next(self.predict_each([image], backbone=backbone, device=device))
 
 
 def train_pixel_probe(

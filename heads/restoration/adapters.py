@@ -99,8 +99,7 @@ class DegradationEstimator(nn.Module):
 
     def pooled(self, images: Tensor, degradation: int) -> Tensor:
         """(B, C): the mean of what the network of one degradation sees in images (B, 3, H, W)."""
-        pooled: Tensor = self.body[degradation](self.conv_first[degradation](images)).mean((2, 3))
-        return pooled
+        return self.body[degradation](self.conv_first[degradation](images)).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (B, 2) in (0, 1), blur and noise, of images (B, 3, H, W) in [0, 1] of their own size."""

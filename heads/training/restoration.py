@@ -199,8 +199,7 @@ class RestorationModel(nn.Module):
 
     def _output(self, latents: Tensor, timestep: int | Tensor) -> Tensor:
         context = self.context.expand(len(latents), -1, -1)
-        output: Tensor = self.unet(latents, timestep, encoder_hidden_states=context).sample
-        return output
+        return self.unet(latents, timestep, encoder_hidden_states=context).sample
 
 
 def process_terms(
