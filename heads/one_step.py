@@ -328,8 +328,7 @@ class LatentCodec(nn.Module):
 
     def _decoded(self, latents: Tensor) -> Tensor:
         with fused_blocks(self.vae):
-            images: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        return images
+            return self.vae.decode(latents, return_dict=False)[0]
 
     def decode(self, latents: Tensor, *, batch_size: int = 2) -> Tensor:
         """(B, c, h, w) scaled latents -> (B, 3, h * stride, w * stride), about [-1, 1], as the VAE decodes them."""
@@ -471,8 +470,7 @@ class OneStep(LatentCodec):
     def _output(self, inputs: Tensor, timestep: int, task: tuple[float, ...] | None) -> Tensor:
         def run(inputs: Tensor) -> Tensor:
             with fused_blocks(self.network):
-                output: Tensor = self.network(inputs, timestep, task)
-            return output
+                return self.network(inputs, timestep, task)
 
         self.network.prepare(inputs, timestep, task)
         return self.graphs((timestep, task), run, inputs)

@@ -219,8 +219,7 @@ class DiffDis(LatentCodec):
 
         def run(noise: Tensor, *latents: Tensor) -> Tensor:
             with fused_blocks(self.unet):
-                predicted: Tensor = self.unet(latents, noise, self.context, timestep=TIMESTEP, edges=edges)
-            return predicted
+                return self.unet(latents, noise, self.context, timestep=TIMESTEP, edges=edges)
 
         output = self.graphs(edges, run, noise, *latents)
         noise = noise.repeat(-(-len(output) // len(noise)), 1, 1, 1)[: len(output)]

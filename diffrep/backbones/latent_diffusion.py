@@ -223,8 +223,7 @@ class LatentDiffusion(LatentBackbone):
             if self.guided:
                 named["timestep_cond"] = extra[-1]
             with fused_blocks(self.network):
-                output: Tensor = self.network(noisy, step, encoder_hidden_states=context, **named).sample
-            return output
+                return self.network(noisy, step, encoder_hidden_states=context, **named).sample
 
         step = torch.full((1,), timestep, device=self.device)
         return self.graphs("predicted", run, states.to(self.device, self.dtype), step, context, *extra)

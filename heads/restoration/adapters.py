@@ -112,8 +112,7 @@ class _PlainBlock(nn.Module):
         self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, 1, 1) for _ in range(2))
 
     def forward(self, values: Tensor) -> Tensor:
-        changed: Tensor = self.conv2(torch.relu(self.conv1(values)))
-        return values + changed
+        return values + self.conv2(torch.relu(self.conv1(values)))
 
 
 class Modulation(nn.Module):
@@ -146,8 +145,7 @@ class Modulation(nn.Module):
         pairs = torch.cat([
             degraded[:, None].expand(-1, len(blocks), -1), blocks.expand(len(scores), -1, -1)
         ], -1)  # fmt: skip
-        matrices: Tensor = self.get_submodule("fuse_mlp")(pairs)
-        return matrices.unflatten(-1, (self.rank, self.rank))
+        return self.get_submodule("fuse_mlp")(pairs).unflatten(-1, (self.rank, self.rank))
 
 
 class ModulatedLayer(nn.Module):
@@ -171,8 +169,7 @@ class ModulatedLayer(nn.Module):
             added = torch.einsum("brhw,or->bohw", low, self.second)
         else:
             added = torch.einsum("bnk,bkr->bnr", values @ self.first.T, matrix) @ self.second.T
-        plain: Tensor = self.base(values)
-        return plain + self.scale * added
+        return self.base(values) + self.scale * added
 
 
 def modulate(network: nn.Module, adapter: Mapping[str, Factors], modulation: Modulation, *, name: str) -> None:

@@ -183,8 +183,7 @@ class RestorationModel(nn.Module):
             return images + self.decoder(clean, images)
         config = self.vae.config
         unscaled = clean / config.scaling_factor + (config.shift_factor or 0.0)
-        image: Tensor = self.vae.decode(unscaled, return_dict=False)[0]
-        return image / 2 + 0.5
+        return self.vae.decode(unscaled, return_dict=False)[0] / 2 + 0.5
 
     def asked(self, latents: Tensor, state: Tensor, t: int | Tensor) -> Tensor:
         """What the U-Net says of a process's state beside degraded latents, (B, c, h, w) both."""
