@@ -210,6 +210,8 @@ def test_bad_data_is_refused_in_one_line(tmp_path: Path) -> None:
 
     folder = image_folder(tmp_path / "folder", 5)
     (folder / "yellow").mkdir()
+    with pytest.raises(DataError, match="no images of yellow; each folder is a class"):
+        read_labelled(folder)
     picture("red", 0).save(folder / "yellow" / "0.png")
     with pytest.raises(DataError, match="class 'yellow' has 1 image; train and val and test need one each"):
         split_rows(read_labelled(folder))

@@ -468,6 +468,11 @@ def test_a_sweep_does_not_load_the_renderer() -> None:
         (["--fit.ks", "--head", "knn"], "ks needs at least one value"),
         (["--fit.recipe.learning-rate", "nan", "--head", "mlp"], "learning_rate must be finite and above 0, got nan"),
         (["--shape.temperature", "0", "--head", "knn"], "temperature must be finite and above 0, got 0"),
+        (["--fit.ks", "3"], "--head linear takes no --fit.ks"),
+        (["--fit.grid.epochs", "3", "--head", "knn"], "--head knn takes no --fit.grid.epochs"),
+        (["--balanced", "--head", "knn"], "--head knn takes no --balanced"),
+        (["--shape.depth", "3", "--head", "cnn"], "--head cnn takes no --shape.depth"),
+        (["--fit.grid.seed", "3"], "--fit.grid.seed is --seed here"),
         (["--seed", "-1"], "seed must be in [0, 2^32), got -1"),
         (["--seed", "4294967296"], "seed must be in [0, 2^32)"),
         (["--split-seed", "-1"], "split_seed must be in [0, 2^32)"),
@@ -520,7 +525,14 @@ def test_commands_from_training_to_prediction(
     table = tmp_path / "found.csv"
     assert main(["probe", "predict", str(probe), str(folder / "red"), "--top", "2", "-o", str(table)]) == 0
     assert len(table.read_text().splitlines()) == 1 + 2 * 10
-    capsys.readouterr()
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrote {table}"
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    some = [str(tmp_path / "broken.png"), str(folder / "red")]
+    assert main(["probe", "predict", str(probe), *some, "-o", str(table)]) == 2
+    assert "1 of 11 images failed" in capsys.readouterr().err
+    assert len(table.read_text().splitlines()) == 1 + 10
+    assert main(["probe", "predict", str(probe), str(folder / "red"), "--formats", "npy"]) == 2
+    assert "a probe of this kind takes no --formats" in capsys.readouterr().err
     assert main(["probe", "predict", str(probe), str(folder / "red"), "--backbone", str(sd_folder)]) == 2
     assert "has other weights" in capsys.readouterr().err
     swept = ["probe", "sweep", str(folder), "--backbones", str(vit_folder), "--pool", "1", "-o", str(tmp_path / "s")]

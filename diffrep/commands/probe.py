@@ -8,6 +8,7 @@ import json as json_module
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.image_runs import Item, find_inputs, print_files, run_images, write_beside, write_map
-from diffrep.commands.options import Command, PrecisionOptions, ReadingOptions, ReportOptions
+from diffrep.commands.options import Command, PrecisionOptions, ReadingOptions, ReportOptions, refuse_failed
 from diffrep.features import ExtractConfig
 from diffrep.files import DRAWING, check_folder, check_writable, number_of, write_image, write_whole
 from diffrep.heads.probes import (
@@ -56,7 +57,7 @@ from diffrep.heads.probes.probe import (
     saved_features,
 )
 from diffrep.heads.probes.sweeps import check_prune
-from diffrep.images import Sizing, find_images
+from diffrep.images import ImageError, Sizing, find_images, load_image
 from diffrep.settings import ANY_WORKERS, check
 from diffrep.tasks import note_embedded
 
@@ -143,6 +144,22 @@ class Extraction(ReadingOptions, PrecisionOptions):
         return backbone
 
 
+_BATCHES = ("balanced", "fit.learning_rates", "fit.recipe.", "fit.batch_size")
+_TAKEN: dict[Kind, tuple[str, ...]] = {  # head -> how the options of training and shape begin that it has a use for
+    "linear": ("balanced", "fit.grid."),
+    "logistic": ("balanced", "fit.inverse_penalties"),
+    "mlp": (*_BATCHES, "shape.hidden"),
+    "cnn": (*_BATCHES, "shape.width"),
+    "attention": (*_BATCHES, "shape.width", "shape.heads", "shape.ratio", "shape.depth", "shape.norm"),
+    "knn": ("fit.ks", "shape.temperature"),
+}
+_ELSEWHERE = {  # option that another one sets
+    "fit.grid.seed": "seed",
+    "fit.grid.balanced": "balanced",
+    "fit.recipe.learning_rate": "fit.learning-rates",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Classifier(Command):
     """Which head is trained on features, and how."""
@@ -168,8 +185,18 @@ class Classifier(Command):
         return self.images.read(data, backbones, readings_of(cells, self.extraction.config())), cells
 
     def training(self) -> dict[str, Any]:
-        """The head and its training, as arguments of `sweep` and `compare_probes`."""
-        grid = replace(self.fit.grid, seed=self.seed, balanced=self.balanced or self.fit.grid.balanced)
+        """The head and its training, as arguments of `sweep` and `compare_probes`.
+
+        Raises:
+            ValueError: an option was typed that this head does not take.
+        """
+        for option in sorted(self.typed):
+            if option in _ELSEWHERE:
+                raise ValueError(f"--{option.replace('_', '-')} is --{_ELSEWHERE[option]} here")
+            ours = option.startswith(("fit.", "shape.")) or option == "balanced"
+            if ours and not option.startswith(_TAKEN[self.head]):
+                raise ValueError(f"--head {self.head} takes no --{option.replace('_', '-')}")
+        grid = replace(self.fit.grid, seed=self.seed, balanced=self.balanced)
         fit = replace(self.fit, grid=grid)
         return {"kind": self.head, "fit": fit, "shape": self.shape, "seed": self.images.split_seed}
 
@@ -231,10 +258,11 @@ class Train(NewProbe, Classifier):
 
     def run(self) -> None:
         self.check_new("classification")
+        fit = self.training()["fit"]
         data = self.images.find(self.data)
         prepared, cells = self.read(data, self.cells)
         layout = prepared.layout(self.head, cells, shape=self.shape)
-        result = train_probe(prepared, layout, self.training()["fit"], seed=self.images.split_seed)
+        result = train_probe(prepared, layout, fit, seed=self.images.split_seed)
         chosen = ", ".join(f"{name} {value:g}" for name, value in result.choice.items())
         scores = score_lines({"val": result.val, "test": result.test})
         lines = [balance(data, prepared.split), f"chosen on val: {chosen}", *scores]
@@ -285,6 +313,7 @@ class SweepCells(Classifier):
     def run(self) -> None:
         check_writable(self.output / "heatmap.png")
         check_prune(self.prune)
+        training = self.training()
         if not self.backbones or not self.timesteps or self.taps == ():
             raise ValueError("--backbones, --taps and --timesteps need at least one value each")
         if self.taps is not None and len(self.backbones) > 1:
@@ -298,7 +327,7 @@ class SweepCells(Classifier):
             taps, timesteps = (place["taps"], (place["timestep"],)) if place else (taps, timesteps)
             readings.append(ReadPlan(name, taps, timesteps, self.pool, self.extraction.config()))
         prepared = self.images.read(data, backbones, readings)
-        done = sweep(prepared, self.output, prune=self.prune, **self.training())
+        done = sweep(prepared, self.output, prune=self.prune, **training)
         picture = draw_heat_map(done.cells, title=f"{self.head} probes on {self.data}")
         write_image(self.output / "heatmap.png", picture, mark=DRAWING)
         if self.json:
@@ -326,10 +355,11 @@ class EvalProbes(ReportOptions, Classifier):
         from diffrep.eval.probes import compare_probes, rows_of
 
         self.check_output()
+        training = self.training()
         data = self._data()
         prepared, cells = self.read(data, self.cells)
         benchmark = self.benchmark if self.classes is None else ""
-        report = compare_probes(prepared, rows_of(cells), benchmark=benchmark, **self.training())
+        report = compare_probes(prepared, rows_of(cells), benchmark=benchmark, **training)
         if not self.json:
             print(f"{balance(data, prepared.split)}\n")
         self.show(report)
@@ -359,7 +389,7 @@ class EvalProbes(ReportOptions, Classifier):
 
 
 @dataclass(frozen=True)
-class Predict:
+class Predict(Command):
     """Use a trained probe of any kind: classes of images, labels of their pixels, depth or normals.
 
     For example: diffrep probe predict probe/ photos/ --top 3, or maps into files: diffrep probe predict depth-probe/
@@ -386,13 +416,30 @@ class Predict:
         backbones = self._backbones()
         probe = load_probe(self.model, backbone=next(iter(backbones.values()), None))
         note_embedded("probes", *(backbone.name for backbone in backbones.values()))
+        unused = set[str]() if isinstance(probe, DenseProbe) else {"formats", "preview"}
+        unused |= {"top"} if isinstance(probe, MapProbe) else set()
+        if typed := sorted(unused & self.typed):
+            raise ValueError(f"{self.model}: a probe of this kind takes no --{typed[0]}")
         if isinstance(probe, MapProbe):
             self._maps(probe, *backbones.values())
             return
         if self.output is not None:
             check_writable(self.output, (".csv", ".json"))
-        files = find_images(self.paths)
-        self._show(files, probe.predict(files, backbones=backbones, batch_size=self.batch_size))
+        files, failed = find_images(self.paths), dict[Path, str]()
+
+        def readable() -> Iterator[Image.Image]:
+            for file in files:
+                try:
+                    yield load_image(file)
+                except ImageError as error:
+                    failed[file] = str(error)
+                    print(f"skipped {error}", file=sys.stderr)
+
+        images = readable()
+        if first := next(images, None):
+            prediction = probe.predict(chain([first], images), backbones=backbones, batch_size=self.batch_size)
+            self._show([file for file in files if file not in failed], prediction)
+        refuse_failed(list(failed.values()), len(files))
 
     def _backbones(self) -> dict[str, Backbone]:
         """The probe's backbones by their recorded names, or those that are named in their place."""
@@ -428,6 +475,8 @@ class Predict:
             return
         for file, likeliest in rows:
             print(f"{file}  " + "  ".join(f"{c} {100 * p:.1f} %" for c, p in likeliest))
+        if self.output is not None:
+            print(f"wrote {self.output}")
 
     def _maps(self, probe: MapProbe, backbone: Backbone) -> None:
         folder = self.output or Path("maps")

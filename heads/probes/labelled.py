@@ -231,6 +231,8 @@ def _from_folder(root: Path) -> Iterator[_Record]:
         images = [(file, place.name) for place in _folders(folder) for file in images_below(place)]
         if part and not images:
             raise DataError(f"{folder}: the split is empty")
+        if images and (empty := {place.name for place in _folders(folder)} - {label for _, label in images}):
+            raise DataError(f"{folder}: no images of {', '.join(sorted(empty)[:5])}; each folder is a class")
         yield from (("", image_file(file, root), {"class": label}, part) for file, label in images)
         classes[folder.name] = {label for _, label in images}
     first, *others = classes
