@@ -27,6 +27,7 @@ __all__ = [
     "WeightOptions",
     "numbers",
     "refuse_failed",
+    "refuse_idle",
     "refuse_unused",
     "training_output",
 ]
@@ -277,3 +278,34 @@ def refuse_unused(typed: frozenset[str], benchmark: str, unused: Mapping[str, fr
     if names:
         name = min(names).removeprefix("scenes.").replace("_", "-")
         raise ValueError(f"benchmark {benchmark} takes no --{name}")
+
+
+_BATCHES = ("balanced", "fit.learning_rates", "fit.recipe.", "fit.batch_size")
+_TAKEN_BY: dict[str, tuple[str, ...]] = {  # head -> how the options of training and shape begin that it has a use for
+    "linear": ("balanced", "fit.grid."),
+    "logistic": ("balanced", "fit.inverse_penalties"),
+    "mlp": (*_BATCHES, "shape.hidden"),
+    "cnn": (*_BATCHES, "shape.width"),
+    "attention": (*_BATCHES, "shape.width", "shape.heads", "shape.ratio", "shape.depth", "shape.norm"),
+    "knn": ("fit.ks", "shape.temperature"),
+}
+_ELSEWHERE = {  # option that another one sets
+    "fit.grid.seed": "seed",
+    "fit.grid.balanced": "balanced",
+    "fit.recipe.learning_rate": "fit.learning-rates",
+}
+
+
+def refuse_idle(typed: frozenset[str], head: str) -> None:
+    """Refuse options of a probe that were typed and that its head has no use for.
+
+    Raises:
+        ValueError: naming one, and the option that takes its place where there is one.
+    """
+    for option in sorted(typed):
+        name = option.replace("_", "-")
+        if option in _ELSEWHERE:
+            raise ValueError(f"--{name} is --{_ELSEWHERE[option]} here")
+        ours = option.startswith(("fit.", "shape.")) or option == "balanced"
+        if ours and not option.startswith(_TAKEN_BY[head]):
+            raise ValueError(f"--head {head} takes no --{name}")

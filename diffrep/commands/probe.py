@@ -12,13 +12,19 @@ from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from PIL import Image
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.commands.image_runs import Item, find_inputs, print_files, run_images, write_beside, write_map
-from diffrep.commands.options import Command, PrecisionOptions, ReadingOptions, ReportOptions, refuse_failed
+from diffrep.commands.options import (
+    Command,
+    PrecisionOptions,
+    ReadingOptions,
+    ReportOptions,
+    refuse_failed,
+    refuse_idle,
+)
 from diffrep.features import ExtractConfig
 from diffrep.files import DRAWING, check_folder, check_writable, number_of, write_image, write_whole
 from diffrep.heads.probes import (
@@ -45,7 +51,7 @@ from diffrep.heads.probes import (
 from diffrep.heads.probes.dense import DenseProbe
 from diffrep.heads.probes.grid import SEED
 from diffrep.heads.probes.layouts import Kind
-from diffrep.heads.probes.pixels import PixelLabelling, PixelProbe
+from diffrep.heads.probes.pixels import PixelProbe, shares
 from diffrep.heads.probes.probe import (
     MapProbe,
     Prediction,
@@ -144,22 +150,6 @@ class Extraction(ReadingOptions, PrecisionOptions):
         return backbone
 
 
-_BATCHES = ("balanced", "fit.learning_rates", "fit.recipe.", "fit.batch_size")
-_TAKEN: dict[Kind, tuple[str, ...]] = {  # head -> how the options of training and shape begin that it has a use for
-    "linear": ("balanced", "fit.grid."),
-    "logistic": ("balanced", "fit.inverse_penalties"),
-    "mlp": (*_BATCHES, "shape.hidden"),
-    "cnn": (*_BATCHES, "shape.width"),
-    "attention": (*_BATCHES, "shape.width", "shape.heads", "shape.ratio", "shape.depth", "shape.norm"),
-    "knn": ("fit.ks", "shape.temperature"),
-}
-_ELSEWHERE = {  # option that another one sets
-    "fit.grid.seed": "seed",
-    "fit.grid.balanced": "balanced",
-    "fit.recipe.learning_rate": "fit.learning-rates",
-}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Classifier(Command):
     """Which head is trained on features, and how."""
@@ -190,12 +180,7 @@ class Classifier(Command):
         Raises:
             ValueError: an option was typed that this head does not take.
         """
-        for option in sorted(self.typed):
-            if option in _ELSEWHERE:
-                raise ValueError(f"--{option.replace('_', '-')} is --{_ELSEWHERE[option]} here")
-            ours = option.startswith(("fit.", "shape.")) or option == "balanced"
-            if ours and not option.startswith(_TAKEN[self.head]):
-                raise ValueError(f"--head {self.head} takes no --{option.replace('_', '-')}")
+        refuse_idle(self.typed, self.head)
         grid = replace(self.fit.grid, seed=self.seed, balanced=self.balanced)
         fit = replace(self.fit, grid=grid)
         return {"kind": self.head, "fit": fit, "shape": self.shape, "seed": self.images.split_seed}
@@ -511,14 +496,3 @@ class _Mapper:
 
     def predict_each(self, images: list[Image.Image], config: Predict) -> Iterator[Any]:
         return self.probe.predict_each(images, backbone=self.backbone, checked=True, batch_size=config.batch_size)
-
-
-def shares(result: PixelLabelling, classes: Sequence[str]) -> dict[str, object]:
-    """The share of the pixels that each class covers, the largest first, and the uncertainty of the whole."""
-    counts = torch.bincount(result.labels.flatten(), minlength=len(classes))
-    ordered = sorted(zip(classes, (counts / counts.sum()).tolist(), strict=True), key=lambda pair: -pair[1])
-    return {
-        "classes": list(classes),
-        "shares": {name: round(share, 6) for name, share in ordered if share > 0},
-        "uncertainty": round(result.uncertainty, 6),
-    }

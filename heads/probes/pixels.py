@@ -297,3 +297,14 @@ def _features(maps: Sequence[FeatureMaps], resizing: Resizing) -> Tensor:
         placement, read = of_image.placements[0], [of_image.maps[tap].cpu() for tap in of_image.taps]
         pieces.append(uncover(pixel_features(read, placement.canvas_size, resizing), placement, resizing)[0])
     return torch.cat(pieces)
+
+
+def shares(result: PixelLabelling, classes: Sequence[str]) -> dict[str, object]:
+    """The share of the pixels that each class covers, the largest first, and the uncertainty of the whole."""
+    counts = torch.bincount(result.labels.flatten(), minlength=len(classes))
+    ordered = sorted(zip(classes, (counts / counts.sum()).tolist(), strict=True), key=lambda pair: -pair[1])
+    return {
+        "classes": list(classes),
+        "shares": {name: round(share, 6) for name, share in ordered if share > 0},
+        "uncertainty": round(result.uncertainty, 6),
+    }
