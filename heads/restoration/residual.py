@@ -106,12 +106,8 @@ class ResidualDiffusion:
     def scaled(self, noisy: Tensor, t: int | Tensor) -> Tensor:
         """The network's input."""
         spread = _column(self.spread, t, noisy)
-        return (
-            noisy
-            / {"latent": (spread.square() + 1).sqrt(), "pixel": 3 * spread + 1, "none": torch.ones_like(spread)}[
-                self.scaling
-            ]
-        )
+        by = {"latent": (spread.square() + 1).sqrt(), "pixel": 3 * spread + 1, "none": torch.ones_like(spread)}
+        return noisy / by[self.scaling]
 
     def parts(self, output: Tensor | Sequence[Tensor], noisy: Tensor, degraded: Tensor, t: int | Tensor) -> Parts:
         """What a network's outputs mean at x_t."""

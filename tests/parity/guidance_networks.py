@@ -43,10 +43,6 @@ class Prior:
         state = x.double() if self.double else x
         return ((state - a * self.data(state, a, b)) / b).to(x)
 
-    def of_table(self, table: Any) -> Callable[[Tensor, float], Tensor]:
-        """Noise, at indices of a table of abar."""
-        return lambda x, t: self.noise(x, float(table[round(t)]) ** 0.5, (1 - float(table[round(t)])) ** 0.5)
-
 
 def model_folder(folder: Path, case: Mapping[str, Any], part: str) -> Path:
     """Where a case's text on its model says that a U-Net or a VAE lies."""
