@@ -8,6 +8,7 @@ Everything that diffrep keeps goes through here. A file is written under a hidde
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -37,6 +38,7 @@ _REPLACEABLE = (
     ".zattrs",
     "zarr.json",
 )
+PROCESSING_SOFTWARE = 0x000B  # the first of all EXIF tags
 LARGEST_SETTINGS, DEEPEST_KEY, MOST_ALIASES = 2**18, 32, 16  # bytes, parts, of files of settings
 UNFETCHED, _POINTER = "is a Git LFS pointer: run `git lfs pull`", b"version https://git-lfs"
 _OF_FILES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".npy", ".csv", ".json", ".ply"})
@@ -65,12 +67,15 @@ def number_of(number: int, what: str, several: str = "") -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written before it is whole: hidden, beside it, with its ending, so that writers know the format.
+    """Where `path` is written before it is whole: hidden, beside it, with its ending, so that writers know the format;
+    a name that would get too long gives way to its digest.
 
     >>> partial_path(Path("maps/a.png")).name.replace(str(os.getpid()), "PID")
     '.a.PID.partial.png'
     """
-    return path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    long = len(os.fsencode(path.name)) > 220
+    stem = hashlib.sha256(os.fsencode(path.stem)).hexdigest() if long else path.stem
+    return path.with_name(f".{stem}.{os.getpid()}.partial{path.suffix}")
 
 
 def write_whole(
@@ -104,19 +109,27 @@ def write_whole(
 
 
 def write_image(path: Path, image: Image.Image, *, mark: str = MARK) -> None:
-    """Write a picture as `write_whole` does. A PNG says that diffrep wrote it: `MARK` or `DRAWING`."""
-    from PIL.PngImagePlugin import PngInfo
+    """Write a picture as `write_whole` does. Its EXIF tags say that diffrep wrote it: `MARK` or `DRAWING`."""
+    write_whole(path, lambda partial: image.save(partial, exif=marked_exif(mark=mark)))
 
-    note = PngInfo()
-    note.add_text("Software", mark)
-    write_whole(path, (lambda partial: image.save(partial, pnginfo=note)) if path.suffix == ".png" else image.save)
+
+def marked_exif(tags: bytes = b"", *, mark: str = MARK) -> bytes:
+    """EXIF tags with one that says which program made the picture; the camera's Software stays."""
+    from PIL import Image
+
+    exif = Image.Exif()
+    exif.load(tags)
+    exif[PROCESSING_SOFTWARE] = mark
+    return exif.tobytes()
 
 
 def is_written_by_diffrep(path: Path, mark: str = MARK) -> bool:
-    """Whether a picture carries `MARK` (or a narrower one): PNG and TIFF files do near their beginning."""
+    """Whether a picture carries `MARK` (or a narrower one): near its beginning, or its end as in WebP."""
     try:
         with path.open("rb") as file:
-            return mark.encode() in file.read(4096)
+            start = file.read(4096)
+            file.seek(-min(4096, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            return mark.encode() in start + file.read()
     except OSError:
         return False
 

@@ -197,7 +197,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image
     if image.mode.startswith("I"):  # 16 or 32 bits of integer; what is larger than 16 bits has no known range
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"integer pixels must lie in 0..65535, got up to {values.max()}")
+            raise ImageError(f"integer pixels must lie in 0..65535, got {values.min()}..{values.max()}")
         image = Image.fromarray(np.round(values / 257.0).astype(np.uint8))
     elif image.mode == "F":
         return _from_array(np.asarray(image), background)
@@ -213,15 +213,20 @@ def upright(image: Image.Image) -> Image.Image:
     Pillow's `exif_transpose` rewrites all tags, and one that is damaged stops it. Of the metadata only the transparency
     goes with a turned image: what is read once more must not be turned once more.
     """
-    try:
-        turn = dict(enumerate(_TURNS, 2)).get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:
+    if (turn := orientation(image)) == 1:
         return image
-    if turn is None:
-        return image
-    turned = image.transpose(Image.Transpose[turn])
+    turned = image.transpose(Image.Transpose[_TURNS[turn - 2]])
     turned.info = {key: value for key, value in turned.info.items() if key == "transparency"}
     return turned
+
+
+def orientation(image: Image.Image) -> int:
+    """The number from 1 to 8 that says how an image lies; 1, upright, where the tag is missing, odd or damaged."""
+    try:
+        turn = image.getexif().get(_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return int(turn) if turn in range(2, 9) else 1
 
 
 def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
@@ -278,7 +283,7 @@ def _is_own(path: Path) -> bool:
     """Whether diffrep made a picture of another image: a map or mask, by its name, or a drawing."""
     if _MAP.search(path.name):
         return is_written_by_diffrep(path)
-    return path.suffix == ".png" and is_written_by_diffrep(path, DRAWING)
+    return path.suffix in (".png", ".jpg", ".jpeg", ".webp") and is_written_by_diffrep(path, DRAWING)
 
 
 def is_image(name: str) -> bool:

@@ -42,13 +42,17 @@ def files_below(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("output", ["p", "p/depth", "."])
-@pytest.mark.parametrize("command", ["depth", "segment"])
+@pytest.mark.parametrize("command", ["depth", "segment", "restore"])
 def test_a_second_run_takes_no_output_for_a_photograph(
     head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, output: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     picture(tmp_path / "p" / "a.png")
-    options = ["--model", head, "--formats", "png", "tiff"] if command == "depth" else ["--outputs", "mask", "cutout"]
+    options = {
+        "depth": ["--model", head, "--formats", "png", "tiff"],
+        "segment": ["--outputs", "mask", "cutout"],
+        "restore": ["--format", "webp"],
+    }[command]
     assert main([command, "p", "-o", output, *options]) == 0
     first = files_below(tmp_path)
     for sources in (["p"], ["p", "p/a.png"]):

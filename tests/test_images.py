@@ -304,8 +304,16 @@ def test_maps_that_diffrep_wrote_are_no_photographs(tmp_path: Path) -> None:
     picture.save(tmp_path / "bear_mask.png")  # somebody's own
     for name in ("cat_depth.png", "cat_depth_preview.png", "cat_mask.png", "swapped.png"):
         write_image(tmp_path / name, picture)
+    for name in ("match.png", "match.jpg", "match.webp"):
+        write_image(tmp_path / name, picture, mark=DRAWING)
     assert [path.name for path in find_images([tmp_path])] == ["bear_mask.png", "cat.png", "swapped.png"]
     assert find_images([tmp_path / "cat_mask.png"]) == [tmp_path / "cat_mask.png"]
+
+
+def test_a_name_as_long_as_names_get_is_written(tmp_path: Path) -> None:
+    longest = tmp_path / f"{'é' * 125}.png"
+    write_image(longest, Image.new("RGB", (4, 4)))
+    assert list(tmp_path.iterdir()) == [longest]
 
 
 def test_a_folder_in_the_place_of_an_image_is_named(tmp_path: Path) -> None:

@@ -150,6 +150,23 @@ def test_a_turned_photograph_is_upright_and_says_so(tmp_path: Path) -> None:
     assert b"Exif" not in Photograph.open(tmp_path / "a.jpg").exif
 
 
+def test_damaged_tags_beside_sound_pixels_are_no_reason_to_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An orientation that is text, tags that cannot be read, tags that cannot be written again."""
+    image, turn = Image.fromarray(photograph().pixels), b"\x12\x01\x02\x00\x04\x00\x00\x00ab\x00\x00"
+    image.save(tmp_path / "a.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00" + turn + bytes(4))
+    image.save(tmp_path / "b.png", exif=b"no tags")
+    for name in ("a.jpg", "b.png"):
+        assert Photograph.open(tmp_path / name).size == image.size
+
+    def fail(*arguments: object, **options: object) -> bytes:
+        raise TypeError("write_string() takes text")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)  # what some versions of Pillow do with damaged tags
+    assert Photograph.open(tmp_path / "a.jpg").exif == b""
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_tiles_leave_no_trace_and_sizes_are_those_asked_for(head: RestorationHead, deep: bool) -> None:
     one = photograph(50, 61, deep=deep)
@@ -397,9 +414,9 @@ def test_what_does_not_fit_a_base_is_named(tmp_path: Path, what: str) -> None:
 
 def test_a_comparison_shows_both_and_runs_its_own_script_alone() -> None:
     before = photograph()
-    page = comparison("photos/<a>.png", before, Photograph(resized(before.pixels, (80, 104), "bicubic")))
+    page = comparison("photos/<a>\udcff.png", before, Photograph(resized(before.pixels, (80, 104), "bicubic")))
     assert page.count("data:image/jpeg;base64,") == 2
-    assert "&lt;a&gt;.png" in page
+    assert "&lt;a&gt;\\udcff.png" in page
     assert "104 x 80" in page
 
 

@@ -16,7 +16,7 @@ from diffrep.commands.options import ReportOptions
 from diffrep.commands.parsing import Command
 from diffrep.eval.manifold import SCORES, ManifoldSettings, evaluate_manifolds, interpolate_times
 from diffrep.files import check_writable, write_whole
-from diffrep.manifold.files import EmbedConfig, embed_file
+from diffrep.manifold.files import EmbedConfig, embed_file, save_figure
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Manifold(ReportOptions):
             check_writable(self.plot, (".png", ".pdf", ".svg"))
         report = replace(evaluate_manifolds(self.settings, progress=not self.json), shown=self.score)
         if self.plot is not None:
-            write_whole(self.plot, report.plot(self.score[0]).savefig)
+            write_whole(self.plot, lambda path: save_figure(report.plot(self.score[0]), path))
         self.show(report)
 
 

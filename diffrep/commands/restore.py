@@ -13,7 +13,7 @@ from PIL import Image
 from diffrep.commands.image_runs import Item, print_files, run_images
 from diffrep.commands.options import PrecisionOptions, ReportOptions
 from diffrep.commands.predict import ImageCommand
-from diffrep.files import write_whole
+from diffrep.files import printable, write_whole
 from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.restorer import RestoreConfig
@@ -79,8 +79,8 @@ def comparison(name: str, before: Photograph, after: Photograph) -> str:
         pictures.append(data_uri(shown, "JPEG", quality=90))
     lead = f"{before.size[0]} x {before.size[1]} pixels, restored to {after.size[0]} x {after.size[1]}."
     return render(
-        "compare.html", title=Path(name).name, style="compare.css", script="compare.js", lead=lead, before=pictures[0],
-        after=pictures[1],
+        "compare.html", title=printable(Path(name).name), style="compare.css", script="compare.js", lead=lead,
+        before=pictures[0], after=pictures[1],
     )  # fmt: skip
 
 

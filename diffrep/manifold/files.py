@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from diffrep.files import check_writable, number_of
+from diffrep.files import DRAWING, check_writable, number_of
 from diffrep.manifold.embedding import HeatGeodesicEmbedding
 from diffrep.manifold.tables import Table, read_table, read_values, store_table
 from diffrep.pictures import data_uri, render
@@ -155,7 +155,9 @@ class EmbeddedFile(Result):
         return pictures
 
     def _writers(self) -> dict[str, Callable[[Path], object]]:
-        forms: dict[str, Callable[[Path], object]] = dict.fromkeys(FIGURES, lambda path: self.figure().savefig(path))
+        forms: dict[str, Callable[[Path], object]] = dict.fromkeys(
+            FIGURES, lambda path: save_figure(self.figure(), path)
+        )
         forms[".csv"] = lambda path: self.to_pandas().to_csv(path, index=False, errors="surrogateescape")
         forms[".parquet"] = lambda path: self.to_pandas().to_parquet(path, index=False)
         forms[".npy"] = lambda path: np.save(path, self.embedding)
@@ -206,7 +208,11 @@ def embed_file(
         from sklearn.preprocessing import StandardScaler
 
         features = StandardScaler(with_mean=not hasattr(features, "tocsr")).fit_transform(features)
-    estimator = config.estimator(verbose=progress).fit(features)
+    estimator = config.estimator(verbose=progress)
+    try:
+        estimator.fit(features)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     settings = {
         "source": str(source),
         "rows": features.shape[0],
@@ -392,6 +398,11 @@ def figure_image(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure; a PNG says that it is a drawing of diffrep's."""
+    figure.savefig(path, metadata={"Software": DRAWING} if path.suffix.lower() == ".png" else None)
 
 
 def hover_page(

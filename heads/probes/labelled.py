@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-from diffrep.files import one_line, read_document
+from diffrep.files import one_line, printable, read_document
 from diffrep.images import SUFFIXES, images_below
 from diffrep.store.sources import ImageSource
 
@@ -204,7 +204,7 @@ def _part(text: str, where: str) -> Part:
 
 def _check_columns(path: Path, columns: Sequence[str], *names: str | None) -> None:
     if missing := [name for name in names if name is not None and name not in columns]:
-        raise DataError(f"{path}: has no column {', '.join(missing)}, only {', '.join(columns)}")
+        raise DataError(f"{path}: has no column {', '.join(missing)}, only {printable(', '.join(columns))}")
 
 
 def image_file(file: Path, root: Path) -> ImageSource:

@@ -17,8 +17,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
-from diffrep.files import one_line, write_whole
-from diffrep.images import ImageError, ImageLike, decode_image, load_image, upright
+from diffrep.files import PROCESSING_SOFTWARE, marked_exif, one_line, write_whole
+from diffrep.images import ImageError, ImageLike, decode_image, load_image, orientation, upright
 from diffrep.results import Result
 
 _ORIENTATION, _PNG = 0x0112, b"\x89PNG\r\n\x1a\n"
@@ -77,7 +77,7 @@ class Photograph(Result):
         load_image(source)  # refuses what is missing, damaged or too large, in one line
         content = Path(source).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            turn = int(image.getexif().get(_ORIENTATION, 1))
+            turn = orientation(image)
             image.load()  # which turns a TIFF
             bits = image.tag_v2.get(258, ()) if isinstance(image, TiffImageFile) else ()
             photograph = cls._of(image, decode_image(content, str(source)))
@@ -90,11 +90,9 @@ class Photograph(Result):
     @classmethod
     def _of(cls, image: Image.Image, plain: Image.Image) -> Photograph:
         """Of an image as its file has it; `plain` serves where its mode says nothing more."""
-        turned, exif = upright(image), image.getexif()
-        for tag in (_ORIENTATION, *_LAYOUT):
-            exif.pop(tag, None)
+        turned = upright(image)
         icc = None if image.mode in ("CMYK", "YCbCr", "LAB") else image.info.get("icc_profile")  # of other colours
-        about = {"exif": exif.tobytes() if len(exif) else b"", "icc": icc}
+        about = {"exif": _tags(image), "icc": icc}
         if turned.mode.startswith("I;16") or turned.mode == "I":
             values = np.asarray(turned).astype(np.uint16)
             return cls(np.repeat(values[..., None], 3, 2), grey=True, **about)  # type: ignore[arg-type]
@@ -122,7 +120,8 @@ class Photograph(Result):
         return np.round(values / 257).astype(np.uint8) if values.dtype == np.uint16 else values
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write it whole or not at all: ``.png`` or ``.tif`` (with all of it), ``.jpg`` or ``.webp``.
+        """Write it whole or not at all: ``.png`` or ``.tif`` (with all of it), ``.jpg`` or ``.webp``; one more EXIF
+        tag, ProcessingSoftware, says that diffrep did.
 
         Returns:
             The path.
@@ -145,10 +144,9 @@ class Photograph(Result):
         image = self.image()
         if self.grey:
             image = image.convert("L" if self.alpha is None else "LA")
-        options = {"quality": 95} if form in ("JPEG", "WEBP") else {}
-        if self.exif:
-            options["exif"] = self.exif  # type: ignore[assignment]
-        write_whole(path, lambda partial: image.save(partial, form, icc_profile=self.icc, **options))
+        options: dict[str, Any] = {"quality": 95} if form in ("JPEG", "WEBP") else {}
+        options |= {"icc_profile": self.icc, "exif": marked_exif(self.exif)}
+        write_whole(path, lambda partial: image.save(partial, form, **options))
         return path
 
     def _channels(self) -> np.ndarray:
@@ -168,16 +166,15 @@ class Photograph(Result):
         head = struct.pack(">IIBBBBB", *self.size, 16, colour, 0, 0, 0)
         rows = b"".join(b"\x00" + row.tobytes() for row in values)  # each row with filter 0
         parts = [_PNG, chunk(b"IHDR", head)]
+        parts.append(chunk(b"eXIf", marked_exif(self.exif).removeprefix(b"Exif\x00\x00")))
         if self.icc:
             parts.append(chunk(b"iCCP", b"icc\x00\x00" + zlib.compress(self.icc)))
-        if self.exif:
-            parts.append(chunk(b"eXIf", self.exif.removeprefix(b"Exif\x00\x00")))
         return b"".join([*parts, chunk(b"IDAT", zlib.compress(rows, 6)), chunk(b"IEND", b"")])
 
     def _tiff16(self) -> bytes:
         """One strip, compressed by Deflate, behind a directory that holds the EXIF tags too."""
         values, tags, exif = self._channels().astype("<u2"), ImageFileDirectory_v2(), Image.Exif()
-        exif.load(self.exif)
+        exif.load(marked_exif(self.exif))
         for tag in exif:
             tags[tag] = exif.get_ifd(tag) if tag in (0x8769, 0x8825) else exif[tag]
         (width, height), count, strip = self.size, values.shape[2], zlib.compress(values.tobytes(), 6)
@@ -189,6 +186,17 @@ class Photograph(Result):
         for tag, value in about.items():
             tags[tag] = value
         return b"II*\x00" + struct.pack("<I", 8) + tags.tobytes(8) + strip
+
+
+def _tags(image: Image.Image) -> bytes:
+    """EXIF tags as files hold them, without those of `save`; none where damage keeps them from being written."""
+    try:
+        exif = image.getexif()
+        for tag in (PROCESSING_SOFTWARE, _ORIENTATION, *_LAYOUT):
+            exif.pop(tag, None)
+        return exif.tobytes() if len(exif) else b""
+    except Exception:
+        return b""
 
 
 def _png_pixels(content: bytes) -> np.ndarray:
