@@ -161,8 +161,7 @@ def _run(arguments: list[str]) -> int:
         word = rest[0] if group else arguments[0]
         near = difflib.get_close_matches(word, _members(group), n=2) or _members(group)
         raise ValueError(f"there is no command {word!r}; near names: {', '.join(near)}")
-    from diffrep.commands.options import DeviceOptions
-    from diffrep.commands.parsing import help_text, read_command
+    from diffrep.commands.parsing import help_text, read_command, values_of
     from diffrep.commands.stand_ins import without_libraries
 
     upto = rest.index("--") if "--" in rest else len(rest)
@@ -171,8 +170,11 @@ def _run(arguments: list[str]) -> int:
             print(help_text(command_kind(name), f"diffrep {name}", everything="--help-all" in rest))
         return 0
     command = read_command(command_kind(name), rest, f"diffrep {name}")
-    if isinstance(command, DeviceOptions):
-        command.check_device()
+    if devices := values_of(command, "device") - {"auto"}:  # before `run`, which may render scenes first
+        from diffrep.devices import resolve_device
+
+        for device in devices:
+            resolve_device(device)
     command.run()
     return 0
 

@@ -23,6 +23,7 @@ from diffrep.cli import COMMANDS, command_kind, error_line, main
 from diffrep.commands.match import Match
 from diffrep.commands.options import DeviceOptions
 from diffrep.commands.parsing import UsageError, options_of, read_command
+from diffrep.commands.predict import Depth
 from diffrep.images import load_image
 
 
@@ -219,6 +220,13 @@ def test_what_was_typed_wins_over_defaults_that_depend_on_it() -> None:
     assert read("--no-preview", "--inner.late", "-1", "2", "--device=cpu").typed == {"preview", "inner.late", "device"}
 
 
+@pytest.mark.parametrize("words", [["--fit", "least squares"], ["--fit=least_squares"], ["--fit", "least-squares"]])
+def test_a_choice_is_known_however_its_words_are_joined(words: list[str]) -> None:
+    assert read_command(Depth, ["least squares", *words], "depth") == Depth(
+        images=("least squares",), fit="least-squares"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -237,6 +245,17 @@ def test_usage_errors_name_the_culprit_in_one_line(words: list[str], says: str) 
     with pytest.raises(UsageError, match=re.escape(says)) as caught:
         read_command(_Sample, words, "sample")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["eval probes", "probe sweep none", "train depth", "embed none.npy"])
+def test_a_device_is_refused_before_anything_is_made(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever in a command the option lies."""
+    monkeypatch.chdir(tmp_path)
+    assert main([*command.split(), "--device", "nonsense"]) == 2
+    assert "device must be auto, cpu, cuda, cuda:N or mps, got 'nonsense'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_errors_of_any_kind_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

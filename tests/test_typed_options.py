@@ -60,7 +60,6 @@ TABLES: dict[str, dict[str, list[str]]] = {
             "--skip-existing",
             "--pairs @/pairs.csv",
             "--size 64",
-            "--mask-a @/mask.png",
             "--lora x.safetensors",
             "--lora '' | --backbone tiny",
             "--taps up.1",
@@ -81,7 +80,13 @@ TABLES: dict[str, dict[str, list[str]]] = {
             "--matching.backend faiss",
         ],
         # where results go, in which form; speed and memory
-        "same": ["-o @/other.png", "--json", "--matching.memory-mb 1", "--matching.backend torch"],
+        "same": [
+            "-o @/other.png",
+            "--json",
+            "--matching.memory-mb 1",
+            "--matching.backend torch",
+            "--mask-a @/mask.png",
+        ],
     },
     "extract": {
         "changes": [

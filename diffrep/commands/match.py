@@ -59,7 +59,7 @@ class Match(ReadingOptions, PrecisionOptions):
     # MODEL alone: only this model, by name, folder or hub id; with --recipe: [ROLE=]MODEL in the place of its own
     backbone: tuple[str, ...] = ()
     size: int | None = None  # long side of what the backbone sees, in pixels
-    mask_a: Path | None = None  # the object in A: a mask in any form, or a cut-out
+    mask_a: Path | None = None  # the object in A: a mask in any form, or a cut-out; points beside it are named
     mask_b: Path | None = None  # where matches in B may lie, likewise
     extract: Annotated[ExtractConfig, tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes] = field(
         default_factory=ExtractConfig
@@ -78,7 +78,7 @@ class Match(ReadingOptions, PrecisionOptions):
 
     def run(self) -> None:
         from diffrep.images import load_image
-        from diffrep.masks import load_mask
+        from diffrep.masks import load_mask, read_mask
 
         if self.pairs is not None:
             return self._run_pairs(self.pairs)
@@ -92,8 +92,6 @@ class Match(ReadingOptions, PrecisionOptions):
         if not self.points and not self.dense:
             raise ValueError("say what to match: --points x,y [x,y ...], or --dense")
         check_used(self.typed, self.matching, dense=self.dense)
-        if self.mask_a is not None and not (self.dense or self.matching.mutual):
-            raise ValueError("--mask-a goes with --dense or --matching.mutual: points are where you say")
         output = self.output or (None if self.json else Path("match.png"))
         if output is not None:
             check_writable(output)
@@ -103,6 +101,9 @@ class Match(ReadingOptions, PrecisionOptions):
             "source_mask": None if self.mask_a is None else load_mask(self.mask_a),
             "mask": None if self.mask_b is None else load_mask(self.mask_b),
         }
+        if (inside := masks["source_mask"]) is not None:
+            for x, y in points[~read_mask(inside, points, (images[0].height, images[0].width))].tolist():
+                print(f"{self.mask_a}: the point ({x:g}, {y:g}) does not lie on the object", file=sys.stderr)
         correspondence = self._correspondence()
         described = correspondence.describe(*images)
         result, lines = self._matched(images, described, points, correspondence.recipe, output, masks)

@@ -46,13 +46,6 @@ class DeviceOptions(Command):
 
     device: str = "auto"  # where the networks run: auto, cpu, cuda, cuda:N or mps
 
-    def check_device(self) -> None:
-        """Refuse a device that this machine does not have: before `run`, which may render scenes first."""
-        if self.device != "auto":
-            from diffrep.devices import resolve_device
-
-            resolve_device(self.device)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionOptions(DeviceOptions):

@@ -251,7 +251,8 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
     Raises:
         UsageError: it cannot be read.
     """
-    options, arguments = options_of(kind), [_at_home(word) for word in arguments]
+    options = options_of(kind)
+    arguments = _chosen(options, [_at_home(word) for word in arguments])
     typed, arguments = _typed(options, arguments), _joined(options, arguments)
     names = frozenset(option.field for option in typed)
     command = _parse(kind, arguments, program, options)
@@ -269,6 +270,12 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
                 raise UsageError(f"{option.flags[0]} takes whole numbers below 2^63, got {number}")
     object.__setattr__(command, "typed", names)
     return command
+
+
+def values_of(command: Command, name: str) -> set[Any]:
+    """The values of all options of a command whose fields have this name, its own and those of its parts."""
+    fields = [option.field.split(".") for option in options_of(type(command))]
+    return {functools.reduce(getattr, path, cast(Any, command)) for path in fields if path[-1] == name}
 
 
 def _at_home(word: str) -> str:
@@ -312,6 +319,21 @@ def _split(token: str, flags: dict[str, Option]) -> tuple[str, str | None] | Non
     if token.startswith("-") and token[1:2].isalpha():
         return token[:2], token[2:].removeprefix("=") or None
     return None
+
+
+def _chosen(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
+    """The command line with hyphens in choices of several words, which Python's functions have with spaces."""
+    flags, words, option = _flags(options), list[str](), None
+    for token in arguments:
+        split = _split(token, flags)
+        option = flags.get(split[0]) if split else option
+        value = split[1] if split else token
+        choice = re.sub("[ _]", "-", value or "")
+        if value and option is not None and any(choice in typing.get_args(kind) for kind in option.values()):
+            token = token.removesuffix(value) + choice
+        words.append(token)
+        option = option if value is None or (option is not None and option.many) else None
+    return words
 
 
 def _joined(options: Sequence[Option], arguments: Sequence[str]) -> list[str]:
