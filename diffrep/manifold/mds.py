@@ -135,10 +135,7 @@ def sgd_mds(
     ups, downs = np.zeros((2, x.shape[1], _ROUNDS - 1 + half), dtype=np.complex128)
     up_places, down_places = ups.T, downs.T
     # both sides in each round, opponents at the same place: views that are made once
-    seats = [
-        (ups[:, _ROUNDS - 1 - k + out : _ROUNDS - 1 - k + half], downs[:, k + out : k + half]) for k in range(_ROUNDS)
-    ]
-    difference, lengths = np.empty((len(ups), half - out), dtype=np.complex128), np.empty(half - out)
+    seats = [(ups[:, _ROUNDS - 1 - k :][:, out:half], downs[:, k + out : k + half]) for k in range(_ROUNDS)]
     smallest, factors = np.full(half - out, _TINY), np.zeros(half - out, dtype=np.complex128)
     for eta in progress(np.geomspace(1.0 / w_min, 0.01 / w_max, epochs).tolist(), "scaling"):
         players = np.concatenate([np.full(out, n - 1), rng.permutation(n)])
@@ -164,11 +161,8 @@ def sgd_mds(
                     up_places[first - 1], up_places[first] = up_places[first], down_places[k - 1]
                     down_places[last] = up_places[first + half - 1]
                 one, other = seats[k]
-                np.subtract(one, other, out=difference)
-                if len(difference) == 1:
-                    np.abs(difference[0], out=lengths)
-                else:
-                    np.sqrt((np.abs(difference) ** 2).sum(axis=0), out=lengths)
+                difference = one - other
+                lengths = np.abs(difference[0]) if len(ups) == 1 else np.sqrt((np.abs(difference) ** 2).sum(axis=0))
                 np.maximum(lengths, smallest, out=lengths)
                 np.divide(target, lengths, out=lengths)
                 np.subtract(share, lengths, out=factors.real)
