@@ -67,6 +67,7 @@ def check_depth_metrics(folder: Path, case: dict[str, Any]) -> None:
     tolerance = case["tolerance"]
     for run in each(case["runs"], describing=("lo", "hi", "drop")):
         i = run["index"]
+        assert run["space"] in ("depth", "disparity")
         assert given[f"{i}.gt"].shape == (run["h"], run["w"])
         assert run["aligned_dtype"] in ("float32", "float64")  # of the published code; compared within the tolerance
         prediction, reference, valid = (given[f"{i}.{name}"] for name in ("pred", "gt", "valid"))

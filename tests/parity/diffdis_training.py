@@ -42,7 +42,8 @@ def check_init_from_base(folder: Path, case: dict[str, Any]) -> None:
 def check_contour(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
     assert case["tolerance"] == "exact"
-    for index in range(len(case["masks"])):
+    for index, mask in enumerate(case["masks"]):
+        assert list(given[f"m{index}/mask"].shape) == mask["hw"]
         assert torch.equal(edge_map(given[f"m{index}/mask"]), expected[f"m{index}/edge"]), f"m{index}"
 
 
@@ -52,6 +53,7 @@ def check_pyramid_noise(folder: Path, case: dict[str, Any]) -> None:
         name = variant["name"]
         draws = [given[f"{name}/draw_{n}"] for n in range(len(variant["draw_sizes"]))]
         assert [list(draw.shape[-2:]) for draw in draws] == variant["draw_sizes"]
+        assert list(draws[0].shape) == variant["shape"]
         noise = pyramid_noise(
             variant["shape"], discount=variant["discount"], draws=draws, uniforms=given[f"{name}/uniform"].tolist()
         )

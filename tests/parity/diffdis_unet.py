@@ -119,6 +119,7 @@ def check_swci(folder: Path, case: dict[str, Any]) -> None:
     for variant in each(case["variants"], describing=("rms_change", "main_path_unchanged")):
         name, (height, width) = variant["name"], variant["latent_hw"]
         assert given[f"{name}/token_0"].shape[-2:] == (height // 2, width // 2)
+        assert len(given[f"{name}/token_0"]) == 2 * variant["images"]
         latent_channels = given[f"{name}/token_0"].shape[1]
         parts = torch.nn.ModuleDict(injection_parts(case["widths"], latent_channels))
         parts.load_state_dict(weights)

@@ -48,7 +48,8 @@ def published_or_official(
 
     Marigold's solver takes differences of a float32 objective over steps of 1.5e-8: its path is made of the rounding of
     a sum, which changes from one build of torch to the next (the official function itself then misses the stored
-    numbers). E2E-FT's solver works in float32 and takes wider steps: there is no such excuse for it.
+    numbers; noise of 1e-7 on the members moves them by 0.03, at a correlation of 0.999). E2E-FT's solver works in
+    float32 and takes wider steps, and scales without shifts come out to 1e-6: there is no such excuse for them.
 
     Args:
         got, expected: depth and uncertainty as they were published.
@@ -60,7 +61,8 @@ def published_or_official(
     differences = [float((a - b).abs().max()) for a, b in pairs]  # the standard deviation of one member is NaN
     if max(differences) <= atol:
         return
-    assert preset.precision == "float64", f"{what}: differs from the published ensemble by {max(differences):.2e}"
+    excused = preset.precision == "float64" and preset.shift
+    assert excused, f"{what}: differs from the published ensemble by {max(differences):.2e}"
     official = MarigoldDepthPipeline.ensemble_depth(
         members[:, None],
         shift_invariant=preset.shift,
@@ -74,7 +76,7 @@ def published_or_official(
     for a, b in zip(solved, official, strict=True):
         assert_within(a, b.reshape(a.shape), atol=1e-5, what=f"{what}, against the official solver")
     correlation = torch.corrcoef(torch.stack([got[0].flatten(), expected[0].flatten()]))[0, 1]
-    assert correlation > 0.9, f"{what}: correlation {correlation:.6f} with the published ensemble"
+    assert correlation > 0.99, f"{what}: correlation {correlation:.6f} with the published ensemble"
 
 
 def check_ensembles(folder: Path, case: dict[str, Any]) -> None:
