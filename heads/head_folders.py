@@ -208,7 +208,7 @@ def save_head(head: Head[Any, Any], folder: Path) -> None:
         write_whole(folder / name, partial(shutil.copyfile, file))
     save_weights(folder / CONTEXT_FILE, {"context": stored_context(str(place), str(_local(base)))})
     index = json_of(head.source, "model_index.json")
-    known = {key: index[key] for key in ("use_full_z_range", "shift_invariant") if key in index}  # of Marigold
+    known: dict[str, Any] = {k: index[k] for k in ("use_full_z_range", "shift_invariant") if k in index}  # of Marigold
     known |= {"working_size": head.working_size, "family": head.family_name, "task": head.task}
     write_document(folder / HEAD_FILE, known | about | {"base": "."})
 
