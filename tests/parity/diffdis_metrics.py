@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from skimage.morphology import skeletonize
 
 from diffrep.eval.segmentation_metrics import (
     AUTHORS,
@@ -49,6 +50,7 @@ def check_metrics(folder: Path, case: dict[str, Any]) -> None:
                 totals[key].append(alone)
         curves = {"pysod_f_curve": f_curve, "pysod_e_curve": e_curve}
         p, g = prepare(predicted, truth)
+        assert np.array_equal(skeletonize(g), expected[f"{name}/gt_skeleton"].numpy()), f"{name}: skeleton of HCE"
         for key, curve in curves.items():
             got_curve = torch.from_numpy(curve(p, g))
             assert_within(got_curve, expected[f"{name}/{key}"], atol=atol, what=f"{name}/{key}")
