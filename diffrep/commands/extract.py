@@ -77,7 +77,7 @@ class Extract(ReadingOptions, PrecisionOptions):
             raise ValueError("--keep.points goes with --keep.kind points")
         backbone: str | Backbone = self.named(self.backbone)
         if self.schedule is not None or typed_conditions(self.typed):
-            loaded = load_backbone(backbone, weights=self.schedule is not None, **placed)
+            loaded = load_backbone(self.named(self.backbone), weights=self.schedule is not None, **placed)
             refuse_conditions(self.typed, [loaded])
             config = dataclasses.replace(config, **self.place(self.typed, loaded))
             if self.schedule is not None and self.bulk.engine == "local":
