@@ -223,9 +223,10 @@ def upright(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The number from 1 to 8 that says how an image lies; 1, upright, where the tag is missing, odd or damaged."""
     try:
-        return range(9).index(image.getexif().get(_ORIENTATION)) or 1
+        turn = image.getexif().get(_ORIENTATION, 1)
     except Exception:
         return 1
+    return int(turn) if turn in range(2, 9) else 1
 
 
 def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
