@@ -256,12 +256,9 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
         else:
             raise ImageError(f"{printable(path)}: no such file or folder")
         if not matches:
-            maps = (
-                "; maps, masks and drawings that diffrep wrote are passed over unless they are named"
-                if path.is_dir()
-                else ""
-            )
-            raise ImageError(f"{printable(source)}: no image found (looked for {', '.join(sorted(SUFFIXES))}){maps}")
+            own = "; maps, masks and drawings that diffrep wrote are passed over unless they are named"
+            looked_for = ", ".join(sorted(SUFFIXES)) + ")" + (own if path.is_dir() else "")
+            raise ImageError(f"{printable(source)}: no image found (looked for {looked_for}")
         for match in matches:
             if match.parent not in real:
                 real[match.parent] = os.path.realpath(match.parent)
