@@ -168,7 +168,7 @@ def build_table(
         several=several,
         error=SamplingError,
         eta=NOT_NEGATIVE,
-        noise_scale="[0, 1]",
+        noise_scale=NOT_NEGATIVE,
     )
     if not (sampler.flow if flow else sampler.table):
         kind = "rectified flows, which start without signal" if flow else "noise schedules, only on rectified flows"
