@@ -159,8 +159,10 @@ def _run(arguments: list[str]) -> int:
         if group and not rest:
             raise ValueError(f"say which: {', '.join(_members(group))}")
         word = rest[0] if group else arguments[0]
-        near = difflib.get_close_matches(word, _members(group), n=2) or _members(group)
-        raise ValueError(f"there is no command {word!r}; near names: {', '.join(near)}")
+        near = difflib.get_close_matches(word, _members(group), n=2)
+        raise ValueError(
+            f"there is no command {word!r}; {'near names' if near else 'commands'}: {', '.join(near or _members(group))}"
+        )
     from diffrep.commands.parsing import help_text, read_command, values_of
     from diffrep.commands.stand_ins import without_libraries
 

@@ -159,10 +159,10 @@ def name_of(job: SceneJob) -> str:
 
 
 def scene_groups(names: Sequence[str]) -> dict[str, list[str]]:
-    """Scenes by name, together and by whether models in training see their categories; only groups that have any."""
+    """Scenes by name, together and, where both kinds are there, by whether models in training see their categories."""
     seen = [name for name in names if name.partition(" ")[0] in SEEN]
     unseen = [name for name in names if name.partition(" ")[0] in UNSEEN]
-    return {group: some for group, some in {"all": list(names), "seen": seen, "unseen": unseen}.items() if some}
+    return {"all": list(names), **({"seen": seen, "unseen": unseen} if seen and unseen else {})}
 
 
 # -- scenes as files ---------------------------------------------------------------------------------------------------

@@ -323,6 +323,7 @@ def test_a_command_that_is_terminated_while_it_is_read_says_nothing_of_its_optio
 
 def test_unknown_commands_name_their_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
     assert "near names: match" in fails(capsys, "matsch")
+    assert "no command 'zzz'; commands: demo," in fails(capsys, "zzz")
 
 
 def test_waiting_threads_give_their_core_away_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

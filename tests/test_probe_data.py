@@ -204,6 +204,15 @@ def test_named_parts_are_kept(tmp_path: Path) -> None:
     assert len(split.val) == 6
 
 
+def test_images_beside_the_folders_of_classes_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = image_folder(tmp_path / "folder", 3)
+    rows = len(read_labelled(folder).images)
+    assert not caplog.messages
+    picture("red", 0).save(folder / "lost.png")
+    assert len(read_labelled(folder).images) == rows
+    assert caplog.messages == [f"{folder}: passed over 1 image beside the folders of classes: lost.png"]
+
+
 def test_bad_data_is_refused_in_one_line(tmp_path: Path) -> None:
     def table(name: str, rows: list[dict[str, str]]) -> Path:
         return csv_table(tmp_path / f"{name}.csv", rows)

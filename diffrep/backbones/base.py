@@ -156,8 +156,9 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
         """
         known = {tap.name: tap for tap in self.taps()}
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=4, cutoff=0.5) or list(known)[:8]
-            raise TapError(f"{self.name} has no tap {name!r}; near names: {', '.join(near)} (`taps()` lists all)")
+            near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+            named = f"near names: {', '.join(near)}" if near else f"names are such as {', '.join(list(known)[:4])}"
+            raise TapError(f"{self.name} has no tap {name!r}; {named} (`taps()` lists all)")
         return known[name]
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-from diffrep.files import one_line, printable, read_document
-from diffrep.images import SUFFIXES, images_below
+from diffrep.files import number_of, one_line, printable, read_document
+from diffrep.images import SUFFIXES, images_below, is_image
 from diffrep.store.sources import ImageSource
+
+logger = logging.getLogger(__name__)
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
@@ -229,6 +232,9 @@ def _from_folder(root: Path) -> Iterator[_Record]:
     places: list[tuple[Path, Part | None]] = [*parts] or [(root, None)]
     for folder, part in places:
         images = [(file, place.name) for place in _folders(folder) for file in images_below(place)]
+        if loose := sorted(file.name for file in folder.iterdir() if file.is_file() and is_image(file.name)):
+            beside = f"{number_of(len(loose), 'image')} beside the folders of classes: {', '.join(loose[:3])}"
+            logger.warning("%s: passed over %s", folder, printable(beside))
         if part and not images:
             raise DataError(f"{folder}: the split is empty")
         if images and (empty := {place.name for place in _folders(folder)} - {label for _, label in images}):
