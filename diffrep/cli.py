@@ -160,9 +160,8 @@ def _run(arguments: list[str]) -> int:
             raise ValueError(f"say which: {', '.join(_members(group))}")
         word = rest[0] if group else arguments[0]
         near = difflib.get_close_matches(word, _members(group), n=2)
-        raise ValueError(
-            f"there is no command {word!r}; {'near names' if near else 'commands'}: {', '.join(near or _members(group))}"
-        )
+        names = f"near names: {', '.join(near)}" if near else f"commands: {', '.join(_members(group))}"
+        raise ValueError(f"there is no command {word!r}; {names}")
     from diffrep.commands.parsing import help_text, read_command, values_of
     from diffrep.commands.stand_ins import without_libraries
 

@@ -387,7 +387,8 @@ class MatchConfig:
     """How a match is found."""
 
     # cell: the best cell's centre; pixel: the best pixel, as if features had been upsampled to the image
-    # (DIFT); soft: the expected place in a window around the best cell (GeoAware); tiny and other recipes have their own
+    # (DIFT); soft: the expected place in a window around the best cell (GeoAware); recipes, tiny too, have
+    # their own
     mode: Literal["cell", "pixel", "soft"] = "cell"
     metric: Metric = "cosine"
     source: Literal["bilinear", "cell"] = "bilinear"  # a point's descriptor: interpolated, or its cell's

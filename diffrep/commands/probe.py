@@ -219,12 +219,13 @@ class NewProbe(Command):
 
 def score_lines(parts: Mapping[str, Scores]) -> list[str]:
     """One line for each part: top-1 with its interval, top-5 of more than five classes, mean per class."""
-    return [
-        f"{part:<4}  top-1 {100 * scores.top1:.1f} % ({100 * scores.low:.1f}..{100 * scores.high:.1f})"
-        f"{f'  top-5 {100 * scores.top5:.1f} %' if len(scores.per_class) > 5 else ''}  mean per class {100 * scores.mean_per_class:.1f} %"
-        f"  {number_of(scores.n, 'image')}"
-        for part, scores in parts.items()
-    ]
+    lines = []
+    for part, scores in parts.items():
+        top5 = f"  top-5 {100 * scores.top5:.1f} %" if len(scores.per_class) > 5 else ""
+        interval = f"{100 * scores.low:.1f}..{100 * scores.high:.1f}"
+        means = f"{top5}  mean per class {100 * scores.mean_per_class:.1f} %"
+        lines.append(f"{part:<4}  top-1 {100 * scores.top1:.1f} % ({interval}){means}  {number_of(scores.n, 'image')}")
+    return lines
 
 
 # -- commands -----------------------------------------------------------------------------------------------
