@@ -189,8 +189,8 @@ class NormalMap(_Map):
     settings: Mapping[str, object] = field(default_factory=dict)
 
     def metadata(self) -> dict[str, object]:
-        stored = {"png": f"value = count / {_FULL} * 2 - 1"}
-        return {"kind": self.kind, "frame": self.frame, "axes": AXES[self.frame], **stored, "settings": self.settings}
+        about = {"kind": self.kind, "frame": self.frame, "axes": AXES[self.frame]}
+        return {**about, "png": f"value = count / {_FULL} * 2 - 1", "settings": dict(self.settings)}
 
     def picture(self) -> Image.Image:
         """The normals as colours, (n + 1) / 2, with x right and y up whatever the frame."""
@@ -302,6 +302,11 @@ WRITERS: dict[str, tuple[str, Callable[[DepthMap | NormalMap], bytes]]] = {  # f
     "npy": (".npy", npy_bytes),
     "tiff": (".tiff", tiff_bytes),
 }
+
+
+def preview(values: DepthMap | NormalMap) -> Image.Image:
+    """The picture of a map, see `DepthMap.picture`."""
+    return values.picture()
 
 
 def save_map(path: Path, values: DepthMap | NormalMap) -> None:
