@@ -208,6 +208,7 @@ def test_images_beside_the_folders_of_classes_are_named(tmp_path: Path, caplog: 
     folder = image_folder(tmp_path / "folder", 3)
     rows = len(read_labelled(folder).images)
     assert not caplog.messages
+    picture("red", 0).save(folder / "._hidden.png")
     picture("red", 0).save(folder / "lost.png")
     assert len(read_labelled(folder).images) == rows
     assert caplog.messages == [f"{folder}: passed over 1 image beside the folders of classes: lost.png"]

@@ -231,13 +231,16 @@ def _from_folder(root: Path) -> Iterator[_Record]:
     classes: dict[str, set[str]] = {}
     places: list[tuple[Path, Part | None]] = [*parts] or [(root, None)]
     for folder, part in places:
-        images = [(file, place.name) for place in _folders(folder) for file in images_below(place)]
-        if loose := sorted(file.name for file in folder.iterdir() if file.is_file() and is_image(file.name)):
-            beside = f"{number_of(len(loose), 'image')} beside the folders of classes: {', '.join(loose[:3])}"
-            logger.warning("%s: passed over %s", folder, printable(beside))
+        named = _folders(folder)
+        images = [(file, place.name) for place in named for file in images_below(place)]
+        beside = (file for file in folder.iterdir() if is_image(file.name) and not file.name.startswith("."))
+        if loose := sorted(file.name for file in beside if file.is_file()):
+            count = number_of(len(loose), "image")
+            listed = printable(", ".join(loose[:3]))
+            logger.warning("%s: passed over %s beside the folders of classes: %s", folder, count, listed)
         if part and not images:
             raise DataError(f"{folder}: the split is empty")
-        if images and (empty := {place.name for place in _folders(folder)} - {label for _, label in images}):
+        if images and (empty := {place.name for place in named} - {label for _, label in images}):
             raise DataError(f"{folder}: no images of {', '.join(sorted(empty)[:5])}; each folder is a class")
         yield from (("", image_file(file, root), {"class": label}, part) for file, label in images)
         classes[folder.name] = {label for _, label in images}
