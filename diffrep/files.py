@@ -38,7 +38,6 @@ _REPLACEABLE = (
     ".zattrs",
     "zarr.json",
 )
-PROCESSING_SOFTWARE = 0x000B  # the first of all EXIF tags
 LARGEST_SETTINGS, DEEPEST_KEY, MOST_ALIASES = 2**18, 32, 16  # bytes, parts, of files of settings
 UNFETCHED, _POINTER = "is a Git LFS pointer: run `git lfs pull`", b"version https://git-lfs"
 _OF_FILES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".npy", ".csv", ".json", ".ply"})
@@ -115,11 +114,11 @@ def write_image(path: Path, image: Image.Image, *, mark: str = MARK) -> None:
 
 def marked_exif(tags: bytes = b"", *, mark: str = MARK) -> bytes:
     """EXIF tags with one that says which program made the picture; the camera's Software stays."""
-    from PIL import Image
+    from PIL import ExifTags, Image
 
     exif = Image.Exif()
     exif.load(tags)
-    exif[PROCESSING_SOFTWARE] = mark
+    exif[ExifTags.Base.ProcessingSoftware] = mark
     return exif.tobytes()
 
 

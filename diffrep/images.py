@@ -29,7 +29,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from diffrep.files import DRAWING, is_written_by_diffrep, printable, write_whole
@@ -68,7 +68,7 @@ _MAP = re.compile(  # names of maps and masks that diffrep writes
     r"_(disparity|depth|normals|uncertainty|labels|mask|binary|edge|cutout|composite|\w+_preview)\.(png|tiff)$"
 )
 
-_ORIENTATION = 0x0112  # the EXIF tag; its values from 2 on -> what brings the image upright
+# values of the EXIF tag Orientation from 2 on -> what brings the image upright
 _TURNS = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 
 
@@ -223,7 +223,7 @@ def upright(image: Image.Image) -> Image.Image:
 def orientation(image: Image.Image) -> int:
     """The number from 1 to 8 that says how an image lies; 1, upright, where the tag is missing, odd or damaged."""
     try:
-        turn = image.getexif().get(_ORIENTATION, 1)
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1
     return int(turn) if turn in range(2, 9) else 1

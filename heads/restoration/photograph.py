@@ -14,14 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.ExifTags import Base
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from torch import Tensor
 
-from diffrep.files import PROCESSING_SOFTWARE, marked_exif, one_line, write_whole
+from diffrep.files import marked_exif, one_line, write_whole
 from diffrep.images import ImageError, ImageLike, decode_image, load_image, orientation, upright
 from diffrep.results import Result
 
-_ORIENTATION, _PNG = 0x0112, b"\x89PNG\r\n\x1a\n"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _LAYOUT = (  # of TIFF
     *range(254, 260), 262, 266, 273, *range(277, 281), 284, 317, 320, *range(322, 326), 338, 339, 34675,
 )  # fmt: skip
@@ -192,7 +193,7 @@ def _tags(image: Image.Image) -> bytes:
     """EXIF tags as files hold them, without those of `save`; none where damage keeps them from being written."""
     try:
         exif = image.getexif()
-        for tag in (PROCESSING_SOFTWARE, _ORIENTATION, *_LAYOUT):
+        for tag in (Base.ProcessingSoftware, Base.Orientation, *_LAYOUT):
             exif.pop(tag, None)
         return exif.tobytes() if len(exif) else b""
     except Exception:
