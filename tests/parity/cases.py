@@ -114,10 +114,15 @@ def _unread(value: Any, describing: Collection[str]) -> Iterator[str]:
 _stored: list[Fields] = []  # what the running check has to read
 
 
+def watched(stored: Mapping[str, Any]) -> Fields:
+    """What came out of a case, of which its check reads every tensor."""
+    _stored.append(Fields(stored))
+    return _stored[-1]
+
+
 def tensors_of(folder: Path) -> tuple[dict[str, Tensor], Fields]:
-    """A case's inputs, and what came out of them, of which a check reads every tensor."""
-    _stored.append(Fields(load_file(folder / "expected.safetensors")))
-    return load_file(folder / "inputs.safetensors"), _stored[-1]
+    """A case's inputs, and what came out of them, `watched`."""
+    return load_file(folder / "inputs.safetensors"), watched(load_file(folder / "expected.safetensors"))
 
 
 def each(runs: Iterable[Mapping[str, Any]], *, describing: Collection[str] = ()) -> Iterator[Fields]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from diffrep.alignment import align_depth
 from diffrep.eval.datasets.dense_images import (
@@ -30,7 +29,7 @@ from diffrep.eval.maps import (
 from diffrep.heads.training.datasets import KITTI_SIZE, kitti_crop, vkitti_crop
 from diffrep.heads.training.dense_data import distance_to_depth
 
-from .cases import assert_within, each
+from .cases import assert_within, each, tensors_of
 
 OFFICIAL_DEPTH = {  # ours -> the name in the papers' code
     "abs_rel": "abs_relative_difference",
@@ -63,7 +62,7 @@ MARIGOLD = {
 
 
 def check_depth_metrics(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     tolerance = case["tolerance"]
     for run in each(case["runs"], describing=("lo", "hi", "drop")):
         i = run["index"]
@@ -88,7 +87,7 @@ def check_depth_metrics(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_normal_metrics(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     atol = case["tolerance"]["metrics"]["atol"]
     pooled, images = PooledAngles(), []
     for run in each(case["runs"], describing=("noise", "drop", "unit")):

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 
 from diffrep.alignment import fit_scale_shift
@@ -39,11 +38,11 @@ from diffrep.heads.training.dense_data import (
 )
 from diffrep.training.loop import FitSettings, exponential_factor, make_optimiser
 
-from .cases import assert_within, each
+from .cases import assert_within, each, tensors_of
 
 
 def check_e2e_losses(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     tolerance = case["tolerance"]
     for run in each(case["runs"], describing=("drop", "scale")):
         i = run["index"]
@@ -68,7 +67,7 @@ def check_e2e_losses(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     parameters, atol = case["parameters"], case["tolerance"]["atol"]
     size = tuple(parameters["resize_to_hw"])
     fx, fy, cx, cy = parameters["K_used_by_align"]
@@ -102,7 +101,7 @@ def check_training_targets(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_conv_in_expansion(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     weight, atol = given["weight"], case["tolerance"]["atol"]
     conv = nn.Conv2d(weight.shape[1], weight.shape[0], weight.shape[2], padding=weight.shape[2] // 2)
     conv.load_state_dict({"weight": weight, "bias": given["bias"]})
@@ -129,7 +128,7 @@ def check_lr_schedule(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_lotus_train(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     compared: set[str] = set()
     for run in each(case["runs"]):
         assert run["dataset_kind"] in ("hypersim", "vkitti")

@@ -20,8 +20,7 @@ from diffrep.eval.segmentation_metrics import (
     together,
 )
 
-from .cases import assert_within, number_in
-from .diffdis_unet import tensors_of
+from .cases import assert_within, each, number_in, tensors_of
 
 DEFINITIONS = {  # key in the case -> definition, whether maps are thresholded first
     "pysodmetrics": (DIS, False),
@@ -38,9 +37,10 @@ def check_metrics(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
     atol = number_in(case["tolerance"])
     totals: dict[str, list[ImageScores]] = {key: [] for key in DEFINITIONS}
-    for pair in case["pairs"]:
+    for pair in each(case["pairs"]):
         name = pair["pair"]
         predicted, truth = given[f"{name}/pred"].numpy(), given[f"{name}/gt"].numpy()
+        assert [*predicted.shape] == pair["hw"]
         for key, (definition, binarize) in DEFINITIONS.items():
             alone = score_image(predicted, truth, definition, binarize=binarize, hce=True)
             got = {**alone.values, "f_mean": float(alone.f.mean()), "em_max": float(alone.e.max())}

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diffrep.heads.segmentation import DiffDis, ensemble, ensemble_sizes, finish, image_pixels
 
-from .cases import each
-from .diffdis_unet import assert_equal, load_unet, tensors_of
+from .cases import each, tensors_of
+from .diffdis_unet import assert_equal, load_unet
 
 
 def load_pipeline(folder: Path, text: Tensor) -> DiffDis:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,12 @@ from diffrep.heads.training.masks import (
 )
 from diffrep.training.loop import FitSettings, diffdis_rate, make_optimiser
 
-from .cases import each
-from .diffdis_unet import assert_equal, tensors_of, tolerances
+from .cases import each, tensors_of
+from .diffdis_unet import assert_equal, tolerances
+
+
+def part_names(stored: Iterable[str], prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in stored if name.startswith(prefix)]
 
 
 def check_init_from_base(folder: Path, case: dict[str, Any]) -> None:
@@ -42,9 +47,11 @@ def check_init_from_base(folder: Path, case: dict[str, Any]) -> None:
 def check_contour(folder: Path, case: dict[str, Any]) -> None:
     given, expected = tensors_of(folder)
     assert case["tolerance"] == "exact"
-    for index, mask in enumerate(case["masks"]):
+    for index, (mask, fraction) in enumerate(zip(case["masks"], case["edge_fraction"], strict=True)):
         assert list(given[f"m{index}/mask"].shape) == mask["hw"]
-        assert torch.equal(edge_map(given[f"m{index}/mask"]), expected[f"m{index}/edge"]), f"m{index}"
+        edges = edge_map(given[f"m{index}/mask"])
+        assert torch.equal(edges, expected[f"m{index}/edge"]), f"m{index}"
+        assert (edges > 0).float().mean().item() == pytest.approx(fraction), f"m{index}"
 
 
 def check_pyramid_noise(folder: Path, case: dict[str, Any]) -> None:
@@ -111,11 +118,10 @@ def check_train_step(folder: Path, case: dict[str, Any]) -> None:
     losses["loss"].backward()
     allowed = tolerances(tolerance["grad"])
     gradients = {name: p.grad for name, p in unet.named_parameters() if p.grad is not None}
-    for key, value in expected.items():
-        if key.startswith("grad/"):
-            got = gradients[key.removeprefix("grad/")]
-            atol = allowed["atol"] * float(value.abs().max())  # a share of the largest gradient
-            torch.testing.assert_close(got, value, rtol=allowed["rtol"], atol=atol)
+    for name in part_names(expected, "grad/"):
+        value = expected[f"grad/{name}"]
+        atol = allowed["atol"] * float(value.abs().max())  # a share of the largest gradient
+        torch.testing.assert_close(gradients[name], value, rtol=allowed["rtol"], atol=atol)
     without = [name for name, p in unet.named_parameters() if p.grad is None]
     assert without == case["parameters_without_gradient"]
     norm = torch.nn.utils.get_total_norm(gradients.values())
@@ -123,9 +129,7 @@ def check_train_step(folder: Path, case: dict[str, Any]) -> None:
 
     optimiser.step()
     after = unet.state_dict()
-    for key, value in expected.items():
-        if not key.startswith("after_step/"):
-            continue
-        name = key.removeprefix("after_step/")
+    for name in part_names(expected, "after_step/"):
+        value = expected[f"after_step/{name}"]
         moved = gradients[name].abs() >= 1e-6 if name in gradients else torch.ones_like(value, dtype=torch.bool)
-        assert_equal(after[name][moved], value[moved], tolerance["after_step"], key)
+        assert_equal(after[name][moved], value[moved], tolerance["after_step"], name)

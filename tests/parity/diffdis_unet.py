@@ -29,11 +29,7 @@ from diffrep.heads.diffdis import (
 from diffrep.heads.loading import diffdis_unet
 from diffrep.heads.one_step import Schedule
 
-from .cases import each
-
-
-def tensors_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+from .cases import each, tensors_of
 
 
 def tolerances(text: str) -> dict[str, float]:

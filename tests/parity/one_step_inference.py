@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.heads.dense import ENSEMBLES, PredictConfig
@@ -29,7 +28,7 @@ from diffrep.heads.tiling import (
     to_working,
 )
 
-from .cases import assert_within, each
+from .cases import assert_within, each, tensors_of
 
 PRESETS = {"marigold": MARIGOLD_ENSEMBLE, "diffusers": DIFFUSERS_ENSEMBLE, "e2e": E2E_ENSEMBLE}
 
@@ -80,7 +79,7 @@ def published_or_official(
 
 
 def check_ensembles(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     checked = 0
     for run in each(case["runs"], describing=("noise", "note", "defaults")):
         members, index = given[f"{run['index']}.pred"], run["index"]
@@ -110,7 +109,7 @@ def check_ensembles(folder: Path, case: dict[str, Any]) -> None:
 
 
 def check_lotus_pipeline(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     head = load_head(folder / "model", task="normals")
     depth = load_head(folder / "model", task="depth")
     model, family, tolerance = head.model, head.family, case["tolerance"]
@@ -173,7 +172,7 @@ def check_marigold_e2e(folder: Path, case: dict[str, Any]) -> None:
 
 
 def _check_marigold_e2e(folder: Path, case: dict[str, Any], scratch: Path) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     for run in each(case["runs"], describing=("output_std",)):
         i = run["index"]
         assert given[f"{i}.image_uint8"].shape[-2:] == (run["h"], run["w"])
