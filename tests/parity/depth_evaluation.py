@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +157,20 @@ def _check_box(mask: torch.Tensor, box: dict[str, list[int]]) -> None:
     assert torch.equal(mask, expected)
 
 
+def _numbers(pattern: str, text: str) -> list[float]:
+    """The numbers of a predictor that a case describes."""
+    found = re.fullmatch(pattern, text)
+    assert found, f"the predictor {text!r} is not of the form {pattern!r}"
+    return [float(number) for number in found.groups()]
+
+
 def check_harness(folder: Path, case: dict[str, Any]) -> None:
     rel = case["tolerance"]["rtol"]
-    for side, dataset, formula in (
-        ("depth", "ScanNet layout", {"least_square": "y = 0.7R+0.2G+0.1B", "least_square_disparity": "1 - 0.9*y"}),
-        ("normals", "dsine_eval/nyuv2 layout", "0.9*img+0.05"),
-    ):
-        assert case[side]["dataset"].startswith(dataset)
-        predictors = case[side]["predictor"]
-        if isinstance(formula, str):
-            assert predictors.startswith(formula)
-        else:
-            assert all(predictors[name].startswith(text) for name, text in formula.items())
+    depth, normals = (Path(re.findall(r"data/\w+(?:/\w+)?", case[side]["dataset"])[0]) for side in ("depth", "normals"))
+    texts = case["depth"]["predictor"]  # "y = 0.7R+0.2G+0.1B of the ...", "1 - 0.9*y"
+    colours = _numbers(r"y = (.+)R\+(.+)G\+(.+)B of the \(resized, integer valued\) image / 255", texts["least_square"])
+    (slope,) = _numbers(r"1 - (.+)\*y", texts["least_square_disparity"])
+    factor, offset = _numbers(r"(.+)\*img\+(\S+) where img .*", case["normals"]["predictor"])
     for run in each(case["depth"]["runs"]):
         assert run["alignment"] in ("least_square", "least_square_disparity")
         disparity = run["alignment"] == "least_square_disparity"
@@ -179,10 +182,10 @@ def check_harness(folder: Path, case: dict[str, Any]) -> None:
         )
 
         def predict(image: torch.Tensor, disparity: bool = disparity) -> torch.Tensor:
-            y = torch.einsum("c,chw->hw", torch.tensor([0.7, 0.2, 0.1]), image.float()) / 255
-            return 1 - 0.9 * y if disparity else y
+            y = torch.einsum("c,chw->hw", torch.tensor(colours), image.float()) / 255
+            return 1 - slope * y if disparity else y
 
-        data = open_benchmark("depth", "scannet", folder / "data" / "scannet")
+        data = open_benchmark("depth", depth.name, folder / depth)
         report = evaluate_maps(predict, data, protocol, method="formula", progress=False)
         assert not report.problems
         _compare(dict(report.metrics), run["result"], OFFICIAL_DEPTH, rel=rel)
@@ -190,9 +193,9 @@ def check_harness(folder: Path, case: dict[str, Any]) -> None:
             official = dict(zip(OFFICIAL_DEPTH.values(), map(float, line.split(",")[1:]), strict=True))
             _compare(dict(values), official, OFFICIAL_DEPTH, rel=rel)
     for run in each(case["normals"]["runs"]):
-        data_set = open_benchmark("normals", "nyuv2", folder / "data" / "dsine_eval")
+        data_set = open_benchmark("normals", normals.name, folder / normals.parent)
         found = evaluate_maps(
-            lambda image: 0.9 * image + 0.05,
+            lambda image: factor * image + offset,
             data_set,
             NormalProtocol(side=run["processing_res"]),
             method="formula",
