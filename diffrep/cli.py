@@ -7,7 +7,6 @@ are the options. Only the module of the command that was asked for is imported.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import os
 import signal
@@ -159,8 +158,9 @@ def _run(arguments: list[str]) -> int:
         if group and not rest:
             raise ValueError(f"say which: {', '.join(_members(group))}")
         word = rest[0] if group else arguments[0]
-        near = difflib.get_close_matches(word, _members(group), n=2)
-        names = f"near names: {', '.join(near)}" if near else f"commands: {', '.join(_members(group))}"
+        from diffrep.settings import near_names
+
+        names = near_names(word, _members(group)) or f"commands: {', '.join(_members(group))}"
         raise ValueError(f"there is no command {word!r}; {names}")
     from diffrep.commands.parsing import help_text, read_command, values_of
     from diffrep.commands.stand_ins import without_libraries

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from diffrep.backbones import Backbone, BackboneError, Grid, load_backbone
 from diffrep.images import ImageLike, Placement, fit_image, load_image, stack_pixels
 from diffrep.pictures import component_colours, side_by_side, stacked
 from diffrep.results import Result
-from diffrep.settings import ExtractConfig, changed
+from diffrep.settings import ExtractConfig, changed, near_names
 
 
 def lattice(size: tuple[int, int], device: torch.device | None = None) -> Tensor:
@@ -233,8 +232,8 @@ class FeatureMaps(Result):
         """
         if isinstance(index, str):
             if index not in self.maps:
-                near = difflib.get_close_matches(index, self.maps, n=4, cutoff=0.3) or self.taps
-                raise KeyError(f"no features of the tap {index!r}; near names: {', '.join(near)}")
+                near = near_names(index, self.maps, self.taps, cutoff=0.3)
+                raise KeyError(f"no features of the tap {index!r}; {near}")
             return self.maps[index]
         index = range(len(self))[index]
         maps = {tap: m[index : index + 1] for tap, m in self.maps.items()}

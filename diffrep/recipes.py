@@ -19,7 +19,6 @@ recipe. A recipe of one's own is a `Recipe`, or a TOML or YAML file with the sam
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -37,7 +36,7 @@ from diffrep.files import one_line, read_settings
 from diffrep.fusion import SD_TAPS, Fusion, Part, aggregated, fuse
 from diffrep.images import ImageLike, Sizing, load_image
 from diffrep.matching import DenseMatches, MatchConfig, Matches, match_dense, match_points
-from diffrep.settings import check, check_keys
+from diffrep.settings import check, check_keys, near_names
 
 FILE_ENDINGS = (".toml", ".yaml", ".yml")
 CATEGORY = "{category}"  # in a prompt: stands for the name of the image's category; without one the prompt is ""
@@ -91,8 +90,7 @@ def recipe(name: str) -> Recipe:
         return load_recipe(Path(name))
     known, _, weights = name.partition(":")
     if known not in RECIPES:
-        near = difflib.get_close_matches(known, RECIPES, n=4) or sorted(RECIPES)
-        raise ValueError(f"there is no recipe {known!r}; near names: {', '.join(near)}")
+        raise ValueError(f"there is no recipe {known!r}; {near_names(known, RECIPES, sorted(RECIPES))}")
     if not weights:
         return RECIPES[known]
     if known not in TRAINED:

@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -32,6 +32,12 @@ POSITIVE, NOT_NEGATIVE, FINITE = "(0, inf)", "[0, inf)", "(-inf, inf)"
 SEED = "(-2^63, 2^63)"  # what PyTorch's generators take
 _MOST = max(64, 4 * (os.cpu_count() or 1))  # processes that a machine bears
 WORKERS, ANY_WORKERS = f"1..{_MOST}", f"0..{_MOST}"  # of processes beside this one
+
+
+def near_names(name: object, known: Iterable[str], otherwise: Iterable[str] = (), *, cutoff: float = 0.6) -> str:
+    """Up to three known names that are spelt much like one that is not, or else others, in words."""
+    near = difflib.get_close_matches(str(name), list(known), cutoff=cutoff) or otherwise
+    return f"near names: {', '.join(near)}" if near else ""
 
 
 def check(settings: Any, /, **ranges: str) -> None:
@@ -148,8 +154,7 @@ def changed(settings: SettingsT, values: Mapping[str, Any], what: str) -> Settin
     known = [f.name for f in dataclasses.fields(settings)]  # type: ignore[arg-type]  # a dataclass
     for name in values:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=3) or known
-            raise TypeError(f"{what} has no setting {name!r}; near names: {', '.join(near)}")
+            raise TypeError(f"{what} has no setting {name!r}; {near_names(name, known, known)}")
     return dataclasses.replace(settings, **values)  # type: ignore[type-var]
 
 

@@ -6,7 +6,6 @@ roughly. `MODELS` lists published ones to take in their place. Torch is not need
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from diffrep.settings import near_names
 
 if TYPE_CHECKING:
     import torch
@@ -84,8 +85,7 @@ def task_named(name: str) -> str:
     """
     if (task := SYNONYMS.get(name, name)) in TASKS:
         return task
-    near = difflib.get_close_matches(str(name), [*TASKS, *SYNONYMS], n=2) or list(TASKS)
-    raise ValueError(f"there is no task {name!r}; near names: {', '.join(near)}")
+    raise ValueError(f"there is no task {name!r}; {near_names(name, [*TASKS, *SYNONYMS], TASKS)}")
 
 
 def embedded_head(name: str) -> str:

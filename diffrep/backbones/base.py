@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from diffrep.graphs import Graphs
-from diffrep.settings import Conditions, Sizing
+from diffrep.settings import Conditions, Sizing, near_names
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -156,8 +155,7 @@ class Backbone(nn.Module, ModelHubMixin, ABC):
         """
         known = {tap.name: tap for tap in self.taps()}
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-            named = f"near names: {', '.join(near)}" if near else f"names are such as {', '.join(list(known)[:4])}"
+            named = near_names(name, known, cutoff=0.5) or f"names are such as {', '.join(list(known)[:4])}"
             raise TapError(f"{self.name} has no tap {name!r}; {named} (`taps()` lists all)")
         return known[name]
 

@@ -6,7 +6,6 @@ of torch, are read.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -51,6 +50,7 @@ from diffrep.backbones.vit_loading import (
 from diffrep.backbones.weight_files import ENDINGS, read_weights
 from diffrep.devices import resolve_device, resolve_dtype
 from diffrep.files import one_line, read_document
+from diffrep.settings import near_names
 
 
 def load_backbone(
@@ -191,10 +191,10 @@ def _open(options: LoadOptions) -> Backbone:
         raise BackboneError(f"{name}: is no backbone but an embedded {takes}")
     if looks_like_path(name):
         raise BackboneError(f"{name}: there is no such folder or file")
-    near = ", ".join(difflib.get_close_matches(name, [*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM], n=3))
+    near = near_names(name, [*EMBEDDED, *REPOSITORIES, *CLEANDIFT, *TIMM])
     raise BackboneError(
         f"{name}: no such folder and no known backbone; "
-        + (f"near names: {near}; or" if near else "`diffrep info` lists the names;")
+        + (f"{near}; or" if near else "`diffrep info` lists the names;")
         + " give a folder, a checkpoint in one file, a hub id, timm:NAME or open_clip:MODEL/PRETRAINED"
     )
 

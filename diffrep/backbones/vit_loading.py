@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from diffrep.backbones.text import quiet_libraries
 from diffrep.backbones.vit import PositionRule, SavedVit, VisionTransformer
 from diffrep.backbones.weight_files import read_weights
 from diffrep.files import one_line
+from diffrep.settings import near_names
 
 DINOV2_KEYS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")  # of the configuration of a checkpoint
 
@@ -135,10 +135,8 @@ def load_timm(architecture: str, options: LoadOptions) -> VisionTransformer:
     import timm
 
     if architecture.split(".")[0] not in timm.list_models():
-        near = difflib.get_close_matches(architecture, timm.list_models(pretrained=True), n=3)
-        raise BackboneError(
-            f"{options.name}: timm has no model {architecture}" + (f"; near names: {', '.join(near)}" if near else "")
-        )
+        near = near_names(architecture, timm.list_models(pretrained=True))
+        raise BackboneError(f"{options.name}: timm has no model {architecture}" + (f"; {near}" if near else ""))
     shared: dict[str, Any] = {"stride": options.stride, "name": options.name, "source": f"timm/{architecture}"}
     if not options.weights:
         with torch.device("meta"):
@@ -366,10 +364,8 @@ def load_open_clip(model: str, pretrained: str | None, options: LoadOptions) -> 
 
     if not model.startswith(("local-dir:", "hf-hub:")):
         if model not in open_clip.list_models():
-            near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
-            raise BackboneError(
-                f"{options.name}: open_clip has no model {model}" + (f"; near names: {', '.join(near)}" if near else "")
-            )
+            near = near_names(model, open_clip.list_models())
+            raise BackboneError(f"{options.name}: open_clip has no model {model}" + (f"; {near}" if near else ""))
         if pretrained is None:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)[:6])
             raise BackboneError(f"{options.name}: say which weights, open_clip:{model}/TAG; it has {tags}")

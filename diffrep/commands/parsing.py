@@ -30,6 +30,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast
 import tyro
 
 from diffrep.files import number_of
+from diffrep.settings import near_names
 
 LARGEST = 2**63  # whole numbers below it are what PyTorch and NumPy take
 
@@ -386,8 +387,8 @@ def _problem(options: Sequence[Option], arguments: Sequence[str]) -> str:
     for token in arguments:
         if split := _split(token, flags):
             if split[0] not in flags:
-                near = difflib.get_close_matches(split[0], [f for f in flags if f.startswith("--")], n=2)
-                return f"there is no option {split[0]}" + (f"; near names: {', '.join(near)}" if near else "")
+                near = near_names(split[0], [flag for flag in flags if flag.startswith("--")])
+                return f"there is no option {split[0]}" + (f"; {near}" if near else "")
             option = flags[split[0]]
             taken = values[option] = []
             if split[1] is not None:
