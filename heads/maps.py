@@ -9,8 +9,6 @@ import dataclasses
 import io
 import json
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +22,7 @@ from torch import Tensor
 from diffrep.alignment import LEAST_DISPARITY, Space, fit_robust, fit_scale_shift
 from diffrep.files import MARK, one_line, shortened, write_whole
 from diffrep.heads.families import FRAME_SIGNS, Frame
+from diffrep.pictures import png16
 from diffrep.results import Result
 
 MILLIMETRES = 1000  # a metric 16-bit PNG counts these per metre, as the public data sets do
@@ -252,25 +251,9 @@ def png_bytes(values: DepthMap | NormalMap) -> bytes:
             )
     else:
         counts = array * _FULL
-    counts = np.round(counts.clip(0, _FULL)).astype(">u2").reshape(*array.shape[:2], -1)
-    return _png(counts, json.dumps(values.metadata()))
-
-
-def _png(counts: np.ndarray, note: str) -> bytes:
-    """16 bits in one channel or in three, which Pillow cannot write."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    height, width, channels = counts.shape
-    # filter 1 of the PNG standard: differences to the pixel on the left, byte by byte
-    left = np.concatenate([np.zeros_like(counts[:, :1]), counts[:, :-1]], axis=1).astype(counts.dtype)
-    rows = (counts.view(np.uint8) - left.view(np.uint8)).reshape(height, -1)
-    lines = np.concatenate([np.ones((height, 1), np.uint8), rows], axis=1)
-    head = struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)
-    text = MARK.encode() + b"\0" + note.encode("latin-1", "replace")
-    parts = ((b"IHDR", head), (b"tEXt", text), (b"IDAT", zlib.compress(lines.tobytes(), 6)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    counts = np.round(counts.clip(0, _FULL)).astype(np.uint16).reshape(*array.shape[:2], -1)
+    note = MARK.encode() + b"\0" + json.dumps(values.metadata()).encode("latin-1", "replace")
+    return png16(counts, {b"tEXt": note}, differences=True)
 
 
 def npy_bytes(values: DepthMap | NormalMap) -> bytes:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from diffrep.files import marked_exif, one_line, write_whole
 from diffrep.images import ImageError, ImageLike, decode_image, load_image, orientation, upright
+from diffrep.pictures import PNG, png16
 from diffrep.results import Result
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _LAYOUT = (  # of TIFF
     *range(254, 260), 262, 266, 273, *range(277, 281), 284, 317, 320, *range(322, 326), 338, 339, 34675,
 )  # fmt: skip
@@ -84,7 +84,7 @@ class Photograph(Result):
             photograph = cls._of(image, decode_image(content, str(source)))
         if len(bits) > 1 and set(bits) == {16}:
             return replace(photograph, **_upright_parts(_tiff_pixels(content, str(source)), turn))
-        if content.startswith(_PNG) and content[24] == 16 and content[25] in (2, 6):
+        if content.startswith(PNG) and content[24] == 16 and content[25] in (2, 6):
             return replace(photograph, **_upright_parts(_png_pixels(content), turn))
         return photograph
 
@@ -157,20 +157,10 @@ class Photograph(Result):
         return np.dstack([self.pixels, self.alpha])
 
     def _png16(self) -> bytes:
-        """Pillow writes 16 bits of one channel alone, here and in TIFF."""
-        values = self._channels().astype(">u2")
-        colour = {1: 0, 3: 2, 4: 6}[values.shape[2]]
-
-        def chunk(kind: bytes, content: bytes) -> bytes:
-            return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-        head = struct.pack(">IIBBBBB", *self.size, 16, colour, 0, 0, 0)
-        rows = b"".join(b"\x00" + row.tobytes() for row in values)  # each row with filter 0
-        parts = [_PNG, chunk(b"IHDR", head)]
-        parts.append(chunk(b"eXIf", marked_exif(self.exif).removeprefix(b"Exif\x00\x00")))
+        chunks = {b"eXIf": marked_exif(self.exif).removeprefix(b"Exif\x00\x00")}
         if self.icc:
-            parts.append(chunk(b"iCCP", b"icc\x00\x00" + zlib.compress(self.icc)))
-        return b"".join([*parts, chunk(b"IDAT", zlib.compress(rows, 6)), chunk(b"IEND", b"")])
+            chunks[b"iCCP"] = b"icc\x00\x00" + zlib.compress(self.icc)
+        return png16(self._channels(), chunks)
 
     def _tiff16(self) -> bytes:
         """One strip, compressed by Deflate, behind a directory that holds the EXIF tags too."""
