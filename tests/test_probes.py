@@ -21,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.cli import main
+from diffrep.commands.probe import score_lines
 from diffrep.eval.probes import compare_probes, rows_of
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes import (
@@ -392,6 +393,8 @@ def test_scores() -> None:
     found = score(given, labels, ("a", "b"))
     assert (found.top1, found.mean_per_class, found.top5) == (0.75, pytest.approx((2 / 3 + 1) / 2), 1.0)
     assert found.low <= 0.75 <= found.high
+    (line,) = score_lines("abcdef", {"test": score(torch.cat([given, torch.zeros(4, 4)], 1), labels, "abcdef")})
+    assert "top-5 100.0 %" in line  # of six classes, two of which have images
 
 
 # -- sweeps -----------------------------------------------------------------------------------------------------

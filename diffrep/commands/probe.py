@@ -217,11 +217,11 @@ class NewProbe(Command):
         print("\n".join([*lines, f"wrote {self.output}"]))
 
 
-def score_lines(parts: Mapping[str, Scores]) -> list[str]:
-    """One line for each part: top-1 with its interval, top-5 of more than five classes, mean per class."""
+def score_lines(classes: Sequence[str], parts: Mapping[str, Scores]) -> list[str]:
+    """One line for each part: top-1 with its interval, top-5 where a probe has more classes, mean per class."""
     lines = []
     for part, scores in parts.items():
-        top5 = f"  top-5 {100 * scores.top5:.1f} %" if len(scores.per_class) > 5 else ""
+        top5 = f"  top-5 {100 * scores.top5:.1f} %" if len(classes) > 5 else ""
         interval = f"{100 * scores.low:.1f}..{100 * scores.high:.1f}"
         means = f"{top5}  mean per class {100 * scores.mean_per_class:.1f} %"
         lines.append(f"{part:<4}  top-1 {100 * scores.top1:.1f} % ({interval}){means}  {number_of(scores.n, 'image')}")
@@ -250,7 +250,7 @@ class Train(NewProbe, Classifier):
         layout = prepared.layout(self.head, cells, shape=self.shape)
         result = train_probe(prepared, layout, fit, seed=self.images.split_seed)
         chosen = ", ".join(f"{name} {value:g}" for name, value in result.choice.items())
-        scores = score_lines({"val": result.val, "test": result.test})
+        scores = score_lines(data.classes, {"val": result.val, "test": result.test})
         lines = [balance(data, prepared.split), f"chosen on val: {chosen}", *scores]
         self.finish(result.probe, lines, result.document())
 
@@ -277,7 +277,7 @@ class TrainFeedback(NewProbe):
         split = split_rows(data, shares=self.images.shares, seed=self.images.split_seed)
         backbone = self.extraction.load_one(self.backbone)
         probe, test = train_feedback(data, split, backbone, self.fit, self.extraction.config())
-        self.finish(probe, [balance(data, split), *score_lines({"test": test})])
+        self.finish(probe, [balance(data, split), *score_lines(data.classes, {"test": test})])
 
 
 @dataclass(frozen=True, kw_only=True)
