@@ -94,6 +94,15 @@ class DiffusionModel:
         side = self.side // self.factor
         return model_facts(self.network, self.schedule, self.prediction, (self.channels, side, side))
 
+    def shape_of(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(c, h, w) of the states of images of (H, W); of the size it was trained on where None."""
+        if size is not None and not (isinstance(size, Sequence) and [type(side) for side in size] == [int, int]):
+            raise SamplingError(f"size must be (height, width) in pixels, got {size!r}")
+        (height, width), multiple = size or (self.side, self.side), self.multiple or self.factor
+        if height % multiple or width % multiple or min(height, width) < multiple:
+            raise SamplingError(f"{self.name}: sides must be multiples of {multiple}, got {height} x {width}")
+        return self.channels, height // self.factor, width // self.factor
+
 
 def diffusion_model(
     model: Any,
@@ -315,14 +324,9 @@ def sample(
     """
     if not isinstance(model, DiffusionModel):
         model = diffusion_model(model, condition, guidance=guidance, negative=negative, device=device, dtype=dtype)
-    if size is not None and not (isinstance(size, Sequence) and [type(side) for side in size] == [int, int]):
-        raise SamplingError(f"size must be (height, width) in pixels, got {size!r}")
-    (height, width), multiple = size or (model.side, model.side), model.multiple or model.factor
-    if height % multiple or width % multiple or min(height, width) < multiple:
-        raise SamplingError(f"{model.name}: sides must be multiples of {multiple}, got {height} x {width}")
+    shape = model.shape_of(size)
     if branch and inherit == 1:
         raise SamplingError("branch says how deep the steps go that inherit: it goes with inherit")
-    shape = (model.channels, height // model.factor, width // model.factor)
     searched = as_candidate(timesteps)
     if searched is not None:
         searched = searched.for_model(model.name, model.facts)
@@ -330,9 +334,9 @@ def sample(
     for name, number in (("steps", steps), ("batch_size", batch_size), ("inherit", inherit)):
         if not isinstance(number, int) or number < 1:
             raise SamplingError(f"{name} must be a whole number of at least 1, got {number!r}")
-    schedule = (
-        model.schedule.of_tokens(shape[1] * shape[2] // 4) if isinstance(model.schedule, Flow) else model.schedule
-    )
+    schedule = model.schedule
+    if isinstance(schedule, Flow):
+        schedule = schedule.of_tokens(shape[1] * shape[2] // 4)
     chosen = None if searched is None else searched.timesteps
     table = build_table(sampler, schedule, steps, spacing=spacing, timesteps=chosen, **options)
     skipped = () if searched is None else searched.skipped

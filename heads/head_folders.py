@@ -48,6 +48,7 @@ from diffrep.heads.head import Head, HeadError
 
 HEAD_FILE, CONTEXT_FILE, WEIGHTS = "head.json", "context.safetensors", "diffusion_pytorch_model.safetensors"
 EMBEDDED_HEADS = ("tiny-depth", "tiny-normals", "tiny-segmentation", "tiny-restore")
+MARIGOLD_KEYS = ("use_full_z_range", "shift_invariant")  # of its ``model_index.json``: z of normals, ensembles
 DIFFDIS = "diffdis"  # what ``head.json`` calls the family of segmentation heads
 KNOWN: dict[str, tuple[str, Any]] = {  # published checkpoints: family and task, which their files do not say
     name: (family, task)
@@ -208,7 +209,7 @@ def save_head(head: Head[Any, Any], folder: Path) -> None:
         write_whole(folder / name, partial(shutil.copyfile, file))
     save_weights(folder / CONTEXT_FILE, {"context": stored_context(str(place), str(_local(base)))})
     index = json_of(head.source, "model_index.json")
-    known: dict[str, Any] = {k: index[k] for k in ("use_full_z_range", "shift_invariant") if k in index}  # of Marigold
+    known: dict[str, Any] = {key: index[key] for key in MARIGOLD_KEYS if key in index}
     known |= {"working_size": head.working_size, "family": head.family_name, "task": head.task}
     write_document(folder / HEAD_FILE, known | about | {"base": "."})
 

@@ -390,15 +390,27 @@ def head_in(name: str) -> dict[str, Any] | None:
             return head | {"family": DIFFDIS, "task": "segmentation", "command": "segment"}
         if head["family"] in RESTORATION_FAMILIES:
             return head | {"task": RESTORATION, "command": RESTORATION}
-        pipeline = str(json_of(source.path, "model_index.json").get("_class_name"))
-        for assumed in (None, "depth") if pipeline.startswith(("Marigold", "Lotus")) else (None,):
-            with suppress(HeadError):
-                found = _recognise(source, assumed)
-                note = spacing_note(found.family, _schedule(source, source.base))
-                task, command = (None if assumed else found.task), "normals" if found.task == "normals" else "depth"
-                about = {"family": found.family.name, "reason": found.reason, "timesteps": note}
-                return head | about | {"task": task, "command": command}
+        return _dense_head_in(source)
     return None
+
+
+def _dense_head_in(source: _Source) -> dict[str, Any]:
+    """`head_in`, of depth and normals.
+
+    Raises:
+        HeadError: the files say neither a task nor a pipeline of such heads.
+    """
+    task: str | None
+    try:
+        found = _recognise(source, None)
+        task = found.task
+    except HeadError:
+        if not str(json_of(source.path, "model_index.json").get("_class_name")).startswith(("Marigold", "Lotus")):
+            raise
+        found, task = _recognise(source, "depth"), None  # a head, but the files do not say of what
+    note = spacing_note(found.family, _schedule(source, source.base))
+    about = {"family": found.family.name, "reason": found.reason, "timesteps": note}
+    return about | {"task": task, "command": "normals" if found.task == "normals" else "depth"}
 
 
 def _why_no_diffdis(source: _Source) -> str:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from diffrep.heads.families import FAMILIES, LOTUS_D, LOTUS_G, MARIGOLD, Family, Frame, Task
 from diffrep.heads.head import HeadError
-from diffrep.heads.head_folders import DIFFDIS, HEAD_FILE, published
+from diffrep.heads.head_folders import DIFFDIS, HEAD_FILE, MARIGOLD_KEYS, published
 from diffrep.heads.one_step import TIMESTEP, Schedule
 from diffrep.heads.restoration.families import RESTORATION_FAMILIES
 
@@ -49,9 +49,6 @@ def recognise(
 ) -> Recognised:
     """What a folder of a head for depth or normals holds, from its configs.
 
-    A class embedding of 4 numbers is Lotus': with the image's latent alone D, with noise beside it G. Without one, a
-    U-Net that takes two latents is Marigold's or E2E-FT's, which the files do not tell apart.
-
     Args:
         unet, vae: ``unet/config.json``, ``vae/config.json``.
         head: our own ``head.json``; empty where there is none.
@@ -62,26 +59,8 @@ def recognise(
         HeadError: another kind of network, a contradiction, or a task that nothing tells.
     """
     check_names(task, family)
-    latent, inputs = integer(name, vae, "latent_channels", 4), integer(name, unet, "in_channels", 0)
-    width = unet.get("projection_class_embeddings_input_dim") if unet.get("class_embed_type") else None
-    shape = f"{inputs} input channels, {'task vector' if width else 'no task vector'}"
     known_family, known_task = published(name)
-    asked = family or head.get("family") or known_family or MARIGOLD.name
-    by_shape: dict[Any, Family] = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked, MARIGOLD)}
-    detected = by_shape.get((width, inputs / latent))
-    if width == 10:
-        raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")
-    if unet.get("class_embed_type") not in (None, "projection") or width not in (None, 4) or inputs % latent:
-        more = f" and a class embedding of {width} numbers" if width is not None else ""
-        raise HeadError(f"{name}: is no one-step head: its U-Net takes {inputs} channels{more}")
-    if (width, inputs) == (None, latent):
-        raise HeadError(
-            f"{name}: is a plain diffusion model and no head: {shape}; `diffrep train depth` makes one of it"
-        )
-    if detected is None:
-        raise HeadError(f"{name}: is no one-step head: {shape}")
-    if width is None and detected.task_vector is not None:
-        raise HeadError(f"{name}: is no {detected.name}: {shape}")
+    detected, shape = _family_of(name, unet, vae, family or head.get("family") or known_family)
     if family is not None and FAMILIES[family] != detected:
         raise HeadError(f"{name}: is no {family}: {shape}, which is {detected.name}")
 
@@ -100,14 +79,43 @@ def recognise(
             f"{name}: is a {detected.name} ({shape}), but its files do not say what it predicts: name the task, one of"
             f" {', '.join(tasks)}"
         )
+
     working = integer(name, head, "working_size", 0) or integer(name, index, "default_processing_resolution", 0)
     frame = head["frame"] if head.get("frame") in get_args(Frame) else detected.frame
     detected = dataclasses.replace(detected, working_size=working or detected.working_size, frame=frame)
     if detected.result == "sample":
-        said_of = {**index, **head}
-        half_z, shift = not said_of.get("use_full_z_range", True), bool(said_of.get("shift_invariant", True))
-        detected = dataclasses.replace(detected, half_z=half_z, shift_invariant=shift)
+        full_z, shift = (bool({**index, **head}.get(key, True)) for key in MARIGOLD_KEYS)
+        detected = dataclasses.replace(detected, half_z=not full_z, shift_invariant=shift)
     return Recognised(detected, final, f"{shape}; task {f'said by {by}' if said else 'as asked for'}")
+
+
+def _family_of(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any], asked: str | None) -> tuple[Family, str]:
+    """The family of a U-Net's inputs and class embedding, and these in words.
+
+    A class embedding of 4 numbers is Lotus': with the image's latent alone D, with noise beside it G. Without one, a
+    U-Net that takes two latents is Marigold's or E2E-FT's, which the files do not tell apart: it is what was asked for.
+
+    Raises:
+        HeadError: no head for depth or normals has such a U-Net, or not the family that was asked for.
+    """
+    latent, inputs = integer(name, vae, "latent_channels", 4), integer(name, unet, "in_channels", 0)
+    width = unet.get("projection_class_embeddings_input_dim") if unet.get("class_embed_type") else None
+    shape = f"{inputs} input channels, {'task vector' if width else 'no task vector'}"
+    if width == 10:
+        raise HeadError(f"{name}: is a GeoWizard, whose U-Net predicts depth and normals jointly; it is not supported")
+    if unet.get("class_embed_type") not in (None, "projection") or width not in (None, 4) or inputs % latent:
+        more = f" and a class embedding of {width} numbers" if width is not None else ""
+        raise HeadError(f"{name}: is no one-step head: its U-Net takes {inputs} channels{more}")
+    if (width, inputs) == (None, latent):
+        raise HeadError(
+            f"{name}: is a plain diffusion model and no head: {shape}; `diffrep train depth` makes one of it"
+        )
+    by_shape = {(4, 1): LOTUS_D, (4, 2): LOTUS_G, (None, 2): FAMILIES.get(asked or "", MARIGOLD)}
+    if (detected := by_shape.get((width, inputs // latent))) is None:
+        raise HeadError(f"{name}: is no one-step head: {shape}")
+    if width is None and detected.task_vector is not None:
+        raise HeadError(f"{name}: is no {detected.name}: {shape}")
+    return detected, shape
 
 
 def integer(name: str, config: Mapping[str, Any], key: str, default: int) -> int:
