@@ -386,6 +386,7 @@ def check_pck_geoaware_spair(folder: Path, case: dict[str, Any]) -> None:
         slack = 1 / pck.points + 1e-6
         # the script always prints the average per point, and the one per image unless it is told otherwise
         assert (result["per_image"] is None) == config["per_point"]
+        assert config["per_point"] or result["per_image"]["n_pairs"] == len(pck.counted)
         for average, key in (("per point", "per_point"), ("per image", "per_image")):
             if result[key] is not None:
                 official = [result[key][f"{alpha:.2f}"] for alpha in protocol.alphas]

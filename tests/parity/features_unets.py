@@ -22,8 +22,6 @@ from diffrep.images import Sizing, fit_image, load_image, stack_pixels
 
 from .cases import ROOT, assert_near, assert_within, number_in, tensors_of
 
-LAYERS = {2: "up.0.resnet.1", 5: "up.1.attention.1", 8: "up.2.attention.1", 11: "up.3.attention.1"}
-NAMES = {2: "s5", 5: "s4", 8: "s3", 11: "s2"}
 VARIANTS = {"sd-dino": {}, "geoaware": {"freeu": FreeU()}, "cleandift": {"clean": True, "timestep": 261}}
 SCHEDULE = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
 
@@ -32,6 +30,14 @@ def sibling(folder: Path, name: str) -> Path:
     """A folder of another case: beside this one, or among the committed cases."""
     here = folder.parent / name
     return here if here.is_dir() else ROOT / "features" / name
+
+
+def input_of(block: int) -> str:
+    """The tap of what goes into an output block of the U-Net of CompVis: what the block before it gives."""
+    level, layer = divmod(block - 1, 3)
+    if layer == 2 and level < 3:
+        return f"up.{level}.upsampler"
+    return f"up.{level}.{'attention' if level else 'resnet'}.{layer}"
 
 
 def bare_backbone(folder: Path) -> LatentDiffusion:
@@ -50,14 +56,18 @@ def check_sd_taps_tiled(folder: Path, case: dict[str, Any]) -> None:
     assert torch.equal(draw_noise(shared.shape[1:], 42), shared)
     relative = number_in(case["tolerance"]["features"])
     image, window = given["image"].numpy(), case["window"]
+    height, width = image.shape[:2]
+    assert min(height, width) >= window, "how an image smaller than a window is enlarged is not known here"
     for number, run in enumerate(case["runs"]):
-        height, width = image.shape[:2]
         corners = [[y, x] for y in window_origins(height, window) for x in window_origins(width, window)]
         assert corners == run["window_origins_yx"]
         assert len(corners) == run["n_windows"]
+        names, _, blocks = run["out"].partition(" = taps ")
+        assert [int(block) for block in blocks.split(",")] == run["block_indices"]
+        taps = {name: input_of(block) for name, block in zip(names.split(","), run["block_indices"], strict=True)}
         settings: dict[str, Any] = {"timestep": run["t"], **VARIANTS[run["variant"]]}
         config = ExtractConfig(
-            taps=tuple(LAYERS[k] for k in run["block_indices"]),
+            taps=tuple(taps.values()),
             sizing=Sizing("native", None),
             window=window,
             seed=42,
@@ -66,9 +76,9 @@ def check_sd_taps_tiled(folder: Path, case: dict[str, Any]) -> None:
             **settings,
         )
         maps = extract(backbone, [image], config).maps
-        for k in run["block_indices"]:
-            name = f"run{number}.{NAMES[k]}"
-            assert_near(maps[LAYERS[k]], expected[name], relative=relative, what=f"{name} ({run['variant']})")
+        for name, tap in taps.items():
+            official = expected[f"run{number}.{name}"]
+            assert_near(maps[tap], official, relative=relative, what=f"run{number}.{name} ({run['variant']})")
 
 
 def check_gdf_layer_names(folder: Path, case: dict[str, Any]) -> None:
@@ -76,13 +86,14 @@ def check_gdf_layer_names(folder: Path, case: dict[str, Any]) -> None:
     model = sibling(folder, Path(case["model"].split()[0]).parts[-2]) / "model"
     backbone = load_backbone(model)
     assert isinstance(backbone, LatentDiffusion)
+    assert backbone.scheduler is not None
     relative = number_in(case["tolerance"]["features"])
     for number, run in enumerate(case["runs"]):
         name = f"run{number}"
         prompt = backbone.embed(run["prompt"]).context
         assert_near(prompt, expected[f"{name}.prompt_embeds"], relative=relative, what="prompt")
         noise = given[f"{name}.noise"]
-        assert run["t"] == run["timestep"]
+        assert run["timestep"] == run["t"] - 1 + backbone.scheduler["steps_offset"]  # of a thousand steps
         pixels = stack_pixels([fit_image(load_image(given["image"].numpy()), Sizing("squash", case["img_size"]))[0]])
         assert backbone.encode(pixels)[0].shape == noise.shape
         alpha = backbone.alphas_cumprod[run["timestep"]]

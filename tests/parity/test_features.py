@@ -49,8 +49,8 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
 # How the stored tensors were drawn, and figures of what came out: no parameters of the method.
 DESCRIBING = frozenset(
     (
-        "features", "forward_feat_runs", "index_rule", "min_top1_minus_top2_similarity", "n_pairs", "num_patches_hw",
-        "out", "preprocessing", "randomness", "result", "seed", "spectrum", "steps",
+        "features", "forward_feat_runs", "index_rule", "min_top1_minus_top2_similarity", "num_patches_hw",
+        "preprocessing", "randomness", "result", "seed", "spectrum", "steps",
         "timm_forward_intermediates_rel_diff", "timm_min_cosine",
     )
 )  # fmt: skip
