@@ -162,6 +162,7 @@ def _run(arguments: list[str]) -> int:
 
         names = near_names(word, _members(group)) or f"commands: {', '.join(_members(group))}"
         raise ValueError(f"there is no command {word!r}; {names}")
+    from diffrep.commands.options import refuse_replaced
     from diffrep.commands.parsing import help_text, read_command, values_of
     from diffrep.commands.stand_ins import without_libraries
 
@@ -176,6 +177,7 @@ def _run(arguments: list[str]) -> int:
 
         for device in devices:
             resolve_device(device)
+    refuse_replaced(command)
     command.run()
     return 0
 

@@ -272,8 +272,8 @@ def images_below(folder: Path) -> list[Path]:
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(parent, name) for name in files if not name.startswith(".") and is_image(name))
-        matches += [path for path in paths if not _is_own(path)]
-    return sorted(path for path in matches if path.is_file())
+        matches += [path for path in paths if path.is_file() and not _is_own(path)]
+    return sorted(matches)
 
 
 def _is_own(path: Path) -> bool:

@@ -478,3 +478,33 @@ def test_the_note_about_an_embedded_model_comes_once_and_not_where_it_was_replac
     assert "--recipe sd2.1-dinov2" in note
     assert main(words) == 0
     assert "note:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "match match.png b.png --points 1,2",
+        "match b.png match.png --dense -o ./match.png",
+        "swap b.png a.png --mask-a match.png -o match.png",
+        "swap b.png a.png -o m.png --sheet b.png",
+        "query i query.png",
+        "search b match.png -o match.png",
+        "synthesize --reference match.png -o match.png",
+        "depth clip.mp4 -o clip.mp4",
+    ],
+)
+def test_no_command_writes_over_what_it_reads(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("a.png", "b.png", "match.png", "query.png", "clip.mp4")
+    for name in names:
+        Path(name).write_text("kept")
+    assert main(command.split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "is a file to be read, which would be written over" in line
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(names, "kept")
+
+
+def test_two_pictures_of_one_name_are_refused(photos: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert "would be one file" in fails(capsys, "swap", *photos, "-o", "m.png", "--sheet", "./m.png")

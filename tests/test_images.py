@@ -205,6 +205,7 @@ def test_folders_take_what_can_be_read_and_nothing_hidden(tmp_path: Path) -> Non
         (tmp_path / name).parent.mkdir(exist_ok=True)
         picture.save(tmp_path / name, "AVIF" if name.endswith("avif") else "PNG")
     (tmp_path / "notes.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")  # who opens it waits
     assert [p.name for p in find_images([tmp_path])] == ["a.png", "b.avif", "c.jfif", "d.JPG"]
     assert find_images([tmp_path / "._a.png"]) == [tmp_path / "._a.png"]  # named
     assert [p.name for p in find_images([tmp_path / ".ipynb_checkpoints"])] == ["a.png"]

@@ -127,3 +127,14 @@ def test_options_that_do_not_go_together(photos: Path, capsys: pytest.CaptureFix
     ):
         assert main(["match", *arguments]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_every_pair_has_a_picture_of_its_own_that_is_no_input(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ("a.png,b.png", "a.png,b.png", "a.png,b-2.png", "A.png,b.png")
+    names = [p.name for p in read_pairs(Path(table(photos, "source,target\n" + "\n".join(rows))), ["1,2"])]
+    assert names == ["a-b", "a-b-2", "a-b-2-2", "A-b-3"]
+    before = (photos / "c.png").rename(photos / "a-b.png").read_bytes()
+    both = table(photos, "source,target\na.png,b.png\nb.png,a-b.png")
+    assert main(["match", "--pairs", both, "--points", "1,2", "-o", str(photos)]) == 2
+    assert "a-b.png: is a file to be read, which would be written over" in capsys.readouterr().err
+    assert (photos / "a-b.png").read_bytes() == before

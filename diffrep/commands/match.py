@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -76,6 +77,11 @@ class Match(ReadingOptions, PrecisionOptions):
             self, matching=recipe(DEFAULT_RECIPE if self.recipe is None else self.recipe).matching
         )
 
+    @property
+    def picture(self) -> Path | None:
+        """Where the picture goes, or with --pairs their folder; None: nothing is drawn."""
+        return self.output or (None if self.json else Path("match.png" if self.pairs is None else "matches"))
+
     def run(self) -> None:
         from diffrep.images import load_image
         from diffrep.masks import load_mask, read_mask
@@ -92,8 +98,7 @@ class Match(ReadingOptions, PrecisionOptions):
         if not self.points and not self.dense:
             raise ValueError("say what to match: --points x,y [x,y ...], or --dense")
         check_used(self.typed, self.matching, dense=self.dense)
-        output = self.output or (None if self.json else Path("match.png"))
-        if output is not None:
+        if (output := self.picture) is not None:
             check_writable(output)
         images = load_image(self.a), load_image(self.b)
         points = read_points(self.points, images[0])
@@ -120,8 +125,7 @@ class Match(ReadingOptions, PrecisionOptions):
         if self.a is not None or self.mask_a is not None or self.mask_b is not None:
             raise ValueError("--pairs goes without A, B and their masks")
         check_used(self.typed, self.matching, dense=self.dense)
-        folder = self.output or (None if self.json else Path("matches"))
-        if folder is not None:
+        if (folder := self.picture) is not None:
             check_folder(folder)
         elif self.skip_existing:
             raise ValueError("--skip-existing looks for pictures: say their folder, -o FOLDER")
@@ -132,6 +136,10 @@ class Match(ReadingOptions, PrecisionOptions):
             print(f"skipped {number_of(len(jobs) - len(left), 'pair')} whose pictures exist", file=sys.stderr)
         if not left:
             return
+        inputs = {os.path.realpath(path) for pair in pairs for path in (pair.source, pair.target)}
+        for _, picture in left:
+            if picture is not None and os.path.realpath(picture) in inputs:
+                raise ValueError(f"{picture}: is a file to be read, which would be written over: choose another -o")
         run, results = ImageRun(len(left), "match", unit="pair"), []
         correspondence = self._correspondence()
         recipe = correspondence.recipe
@@ -249,6 +257,8 @@ class Swap(BackboneOptions, PrecisionOptions):
         for path in (self.output, self.sheet):
             if path is not None:
                 check_writable(path)
+        if self.sheet is not None and os.path.realpath(self.sheet) == os.path.realpath(self.output):
+            raise ValueError(f"{self.sheet}: --sheet and --output would be one file")
         models = self.named_alone(self.backbone)
         device, dtype = self.resolved()
         images = [load_image(path) for path in (self.a, self.b)]
@@ -375,7 +385,7 @@ def read_pairs(path: Path, points: Sequence[str] = (), *, dense: bool = False) -
     if unknown := [name for name in columns if name not in ("source", "target") and not name.startswith("point")]:
         raise ValueError(f"{path}: has a column {unknown[0]!r}, which is none of source, target and points")
     pairs: list[Pair] = []
-    taken: Counter[str] = Counter()
+    used, taken = set[str](), Counter[str]()
     for number, row in enumerate(table, 1):
         label = f"{path}, row {number}"
         if None in row:  # more cells than columns: a point without quotes
@@ -397,9 +407,11 @@ def read_pairs(path: Path, points: Sequence[str] = (), *, dense: bool = False) -
             except ValueError as error:
                 raise ValueError(f"{label}: {error}") from None
         source, target = (path.parent / str(row[name]) for name in ("source", "target"))
-        name = f"{source.stem}-{target.stem}"
-        taken[name] += 1
-        name += f"-{taken[name]}" if taken[name] > 1 else ""
+        stem = name = f"{source.stem}-{target.stem}"
+        while name.casefold() in used:
+            taken[stem] += 1
+            name = f"{stem}-{taken[stem] + 1}"
+        used.add(name.casefold())
         pairs.append(Pair(label, number, source, target, tuple(places or points), name))
     return pairs
 

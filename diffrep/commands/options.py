@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypedDict
 
 import tyro
 
-from diffrep.commands.parsing import Command
+from diffrep.commands.parsing import Command, options_of, value_of
 from diffrep.files import check_folder, check_replaceable, check_writable, number_of, write_whole
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ __all__ = [
     "refuse_unused",
     "training_output",
 ]
+
+
+_WRITTEN = ("output", "picture", "sheet", "plot")  # what commands call the files that they write
 
 
 class DeviceAndType(TypedDict):
@@ -238,6 +242,21 @@ def training_output(work: Path, output: Path | None, name: str = "model") -> Pat
     check_folder(work)
     check_replaceable(output)
     return output
+
+
+def refuse_replaced(command: Command) -> None:
+    """Refuse to write over a file that the same command line names to be read.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    written = {os.path.realpath(path) for name in _WRITTEN if (path := getattr(command, name, None)) is not None}
+    for option in options_of(type(command)):
+        value = value_of(command, option)
+        for word in value if isinstance(value, tuple) else (value,):
+            read = option.field not in _WRITTEN and isinstance(word, (str, Path)) and os.path.isfile(word)
+            if read and os.path.realpath(word) in written:
+                raise ValueError(f"{word}: is a file to be read, which would be written over: choose another -o")
 
 
 def refuse_failed(failed: Sequence[str], count: int, unit: str = "image") -> None:

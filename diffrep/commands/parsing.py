@@ -263,7 +263,7 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
         fresh = {option.field: option.default for option in typed if option.append}
         command = _parse(kind, arguments, program, options, dataclasses.replace(command.defaults(), **fresh))
     for option in typed:
-        value = _value(command, option)
+        value = value_of(command, option)
         for number in value if isinstance(value, tuple) else (value,):
             if number == "" and option.default in (None, ()) and option.field != "prompt":
                 raise UsageError(f"{option.flags[-1] if option.flags else option.usage()} is empty")
@@ -276,10 +276,11 @@ def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -
 def values_of(command: Command, name: str) -> set[Any]:
     """The values of all options of a command whose fields have this name, its own and those of its parts."""
     options = [option for option in options_of(type(command)) if option.field.split(".")[-1] == name]
-    return {_value(command, option) for option in options}
+    return {value_of(command, option) for option in options}
 
 
-def _value(command: Command, option: Option) -> Any:
+def value_of(command: Command, option: Option) -> Any:
+    """The value of one option."""
     return functools.reduce(getattr, option.field.split("."), cast(Any, command))
 
 
