@@ -198,12 +198,14 @@ def _check_marigold_e2e(folder: Path, case: dict[str, Any], scratch: Path) -> No
             official=True,
         )
         if family == "e2e-ft":
-            assert "noise='zeros'" in run["code"]
+            assert "noise='zeros'" in run["code"], f"E2E-FT starts from zeros, not as in {run['code']!r}"
             assert not noise.any()
             (timestep,) = run["timesteps"]
             config = dataclasses.replace(config, timestep=timestep)
         elif model.schedule.stated == "leading":
             config = dataclasses.replace(config, spacing="leading")
+        else:
+            assert model.schedule.stated == "trailing", f"spacing {model.schedule.stated!r} is not described"
         assert config.timestep or model.schedule.timesteps(config.steps, config.spacing) == run["timesteps"]
         start = None if family == "e2e-ft" else noise
 
