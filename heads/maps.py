@@ -251,9 +251,9 @@ def png_bytes(values: DepthMap | NormalMap) -> bytes:
             )
     else:
         counts = array * _FULL
-    counts = np.round(counts.clip(0, _FULL)).astype(np.uint16).reshape(*array.shape[:2], -1)
+    pixels = np.round(counts.clip(0, _FULL)).astype(np.uint16).reshape(*array.shape[:2], -1)
     note = MARK.encode() + b"\0" + json.dumps(values.metadata()).encode("latin-1", "replace")
-    return png16(counts, {b"tEXt": note}, differences=True)
+    return png16(pixels, {b"tEXt": note}, differences=True)
 
 
 def npy_bytes(values: DepthMap | NormalMap) -> bytes:

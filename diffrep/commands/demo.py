@@ -40,6 +40,7 @@ from diffrep.heads.training.restoration import PairSettings, degraded
 from diffrep.images import load_image
 from diffrep.index import contact_sheet, index_store, query_image
 from diffrep.manifold import HeatGeodesicEmbedding
+from diffrep.manifold.files import figure_image
 from diffrep.matching import Matches, match_dense, match_points
 from diffrep.pictures import GAP, HEIGHT, Page, side_by_side, stacked
 from diffrep.recipes import Correspondence, Recipe, alone
@@ -429,7 +430,6 @@ def map_of_a_sheet(page: Page) -> None:
 
 def draw_sheet(roll: ToyManifold, maps: dict[str, NDArray[Any]]) -> Image.Image:
     """The clean sheet in three dimensions and the maps beside it, coloured along the sheet."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(12, 4), dpi=110, layout="constrained")
@@ -443,9 +443,7 @@ def draw_sheet(roll: ToyManifold, maps: dict[str, NDArray[Any]]) -> Image.Image:
         axes.scatter(points[:, 0], points[:, 1], c=along, s=8, linewidths=0)
         axes.set_aspect("equal", adjustable="datalim")
         axes.set_title(name)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return figure_image(figure)
 
 
 SECTIONS = (
