@@ -25,7 +25,7 @@ from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.synthesis import SynthesisModel, load_synthesis
 from diffrep.synthesis.grids import ImageEncoder
 from diffrep.training.loop import Batch, FitSettings, fit
-from diffrep.training.patches import Patches, encode_patches
+from diffrep.training.patches import PatchSource, encode_patches
 
 Network: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(latents, timesteps (B,), context, guidance scales minus one (B,) or None) -> the raw output."""
@@ -190,13 +190,9 @@ def fold_guidance(unet: Any, w: float) -> Any:
 
 
 def train_few_step(
-    training: FewStepTraining, patches: Patches | Callable[[], Patches], folder: Path, *, device: str = "auto",
-    progress: bool = True,
-) -> SynthesisModel:  # fmt: skip
+    training: FewStepTraining, patches: PatchSource, folder: Path, *, device: str = "auto", progress: bool = True
+) -> SynthesisModel:
     """Distil a synthesis model. Called again with the same folder, it goes on where it was.
-
-    Args:
-        patches: or what renders them, called once the base is there.
 
     Returns:
         A model of the base's kind that needs no guidance; sample it with the scheduler "lcm" and guidance 1 (after the

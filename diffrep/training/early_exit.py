@@ -9,7 +9,7 @@ what a fixed depth at each timestep gives.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from diffrep.devices import resolve_device
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.synthesis.model import EMBEDDED, load_synthesis
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
-from diffrep.training.patches import Patches, encode_patches
+from diffrep.training.patches import PatchSource, encode_patches
 
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 
@@ -96,13 +96,12 @@ def exit_batch(clean: Tensor, training: EarlyExitTraining, generator: torch.Gene
 
 
 def train_early_exit(
-    training: EarlyExitTraining, patches: Patches | Callable[[], Patches], folder: Path, *,
-    device: str | torch.device = "auto", progress: bool = True,
+    training: EarlyExitTraining, patches: PatchSource, folder: Path, *, device: str | torch.device = "auto",
+    progress: bool = True,
 ) -> tuple[EarlyExitUViT, list[tuple[str, float, float, float]]]:  # fmt: skip
     """Train a network. Called again with the same folder, it goes on where it was.
 
     Args:
-        patches: or what renders them, called once the base is there.
         folder: of the encoded patches, checkpoint and log.
 
     Returns:

@@ -87,10 +87,12 @@ class ImagePatches:
 
 
 Patches: TypeAlias = ScenePatches | ImagePatches
+PatchSource: TypeAlias = "Patches | Callable[[], Patches]"
+"""Patches, or what renders them; it may take minutes, and is called once all models are there."""
 
 
 def encode_patches(
-    patches: Patches | Callable[[], Patches],
+    patches: PatchSource,
     model: SynthesisModel,
     encoder: ImageEncoder | None,
     file: Path,
@@ -104,7 +106,6 @@ def encode_patches(
     """Encode patches once and keep them in `file`; what is there already is read.
 
     Args:
-        patches: or what renders them.
         encoder: None: the embeddings have no width.
         held_out: how many of them are not trained on.
         copies: patches drawn of each image.

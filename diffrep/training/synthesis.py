@@ -36,7 +36,7 @@ from diffrep.synthesis import (
 )
 from diffrep.synthesis.grids import ImageEncoder, Pooling
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
-from diffrep.training.patches import Flips, Patches, encode_patches
+from diffrep.training.patches import Flips, Patches, PatchSource, encode_patches
 from diffrep.training.tiny.vae import reconstruction
 
 Cep = Literal["none", "uniform", "normal"]
@@ -400,7 +400,7 @@ def unrelated_cosine(embeddings: Tensor) -> float:
 
 def train_synthesis(
     training: SynthesisTraining,
-    patches: Patches | Callable[[], Patches],
+    patches: PatchSource,
     folder: Path,
     *,
     validate_every: int = 500,
@@ -413,7 +413,6 @@ def train_synthesis(
     ("other") and without any ("null").
 
     Args:
-        patches: or what renders them: called once the base and the encoder are there, since it may take minutes.
         folder: of the encoded patches, checkpoint and log.
         device: where; the encoded patches are kept there.
 

@@ -18,18 +18,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffrep.alignment import fit_scale_shift
 from diffrep.backbones.repositories import EMBEDDED
 from diffrep.devices import resolve_device
-from diffrep.files import read_weights, replace_folder, save_weights
+from diffrep.files import replace_folder
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import Family, Task
 from diffrep.heads.head_folders import HEAD_FILE, json_of, write_head
 from diffrep.heads.training.dense import OneStepModel, decoded_normals, draw_rows, latent_loss
-from diffrep.heads.training.dense_data import lub_normals, mirror_normals
+from diffrep.heads.training.dense_data import cached_latents, lub_normals, mirror_normals
 from diffrep.scenes import SceneSet
 from diffrep.training.loop import Batch, FitSettings, Loss, fit
 from diffrep.training.tiny.crops import jitter
@@ -215,17 +214,13 @@ TERMS: Mapping[Task, Callable[[Tensor, Batch], dict[str, Tensor]]] = {
 @torch.no_grad()
 def predicted_latents(head: DenseHead, scenes: SceneSet, count: int, file: Path, *, progress: bool = True) -> Tensor:
     """What a head's U-Net predicts for the first `count` scenes, (count, c, h, w) float16; predicted once."""
-    if not file.exists():
-        parts = []
-        for start in tqdm(range(0, count, 16), desc="predicting", unit="batch", disable=not progress):
-            image = torch.from_numpy(np.array(scenes.image[start : min(start + 16, count)]))
-            pixels = image.permute(0, 3, 1, 2).float() / 255
-            parts.append(head.model.predict(head.model.encode(pixels, batch_size=16), batch_size=16).half().cpu())
-        save_weights(file, {"latents": torch.cat(parts)}, made_with=f"{head.name}, {scenes.settings.renderer}")
-    stored, metadata = read_weights(file)
-    if metadata["made_with"] != (made_with := f"{head.name}, {scenes.settings.renderer}"):
-        raise ValueError(f"{file}: holds latents of {metadata['made_with']}, not of {made_with}; delete it")
-    return stored["latents"]
+
+    def predicted(rows: range) -> dict[str, Tensor]:
+        pixels = torch.from_numpy(np.array(scenes.image[rows.start : rows.stop])).permute(0, 3, 1, 2).float() / 255
+        return {"latents": head.model.predict(head.model.encode(pixels, batch_size=16), batch_size=16)}
+
+    note = f"{head.name}, {scenes.settings.renderer}"
+    return cached_latents(file, predicted, count, made_with=note, progress=progress)["latents"]
 
 
 def train_decoder(
