@@ -400,9 +400,6 @@ def _halved(image: Image.Image, short: int) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-# -- videos -------------------------------------------------------------------------------------------------
-
-
 def is_video(path: str | os.PathLike[str]) -> bool:
     """Whether a path ends as videos do.
 

@@ -144,9 +144,6 @@ def image_grid(rows: Sequence[Tensor], *, captions: Sequence[str] = (), gap: int
     return labelled
 
 
-# -- pages --------------------------------------------------------------------------------------------------
-
-
 PNG = b"\x89PNG\r\n\x1a\n"  # how its files begin
 
 

@@ -239,9 +239,6 @@ def composite(image: Image.Image, painted: Image.Image, mask: Tensor | None, *, 
     return Image.composite(painted, image, Image.fromarray(soft.round().astype(np.uint8)))
 
 
-# -- co-segmentation ----------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def cosegment(images: Sequence[Image.Image], descriptors: Sequence[Descriptors]) -> tuple[Tensor, Tensor]:
     """Masks of the object that two images share, from their descriptors alone: no labels, no training.
@@ -331,9 +328,6 @@ def guided_filter(maps: Tensor, guide: Tensor, *, radius: int, regularity: float
     slope = torch.linalg.solve(spread, joint)[..., 0].permute(0, 3, 1, 2)
     offset = value - (slope * colour).sum(1, keepdim=True)
     return (mean(slope) * guide).sum(1, keepdim=True) + mean(offset)
-
-
-# -- refinement ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -161,8 +161,6 @@ SYNONYMS = {  # other words for the tasks
 }
 
 
-# -- published models ---------------------------------------------------------------------------------------
-
 Job = Literal["features", "matching", "search", "probes", "depth", "normals", "segmentation", "restore"]
 
 

@@ -180,9 +180,6 @@ def _averages(pck: Pck, aggregates: Sequence[Aggregate]) -> dict[str, dict[str, 
     }
 
 
-# -- evaluation -------------------------------------------------------------------------------------------------------
-
-
 def evaluate_pairs(
     pairs: PairSet,
     protocol: Protocol,

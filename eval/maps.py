@@ -273,8 +273,6 @@ def evaluate_maps(
     return MapReport(layout, method, settings, metrics, images, problems=tuple(problems))
 
 
-# -- metrics --------------------------------------------------------------------------------------------------------
-
 DEPTH_METRICS = (
     "abs_rel", "sq_rel", "rmse", "rmse_log", "log10", "delta1", "delta2", "delta3", "irmse", "silog",
 )  # fmt: skip

@@ -132,8 +132,6 @@ def named_images(source: str, work: str | Path, *, workers: int = 1) -> Labelled
     return scene_images(Path(work) / place, attribute, settings, workers=workers)
 
 
-# -- released layouts ---------------------------------------------------------------------------------------
-
 Rows: TypeAlias = Iterator[tuple[Path, str, Part]]  # file, label and part of each image
 Arguments = ParamSpec("Arguments")
 _OFFICIAL: tuple[Part, ...] = ("train", "test")

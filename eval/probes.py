@@ -129,9 +129,6 @@ def rows_of(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return rows
 
 
-# -- published ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class PublishedProbe:
     """Top-1 accuracy in percent.
@@ -169,9 +166,6 @@ def published_table(benchmark: str, rows: int = 12) -> str:
     published = published_rows(benchmark)[:rows]
     head = f"published top-1 on {benchmark}, % (bars: read off a chart, good to about 0.5)"
     return "\n".join([head, *(f"  {row}" for row in published)]) if published else ""
-
-
-# -- probes of pixels ---------------------------------------------------------------------------------------
 
 
 def score_dense_probe(

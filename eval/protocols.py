@@ -191,9 +191,6 @@ def chance_within(target: Tensor, scale: float, alphas: Sequence[float], size: t
     return torch.stack([(squared <= (alpha * scale) ** 2).double().mean((-2, -1)) for alpha in alphas])
 
 
-# -- protocols --------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class CellSearch:
     """Matching by the cells of a padded square, as sd-dino and GeoAware-SC do it.

@@ -165,8 +165,6 @@ def scene_groups(names: Sequence[str]) -> dict[str, list[str]]:
     return {"all": list(names), **({"seen": seen, "unseen": unseen} if seen and unseen else {})}
 
 
-# -- scenes as files ---------------------------------------------------------------------------------------------------
-
 What: TypeAlias = Literal["depth", "normals", "parts", "categories"]
 
 

@@ -148,8 +148,6 @@ class RestorationValidation:
         return scores
 
 
-# -- the papers' test sets ----------------------------------------------------------------------------------
-
 Benchmark: TypeAlias = Literal["realsr", "drealsr", "div2k", "imagenet"]
 LOW, HIGH = (
     ("test_LR", "lq", "LR", "LQ"),

@@ -121,9 +121,6 @@ def _cell(name: str, numbers: Interval) -> str:
     return with_interval(*numbers, digits={"hce": 0, "mae": 4}.get(name, 3))
 
 
-# -- rendered scenes ------------------------------------------------------------------------------------------------
-
-
 def evaluate_scene_masks(
     methods: Mapping[str, Method],
     settings: SceneMapSettings | None = None,
@@ -177,8 +174,6 @@ def centred_guess(scenes: Sequence[Scene]) -> Tensor:
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     return torch.exp(-2 * (x * x + y * y)).expand(len(scenes), -1, -1)
 
-
-# -- DIS5K ----------------------------------------------------------------------------------------------------------
 
 Predict = Callable[[list[Image.Image]], Iterator[Tensor]]
 """RGB images -> their masks (H, W) in [0, 1], at the images' sizes."""

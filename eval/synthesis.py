@@ -273,9 +273,6 @@ def _large_pictures(
     return pictures, images
 
 
-# -- augmentation -------------------------------------------------------------------------------------------
-
-
 def labelled_scenes(split: Split, per_class: int, categories: Sequence[str], *, first: int, size: int) -> Tensor:
     """Scenes first, first + 1, ..., category by category: (len(categories) * per_class, 3, size, size) in [0, 1]."""
     kinds = [category for category in categories for _ in range(per_class)]

@@ -88,8 +88,6 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
     def family(self) -> Family:
         return self.model.family
 
-    # -- what is decoded ------------------------------------------------------------------------------------
-
     def read(self, decoded: Tensor, pixels: Tensor | None = None, *, unit: bool = True) -> Tensor:
         """What was decoded, (B, 3, h, w), or of depth (B, 1, h, w), as a map.
 
@@ -124,8 +122,6 @@ class DenseHead(Head[PredictConfig, "DepthMap | NormalMap"]):
         if self.family.normals == "unit":
             return normals / normals.norm(dim=1, keepdim=True).clamp(min=1e-6)
         return surface_normals(normals, self.family.frame) if unit else normals
-
-    # -- images ---------------------------------------------------------------------------------------------
 
     def check(self, config: PredictConfig) -> None:
         family = self.family

@@ -158,8 +158,6 @@ class Head(nn.Module, ModelHubMixin, Generic[ConfigT, ResultT]):
         if waiting:
             yield from self.predict_batch(waiting, config, **drawn)
 
-    # -- folders --------------------------------------------------------------------------------------------
-
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> Self:
         """Load a head of this class; see `diffrep.heads.loading.load_head`.

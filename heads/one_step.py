@@ -120,9 +120,6 @@ class Schedule:
         return self.last_alpha**0.5 * clean + (1 - self.last_alpha) ** 0.5 * noise
 
 
-# -- the U-Net ----------------------------------------------------------------------------------------------
-
-
 class PlainUNet(nn.Module):
     """A diffusers `UNet2DConditionModel` with its context, called as it is.
 
@@ -263,9 +260,6 @@ def _first_inputs(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
     narrow = nn.Conv2d(channels, conv.out_channels, 3, padding=1).to(conv.weight)
     narrow.weight.data, narrow.bias = conv.weight.data[:, :channels].clone(), conv.bias
     return narrow.requires_grad_(False)
-
-
-# -- the machine --------------------------------------------------------------------------------------------
 
 
 class LatentCodec(nn.Module):

@@ -161,8 +161,6 @@ class PixelDiffusion(DiffusionBackbone):
         return self.graphs(tuple(taps), run, *inputs)
 
 
-# -- guided-diffusion's checkpoints -------------------------------------------------------------------------
-
 FLAGS = {  # guided-diffusion's flag -> field here
     "num_head_channels": "head_channels",
     "num_heads": "heads",

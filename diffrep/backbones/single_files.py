@@ -234,8 +234,6 @@ class ClipTokenizer:
         return BatchEncoding({"input_ids": torch.tensor(padded), "attention_mask": torch.tensor(mask)})
 
 
-# -- LoRA ---------------------------------------------------------------------------------------------------
-
 _MIXINS = {  # class of the network -> diffusers' reader of its LoRA files
     "UNet2DConditionModel": "StableDiffusionLoraLoaderMixin",
     "SD3Transformer2DModel": "SD3LoraLoaderMixin",

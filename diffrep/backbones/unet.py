@@ -39,9 +39,6 @@ from diffrep.settings import FreeU
 FOLDED_FROM = 512  # cells; smaller maps are bound by reading the weights, of which there are more when they are summed
 
 
-# -- taps ---------------------------------------------------------------------------------------------------
-
-
 def unet_taps(unet: Any, vae_stride: int) -> dict[str, TapInfo]:
     """All taps of a `UNet2DConditionModel` or `UNet2DModel` in the order in which they are computed.
 
@@ -188,9 +185,6 @@ def gdf_tap(name: str) -> str:
     )
 
 
-# -- FreeU --------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def with_freeu(unet: nn.Module, freeu: FreeU | None) -> Iterator[None]:
     """Run the U-Net in the body with FreeU as GeoAware-SC applies it. Enter it before the taps are read.
@@ -254,9 +248,6 @@ def damp_low_frequencies(maps: Tensor, factor: float, threshold: int) -> Tensor:
     mask[rows, columns].fill_(factor)
     damped = torch.fft.ifftn(torch.fft.ifftshift(spectrum * mask, dim=(-2, -1)), dim=(-2, -1)).real
     return damped.to(maps.dtype)
-
-
-# -- upsampling ---------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -130,9 +130,6 @@ def build(rooms: Rooms, recipe: str) -> Any:
     return page
 
 
-# -- what stands where --------------------------------------------------------------------------------------
-
-
 def _matching(rooms: Rooms, recipe: str, examples: Sequence[Sequence[str]]) -> None:
     name = gr.Dropdown(list(RECIPES), value=recipe, label="recipe", allow_custom_value=True, elem_id="recipe")
     with gr.Row():
@@ -242,9 +239,6 @@ def _in_one_line(run: Callable[..., Any], rooms: Rooms) -> Callable[..., Any]:
             raise gr.Error(html.escape(line), duration=None, print_exception=False) from None
 
     return guarded
-
-
-# -- what a click calls -------------------------------------------------------------------------------------
 
 
 def matched(a: str | None, b: str | None, name: str, device: str, points: Points, progress: Any) -> Any:

@@ -89,8 +89,6 @@ def _note(category: str) -> str:
     return ", a category it never saw" if category in UNSEEN else ""
 
 
-# -- matching -----------------------------------------------------------------------------------------------
-
 ALPHA = 0.1  # a match is right within this share of the longer side of the object's box
 
 
@@ -199,8 +197,6 @@ def photographs_again(page: Page, correspondence: Correspondence) -> None:
     _section(page, "photographs", (figures, "three"))
 
 
-# -- depth, normals, masks ----------------------------------------------------------------------------------
-
 ROW = 1150  # pixels, of a row of pictures: about as wide as the page shows it
 
 
@@ -296,8 +292,6 @@ def restored(page: Page) -> None:
     _section(page, "restored", (figures, ""))
 
 
-# -- search, probes -----------------------------------------------------------------------------------------
-
 PER_CATEGORY = 4  # scenes of each in the collection
 _COLLECTION_SIZE = 128  # of the scenes, pixels
 _FIRST_QUESTION = PER_CATEGORY // 2  # pairs before it are the collection's
@@ -367,8 +361,6 @@ def probed_blocks(page: Page) -> None:
     groups: list[Group] = [([(heat_map, WORDS["blocks"]["caption"])], "wide"), (shown, "small")]
     _section(page, "blocks", *groups, **values, **shares)
 
-
-# -- large pictures, maps -----------------------------------------------------------------------------------
 
 WHOLE = ("bird", 4)  # category of one more reference, and cells a side into which it is cut
 BETWEEN = ("boat", "car")  # the strip leads from the look of one to that of the other

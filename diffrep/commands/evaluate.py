@@ -268,8 +268,6 @@ class EvalCorrespondence(PrecisionOptions):
         return read(data, **options)
 
 
-# -- heads ---------------------------------------------------------------------------------------------------
-
 ScenesOption = Annotated[SceneMapSettings, tyro.conf.OmitArgPrefixes]
 
 

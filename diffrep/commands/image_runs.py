@@ -38,9 +38,6 @@ ResultT = TypeVar("ResultT")
 ValueT = TypeVar("ValueT")
 
 
-# -- inputs -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Input:
     """One image or video.
@@ -111,9 +108,6 @@ def output_names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-# -- outputs ------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class OutputPlace:
     """Where the files of one image go.
@@ -174,9 +168,6 @@ def map_endings(kind: str, formats: Sequence[str], *, show: bool = True) -> list
     """The endings of the files that `write_map` writes of every image."""
     endings = [f"{kind}{WRITERS[name][0]}" for name in formats]
     return [*endings, *([f"{kind}_preview.png"] if show else []), f"{kind}.json"]
-
-
-# -- the run ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

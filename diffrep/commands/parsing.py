@@ -243,9 +243,6 @@ def comments_of(kind: Any) -> dict[str, str]:
     return comments
 
 
-# -- reading ------------------------------------------------------------------------------------------------
-
-
 def read_command(kind: type[CommandT], arguments: Sequence[str], program: str) -> CommandT:
     """Fill a command from the command line.
 
@@ -442,9 +439,6 @@ def _flat(box: str) -> str:
         rows, rules = rows[2:], [i - 2 for i in rules[1:]]
     text = " ".join(" ".join(rows[: rules[0] if rules else None]).split())
     return re.sub(r"^Error parsing [\w.-]+: ", "", text)
-
-
-# -- help ---------------------------------------------------------------------------------------------------
 
 
 def help_text(kind: type[Command], program: str, *, everything: bool = False) -> str:

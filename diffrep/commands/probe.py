@@ -69,8 +69,6 @@ from diffrep.tasks import note_embedded
 
 SWEPT = (10, 50, 100, 200, 350, 500)  # timesteps of a sweep
 
-# -- options ------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, kw_only=True)
 class WorkOptions:
@@ -226,9 +224,6 @@ def score_lines(classes: Sequence[str], parts: Mapping[str, Scores]) -> list[str
         means = f"{top5}  mean per class {100 * scores.mean_per_class:.1f} %"
         lines.append(f"{part:<4}  top-1 {100 * scores.top1:.1f} % ({interval}){means}  {number_of(scores.n, 'image')}")
     return lines
-
-
-# -- commands -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,9 +87,6 @@ def afdps(
     return guide
 
 
-# -- stacks of slices -----------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def reconstruct_volume(
     sde: ScoreSDE,

@@ -128,9 +128,6 @@ def _share(name: str, value: float) -> None:
 METHODS: dict[str, Callable[..., Steps]] = {"ddim": ddim, "bdia": bdia, "edict": edict}
 
 
-# -- the two ways -----------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def invert(network: Network, x: Tensor, grid: TimeGrid, method: str = "ddim", **options: Any) -> list[Pair]:
     """Up from a clean state to noise.

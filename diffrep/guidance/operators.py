@@ -123,9 +123,6 @@ def _sized(shape: Sequence[int], between: str = " x ") -> str:
     return between.join(map(str, shape))
 
 
-# -- pixels that are seen -------------------------------------------------------------------------------------
-
-
 def inpainting(mask: Tensor, *, channels: int = 3, name: str = "inpainting") -> Operator:
     """Pixels under a mask (H, W), (C, H, W) or (B, C, H, W), 1 where they are seen."""
     seen = mask.expand(channels, *mask.shape) if mask.ndim == 2 else mask
@@ -185,9 +182,6 @@ def colours(shape: tuple[int, int, int], weights: Sequence[float] | None = None)
         lambda y: y * w.to(y),
         lambda y: y * w.to(y) / w.to(y).square().sum(),
     )
-
-
-# -- along rows and columns -----------------------------------------------------------------------------------
 
 
 def separable(name: str, shape: tuple[int, int, int], down: Tensor, across: Tensor, *, cut: float = 0.0) -> Operator:

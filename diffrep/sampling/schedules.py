@@ -152,9 +152,6 @@ class Flow(NoiseSchedule):
         return replace(self, shift=math.exp(low + (high - low) * (tokens - few) / (many - few)), dynamic=None)
 
 
-# -- grids ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class TimeGrid:
     """n + 1 times from noise to data with their alpha and sigma; a solver makes n updates on them.

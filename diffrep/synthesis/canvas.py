@@ -206,8 +206,6 @@ class RowSweep:
         self.row += 1
 
 
-# -- lines and runs -----------------------------------------------------------------------------------------
-
 ANEW = "delete the folder to begin again"
 STAGES = ("denoise", "decode", "done")
 

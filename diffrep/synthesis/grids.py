@@ -144,9 +144,6 @@ def slerp(t: Tensor | float, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(linear, (1 - t) * a + t * b, spherical)
 
 
-# -- where grids come from ----------------------------------------------------------------------------------
-
-
 class ImageEncoder:
     """One embedding per image, by a frozen vision transformer.
 

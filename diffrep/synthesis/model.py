@@ -219,8 +219,6 @@ class SynthesisModel(HubFolder, nn.Module):
         super()._apply(fn, recurse)
         return self
 
-    # -- denoising ------------------------------------------------------------------------------------------
-
     def forward(self, latents: Tensor, timesteps: Tensor | float, context: Tensor) -> Tensor:
         """What the U-Net predicts: the noise, or v; `scheduler` says which.
 
@@ -253,8 +251,6 @@ class SynthesisModel(HubFolder, nn.Module):
 
         schedule: Any = DDIMScheduler.from_config(self.scheduler)
         return schedule.alphas_cumprod
-
-    # -- latents --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -292,8 +288,6 @@ class SynthesisModel(HubFolder, nn.Module):
         latents = self.unscaled(latents.to(self.device, self.dtype))
         _, _, (_, _, indices) = self.autoencoder.quantize(latents)
         return indices.reshape(len(latents), *latents.shape[-2:])
-
-    # -- files ----------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str], *, autoencoder: bool | None = None) -> None:
         """Write the model as a folder that `load_synthesis` reads.

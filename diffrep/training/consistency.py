@@ -133,8 +133,6 @@ def distillation_terms(
     return {"noisy": noisy, "w": column, "model_pred": predicted, "x_prev": previous, "target": wanted, "loss": loss}
 
 
-# -- a whole training ---------------------------------------------------------------------------------------
-
 COND_DIM = 256  # numbers that a U-Net is told a guidance scale by
 
 

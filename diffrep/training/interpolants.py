@@ -88,9 +88,6 @@ def interpolant(path: str, gamma: str | None = None) -> Path:
     return Path(*PATHS[name](squared or (lambda t: 0 * t)), None if name == "mirror" else squared)
 
 
-# -- losses ---------------------------------------------------------------------------------------------------
-
-
 def factor(curve: Curve, t: Tensor, x: Tensor) -> Tensor:
     """A curve's values at (B,) times, to multiply a batch like x with."""
     return per_sample(torch.as_tensor(curve(t.detach().double().cpu().numpy())).to(x), x)

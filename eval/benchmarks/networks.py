@@ -105,9 +105,6 @@ def as_loaded(module: Any) -> Any:
     return network.eval().requires_grad_(False)
 
 
-# -- extraction -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class FeaturesBenchmark(NetworkBenchmark):
     """Compare extraction with a plain full forward pass on a random-weight U-Net."""
@@ -197,9 +194,6 @@ def plain_extraction(
         backbone.network(latents, conditions.timestep, encoder_hidden_states=context.expand(len(batch), -1, -1))
     handle.remove()
     return torch.cat(maps).float().mean(0, keepdim=True).to(backbone.dtype)
-
-
-# -- one-step depth and normals ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -340,9 +334,6 @@ def megabytes(*modules: Any) -> float:
     """Memory of the parameters and buffers of modules."""
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return sum(t.numel() * t.element_size() for t in tensors) / 2**20
-
-
-# -- segmentation -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

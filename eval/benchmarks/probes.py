@@ -59,8 +59,6 @@ class ProbesBenchmark:
         if peak > self.limit_gib:
             raise SystemExit(1)
 
-    # -- against the released loop -----------------------------------------------------------------------------
-
     def _loop(self) -> str:
         backbone, rates = load_backbone("tiny"), (1.0, 3.0, 10.0)
         assert isinstance(backbone, DiffusionBackbone)
@@ -118,8 +116,6 @@ class ProbesBenchmark:
                 right = head((maps(val) - mean) / std).argmax(1) == labels[list(val)]
             best = max(best, float(right.float().mean()))
         return best
-
-    # -- memory ------------------------------------------------------------------------------------------------
 
     def _memory(self) -> tuple[str, float]:
         if self.folder is not None:

@@ -95,9 +95,6 @@ def _write_images(folder: Path) -> None:
         Image.effect_noise((SIDE, SIDE), 80).convert("RGB").save(folder / f"{name}.png")
 
 
-# -- in the child ---------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def counted_imports() -> Iterator[list[float]]:
     """Sum up in the body the processor seconds of the outermost imports."""

@@ -88,9 +88,6 @@ def hold_out(data: AnnotatedFiles, share: float = 0.2, seed: int = 0) -> tuple[A
     return data.rows(sorted(order[count:])), data.rows(sorted(order[:count]))
 
 
-# -- reading annotations ------------------------------------------------------------------------------------
-
-
 def _read_array(file: Path, what: str, shape: tuple[int, ...], decode: Callable[[Image.Image], Any], kind: type) -> Any:
     """The array of a ``.npy``, or of a picture through `decode`; its numbers are of a kind that numpy knows."""
     try:
@@ -173,9 +170,6 @@ class Annotation:
         if task == "normals":
             return read_normals(file, size, self.frame)
         return read_known_depths(file, file, size[::-1], per_metre=self.per_metre)[None]
-
-
-# -- labels and what they stand for -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -164,8 +164,6 @@ def readings_of(cells: Sequence[Cell], extract: ExtractConfig) -> list[ReadPlan]
     return [ReadPlan.covering(name, cells, extract) for name in dict.fromkeys(cell.backbone for cell in cells)]
 
 
-# -- reading ------------------------------------------------------------------------------------------------
-
 Group: TypeAlias = tuple[Tensor, list[Placement], list[int]]  # canvases (B, 3, H, W) uint8 of one size, and their rows
 
 
@@ -266,9 +264,6 @@ def pool_content(maps: FeatureMaps, tap: str, pool: int) -> Tensor:
             part = part[..., down[0] : down[-1] + 1, across[0] : across[-1] + 1]
         pooled[rows] = F.adaptive_avg_pool2d(part, pool)
     return pooled.flatten(1)
-
-
-# -- keeping ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -235,9 +235,6 @@ def normals_loss(predicted: Tensor, reference: Tensor, valid: Tensor) -> Tensor:
     return angular_loss(F.normalize(predicted, dim=1), reference, valid)
 
 
-# -- the probe ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class DenseSettings:
     """What the probe looks like and how it is trained; the published values, depth limits those for NYUv2."""

@@ -28,8 +28,6 @@ from diffrep.heads.probes.layouts import HeadShape, Kind, Layout
 from diffrep.heads.probes.probe import Probe
 from diffrep.heads.probes.training import ProbeFit, fit_head, head_scores, train_head
 
-# -- splits -------------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class RowSplit:
@@ -147,9 +145,6 @@ def balance(data: LabelledImages, split: RowSplit) -> str:
         + (": unbalanced, see mean per-class accuracy and --balanced" if train[high] > 3 * train[low] else "")
     )
     return "\n".join(lines)
-
-
-# -- training -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -276,9 +271,6 @@ def train_probe(prepared: ProbeData, layout: Layout, fit: ProbeFit | None = None
         layout=head.layout,
     )
     return ProbeResult(probe, fitted.choice, fitted.tried, val, test, scores, round(time.monotonic() - start, 2))
-
-
-# -- scores -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,6 @@ def _add(added: Tensor, module: nn.Module, inputs: Any, output: Any) -> Any:
     return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
 
-# -- as a probe ---------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class FeedbackSettings:
     """What feeds back, what is read, and how it is trained.

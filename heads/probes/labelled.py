@@ -268,9 +268,6 @@ def _from_csv(file: Path, image: str, label: str, group: str | None) -> Iterator
         yield f"{where}:", image_file(file.parent / line[image], file.parent), line, part
 
 
-# -- webdataset ---------------------------------------------------------------------------------------------
-
-
 def _shards(path: Path) -> list[Path]:
     if path.suffix.lower() == ".tar":
         if any(c in str(path) for c in "*?["):
@@ -308,8 +305,6 @@ def _from_shard(shard: Path, label: str) -> Iterator[_Record]:
                 raise DataError(f"{shard}: the label of {key} cannot be read ({one_line(error)})") from None
             yield f"{shard}: {key}", sample["image"], values, None
 
-
-# -- Hugging Face data sets ---------------------------------------------------------------------------------
 
 _Table: TypeAlias = tuple[str, Any, Part | None]  # name, Arrow table, part
 

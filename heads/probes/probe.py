@@ -140,8 +140,6 @@ class SavedProbe(HubFolder, ABC):
             raise ValueError(f"{folder}: the probe cannot be read ({one_line(error)})") from None
         return dataclasses.replace(probe, network=network.eval())
 
-    # -- backbones ------------------------------------------------------------------------------------------
-
     @property
     def backbone(self) -> str:
         """The name of its backbone, or of the first one."""
@@ -294,9 +292,6 @@ def _counters(state: Mapping[str, Tensor]) -> set[str]:
     return {key for key in state if key.endswith("num_batches_tracked")}
 
 
-# -- classes of images --------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, repr=False)
 class Prediction(Result):
     """Probabilities (B, K) of the classes, in the order of the images."""
@@ -410,9 +405,6 @@ class Probe(ClassProbe):
                 by_cell |= values
         scores = self.network(torch.cat([by_cell[cell] for cell in self.cells], dim=1))
         return F.normalize(scores, p=1, dim=1) if self.layout.kind == "knn" else scores.softmax(1)
-
-
-# -- pixels -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -130,9 +130,6 @@ def shuffled(rows: RowNumbers, size: int, seed: int, epoch: int) -> Iterator[Any
         yield order[start : start + size]
 
 
-# -- heads on kept features ---------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class ProbeFit:
     """How a head is trained, and among which hyperparameters the choice is made."""

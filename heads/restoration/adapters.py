@@ -69,9 +69,6 @@ def merge(network: nn.Module, adapters: Sequence[Mapping[str, Factors]], *, name
             weight.add_(added.to(weight))
 
 
-# -- S3Diff -------------------------------------------------------------------------------------------------
-
-
 class DegradationEstimator(nn.Module):
     """How blurred and how noisy an image is: MM-RealSR's ``DEResNet`` (arXiv 2207.04987), with its weights' names.
 

@@ -24,9 +24,6 @@ MODES = ("area", "bilinear", "bicubic")  # of resizing
 ChoiceT = TypeVar("ChoiceT")
 
 
-# -- kernels ------------------------------------------------------------------------------------------------
-
-
 def blur_kernel(size: int, spread_x: float, spread_y: float, angle: float, *, beta: float | None = None,
                 plateau: bool = False) -> Tensor:  # fmt: skip
     """A blur (size, size) of sum 1 around the middle: exp(-q / 2), exp(-q^beta / 2), or 1 / (1 + q^beta).
@@ -90,9 +87,6 @@ def sharpen(images: Tensor, *, radius: int = 50, weight: float = 0.5, threshold:
     detail = images - filter_images(images, kernel)
     soft = filter_images((detail.abs() * 255 > threshold).to(images), kernel)
     return torch.lerp(images, (images + weight * detail).clamp(0, 1), soft)
-
-
-# -- noise and JPEG -----------------------------------------------------------------------------------------
 
 
 class Draws:
@@ -206,9 +200,6 @@ def _compressed(planes: Tensor, table: Tensor, factor: Tensor, differentiable: b
     if differentiable:
         rounded = rounded + (levels - rounded) ** 3
     return ((cosines.T @ (rounded * steps) @ cosines + 128).transpose(3, 4)).reshape(planes.shape)
-
-
-# -- the whole ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

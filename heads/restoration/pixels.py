@@ -37,9 +37,6 @@ def imresize(images: Tensor, scale: float, *, antialias: bool = True) -> Tensor:
     return images
 
 
-# -- colours ------------------------------------------------------------------------------------------------
-
-
 def low_band(images: Tensor, levels: int = WAVELET_LEVELS) -> Tensor:
     """What is left of (B, C, H, W) after `levels` blurs, each twice as wide as the one before."""
     for level in range(levels):
@@ -95,9 +92,6 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 def to_bytes(images: Tensor) -> Tensor:
     """[0, 1] to uint8 as torchvision's `ToPILImage` does it in the released programs: clamped, cut, not rounded."""
     return (images.clamp(0, 1) * 255).to(torch.uint8)
-
-
-# -- tiles --------------------------------------------------------------------------------------------------
 
 
 def tile_window(rows: int, columns: int, *, published: bool = False) -> Tensor:

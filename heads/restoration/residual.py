@@ -263,9 +263,6 @@ def even_times(total: int, steps: int) -> list[int]:
     return [int(t) for t in reversed(torch.linspace(-1, total - 1, steps + 1).tolist())][:-1]
 
 
-# -- distillation into one step ------------------------------------------------------------------------------
-
-
 def sinsr_losses(
     process: ResidualDiffusion, student: Network, taught: Tensor, clean: Tensor, degraded: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:

@@ -180,8 +180,6 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
         for photograph in images:
             yield self._restored(photograph, config)
 
-    # -- one photograph -------------------------------------------------------------------------------------
-
     def _restored(self, photograph: Photograph, config: RestoreConfig) -> Photograph:
         width, height = photograph.size
         size = max(1, round(height * config.scale)), max(1, round(width * config.scale))

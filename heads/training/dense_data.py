@@ -50,8 +50,6 @@ class Sample:
         return Sample(**flipped)
 
 
-# -- targets ------------------------------------------------------------------------------------------------
-
 DepthNorm = Literal["trunc_disparity", "disparity", "truncnorm", "instnorm", "perscene_norm"]
 """How Lotus brings depth to [-1, 1]: by quantiles or extremes of disparity or depth, or by the data set's range."""
 
@@ -185,9 +183,6 @@ def resize_nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(values[None], size=size, mode="nearest")[0]
 
 
-# -- data sets ----------------------------------------------------------------------------------------------
-
-
 class SampleSet(ABC):
     """A data set to train on; all samples have one size.
 
@@ -227,9 +222,6 @@ class SceneSamples(SampleSet):
             normals = F.normalize(lub_normals(stored, "rdf"), dim=0)
             return Sample(pixels, normals, everything, normals, known)
         return Sample(pixels, scene_depth(depth, self.task), everything, clamp_depth(depth, known), known)
-
-
-# -- batches ------------------------------------------------------------------------------------------------
 
 
 def sample_batches(

@@ -208,8 +208,6 @@ TERMS: Mapping[Task, Callable[[Tensor, Batch], dict[str, Tensor]]] = {
     "normals": normal_terms, "disparity": depth_terms, "depth": depth_terms,
 }  # fmt: skip
 
-# -- the decoder alone --------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def predicted_latents(head: DenseHead, scenes: SceneSet, count: int, file: Path, *, progress: bool = True) -> Tensor:

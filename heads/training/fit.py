@@ -182,8 +182,6 @@ def _made_with(base: str, parts: PipelineParts) -> str:
     return f"{base} ({total:.6g})"
 
 
-# -- depth and normals --------------------------------------------------------------------------------------
-
 # half of the work would go to the detail preserver, which brings nothing here: `diffrep eval depth-ablation`
 EMBEDDED_RECIPE = replace(LOTUS_D, posterior="mean", preserve=0.0)
 EMBEDDED_FIT = FitSettings(steps=7000, learning_rate=1e-3, warmup=200, weight_decay=0.02, ema_decay=0.998, seed=11)
@@ -311,8 +309,6 @@ def _encoding(vae: Any, training: OneStepTraining, stride: int) -> Loss[Any]:
 
     return loss
 
-
-# -- segmentation -------------------------------------------------------------------------------------------
 
 EMBEDDED_MASK_FIT = FitSettings(steps=20000, minutes=22, learning_rate=1e-3, warmup=50, ema_decay=0.998, seed=21)
 EMBEDDED_SCENES = 10000

@@ -181,9 +181,6 @@ def drawn_losses(module: nn.Module, ema: nn.Module, batch: Batch) -> Mapping[str
     return {"loss": entropy + overlap, "entropy": entropy, "overlap": overlap}
 
 
-# -- rendered scenes ----------------------------------------------------------------------------------------
-
-
 def held_scenes(
     scenes: SceneSet, rows: slice | np.ndarray, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
@@ -244,9 +241,6 @@ def _batch(
         batch["pixels"] = maps[0].to(memory_format=torch.channels_last)
         batch["maps"] = torch.cat([maps[1], maps[2]]) if edges else maps[1]
     return batch
-
-
-# -- DIS5K --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,6 @@ def photo_originals(files: Sequence[Path], size: int) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in crops])
 
 
-# -- pairs --------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
     """What originals are made into, once, before a training."""
@@ -141,9 +138,6 @@ def _chunk(
 def enlarged(low: Tensor, size: tuple[int, int]) -> Tensor:
     """(B, 3, h, w) uint8 -> (B, 3, H, W) in [0, 1], as a head enlarges photographs."""
     return F.interpolate(low.float() / 255, size, mode="bicubic", antialias=True).clamp(0, 1)
-
-
-# -- the model ----------------------------------------------------------------------------------------------
 
 
 class RestorationModel(nn.Module):
@@ -379,9 +373,6 @@ def _restorer_in(folder: str) -> Any:
 
     head = load_head(folder, task="restore", device="cpu", dtype=torch.float32, fold=False)
     return head.model
-
-
-# -- measuring ----------------------------------------------------------------------------------------------
 
 
 def enlargements(originals: Tensor, settings: PairSettings, *, seed: int = 0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -149,9 +149,6 @@ def jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tenso
     return ((mixed - mean) * contrast + mean + shift * mean).clamp(0, 1)
 
 
-# -- losses on labels ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class LabelSettings:
     """The dense losses."""
