@@ -473,6 +473,9 @@ def test_s3diff_pulls_away_from_its_negative_prompt(tmp_path: Path) -> None:
     pictures = [head.predict(photograph(16, 20), RestoreConfig(guidance=g)).pixels for g in (1.0, 3.0)]
     assert pictures[0].shape == (64, 80, 3)
     assert not np.array_equal(*pictures)
+    (tmp_path / "de_net.pth").unlink()
+    with pytest.raises(HeadError, match=r"de_net\.pth is missing"):
+        load_head(tmp_path / "s3diff.pkl", base=tmp_path / "base", device="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +66,15 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for files that are damaged or forbidden
         raise HeadError(f"{file}: is no checkpoint that can be read safely ({one_line(error)})") from None
-    flat: dict[str, Any] = {}
-
-    def add(prefix: str, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            add(f"{prefix}{key}/", value) if isinstance(value, Mapping) else flat.__setitem__(f"{prefix}{key}", value)
-
     if not isinstance(stored, Mapping):
         raise HeadError(f"{file}: holds a {type(stored).__name__}, not a dictionary of weights")
-    add("", stored)
-    return {key.replace("state_embeddings.", "state_embeddings/"): value for key, value in flat.items()}
+
+    def joined(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            at = f"{prefix}{key}"
+            yield from joined(value, f"{at}/") if isinstance(value, Mapping) else [(at, value)]
+
+    return {key.replace("state_embeddings.", "state_embeddings/"): value for key, value in joined(stored)}
 
 
 def recognise_restorer(checkpoint: Mapping[str, Any], *, name: str) -> RestorationFamily:
@@ -139,8 +137,8 @@ def load_restorer(
     pixel_unet, estimator = None, None
     modulations: tuple[Modulation, ...] = ()
     if family is S3DIFF:
-        modulations = _modulated(checkpoint, unet, vae, name=name)
         estimator = _estimator(file.with_name(ESTIMATOR), name=name)
+        modulations = _modulated(checkpoint, unet, vae, name=name)
     else:
         adapters = _adapters(checkpoint, "unet", unet, name=name)
         if adjustable:
@@ -148,15 +146,14 @@ def load_restorer(
             merge(pixel_unet, [adapters[key] for key in adapters if key.endswith("_pix")], name=name)
         merge(unet, list(adapters.values()), name=name)
         merge(vae, list(_adapters(checkpoint, "vae", vae, name=name).values()), name=name)
-    contexts = _contexts(base, family, prompt, name=name)
+    context, negative = _contexts(base, family, prompt)
     make_ready(vae, unet, pixel_unet, estimator, *modulations, name=name, device=device, dtype=dtype)
     for module in (*modulations, *filter(None, [estimator])):
         module.float()
-    context, negative = (None if one is None else one.to(device, dtype) for one in contexts)
-    assert context is not None
     model = Restorer(
-        unet, vae, context, Schedule.from_config(scheduler), replace(family),
-        pixel_unet=pixel_unet, negative=negative, modulations=modulations, estimator=estimator, fold=fold,
+        unet, vae, context.to(device, dtype), Schedule.from_config(scheduler), family, pixel_unet=pixel_unet,
+        negative=None if negative is None else negative.to(device, dtype),
+        modulations=modulations, estimator=estimator, fold=fold,
     )  # fmt: skip
     about = f"{family.name} (recognised by its keys) on {base}"
     head = RestorationHead(model, name=name, recognised=about, source=str(file))
@@ -248,9 +245,9 @@ def _modulated(checkpoint: Mapping[str, Any], unet: nn.Module, vae: nn.Module, *
     return tuple(modulations)
 
 
-def _estimator(file: Path, *, name: str) -> DegradationEstimator | None:
+def _estimator(file: Path, *, name: str) -> DegradationEstimator:
     if not file.is_file():
-        return None
+        raise HeadError(f"{name}: {file} is missing, by which a S3Diff sees how blurred and noisy a photograph is")
     weights = read_checkpoint(file)
     for key in ("params_ema/", "params/", "state_dict/"):
         if any(k.startswith(key) for k in weights):
@@ -262,7 +259,7 @@ def _estimator(file: Path, *, name: str) -> DegradationEstimator | None:
     return estimator
 
 
-def _contexts(base: str, family: RestorationFamily, prompt: str | None, *, name: str) -> tuple[Tensor, Tensor | None]:
+def _contexts(base: str, family: RestorationFamily, prompt: str | None) -> tuple[Tensor, Tensor | None]:
     """Embeddings of the prompt and, where the family has one, the negative prompt: stored in the base, or encoded."""
     stored = folder_of(base) / CONTEXT_FILE
     if prompt is None and stored.is_file() and not (folder_of(base) / "text_encoder").is_dir():

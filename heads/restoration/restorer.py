@@ -89,20 +89,15 @@ class Restorer(OneStep):
         self.modulations, self.estimator = nn.ModuleList(modulations), estimator
         self.process = PROCESSES.get(self.family.process)
 
-    def look(self, degraded: Tensor | None, scores: Tensor | None = None) -> None:
-        """Set what depends on the photograph as a whole, (1, 3, H, W) in [0, 1] before it is enlarged.
+    def look(self, degraded: Tensor) -> None:
+        """S3Diff: `modulate` for a photograph, (1, 3, H, W) in [0, 1] before it is enlarged."""
+        assert self.estimator is not None
+        self.modulate(self.estimator(degraded.to(next(self.estimator.parameters()))))
 
-        Args:
-            scores: (1, 2), blur and noise, instead of those that are estimated.
-        """
-        if self.modulations:
-            if scores is None:
-                assert self.estimator is not None
-                assert degraded is not None
-                reference = next(self.estimator.parameters())
-                scores = self.estimator(degraded.to(reference))
-            for modulation in self.modulations:
-                modulation.current = modulation(scores.float().to(self.device))
+    def modulate(self, scores: Tensor) -> None:
+        """Set the adapters for an image of these scores of blur and noise, (1, 2)."""
+        for modulation in self.modulations:
+            modulation.current = modulation(scores.float().to(self.device))
 
     def draws(self, shape: tuple[int, ...], config: RestoreConfig) -> list[Tensor]:
         """The normal noise (1, *shape) of a process and of those of its steps that are drawn; none without one."""
@@ -184,7 +179,8 @@ class RestorationHead(Head[RestoreConfig, Photograph]):
         width, height = photograph.size
         size = max(1, round(height * config.scale)), max(1, round(width * config.scale))
         enlarged = self.enlarge(photograph.pixels, size)
-        self.model.look(photograph.tensor()[None] if self.model.modulations else None)
+        if self.model.estimator is not None:
+            self.model.look(photograph.tensor()[None])
         restored = self._colours(self.restore_pixels(enlarged, config), enlarged, config)
         del enlarged
         if config.keep_size:

@@ -125,7 +125,7 @@ def check_s3diff(folder: Path, case: dict[str, Any]) -> None:
         shown = ("down_blocks.0", "mid_block", "up_blocks.3", "conv_out")
         pixels, rows = image.float() / 255, []
         for row in range(len(image)):
-            model.look(None, inputs[f"{i}.score"][row : row + 1])
+            model.modulate(inputs[f"{i}.score"][row : row + 1])
             model.network.context = context[row : row + 1]
             latent = model.encode(pixels[row : row + 1], inputs[f"{i}.posterior_eps"][row : row + 1])
             unet, vae = (modulation.current for modulation in model.modulations)
