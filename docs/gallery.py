@@ -129,7 +129,7 @@ def restored() -> Image.Image:
         pixels = torch.from_numpy(np.array(original)).permute(2, 0, 1)
         low = degraded(pixels, settings, number).permute(1, 2, 0).numpy()
         enlarged = Image.fromarray(low).resize(original.size, Image.Resampling.BICUBIC)
-        shown = [enlarged, head(Photograph(low)).image().convert("RGB"), original]
+        shown = [enlarged, head(Photograph(low)).picture().convert("RGB"), original]
         rows.append(side_by_side(shown, titles=["degraded", "restored", "as it was"], height=300)[0])
     return stacked(rows)
 

@@ -271,11 +271,10 @@ def head_answer(image: str | None, task: str, model: str, device: str, progress:
     progress(0.5, desc=task)
     result = loaded(picture)
     if isinstance(result, Photograph):
-        answer, facts = result.image(), {"width": result.size[0], "height": result.size[1]}
+        facts = {"width": result.size[0], "height": result.size[1]}
     else:
-        answer = result.picture()
         facts = {key: value for key, value in result.metadata().items() if key in SHOWN}
-    answer = answer.convert("RGB")
+    answer = result.picture().convert("RGB")
     return (picture.resize(answer.size), answer), ", ".join(f"{key}: {value}" for key, value in facts.items())
 
 

@@ -53,7 +53,7 @@ class Restore(ImageCommand):
         options: dict[str, Any] = {"adjustable": True} if (self.predict.pixel, self.predict.semantic) != (1, 1) else {}
         head = self.load(task="restore", base=self.base, prompt=self.prompt, **options)
         if self.to_video:
-            return self.write_video(head, inputs, self.predict, lambda image, result: result.image().convert("RGB"))
+            return self.write_video(head, inputs, self.predict, lambda image, result: result.picture().convert("RGB"))
 
         def write(item: Item, image: Photograph, result: Photograph) -> list[Path]:
             files = [item.place.file(f"restored.{self.format}")]
@@ -74,7 +74,7 @@ def comparison(name: str, before: Photograph, after: Photograph) -> str:
     """A page with one image over the other and a slider between them."""
     pictures = []
     for photograph in (before, after):
-        shown = photograph.image().convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
+        shown = photograph.picture().convert("RGB").resize(after.size, Image.Resampling.BICUBIC)
         shown.thumbnail((SHOWN, SHOWN))
         pictures.append(data_uri(shown, "JPEG", quality=90))
     lead = f"{before.size[0]} x {before.size[1]} pixels, restored to {after.size[0]} x {after.size[1]}."

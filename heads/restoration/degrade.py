@@ -134,19 +134,14 @@ def add_gaussian(images: Tensor, sigma: Tensor, gray: Tensor, draws: Draws) -> T
     return (images + noise * (1 - gray) + single * gray).clamp(0, 1)
 
 
-def poisson_rates(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images rounded to 8 bits, and how many counts a full level stands for, (B, 1, 1, 1): a power of two."""
-    rounded = (images * 255).round().clamp(0, 255) / 255
-    distinct = [2.0 ** math.ceil(math.log2(len(torch.unique(image)))) for image in rounded]
-    return rounded, images.new_tensor(distinct).view(-1, 1, 1, 1)
-
-
 def add_poisson(images: Tensor, scale: Tensor, gray: Tensor, draws: Draws) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] with shot noise times `scale` (B,); `gray` as of `add_gaussian`, of the luma."""
     scale, gray = scale.view(-1, 1, 1, 1), gray.view(-1, 1, 1, 1)
 
-    def noise_of(image: Tensor) -> Tensor:
-        rounded, counts = poisson_rates(image)
+    def noise_of(values: Tensor) -> Tensor:
+        rounded = (values * 255).round().clamp(0, 255) / 255
+        distinct = [2.0 ** math.ceil(math.log2(len(torch.unique(image)))) for image in rounded]
+        counts = values.new_tensor(distinct).view(-1, 1, 1, 1)  # that a full level stands for: a power of two
         return draws.poisson(rounded * counts) / counts - rounded
 
     single: Any = 0.0

@@ -107,15 +107,12 @@ class Photograph(Result):
         """(3, H, W) float32 in [0, 1]."""
         return torch.from_numpy(self.pixels.astype(np.float32) / self.levels).permute(2, 0, 1)
 
-    def image(self) -> Image.Image:
+    def picture(self) -> Image.Image:
         """8 bits, with alpha where it has one."""
         pixels = self._bytes(self.pixels)
         if self.alpha is None:
             return Image.fromarray(pixels)
         return Image.fromarray(np.dstack([pixels, self._bytes(self.alpha)]))
-
-    def picture(self) -> Image.Image:
-        return self.image()
 
     def _bytes(self, values: np.ndarray) -> np.ndarray:
         return np.round(values / 257).astype(np.uint8) if values.dtype == np.uint16 else values
@@ -142,7 +139,7 @@ class Photograph(Result):
         if self.levels > 255:
             write_whole(path, self._png16() if form == "PNG" else self._tiff16())
             return path
-        image = self.image()
+        image = self.picture()
         if self.grey:
             image = image.convert("L" if self.alpha is None else "LA")
         options: dict[str, Any] = {"quality": 95} if form in ("JPEG", "WEBP") else {}
