@@ -167,11 +167,11 @@ def load_model(name: str, *, device: str | torch.device = "auto", dtype: torch.d
         BackboneError: it cannot be loaded.
     """
     from diffrep.backbones import load_backbone
-    from diffrep.synthesis.model import EMBEDDED, load_synthesis
+    from diffrep.synthesis.model import is_synthesis, load_synthesis
 
     if is_early_exit(name):
         return load_early_exit(name).to(resolve_device(device), dtype)
-    if name in EMBEDDED or any((Path(name) / part).is_dir() for part in ("embedder", "cond_stage")):
+    if is_synthesis(name):
         return load_synthesis(name, device=device, dtype=dtype)
     return load_backbone(name, decoder=True, device=device, dtype=dtype)
 

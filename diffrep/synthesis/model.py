@@ -30,6 +30,7 @@ from diffrep.graphs import Graphs
 from diffrep.settings import check, check_keys
 
 EMBEDDED = ("tiny-synthesis",)
+EMBEDDERS = ("embedder", "cond_stage")  # a folder has one of them: ours, or that of the authors
 OFFICIAL_TOKENS = ("patch_fc", "region_fc")  # the authors' names of the projections, in the order of the tokens
 
 
@@ -324,6 +325,11 @@ class SynthesisModel(HubFolder, nn.Module):
         return digest.hexdigest()[:16]
 
 
+def is_synthesis(name: str) -> bool:
+    """Whether a name or folder is that of a model for synthesis."""
+    return name in EMBEDDED or any((Path(name) / part).is_dir() for part in EMBEDDERS)
+
+
 def load_synthesis(
     name: str | os.PathLike[str] = "tiny-synthesis",
     *,
@@ -352,7 +358,7 @@ def load_synthesis(
     if missing := [part for part in parts if not (folder / part).is_file()]:
         raise BackboneError(f"{folder}: is no synthesis model: {', '.join(missing)} missing")
     about = About.read(folder)
-    embedder = ConditionEmbedder.load(_first(folder, ("embedder", "cond_stage")))
+    embedder = ConditionEmbedder.load(_first(folder, EMBEDDERS))
     autoencoder = _first(_autoencoder_home(folder, about), ("vae", "vqvae"))
     kind = read_document(autoencoder / "config.json", error=BackboneError).get("_class_name")
     scheduler = read_document(folder / "scheduler" / "scheduler_config.json", error=BackboneError)

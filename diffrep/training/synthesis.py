@@ -35,6 +35,7 @@ from diffrep.synthesis import (
     sample_patches,
 )
 from diffrep.synthesis.grids import ImageEncoder, Pooling
+from diffrep.synthesis.model import is_synthesis
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
 from diffrep.training.patches import Flips, Patches, PatchSource, encode_patches
 from diffrep.training.tiny.vae import reconstruction
@@ -335,7 +336,7 @@ def build_model(training: SynthesisTraining, encoder: ImageEncoder) -> Synthesis
     """
     base: SynthesisModel | None = None
     home = training.base if (MODELS / training.base).is_dir() else os.path.abspath(training.base)
-    if _is_synthesis(training.base):
+    if is_synthesis(training.base):
         base = load_synthesis(training.base).requires_grad_(True)
         unet, autoencoder, scheduler = base.unet, base.autoencoder, base.scheduler
         home = base.about.autoencoder or home
@@ -352,11 +353,6 @@ def build_model(training: SynthesisTraining, encoder: ImageEncoder) -> Synthesis
         embedder = base.embedder
     about = About(autoencoder=home, encoder=encoder.name, pooling=encoder.pooling, guidance=training.guidance)
     return SynthesisModel(unet, embedder, autoencoder, scheduler, about=about, name="model in training")
-
-
-def _is_synthesis(base: str) -> bool:
-    folder = MODELS / base if (MODELS / base).is_dir() else Path(base)
-    return any((folder / part).is_dir() for part in ("embedder", "cond_stage"))
 
 
 def _unet_of_width(unet: Any, width: int, *, keep: bool) -> Any:
@@ -433,7 +429,7 @@ def train_synthesis(
         progress=progress,
     )  # fmt: skip
     cut = len(latents) - training.held_out
-    if not _is_synthesis(training.base):
+    if not is_synthesis(training.base):
         whiten_tokens(model.embedder, embeddings[: min(cut, 20000)].float())
     if place.type == "cpu":
         from diffusers.models.attention_processor import AttnProcessor
