@@ -173,20 +173,18 @@ class SearchSchedule(PrecisionOptions):
             "label": self.label, "count": self.count or 4, "guidance": self.guidance, "reference": self.reference,
             "cost": cost, **({"features": self.features, "real": self.real and str(self.real)} if fid else {}),
         }  # fmt: skip
-        best = search_steps(
+        least, found = search_steps(
             fitness, self.steps, total=total, settings=settings, file=self.output, first=[usual],
             of=of, facts=model.facts(), progress=_print_generation,
-        )  # fmt: skip
-        if math.isinf(best[0][0]):
+        )[0]  # fmt: skip
+        if math.isinf(least):
             raise ValueError(f"{self.sampler} works at none of the steps that were tried: give a larger --population")
         even = fitness(None)
-        candidate = best[0][1]
-        orders = f", orders {', '.join(map(str, candidate.orders))}" if candidate.orders else ""
-        skipped = f", {number_of(sum(map(len, candidate.skipped)), 'unit')} left out" if candidate.skipped else ""
-        timesteps = ", ".join(map(str, candidate.timesteps)) + orders + skipped
+        orders = f", orders {', '.join(map(str, found.orders))}" if found.orders else ""
+        skipped = f", {number_of(sum(map(len, found.skipped)), 'unit')} left out" if found.skipped else ""
+        timesteps = ", ".join(map(str, found.timesteps)) + orders + skipped
         print(
-            f"{number_of(self.steps, 'step')} of {self.sampler}: {best[0][0]:.4f} at {timesteps};"
-            f" {even:.4f} at even steps"
+            f"{number_of(self.steps, 'step')} of {self.sampler}: {least:.4f} at {timesteps}; {even:.4f} at even steps"
         )
         print(f"wrote {self.output}")
 
@@ -229,13 +227,13 @@ class SearchSchedule(PrecisionOptions):
         fitness = extraction_fitness(backbone, measure, count=self.per_category, cost=self.cost, seed=self.seed)
         usual = Candidate((backbone.recommended.conditions.timestep,), taps=backbone.recommended.taps[:1])
         of = {"fitness": self.fitness, "model": model, "cost": self.cost, "per_category": self.per_category}
-        best = search_steps(
+        least, found = search_steps(
             fitness, 1, total=len(backbone.alphas_cumprod), settings=settings, file=self.output, first=[usual], of=of,
             facts=backbone_facts(backbone), progress=_print_generation,
-        )  # fmt: skip
-        (tap,), (timestep,) = best[0][1].taps, best[0][1].timesteps
+        )[0]  # fmt: skip
+        (tap,), (timestep,) = found.taps, found.timesteps
         print(
-            f"{backbone.name}: {best[0][0]:.4f} at tap {tap}, timestep {timestep}; {fitness(usual):.4f} at the"
+            f"{backbone.name}: {least:.4f} at tap {tap}, timestep {timestep}; {fitness(usual):.4f} at the"
             f" recommended {usual.taps[0]}, {usual.timesteps[0]}"
         )
         print(f"wrote {self.output}")

@@ -26,6 +26,7 @@ from diffrep.synthesis.large import (
     check_output,
     check_room,
     grid_shape,
+    grid_size,
     latent_size,
     paint,
     write_pixels,
@@ -88,8 +89,7 @@ class Synthesize(PrecisionOptions):
         if size is not None:
             check_room(self.output, size, model, settings, self.work)
         grid = self._grid(model)
-        cell = model.window * model.factor
-        size = size or (grid.shape[0] * cell, grid.shape[1] * cell)
+        size = size or grid_size(model, grid)
         grid = grid.resized(grid_shape(model, size))
         check_canvas(model, grid, size, settings)
         if self.compose is not None or self.insert is not None:
@@ -135,8 +135,7 @@ class Synthesize(PrecisionOptions):
             cut = opened.convert("RGBA")
         x, y = (round(v / model.factor) for v in numbers(self.insert_at, "point"))
         width, height = (side // model.factor * model.factor for side in cut.size)
-        if min(width, height) < model.window * model.factor:
-            least = model.window * model.factor
+        if min(width, height) < (least := model.window * model.factor):
             raise ValueError(f"{self.insert}: an object needs {least} pixels a side, got {cut.width} x {cut.height}")
         pixels = torch.from_numpy(np.array(cut)[:height, :width]).permute(2, 0, 1).float() / 255
         one = replace(self, cells="1")._embed(model, self.insert).embeddings[0, 0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -251,7 +250,6 @@ def through_decoder(operator: Operator, y: Tensor, decode: Decoder) -> Callable[
 
 # -- the image itself as the unknown --------------------------------------------------------------------------
 
-Weighting = Literal["linear", "sqrt", "square", "log", "trunc", "power2over3", "const"]
 WEIGHTINGS: dict[str, Callable[[float], float]] = {
     "linear": lambda r: r,
     "sqrt": lambda r: r**0.5,
@@ -270,7 +268,7 @@ def red_diff(
     *,
     lr: float = 0.1,
     prior: float = 0.25,
-    weighting: Weighting = "linear",
+    weighting: str = "linear",
     data_weight: float = 1.0,
     spread: float = 0.0,
 ) -> Guide:
@@ -282,7 +280,7 @@ def red_diff(
     Args:
         noise: of each step two draws, of the posterior's spread and of the diffusion.
         prior: lambda, the weight of the network.
-        weighting: of noise to signal.
+        weighting: of noise to signal, a name of `WEIGHTINGS`.
         data_weight: of the measurement. Both terms are means, over different sizes: the balance shifts with A.
         spread: standard deviation of the posterior.
     """

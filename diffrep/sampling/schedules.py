@@ -182,9 +182,8 @@ class TimeGrid:
 
     def ending(self) -> TimeGrid:
         """The same grid with a clean end."""
-        ends = ((self.alpha, 1.0), (self.sigma, 0.0), (self.log_snr, math.inf))
-        alpha, sigma, log_snr = (np.append(values[:-1], end) for values, end in ends)
-        return TimeGrid(self.times, alpha, sigma, self.labels, log_snr)
+        ends = {"alpha": 1.0, "sigma": 0.0, "log_snr": math.inf}
+        return replace(self, **{name: np.append(getattr(self, name)[:-1], end) for name, end in ends.items()})
 
     def taken(self, indices: list[int]) -> TimeGrid:
         """The grid of some of its times, in order; one may be repeated."""

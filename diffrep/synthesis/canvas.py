@@ -25,7 +25,6 @@ from diffrep.settings import check
 from diffrep.synthesis.grids import EmbeddingGrid
 
 Weighting = Literal["cells", "hann", "gaussian", "uniform"]
-DecodeWeighting = Literal["hann", "official"]
 
 Block = tuple[int, np.ndarray]
 """A first line, and lines (n, c, W) from there on."""
@@ -207,7 +206,6 @@ class RowSweep:
 
 
 ANEW = "delete the folder to begin again"
-STAGES = ("denoise", "decode", "done")
 
 
 class Lines:
@@ -279,12 +277,12 @@ class Lines:
 class Position:
     """Where a run is: the next row of windows of the next step of a stage."""
 
-    stage: str = "denoise"  # of `STAGES`
+    stage: Literal["denoise", "decode", "done"] = "denoise"
     step: int = 0
     row: int = 0
 
     def __post_init__(self) -> None:
-        check(self)
+        check(self, step="0..", row="0..")
 
 
 class Run:
@@ -395,9 +393,9 @@ class Run:
         try:
             stage, step, row, carry, arrays = (note[name] for name in ("stage", "step", "row", "carry", "arrays"))
             number = None if carry is None else re.fullmatch(r"carry-(\d{1,9})\.npy", carry)
-            if stage not in STAGES or min(step, row) < 0 or (carry is not None and number is None):
-                raise ValueError(f"it has stage {stage!r}, step {step!r}, row {row!r}, carry {carry!r}")
-            self.position, self._arrays = Position(stage, int(step), int(row)), dict(arrays)
+            if carry is not None and number is None:
+                raise ValueError(f"its carry is {carry!r}")
+            self.position, self._arrays = Position(stage, step, row), dict(arrays)
             for name, size in self._arrays.items():
                 raw = self._inside(Path(f"{name}.raw").name)
                 if raw.stat().st_size != size:

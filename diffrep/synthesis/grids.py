@@ -20,7 +20,6 @@ from torch import Tensor
 
 from diffrep.backbones import BackboneError, VisionTransformer, draw_noise, load_backbone
 from diffrep.backbones.repositories import without_fetching
-from diffrep.devices import resolve_device
 from diffrep.files import one_line
 from diffrep.images import ImageLike, load_image
 
@@ -175,7 +174,7 @@ class ImageEncoder:
         Raises:
             BackboneError: there is none, or it is no vision transformer.
         """
-        backbone = load_backbone(name, device=resolve_device(device), dtype=torch.float32)
+        backbone = load_backbone(name, device=device, dtype=torch.float32)
         if not isinstance(backbone, VisionTransformer):
             kind = type(backbone).__name__
             raise BackboneError(f"{name}: embeddings are made by vision transformers, this is a {kind}")
@@ -252,11 +251,8 @@ class ImageEncoder:
         return EmbeddingGrid(torch.stack(cells), self.name)
 
 
-def load_grid(path: str | os.PathLike[str], *, encoder: str = "") -> EmbeddingGrid:
+def load_grid(path: str | os.PathLike[str]) -> EmbeddingGrid:
     """Read a grid from ``.npy``, or from a zarr array (a folder, or ``.zarr``).
-
-    Args:
-        encoder: the backbone that made the embeddings, where known.
 
     Raises:
         GridError: the file is missing, unreadable, or holds no (R, C, D) array of finite numbers.
@@ -278,7 +274,7 @@ def load_grid(path: str | os.PathLike[str], *, encoder: str = "") -> EmbeddingGr
     if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.floating):
         raise GridError(f"{path}: a grid of embeddings is an array of floating point numbers")
     try:
-        return EmbeddingGrid(torch.from_numpy(values.astype(np.float32)), encoder)
+        return EmbeddingGrid(torch.from_numpy(values.astype(np.float32)))
     except GridError as error:
         raise GridError(f"{path}: {error}") from None
 

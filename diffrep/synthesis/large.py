@@ -33,7 +33,6 @@ PLAIN = (".png", ".jpg", ".jpeg", ".webp")
 TIFF = (".tif", ".tiff")
 OME = (".ome.tif", ".ome.tiff")
 SUFFIXES = (*PLAIN, *TIFF, *OME, ".zarr")
-_EXTRA = 'needs the packages tifffile and zarr: pip install "diffrep[synthesis]"'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +72,7 @@ def check_output(path: Path, size: tuple[int, int]) -> None:
         elif name.endswith(".zarr"):
             import zarr  # noqa: F401
     except ImportError:
-        raise ImportError(f"{path}: {_EXTRA}") from None
+        raise ImportError(f'{path}: needs the packages tifffile and zarr: pip install "diffrep[synthesis]"') from None
 
 
 def write_pixels(
@@ -104,7 +103,7 @@ def write_pixels(
         write_whole(path, lambda partial: _write_tiff(partial, levels, settings, note, ome=name.endswith(OME)))
 
 
-def pyramid(pixels: Lines, tile: int, scratch: Callable[[str, tuple[int, ...]], Lines] | None = None) -> list[Lines]:
+def pyramid(pixels: Lines, tile: int, scratch: Callable[[str, tuple[int, ...]], Lines] | None) -> list[Lines]:
     """The image and its halves, down to one that fits into a tile; each is the mean of 2 x 2 pixels of the last."""
     levels = [pixels]
     while max(levels[-1].shape[:2]) > tile:
@@ -192,15 +191,14 @@ def _write_zarr(path: Path, levels: list[Lines], settings: FileSettings, note: s
     group.attrs["diffrep"] = json.loads(note)
 
 
-def scratch_bytes(size: tuple[int, int], channels: int, factor: int, carried: int) -> int:
-    """Bytes that a run needs on disk beside the output, for an image of (H, W) pixels.
+MOST_CARRIED = 5  # tensors that the hungriest sampler keeps from step to step, pndm
 
-    Args:
-        carried: tensors that the scheduler keeps from step to step.
-    """
+
+def scratch_bytes(size: tuple[int, int], channels: int, factor: int) -> int:
+    """Bytes that a run needs at most on disk beside the output, for an image of (H, W) pixels."""
     height, width = size
     latents = math.ceil(height / factor) * math.ceil(width / factor) * channels * 4
-    return 2 * (1 + carried) * latents + 4 * height * width
+    return 2 * (1 + MOST_CARRIED) * latents + 4 * height * width
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,7 +206,6 @@ def scratch_bytes(size: tuple[int, int], channels: int, factor: int, carried: in
 
 STRIP, WINDOWS = 2048, 8  # pixels, or windows: width of what is decoded from top to bottom before the next
 DECODE_BATCH = 4  # windows that are decoded together: a decoder needs far more memory than the denoiser
-MOST_CARRIED = 5  # tensors that the hungriest sampler keeps, pndm
 
 
 def synthesize(
@@ -414,8 +411,7 @@ def check_canvas(
     Raises:
         GridError, ValueError: see `synthesize`.
     """
-    if min(size) < model.window * model.factor:
-        side = model.window * model.factor
+    if min(size) < (side := model.window * model.factor):
         raise ValueError(f"this model paints images of at least {side} x {side} pixels, not {size[0]} x {size[1]}")
     for stride in (settings.stride, settings.decode_stride):
         WindowPlan(latent_size(model, size), model.window, stride or 1)
@@ -435,7 +431,7 @@ def check_room(
     if (folder / "run.json").is_file():
         return
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    needed, free = scratch_bytes(size, model.channels, model.factor, MOST_CARRIED), shutil.disk_usage(place).free
+    needed, free = scratch_bytes(size, model.channels, model.factor), shutil.disk_usage(place).free
     if deep := deep_bytes(model, settings):
         stride = settings.stride or max(model.window // 2, 1)
         needed += deep * len(WindowPlan(latent_size(model, size), model.window, stride))

@@ -191,7 +191,7 @@ def load_prior(name: str | os.PathLike[str] = "tiny-prior") -> EmbeddingPrior:
 
 
 @torch.no_grad()
-def embed_texts(name: str, texts: Sequence[str], *, batch_size: int = 256) -> Tensor:
+def embed_texts(name: str, texts: Sequence[str]) -> Tensor:
     """One unit vector per text, (B, E) float32.
 
     Args:
@@ -201,7 +201,7 @@ def embed_texts(name: str, texts: Sequence[str], *, batch_size: int = 256) -> Te
     Raises:
         BackboneError: there is no such model.
     """
-    parts = [list(texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
+    parts = [list(texts[i : i + 256]) for i in range(0, len(texts), 256)]
     if name.startswith(OPEN_CLIP):
         import open_clip
 

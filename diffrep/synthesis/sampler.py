@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from diffrep.sampling.samplers import named_sampler
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.synthesis.canvas import (
     Block,
-    DecodeWeighting,
     Lines,
     Position,
     RowSweep,
@@ -57,7 +56,7 @@ class SynthesisSettings:
     # other; with cells they only do where they are alike: windows between others count little and have no condition
     weights: Weighting = "cells"
     decode_stride: int | None = None  # latent pixels between decoded windows; half a window where left out
-    decode_weights: DecodeWeighting = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
+    decode_weights: Literal["hann", "official"] = "hann"  # of decoded windows; official: a Gaussian, which leaves steps
     decode_sigma: float = 0.8  # width of that Gaussian, in halves of a window's side
     quantize: bool = True  # VQ autoencoders: decode entries of the codebook
     timestep_shift: float = 0.0  # added to the timestep that the network gets; the published sampler has 1
@@ -264,13 +263,12 @@ def predict(
     contexts = torch.cat([context, model.null_context(int(null.sum()))])
     both = torch.cat([latents[conditional], latents[null]]).to(model.device, model.dtype)
     time = (timestep.float() + settings.timestep_shift).to(model.device)
-    if deep is not None and numbers is not None:
-        rows = torch.cat([2 * numbers[conditional], 2 * numbers[null] + 1]).tolist()
+    rows = [] if numbers is None else torch.cat([2 * numbers[conditional], 2 * numbers[null] + 1]).tolist()
+    if deep is not None:
         deep.take_up(rows, both)
-        outputs = model(both, time, contexts).float().cpu()
+    outputs = model(both, time, contexts).float().cpu()
+    if deep is not None:
         deep.put_down(rows)
-    else:
-        outputs = model(both, time, contexts).float().cpu()
     predicted = torch.zeros(latents.shape)
     predicted[null] = outputs[len(context) :] * (1 - scale[null])[:, None, None, None]
     predicted[conditional] += outputs[: len(context)] * scale[conditional][:, None, None, None]

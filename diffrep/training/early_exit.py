@@ -9,7 +9,7 @@ what a fixed depth at each timestep gives.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -134,9 +134,7 @@ def train_early_exit(
 
 
 @torch.inference_mode()
-def exit_table(
-    module: ExitObjective, clean: Tensor, thresholds: Sequence[float] = THRESHOLDS, *, seed: int = 0
-) -> list[tuple[str, float, float, float]]:
+def exit_table(module: ExitObjective, clean: Tensor) -> list[tuple[str, float, float, float]]:
     """What leaving early saves and costs: threshold, mean blocks run, and mean squared errors of the noise.
 
     The last two are the error with the threshold, and that of a fixed table: at each timestep the depth that is nearest
@@ -145,13 +143,13 @@ def exit_table(
     Args:
         clean: (N, c, h, w) latents.
     """
-    generator, rows = step_generator(seed, 0), list[Tensor]()
+    generator, rows = step_generator(0, 0), list[Tensor]()
     for t in range(TIMESTEPS // 40, TIMESTEPS, TIMESTEPS // 20):
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         outputs = module(clean, noise, torch.full((len(clean),), t, device=clean.device))
         layers = (torch.cat([outputs.outputs, outputs.full[None]]) - noise).square().flatten(2).mean(2)
-        exits = torch.stack([outputs.exits(threshold) for threshold in (-1.0, *thresholds)])
+        exits = torch.stack([outputs.exits(threshold) for threshold in (-1.0, *THRESHOLDS)])
         blocks = exits.float().mean(1)
         rows.append(torch.stack([blocks, layers.gather(0, exits).mean(1), layers.mean(1)[blocks.round().long()]]))
-    names = ["whole", *(f"{threshold:g}" for threshold in thresholds)]
+    names = ["whole", *(f"{threshold:g}" for threshold in THRESHOLDS)]
     return [(name, *values) for name, values in zip(names, torch.stack(rows).mean(0).T.tolist(), strict=True)]

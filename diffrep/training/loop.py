@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffrep.devices import resolve_device
-from diffrep.files import read_weights, save_weights
+from diffrep.files import one_line, read_weights, save_weights
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 from diffrep.training.sara import SaRA
 
@@ -328,7 +328,7 @@ def _load_checkpoint(
         try:
             target.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"{path}: is of another network ({' '.join(str(error).split())[:200]})") from None
+            raise ValueError(f"{path}: is of another network ({one_line(error)})") from None
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -399,7 +399,6 @@ def train_synthesis(
     patches: PatchSource,
     folder: Path,
     *,
-    validate_every: int = 500,
     device: str | torch.device = "auto",
     progress: bool = True,
 ) -> SynthesisModel:
@@ -451,7 +450,7 @@ def train_synthesis(
     average = fit(
         objective, batches, synthesis_loss, training.fit, folder,
         validate=condition_check(latents[cut:].cpu(), embeddings[cut:].cpu(), synthesis_loss),
-        validate_every=validate_every, device=place, progress=progress,
+        validate_every=500, device=place, progress=progress,
     )  # fmt: skip
     trained: SynthesisModel = (average if training.fit.ema_decay > 0 else objective).model
     if training.smooth:

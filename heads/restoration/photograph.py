@@ -93,15 +93,15 @@ class Photograph(Result):
         """Of an image as its file has it; `plain` serves where its mode says nothing more."""
         turned = upright(image)
         icc = None if image.mode in ("CMYK", "YCbCr", "LAB") else image.info.get("icc_profile")  # of other colours
-        about = {"exif": _tags(image), "icc": icc}
+        about: dict[str, Any] = {"exif": _tags(image), "icc": icc}
         if turned.mode.startswith("I;16") or turned.mode == "I":
             values = np.asarray(turned).astype(np.uint16)
-            return cls(np.repeat(values[..., None], 3, 2), grey=True, **about)  # type: ignore[arg-type]
+            return cls(np.repeat(values[..., None], 3, 2), grey=True, **about)
         if turned.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in turned.info:
             pixels = np.array(turned.convert("RGBA"))
             grey = turned.mode.startswith("L")
-            return cls(pixels[..., :3].copy(), pixels[..., 3].copy(), grey=grey, **about)  # type: ignore[arg-type]
-        return cls(np.array(plain.convert("RGB")), grey=turned.mode in ("L", "1"), **about)  # type: ignore[arg-type]
+            return cls(pixels[..., :3].copy(), pixels[..., 3].copy(), grey=grey, **about)
+        return cls(np.array(plain.convert("RGB")), grey=turned.mode in ("L", "1"), **about)
 
     def tensor(self) -> Tensor:
         """(3, H, W) float32 in [0, 1]."""

@@ -58,7 +58,7 @@ class Crops:
         x, y = points.unbind(-1)
         x = torch.where(self.mirrored.view(shape), self.size - x, x)
         scale = (self.side / self.size).view(shape)
-        return torch.stack([x * scale, y * scale], -1) + self.corner.view(-1, *[1] * (points.ndim - 2), 2)
+        return torch.stack([x * scale, y * scale], -1) + self.corner.view(*shape, 2)
 
     def from_image(self, points: Tensor) -> Tensor:
         """The inverse of `to_image`."""

@@ -76,10 +76,8 @@ class TinyTraining:
             }
             return replace(settings, **runs, **small)
 
-        labels, vae = (
-            LabelSettings(members=2, queries=4),
-            short(VaeSettings(), channels=(8,) * 4, groups=2, batch_size=2),
-        )
+        labels = LabelSettings(members=2, queries=4)
+        vae = short(VaeSettings(), channels=(8,) * 4, groups=2, batch_size=2)
         return cls(
             work=work,
             output=output,
