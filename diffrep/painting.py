@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffrep.backbones.base import BackboneError
-from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone, class_labels, keyed_generator
+from diffrep.backbones.diffusion import DiffusionBackbone, LatentBackbone, class_labels, draw_noise
 from diffrep.backbones.early_exit import EarlyExitUViT, LayerOutputs, is_early_exit, load_early_exit
 from diffrep.backbones.partial import PartialNetwork
 from diffrep.devices import resolve_device
@@ -375,5 +375,4 @@ def sample(
 
 def _step_noise(seed: int, numbers: Sequence[int], shape: Sequence[int], device: torch.device, step: int) -> Tensor:
     """Each sample's noise of a step, -1 for the first state: it depends on the seed, its number and the step alone."""
-    draws = [torch.randn(*shape, generator=keyed_generator(seed, n, stream=step + 1)) for n in numbers]
-    return torch.stack(draws).to(device)
+    return torch.cat([draw_noise(shape, seed, n, stream=step + 1) for n in numbers]).to(device)

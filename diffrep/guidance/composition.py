@@ -18,18 +18,13 @@ from torch import Tensor
 
 from diffrep.guidance.core import Network, ancestral, check_finite, levels, move
 from diffrep.guidance.inversion import invert
-from diffrep.sampling.core import per_sample
+from diffrep.sampling.core import over_sample
 from diffrep.sampling.schedules import SamplingError, TimeGrid
 
 Method = Literal["and", "or", "avg", "and_ode"]
 Superposition = tuple[list[Tensor], list[Tensor]]
 """What SuperDiff leaves beside the states, before the first step and after each: the weights of the first condition
 (B, ...), and two running estimates of log-densities (2, B, ...), of an arbitrary start of 1."""
-
-
-def over_sample(x: Tensor) -> Tensor:
-    """Sums (B, 1, ...) of samples."""
-    return per_sample(x.flatten(1).sum(1), x)
 
 
 def superpose(

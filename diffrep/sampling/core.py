@@ -69,6 +69,11 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *[1] * (x.ndim - 1)) if values.ndim else values
 
 
+def over_sample(x: Tensor) -> Tensor:
+    """Sums (B, 1, ...) of samples."""
+    return per_sample(x.flatten(1).sum(1), x)
+
+
 @dataclass(frozen=True)
 class Update:
     """How one step goes; see the formula of this module.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from diffrep.sampling.core import Clamp, Filter, Form, SolverTable, Update, per_sample
+from diffrep.sampling.core import Clamp, Filter, Form, SolverTable, Update, over_sample
 from diffrep.sampling.schedules import Array, NoiseSchedule, SamplingError, TimeGrid
 
 # -- exponential integrators ----------------------------------------------------------------------------------
@@ -379,20 +379,17 @@ def levenberg_marquardt(damping: float = 1e-3, kappa: float = 0.0, *, released: 
     `d - e <d, e> / (lambda + <e, e>)` cancels to rounding, or to nothing; the same is had without cancellation.
     """
 
-    def product(a: Tensor, b: Tensor) -> Tensor:
-        return per_sample((a * b).flatten(1).sum(1), a)
-
     def act(increment: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
         first = memory is increment  # its own memory: then, as at kappa 0, the correction only rounds
         mixed = increment if first else kappa * memory + (1 - kappa) * increment
         if released:
-            turned = increment - mixed * product(mixed, increment) / (damping + product(mixed, mixed))
+            turned = increment - mixed * over_sample(mixed * increment) / (damping + over_sample(mixed * mixed))
         elif first:
             return increment, increment
         else:
-            turned = (damping + kappa * product(mixed, memory)) * increment
-            turned = turned - kappa * product(mixed, increment) * memory
-        return turned * product(increment, increment).sqrt() / product(turned, turned).sqrt(), increment
+            turned = (damping + kappa * over_sample(mixed * memory)) * increment
+            turned = turned - kappa * over_sample(mixed * increment) * memory
+        return turned * over_sample(increment * increment).sqrt() / over_sample(turned * turned).sqrt(), increment
 
     return Filter(act, whole=True, watches=True)
 

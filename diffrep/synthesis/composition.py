@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffrep.backbones import draw_noise
 from diffrep.guidance.composition import Method, Prompts, Superposition, cycle, superpose
 from diffrep.guidance.core import Network
 from diffrep.guidance.inversion import leading_grid
@@ -20,7 +21,6 @@ from diffrep.sampling.schedules import SamplingError, TableVP
 from diffrep.synthesis.canvas import Lines, WindowPlan, window_weights
 from diffrep.synthesis.grids import EmbeddingGrid
 from diffrep.synthesis.model import SynthesisModel
-from diffrep.synthesis.sampler import KeyedNoise
 
 Under = Callable[[EmbeddingGrid | None], Network]  # a grid, or no condition -> noise of a canvas under it
 
@@ -73,13 +73,10 @@ def canvas_networks(
     return under, schedule
 
 
-def canvas_noise(seed: int, channels: int, size: tuple[int, int], step: int | None = None) -> Tensor:
-    """(1, c, H, W) standard normal noise to start from, or of a step: that of `denoise_canvas`, line by line."""
-    draws, lines, shape = KeyedNoise(seed), range(size[0]), (channels, 1, size[1])
-    if step is None:
-        return draws.start(lines, shape)[:, :, 0].movedim(0, 1)[None]
-    drawn = [torch.randn(*shape, generator=g) for g in draws.arguments(step, lines)["generator"]]
-    return torch.stack(drawn)[:, :, 0].movedim(0, 1)[None]
+def canvas_noise(seed: int, channels: int, size: tuple[int, int], step: int = -1) -> Tensor:
+    """(1, c, H, W) standard normal noise of a step, -1 to start from: that of `denoise_canvas`, line by line."""
+    lines = [draw_noise((channels, size[1]), seed, line, stream=step + 1) for line in range(size[0])]
+    return torch.stack(lines, dim=2)
 
 
 @torch.no_grad()

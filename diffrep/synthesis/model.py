@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffrep.backbones import BackboneError, check_weights
 from diffrep.backbones.fused import fused_blocks
 from diffrep.backbones.hub import HubFolder
-from diffrep.backbones.pipelines import load_component
+from diffrep.backbones.pipelines import alphas_cumprod, load_component
 from diffrep.backbones.repositories import MODELS
 from diffrep.devices import resolve_device
 from diffrep.files import forget_origin, one_line, read_document, read_weights, save_weights, write_document
@@ -248,10 +248,7 @@ class SynthesisModel(HubFolder, nn.Module):
     @property
     def alphas_cumprod(self) -> Tensor:
         """(T,) float32 of the noise schedule, indexed by the timestep."""
-        from diffusers import DDIMScheduler
-
-        schedule: Any = DDIMScheduler.from_config(self.scheduler)
-        return schedule.alphas_cumprod
+        return alphas_cumprod(self.scheduler)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffrep.backbones.diffusion import keyed_generator
+from diffrep.backbones.diffusion import draw_noise, keyed_generator
 from diffrep.backbones.partial import PartialNetwork
 from diffrep.sampling.samplers import named_sampler
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
@@ -121,7 +121,7 @@ class KeyedNoise:
 
     def start(self, lines: Sequence[int], shape: Sequence[int]) -> Tensor:
         """(lines, *shape) standard normal noise to start from; a line is (c, h, w) of any shape."""
-        return torch.stack([torch.randn(*shape, generator=keyed_generator(self.seed, line)) for line in lines])
+        return torch.cat([draw_noise(shape, self.seed, line) for line in lines])
 
     def arguments(self, step: int, lines: Sequence[int]) -> Mapping[str, Any]:
         """Arguments of a scheduler's `step` about noise, for lines as a batch."""

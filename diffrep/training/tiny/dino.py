@@ -8,7 +8,6 @@ in iBOT), and a projection nearer to the teacher's than those of all other place
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffrep.files import save_weights
+from diffrep.files import save_weights, write_document
 from diffrep.scenes import SceneSet
 from diffrep.settings import check
 from diffrep.training.loop import Batch, FitSettings
@@ -213,7 +212,6 @@ def train_dino(scenes: SceneSet, settings: DinoSettings, folder: Path, *, progre
 
 def write_vit(network: Any, settings: DinoSettings, folder: Path) -> None:
     """Write a folder in timm's hub layout: config.json and model.safetensors in half precision."""
-    folder.mkdir(parents=True, exist_ok=True)
     size = settings.image_size
     config = {
         "architecture": ARCHITECTURE,
@@ -236,6 +234,6 @@ def write_vit(network: Any, settings: DinoSettings, folder: Path) -> None:
             "license": "apache-2.0",
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_document(folder / "config.json", config)
     half = {k: v.half() if v.is_floating_point() else v for k, v in network.state_dict().items()}
     save_weights(folder / "model.safetensors", half, format="pt")

@@ -23,7 +23,7 @@ from torch import nn
 
 import diffrep
 from diffrep.backbones.text import PROMPTS, TextEncoders
-from diffrep.files import forget_origin, replace_folder, save_weights
+from diffrep.files import forget_origin, replace_folder, save_weights, write_document
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
 from diffrep.settings import check
 from diffrep.training.loop import FitSettings
@@ -180,7 +180,7 @@ def write_pipeline(vae: Any, denoiser: CaptionedDenoiser, folder: Path) -> None:
         str(folder), {"text_encoder": "CLIPTextModel"}, device=torch.device("cpu"), dtype=torch.float32
     )
     save_weights(folder / PROMPTS, {"": encoders.encode([""])[""].context})
-    (folder / "diffrep.json").write_text(json.dumps(RECOMMENDED, indent=2) + "\n")
+    write_document(folder / "diffrep.json", RECOMMENDED)
 
 
 # -- what every card of a trained model says ----------------------------------------------------------------
@@ -202,7 +202,7 @@ def card_head(what: str, command: str) -> dict[str, Any]:
 
 def write_card(folder: Path, card: dict[str, Any]) -> None:
     """Write ``model-card.json``."""
-    (folder / "model-card.json").write_text(json.dumps(card, indent=2) + "\n")
+    write_document(folder / "model-card.json", card)
 
 
 def log_rows(run: Path) -> list[dict[str, Any]]:
