@@ -17,7 +17,7 @@ import csv
 import html
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -174,6 +174,13 @@ def html_table(title: str, columns: Mapping[str, Sequence[Any]]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells)
     return f"<p>{html.escape(title)}</p><table><tr>{head}</tr>{body}</table>"
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    """A table as CSV; the first row has the names."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
 
 
 def write_csv(path: Path, columns: Mapping[str, Any]) -> None:

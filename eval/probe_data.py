@@ -6,8 +6,6 @@ published data sets each reader takes the folder that the archive unpacks to; no
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +29,7 @@ from diffrep.heads.probes.labelled import (
     read_labelled,
 )
 from diffrep.images import SUFFIXES
+from diffrep.results import csv_text
 from diffrep.scenes import SEEN, scene_seed
 from diffrep.settings import check
 
@@ -111,11 +110,8 @@ def digit_images(folder: str | Path) -> LabelledImages:
 
 
 def _from_table(file: Path, rows: Sequence[tuple[Path, str, str]]) -> LabelledImages:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["path", "label", "split"])
-    writer.writerows([os.path.relpath(path, file.parent), label, part] for path, label, part in rows)
-    write_whole(file, out.getvalue())
+    lines = [(os.path.relpath(path, file.parent), label, part) for path, label, part in rows]
+    write_whole(file, csv_text([("path", "label", "split"), *lines]))
     return read_labelled(file)
 
 

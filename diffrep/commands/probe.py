@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json as json_module
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +62,7 @@ from diffrep.heads.probes.probe import (
 )
 from diffrep.heads.probes.sweeps import check_prune
 from diffrep.images import ImageError, Sizing, find_images, load_image
+from diffrep.results import csv_text
 from diffrep.settings import ANY_WORKERS, check
 from diffrep.tasks import note_embedded
 
@@ -446,11 +445,9 @@ class Predict(Command):
             indent=2,
         )
         if self.output is not None:
-            table = io.StringIO()
-            writer = csv.writer(table, lineterminator="\n")
-            writer.writerow(["image", "class", "probability"])
-            writer.writerows([str(file), name, f"{share:.6f}"] for file, likeliest in rows for name, share in likeliest)
-            write_whole(self.output, document + "\n" if self.output.suffix == ".json" else table.getvalue())
+            lines = [(str(file), name, f"{share:.6f}") for file, likeliest in rows for name, share in likeliest]
+            table = csv_text([("image", "class", "probability"), *lines])
+            write_whole(self.output, document + "\n" if self.output.suffix == ".json" else table)
         if self.json:
             print(document)
             return

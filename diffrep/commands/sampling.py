@@ -265,14 +265,13 @@ class Likelihood(PrecisionOptions):
     seed: int = 0  # of the probes
 
     def run(self) -> None:
-        import csv
-        import io
         import sys
 
         from diffrep.commands.image_runs import ImageRun
         from diffrep.eval.likelihood import image_likelihood
         from diffrep.files import printable, write_whole
         from diffrep.images import find_images
+        from diffrep.results import csv_text
 
         check_writable(self.output, (".csv",))
         if not 0 < self.tolerance < 1 or self.probes < 1 or (self.size is not None and self.size < 1):
@@ -286,16 +285,14 @@ class Likelihood(PrecisionOptions):
             probes=self.probes, seed=self.seed, timesteps=self.schedule, **self.placed(),
             skip=lambda file, error: run.fail(str(file), error),
         )  # fmt: skip
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(["image", "bits_per_dimension"])
+        rows = [("image", "bits_per_dimension")]
         with run.bar:
             for file, value in bits:
-                table.writerow([printable(file), f"{value:.5f}"])
+                rows.append((printable(file), f"{value:.5f}"))
                 run.bar.write(f"{value:9.4f}  {printable(file)}", file=sys.stdout)
                 run.bar.update()
         if len(run.failed) < len(files):
-            write_whole(self.output, text.getvalue())
+            write_whole(self.output, csv_text(rows))
             print(f"wrote {self.output}")
         run.check()
 

@@ -7,7 +7,6 @@ long the last training took is in ``timing.json``, the only file that differs fr
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
 import io
@@ -28,6 +27,7 @@ from diffrep.heads.probes.experiment import ProbeData, train_probe, wilson
 from diffrep.heads.probes.layouts import HeadShape, Kind
 from diffrep.heads.probes.probe import Probe
 from diffrep.heads.probes.training import ProbeFit, fit_head
+from diffrep.results import csv_text
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,12 @@ class ProbeSweep:
 
     def table(self) -> str:
         """Long CSV: one row per cell."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["backbone", "tap", "timestep", "pool", "val", "low", "high", "pruned", "choice"])
+        rows: list[list[object]] = [["backbone", "tap", "timestep", "pool", "val", "low", "high", "pruned", "choice"]]
         for s in self.cells:
             c = s.cell
             numbers = (f"{v:.4f}" for v in (s.val, s.low, s.high))
-            writer.writerow([c.backbone, c.tap, c.timestep, c.pool, *numbers, int(s.pruned), json.dumps(s.choice)])
-        return out.getvalue()
+            rows.append([c.backbone, c.tap, c.timestep, c.pool, *numbers, int(s.pruned), json.dumps(s.choice)])
+        return csv_text(rows)
 
     def summary(self, rows: int = 5) -> str:
         """The best cells, and the test score of the first."""
