@@ -24,6 +24,7 @@ from diffrep.settings import check, check_keys
 from diffrep.synthesis.grids import EmbeddingGrid
 
 TIMESTEPS = 1000
+SCHEDULE: dict[str, Any] = {"num_train_timesteps": TIMESTEPS, "beta_schedule": "squaredcos_cap_v2"}
 OPEN_CLIP = "open_clip:"
 
 
@@ -144,9 +145,8 @@ class EmbeddingPrior(nn.Module):
             )
         conditions = self.conditions(names).to(self.mean)
         scheduler: Any = DDIMScheduler(
-            num_train_timesteps=TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type="sample",
-            clip_sample=False, timestep_spacing="trailing",
-        )  # fmt: skip
+            **SCHEDULE, prediction_type="sample", clip_sample=False, timestep_spacing="trailing"
+        )
         scheduler.set_timesteps(steps)
         noise = [draw_noise((rows, columns, self.config.dim), seed, k) for k in range(len(names))]
         grids = torch.cat(noise).to(self.mean)

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffrep.backbones.pipelines import alphas_cumprod
 from diffrep.files import read_weights, save_weights
 from diffrep.scenes import CATEGORIES, SceneSet
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.synthesis.grids import ImageEncoder, Pooling
-from diffrep.synthesis.prior import TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
+from diffrep.synthesis.prior import SCHEDULE, TIMESTEPS, EmbeddingPrior, PriorConfig, embed_texts
 from diffrep.training.loop import Batch, FitSettings, fit
 from diffrep.training.synthesis import Cep, condition_check, conditional_batch, draw_perturbation
 from diffrep.training.tiny.crops import gather
-from diffrep.training.tiny.unet import build_scheduler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class PriorObjective(nn.Module):
         super().__init__()
         self.prior = prior
         self.alphas_cumprod: Tensor
-        self.register_buffer("alphas_cumprod", build_scheduler().alphas_cumprod.float())
+        self.register_buffer("alphas_cumprod", alphas_cumprod(SCHEDULE))
 
     def forward(self, grids: Tensor, noise: Tensor, timesteps: Tensor, conditions: Tensor, dropped: Tensor) -> Tensor:
         """Mean squared error of the clean grid, ()."""
