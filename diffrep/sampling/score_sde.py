@@ -111,14 +111,14 @@ class ScoreSDE(NoiseSchedule):
         """
 
         def of(x: Tensor, t: float) -> Tensor:
-            if self.kind == "ve":
-                label = float(self.sigma(t)) if continuous else round((1 - t) * (self.steps - 1))
-                return network(x, torch.full((len(x),), label, device=x.device))
             label, std = 999 * t, float(self.sigma(t))
-            if not continuous and self.kind == "vp":
+            if self.kind == "ve":
+                label = std if continuous else round((1 - t) * (self.steps - 1))
+            elif self.kind == "vp" and not continuous:
                 label = t * (self.steps - 1)
                 std = math.sqrt(1 - float((1 - self.betas).cumprod()[self.index(t)]))
-            return -network(x, torch.full((len(x),), label, device=x.device)) / std
+            output = network(x, torch.full((len(x),), label, device=x.device))
+            return output if self.kind == "ve" else -output / std
 
         return of
 

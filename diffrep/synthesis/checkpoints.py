@@ -184,11 +184,10 @@ def unet_name(key: str, layers: int, levels: int) -> str:
     >>> unet_name("input_blocks.4.0.in_layers.2.weight", 2, 4)
     'down_blocks.1.resnets.0.conv1.weight'
     """
-    for official, ours in _WHOLE.items():
-        if key.startswith(f"{official}."):
-            return ours + key.removeprefix(official)
+    if (name := _renamed(key, _WHOLE)) != key:
+        return name
     if match := re.fullmatch(r"middle_block\.([012])\.(.+)", key):
-        return f"{_MIDDLE[match[1]]}.{_res_block(match[2])}"
+        return f"{_MIDDLE[match[1]]}.{_renamed(match[2], RES_BLOCK)}"
     if not (match := re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", key)):
         raise BackboneError(f"the checkpoint has {key}, which is no part of the official U-Net")
     side, index, part, rest = match[1], int(match[2]), match[3], match[4]
@@ -204,14 +203,15 @@ def unet_name(key: str, layers: int, levels: int) -> str:
         name = f"up_blocks.{level}"
     if level >= levels:
         raise BackboneError(f"the checkpoint has {key}, but the configuration has {levels} levels of {layers} blocks")
-    return f"{name}.resnets.{block}.{_res_block(rest)}" if part == "0" else f"{name}.attentions.{block}.{rest}"
+    part, rest = ("resnets", _renamed(rest, RES_BLOCK)) if part == "0" else ("attentions", rest)
+    return f"{name}.{part}.{block}.{rest}"
 
 
-def _res_block(rest: str) -> str:
-    for official, ours in RES_BLOCK.items():
-        if rest.startswith(f"{official}."):
-            return ours + rest.removeprefix(official)
-    return rest
+def _renamed(key: str, names: Mapping[str, str]) -> str:
+    for official, ours in names.items():
+        if key.startswith(f"{official}."):
+            return ours + key.removeprefix(official)
+    return key
 
 
 def autoencoder_name(key: str, levels: int) -> str:
