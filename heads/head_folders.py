@@ -246,9 +246,7 @@ def stored_context(source: str, base: str) -> Tensor:
             raise HeadError(f"{file}: holds {', '.join(sorted(stored))}, not the prompt's embedding, context")
         return stored["context"]
     place = source if (folder_of(source) / "text_encoder").is_dir() else base
-    parts, cpu = {"text_encoder": "CLIPTextModel"}, torch.device("cpu")
-    text = TextEncoders(repository(named(place)), parts, device=cpu, dtype=torch.float32, pad=False)
-    return text.encode([""])[""].context.clone()  # a tensor that training may use too
+    return TextEncoders(named(place), pad=False).encode([""])[""].context.clone()  # a tensor that training may use too
 
 
 def base_of(source: str, head: Mapping[str, Any]) -> str:

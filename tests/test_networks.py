@@ -198,9 +198,7 @@ def test_the_embedded_vit_is_timms() -> None:
 
 
 def test_stored_prompts_are_the_text_encoders() -> None:
-    text = TextEncoders(
-        str(MODELS / "tiny"), {"text_encoder": "CLIPTextModel"}, device=torch.device("cpu"), dtype=torch.float32
-    )
+    text = TextEncoders(str(MODELS / "tiny"))
     stored = text.encode([""])[""].context
     assert text.times_loaded == 0
     assert (MODELS / "tiny" / PROMPTS).is_file()

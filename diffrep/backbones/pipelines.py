@@ -342,9 +342,9 @@ def load_parts(
     """
     import diffusers  # whose networks can be trained in all of its ways
 
-    source, device, encoders = repository(name), resolve_device(device), {"text_encoder": "CLIPTextModel"}
+    source, device = repository(name), resolve_device(device)
     scheduler = source.json("scheduler/scheduler_config.json")
-    text = TextEncoders(source, encoders, device=device, dtype=dtype, pad=pad)
+    text = TextEncoders(source, device=device, dtype=dtype, pad=pad)
     return PipelineParts(
         unet=load_component(diffusers.UNet2DConditionModel, source, "unet", dtype).to(device),
         vae=load_component(diffusers.AutoencoderKL, source, "vae", dtype).to(device).requires_grad_(False),

@@ -135,19 +135,20 @@ class TextEncoders(ClipEncoders):
 
     Args:
         source: local folder or hub id.
-        parts, pad: see `ClipEncoders`.
+        parts, pad: see `ClipEncoders`; the one of Stable Diffusion 1 and 2 where left out.
     """
 
     def __init__(
         self,
         source: str | Repository,
-        parts: Mapping[str, str],
+        parts: Mapping[str, str] | None = None,
         *,
-        device: torch.device,
-        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
         pad: bool = True,
     ) -> None:
-        super().__init__(parts, device=device, dtype=dtype, pad=pad)
+        parts = {"text_encoder": "CLIPTextModel"} if parts is None else parts
+        super().__init__(parts, device=torch.device(device), dtype=dtype, pad=pad)
         self.source = repository(source)
 
     def encode(self, prompts: list[str]) -> dict[str, PromptEmbedding]:

@@ -218,9 +218,7 @@ def embed_texts(name: str, texts: Sequence[str]) -> Tensor:
             raise BackboneError(
                 f"{name}: has no text encoder; give tiny, a diffusers folder or {OPEN_CLIP}MODEL/PRETRAINED"
             )
-        encoders = TextEncoders(
-            str(source), {"text_encoder": "CLIPTextModel"}, device=torch.device("cpu"), dtype=torch.float32
-        )
+        encoders = TextEncoders(str(source))
         unique = {text: state for part in parts for text, state in encoders.encode(part).items()}
         encoded = torch.cat([unique[text].context[:, -1] for text in texts])
     return nn.functional.normalize(encoded.float(), dim=1).clone()

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component
-from diffrep.backbones.repositories import repository
 from diffrep.backbones.text import TextEncoders
 from diffrep.files import UNFETCHED, is_lfs_pointer, one_line, read_weights
 from diffrep.heads.head import HeadError
@@ -268,7 +267,6 @@ def _contexts(base: str, family: RestorationFamily, prompt: str | None) -> tuple
             raise HeadError(f"{stored}: holds {', '.join(sorted(tensors))}, not the prompt's embedding, context")
         return tensors["context"], tensors.get("negative")
     texts = [family.prompt if prompt is None else prompt, *([family.negative] if family.negative else [])]
-    parts, cpu = {"text_encoder": "CLIPTextModel"}, torch.device("cpu")
-    encoded = TextEncoders(repository(base), parts, device=cpu, dtype=torch.float32).encode(texts)
+    encoded = TextEncoders(base).encode(texts)
     contexts = [encoded[text].context.clone() for text in texts]
     return contexts[0], contexts[1] if len(contexts) > 1 else None

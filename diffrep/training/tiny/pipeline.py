@@ -176,10 +176,7 @@ def write_pipeline(vae: Any, denoiser: CaptionedDenoiser, folder: Path) -> None:
     forget_origin(folder)
     shutil.rmtree(folder / "tokenizer")  # the files that every version of transformers reads, and no others
     shutil.copytree(TOKENIZER, folder / "tokenizer")
-    encoders = TextEncoders(
-        str(folder), {"text_encoder": "CLIPTextModel"}, device=torch.device("cpu"), dtype=torch.float32
-    )
-    save_weights(folder / PROMPTS, {"": encoders.encode([""])[""].context})
+    save_weights(folder / PROMPTS, {"": TextEncoders(str(folder)).encode([""])[""].context})
     write_document(folder / "diffrep.json", RECOMMENDED)
 
 
