@@ -68,9 +68,7 @@ class FitSettings:
         """Learning rate at a share `progress` of the run: linear warm-up, then as `schedule` says."""
         if self.schedule == "exponential":
             reached = round(progress * self.steps, 6)  # a warm-up may last longer than the schedule
-            return self.learning_rate * exponential_factor(
-                reached, self.steps, final_ratio=self.final_rate, warmup=self.warmup
-            )
+            return self.learning_rate * exponential_factor(reached, self.steps, self.final_rate, self.warmup)
         rising = min((step + 1) / (self.warmup + 1), 1.0)
         if self.schedule == "constant":
             return self.learning_rate * rising
@@ -80,7 +78,7 @@ class FitSettings:
         return self.learning_rate * rising * (self.final_rate + (1 - self.final_rate) * cosine)
 
 
-def exponential_factor(step: float, total: int, *, final_ratio: float = 0.01, warmup: int = 100) -> float:
+def exponential_factor(step: float, total: int, final_ratio: float, warmup: int) -> float:
     """Marigold's and E2E-FT's factor of the learning rate: linear warm-up from 0, then down to `final_ratio`."""
     if step < warmup:
         return step / warmup

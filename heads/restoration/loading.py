@@ -225,10 +225,10 @@ def _report(name: str, what: str, missing: Collection[str], left: Collection[str
 
 def _modulated(checkpoint: Mapping[str, Any], unet: nn.Module, vae: nn.Module, *, name: str) -> tuple[Modulation, ...]:
     """Put S3Diff's adapters into both networks; what drives them."""
-    expected = [f"state_dict_{n}_{p}" for n in ("unet", "vae") for p in ("de_mlp/0", "block_mlp/0", "fuse_mlp")]
-    expected = [f"{key}{'.' if key.endswith('0') else '/'}{end}" for key in expected for end in ("weight", "bias")]
-    expected += ["w", *(f"state_embeddings/state_dict_{network}_block/weight" for network in ("unet", "vae"))]
-    _report(name, "modulation's weights", set(expected) - set(checkpoint), ())
+    places = [f"{piece}{end}" for piece in ("de_mlp/0.", "block_mlp/0.", "fuse_mlp/") for end in ("weight", "bias")]
+    expected = {f"state_dict_{network}_{place}" for network in ("unet", "vae") for place in places}
+    expected |= {"w", *(f"state_embeddings/state_dict_{network}_block/weight" for network in ("unet", "vae"))}
+    _report(name, "modulation's weights", expected - set(checkpoint), ())
     modulations = []
     for network, module in (("unet", unet), ("vae", vae)):
         layers = {
