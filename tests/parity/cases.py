@@ -121,8 +121,10 @@ def watched(stored: Mapping[str, Any]) -> Fields:
 
 
 def tensors_of(folder: Path) -> tuple[dict[str, Tensor], Fields]:
-    """A case's inputs, and what came out of them, `watched`."""
-    return load_file(folder / "inputs.safetensors"), watched(load_file(folder / "expected.safetensors"))
+    """A case's inputs, where it has any, and what came out of them, `watched`."""
+    inputs = folder / "inputs.safetensors"
+    given = load_file(inputs) if inputs.exists() else {}
+    return given, watched(load_file(folder / "expected.safetensors"))
 
 
 def each(runs: Iterable[Mapping[str, Any]], *, describing: Collection[str] = ()) -> Iterator[Fields]:
@@ -155,7 +157,7 @@ def check_case(
     fields = Fields(case)
     _stored.clear()
     checks[case["kind"]](folder, fields)
-    ignored = sorted({*fields.unread(describing), *(name for tensors in _stored for name in tensors.unread())})
+    ignored = sorted({name for part in (fields, *_stored) for name in part.unread(describing)})
     assert not ignored, f"{folder}: the check ignores {', '.join(ignored)}"
 
 

@@ -16,9 +16,9 @@ from diffrep.heads.completion import complete_by_diffusion
 from diffrep.sampling.schedules import TableVP, TimeGrid
 from diffrep.training.sara import SaRA
 
-from .cases import each
+from .cases import each, tensors_of
 from .guidance_networks import SD, load_unet, load_vae, run_tensors, stable_diffusion_schedule
-from .sampling_mixture import assert_like, tensors_of
+from .sampling_mixture import assert_like
 
 SCALE = 0.18215
 

@@ -13,9 +13,9 @@ from diffrep.guidance.core import Network
 from diffrep.guidance.inversion import METHODS, Pair, invert, leading_grid, optimise_null, regenerate
 from diffrep.sampling.schedules import TimeGrid
 
-from .cases import each
+from .cases import each, tensors_of
 from .guidance_networks import load_unet, run_tensors, stable_diffusion_schedule, under_guidance
-from .sampling_mixture import assert_like, tensors_of
+from .sampling_mixture import assert_like
 
 
 def check_null_text(folder: Path, case: dict[str, Any]) -> None:

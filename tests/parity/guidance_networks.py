@@ -13,6 +13,8 @@ from torch import Tensor
 
 from diffrep.sampling.schedules import TableVP
 
+from .cases import Fields, watched
+
 SD = {"beta_start": 0.00085, "beta_end": 0.012}
 
 
@@ -86,6 +88,8 @@ def under_guidance(unet: Any, condition: Tensor, null: Tensor, scale: float) -> 
     return network
 
 
-def run_tensors(tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    """The tensors of one run of a case."""
-    return {k.removeprefix(f"{number}."): v for k, v in tensors.items() if k.startswith(f"{number}.")}
+def run_tensors(tensors: Mapping[str, Tensor], number: int) -> Mapping[str, Tensor]:
+    """The tensors of one run of a case, `watched` as they were."""
+    start = f"{number}."
+    found = {name.removeprefix(start): tensors[name] for name in tensors if name.startswith(start)}
+    return watched(found) if isinstance(tensors, Fields) else found

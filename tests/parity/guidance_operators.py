@@ -11,7 +11,8 @@ from diffrep.guidance import operators
 from diffrep.guidance.operators import Operator
 
 from . import guidance_released as released
-from .sampling_mixture import assert_like, tensors_of
+from .cases import tensors_of
+from .sampling_mixture import assert_like
 
 
 def red_operator(name: str, shape: tuple[int, int, int], mask: Tensor | None = None) -> Operator:

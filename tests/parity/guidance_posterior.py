@@ -32,10 +32,10 @@ from diffrep.sampling.schedules import Flow, TableVP, TimeGrid
 from diffrep.sampling.score_sde import ScoreSDE
 
 from . import guidance_released as released
-from .cases import each
+from .cases import each, tensors_of
 from .guidance_networks import Prior, load_unet, load_vae, run_tensors, stable_diffusion_schedule
 from .guidance_operators import red_operator
-from .sampling_mixture import assert_like, tensors_of
+from .sampling_mixture import assert_like
 
 SCALE = 0.18215
 

@@ -18,8 +18,8 @@ from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.adapters import DegradationEstimator, block_of
 from diffrep.heads.restoration.restorer import RestoreConfig
 
-from .cases import each
-from .diffdis_unet import part, tensors_of, tolerances
+from .cases import each, tensors_of
+from .diffdis_unet import part, tolerances
 from .restoration_processes import compare
 
 

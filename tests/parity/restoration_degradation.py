@@ -26,8 +26,7 @@ from diffrep.heads.restoration.degrade import (
     sinc_kernel,
 )
 
-from .cases import assert_within, each
-from .diffdis_unet import tensors_of
+from .cases import assert_within, each, tensors_of
 
 
 class Replayed(Draws):

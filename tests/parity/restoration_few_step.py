@@ -17,8 +17,8 @@ from diffrep.sampling.schedules import boundary
 from diffrep.table_scheduler import TableScheduler
 from diffrep.training.consistency import DiffusionPath, Distillation, distillation_terms
 
-from .cases import each
-from .diffdis_unet import part, tensors_of, tolerances
+from .cases import each, tensors_of
+from .diffdis_unet import part, tolerances
 from .restoration_pixels import schedule_of
 from .restoration_processes import compare, near
 

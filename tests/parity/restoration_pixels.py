@@ -23,8 +23,7 @@ from diffrep.heads.restoration.pixels import (
     wavelet_colours,
 )
 
-from .cases import assert_within, each
-from .diffdis_unet import tensors_of
+from .cases import assert_within, each, tensors_of
 
 
 def check_bicubic(folder: Path, case: dict[str, Any]) -> None:

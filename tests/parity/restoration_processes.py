@@ -20,8 +20,7 @@ from diffrep.heads.restoration.residual import (
     sinsr_losses,
 )
 
-from .cases import each
-from .diffdis_unet import tensors_of
+from .cases import each, tensors_of
 
 
 def near(got: Tensor, expected: Tensor, tolerance: Mapping[str, float], what: str) -> None:
@@ -52,9 +51,7 @@ def process_of(run: Any, **options: Any) -> ResidualDiffusion:
 
 
 def check_resshift_schedule(folder: Path, case: dict[str, Any]) -> None:
-    from safetensors.torch import load_file
-
-    expected = load_file(folder / "expected.safetensors")
+    _, expected = tensors_of(folder)
     for run in each(case["runs"]):
         process, other = process_of(run), process_of(run, sinsr=True)
         by_state, by_residual, by_clean, variance = process.posterior

@@ -21,8 +21,8 @@ from diffrep.training.fokker_planck import Potential, fokker_planck_loss, kernel
 from diffrep.training.interpolants import Path as Curves
 from diffrep.training.interpolants import between, interpolant, interpolant_loss, transport_loss
 
-from .cases import each
-from .sampling_mixture import Mixture, assert_like, tensors_of
+from .cases import each, tensors_of
+from .sampling_mixture import Mixture, assert_like
 
 KINDS = ("vp", "subvp", "ve")
 

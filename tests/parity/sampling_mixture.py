@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 
@@ -45,11 +43,6 @@ class Mixture:
             return evaluate(x, abar**0.5, (1 - abar) ** 0.5)
 
         return network
-
-
-def tensors_of(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Inputs and expected results of a case."""
-    return load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
 
 
 def assert_like(got: Tensor, expected: Tensor, *, atol: float, rtol: float = 0.0, what: str) -> None:

@@ -44,8 +44,8 @@ from diffrep.sampling.solvers import (
 )
 from diffrep.searched import Candidate
 
-from .cases import each
-from .sampling_mixture import Mixture, assert_like, tensors_of
+from .cases import each, tensors_of
+from .sampling_mixture import Mixture, assert_like
 
 SPACING = {"t": "power", "log": "log-snr", "rho": "karras"}  # DEIS's names of grids
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from diffrep.backbones.early_exit import EarlyExitUViT, LayerOutputs, UViTConfig
 from diffrep.backbones.partial import PartialNetwork
 
-from .cases import each
-from .sampling_mixture import assert_like, tensors_of
+from .cases import each, tensors_of
+from .sampling_mixture import assert_like
 
 
 @torch.no_grad()

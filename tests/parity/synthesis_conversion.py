@@ -39,7 +39,7 @@ def plain_config(module: Any) -> Any:
     return json.loads(json.dumps({k: v for k, v in module.config.items() if not k.startswith("_")}))
 
 
-def check_conversion(folder: Path, case: dict[str, Any]) -> None:
+def check_conversion(folder: Path, case: dict[str, Any], given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     model = load_synthesis(folder / "model")
     names = json.loads((folder / "key_map.json").read_text())
     official = case["official_config"]
@@ -66,6 +66,5 @@ def check_conversion(folder: Path, case: dict[str, Any]) -> None:
         for key, value in reference.state_dict().items():
             assert torch.equal(ours.state_dict()[key], value), f"{part}: {key}"
     if case["parameters"]["use_ema"]:
-        given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
         raw = convert_official(weights, official, groups=groups, ema=False)
         check_network(raw, given, expected, tolerances_of(case), weights="raw_")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from diffrep.backbones.base import Reader, reading
@@ -32,8 +31,7 @@ def tolerances_of(case: dict[str, Any]) -> dict[str, float]:
     return {name.strip("* "): number_in(text) for names, text in texts.items() for name in names.split(",")}
 
 
-def check_ldm_unet(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+def check_ldm_unet(folder: Path, case: dict[str, Any], given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     model = model_of(folder, case)
     allowed = tolerances_of(case)
     check_network(model, given, expected, allowed)

@@ -20,7 +20,7 @@ from diffrep.synthesis.large import decode_lines, to_uint8
 from diffrep.synthesis.sampler import GivenNoise
 from diffrep.synthesis.schedulers import build_scheduler
 
-from .cases import assert_within
+from .cases import assert_within, tensors_of
 from .synthesis_model import model_of, tolerances_of
 
 
@@ -39,7 +39,7 @@ def bounds_of(case: dict[str, Any], name: str) -> tuple[float, float]:
 
 
 def check_embedding_interpolation(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     model, grid = model_of(folder, case), EmbeddingGrid(given["embedding_grid"])
     assert grid.shape == tuple(case["parameters"]["grid"])
     assert case["parameters"]["dot_threshold"] == NEARLY_PARALLEL
@@ -67,7 +67,7 @@ def weights_of(folder: Path, case: dict[str, Any]) -> SynthesisModel:
 
 
 def check_panorama(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     parameters, model = case["parameters"], weights_of(folder, case)
     start, grid = given["x_start"][0], EmbeddingGrid(given["embedding_grid"])
     model.window = parameters["window"]
@@ -138,7 +138,7 @@ def check_decoding(case: dict[str, Any], model: Any, expected: dict[str, torch.T
 
 
 def check_patch_samplers(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     parameters, model = case["parameters"], model_of(folder, case)
     assert parameters["guidance_formula"] == "eps_null + scale*(eps_cond - eps_null)"
     tried = []

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from diffrep.synthesis.model import OFFICIAL_TOKENS
 from diffrep.training.synthesis import Objective
 
-from .cases import assert_within, number_in
+from .cases import assert_within, number_in, tensors_of
 from .synthesis_model import embeddings_of, model_of, tolerances_of
 
 OURS = {official: f"embedder.tokens.{number}" for number, official in enumerate(OFFICIAL_TOKENS)}
@@ -20,7 +19,7 @@ OURS |= {"conv_in": "unet.conv_in", "conv_out": "unet.conv_out"}
 
 
 def check_training_loss(folder: Path, case: dict[str, Any]) -> None:
-    given, expected = load_file(folder / "inputs.safetensors"), load_file(folder / "expected.safetensors")
+    given, expected = tensors_of(folder)
     parameters = case["parameters"]
     model = model_of(folder, case).requires_grad_(True)
     allowed = tolerances_of(case)

@@ -31,8 +31,8 @@ CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
     "sara_optimizer": composition.check_sara,
     "superdiff": composition.check_superdiff,
 }
-# What a case says beside its parameters.
-DESCRIBING = frozenset(("sources",))
+# What a case says beside its parameters; the error of its result, of a truth that is not stored.
+DESCRIBING = frozenset(("sources", "truth_error"))
 
 
 @pytest.mark.parametrize(("folder", "case"), cases_of("inversion-and-guidance", CHECKS))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .cases import cases_of, check_case
+from .cases import cases_of, check_case, tensors_of
 from .synthesis_conversion import check_conversion
 from .synthesis_model import check_ldm_unet
 from .synthesis_sampling import check_embedding_interpolation, check_panorama, check_patch_samplers
@@ -17,8 +17,9 @@ from .synthesis_training import check_training_loss
 
 def check_network_and_conversion(folder: Path, case: dict[str, Any]) -> None:
     """The networks as a folder has them, and as they are converted from the authors' checkpoint."""
-    check_ldm_unet(folder, case)
-    check_conversion(folder, case)
+    given, expected = tensors_of(folder)
+    check_ldm_unet(folder, case, given, expected)
+    check_conversion(folder, case, given, expected)
 
 
 CHECKS: dict[str, Callable[[Path, dict[str, Any]], None]] = {
