@@ -177,6 +177,12 @@ def test_schedules_are_diffusers(config: dict[str, Any]) -> None:
     assert torch.equal(alphas_cumprod(config), DDIMScheduler(**config).alphas_cumprod)
 
 
+@pytest.mark.parametrize("count", [-1, 0, 10**9, "1000", 1.5])
+def test_a_schedule_of_any_other_length_is_refused_before_it_is_made(count: Any) -> None:
+    with pytest.raises(BackboneError, match=r"num_train_timesteps must lie in 1..100,000, got"):
+        alphas_cumprod({"num_train_timesteps": count})
+
+
 def test_the_embedded_vit_is_timms() -> None:
     ours, folder = load_backbone("tiny-dino"), MODELS / "tiny-dino"
     config = json.loads((folder / "config.json").read_text())

@@ -273,6 +273,9 @@ def _built(build: Any, source: Repository, part: str, *arguments: Any, **named: 
         ) from None
 
 
+_MOST_TIMESTEPS = 100_000  # of a schedule; models have 1,000
+
+
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """(T,) the schedule of a scheduler's configuration, whatever sampler it names."""
     try:
@@ -287,6 +290,8 @@ def _betas(config: Mapping[str, Any]) -> Tensor:
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     if config.get("trained_betas") is not None:
         betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif not isinstance(count, int) or not 1 <= count <= _MOST_TIMESTEPS:
+        raise ValueError(f"num_train_timesteps must lie in 1..{_MOST_TIMESTEPS:,}, got {count!r}")
     elif kind == "linear":
         betas = torch.linspace(start, end, count, dtype=torch.float32)
     elif kind == "scaled_linear":
