@@ -123,6 +123,9 @@ def test_a_parquet_file_is_read_and_numbers_sort_as_numbers(tmp_path: Path) -> N
     table = pa.table({"image": images, "label": [str(n) for n in range(12)]})
     pq.write_table(table, tmp_path / "set.parquet")
     assert read_labelled(tmp_path / "set.parquet").classes == tuple(str(n) for n in range(12))
+    signs = ["\u00b2", "--1", "10"] * 4  # digits, but no numbers
+    pq.write_table(table.set_column(1, "label", pa.array(signs)), tmp_path / "signs.parquet")
+    assert read_labelled(tmp_path / "signs.parquet").classes == ("--1", "10", "\u00b2")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import logging
+import re
 import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -129,7 +130,7 @@ def assemble(name: str, rows: Sequence[LabelledImage], classes: Sequence[str] | 
     unique = list({row.image.name: row for row in rows}.values())
     names = {row.label for row in unique}
     if classes is None:
-        numeric = all(label.lstrip("-").isdigit() for label in names)
+        numeric = all(re.fullmatch(r"-?\d{1,18}", label) for label in names)
         classes = sorted(names, key=lambda label: (int(label), label) if numeric else (0, label))
     elif unknown := sorted(names - set(classes)):
         raise DataError(f"{name}: has the labels {', '.join(unknown[:5])}, which are not among its classes")
