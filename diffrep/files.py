@@ -88,23 +88,41 @@ def write_whole(
         sync: wait until the bytes are on the disk, for what a resumed run must be able to trust.
 
     Raises:
-        OSError: as the system has it; nothing is left behind.
+        OSError: as the system has it, with the file's name; nothing is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     partial.unlink(missing_ok=True)  # a link under this name would be followed
     try:
-        if isinstance(content, (bytes, str)):
-            partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-        else:
-            content(partial)
-        if sync:
-            with partial.open("rb+") as opened:
-                os.fsync(opened.fileno())
-        partial.replace(path)
+        with _named(path, partial):
+            if isinstance(content, (bytes, str)):
+                partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+            else:
+                content(partial)
+            if sync:
+                with partial.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path, partial: Path) -> Iterator[None]:
+    """Errors of the system, whichever library met them, with the name of what was to be written.
+
+    Of a full disk the system names no file, otherwise the hidden one; safetensors has errors of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        rust = re.search(r"\(os error (\d+)\)$", str(error))
+        number = error.errno if isinstance(error, OSError) else rust and int(rust[1])
+        names = [str(name) for key in ("filename", "filename2") if (name := getattr(error, key, None)) is not None]
+        if not number or (names and not any(name.startswith(str(partial)) for name in names)):  # of another file
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 def write_image(path: Path, image: Image.Image, *, mark: str = MARK) -> None:
@@ -338,20 +356,23 @@ def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], objec
     Raises:
         ValueError, OSError: as `check_replaceable`.
     """
-    folder = Path(folder)
-    check_replaceable(folder)
+    check_replaceable(Path(folder))
+    folder = Path(os.path.realpath(folder))  # of a link, the folder where it leads
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(folder)
     previous = partial.with_name(f"{partial.name}.old")
     sweep_partials(folder.parent)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
-        write(partial)
-        if folder.exists():
-            folder.replace(previous)
-        partial.replace(folder)
+        with _named(folder, partial):
+            partial.mkdir()
+            write(partial)
+            if folder.exists():
+                folder.replace(previous)
+            partial.replace(folder)
     finally:
+        if previous.exists() and not folder.exists():  # it was stopped in between
+            previous.replace(folder)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
 

@@ -15,6 +15,8 @@ from diffrep.heads.export import ExportedHead, export_head
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
 
+from .test_head_files import full_disk
+
 PIXELS = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(4))
 
 
@@ -127,4 +129,10 @@ def test_a_head_that_takes_more_than_pixels_is_refused_in_a_line(tmp_path: Path)
         export_head(head, tmp_path / "a.onnx")
     with pytest.raises(HeadError, match="must be a multiple of 8"):
         export_head(load_head("tiny-depth"), tmp_path / "a.onnx", size=60)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_stops_the_export_and_not_the_process(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(BackboneError, match=r"dino\.pt2: torch cannot export this network .*too large"):
+        export_backbone(load_backbone("tiny-dino"), tmp_path / "dino.pt2", size=64)
     assert not list(tmp_path.iterdir())

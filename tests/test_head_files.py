@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from diffrep.backbones import BackboneError, load_backbone
 from diffrep.backbones.repositories import MODELS
 from diffrep.cli import main
-from diffrep.files import replace_folder
+from diffrep.files import replace_folder, save_weights, write_whole
 from diffrep.heads.loading import WEIGHTS, HeadError, load_head
 
 from .one_step_heads import random_head
@@ -138,3 +142,60 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path: Path, capsys: pytest
     assert photograph.read_bytes() == b"dear to somebody"
     for _ in range(2):  # one of ours is
         replace_folder(tmp_path / "head", lambda partial: shutil.copy(MODELS / "tiny-depth" / "head.json", partial))
+
+
+@contextmanager
+def full_disk(size: int = 8192) -> Iterator[None]:
+    """The system itself refuses to write longer files."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_names_what_was_to_be_written_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """Of bytes and by safetensors, as a file and in a folder."""
+    file, folder = tmp_path / "a.safetensors", tmp_path / "head"
+    write_whole(file, b"kept")
+    shutil.copytree(MODELS / "tiny-depth", folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    head = load_head("tiny-depth")
+    with full_disk():
+        for write, place in (
+            (lambda: write_whole(file, bytes(10_000)), file),
+            (lambda: save_weights(file, {"a": torch.zeros(10_000)}), file),
+            (lambda: head.save_pretrained(folder), folder),
+        ):
+            with pytest.raises(OSError, match="File too large") as caught:
+                write()
+            assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(place))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_input_that_is_missing_keeps_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        write_whole(tmp_path / "a", lambda partial: (tmp_path / "gone").read_bytes())
+
+
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, link = tmp_path / "head", tmp_path / "link"
+    shutil.copytree(MODELS / "tiny-depth", folder)
+    link.symlink_to(folder)
+    rename, calls = Path.replace, []
+
+    def stopped(path: Path, target: Path) -> Path:
+        calls.append(path)
+        if len(calls) == 2:  # the old folder is away, the new one is not yet there
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(folder, lambda partial: (partial / "head.json").write_text("{}"))
+    assert load_head(folder).task == "disparity"
+    replace_folder(link, lambda partial: (partial / "head.json").write_text("{}"))
+    assert link.is_symlink()
+    assert [path.name for path in folder.iterdir()] == ["head.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "link"]

@@ -6,6 +6,7 @@ seed, the prompt's embedding, the network up to the deepest tap. Nothing behind 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -128,7 +129,9 @@ def export_module(
             say("tracing the network")
             program = torch.export.export(module.eval(), (pixels,), strict=False)
             if path.suffix == ".pt2":
-                torch.export.save(program, partial)
+                whole = io.BytesIO()  # torch's own writer of files ends the process where the disk is full
+                torch.export.save(program, whole)
+                partial.write_bytes(whole.getbuffer())
                 computed = [value.numpy(force=True) for value in torch.export.load(partial).module()(pixels)]
             else:
                 say("translating it to ONNX, which takes longest")

@@ -335,9 +335,7 @@ class TrainPotential(Command):
     training: Annotated[PotentialTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=PotentialTraining)
 
     def run(self) -> None:
-        from safetensors.torch import save_file
-
-        from diffrep.files import write_whole
+        from diffrep.files import save_weights
         from diffrep.training.fokker_planck import ablation, train_potential
 
         check_writable(self.output, (".safetensors",))
@@ -345,5 +343,5 @@ class TrainPotential(Command):
         for name, *values in ablation(self.training):
             print(f"{name:12}" + "".join(f"{value:10.4f}" for value in values))
         weights = train_potential(self.training).state_dict()
-        write_whole(self.output, lambda partial: save_file(weights, partial))
+        save_weights(self.output, weights)
         print(f"wrote {self.output}")
