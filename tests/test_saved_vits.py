@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from diffrep.backbones import BackboneError, VisionTransformer, load_backbone
 from diffrep.backbones.vit_loading import IMAGENET
 from diffrep.features import extract
+from diffrep.synthesis.grids import ImageEncoder
 
 SIZES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
 SAVED = {
@@ -57,6 +58,12 @@ def test_a_folder_of_transformers_gives_transformers_features(kind: str, tmp_pat
     assert maps["layer.1"].shape == maps["layer.1.key"].shape == (2, 24, 3, 4)
     assert torch.equal(maps["layer.1"][0, :, 1, 2], tokens[0, prefix + 6])
     assert extract(backbone, torch.rand(3, 40, 50)).taps == ("layer.1",)
+    encoder = ImageEncoder(backbone, "class" if kind == "clip" else "mean")
+    square = torch.rand(2, 3, encoder.size, encoder.size)
+    with torch.no_grad():
+        whole = model((square - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])
+    end = whole.pooler_output if kind == "clip" else whole.last_hidden_state[:, prefix:].mean(1)
+    torch.testing.assert_close(encoder(square), end, atol=1e-5, rtol=1e-5)
     with pytest.raises(BackboneError, match="in steps of"):
         load_backbone(tmp_path, stride=patch // 2, device="cpu")
 

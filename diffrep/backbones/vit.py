@@ -138,6 +138,12 @@ class VisionTransformer(Backbone):
     def _forward(self, normalised: Tensor) -> None:
         self.network(normalised)
 
+    @property
+    def final_norm(self) -> nn.Module:
+        """What the tokens of the last block go through at the network's end."""
+        network: Any = self.network
+        return network.norm if hasattr(network, "patch_embed") else network.ln_post
+
     def grid(self, tap: str, canvas_size: Sequence[int], map_size: Sequence[int]) -> Grid:
         centre = (self.patch - 1) / 2
         return Grid(origin=(centre, centre), stride=(float(self.stride), float(self.stride)))
@@ -252,6 +258,14 @@ class SavedVit(VisionTransformer):
 
     def _forward(self, normalised: Tensor) -> None:
         self.network(pixel_values=normalised, **self._options)
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """The first norm that is registered behind the layers; the tokens stay as they are where there is none."""
+        modules = list(self.network.named_modules())
+        behind = modules[[path for path, _ in modules].index(self._path) :]
+        outside = (module for path, module in behind if not path.startswith(f"{self._path}."))
+        return next((module for module in outside if type(module).__name__.endswith("Norm")), nn.Identity())
 
     def taps(self) -> tuple[TapInfo, ...]:
         return tuple(replace(tap, module=tap.module.removesuffix(".attn")) for tap in super().taps())

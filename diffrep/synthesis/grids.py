@@ -162,14 +162,13 @@ class ImageEncoder:
             raise ValueError(f"{backbone.name} has no class token: use pooling 'mean'")
         self.backbone, self.pooling = backbone, pooling
         self.name = backbone.name
-        network: Any = backbone.network
-        self._norm = network.norm if hasattr(network, "patch_embed") else network.ln_post
-        self._project = getattr(network, "proj", None) if pooling == "class" else None
+        self._norm = backbone.final_norm
+        self._project: Any = getattr(backbone.network, "proj", None) if pooling == "class" else None
         self.dim = backbone.channels if self._project is None else int(self._project.shape[1])
 
     @classmethod
     def load(cls, name: str, pooling: str = "class", *, device: str | torch.device = "auto") -> ImageEncoder:
-        """By the backbone's name: ``tiny-dino``, a folder, any timm ViT, any open_clip model.
+        """By the backbone's name: ``tiny-dino``, a folder, any ViT of timm or transformers, any open_clip model.
 
         Raises:
             BackboneError: there is none, or it is no vision transformer.
