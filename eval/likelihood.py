@@ -46,7 +46,7 @@ def likelihood(
         (B,) bits per dimension, and the states at t = 1.
     """
     field = probability_flow(sde, score)
-    z, change = solve_rk45(lambda y, t: divergence(field, y, t, probe), x, first, 1.0, tolerance)
+    z, change = solve_rk45(lambda y, t: divergence(field, y, t, probe), x, first, 1.0, tolerance, beside=len(x))
     density = normal_log_density(z, sde.sigma_max if sde.kind == "ve" else 1.0).double().cpu() + change
     return (-density / (x[0].numel() * math.log(2)) + offset).to(x.dtype), z
 
@@ -89,7 +89,9 @@ def model_likelihood(
         end, lost = integrate_with_density(field, x / alpha, [lowest, *between, highest], "heun2", probe)
         change = -lost.double().cpu()
     else:
-        end, change = solve_rk45(lambda y, t: divergence(field, y, t, probe), x / alpha, lowest, highest, tolerance)
+        end, change = solve_rk45(
+            lambda y, t: divergence(field, y, t, probe), x / alpha, lowest, highest, tolerance, beside=len(x)
+        )
     # at the noisy end y is normal with a deviation of rho and a little of the data's own; their mean is neglected
     prior = normal_log_density(end, math.sqrt(math.exp(2 * highest) + 1))
     log_density = prior.double().cpu() + change - dims * math.log(alpha)

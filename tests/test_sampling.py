@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import solve_ivp
 from torch import Tensor
 
 from diffrep.backbones import BackboneError
@@ -21,10 +22,19 @@ from diffrep.eval.likelihood import likelihood
 from diffrep.eval.search import SearchSettings, search_steps
 from diffrep.heads.mean_reverting import MeanReverting, mrs_table, sample_mean_reverting
 from diffrep.sampling.core import SolverTable, Update, run, to_forms
-from diffrep.sampling.flows import Transport
+from diffrep.sampling.flows import Transport, probability_flow
 from diffrep.sampling.samplers import ALIASES, SAMPLERS, build_table, model_schedule, named_sampler
-from diffrep.sampling.schedules import GRIDS, Exploding, Flow, LinearVP, SamplingError, TableVP, TimeGrid, spaced_times
-from diffrep.sampling.score_sde import ScoreSDE, sample_pc
+from diffrep.sampling.schedules import (
+    GRIDS,
+    Exploding,
+    Flow,
+    LinearVP,
+    SamplingError,
+    TableVP,
+    TimeGrid,
+    spaced_times,
+)
+from diffrep.sampling.score_sde import ScoreSDE, sample_flow, sample_pc
 from diffrep.sampling.solvers import (
     RUNGE_KUTTA,
     Derivative,
@@ -446,6 +456,21 @@ def test_the_scheduler_can_be_called_as_pipelines_call_it() -> None:
 
 
 # -- density, inheritance, search -----------------------------------------------------------------------------
+
+
+def test_adaptive_steps_are_chosen_by_the_states_alone() -> None:
+    sde = ScoreSDE("vp")
+
+    def score(x: Tensor, t: float) -> Tensor:
+        return -x / (0.04 * float(sde.alpha(t)) ** 2 + float(sde.sigma(t)) ** 2)
+
+    x, field = torch.tensor([[1.0], [-0.3], [2.0]]), probability_flow(sde, score)
+    alone = solve_ivp(
+        lambda t, y: field(torch.from_numpy(y).float(), t).numpy(), (1.0, sde.last), x.double().numpy().ravel(),
+        rtol=1e-3, atol=1e-3,
+    )  # fmt: skip
+    got = sample_flow(sde, score, x, tolerance=1e-3)
+    torch.testing.assert_close(got, torch.from_numpy(alone.y[:, -1:]).float(), atol=1e-6, rtol=0)
 
 
 def test_the_likelihood_of_a_gaussian_is_its_own() -> None:

@@ -47,16 +47,20 @@ def divergence(field: Field, x: Tensor, t: float, probe: Tensor | None = None) -
 
 
 def solve_rk45(
-    field: Callable[[Tensor, float], tuple[Tensor, Tensor]], x: Tensor, start: float, end: float, tolerance: Tolerance
-) -> tuple[Tensor, Tensor]:
-    """Adaptive RK45 on (x, one number per sample that begins at 0); both at the end."""
+    field: Callable[[Tensor, float], Sequence[Tensor]], x: Tensor, start: float, end: float, tolerance: Tolerance,
+    *, beside: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Adaptive RK45 on x, and on so many numbers `beside` it that begin at 0; both at the end.
+
+    A number that never changes would weigh in the mean error by which the steps are chosen.
+    """
     from scipy.integrate import solve_ivp
 
     def of_time(t: float, state: np.ndarray) -> np.ndarray:
         values = field(torch.from_numpy(state[: x.numel()]).to(x.device, x.dtype).view_as(x), t)
         return np.concatenate([value.detach().cpu().double().numpy().ravel() for value in values])
 
-    first = np.concatenate([x.detach().cpu().double().numpy().ravel(), np.zeros(len(x))])
+    first = np.concatenate([x.detach().cpu().double().numpy().ravel(), np.zeros(beside)])
     relative, absolute = np.broadcast_to(tolerance, 2).tolist()
     solution = solve_ivp(of_time, (start, end), first, rtol=relative, atol=absolute, method="RK45")
     final = torch.from_numpy(solution.y[:, -1])
@@ -199,7 +203,7 @@ class Transport(NoiseSchedule):
             return self.velocity(network(y, t), y, t)
 
         if method == "dopri5":
-            return solve_rk45(lambda y, t: (field(y, t), torch.zeros(len(y))), x, *self.interval(), tolerance)[0]
+            return solve_rk45(lambda y, t: (field(y, t),), x, *self.interval(), tolerance)[0]
         return integrate_ode(field, x, np.linspace(*self.interval(), points).tolist(), method)
 
     def sample_sde(

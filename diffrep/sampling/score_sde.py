@@ -187,5 +187,5 @@ def sample_flow(
 ) -> Tensor:  # fmt: skip
     """Integrate the probability flow from t = 1 with an adaptive RK45; `denoise` adds one noise-free step."""
     field, end = probability_flow(sde, score), sde.last if last is None else last
-    x, _ = solve_rk45(lambda y, t: (field(y, t), torch.zeros(len(y))), x, 1.0, end, tolerance)
+    x, _ = solve_rk45(lambda y, t: (field(y, t),), x, 1.0, end, tolerance)
     return predict(sde, score, x, end, torch.zeros_like(x), "reverse_diffusion" if denoise else "none")[1]
