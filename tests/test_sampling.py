@@ -27,6 +27,7 @@ from diffrep.sampling.samplers import ALIASES, SAMPLERS, build_table, model_sche
 from diffrep.sampling.schedules import (
     GRIDS,
     Exploding,
+    FewStepGrid,
     Flow,
     LinearVP,
     SamplingError,
@@ -471,6 +472,14 @@ def test_adaptive_steps_are_chosen_by_the_states_alone() -> None:
     )  # fmt: skip
     got = sample_flow(sde, score, x, tolerance=1e-3)
     torch.testing.assert_close(got, torch.from_numpy(alone.y[:, -1:]).float(), atol=1e-6, rtol=0)
+
+
+def test_a_few_step_grid_may_end_behind_its_outer_points() -> None:
+    table = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    for end_index in (8, 7):  # the 0 behind the points, and the last of them, which is the table's least
+        times = FewStepGrid(4, 8, 5, end_index).times(table)
+        assert times[0] == pytest.approx(999)
+        assert abs(times[-1]) < 1e-9
 
 
 def test_the_likelihood_of_a_gaussian_is_its_own() -> None:

@@ -269,8 +269,9 @@ class FewStepGrid:
         """(steps + 1,) fractional timesteps. The last sigma is not 0: that noise stays in the sample."""
         k_diffusion = TableVP(alphas_cumprod, between="log-sigma")
         lowest, highest = (-k_diffusion.log_snr([0, k_diffusion.first])).tolist()
-        outer = power_spaced(math.exp(highest), math.exp(lowest), self.outer_points, self.outer_rho)
-        ends = k_diffusion.time_of(-np.log(outer[[0, self.end_index]]))
+        outer = [*power_spaced(math.exp(highest), math.exp(lowest), self.outer_points, self.outer_rho), 0.0]
+        with np.errstate(divide="ignore"):  # 0 lies where the table ends
+            ends = k_diffusion.time_of(-np.log([outer[0], outer[self.end_index]]))
         return power_spaced(float(ends[0]), float(ends[1]), self.steps + 1, self.inner_rho)
 
 
