@@ -29,7 +29,7 @@ from diffrep.heads.restoration.families import PISA_SR, TINY
 from diffrep.heads.restoration.loading import recognise_restorer
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.pixels import blended_rows, low_band, windows
-from diffrep.heads.restoration.residual import PROCESSES
+from diffrep.heads.restoration.residual import PROCESSES, resshift
 from diffrep.heads.restoration.restorer import RestorationHead, RestoreConfig, resized
 from diffrep.heads.training.restoration import (
     PairSettings,
@@ -506,6 +506,15 @@ def test_a_network_that_knows_the_answer_restores_it(name: str) -> None:
         torch.testing.assert_close(got, clean, atol=2e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="steps must be in"):
         process.restored(network, degraded, noise, 5000)
+
+
+def test_rounding_does_not_drown_the_little_noise_of_an_early_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, degraded, noise = (torch.randn(1, 3, 16, 16, generator=generator) for _ in range(3))
+    process = resshift(15, min_noise_level=0.001)
+    given = clean, process.noisy(clean, degraded, noise, 0), degraded
+    found, exact = process.parts(*given, 0)[1], process.parts(*(one.double() for one in given), 0)[1]
+    torch.testing.assert_close(found.double(), exact, atol=0, rtol=1e-6)
 
 
 def process_batch(model: RestorationModel, images: torch.Tensor) -> dict[str, torch.Tensor]:

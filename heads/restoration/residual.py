@@ -132,8 +132,10 @@ class ResidualDiffusion:
             left = _column((1 - self.shift).clamp(min=1e-6), t, noisy)  # as RDDM counts the end, where it is none
             clean = cut((noisy - scaled - shift * degraded) / left)
             residual = cut(degraded - clean)
-        noise = (noisy - degraded + (1 - shift) * residual) / spread if second is None else second
-        return residual, noise, clean
+        if second is None:  # in the published order: early steps have little noise, which rounding drowns
+            noise = noisy - clean - shift * residual if kind == "xstart" else noisy - degraded + (1 - shift) * residual
+            second = noise / spread
+        return residual, second, clean
 
     def ask(self, network: Network, noisy: Tensor, degraded: Tensor, t: int | Tensor) -> Parts:
         """What a network takes for the parts of x_t."""
