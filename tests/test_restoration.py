@@ -25,6 +25,7 @@ from diffrep.eval.restoration import evaluate_restoration, paired_files, psnr
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.adapters import DegradationEstimator
+from diffrep.heads.restoration.degrade import blur_kernel, jpeg
 from diffrep.heads.restoration.families import PISA_SR, TINY
 from diffrep.heads.restoration.loading import recognise_restorer
 from diffrep.heads.restoration.photograph import Photograph
@@ -296,6 +297,15 @@ def test_a_degradation_is_a_function_of_its_number() -> None:
     assert torch.equal(numbers[3], degraded(image, settings, 3))
     assert any(not torch.equal(numbers[0], other) for other in numbers[1:])
     assert degraded(image, settings, 3, half=True).shape == (3, 32, 32)
+
+
+def test_jpeg_of_the_best_quality_loses_colour_alone() -> None:
+    grey = torch.rand(1, 1, 20, 23, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
+    torch.testing.assert_close(jpeg(grey, torch.tensor([100.0])), grey, atol=2e-4, rtol=0)
+
+
+def test_a_kernel_of_an_even_side_has_its_middle_before_the_half_as_published() -> None:
+    assert divmod(int(blur_kernel(8, 1.0, 1.0, 0.0).argmax()), 8) == (3, 3)
 
 
 def test_pairs_lie_version_by_version_and_are_not_taken_for_others(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def blur_kernel(size: int, spread_x: float, spread_y: float, angle: float, *, be
         angle: by which it is turned, radians.
         beta: shape; None is a plain Gaussian.
     """
-    places = torch.arange(size, dtype=torch.float64) - size // 2
+    places = torch.arange(size, dtype=torch.float64) - (size - 1) // 2
     y, x = places[:, None], places[None]
     along, across = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
     squares = (along / spread_x) ** 2 + (across / spread_y) ** 2
@@ -161,9 +161,8 @@ _CHROMA_TABLE = (
 )  # fmt: skip
 _TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 _TO_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
-_COSINES = [  # the orthonormal DCT of 8 values, one row per frequency
-    [math.cos((2 * n + 1) * k * math.pi / 16) / (2 if k else math.sqrt(8)) for n in range(8)] for k in range(8)
-]
+_WAVES = [[math.cos((2 * n + 1) * k * math.pi / 16) for k in range(8)] for n in range(8)]  # [place][frequency]
+_SHARES = (math.sqrt(0.5), *[1.0] * 7)  # of each frequency, that their transform be orthonormal
 
 
 def jpeg(images: Tensor, quality: Tensor, *, differentiable: bool = False) -> Tensor:
@@ -174,7 +173,7 @@ def jpeg(images: Tensor, quality: Tensor, *, differentiable: bool = False) -> Te
     """
     height, width = images.shape[-2:]
     wide = F.pad(images * 255, (0, -width % 16, 0, -height % 16))
-    factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
+    factor = (torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100).clamp(min=1e-6)  # 100 is 0
     shift = images.new_tensor([0.0, 128.0, 128.0]).view(3, 1, 1)
     ycc = torch.einsum("dc,bchw->bdhw", images.new_tensor(_TO_YCC), wide) + shift
     y, colour = ycc[:, :1], F.avg_pool2d(ycc[:, 1:], 2)
@@ -186,15 +185,22 @@ def jpeg(images: Tensor, quality: Tensor, *, differentiable: bool = False) -> Te
 
 
 def _compressed(planes: Tensor, table: Tensor, factor: Tensor, differentiable: bool) -> Tensor:
-    """Blocks of 8 x 8 of (B, C, H, W) in 0..255 with their quantised frequencies."""
+    """Blocks of 8 x 8 of (B, C, H, W) in 0..255 with their quantised frequencies.
+
+    All 64 frequencies at once, in the order of the published code: what another order rounds otherwise may bring a
+    frequency to its other neighbour.
+    """
     count, channels, height, width = planes.shape
-    cosines, steps = planes.new_tensor(_COSINES), table * factor.to(planes).view(-1, 1, 1, 1, 1, 1)
-    blocks = planes.view(count, channels, height // 8, 8, width // 8, 8).transpose(3, 4) - 128
-    levels = cosines @ blocks @ cosines.T / steps
+    line, shares = (torch.tensor(values, dtype=torch.float64) for values in (_WAVES, _SHARES))
+    waves, weights = torch.kron(line, line).to(planes), (0.25 * torch.outer(shares, shares)).flatten().to(planes)
+    steps = table.flatten() * factor.to(planes).view(-1, 1, 1, 1, 1)
+    blocks = planes.view(count, channels, height // 8, 8, width // 8, 8).transpose(3, 4).flatten(-2) - 128
+    levels = weights * (blocks @ waves) / steps
     rounded = levels.round()
     if differentiable:
         rounded = rounded + (levels - rounded) ** 3
-    return ((cosines.T @ (rounded * steps) @ cosines + 128).transpose(3, 4)).reshape(planes.shape)
+    restored = (rounded * steps * weights) @ waves.T + 128
+    return restored.unflatten(-1, (8, 8)).transpose(3, 4).reshape(planes.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
