@@ -24,9 +24,13 @@ from diffrep.pictures import image_grid
 
 
 def luma(images: Tensor) -> Tensor:
-    """Y of YCbCr (BT.601, 16 to 235) of RGB: (..., 3, H, W) uint8 -> (..., 1, H, W) float32 in 0..255."""
-    weights = torch.tensor([65.481, 128.553, 24.966]).view(3, 1, 1)
-    return (images.float() / 255 * weights).sum(-3, keepdim=True) + 16
+    """Y of YCbCr (BT.601, 16 to 235) of RGB: (..., 3, H, W) uint8 -> (..., 1, H, W) float32 in 0..255.
+
+    Rounded where BasicSR rounds: it shows in an SSIM near 0.
+    """
+    weights = torch.tensor([65.481, 128.553, 24.966], dtype=torch.float64).view(3, 1, 1)
+    levels = ((images.float() / 255).double() * weights).sum(-3, keepdim=True) + 16
+    return (levels / 255).float() * 255
 
 
 def _compared(restored: Tensor, reference: Tensor, crop: int, y: bool) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from diffrep.cli import main
 from diffrep.commands.parsing import read_command
 from diffrep.commands.restore import comparison
 from diffrep.commands.train_heads import TrainRestore
-from diffrep.eval.restoration import evaluate_restoration, paired_files, psnr
+from diffrep.eval.restoration import evaluate_restoration, luma, paired_files, psnr
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.adapters import DegradationEstimator
@@ -586,6 +586,13 @@ def test_processes_refuse_what_they_do_not_learn(tmp_path: Path, head: Restorati
         head.predict(photograph(), RestoreConfig(steps=2))
     with pytest.raises(ValueError, match="does not learn from"):
         RestorationTraining(family="sinsr", teacher="tiny-restore").build(load_parts("tiny", pad=False))
+
+
+def test_luma_is_rounded_as_published() -> None:
+    image = torch.randint(0, 256, (3, 8, 9), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    shares = image.permute(1, 2, 0).numpy().astype(np.float32) / 255
+    published = ((shares @ np.array([65.481, 128.553, 24.966]) + 16) / 255).astype(np.float32) * 255
+    assert np.array_equal(luma(image)[0].numpy(), published)
 
 
 def test_a_released_test_set_is_measured_beside_a_bicubic_and_the_papers(tmp_path: Path, head: RestorationHead) -> None:
