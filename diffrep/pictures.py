@@ -148,7 +148,7 @@ PNG = b"\x89PNG\r\n\x1a\n"  # how its files begin
 
 
 def png16(values: np.ndarray, chunks: Mapping[bytes, bytes], *, differences: bool = False) -> bytes:
-    """A PNG of (H, W, 1, 3 or 4) uint16, of which Pillow writes one channel alone, with chunks before the pixels.
+    """A PNG of (H, W, 1 to 4) uint16, of which Pillow writes one channel alone, with chunks before the pixels.
 
     Args:
         differences: to the pixel on the left, byte by byte, which pack smooth maps better.
@@ -161,7 +161,7 @@ def png16(values: np.ndarray, chunks: Mapping[bytes, bytes], *, differences: boo
     rows = np.ascontiguousarray(values, dtype=">u2").view(np.uint8)
     rows = np.diff(rows, axis=1, prepend=np.uint8(0)) if differences else rows
     lines = np.insert(rows.reshape(height, -1), 0, int(differences), axis=1)  # each begins with the filter's number
-    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 3: 2, 4: 6}[channels], 0, 0, 0)
+    head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     parts = {b"IHDR": head, **chunks, b"IDAT": zlib.compress(lines.tobytes(), 6), b"IEND": b""}
     return PNG + b"".join(chunk(*part) for part in parts.items())
 

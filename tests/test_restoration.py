@@ -85,6 +85,7 @@ def test_a_photograph_survives_its_file(tmp_path: Path, deep: bool, grey: bool, 
     assert (back.alpha is None) == (alpha is None)
     assert alpha is None or np.array_equal(back.alpha, alpha)  # type: ignore[arg-type]
     assert back.icc == one.icc
+    assert back.grey == (grey and not (ending == ".tif" and deep and transparent))
     with Image.open(file) as image:
         for exif in (image.getexif(), load_exif(back.exif)):
             assert exif[0x010F] == "Maker"

@@ -84,8 +84,8 @@ class Photograph(Result):
             photograph = cls._of(image, decode_image(content, str(source)))
         if len(bits) > 1 and set(bits) == {16}:
             return replace(photograph, **_upright_parts(_tiff_pixels(content, str(source)), turn))
-        if content.startswith(PNG) and content[24] == 16 and content[25] in (2, 6):
-            return replace(photograph, **_upright_parts(_png_pixels(content), turn))
+        if content.startswith(PNG) and content[24] == 16 and content[25] in (2, 4, 6):
+            return replace(photograph, grey=content[25] == 4, **_upright_parts(_png_pixels(content), turn))
         return photograph
 
     @classmethod
@@ -148,10 +148,9 @@ class Photograph(Result):
         return path
 
     def _channels(self) -> np.ndarray:
-        """(H, W, 1, 3 or 4): one channel where it is grey and opaque."""
-        if self.alpha is None:
-            return self.pixels[..., :1] if self.grey else self.pixels
-        return np.dstack([self.pixels, self.alpha])
+        """(H, W, 1 to 4), one channel of colour where it is grey."""
+        colours = self.pixels[..., :1] if self.grey else self.pixels
+        return colours if self.alpha is None else np.dstack([colours, self.alpha])
 
     def _png16(self) -> bytes:
         chunks = {b"eXIf": marked_exif(self.exif).removeprefix(b"Exif\x00\x00")}
@@ -161,7 +160,8 @@ class Photograph(Result):
 
     def _tiff16(self) -> bytes:
         """One strip, compressed by Deflate, behind a directory that holds the EXIF tags too."""
-        values, tags, exif = self._channels().astype("<u2"), ImageFileDirectory_v2(), Image.Exif()
+        whole = replace(self, grey=self.grey and self.alpha is None)  # Pillow does not read grey beside alpha
+        values, tags, exif = whole._channels().astype("<u2"), ImageFileDirectory_v2(), Image.Exif()
         exif.load(marked_exif(self.exif))
         for tag in exif:
             tags[tag] = exif.get_ifd(tag) if tag in (0x8769, 0x8825) else exif[tag]
@@ -194,7 +194,7 @@ def _png_pixels(content: bytes) -> np.ndarray:
 
     values = decode(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED)
     pixels: np.ndarray = values.permute(1, 2, 0).numpy()
-    return pixels
+    return pixels if pixels.shape[2] > 2 else pixels[..., [0, 0, 0, 1]]
 
 
 def _tiff_pixels(content: bytes, name: str) -> np.ndarray:
