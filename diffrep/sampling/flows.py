@@ -50,10 +50,7 @@ def solve_rk45(
     field: Callable[[Tensor, float], Sequence[Tensor]], x: Tensor, start: float, end: float, tolerance: Tolerance,
     *, beside: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Adaptive RK45 on x, and on so many numbers `beside` it that begin at 0; both at the end.
-
-    A number that never changes would weigh in the mean error by which the steps are chosen.
-    """
+    """Adaptive RK45 on x and so many numbers `beside` it, which begin at 0 and count in the error; both at the end."""
     from scipy.integrate import solve_ivp
 
     def of_time(t: float, state: np.ndarray) -> np.ndarray:
