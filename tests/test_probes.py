@@ -408,6 +408,9 @@ def test_a_sweep_goes_on_after_a_kill_and_touches_test_once(
     whole = sweep(found, tmp_path / "whole", fit=QUICK, progress=False)
     assert len(whole.cells) == 2 * 2 * 2 + 2
     assert whole.best == max(whole.cells, key=lambda s: s.val).cell
+    alike = replace(whole, cells=tuple(replace(s, val=0.5) for s in whole.cells))
+    shown = [line.split("  ")[-1].strip() for line in alike.summary().splitlines()[1:6]]
+    assert shown == [str(s.cell) for s in whole.cells[:5]]
     real, scored = sweeps._score, []
 
     def killed(*arguments: object) -> object:

@@ -70,8 +70,8 @@ class ProbeSweep:
         return csv_text(rows)
 
     def summary(self, rows: int = 5) -> str:
-        """The best cells, and the test score of the first."""
-        ordered = sorted(self.cells, key=lambda s: (-s.val, s.cell))
+        """The best cells, equals in the order of the blocks, and the test score of the first."""
+        ordered = sorted(self.cells, key=lambda s: (s.pruned, -s.val))
         lines = [f"{'val %':>6}  {'95 % interval':>14}  cell"]
         for s in ordered[:rows]:
             lines.append(f"{100 * s.val:>6.1f}  {100 * s.low:>6.1f}..{100 * s.high:<6.1f}  {s.cell}")
