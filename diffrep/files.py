@@ -99,7 +99,10 @@ def write_whole(
             if isinstance(content, (bytes, str)):
                 partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
             else:
+                partial.touch()
+                mode = partial.stat().st_mode
                 content(partial)
+                partial.chmod(mode)  # safetensors 0.8 takes it from everybody but the owner
             if sync:
                 with partial.open("rb+") as opened:
                     os.fsync(opened.fileno())
@@ -367,6 +370,8 @@ def replace_folder(folder: str | os.PathLike[str], write: Callable[[Path], objec
         with _named(folder, partial):
             partial.mkdir()
             write(partial)
+            for file in partial.rglob("*.safetensors"):  # of diffusers too; as in `write_whole`
+                file.chmod(partial.stat().st_mode & 0o666)
             if folder.exists():
                 folder.replace(previous)
             partial.replace(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import shutil
 from collections.abc import Iterator
@@ -199,3 +200,14 @@ def test_a_folder_that_is_replaced_is_never_lost(tmp_path: Path, monkeypatch: py
     assert link.is_symlink()
     assert [path.name for path in folder.iterdir()] == ["head.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "link"]
+
+
+def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    tensors = {"weight": torch.zeros(2)}
+    before = os.umask(0o027)
+    try:
+        save_weights(tmp_path / "alone.safetensors", tensors)
+        replace_folder(tmp_path / "head", lambda partial: save_file(tensors, partial / "model.safetensors"))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in tmp_path.rglob("*.safetensors")} == {0o640}
