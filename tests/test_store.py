@@ -717,11 +717,14 @@ def test_ray_gives_the_same_store(images: Path, vit_folder: Path, tmp_path: Path
     assert isinstance(open_store(tmp_path / "ray"), Store)
 
 
-def test_ray_needs_a_name_and_ray(
+def test_ray_needs_a_name_a_cluster_and_ray(
     images: Path, backbone: Backbone, vit_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match="give its name"):
         run(images, tmp_path / "s", backbone, bulk=BulkConfig(engine="ray"))
+    nowhere = BulkConfig(engine="ray", address="127.0.0.1:1")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1: no Ray cluster answers there"):
+        extract_store([images], tmp_path / "t", str(vit_folder), CONFIG, None, nowhere)
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
     with pytest.raises(ImportError, match=r"diffrep\[ray\]"):
         extract_store([images], tmp_path / "t", str(vit_folder), CONFIG, None, BulkConfig(engine="ray"))

@@ -11,6 +11,8 @@ import gc
 import json
 import logging
 import os
+import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -400,15 +402,21 @@ def ray_shards(
 
     Raises:
         ImportError: ray is not installed.
+        OSError: nothing answers at the address.
     """
+    if not jobs:
+        return
+    if place := re.fullmatch(r"([^/]+):(\d+)", bulk.address or ""):  # Ray itself would ask for a quarter of an hour
+        try:
+            socket.create_connection((place[1].strip("[]"), int(place[2])), timeout=10).close()
+        except (OSError, OverflowError) as problem:
+            raise OSError(f"address {bulk.address}: no Ray cluster answers there ({problem})") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts; nothing is sent anywhere
     try:
         import ray
         from ray.data import ActorPoolStrategy, DataContext
     except ImportError:
         raise ImportError("the engine 'ray' needs Ray: pip install 'diffrep[ray]', or use the engine 'local'") from None
-    if not jobs:
-        return
     started = not ray.is_initialized()
     if started:
         ray.init(address=bulk.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
@@ -432,7 +440,7 @@ def ray_shards(
                 "workers": bulk.workers or 0,
                 "threads": torch.get_num_threads(),
             },
-            compute=ActorPoolStrategy(size=bulk.actors),
+            compute=ActorPoolStrategy(size=min(bulk.actors, len(rows))),
             num_gpus=1 if loaded.device.type == "cuda" else 0,
         )
         for job, row in zip(jobs, shards.iter_rows(), strict=True):
