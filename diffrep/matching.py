@@ -315,29 +315,38 @@ def mutual_distance(source: Descriptors, target: Descriptors) -> Tensor:
     return _distances(sources.joined(), targets.joined()[best.indices])[best.mutual].mean()
 
 
+ABSENT = -1e5  # GeoAware's value of what is zero
+
+
 @torch.no_grad()
 def masked_distance(
     source: Descriptors, target: Descriptors, source_mask: Tensor, mask: Tensor, *, side: int = 64
 ) -> Tensor:
-    """GeoAware's instance distance with masks: mean distance of the source's foreground to the target's, ().
+    """GeoAware's instance distance with masks: mean distance of the source's foreground to the target, ().
 
     Both maps are resized bilinearly to `side` x `side`, the masks (H', W') by nearest neighbour. Masks cover
-    the whole map, padding included.
+    the whole map, padding included. As in the released code every zero then becomes `ABSENT`: what the masks hide, and
+    also single features that are zero, as behind a ReLU.
 
     Raises:
         ValueError: a mask leaves nothing.
     """
-    foreground = []
+    sides = []
     for descriptors, shape in ((source, source_mask), (target, mask)):
-        vectors = descriptors.vectors().movedim(-1, 0)[None]
+        vectors = descriptors.vectors().movedim(-1, 0)[None].float()
         resized = F.interpolate(vectors, size=(side, side), mode="bilinear")[0].flatten(1).T
         inside = F.interpolate(shape[None, None].float(), size=(side, side), mode="nearest").flatten() > 0
         if not bool(inside.any()):
             raise ValueError(f"a mask of {tuple(shape.shape)} leaves nothing at {side} x {side}")
-        foreground.append(resized[inside.to(resized.device)])
-    sources, targets = foreground
-    best = nearest(Rows((sources,), (1.0,)), Rows((targets,), (1.0,)), "euclidean")
-    return _distances(sources, targets[best.indices]).mean()
+        sides.append(resized[inside.to(resized.device)])
+    if not bool(inside.all()):  # what the mask hides of the target is all one place
+        sides[1] = F.pad(sides[1], (0, 0, 0, 1))
+    (a, no_a), (b, no_b) = ((values, (values == 0).to(values)) for values in sides)
+    # the square of a difference with ABSENT in some places, without what large numbers would leave of small ones
+    unlike = no_a.sum(1)[:, None] + no_b.sum(1) - 2 * no_a @ no_b.T
+    squares = torch.cdist(a, b).square() - 2 * ABSENT * (a @ no_b.T + no_a @ b.T) + ABSENT**2 * unlike
+    sources, targets = (values.masked_fill(values == 0, ABSENT) for values in sides)
+    return _distances(sources, targets[squares.argmin(1)]).mean()
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

@@ -387,5 +387,11 @@ def test_instance_distances() -> None:
     assert masked_distance(one, one, left, torch.ones(10, 10)) < 1e-6
     expected = torch.cdist(vectors[:, :5].flatten(0, 1), others[:, 5:].flatten(0, 1)).amin(1).mean()
     torch.testing.assert_close(masked_distance(one, two, left, right, side=10), expected)
+    cut = [F.normalize(x.relu(), dim=-1) for x in (vectors, others)]  # every zero counts as far away, as released
+    hidden = (x.mul(m[..., None]) for x, m in zip(cut, (left, right), strict=True))
+    a, b = (x.masked_fill(x == 0, -1e5).flatten(0, 1).double() for x in hidden)
+    expected = torch.linalg.vector_norm(a[left.flatten() > 0, None] - b, dim=2).amin(1).mean().float()
+    got = masked_distance(*map(Descriptors.from_vectors, cut), left, right, side=10)
+    torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="leaves nothing"):
         masked_distance(one, two, torch.zeros(10, 10), right)
