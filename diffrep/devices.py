@@ -1,10 +1,11 @@
-"""Where networks run: one reading of ``--device`` and ``--precision`` for every command and every loader."""
+"""Where networks run: one reading of ``--device`` and ``--precision`` everywhere; and the weights they begin with."""
 
 from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -75,6 +76,14 @@ def resolve_dtype(
     dtype: Any = getattr(torch, str(precision))
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+@contextmanager
+def initial_weights(seed: int) -> Iterator[None]:
+    """What is built in here, on the CPU, has the weights of a seed; libraries draw them from torch's own generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def library_versions(libraries: Iterable[str]) -> dict[str, str]:

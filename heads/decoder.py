@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.devices import initial_weights
 from diffrep.files import one_line, read_document, read_weights, save_weights, write_document
 
 DECODER, DECODER_CONFIG = "decoder.safetensors", "decoder.json"
@@ -91,9 +92,8 @@ class DetailDecoder(nn.Module):
 
     @classmethod
     def seeded(cls, seed: int, codec: Any, **settings: Any) -> DetailDecoder:
-        """One for a codec's latents with initial weights of a seed: torch draws them from the global generator."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        """One for a codec's latents with initial weights of a seed."""
+        with initial_weights(seed):
             return cls(codec.channels, stride=codec.stride, **settings)
 
     @torch.no_grad()

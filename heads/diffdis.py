@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.backbones.networks import UNet2DConditionModel
+from diffrep.devices import initial_weights
 
 
 def branch_vectors(images: int, device: torch.device | str = "cpu") -> Tensor:
@@ -274,8 +275,7 @@ def from_base(unet: Any, *, seed: int = 0) -> DiffDisUNet:
             f"the base must take latents alone, this one has {config['in_channels']} input and"
             f" {config['out_channels']} output channels and class embedding {config.get('class_embed_type')}"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with initial_weights(seed):
         network = DiffDisUNet(config)
     base = unet.state_dict()
     network.load_state_dict({**network.state_dict(), **base, **derived_weights(base, injected_widths(config))})

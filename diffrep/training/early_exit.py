@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffrep.backbones.early_exit import TIMESTEPS, EarlyExitUViT, LayerOutputs, UViTConfig
-from diffrep.devices import resolve_device
+from diffrep.devices import initial_weights, resolve_device
 from diffrep.settings import NOT_NEGATIVE, check
 from diffrep.synthesis.model import EMBEDDED, load_synthesis
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
@@ -116,8 +116,7 @@ def train_early_exit(
         img_size=base.window, patch_size=training.patch, in_chans=base.channels, embed_dim=training.width,
         depth=training.blocks, num_heads=training.heads,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(training.fit.seed)
+    with initial_weights(training.fit.seed):
         network = EarlyExitUViT(about, training.probe)
     network.autoencoder = training.base if training.base in EMBEDDED else os.path.abspath(training.base)
     latents, _ = encode_patches(

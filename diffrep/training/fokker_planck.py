@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from diffrep.devices import initial_weights
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, SEED, check
 
 
@@ -137,8 +138,7 @@ END, SIDE = 10.0, 3.5  # of the time, and half the square on which the residual 
 def train_potential(training: PotentialTraining) -> Potential:
     """Train as published: times are 10 Beta(1, 2), residuals at uniform places, Adam."""
     generator = torch.Generator().manual_seed(training.seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(training.seed)
+    with initial_weights(training.seed):
         potential = Potential()
     optimizer, n = torch.optim.Adam(potential.parameters(), lr=training.rate), training.batch
     for _ in range(training.steps):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffrep.backbones.pipelines import alphas_cumprod
+from diffrep.devices import initial_weights
 from diffrep.files import read_weights, save_weights
 from diffrep.scenes import CATEGORIES, SceneSet
 from diffrep.settings import NOT_NEGATIVE, check
@@ -125,8 +126,7 @@ def train_prior(
         width=training.width,
         layers=training.layers,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(training.fit.seed)
+    with initial_weights(training.fit.seed):
         prior = EmbeddingPrior(config)
     learnt = data["grids"][: -training.held_out].float().flatten(0, 2)
     prior.mean.copy_(learnt.mean(0))

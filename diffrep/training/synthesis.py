@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.pipelines import load_parts
 from diffrep.backbones.repositories import MODELS
-from diffrep.devices import resolve_device
+from diffrep.devices import initial_weights, resolve_device
 from diffrep.files import read_weights, save_weights
 from diffrep.images import LUMINANCE
 from diffrep.settings import NOT_NEGATIVE, check
@@ -345,8 +345,7 @@ def build_model(training: SynthesisTraining, encoder: ImageEncoder) -> Synthesis
         unet, autoencoder = parts.unet, parts.vae
         scheduler = {k: v for k, v in parts.scheduler.items() if not k.startswith("_")}
     width = training.width or int(unet.config.cross_attention_dim)
-    with torch.random.fork_rng():
-        torch.manual_seed(training.fit.seed)  # the libraries draw initial weights from the global generator
+    with initial_weights(training.fit.seed):
         unet = _unet_of_width(unet, width, keep=not training.scratch)
         embedder = ConditionEmbedder([encoder.dim], width)
     if base is not None and base.embedder.dims == embedder.dims and base.embedder.width == width:

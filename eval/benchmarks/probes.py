@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffrep.backbones import load_backbone
 from diffrep.backbones.diffusion import DiffusionBackbone
+from diffrep.devices import initial_weights
 from diffrep.eval.benchmarks.timing import Row, interleave, peak_memory, table
 from diffrep.eval.probe_data import digit_images
 from diffrep.features import ExtractConfig
@@ -26,7 +27,7 @@ from diffrep.heads.probes.cells import Cell, block_taps, noisy_input, readings_o
 from diffrep.heads.probes.experiment import ProbeData, train_probe
 from diffrep.heads.probes.grid import FeatureRows, GridSettings, fit_grid
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.layouts import PooledHead, seeded
+from diffrep.heads.probes.layouts import PooledHead
 from diffrep.heads.probes.training import ProbeFit, ProbeRecipe, shuffled, train_recipe
 from diffrep.images import decode_image, fit_image, stack_pixels
 from diffrep.settings import check
@@ -109,7 +110,8 @@ class ProbesBenchmark:
 
         best = 0.0
         for rate in rates:
-            head = seeded(0, lambda: PooledHead(first.shape[1], len(prepared.data.classes), pool=2))
+            with initial_weights(0):
+                head = PooledHead(first.shape[1], len(prepared.data.classes), pool=2)
             recipe = ProbeRecipe(learning_rate=rate, epochs=self.epochs, step=max(1, self.epochs // 4), momentum=0.9)
             train_recipe(head, batches, recipe)
             with torch.no_grad():

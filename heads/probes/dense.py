@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffrep.backbones import Backbone
+from diffrep.devices import initial_weights
 from diffrep.features import ExtractConfig, FeatureMaps
 from diffrep.heads.maps import DepthMap, NormalMap
 from diffrep.heads.probes.annotated import AnnotatedFiles, Annotation, DenseTask
 from diffrep.heads.probes.grid import SEED, moments
 from diffrep.heads.probes.labelled import DataError, image_file, images_sha256
-from diffrep.heads.probes.layouts import seeded
 from diffrep.heads.probes.probe import MapProbe, SavedKind, uncover
 from diffrep.heads.probes.training import ProbeRecipe, shuffled, train_recipe
 from diffrep.heads.training.dense import angular_loss
@@ -375,7 +375,8 @@ def train_dense_probe(
     if others:
         raise ValueError("a dense probe trains on images of one canvas size: choose a Sizing with 'squash' or 'pad'")
     channels = tuple(backbone.tap(tap).channels for tap in store.taps)
-    module = seeded(settings.seed, lambda: StandardisedProbe(task, channels, settings))
+    with initial_weights(settings.seed):
+        module = StandardisedProbe(task, channels, settings)
     _standardise(module, store, [names[row] for row in rows])
     steps = -(-len(rows) // settings.batch_size)
     bar = tqdm(total=steps * settings.epochs, desc=f"{task} probe", unit="step", disable=not progress)

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from diffrep.backbones import Backbone, Conditions
 from diffrep.backbones.diffusion import DiffusionBackbone
+from diffrep.devices import initial_weights
 from diffrep.features import ExtractConfig
 from diffrep.heads.probes.cells import noisy_input, numbered_taps
 from diffrep.heads.probes.experiment import RowSplit, Scores, score
 from diffrep.heads.probes.grid import SEED
 from diffrep.heads.probes.labelled import LabelledImages
-from diffrep.heads.probes.layouts import AttentionFusion, readout_string, seeded
+from diffrep.heads.probes.layouts import AttentionFusion, readout_string
 from diffrep.heads.probes.probe import ClassProbe, SavedKind, load_recorded
 from diffrep.heads.probes.training import ProbeRecipe, shuffled, train_recipe
 from diffrep.images import decode_image, fit_image, stack_pixels
@@ -254,12 +255,9 @@ def _model(backbone: Backbone, settings: FeedbackSettings, classes: int, side: i
     assert settings.tap is not None  # resolved
     readout = readout_string(settings.width, settings.heads, ratio=settings.ratio, depth=settings.depth)
     channels, sizes = {settings.tap: backbone.tap(settings.tap).channels}, {settings.tap: side}
-
-    def build() -> DifFeed:
+    with initial_weights(settings.seed):
         head = AttentionFusion(channels, sizes, classes, readout=readout, pool=settings.pool, norm=settings.norm)
         return DifFeed(_unet(backbone), head, blocks=settings.blocks, arch=settings.arch)
-
-    return seeded(settings.seed, build)
 
 
 @torch.no_grad()

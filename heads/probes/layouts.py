@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.devices import initial_weights
 from diffrep.heads.probes.cells import Cell
 from diffrep.index import Backend, Neighbours, build_index, search
 from diffrep.settings import POSITIVE, check
@@ -207,7 +208,6 @@ def module_key(block: str) -> str:
 
 Kind: TypeAlias = Literal["linear", "logistic", "mlp", "cnn", "attention", "knn"]
 KINDS: tuple[Kind, ...] = ("linear", "logistic", "mlp", "cnn", "attention", "knn")
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,14 +359,8 @@ def _inner(layout: Layout) -> nn.Module:
 
 def build_head(layout: Layout, *, seed: int = 0) -> FeatureHead:
     """A head with initial weights that depend on the seed only."""
-    return seeded(seed, lambda: FeatureHead(layout))
-
-
-def seeded(seed: int, build: Callable[[], ModuleT]) -> ModuleT:
-    """What `build` makes while torch's initialisers, which draw from the global generator, have a seed of their own."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
+    with initial_weights(seed):
+        return FeatureHead(layout)
 
 
 def gallery_head(layout: Layout, features: Tensor, labels: Tensor) -> FeatureHead:

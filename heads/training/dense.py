@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffrep.alignment import fit_scale_shift
+from diffrep.devices import initial_weights
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import Family, Task, task_vector
@@ -55,8 +56,7 @@ def adapt_unet(unet: Any, recipe: Family, *, seed: int = 0) -> Any:
             f"this recipe needs a U-Net of {wanted} input channels or of {channels}, not of {unet.config.in_channels}"
         )
     if recipe.task_vector is not None and unet.config.class_embed_type is None:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # torch draws initial weights from the global generator
+        with initial_weights(seed):
             embedding = TimestepEmbedding(4, unet.time_embedding.linear_1.out_features)
         unet.class_embedding = embedding.to(unet.conv_in.weight)
         unet.register_to_config(class_embed_type="projection", projection_class_embeddings_input_dim=4)

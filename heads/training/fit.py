@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffrep.backbones.layers import Attention
 from diffrep.backbones.pipelines import PipelineParts, load_parts
-from diffrep.devices import resolve_device
+from diffrep.devices import initial_weights, resolve_device
 from diffrep.files import claim_folder, read_weights, replace_folder, save_weights
 from diffrep.heads.decoder import DetailDecoder
 from diffrep.heads.dense import DenseHead
@@ -242,8 +242,7 @@ class OneStepTraining(HeadSettings[OneStepModel, tuple[Sequence[SampleSet], Sequ
                 raise ValueError(f"{self.start}: is a head for {started.task}, not for {self.task}")
             unet = started.model.network.unet.requires_grad_(True)
         elif self.scratch:
-            with torch.random.fork_rng():
-                torch.manual_seed(self.fit.seed)  # diffusers draws initial weights from the global generator
+            with initial_weights(self.fit.seed):
                 unet = UNet2DConditionModel.from_config(unet.config)
         unet = adapt_unet(unet, self.recipe, seed=self.fit.seed)
         if self.gradient_checkpointing:

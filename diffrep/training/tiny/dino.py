@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.devices import initial_weights
 from diffrep.files import save_weights, write_document
 from diffrep.scenes import SceneSet
 from diffrep.settings import check
@@ -200,8 +201,7 @@ def dino_loss(module: Student, ema: Student, batch: Batch) -> Mapping[str, Tenso
 
 def train_dino(scenes: SceneSet, settings: DinoSettings, folder: Path, *, progress: bool = True) -> list[Any]:
     """Train label-free, then jointly with labels. Returns both timm networks; it resumes from `folder`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.label_free.seed)
+    with initial_weights(settings.label_free.seed):
         student = Student(build_vit(settings), settings)
     stages = {
         "dino-label-free": (settings.label_free, partial(view_batch, scenes, settings, False)),

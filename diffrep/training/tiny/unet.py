@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffrep.backbones.repositories import MODELS
+from diffrep.devices import initial_weights
 from diffrep.files import read_weights, save_weights
 from diffrep.scenes import SceneSet
 from diffrep.settings import check
@@ -252,8 +253,7 @@ def train_unet(
         "null": tokenize(tokenizer, [""])[0],
         "category": torch.as_tensor(scenes.category),
     }
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.label_free.seed)
+    with initial_weights(settings.label_free.seed):
         unet = build_unet(settings, data["latents"].shape[2], data["latents"].shape[-1])
         module = CaptionedDenoiser(unet, build_text_encoder(settings, tokenizer), settings)
     module.unet.to(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.devices import initial_weights
 from diffrep.scenes import SceneSet
 from diffrep.settings import check
 from diffrep.training.loop import Batch, FitSettings, fit, step_generator
@@ -234,8 +235,7 @@ def vae_loss(module: Autoencoding, ema: Autoencoding, batch: Batch) -> Mapping[s
 
 def train_vae(scenes: SceneSet, settings: VaeSettings, folder: Path, *, progress: bool = True) -> Any:
     """Linear start, training, white latents. Returns the `AutoencoderKL`; it resumes from `folder`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.fit.seed)  # diffusers draws initial weights from the global generator
+    with initial_weights(settings.fit.seed):
         vae = build_vae(settings)
         start_linear(vae, scenes, settings, folder / "linear", progress=progress)
     batches = partial(_image_batch, scenes, settings)
