@@ -456,6 +456,15 @@ def _is_running(process: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def optional_import(message: str) -> Iterator[None]:
+    """What is said where a library that is imported in here is not installed."""
+    try:
+        yield
+    except ImportError:
+        raise ImportError(message) from None
+
+
 def shortened(value: object, most: int = 80) -> str:
     """A value as a message quotes it: its beginning, where it is long.
 

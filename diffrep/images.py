@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from diffrep.files import DRAWING, is_written_by_diffrep, printable, write_whole
+from diffrep.files import DRAWING, is_written_by_diffrep, optional_import, printable, write_whole
 from diffrep.settings import MAX_CANVAS, Sizing
 
 logger = logging.getLogger(__name__)
@@ -488,8 +488,6 @@ def _opened(path: str | os.PathLike[str]) -> Any:
 
 
 def _av() -> Any:
-    try:
+    with optional_import('videos need PyAV: pip install "diffrep[video]"'):
         import av
-    except ImportError:
-        raise ImportError('videos need PyAV: pip install "diffrep[video]"') from None
     return av

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffrep.files import optional_import
 from diffrep.images import LUMINANCE, ImageLike, load_image
 from diffrep.synthesis.grids import EmbeddingGrid, ImageEncoder
 
@@ -89,10 +90,8 @@ def frechet_distance(real: Tensor, generated: Tensor, features: nn.Module, *, ba
     """
     if min(len(real), len(generated)) < 2:
         raise ValueError(f"a distance needs at least 2 images on both sides, got {len(real)} and {len(generated)}")
-    try:
+    with optional_import('FID needs torchmetrics: pip install "diffrep[synthesis]"'):
         from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError:
-        raise ImportError('FID needs torchmetrics: pip install "diffrep[synthesis]"') from None
     metric: Any = FrechetInceptionDistance(feature=features, normalize=True)
     for images, is_real in ((real, True), (generated, False)):
         for part in images.split(batch_size):

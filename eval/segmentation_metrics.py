@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import convolve, distance_transform_edt
 
+from diffrep.files import optional_import
 from diffrep.settings import check
 
 Array = NDArray[np.float64]
@@ -264,10 +265,8 @@ def human_correction_effort(predicted: NDArray[np.float64], truth: NDArray[np.bo
     Raises:
         ImportError: pysodmetrics is not installed.
     """
-    try:
+    with optional_import('HCE is counted by pysodmetrics: pip install "diffrep[dis]"'):
         from py_sod_metrics import HumanCorrectionEffortMeasure
-    except ImportError:
-        raise ImportError('HCE is counted by pysodmetrics: pip install "diffrep[dis]"') from None
     measure: Any = HumanCorrectionEffortMeasure()
     measure.count_polygon_control_points = _count_points
     return float(measure.cal_hce(pred=predicted, gt=truth))

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffrep.alignment import LEAST_DISPARITY, Space, fit_robust, fit_scale_shift
-from diffrep.files import MARK, one_line, shortened, write_whole
+from diffrep.files import MARK, one_line, optional_import, shortened, write_whole
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.pictures import png16
 from diffrep.results import Result
@@ -269,10 +269,8 @@ def tiff_bytes(values: DepthMap | NormalMap) -> bytes:
     Raises:
         ImportError: the package tifffile is not installed.
     """
-    try:
+    with optional_import('writing TIFF needs tifffile: pip install "diffrep[dense]"'):
         import tifffile
-    except ImportError:
-        raise ImportError('writing TIFF needs tifffile: pip install "diffrep[dense]"') from None
     array, note, buffer = array_of(values), json.dumps(values.metadata()), io.BytesIO()
     kind = "minisblack" if array.ndim == 2 else "rgb"
     about: dict[str, Any] = {"photometric": kind, "software": MARK, "description": note, "metadata": None}

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from diffrep.files import optional_import
 from diffrep.similarity import FAISS_FROM, full_precision
 
 Backend: TypeAlias = Literal["auto", "torch", "faiss"]
@@ -145,9 +146,7 @@ def import_faiss() -> Any:
     Raises:
         ImportError: it is not installed.
     """
-    try:
+    message = "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch' (on disk: kind 'flat')"
+    with optional_import(message):
         import faiss
-    except ImportError:
-        message = "backend='faiss' needs faiss: pip install faiss-cpu, or use backend='torch' (on disk: kind 'flat')"
-        raise ImportError(message) from None
     return faiss

@@ -9,6 +9,8 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from diffrep.files import optional_import
+
 Backend = Literal["auto", "faiss", "sklearn"]
 
 _TREE_DIMENSIONS = 10  # up to here a k-d tree beats a scan, at any number of points
@@ -86,10 +88,8 @@ class NeighborSearch:
         return search.fit(self._shifted(self.points))
 
     def _faiss(self, queries: NDArray[Any], k: int) -> NDArray[np.int64]:
-        try:
+        with optional_import("knn_backend='faiss' needs faiss: pip install faiss-cpu"):
             import faiss
-        except ImportError:
-            raise ImportError("knn_backend='faiss' needs faiss: pip install faiss-cpu") from None
         threads = faiss.omp_get_max_threads()
         if self.n_jobs is not None:
             faiss.omp_set_num_threads(self.n_jobs if self.n_jobs > 0 else threads)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffrep.files import optional_import
 from diffrep.manifold.text_tables import ROW_NAMES, Place, TableError, TableWarning, read_text, reading, say
 
 if TYPE_CHECKING:
@@ -204,10 +205,8 @@ def _read_npz(path: Path, choice: _Choice) -> Table:
 
 
 def _read_h5ad(path: Path, choice: _Choice) -> Table:
-    try:
+    with optional_import('reading .h5ad needs anndata: pip install "diffrep[manifold]"'):
         import anndata
-    except ImportError:
-        raise ImportError('reading .h5ad needs anndata: pip install "diffrep[manifold]"') from None
     with reading(path, ".h5ad file"):
         data = anndata.read_h5ad(path)
         known = ", ".join(data.obsm.keys()) or "none"
@@ -229,10 +228,8 @@ def _read_h5ad(path: Path, choice: _Choice) -> Table:
 
 
 def _read_parquet(path: Path, choice: _Choice) -> Table:
-    try:
+    with optional_import('reading .parquet needs pyarrow: pip install "diffrep[manifold]"'):
         import pyarrow  # noqa: F401  # pandas would ask for one of two libraries
-    except ImportError:
-        raise ImportError('reading .parquet needs pyarrow: pip install "diffrep[manifold]"') from None
     import pandas
 
     with reading(path, ".parquet file"):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from diffrep.backbones import Backbone, load_backbone
 from diffrep.devices import resolve_device
 from diffrep.features import ExtractConfig, FeatureMaps, extract_canvases
+from diffrep.files import optional_import
 from diffrep.images import ImageError
 from diffrep.settings import ANY_WORKERS, check
 from diffrep.store.manifest import StoreWriter, environment, provenance, weights_sha256
@@ -412,11 +413,9 @@ def ray_shards(
         except (OSError, OverflowError) as problem:
             raise OSError(f"address {bulk.address}: no Ray cluster answers there ({problem})") from None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reads it when it starts; nothing is sent anywhere
-    try:
+    with optional_import("the engine 'ray' needs Ray: pip install 'diffrep[ray]', or use the engine 'local'"):
         import ray
         from ray.data import ActorPoolStrategy, DataContext
-    except ImportError:
-        raise ImportError("the engine 'ray' needs Ray: pip install 'diffrep[ray]', or use the engine 'local'") from None
     started = not ray.is_initialized()
     if started:
         ray.init(address=bulk.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

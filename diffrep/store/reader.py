@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffrep.features import FeatureMaps
-from diffrep.files import number_of, printable
+from diffrep.files import number_of, optional_import, printable
 from diffrep.results import ROWS, Result, html_table, to_numpy, write_csv, write_safetensors
 from diffrep.store.manifest import Manifest, load_manifest
 from diffrep.store.shards import (
@@ -314,10 +314,8 @@ class Store(Result):
             StoreError: there is no such tap, or the maps differ in size (read those by image or by batch).
         """
         tap = self._tap(tap)
-        try:
+        with optional_import("a store as an Arrow table needs pyarrow: pip install pyarrow"):
             import pyarrow as pa
-        except ImportError:
-            raise ImportError("a store as an Arrow table needs pyarrow: pip install pyarrow") from None
         batches = []
         for numbers, tensors in self.batches(1 << 30):
             values = tensors[tap]

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffrep.files import printable
+from diffrep.files import optional_import, printable
 from diffrep.images import SUFFIXES, ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 from diffrep.store.shards import ImageFile
 
@@ -133,10 +133,8 @@ def _archive(file: Path, root: Path) -> list[ImageSource]:
 
 
 def _paths_in(file: Path) -> list[Path]:
-    try:
+    with optional_import(f"{file}: reading Parquet needs pyarrow: pip install 'diffrep[parquet]'"):
         import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError(f"{file}: reading Parquet needs pyarrow: pip install 'diffrep[parquet]'") from None
     import pyarrow as pa
 
     try:

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import diffrep
-from diffrep.files import replace_folder, write_whole
+from diffrep.files import optional_import, replace_folder, write_whole
 from diffrep.images import MAX_PIXELS
 from diffrep.settings import POSITIVE, check
 from diffrep.synthesis.canvas import LINES, Lines, Position, RowSweep, Run, WindowPlan, decode_weights, window_weights
@@ -66,13 +66,11 @@ def check_output(path: Path, size: tuple[int, int]) -> None:
         )
     if name.endswith(".zarr") and path.exists():
         raise ValueError(f"{path}: is already there; delete it first or give another name")
-    try:
+    with optional_import(f'{path}: needs the packages tifffile and zarr: pip install "diffrep[synthesis]"'):
         if name.endswith(TIFF):
             import tifffile  # noqa: F401
         elif name.endswith(".zarr"):
             import zarr  # noqa: F401
-    except ImportError:
-        raise ImportError(f'{path}: needs the packages tifffile and zarr: pip install "diffrep[synthesis]"') from None
 
 
 def write_pixels(

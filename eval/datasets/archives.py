@@ -16,6 +16,7 @@ from PIL import Image
 
 from diffrep.eval.cache import digest
 from diffrep.eval.datasets.pairs import DatasetError, inside
+from diffrep.files import optional_import
 
 
 class Archive:
@@ -114,10 +115,8 @@ def read_exr(data: bytes, name: str) -> np.ndarray:
         ImportError: the package OpenEXR is not installed.
         ValueError: it is no such picture.
     """
-    try:
+    with optional_import(f'{name}: reading .exr needs OpenEXR: pip install "diffrep[dense]"'):
         import OpenEXR
-    except ImportError:
-        raise ImportError(f'{name}: reading .exr needs OpenEXR: pip install "diffrep[dense]"') from None
     with tempfile.TemporaryDirectory() as folder:  # OpenEXR reads files by name only
         picture = Path(folder, "picture.exr")
         picture.write_bytes(data)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-from diffrep.files import number_of, one_line, printable, read_document
+from diffrep.files import number_of, one_line, optional_import, printable, read_document
 from diffrep.images import SUFFIXES, images_below, is_image
 from diffrep.store.sources import ImageSource
 
@@ -311,11 +311,9 @@ _Table: TypeAlias = tuple[str, Any, Part | None]  # name, Arrow table, part
 
 
 def _arrow_tables(path: Path) -> list[_Table]:
-    try:
+    with optional_import(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install pyarrow"):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError:
-        raise ImportError(f"{path}: reading Arrow and Parquet files needs pyarrow: pip install pyarrow") from None
     tables: list[_Table] = []
     try:
         if path.suffix.lower() == ".parquet":

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffrep.files import optional_import
 from diffrep.heads.families import Task
 from diffrep.heads.point_cloud import Intrinsics, unproject
 from diffrep.heads.training.dense_data import (
@@ -73,10 +74,8 @@ class Hypersim(SampleSet):
         norm: DepthNorm | None = None,
         facing: bool = True,
     ) -> None:
-        try:
+        with optional_import('reading Hypersim needs h5py: pip install "diffrep[dense]"'):
             import h5py
-        except ImportError:
-            raise ImportError('reading Hypersim needs h5py: pip install "diffrep[dense]"') from None
         self.root, self.task, self.norm = Path(root), task, norm or norm_of(task)
         self._h5py, self.size, self.facing = h5py, size, facing
         listing = next((p for p in (self.root / SPLIT_FILE, self.root.parent / SPLIT_FILE) if p.is_file()), None)
