@@ -48,6 +48,7 @@ class Replayed(Draws):
     def choice(self, options: Sequence[Any], weights: Sequence[float] | None = None) -> Any:
         value = self._next("choice")
         assert value in options
+        assert weights is None or weights[options.index(value)] > 0, f"{value} was drawn, whose probability is 0"
         return value
 
     def uniform(self, low: float, high: float) -> float:
@@ -67,7 +68,9 @@ class Replayed(Draws):
         return self._tensor("rand")
 
     def quality(self, count: int, low: float, high: float) -> Tensor:
-        return self._tensor("uniform_")
+        drawn = self._tensor("uniform_")
+        assert bool(((drawn >= low) & (drawn <= high)).all()), f"{drawn} was drawn, which does not lie in {low}..{high}"
+        return drawn
 
     def normal(self, *shape: int) -> Tensor:
         drawn = self._tensor("randn")
