@@ -111,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         when terminated, 141 when nobody reads the output any more. ``--traceback`` shows where an error comes from.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # closed: no file shall take its number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115  # for the whole process
     for stream in (sys.stdout, sys.stderr):  # a file's name may hold what the terminal's encoding does not
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

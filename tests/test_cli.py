@@ -289,6 +289,13 @@ def test_an_output_that_nobody_reads_ends_quietly() -> None:
     assert done.returncode in (0, 141)  # 0: all was written before the reader left
 
 
+def test_streams_that_are_closed_are_no_fault() -> None:
+    for closed in (">&-", ">&- 2>&-", "<&- 2>&-"):
+        command = f"{sys.executable} -m diffrep info tiny {closed}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_terminated_command_cleans_up(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
