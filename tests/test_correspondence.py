@@ -324,6 +324,8 @@ def test_wrong_names_are_refused_before_any_work(tmp_path: Path) -> None:
         command(protocol="pf-willow").run()
     with pytest.raises(ValueError, match="pf-pascal has no split 'large'; it has trn, val, test"):
         command(benchmark="pf-pascal", split="large").run()
+    with pytest.raises(ValueError, match=r"report\.json: is called as a file; a folder goes there"):
+        command(output=tmp_path / "report.json").run()
     assert command(recipe="sd-dino").chosen_protocol().name == "spair-sd-dino"
     assert command(recipe="hyperfeatures").chosen_protocol().name == "spair-dift"
     assert command(benchmark="ap-10k").chosen_protocol().name == "ap-10k-geoaware"

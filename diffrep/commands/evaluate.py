@@ -48,7 +48,7 @@ from diffrep.eval.segmentation import (
     masks_through_vae,
 )
 from diffrep.eval.synthesis import SynthesisEvaluation, evaluate_synthesis
-from diffrep.files import check_writable, number_of, write_whole
+from diffrep.files import check_folder, check_writable, number_of, write_whole
 from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.loading import load_head
 from diffrep.heads.maps import NormalMap
@@ -214,8 +214,7 @@ class EvalCorrespondence(PrecisionOptions):
             raise ValueError(
                 f"--batch-size must be at least 1 and --failures at least 0, got {self.batch_size} and {self.failures}"
             )
-        if self.output.exists() and not self.output.is_dir():
-            raise ValueError(f"{self.output}: the output is a folder, this is a file")
+        check_folder(self.output)
         refuse_unused(self.typed, self.benchmark, {"scenes": (_OF_DATA | _OF_PAIRS), "tss": _OF_PAIRS})
 
     def _models(self) -> Correspondence:
