@@ -256,6 +256,8 @@ def test_published_numbers_are_those_of_the_tables() -> None:
         (["depth-ablation", "--base", "nonsense"], "nonsense"),
         (["depth-ablation", "--learning-rate", "nan"], "learning_rate"),
         (["depth-ablation", "--steps", "0"], "steps"),
+        (["depth-ablation", "--work", __file__], "is a file"),
+        (["depth-ablation", "--latents", __file__], "is a file"),
         (["depth", "--count", "-1"], "count"),
         (["depth", "--size", "100000000"], "size"),
         (["scenes", "--alphas", "-1"], "alphas"),

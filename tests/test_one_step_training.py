@@ -491,6 +491,7 @@ def test_options_mean_the_embedded_recipe_or_the_papers() -> None:
     ("command", "options", "message"),
     [
         ("depth", ["--base", "nonsense"], "nonsense"),
+        ("depth", ["--latents", __file__], "is a file"),
         ("normals", ["--base", "nonsense"], "nonsense"),
         ("segmentation", ["--base", "nonsense"], "nonsense"),
         ("depth", ["--learning-rate", "nan"], "learning_rate must be finite and above 0, got nan"),

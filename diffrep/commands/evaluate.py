@@ -424,6 +424,8 @@ class EvalAblation(ReportOptions):
 
     def run(self) -> None:
         self.check_output()
+        for folder in filter(None, (self.work, self.latents)):
+            check_folder(folder)
         load_parts(self.base)  # a base that cannot be loaded is refused before scenes are rendered for it
         samples = open_set(self.data, self.task, self.work, self.scenes_to_render)()
         self.show(run_ablation(samples, self.task, self.work, self.settings, base=self.base, latents=self.latents))

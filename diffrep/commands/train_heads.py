@@ -14,6 +14,7 @@ import tyro
 from diffrep.backbones.pipelines import PipelineParts, load_parts
 from diffrep.commands.options import DeviceOptions, training_output
 from diffrep.eval.scenes import MaskValidation, SceneValidation
+from diffrep.files import check_folder
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.families import FAMILIES, Task
 from diffrep.heads.loading import load_head
@@ -83,6 +84,8 @@ class HeadTraining(DeviceOptions):
             scenes="1..", validate_every="1..", validation_scenes="1..", batch_size="1..", steps="1..",
             seed="[0, 2^63)", workers=WORKERS, sara=POSITIVE,
         )  # fmt: skip
+        if self.latents is not None:
+            check_folder(self.latents)
         work = self.work or Path("runs") / name
         return work, training_output(work, self.output, "head"), load_parts(self.base, pad=False)
 
