@@ -33,13 +33,14 @@ def luma(images: Tensor) -> Tensor:
     return (levels / 255).float() * 255
 
 
-def _compared(restored: Tensor, reference: Tensor, crop: int, y: bool) -> tuple[Tensor, Tensor]:
+def _compared(restored: Tensor, reference: Tensor, crop: int, y: bool, least: int = 1) -> tuple[Tensor, Tensor]:
     if restored.shape != reference.shape:
         raise ValueError(
             f"images of one size can be compared, not {tuple(restored.shape)} and {tuple(reference.shape)}"
         )
-    if 2 * crop >= min(reference.shape[-2:]):
-        raise ValueError(f"a border of {crop} pixels leaves nothing of an image of {tuple(reference.shape[-2:])}")
+    if min(reference.shape[-2:]) - 2 * crop < least:
+        size = tuple(reference.shape[-2:])
+        raise ValueError(f"a border of {crop} pixels leaves less than {least} of an image of {size} pixels")
     inside = slice(crop, -crop or None)
     pair = (image[..., inside, inside] for image in (restored, reference))
     first, second = (luma(image).double() if y else image.double() for image in pair)
@@ -64,9 +65,9 @@ def psnr(restored: Tensor, reference: Tensor, *, crop: int = 0, y: bool = True) 
 def ssim(restored: Tensor, reference: Tensor, *, crop: int = 0, y: bool = True) -> float:
     """Structural similarity (Wang et al. 2004) of (3, H, W) uint8: 11 x 11 Gaussian of sigma 1.5, where it fits.
 
-    Arguments and errors are those of `psnr`; of RGB it is the channels' mean.
+    Arguments and errors are those of `psnr`, of sides below 11 too; of RGB it is the channels' mean.
     """
-    first, second = (image[:, None] for image in _compared(restored, reference, crop, y))
+    first, second = (image[:, None] for image in _compared(restored, reference, crop, y, least=11))
     line = torch.exp(-(torch.arange(11, dtype=torch.float64) - 5).square() / (2 * 1.5**2))
     kernel = (line[:, None] * line / line.sum() ** 2)[None, None]
 

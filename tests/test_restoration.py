@@ -21,7 +21,7 @@ from diffrep.cli import main
 from diffrep.commands.parsing import read_command
 from diffrep.commands.restore import comparison
 from diffrep.commands.train_heads import TrainRestore
-from diffrep.eval.restoration import evaluate_restoration, luma, paired_files, psnr
+from diffrep.eval.restoration import evaluate_restoration, luma, paired_files, psnr, ssim
 from diffrep.heads.head import HeadError
 from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.adapters import DegradationEstimator
@@ -594,6 +594,13 @@ def test_luma_is_rounded_as_published() -> None:
     shares = image.permute(1, 2, 0).numpy().astype(np.float32) / 255
     published = ((shares @ np.array([65.481, 128.553, 24.966]) + 16) / 255).astype(np.float32) * 255
     assert np.array_equal(luma(image)[0].numpy(), published)
+
+
+def test_an_image_below_the_window_of_ssim_is_refused() -> None:
+    image = torch.zeros(3, 18, 40, dtype=torch.uint8)
+    assert ssim(image, image, crop=3) == 1
+    with pytest.raises(ValueError, match=r"a border of 4 pixels leaves less than 11 of an image of \(18, 40\) pixels"):
+        ssim(image, image, crop=4)
 
 
 def test_a_released_test_set_is_measured_beside_a_bicubic_and_the_papers(tmp_path: Path, head: RestorationHead) -> None:
