@@ -250,12 +250,14 @@ def test_the_command_paints_with_parts_of_networks(tmp_path: Path, capsys: pytes
 def test_an_early_exit_follows_its_table() -> None:
     network = EarlyExitUViT(UViTConfig(img_size=8, embed_dim=16, depth=5, num_heads=2)).eval()
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([10.0])
-    with torch.no_grad(), PartialNetwork(network, depths=(-1, 2)) as part:
+    with torch.no_grad(), PartialNetwork(network, depths=(-1, 2, 5)) as part:
         part.at(0)
         whole = network(x, t)
         part.at(1)
         torch.testing.assert_close(network(x, t), whole.outputs[2])
-    with pytest.raises(BackboneError, match="depths of -1"):
+        part.at(2)
+        torch.testing.assert_close(network(x, t), whole.full)
+    with pytest.raises(BackboneError, match=r"depths of 0\.\.5 blocks \(-1: all of them\)"):
         PartialNetwork(network, depths=(9,))
 
 

@@ -100,8 +100,9 @@ class PartialNetwork:
         self._last: dict[int, nn.Module] = {}  # of each branch's deep units, the one that runs last
         self._numbers: dict[nn.Module, int] = {}
         if isinstance(network, EarlyExitUViT):
-            if interval != 1 or any(self.skipped) or any(not -1 <= d < network.about.depth for d in depths):
-                raise BackboneError(f"{name}: takes depths of -1..{network.about.depth - 1}, and a threshold")
+            if interval != 1 or any(self.skipped) or any(not -1 <= d <= network.about.depth for d in depths):
+                blocks = network.about.depth
+                raise BackboneError(f"{name}: takes depths of 0..{blocks} blocks (-1: all of them) and a threshold")
         elif threshold is not None:
             raise BackboneError(f"{name}: estimates no uncertainty, so that no threshold goes with it")
         elif inherits:
