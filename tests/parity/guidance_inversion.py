@@ -23,7 +23,7 @@ def check_null_text(folder: Path, case: dict[str, Any]) -> None:
     # double precision adds nothing to the rounding of the published numbers, which guidance makes large
     unet, schedule = load_unet(folder, case, torch.float64), stable_diffusion_schedule()
     for k, run in enumerate(each(case["runs"], describing=("max_difference_of_diffusers_DDIMInverseScheduler",))):
-        given, wanted = ({n: v.double() for n, v in run_tensors(part, k).items()} for part in (inputs, expected))
+        given, wanted = {n: v.double() for n, v in run_tensors(inputs, k).items()}, run_tensors(expected, k)
         grid = leading_grid(schedule, run["steps"], offset=run["steps_offset"])
         assert grid.labels.tolist() == run["timesteps"]
         condition, null = given["cond"], given["uncond"]
