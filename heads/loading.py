@@ -181,8 +181,10 @@ def _load(name: str, wanted: _Wanted, variant: str | None, revision: str | None)
         if any(files.values()):
             raise HeadError(f"{name}: is a file: variant and revision are of its base, 'BASE?variant=fp16'")
         return _load_adapters(adapters, name, wanted)
-    if wanted.prompt is not None or wanted.adjustable:
-        raise HeadError(f"{name}: prompt and adjustable are of PiSA-SR, OSEDiff and S3Diff, which it is not")
+    if wanted.prompt is not None:
+        raise HeadError(f"{name}: takes no prompt, as PiSA-SR, OSEDiff and S3Diff do")
+    if wanted.adjustable:
+        raise HeadError(f"{name}: has no adapters whose strengths (pixel, semantic) can be set, as PiSA-SR has")
     asked = RESTORATION if family in RESTORATION_FAMILIES else "segmentation" if family == DIFFDIS else task
     source = _find(name, wanted.base, asked, **files)
     if source.head.get("family") in RESTORATION_FAMILIES:

@@ -404,6 +404,8 @@ def test_an_osediff_is_merged_into_its_base(tmp_path: Path) -> None:
     assert result.size == (96, 80)
     with pytest.raises(HeadError, match="only a PiSA-SR"):
         load_head(tmp_path / "osediff.pkl", base="tiny", adjustable=True)
+    with pytest.raises(HeadError, match=r"tiny-restore: has no adapters whose strengths \(pixel, semantic\)"):
+        load_head("tiny-restore", adjustable=True)
     with pytest.raises(HeadError, match="say which base"):
         load_head(tmp_path / "osediff.pkl")
 
