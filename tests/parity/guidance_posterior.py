@@ -157,6 +157,7 @@ def check_flowchef_latent(folder: Path, case: dict[str, Any]) -> None:
             return lambda x, t: -unet(x, t, given[name])  # the network points to the data
 
         positive, negative, w = velocity("positive"), velocity("negative"), run["guidance"]
+        faint = torch.zeros_like(given["start"], dtype=torch.bool)  # where rounding may choose the sign of a step
         options = {"lr": run["learning_rate"], "rounds": run["optimization_steps"], "until": run["max_steps"]}
         if run["task"] == "edit":
             result = flowchef_edit(
@@ -172,14 +173,23 @@ def check_flowchef_latent(folder: Path, case: dict[str, Any]) -> None:
                 return lower + w * (towards(x, t) - lower)
 
             if run["task"] == "inpaint":
-                loss = latent_inpainting(given["masked_latents"], given["mask"])
+                distance = latent_inpainting(given["masked_latents"], given["mask"])
+
+                def feel(slope: Tensor, faint: Tensor = faint) -> None:
+                    faint.logical_or_((slope != 0) & (slope.abs() < 1e-7))
+
+                def loss(data: Tensor, distance: Any = distance, feel: Any = feel) -> Tensor:
+                    data.register_hook(feel)
+                    return distance(data)
             else:
                 image = vae.decode(given["start"] / SCALE).sample
                 operator = released.flowchef_operator(run["task"], tuple(image.shape[1:]), run)
                 loss = through_decoder(operator, given["y"], lambda z: vae.decode(z / SCALE).sample)
             guide = flowchef_latent(loss, **options)
             result = guided(network, given["start"], grid, guide, prediction="flow_prediction")
-        assert_like(result, wanted["result"], atol=2e-3, rtol=1e-3, what=f"run {k}")
+        assert not faint.any() or "elements whose gradient is below 1e-7 may differ" in case["tolerance"]["result"]
+        assert_like(result[~faint], wanted["result"][~faint], atol=2e-3, rtol=1e-3, what=f"run {k}")
+        assert_like(result[faint], wanted["result"][faint], atol=run["learning_rate"], what=f"run {k}, faint")
 
 
 def flowchef_edit(
