@@ -28,6 +28,7 @@ from diffrep.heads.dense import DenseHead, PredictConfig
 from diffrep.heads.maps import DepthMap
 from diffrep.heads.segmentation import ObjectMask
 from diffrep.heads.tiling import resize
+from diffrep.results import read_array
 from diffrep.sampling.schedules import SamplingError, TableVP, TimeGrid
 from diffrep.settings import NOT_NEGATIVE, POSITIVE, check
 
@@ -178,7 +179,7 @@ def read_known_mask(file: Path) -> Tensor:
     """
     try:
         if file.suffix.lower() == ".npy":
-            return torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+            return torch.from_numpy(read_array(file).astype(np.float32))
         with Image.open(file) as opened:
             opaque = "A" not in opened.getbands() and "transparency" not in opened.info
             grey, alpha = (np.asarray(band, np.float32) for band in opened.convert("LA").split())

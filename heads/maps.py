@@ -23,7 +23,7 @@ from diffrep.alignment import LEAST_DISPARITY, Space, fit_robust, fit_scale_shif
 from diffrep.files import MARK, one_line, optional_import, shortened, write_whole
 from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.pictures import png16
-from diffrep.results import Result
+from diffrep.results import Result, read_array
 
 MILLIMETRES = 1000  # a metric 16-bit PNG counts these per metre, as the public data sets do
 _FULL = 65535
@@ -389,7 +389,7 @@ def read_known_depths(source: Path, image: Path, size: tuple[int, int], *, per_m
 
 
 def _from_npy(file: Path, height: int, width: int, per_metre: float) -> np.ndarray:
-    array = np.load(file, allow_pickle=False)
+    array = read_array(file)
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"they are metres in floating point, this array is {array.dtype}")
     return array.astype(np.float32)

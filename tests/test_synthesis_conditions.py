@@ -107,6 +107,13 @@ def test_a_missing_grid_is_named(tmp_path: Path) -> None:
         load_grid(tmp_path / "none.npy")
 
 
+@pytest.mark.parametrize(("content", "message"), [(b"text", "no .npy file"), (b"PK\3\4", "name it .npz")])
+def test_what_is_no_array_is_never_to_be_trusted(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "grid.npy").write_bytes(content)
+    with pytest.raises(GridError, match=rf"cannot be read as an array \(.*{message}\)"):
+        load_grid(tmp_path / "grid.npy")
+
+
 def test_interpolation_goes_from_one_to_the_other() -> None:
     a, b = EmbeddingGrid(draw(2, 3, 8), "x"), EmbeddingGrid(draw(2, 3, 8, seed=1))
     torch.testing.assert_close(interpolate_grids(a, b, 0).embeddings, a.embeddings)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from diffrep.files import optional_import
 from diffrep.manifold.text_tables import ROW_NAMES, Place, TableError, TableWarning, read_text, reading, say
+from diffrep.results import read_array
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
@@ -173,10 +174,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _load_npy(path: Path) -> Array:
     with reading(path, ".npy file of numbers or strings"):
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(values, np.ndarray):
-            raise TableError(f"{path}: is no .npy file but an archive; name it .npz")
-    return values
+        return read_array(path, mapped=True)
 
 
 def _read_npy(path: Path, choice: _Choice) -> Table:

@@ -22,6 +22,7 @@ from diffrep.backbones import BackboneError, VisionTransformer, draw_noise, load
 from diffrep.backbones.repositories import without_fetching
 from diffrep.files import one_line
 from diffrep.images import ImageLike, load_image
+from diffrep.results import read_array
 
 if TYPE_CHECKING:
     from diffrep.synthesis.model import SynthesisModel
@@ -265,12 +266,12 @@ def load_grid(path: str | os.PathLike[str]) -> EmbeddingGrid:
 
             values = np.asarray(zarr.open_array(str(path), mode="r")[:])
         else:
-            values = np.load(path, allow_pickle=False)
+            values = read_array(path)
     except ImportError:
         raise ImportError('grids in zarr need zarr: pip install "diffrep[synthesis]", or give a .npy file') from None
     except Exception as error:  # numpy and zarr raise many kinds for files that are no arrays
         raise GridError(f"{path}: cannot be read as an array ({one_line(error)})") from None
-    if not isinstance(values, np.ndarray) or not np.issubdtype(values.dtype, np.floating):
+    if not np.issubdtype(values.dtype, np.floating):
         raise GridError(f"{path}: a grid of embeddings is an array of floating point numbers")
     try:
         return EmbeddingGrid(torch.from_numpy(values.astype(np.float32)))

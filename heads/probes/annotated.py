@@ -18,6 +18,7 @@ from diffrep.heads.families import FRAME_SIGNS, Frame
 from diffrep.heads.maps import read_known_depths
 from diffrep.heads.probes.labelled import DataError
 from diffrep.images import find_images, load_image
+from diffrep.results import read_array
 from diffrep.settings import check
 
 DenseTask: TypeAlias = Literal["depth", "normals"]
@@ -92,7 +93,7 @@ def _read_array(file: Path, what: str, shape: tuple[int, ...], decode: Callable[
     """The array of a ``.npy``, or of a picture through `decode`; its numbers are of a kind that numpy knows."""
     try:
         if file.suffix.lower() == ".npy":
-            array = np.load(file, allow_pickle=False)
+            array = read_array(file)
         else:
             with Image.open(file) as opened:
                 array = decode(opened)
