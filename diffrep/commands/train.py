@@ -15,7 +15,7 @@ from diffrep.backbones.early_exit import save_early_exit
 from diffrep.commands.options import Command, DeviceOptions, training_output
 from diffrep.files import replace_folder
 from diffrep.images import find_images
-from diffrep.scenes import open_or_render
+from diffrep.scenes import SceneSet, open_or_render
 from diffrep.settings import WORKERS, check_options
 from diffrep.synthesis import SynthesisModel
 from diffrep.training.consistency import FewStepTraining, train_few_step
@@ -74,9 +74,19 @@ class PatchTraining(DeviceOptions):
     work: Path  # encoded patches, checkpoints and log
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None  # of the model's folder; WORK/model
 
+    def checked_output(self) -> Path:
+        """Where the model goes, before anything is rendered or written.
+
+        Raises:
+            ValueError, OSError: it cannot go there, or there are no such scenes.
+        """
+        check_options(self, count="1..")
+        if self.scenes is not None:
+            SceneSet(self.scenes)
+        return training_output(self.work, self.output)
+
     def scene_patches(self, **sides: tuple[float, float]) -> ScenePatches:
         """The patches, of scenes that are rendered now where none are named."""
-        check_options(self, count="1..")
         return ScenePatches(open_or_render(self.scenes, self.work, self.count), **sides, count=self.count)
 
 
@@ -101,7 +111,9 @@ class TrainSynthesis(PatchTraining):
         return replace(self, training=PUBLISHED) if self.published else self
 
     def run(self) -> None:
-        patches, output = cache(self._patches), training_output(self.work, self.output)
+        if self.sides is not None and not 0 < self.sides[0] <= self.sides[1] <= 1:
+            raise ValueError(f"--sides are a smallest and a largest share of the image, in (0, 1], got {self.sides}")
+        patches, output = cache(self._patches), self.checked_output()
         model = train_synthesis(self.training, patches, self.work / "run", device=self.device)
         write_model(output, model, self.training, patches(), self.work / "run")
         print(f"wrote {output}")
@@ -128,7 +140,7 @@ class TrainFewStep(PatchTraining):
     training: Annotated[FewStepTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=FewStepTraining)
 
     def run(self) -> None:
-        output = training_output(self.work, self.output)
+        output = self.checked_output()
         model = train_few_step(self.training, self.scene_patches, self.work / "run", device=self.device)
         replace_folder(output, half(model.to("cpu")).save)
         print(f"wrote {output}")
@@ -148,7 +160,7 @@ class TrainEarlyExit(PatchTraining):
     training: Annotated[EarlyExitTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=EarlyExitTraining)
 
     def run(self) -> None:
-        output = training_output(self.work, self.output)
+        output = self.checked_output()
         network, rows = train_early_exit(self.training, self.scene_patches, self.work / "run", device=self.device)
         replace_folder(output, partial(save_early_exit, network.to("cpu")))
         print(f"{'threshold':>9}{'blocks':>9}{'error':>9}{'fixed table':>13}   (mean squared, of the noise)")

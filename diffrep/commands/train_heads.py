@@ -325,10 +325,11 @@ class TrainRestore(DeviceOptions):
             raise ValueError(f"--scenes counts what is rendered, with --data scenes, not of {' '.join(self.data)}")
         training, work, output = self.training, self.work, training_output(self.work, self.output, "head")
         training.build(load_parts(training.base, pad=False))  # refuses a base that it does not fit
+        originals = self._originals()
         held_out = render_set(work / "validation", "val", self.validation_scenes, size=training.size, workers=1)
         pairs = enlargements(scene_originals(held_out), training.pairs, seed=training.fit.seed)
         model = train_head(
-            training, self._originals(), work / "run",
+            training, originals, work / "run",
             latents=work / "pairs.safetensors", device=self.device,
             validate=RestorationValidation(pairs, work / "pictures"), validate_every=self.validate_every,
         )  # fmt: skip
