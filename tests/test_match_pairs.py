@@ -103,6 +103,7 @@ def test_what_fails_is_named_by_its_row_and_the_others_are_done(
         ("source,target,colour\na.png,b.png,red\n", "a column 'colour'"),
         ("source,target,points\na.png,b.png,1,2\n", "row 1: has more cells than columns"),
         ("source,target,points\na.png,,\n", "row 1: has no target"),
+        ('source,target,points\na\0.png,b.png,"1,2"\n', "row 1: has no source|line contains NUL"),
         ("source,target\na.png,b.png\n", "row 1: has no points"),
         ('source,target,point1\na.png,b.png,"1,2"\na.png,b.png,"1,x"\n', "row 2: cannot read the point '1,x'"),
         ("source,target\n\xff\n", "cannot be read as a table"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -26,7 +27,8 @@ from diffrep.eval.probe_data import (
     scene_images,
 )
 from diffrep.heads.probes import DataError, LabelledImages, balance, read_labelled, split_rows
-from diffrep.images import decode_image
+from diffrep.images import ImageError, decode_image
+from diffrep.store.sources import find_sources
 
 from .probe_images import COLOURS, csv_table, image_folder, picture, png, shard
 
@@ -251,6 +253,18 @@ def test_bad_data_is_refused_in_one_line(tmp_path: Path) -> None:
     broken.write_bytes(b"no archive" * 100)
     with pytest.raises(DataError, match="is not an uncompressed webdataset shard"):
         read_labelled(broken)
+    zero = table("zero", [{"path": "a\0.png", "label": "a"}, {"path": "b.png", "label": "b"}])
+    if sys.version_info >= (3, 11):  # csv read no zero bytes before
+        assert read_labelled(zero).images[0].size == -1
+    whole = shard(tmp_path / "whole.tar").read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as archive:
+        last = archive.getmembers()[-1].offset
+    for damaged in (whole[: last + 100], whole[:last] + b"x" * 512 + whole[last + 512 :]):
+        broken.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"damaged or cut off after {last:,} bytes"):
+            read_labelled(broken)
+        with pytest.raises(ImageError, match=rf"damaged or cut off after {last:,} bytes"):
+            find_sources([broken])
 
 
 def test_scenes_and_digits_are_files_in_a_table(tmp_path: Path) -> None:

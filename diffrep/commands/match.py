@@ -397,7 +397,7 @@ def read_pairs(path: Path, points: Sequence[str] = (), *, dense: bool = False) -
             for place in (row[name] or "").replace(";", " ").split()
         ]
         for name in ("source", "target"):
-            if not row[name]:
+            if not row[name] or "\0" in str(row[name]):  # which no path can hold
                 raise ValueError(f"{label}: has no {name}")
         if not places and not points and not dense:
             raise ValueError(f"{label}: has no points; give them in a column points, or --points for all rows")

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffrep.files import optional_import, printable
+from diffrep.files import optional_import, printable, refuse_damaged
 from diffrep.images import SUFFIXES, ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 from diffrep.store.shards import ImageFile
 
@@ -125,6 +125,7 @@ def _archive(file: Path, root: Path) -> list[ImageSource]:
                 if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
                     name = f"{_name(file, root)}/{member.name.removeprefix('./')}"
                     members.append(ImageSource(name, str(file), member.size, modified, member.offset_data))
+            refuse_damaged(archive)
     except (tarfile.TarError, OSError) as error:
         raise ImageError(f"{file}: is not an uncompressed tar archive ({error})") from None
     if not members:

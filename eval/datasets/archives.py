@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffrep.eval.cache import digest
 from diffrep.eval.datasets.pairs import DatasetError, inside
-from diffrep.files import optional_import
+from diffrep.files import optional_import, refuse_damaged
 
 
 class Archive:
@@ -39,6 +39,7 @@ class Archive:
         try:
             with tarfile.open(self.root, "r:") as tar:
                 files = [member for member in tar.getmembers() if member.isfile()]
+                refuse_damaged(tar)
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             raise DatasetError(f"{self.root}: is no uncompressed tar archive ({error})") from None
         return {file.name.removeprefix("./"): (file.offset_data, file.size) for file in files}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-from diffrep.files import number_of, one_line, optional_import, printable, read_document
+from diffrep.files import number_of, one_line, optional_import, printable, read_document, refuse_damaged
 from diffrep.images import SUFFIXES, images_below, is_image
 from diffrep.store.sources import ImageSource
 
@@ -216,7 +216,7 @@ def image_file(file: Path, root: Path) -> ImageSource:
     name = (file.relative_to(root) if file.is_relative_to(root) else file).as_posix()
     try:
         status = file.stat()
-    except OSError:
+    except (OSError, ValueError):  # a name with a zero byte is that of no file
         return ImageSource(name, str(file), -1, 0)
     return ImageSource(name, str(file), status.st_size, status.st_mtime_ns)
 
@@ -292,6 +292,7 @@ def _from_shard(shard: Path, label: str) -> Iterator[_Record]:
                 elif ending in ("cls", "json"):
                     content = archive.extractfile(member)
                     sample[ending] = content.read() if content is not None else b""
+            refuse_damaged(archive)
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{shard}: is not an uncompressed webdataset shard ({error})") from None
     for key, sample in samples.items():
