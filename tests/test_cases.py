@@ -107,6 +107,10 @@ def test_a_turned_photograph_is_turned_once(
         first, *rest = capsys.readouterr().out.splitlines()
         assert first.split() == ["1", "1.000", "turned.jpg"]
         assert len(rest) == 2  # the other image, and where the sheet went
+    before = Path("photos/other.png").read_bytes()
+    assert main(["search", "photos", "photos/turned.jpg", "-o", "photos/other.png"]) == 2
+    assert "photos/other.png: is one of the images in photos" in capsys.readouterr().err
+    assert Path("photos/other.png").read_bytes() == before
 
 
 def test_an_image_thinner_than_a_cell_is_searched_and_asked_for(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from diffrep.commands.options import (
     typed_conditions,
 )
 from diffrep.features import ExtractConfig
-from diffrep.files import DRAWING, check_writable, number_of, printable, write_image
+from diffrep.files import DRAWING, check_writable, is_written_by_diffrep, number_of, printable, write_image
 from diffrep.images import Sizing
 from diffrep.index import IndexConfig, index_store
 from diffrep.store import BulkConfig, Keep, extract_store, open_store
@@ -270,7 +271,10 @@ class Search(BackboneOptions, QuestionOptions):
         from diffrep.images import load_image
         from diffrep.index import search_folder
 
-        question = self.question()
+        question, sheet = self.question(), self.sheet
+        inside = sheet is not None and Path(os.path.realpath(sheet)).is_relative_to(os.path.realpath(self.folder))
+        if sheet is not None and inside and sheet.is_file() and not is_written_by_diffrep(sheet):
+            raise ValueError(f"{sheet}: is one of the images in {self.folder} and would be written over")
         picture = load_image(self.image)
         searched = search_folder(
             self.folder,
