@@ -17,6 +17,7 @@ from tqdm import tqdm
 from diffrep.eval.rendering import SceneMapSettings, render_job
 from diffrep.eval.report import ScoreTables, Section, bootstrap, with_interval
 from diffrep.eval.scene_maps import SCENE_BOUNDS
+from diffrep.files import number_of
 from diffrep.heads.completion import CompletionConfig, complete_depth, follows
 from diffrep.heads.dense import DenseHead
 from diffrep.heads.maps import DepthMap, nearest_known
@@ -89,7 +90,8 @@ def evaluate_completion(
                 del ways["robust, errors carried"]
             for name, complete in ways.items():
                 errors.setdefault(name, {}).setdefault(count, []).append(scene_rmse(complete(known), scene))
-    title = f"{head.name} on {settings.count} held-out scenes: RMSE in metres, by known depths; 95 % interval"
+    of = number_of(settings.count, "held-out scene")
+    title = f"{head.name} on {of}: RMSE in metres, by known depths; 95 % interval"
     return CompletionReport(settings, {title: errors})
 
 

@@ -64,11 +64,11 @@ def compare_few_step(
         }
 
     rows = {
-        f"teacher, {steps} steps": measured(teacher, SynthesisSettings(steps=steps, seed=seed))
+        f"teacher, {number_of(steps, 'step')}": measured(teacher, SynthesisSettings(steps=steps, seed=seed))
         for steps in (20, 4, 2, 1)
     }
     for name, student in students.items():
         for steps in (4, 2, 1):
             settings = SynthesisSettings(scheduler="lcm", steps=steps, guidance=1.0, seed=seed)
-            rows[f"{name}, {steps} steps"] = measured(student, settings)
+            rows[f"{name}, {number_of(steps, 'step')}"] = measured(student, settings)
     return FewStepReport(rows=rows, patches=patches)

@@ -16,7 +16,7 @@ from diffrep.backbones.diffusion import draw_noise, keyed_generator
 from diffrep.eval.rendering import SceneMapSettings, render_job
 from diffrep.eval.report import ScoreTables
 from diffrep.eval.restoration import FeatureDistance, score_images, to_levels
-from diffrep.files import write_image
+from diffrep.files import number_of, write_image
 from diffrep.guidance import operators
 from diffrep.guidance.core import Guide, Network, guided
 from diffrep.guidance.ensembles import afdps, karras_grid, reconstruct_volume
@@ -89,7 +89,8 @@ def evaluate_guidance(
         operator, rows = build((3, *images.shape[-2:])), {"scene": images}
         y = operator(2 * images - 1)
         y = y + settings.noise * draw_noise(y.shape[1:], settings.seed, stream=2)
-        table = scores[f"{model.name}, {name}: {len(images)} scenes, {settings.steps} steps"] = {}
+        of = f"{number_of(len(images), 'scene')}, {number_of(settings.steps, 'step')}"
+        table = scores[f"{model.name}, {name}: {of}"] = {}
         for method, (_, weights) in METHODS.items():
             parts, table[method] = [], {column: [] for column in DIGITS}
             for image, one in zip(images.split(1), y.split(1), strict=True):

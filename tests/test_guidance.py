@@ -494,6 +494,7 @@ def test_samplers_through_a_decoder(tmp_path: Path) -> None:
     model = diffusion_model("tiny", [""] * 4, guidance=1.0, device="cpu")
     settings = GuidanceEvaluation(count=1, steps=3, size=64, workers=0)
     report = evaluate_guidance(model, settings, tmp_path)
+    assert all(title.endswith(": 1 scene, 3 steps") for title in report.scores)
     assert [title.split(", ")[1].split(":")[0] for title in report.scores] == [*MEASUREMENTS]
     for rows in report.scores.values():
         assert set(rows) == set(METHODS)
