@@ -85,7 +85,7 @@ class Scenes(ReportOptions, PrecisionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Homography(ReportOptions, PrecisionOptions):
-    """Match points of real photographs in views of them that a known homography gives."""
+    """Match points of three sample photographs in views of them that a known homography gives."""
 
     recipe: str = "tiny-views"  # each of its backbones alone and all of them fused are compared
     settings: Annotated[HomographySettings, tyro.conf.OmitArgPrefixes] = field(default_factory=HomographySettings)
