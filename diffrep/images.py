@@ -267,9 +267,16 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """The images in a folder and the folders in it, sorted; see `find_images`."""
+    """The images in a folder and the folders in it, sorted; see `find_images`. What cannot be opened is said."""
+
+    def closed(error: OSError) -> None:
+        name = printable(error.filename)
+        if Path(error.filename) == folder:
+            raise ImageError(f"{name}: the folder cannot be read ({error.strerror})")
+        logger.warning("%s: passed over, the folder cannot be read (%s)", name, error.strerror)
+
     matches = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=closed):
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = (Path(parent, name) for name in files if not name.startswith(".") and is_image(name))
         matches += [path for path in paths if path.is_file() and not _is_own(path)]

@@ -213,6 +213,27 @@ def test_folders_take_what_can_be_read_and_nothing_hidden(tmp_path: Path) -> Non
     assert len(find_images([str(tmp_path / ".*" / "*.png")])) == 1
 
 
+def test_folders_that_cannot_be_opened_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed = tmp_path / "closed"
+    for path in (closed / "a.png", tmp_path / "b.png"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    scandir = os.scandir
+
+    def refused(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    assert [path.name for path in find_images([tmp_path])] == ["b.png"]
+    assert caplog.messages == [f"{closed}: passed over, the folder cannot be read (Permission denied)"]
+    with pytest.raises(ImageError, match=r"closed: the folder cannot be read \(Permission denied\)"):
+        find_images([closed])
+
+
 def test_spellings_of_one_file_are_one_image(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
