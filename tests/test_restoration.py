@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from diffrep.heads.loading import load_head
 from diffrep.heads.restoration.adapters import DegradationEstimator
 from diffrep.heads.restoration.degrade import blur_kernel, jpeg
 from diffrep.heads.restoration.families import PISA_SR, TINY
-from diffrep.heads.restoration.loading import recognise_restorer
+from diffrep.heads.restoration.loading import read_checkpoint, recognise_restorer
 from diffrep.heads.restoration.photograph import Photograph
 from diffrep.heads.restoration.pixels import blended_rows, low_band, windows
 from diffrep.heads.restoration.residual import PROCESSES, resshift
@@ -361,6 +362,13 @@ def test_published_families_make_sides_multiples_by_lanczos(head: RestorationHea
 def test_checkpoints_of_other_kinds_are_named(keys: tuple[str, ...], message: str) -> None:
     with pytest.raises(HeadError, match=message):
         recognise_restorer(dict.fromkeys(keys), name="file")
+
+
+def test_a_pickle_of_anything_else_is_refused_in_one_line(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(Path("a"), protocol=4))
+    with pytest.raises(HeadError, match=r"a\.pkl: is no checkpoint that can be read safely \(torch\.save did not"):
+        read_checkpoint(tmp_path / "a.pkl")
+    assert not recwarn.list
 
 
 def osediff(unet: Any, vae: Any, rank: int = 2) -> dict[str, Any]:

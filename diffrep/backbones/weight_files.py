@@ -67,8 +67,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 f"{path}: is a program (TorchScript) and no weights, as OpenAI's CLIP comes; that is"
                 " open_clip:MODEL/openai, for example open_clip:ViT-B-32/openai"
             ) from None
-        reason = "torch.save did not write it, or it is damaged" if "weights_only" in str(error) else one_line(error)
-        raise BackboneError(f"{path}: is no checkpoint that can be read safely ({reason})") from None
+        raise BackboneError(f"{path}: {unsafe(error)}") from None
     for name in _INSIDE:
         if isinstance(loaded, dict) and isinstance(loaded.get(name), Mapping):
             loaded = loaded[name]
@@ -81,6 +80,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not weights or not all(isinstance(key, str) for key in weights):
         raise BackboneError(f"{path}: holds no plain state dict (name -> tensor) that can be read safely")
     return weights
+
+
+def unsafe(error: Exception) -> str:
+    """What is wrong with a file that `torch.load` has refused; its own words are about an option of Python's."""
+    reason = "torch.save did not write it, or it is damaged" if "weights_only" in str(error) else one_line(error)
+    return f"is no checkpoint that can be read safely ({reason})"
 
 
 def _read_pickle(path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from diffrep.backbones.base import check_weights
 from diffrep.backbones.pipelines import load_component
 from diffrep.backbones.text import TextEncoders
-from diffrep.files import UNFETCHED, is_lfs_pointer, one_line, read_weights
+from diffrep.backbones.weight_files import unsafe
+from diffrep.files import UNFETCHED, is_lfs_pointer, read_weights
 from diffrep.heads.head import HeadError
 from diffrep.heads.head_folders import CONTEXT_FILE, folder_of, json_of
 from diffrep.heads.one_step import Schedule
@@ -62,9 +64,11 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     if is_lfs_pointer(file):
         raise HeadError(f"{file}: {UNFETCHED}")
     try:
-        stored = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            stored = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several kinds for files that are damaged or forbidden
-        raise HeadError(f"{file}: is no checkpoint that can be read safely ({one_line(error)})") from None
+        raise HeadError(f"{file}: {unsafe(error)}") from None
     if not isinstance(stored, Mapping):
         raise HeadError(f"{file}: holds a {type(stored).__name__}, not a dictionary of weights")
 
