@@ -42,7 +42,7 @@ _REPLACEABLE = (
 LARGEST_SETTINGS, DEEPEST_KEY, MOST_ALIASES = 2**18, 32, 16  # bytes, parts, of files of settings
 UNFETCHED, _POINTER = "is a Git LFS pointer: run `git lfs pull`", b"version https://git-lfs"
 _OF_FILES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".npy", ".csv", ".json", ".ply"})
-_PARTIAL = re.compile(r"\..+\.(\d+)\.partial(\.[^.]+)?")
+_PARTIAL = re.compile(r"\.(?P<stem>.+)\.(?P<process>\d+)\.partial(?P<ending>\.(?!old$)[^.]+)?(?P<old>\.old)?")
 
 
 def printable(name: str | os.PathLike[str]) -> str:
@@ -397,9 +397,12 @@ def sweep_partials(folder: str | os.PathLike[str]) -> None:
         return
     for path in Path(folder).iterdir():
         match = _PARTIAL.fullmatch(path.name)
-        if match is None or path.is_symlink() or _is_running(int(match[1])):
+        if match is None or path.is_symlink() or _is_running(int(match["process"])):
             continue
-        if path.is_dir():
+        whole = path.with_name(f"{match['stem']}{match['ending'] or ''}")
+        if match["old"] and not whole.exists():
+            path.replace(whole)  # the run was killed between the renames of `replace_folder`
+        elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from diffrep.backbones import BackboneError, load_backbone
 from diffrep.backbones.repositories import MODELS
 from diffrep.cli import main
-from diffrep.files import replace_folder, save_weights, write_whole
+from diffrep.files import partial_path, replace_folder, save_weights, write_whole
 from diffrep.heads.loading import WEIGHTS, HeadError, load_head
 
 from .one_step_heads import random_head
@@ -200,6 +200,21 @@ def test_a_folder_that_is_replaced_is_never_lost(tmp_path: Path, monkeypatch: py
     assert link.is_symlink()
     assert [path.name for path in folder.iterdir()] == ["head.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["head", "link"]
+
+
+@pytest.mark.parametrize("name", ["head", "head.v2"])
+def test_a_folder_whose_replacement_was_killed_comes_back(tmp_path: Path, name: str) -> None:
+    shutil.copytree(MODELS / "tiny-depth", tmp_path / f"{partial_path(tmp_path / name).name}.old")
+    (left,) = tmp_path.iterdir()
+    left.rename(left.with_name(left.name.replace(str(os.getpid()), "999999999")))
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(tmp_path / name, _interrupted)
+    assert load_head(tmp_path / name).task == "disparity"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def _interrupted(_: Path) -> None:
+    raise KeyboardInterrupt
 
 
 def test_weights_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
