@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from diffrep.files import write_whole
 from diffrep.heads.families import FRAME_SIGNS
 from diffrep.images import load_image
+from diffrep.processes import process_pool
 from diffrep.scenes import (
     CATEGORIES,
     PART_CLASS_OF,
@@ -73,8 +72,7 @@ class RenderedScenes:
         with ExitStack() as stack:
             samples: Iterator[Rendered] = map(render, jobs)
             if self.workers:
-                # spawn: a forked child would inherit the threads' locks of the libraries that are loaded here
-                pool = stack.enter_context(ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")))
+                pool = stack.enter_context(process_pool(self.workers))
                 samples = pool.map(render, jobs, chunksize=4)
             while batch := list(islice(samples, self.batch_size)):
                 yield batch

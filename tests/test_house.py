@@ -35,6 +35,7 @@ FLOORS = {
     "diffrep.masks": 0,
     "diffrep.devices": 0,
     "diffrep.graphs": 0,
+    "diffrep.processes": 0,
     "diffrep.settings": 0,
     "diffrep.scenes": 0,
     "diffrep.backbones": 1,

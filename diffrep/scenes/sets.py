@@ -12,10 +12,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from diffrep.files import read_document, write_whole
+from diffrep.processes import process_pool
 from diffrep.scenes.categories import CATEGORIES, KEYPOINTS, SEEN
 from diffrep.scenes.render import Scene, mirror, render_scene
 from diffrep.scenes.shapes import Array
@@ -264,8 +264,7 @@ def render_set(
             for chunk in missing:
                 bar.update(_render_chunk(folder, settings, chunk))
         elif missing:
-            context = get_context("spawn")  # a forked child would inherit the threads' locks of other libraries
-            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            with process_pool(workers) as pool:
                 jobs = [pool.submit(_render_chunk, folder, settings, chunk) for chunk in missing]
                 for job in as_completed(jobs):
                     bar.update(job.result())

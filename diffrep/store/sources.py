@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffrep.files import optional_import, printable, refuse_damaged
 from diffrep.images import SUFFIXES, ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
+from diffrep.processes import end_with_parent
 from diffrep.store.shards import ImageFile
 
 
@@ -235,4 +236,8 @@ def decode(jobs: Sequence[Job], sizing: Sizing, *, portion: int, workers: int) -
         portion: images that a worker decodes at a time.
     """
     portions = _Portions(jobs, sizing, portion)
-    return iter(DataLoader(portions, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+    loader = DataLoader(
+        portions, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None,
+        worker_init_fn=end_with_parent,
+    )  # fmt: skip
+    return iter(loader)

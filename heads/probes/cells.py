@@ -35,6 +35,7 @@ from diffrep.files import claim_folder, read_document, sweep_partials, write_who
 from diffrep.heads.probes.grid import FeatureRows, map_tensor
 from diffrep.heads.probes.labelled import DataError, Readable, images_sha256
 from diffrep.images import ImageError, Placement, Sizing, decode_image, fit_image, stack_pixels
+from diffrep.processes import end_with_parent
 from diffrep.settings import check
 from diffrep.store.manifest import provenance
 from diffrep.store.shards import write_tensors
@@ -421,7 +422,9 @@ def _read_shards(
     assert sizing is not None  # resolved
     shards = _Shards(images, [(number, cached.shards[number]) for number in jobs], sizing)
     spawn = "spawn" if workers else None
-    loader = DataLoader(shards, batch_size=None, num_workers=workers, multiprocessing_context=spawn)
+    loader = DataLoader(
+        shards, batch_size=None, num_workers=workers, multiprocessing_context=spawn, worker_init_fn=end_with_parent
+    )
     total = sum(len(cached.shards[number]) * len(timesteps) for number, timesteps in jobs.items())
     with tqdm(total=total, desc=f"reading {cached.reading.backbone}", unit="pass", disable=not progress) as bar:
         for number, groups, reasons in loader:

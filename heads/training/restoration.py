@@ -14,10 +14,8 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +39,7 @@ from diffrep.heads.restoration.restorer import RestorationHead, Restorer
 from diffrep.heads.training.dense import adapt_unet
 from diffrep.heads.training.fit import Feed, HeadSettings, TrainingInputs, prepared
 from diffrep.images import center_crop, load_image
+from diffrep.processes import process_pool
 from diffrep.scenes import SceneSet
 from diffrep.settings import NOT_NEGATIVE, WORKERS, check
 from diffrep.training.loop import Batch, FitSettings, step_generator
@@ -110,7 +109,7 @@ def degraded_pairs(
     if not file.exists():
         chunks = [chunk.numpy() for chunk in originals.split(32)]
         chunk = partial(_chunk, settings, {"low": False} | ({"half": True} if half else {}), seed)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with process_pool(workers) as pool:
             results = pool.map(chunk, range(0, len(originals), 32), chunks)
             parts = list(tqdm(results, desc="degrading", total=len(chunks), unit="batch", disable=not progress))
         save_weights(file, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, made_with=made_with)

@@ -9,12 +9,10 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from torch import nn
 import diffrep
 from diffrep.backbones.text import PROMPTS, TextEncoders
 from diffrep.files import forget_origin, replace_folder, save_weights, write_document
+from diffrep.processes import process_pool
 from diffrep.scenes import SEEN, UNSEEN, SceneSet, render_set
 from diffrep.settings import check
 from diffrep.training.loop import FitSettings
@@ -100,7 +99,7 @@ def train_tiny(config: TinyTraining, *, progress: bool = True) -> dict[str, Any]
     scenes = render_set(config.work / "scenes", "train", config.scenes, workers=config.workers, progress=progress)
     check_unseen(scenes)
     if config.workers > 1:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with process_pool(1) as pool:
             beside = pool.submit(_train_vit, config, progress)
             vae, denoisers = _train_diffusion(config, progress)
             vits = beside.result()
