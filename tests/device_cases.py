@@ -167,7 +167,7 @@ def cleandift(place: Place) -> list[Tensor]:
     return read_maps(load_cleandift("tiny", file, **place.here), "up.1")
 
 
-@case("backbones.pipelines.load_parts")
+@case("backbones.pipelines.load_parts", "backbones.text.TextEncoders.__init__")
 def parts(place: Place) -> list[Tensor]:
     loaded = load_parts("tiny", device=place.device)
     assert loaded.text is not None
