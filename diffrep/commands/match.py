@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
-from diffrep.commands.options import BackboneOptions, PrecisionOptions, ReadingOptions, numbers, refuse_conditions
+from diffrep.commands.options import (
+    BackboneOptions,
+    PrecisionOptions,
+    ReadingOptions,
+    numbers,
+    refuse_conditions,
+    refuse_same_files,
+)
 from diffrep.files import DRAWING, check_folder, check_writable, number_of, one_line, write_image
 from diffrep.settings import ExtractConfig, MatchConfig, RefineConfig, Sizing, SwapConfig
 from diffrep.tasks import note_embedded
@@ -136,10 +143,8 @@ class Match(ReadingOptions, PrecisionOptions):
             print(f"skipped {number_of(len(jobs) - len(left), 'pair')} whose pictures exist", file=sys.stderr)
         if not left:
             return
-        inputs = {os.path.realpath(path) for pair in pairs for path in (pair.source, pair.target)}
-        for _, picture in left:
-            if picture is not None and os.path.realpath(picture) in inputs:
-                raise ValueError(f"{picture}: is a file to be read, which would be written over: choose another -o")
+        pictures = [picture for _, picture in left if picture is not None]
+        refuse_same_files(pictures, [path for pair in pairs for path in (pair.source, pair.target)])
         run, results = ImageRun(len(left), "match", unit="pair"), []
         correspondence = self._correspondence()
         recipe = correspondence.recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypedDict
@@ -250,13 +250,22 @@ def refuse_replaced(command: Command) -> None:
     Raises:
         ValueError: naming the file.
     """
-    written = {os.path.realpath(path) for name in _WRITTEN if (path := getattr(command, name, None)) is not None}
-    for option in options_of(type(command)):
-        value = value_of(command, option)
-        for word in value if isinstance(value, tuple) else (value,):
-            read = option.field not in _WRITTEN and isinstance(word, (str, Path)) and os.path.isfile(word)
-            if read and os.path.realpath(word) in written:
-                raise ValueError(f"{word}: is a file to be read, which would be written over: choose another -o")
+    values = [value_of(command, option) for option in options_of(type(command)) if option.field not in _WRITTEN]
+    words = [word for value in values for word in (value if isinstance(value, tuple) else (value,))]
+    read = [word for word in words if isinstance(word, (str, Path)) and os.path.isfile(word)]
+    refuse_same_files(read, [path for name in _WRITTEN if (path := getattr(command, name, None)) is not None])
+
+
+def refuse_same_files(paths: Iterable[str | Path], others: Iterable[str | Path]) -> None:
+    """Refuse that one file is among both, those that are read and those that are written, whichever they are.
+
+    Raises:
+        ValueError: naming the file as it is in `paths`.
+    """
+    taken = {os.path.realpath(path) for path in others}
+    for path in paths:
+        if os.path.realpath(path) in taken:
+            raise ValueError(f"{path}: is a file to be read, which would be written over: choose another -o")
 
 
 def refuse_failed(failed: Sequence[str], count: int, unit: str = "image") -> None:
