@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import sys
-import tarfile
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -328,14 +327,6 @@ def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
             return file.read(len(_POINTER)) == _POINTER
     except OSError:
         return False
-
-
-def refuse_damaged(archive: tarfile.TarFile) -> None:
-    """tarfile.ReadError of an archive, listed before, that has a damaged header, which Python takes for its end."""
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-        raise tarfile.ReadError(f"damaged or cut off after {archive.offset:,} bytes")
 
 
 def claim_folder(folder: str | os.PathLike[str], settings: Mapping[str, object], *, name: str = SETTINGS) -> None:

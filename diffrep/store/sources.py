@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from diffrep.files import optional_import, printable, refuse_damaged
+from diffrep.files import optional_import, printable
 from diffrep.images import SUFFIXES, ImageError, Placement, Sizing, decode_image, find_images, fit_image, load_image
 from diffrep.processes import end_with_parent
 from diffrep.store.shards import ImageFile
@@ -132,6 +132,14 @@ def _archive(file: Path, root: Path) -> list[ImageSource]:
     if not members:
         raise ImageError(f"{file}: no image found in the archive")
     return members
+
+
+def refuse_damaged(archive: tarfile.TarFile) -> None:
+    """tarfile.ReadError of an archive, listed before, that has a damaged header, which Python takes for its end."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged or cut off after {archive.offset:,} bytes")
 
 
 def _paths_in(file: Path) -> list[Path]:

@@ -16,7 +16,8 @@ from PIL import Image
 
 from diffrep.eval.cache import digest
 from diffrep.eval.datasets.pairs import DatasetError, inside
-from diffrep.files import optional_import, refuse_damaged
+from diffrep.files import optional_import
+from diffrep.store.sources import refuse_damaged
 
 
 class Archive:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
-from diffrep.files import number_of, one_line, optional_import, printable, read_document, refuse_damaged
+from diffrep.files import number_of, one_line, optional_import, printable, read_document
 from diffrep.images import SUFFIXES, images_below, is_image
-from diffrep.store.sources import ImageSource
+from diffrep.store.sources import ImageSource, refuse_damaged
 
 logger = logging.getLogger(__name__)
 
